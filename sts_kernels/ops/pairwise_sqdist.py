@@ -1,0 +1,52 @@
+"""Squared distances between all pairs of tokens."""
+
+import torch
+
+from .. import _checks
+from .._registry import define_op
+
+
+def _check(features):
+    _checks.features("pairwise_sqdist", features)
+
+
+def _fake(features):
+    _check(features)
+    batch, tokens, _ = features.shape
+    return features.new_empty((batch, tokens, tokens), dtype=torch.float32)
+
+
+@define_op("pairwise_sqdist(Tensor features) -> Tensor", fake=_fake)
+def pairwise_sqdist_reference(features):
+    _check(features)
+    x = features.float()
+    # Row by row by differences: the expanded form |a|^2 + |b|^2 - 2ab cancels for near-duplicates.
+    rows = [(x - x[:, i : i + 1]).square().sum(-1) for i in range(x.shape[1])]
+    out = torch.stack(rows, dim=1)
+    out.diagonal(dim1=1, dim2=2).zero_()
+    return out
+
+
+def pairwise_sqdist(features: torch.Tensor) -> torch.Tensor:
+    """Squared L2 distance of every pair of tokens of each item, d_ij of STS Eq. 3.
+
+    Equivalent to ``(x[:, :, None] - x[:, None, :]).square().sum(-1)`` with ``x = features.float()``.
+
+    Args:
+        features: (B, N, C) float32, float16 or bfloat16, N and C at least 1. Any strides; unless the channels are
+            contiguous a contiguous copy is made.
+
+    Returns:
+        (B, N, N) float32, in units of features squared. The diagonal is exactly 0, the matrix symmetric to the bit and
+        never negative. Differences are taken before squaring, so near-duplicates far from the origin keep their
+        relative accuracy. A token with a NaN or infinity gives NaN or infinity off the diagonal, in its own row and
+        column only. No gradient.
+
+    Raises:
+        TypeError, ValueError: wrong dtype or shape.
+
+    Cost:
+        3 B N^2 C flops at the most (half of it is saved where symmetry is used), 4 B N^2 bytes written.
+    """
+    _check(features)
+    return torch.ops.sts_kernels.pairwise_sqdist.default(features)

@@ -1,0 +1,119 @@
+"""Stage 1 of STS: repulsion sampling of a batch of items of equal (or padded) length."""
+
+import math
+
+import torch
+
+from .. import _checks
+from .._registry import define_op
+from .repulsion_step import LAST_RESORT, pick, weight
+
+
+def _check(features, k, eps, anchor, num_tokens):
+    op = "repulsion_select"
+    _checks.features(op, features)
+    batch, tokens, _ = features.shape
+    _checks.integer(op, "k", k, 1, tokens, " (the number of tokens)")
+    _checks.eps(op, eps)
+    if anchor is not None:
+        _checks.index_vector(op, "anchor", anchor, batch, "(B,)", features)
+    if num_tokens is not None:
+        _checks.index_vector(op, "num_tokens", num_tokens, batch, "(B,)", features)
+
+
+def _check_values(features, anchor, num_tokens):
+    batch, tokens, _ = features.shape
+    counts = [tokens] * batch
+    if num_tokens is not None and _checks.values_readable(num_tokens):
+        counts = num_tokens.tolist()
+        for item, count in enumerate(counts):
+            if not 0 <= count <= tokens:
+                raise ValueError(
+                    f"repulsion_select: num_tokens[{item}] must be between 0 and {tokens}, the tokens given, got {count}"
+                )
+    if anchor is not None and _checks.values_readable(anchor):
+        for item, (value, count) in enumerate(zip(anchor.tolist(), counts, strict=True)):
+            if count and not 0 <= value < count:
+                raise ValueError(f"repulsion_select: anchor[{item}] must be between 0 and {count - 1}, got {value}")
+
+
+def _fake(features, k, eps=1e-6, anchor=None, num_tokens=None):
+    _check(features, k, eps, anchor, num_tokens)
+    return features.new_empty((features.shape[0], k), dtype=torch.int64)
+
+
+def nearest_to_mean(x: torch.Tensor, usable: torch.Tensor) -> torch.Tensor:
+    """Default anchor of each item of x (B, N, C) float32: the usable token nearest the mean of the usable ones, or the
+    first token where none is usable."""
+    kept = torch.where(usable[..., None], x, 0.0)
+    mean = kept.sum(1, keepdim=True) / usable.sum(1).clamp(min=1)[:, None, None]
+    return torch.where(usable, (kept - mean).square().sum(-1), math.inf).argmin(-1)
+
+
+@define_op(
+    "repulsion_select(Tensor features, SymInt k, float eps=1e-6, Tensor? anchor=None, Tensor? num_tokens=None) -> Tensor",
+    fake=_fake,
+)
+def repulsion_select_reference(features, k, eps=1e-6, anchor=None, num_tokens=None):
+    _check(features, k, eps, anchor, num_tokens)
+    _check_values(features, anchor, num_tokens)
+    x = features.float()
+    batch, tokens, channels = x.shape
+    position = torch.arange(tokens, device=x.device)
+    count = torch.full((batch,), tokens, device=x.device) if num_tokens is None else num_tokens.long()
+    count = torch.where((count >= 0) & (count <= tokens), count, 0)
+    present = position < count[:, None]
+    finite = x.isfinite().all(-1)
+    token = nearest_to_mean(x, finite & present) if anchor is None else anchor.long()
+    token = torch.where((token >= 0) & (token < count), token, -1)
+    potential = torch.where(finite, 0.0, LAST_RESORT).masked_fill(~present | (token < 0)[:, None], math.inf)
+    out = []
+    for _ in range(k):
+        out.append(token)
+        row = token.clamp(min=0)
+        centre = x.gather(1, row[:, None, None].expand(-1, 1, channels))
+        potential += weight((x - centre).square().sum(-1), eps)
+        potential.masked_fill_(position == row[:, None], math.inf)
+        token = pick(potential)
+    return torch.stack(out, dim=1) if batch else features.new_empty((0, k), dtype=torch.int64)
+
+
+def repulsion_select(
+    features: torch.Tensor,
+    k: int,
+    eps: float = 1e-6,
+    anchor: torch.Tensor | None = None,
+    num_tokens: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Keeps `k` tokens of each item that repel each other: stage 1 of STS (Eq. 3-5, Algorithm 1).
+
+    From the anchor on, the token with the smallest potential ``U(i|S) = sum_{j in S} 1 / (|v_i - v_j|^2 + eps)`` to the
+    tokens S picked so far is picked next.
+
+    Args:
+        features: (B, N, C) float32, float16 or bfloat16, N and C at least 1. Any strides; unless the channels are
+            contiguous a contiguous copy is made. Squared distances beyond float32's range count as infinite.
+        k: tokens to keep, 1 <= k <= N.
+        eps: at least 1e-30, in units of features squared; the repulsion of a duplicate is 1 / eps.
+        anchor: (B,) int64 or int32, the first pick of each item. None: the token nearest the mean of the item's
+            finite tokens.
+        num_tokens: (B,) int64 or int32, 0 to N: only the first num_tokens[b] rows of item b count. None: all do.
+
+    Returns:
+        (B, k) int64 token indices, distinct, in the order picked; the first k' of them are the result for k'. Positions
+        past num_tokens[b] are -1. Equal potentials go to the lowest index. A token with a NaN or infinity is picked
+        only when no finite one is left, and repels none. The same input gives the same output, bit for bit, whatever
+        else is in the batch. No gradient.
+
+    Raises:
+        TypeError, ValueError: wrong dtype, shape, device, k or eps; values of `anchor` or `num_tokens` out of range
+        where they can be read: on the CPU. On a GPU an item with such a value comes out as -1 throughout, and
+        STS_KERNELS_CHECK=1 makes it an error at the price of a sync.
+
+    Cost:
+        3 B k N C flops at the most; no more than the (N, N) distances of a few items at a time as scratch, and none above
+        8192 tokens. One kernel launch runs all k picks; nothing is read back to the host.
+    """
+    _check(features, k, eps, anchor, num_tokens)
+    _check_values(features, anchor, num_tokens)
+    return torch.ops.sts_kernels.repulsion_select.default(features, k, eps, anchor, num_tokens)

@@ -1,0 +1,108 @@
+"""Stage 1 of STS over items of different lengths packed into one tensor."""
+
+import torch
+
+from .. import _checks
+from .._registry import define_op
+from .repulsion_select import repulsion_select_reference
+
+_OP = "repulsion_select_varlen"
+
+
+def _check(features, cu_seqlens, cu_budgets, total_k, eps, anchor):
+    _checks.features(_OP, features, "(T, C)")
+    _checks.tensor(_OP, "cu_seqlens", cu_seqlens, _checks.INTEGER, "(B+1,)", 1)
+    items = cu_seqlens.shape[0] - 1
+    if items < 0:
+        raise ValueError(f"{_OP}: cu_seqlens must have shape (B+1,), so at least one element, got {tuple(cu_seqlens.shape)}")
+    _checks.same_device(_OP, "cu_seqlens", cu_seqlens, features)
+    _checks.index_vector(_OP, "cu_budgets", cu_budgets, items + 1, "(B+1,)", features)
+    _checks.integer(_OP, "total_k", total_k, 0, features.shape[0], " (the number of tokens)")
+    _checks.eps(_OP, eps)
+    if anchor is not None:
+        _checks.index_vector(_OP, "anchor", anchor, items, "(B,)", features)
+
+
+def _offsets(name, values, total, what):
+    if values[0] != 0 or values[-1] != total or any(b < a for a, b in zip(values, values[1:], strict=False)):
+        raise ValueError(f"{_OP}: {name} must rise from 0 to {total}, {what}, got {values}")
+
+
+def _check_values(features, cu_seqlens, cu_budgets, total_k, anchor):
+    if not _checks.values_readable(cu_seqlens):
+        return
+    starts, budgets = cu_seqlens.tolist(), cu_budgets.tolist()
+    _offsets("cu_seqlens", starts, features.shape[0], "the number of tokens")
+    _offsets("cu_budgets", budgets, total_k, "total_k")
+    anchors = [0] * (len(starts) - 1) if anchor is None else anchor.tolist()
+    for item, first in enumerate(anchors):
+        count, budget = starts[item + 1] - starts[item], budgets[item + 1] - budgets[item]
+        if budget > count:
+            raise ValueError(f"{_OP}: cu_budgets must give item {item} at most its {count} tokens, got {budget}")
+        if budget and not 0 <= first < count:
+            raise ValueError(f"{_OP}: anchor[{item}] must be between 0 and {count - 1}, got {first}")
+
+
+def _fake(features, cu_seqlens, cu_budgets, total_k, eps=1e-6, anchor=None):
+    _check(features, cu_seqlens, cu_budgets, total_k, eps, anchor)
+    return features.new_empty((total_k,), dtype=torch.int64)
+
+
+@define_op(
+    "repulsion_select_varlen(Tensor features, Tensor cu_seqlens, Tensor cu_budgets, SymInt total_k, float eps=1e-6, "
+    "Tensor? anchor=None) -> Tensor",
+    fake=_fake,
+)
+def repulsion_select_varlen_reference(features, cu_seqlens, cu_budgets, total_k, eps=1e-6, anchor=None):
+    _check(features, cu_seqlens, cu_budgets, total_k, eps, anchor)
+    # The reference reads the offsets back to the host; the compiled kernels do not.
+    starts, budgets = cu_seqlens.tolist(), cu_budgets.tolist()
+    _check_values(features, cu_seqlens.cpu(), cu_budgets.cpu(), total_k, None if anchor is None else anchor.cpu())
+    out = features.new_empty((total_k,), dtype=torch.int64)
+    for item in range(len(starts) - 1):
+        budget = budgets[item + 1] - budgets[item]
+        if budget:
+            tokens = features[None, starts[item] : starts[item + 1]]
+            first = None if anchor is None else anchor[item : item + 1]
+            out[budgets[item] : budgets[item + 1]] = repulsion_select_reference(tokens, budget, eps, first)[0]
+    return out
+
+
+def repulsion_select_varlen(
+    features: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    cu_budgets: torch.Tensor,
+    total_k: int,
+    eps: float = 1e-6,
+    anchor: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`repulsion_select` over packed items, each with its own length and its own budget (STS Algorithm 1).
+
+    Args:
+        features: (T, C) float32, float16 or bfloat16: the tokens of all items one after another. Any strides; unless
+            the channels are contiguous a contiguous copy is made.
+        cu_seqlens: (B+1,) int32 or int64, FlashAttention's prefix sums: item b is rows cu_seqlens[b] to
+            cu_seqlens[b+1]. Items may be empty.
+        cu_budgets: (B+1,) int32 or int64, prefix sums of the tokens each item keeps, at most its length; may be 0.
+        total_k: cu_budgets[-1], which the host must know to size the result without a sync.
+        eps: at least 1e-30, in units of features squared.
+        anchor: (B,) int64 or int32, the first pick of each item, counted within the item. None: the token nearest the
+            mean of the item's finite tokens. Ignored for items with no budget.
+
+    Returns:
+        (total_k,) int64: the picks of item b, counted within the item and in the order picked, at
+        cu_budgets[b]:cu_budgets[b+1]. All that `repulsion_select` promises holds for each item.
+
+    Raises:
+        TypeError, ValueError: wrong dtype, shape, device, total_k or eps; offsets, budgets or anchors that do not fit
+        where they can be read: on the CPU. On a GPU what does not fit comes out as -1, and STS_KERNELS_CHECK=1 makes it
+        an error at the price of a sync.
+
+    Cost:
+        as `repulsion_select` for each item; one kernel launch runs all items.
+    """
+    _check(features, cu_seqlens, cu_budgets, total_k, eps, anchor)
+    _check_values(features, cu_seqlens, cu_budgets, total_k, anchor)
+    return torch.ops.sts_kernels.repulsion_select_varlen.default(
+        features, cu_seqlens, cu_budgets, total_k, eps, anchor
+    )

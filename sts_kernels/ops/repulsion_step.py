@@ -1,0 +1,103 @@
+"""One step of STS Algorithm 1, for code that keeps its own loop."""
+
+import math
+
+import torch
+
+from .. import _checks
+from .._registry import define_op
+
+# Potentials are finite and far below this for finite tokens; a token with a NaN or infinity holds it, so that it is
+# picked after every finite one and before none. A picked token holds +inf.
+LAST_RESORT = torch.finfo(torch.float32).max
+
+
+def weight(sqdist: torch.Tensor, eps: float) -> torch.Tensor:
+    """The selection rule: repulsion 1 / (d + eps), and none from a distance that is not a number."""
+    return torch.where(sqdist.isnan(), 0.0, 1 / (sqdist + eps))
+
+
+def pick(potential: torch.Tensor) -> torch.Tensor:
+    """Lowest index of the smallest potential of each row; -1 where every token is picked."""
+    token = potential.argmin(-1)
+    taken = potential.gather(-1, token[:, None])[:, 0] == math.inf
+    return torch.where(taken, -1, token)
+
+
+def _check(potential, features, picked, eps):
+    op = "repulsion_step_"
+    _checks.features(op, features)
+    _checks.tensor(op, "potential", potential, (torch.float32,), "(B, N)", 2)
+    if potential.shape != features.shape[:2]:
+        raise ValueError(
+            f"{op}: potential must have shape (B, N) = {tuple(features.shape[:2])}, got {tuple(potential.shape)}"
+        )
+    _checks.same_device(op, "potential", potential, features)
+    _checks.index_vector(op, "picked", picked, features.shape[0], "(B,)", features)
+    _checks.eps(op, eps)
+
+
+def _check_values(features, picked):
+    if not _checks.values_readable(picked):
+        return
+    tokens = features.shape[1]
+    for item, value in enumerate(picked.tolist()):
+        if not -1 <= value < tokens:
+            raise ValueError(f"repulsion_step_: picked[{item}] must be between -1 and {tokens - 1}, got {value}")
+
+
+def _fake(potential, features, picked, eps=1e-6):
+    _check(potential, features, picked, eps)
+    return features.new_empty((features.shape[0],), dtype=torch.int64)
+
+
+@define_op(
+    "repulsion_step_(Tensor(a!) potential, Tensor features, Tensor picked, float eps=1e-6) -> Tensor", fake=_fake
+)
+def repulsion_step_reference(potential, features, picked, eps=1e-6):
+    _check(potential, features, picked, eps)
+    _check_values(features, picked)
+    x = features.float()
+    valid = (picked >= 0) & (picked < x.shape[1])
+    row = torch.where(valid, picked, 0).long()
+    centre = x.gather(1, row[:, None, None].expand(-1, 1, x.shape[2]))
+    grown = potential + torch.where(valid[:, None], weight((x - centre).square().sum(-1), eps), 0.0)
+    grown = torch.where(x.isfinite().all(-1), grown, grown.clamp(min=LAST_RESORT))
+    own = torch.arange(x.shape[1], device=x.device) == row[:, None]
+    potential.copy_(torch.where(own & valid[:, None], math.inf, grown))
+    return pick(potential)
+
+
+def repulsion_step_(
+    potential: torch.Tensor, features: torch.Tensor, picked: torch.Tensor, eps: float = 1e-6
+) -> torch.Tensor:
+    """Adds the repulsion of the picked tokens to `potential` and returns the tokens to pick next (STS Eq. 4 and 5).
+
+    Starting from zeros and any first token, K - 1 calls are Algorithm 1::
+
+        potential[b, i] += 1 / (|features[b, i] - features[b, picked[b]]|^2 + eps)
+        potential[b, picked[b]] = inf
+        return potential.argmin(1)
+
+    Args:
+        potential: (B, N) float32, updated in place; any strides. Tokens holding +inf are never picked, so a ragged
+            batch starts with +inf on its padding.
+        features: (B, N, C) float32, float16 or bfloat16, on the same device. Any strides; unless the channels are
+            contiguous a contiguous copy is made.
+        picked: (B,) int64 or int32. -1 leaves an item as it is. Other values outside [0, N) are an error on the CPU;
+            on a GPU they act as -1, and STS_KERNELS_CHECK=1 makes them an error at the price of a sync.
+        eps: at least 1e-30, in units of features squared; the repulsion of a duplicate is 1 / eps.
+
+    Returns:
+        (B,) int64: the token of smallest potential, the lowest index among equals, -1 when every token is picked.
+        A token with a NaN or infinity is returned only when no finite one is left, and repels none. No gradient.
+
+    Raises:
+        TypeError, ValueError: wrong dtype, shape, device or eps; `picked` out of range where it can be read.
+
+    Cost:
+        one read of the features, 3 B N C flops.
+    """
+    _check(potential, features, picked, eps)
+    _check_values(features, picked)
+    return torch.ops.sts_kernels.repulsion_step_.default(potential, features, picked, eps)
