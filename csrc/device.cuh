@@ -1,0 +1,253 @@
+// What kernels and their launchers are written with. nvcc compiles them for the GPU; with STS_EMULATE the same source
+// runs on the CPU (python_tests/emulator/cuda_on_cpu.h). Kernels include this header and nothing of CUDA's.
+#pragma once
+#ifdef STS_EMULATE
+#include "cuda_on_cpu.h"
+#else
+#include <cooperative_groups.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#endif
+#include <cstddef>
+#include <cstdint>
+
+// STS_KERNEL(name, launcher), at the end of a .cuh, offers a launcher to the tests under `name`. The product ignores it.
+#ifdef STS_KERNEL_TABLE
+#include "kernel_table.h"
+#else
+#define STS_KERNEL(name, ...) static_assert(true, "")
+#endif
+
+// Declares `type* name`, the dynamic shared memory of the launch, 16-byte aligned.
+#ifdef STS_EMULATE
+#define STS_DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(::emulator::dynamic_shared())
+#else
+#define STS_DYNAMIC_SHARED(type, name)                    \
+  extern __shared__ __align__(16) unsigned char name##_bytes_[]; \
+  type* const name = reinterpret_cast<type*>(name##_bytes_)
+#endif
+
+namespace sts {
+
+// ---- host: launching ----
+
+struct Launch {
+  dim3 grid, block;
+  size_t shared_bytes = 0;   // dynamic
+  unsigned cluster = 1;      // blocks per cluster, along x
+  bool cooperative = false;  // all blocks resident at once; the launch fails where they do not fit
+  cudaStream_t stream = nullptr;
+};
+
+// Raises the limit of dynamic shared memory where `bytes` is above what every kernel may use.
+template <class... Params>
+cudaError_t allow_shared(void (*kernel)(Params...), size_t bytes) {
+  if (bytes <= 48 * 1024) return cudaSuccess;
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              static_cast<int>(bytes));
+}
+
+template <class... Params, class... Args>
+cudaError_t launch(void (*kernel)(Params...), const Launch& shape, Args... args) {
+  if (const cudaError_t error = allow_shared(kernel, shape.shared_bytes); error != cudaSuccess) return error;
+#ifdef STS_EMULATE
+  return emulator::launch(shape.grid, shape.block, shape.shared_bytes, shape.cluster, shape.cooperative,
+                          [=] { kernel(static_cast<Params>(args)...); });
+#else
+  cudaLaunchAttribute attributes[2];
+  unsigned count = 0;
+  if (shape.cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count].val.clusterDim.x = shape.cluster;
+    attributes[count].val.clusterDim.y = 1;
+    attributes[count].val.clusterDim.z = 1;
+    ++count;
+  }
+  if (shape.cooperative) {
+    attributes[count].id = cudaLaunchAttributeCooperative;
+    attributes[count].val.cooperative = 1;
+    ++count;
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = shape.grid;
+  config.blockDim = shape.block;
+  config.dynamicSmemBytes = shape.shared_bytes;
+  config.stream = shape.stream;
+  config.attrs = attributes;
+  config.numAttrs = count;
+  return cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
+#endif
+}
+
+// Multiprocessors of the current device, at least 1.
+inline int device_sm_count() {
+  int device = 0, count = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 1;
+  if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return 1;
+  return count;
+}
+
+// Blocks of `kernel` that are resident at once on the whole current device; 0 where it cannot run.
+template <class... Params>
+int max_resident_blocks(void (*kernel)(Params...), int threads, size_t shared_bytes) {
+  int per_sm = 0;
+  if (allow_shared(kernel, shared_bytes) != cudaSuccess) return 0;
+  if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, threads, shared_bytes) != cudaSuccess) return 0;
+  return per_sm * device_sm_count();
+}
+
+// ---- device: elements ----
+
+__device__ __forceinline__ float to_float(float value) { return value; }
+__device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+// 16 bytes of T as floats.
+template <class T>
+struct Vec {
+  static constexpr int size = 16 / sizeof(T);
+  float value[size];
+  __device__ __forceinline__ float operator[](int i) const { return value[i]; }
+};
+
+// Loads 16 aligned bytes through the read-only path: nothing may write them while the kernel runs.
+template <class T>
+__device__ __forceinline__ Vec<T> load_vec(const T* source) {
+  union {
+    uint4 bits;
+    unsigned char bytes[16];
+  } raw;
+  raw.bits = __ldg(reinterpret_cast<const uint4*>(source));
+  Vec<T> out;
+#pragma unroll
+  for (int i = 0; i < Vec<T>::size; ++i) {
+    T element;
+    memcpy(&element, raw.bytes + i * sizeof(T), sizeof(T));
+    out.value[i] = to_float(element);
+  }
+  return out;
+}
+
+// ---- device: barriers between blocks ----
+
+__device__ __forceinline__ unsigned load_acquire(const unsigned* address) {
+#ifdef STS_EMULATE
+  return emulator::load_acquire(address);
+#else
+  unsigned value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+  return value;
+#endif
+}
+
+// Returns the old value.
+__device__ __forceinline__ unsigned add_release(unsigned* address, unsigned value) {
+#ifdef STS_EMULATE
+  return emulator::add_release(address, value);
+#else
+  unsigned old;
+  asm volatile("atom.add.release.gpu.global.u32 %0, [%1], %2;" : "=r"(old) : "l"(address), "r"(value) : "memory");
+  return old;
+#endif
+}
+
+// To be called in every turn of a loop that waits for another block.
+__device__ __forceinline__ void spin_pause() {
+#ifdef STS_EMULATE
+  emulator::spin_pause();
+#else
+  __nanosleep(20);
+#endif
+}
+
+// A barrier of `blocks` resident blocks, all threads of each. What any of them wrote before is visible to all after it,
+// to ordinary loads: not to load_vec or __ldg. The counter is zero before the launch and is only ever added to, so one
+// counter serves any number of barriers; the target may wrap around.
+class GroupBarrier {
+ public:
+  __device__ GroupBarrier(unsigned* counter, unsigned blocks) : counter_(counter), blocks_(blocks) {}
+
+  __device__ void sync() {
+    target_ += blocks_;
+    __syncthreads();
+    if (threadIdx.x == 0 && threadIdx.y == 0 && threadIdx.z == 0) {
+      add_release(counter_, 1);  // release is cumulative: it carries what the block wrote before __syncthreads
+      while (static_cast<int>(load_acquire(counter_) - target_) < 0) spin_pause();
+    }
+    __syncthreads();
+  }
+
+ private:
+  unsigned* counter_;
+  unsigned blocks_;
+  unsigned target_ = 0;
+};
+
+// ---- device: asynchronous copies and tensor cores (sm_80) ----
+
+// Starts a copy of 16 aligned bytes from global to shared memory, or of 16 zero bytes where `predicate` is false (then
+// `source` is not read). It is complete for the calling thread after the cp_async_wait that covers its group.
+__device__ __forceinline__ void cp_async_16(void* destination, const void* source, bool predicate) {
+#ifdef STS_EMULATE
+  emulator::cp_async_16(destination, source, predicate);
+#else
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(destination))),
+               "l"(source), "r"(predicate ? 16 : 0)
+               : "memory");
+#endif
+}
+
+__device__ __forceinline__ void cp_async_commit() {
+#ifdef STS_EMULATE
+  emulator::cp_async_commit();
+#else
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits until at most the `Pending` latest groups of this thread are under way.
+template <int Pending>
+__device__ __forceinline__ void cp_async_wait() {
+#ifdef STS_EMULATE
+  emulator::cp_async_wait(Pending);
+#else
+  asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
+#endif
+}
+
+// Four 8 x 8 matrices of 16-bit elements: lane l gives the address of row l % 8 of matrix l / 8, and receives of each
+// matrix the elements 2 * (l % 4) and + 1 of row l / 4.
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* shared_row) {
+#ifdef STS_EMULATE
+  emulator::ldmatrix_x4(r, shared_row);
+#else
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(static_cast<unsigned>(__cvta_generic_to_shared(shared_row)))
+               : "memory");
+#endif
+}
+
+// d += a b of a warp: a 16 x 16 row-major, b 16 x 8 column-major, of __half or __nv_bfloat16 (the tag), in float32.
+#ifdef STS_EMULATE
+template <class T>
+inline void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], T = T()) {
+  emulator::mma_16x8x16<T>(d, a, b);
+}
+#else
+__device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], __half) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+__device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], __nv_bfloat16) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+#endif
+
+}  // namespace sts
