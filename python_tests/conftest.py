@@ -1,0 +1,80 @@
+"""Fixtures shared by every test: devices, backends, and what happens where one is missing.
+
+STS_KERNELS_TEST_REQUIRE=cuda turns the skips for want of a GPU into failures, STS_KERNELS_TEST_REQUIRE=native makes a
+run without the compiled library fail; both: cuda,native.
+"""
+
+import os
+from dataclasses import dataclass
+
+# Without this the two OpenMP runtimes in a torch process spin against each other, and small CPU ops take milliseconds.
+# It is read when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import pytest
+import torch
+
+import sts_kernels
+from sts_kernels import _native, _registry
+
+REQUIRED = set(filter(None, os.environ.get("STS_KERNELS_TEST_REQUIRE", "").split(",")))
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes gigabytes of memory or seconds; leave out with -m 'not slow'")
+
+
+def pytest_report_header(config):
+    status = _native.status()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    lines = [
+        f"sts_kernels {sts_kernels.__version__} from {os.path.dirname(sts_kernels.__file__)}; "
+        f"compiled library: {'loaded' if status.loaded else status.reason}",
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, GPU: {gpu}",
+    ]
+    width = max(map(len, _registry.OPS))
+    for name, op in _registry.OPS.items():
+        lines.append(f"  {name:<{width}}  CPU: {op.backend('CPU')}, CUDA: {op.backend('CUDA')}")
+    return lines
+
+
+def pytest_sessionstart(session):
+    if unknown := REQUIRED - {"cuda", "native"}:
+        raise pytest.UsageError(f"STS_KERNELS_TEST_REQUIRE: expected cuda, native or both, got {', '.join(unknown)}")
+
+
+def cuda_or_skip() -> torch.device:
+    if not torch.cuda.is_available():
+        reason = f"needs a CUDA GPU: torch {torch.__version__} sees none"
+        if "cuda" in REQUIRED:
+            pytest.fail(f"STS_KERNELS_TEST_REQUIRE=cuda, but this test {reason}")
+        pytest.skip(reason)
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+@pytest.fixture
+def cuda() -> torch.device:
+    """A CUDA device; skips without one."""
+    return cuda_or_skip()
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request) -> torch.device:
+    return cuda_or_skip() if request.param == "cuda" else torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run an op: the reference function itself, or the public function on a device."""
+
+    name: str
+    device: torch.device
+
+    def __call__(self, op: str, *args, **kwargs):
+        call = _registry.OPS[op].reference if self.name == "reference" else getattr(sts_kernels, op)
+        return call(*args, **kwargs)
+
+
+@pytest.fixture(params=["reference", "cpu", "cuda"])
+def backend(request) -> Backend:
+    return Backend(request.param, cuda_or_skip() if request.param == "cuda" else torch.device("cpu"))

@@ -1,0 +1,179 @@
+"""Float64 brute force that judges what the ops return. Shares no code with the package."""
+
+import math
+
+import torch
+from cases import REGRET, VALUE_ATOL, VALUE_RTOL
+
+FLOAT32_MAX = torch.finfo(torch.float32).max
+
+
+def sqdist(rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """(K, C), (N, C) -> (K, N) float64 by differences; what exceeds float32's range is infinite."""
+    d = torch.cdist(rows.double(), x.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
+    return torch.where(d > FLOAT32_MAX, math.inf, d)
+
+
+def finite_rows(x: torch.Tensor) -> torch.Tensor:
+    return x.isfinite().all(-1)
+
+
+def weights(rows: torch.Tensor, x: torch.Tensor, eps: float) -> torch.Tensor:
+    """(K, N) float64 1 / (d + eps); 0 from and to tokens that are not finite."""
+    usable = finite_rows(rows)[:, None] & finite_rows(x)
+    d = sqdist(torch.nan_to_num(rows.double(), 0, 0, 0), torch.nan_to_num(x.double(), 0, 0, 0))
+    return torch.where(usable, 1 / (d + eps), 0.0)
+
+
+def greedy(x: torch.Tensor, k: int, eps: float, anchor: int) -> list[int]:
+    """STS Algorithm 1 on x (N, C), step by step in float64. Slow and plain; ties go to the lowest index."""
+    finite = finite_rows(x).tolist()
+    picks, potential = [anchor], [0.0] * len(x)
+    while len(picks) < k:
+        row = weights(x[picks[-1], None], x, eps)[0].tolist()
+        potential = [p + w for p, w in zip(potential, row, strict=True)]
+        left = [i for i in range(len(x)) if i not in picks]
+        picks.append(min(left, key=lambda i: (not finite[i], potential[i] if finite[i] else 0.0, i)))
+    return picks
+
+
+def anchor_error(x: torch.Tensor, pick: int) -> str:
+    """Why `pick` is not the token of x (N, C) nearest the mean of its finite tokens; "" where it is."""
+    finite = finite_rows(x)
+    if not finite.any():
+        return "" if pick == 0 else f"anchor {pick}: no token is finite, so the first is the anchor"
+    if not finite[pick]:
+        return f"anchor {pick} is not finite while others are"
+    y = x[finite].double()
+    d = sqdist(y.mean(0, keepdim=True), x)[0]
+    # The mean is a float32 sum: off by up to about 2^-20 of the largest entry in each channel.
+    slack = x.shape[1] * (2**-20 * y.abs().max().item()) ** 2
+    least, got = d[finite].min().item(), d[pick].item()
+    if got <= (1 + REGRET) * least + slack:
+        return ""
+    return f"anchor {pick} is {got:.9g} from the mean, the nearest token {least:.9g}"
+
+
+def greedy_error(x: torch.Tensor, picks: torch.Tensor, eps: float, anchor: int | None = None) -> str:
+    """Why `picks` (K,) are not a greedy selection of x (N, C); "" where they are. N >= K >= 1."""
+    x, picks = x.detach().cpu(), picks.detach().cpu()
+    tokens, k = x.shape[0], picks.shape[0]
+    if picks.dtype != torch.int64:
+        return f"picks are {picks.dtype}"
+    if picks.min() < 0 or picks.max() >= tokens:
+        return f"picks outside [0, {tokens}): {picks.tolist()}"
+    if picks.unique().numel() != k:
+        return f"picks repeat: {picks.tolist()}"
+    first = picks[0].item()
+    if anchor is None:
+        if error := anchor_error(x, first):
+            return error
+    elif first != anchor:
+        return f"the first pick is {first}, the anchor {anchor}"
+
+    finite = finite_rows(x)
+    taken_at = torch.full((tokens,), k).scatter_(0, picks, torch.arange(k))
+    step = torch.arange(1, k)
+    left = taken_at >= step[:, None]  # (K-1, N): what step t can still pick
+    potential = weights(x[picks[:-1]], x, eps).cumsum(0)
+    # Finite tokens by potential; the rest after them all, in order of index.
+    lowest = potential.masked_fill(~(left & finite), math.inf).min(1).values
+    chosen = potential.gather(1, picks[1:, None])[:, 0]
+    some_finite = (left & finite).any(1)
+    chosen_finite = finite[picks[1:]]
+    first_left = left.int().argmax(1)
+    good = torch.where(
+        some_finite, chosen_finite & (chosen <= (1 + REGRET) * lowest + VALUE_ATOL), picks[1:] == first_left
+    )
+    if good.all():
+        return ""
+    t = (~good).int().argmax().item()
+    pick = picks[t + 1].item()
+    if not some_finite[t]:
+        return f"step {t + 1} picked {pick}; no finite token is left, so {first_left[t].item()} is next"
+    if not chosen_finite[t]:
+        return f"step {t + 1} picked {pick}, which is not finite, while finite tokens are left"
+    return f"step {t + 1} picked {pick} of potential {chosen[t]:.9g}; the smallest is {lowest[t]:.9g}"
+
+
+def check_select(picks, features, k, eps=1e-6, anchor=None, num_tokens=None):
+    """Asserts that `picks` (B, k) are what `repulsion_select` promises for these arguments."""
+    batch, tokens, _ = features.shape
+    assert picks.dtype == torch.int64
+    assert picks.device == features.device
+    assert picks.shape == (batch, k)
+    assert picks.is_contiguous()
+    features, picks = features.cpu(), picks.cpu()
+    counts = [tokens] * batch if num_tokens is None else num_tokens.tolist()
+    for b, count in enumerate(counts):
+        kept = min(count, k)
+        assert (picks[b, kept:] == -1).all(), f"item {b}: no -1 past its {count} tokens: {picks[b].tolist()}"
+        if kept:
+            first = None if anchor is None else anchor[b].item()
+            error = greedy_error(features[b, :count], picks[b, :kept], eps, first)
+            assert not error, f"item {b}: {error}"
+
+
+def check_select_varlen(picks, features, cu_seqlens, cu_budgets, total_k, eps=1e-6, anchor=None):
+    """Asserts that `picks` (total_k,) are what `repulsion_select_varlen` promises for these arguments."""
+    assert picks.dtype == torch.int64
+    assert picks.device == features.device
+    assert picks.shape == (total_k,)
+    starts, budgets = cu_seqlens.tolist(), cu_budgets.tolist()
+    for b in range(len(starts) - 1):
+        part = picks[budgets[b] : budgets[b + 1]]
+        if len(part):
+            first = None if anchor is None else anchor[b].item()
+            error = greedy_error(features[starts[b] : starts[b + 1]], part, eps, first)
+            assert not error, f"item {b}: {error}"
+
+
+def check_sqdist(got, features):
+    """Asserts that `got` (B, N, N) is what `pairwise_sqdist` promises for these features."""
+    batch, tokens, _ = features.shape
+    assert got.dtype == torch.float32
+    assert got.device == features.device
+    assert got.shape == (batch, tokens, tokens)
+    assert got.is_contiguous()
+    got, features = got.cpu(), features.cpu()
+    for b in range(batch):
+        d, finite = got[b], finite_rows(features[b])
+        assert (d.diagonal() == 0).all(), "the diagonal is not 0"
+        off = ~torch.eye(tokens, dtype=torch.bool)
+        spoiled = ~(finite[:, None] & finite) & off
+        assert not d[spoiled].isfinite().any(), "a token that is not finite has a finite distance"
+        d, good = d.masked_fill(spoiled, 0.0), features[b][finite]
+        assert (d >= 0).all(), "a distance is negative or NaN"
+        assert torch.equal(d, d.T), "not symmetric"
+        want, part = sqdist(good, good), d[finite][:, finite].double()
+        torch.testing.assert_close(part, want, rtol=VALUE_RTOL, atol=VALUE_ATOL)
+        assert (part[want == 0] == 0).all(), "equal tokens are not at distance 0"
+
+
+def check_step(after, nxt, before, features, picked, eps=1e-6):
+    """Asserts that one `repulsion_step_` took the potentials from `before` to `after` and returned `nxt`."""
+    batch = features.shape[0]
+    assert nxt.dtype == torch.int64
+    assert nxt.device == features.device
+    assert nxt.shape == (batch,)
+    after, nxt, before, features, picked = (t.cpu() for t in (after, nxt, before, features, picked))
+    for b in range(batch):
+        x, row, p = features[b], after[b], picked[b].item()
+        finite = finite_rows(x)
+        if p < 0:
+            assert torch.equal(row[finite], before[b][finite]), f"item {b}: changed although nothing was picked"
+        want = before[b].double()
+        if p >= 0:
+            want = want + weights(x[p, None], x, eps)[0]
+            assert row[p] == math.inf, f"item {b}: the picked token does not hold +inf"
+            want[p] = math.inf
+        torch.testing.assert_close(row[finite].double(), want[finite], rtol=VALUE_RTOL, atol=VALUE_ATOL)
+        left = row != math.inf
+        if not left.any():
+            assert nxt[b] == -1, f"item {b}: every token is picked, yet {nxt[b]} is next"
+            continue
+        # Its own potentials settle what is next, exactly: the least, and the lowest index among equals.
+        candidates = left & finite if (left & finite).any() else left
+        least = row[candidates].min()
+        first = (candidates & (row == least)).int().argmax() if finite[candidates].any() else left.int().argmax()
+        assert nxt[b] == first, f"item {b}: {nxt[b]} is next, not {first}"
