@@ -148,8 +148,6 @@ class BuildLibrary(setuptools.Command):
 
     def run(self):
         # Into the source tree always: `python -m sts_kernels` in a checkout imports from there, installed or not.
-        for name in PRODUCTS:
-            (ROOT / "sts_kernels" / name).unlink(missing_ok=True)
         if INCLUDE:
             compile_library(INCLUDE, ROOT)
         else:
@@ -168,6 +166,8 @@ class BuildLibrary(setuptools.Command):
         demanded = [name for name in ("STS_KERNELS_NATIVE", "STS_KERNELS_CUDA") if switch(name) == "1"]
         if demanded:
             raise SystemExit(f"{demanded[0]}=1, but no library can be built: {REASON}")
+        for name in PRODUCTS:
+            (ROOT / "sts_kernels" / name).unlink(missing_ok=True)
         info = {
             "version": self.distribution.get_version(),
             "summary": f"no compiled library ({REASON})",
@@ -219,4 +219,8 @@ class Distribution(setuptools.Distribution):
         return INCLUDE is not None
 
 
-setuptools.setup(distclass=Distribution, cmdclass={"build": Build, "build_library": BuildLibrary, "bdist_wheel": Wheel})
+setuptools.setup(
+    packages=[*setuptools.find_packages(include=["sts_kernels*"]), "sts_kernels.pictures"],
+    distclass=Distribution,
+    cmdclass={"build": Build, "build_library": BuildLibrary, "bdist_wheel": Wheel},
+)

@@ -21,10 +21,15 @@ macro(no_cuda reason)
   return()
 endmacro()
 
-find_program(nvcc NAMES $ENV{CUDACXX} nvcc PATHS $ENV{CUDA_HOME}/bin $ENV{CUDA_PATH}/bin ENV PATH /usr/local/cuda/bin
-             NO_DEFAULT_PATH NO_CACHE)
+if(DEFINED ENV{CUDACXX}) # a choice, so nothing else is looked for
+  find_program(nvcc NAMES $ENV{CUDACXX} NO_CACHE)
+  set(searched "CUDACXX=$ENV{CUDACXX} is not there")
+else()
+  find_program(nvcc NAMES nvcc PATHS $ENV{CUDA_HOME}/bin $ENV{CUDA_PATH}/bin ENV PATH /usr/local/cuda/bin NO_DEFAULT_PATH NO_CACHE)
+  set(searched "no nvcc was found on PATH or under CUDA_HOME")
+endif()
 if(NOT nvcc)
-  no_cuda("no nvcc was found (put it on PATH, or set CUDA_HOME or CUDACXX)")
+  no_cuda("${searched}")
 endif()
 execute_process(COMMAND ${nvcc} --version OUTPUT_VARIABLE output RESULT_VARIABLE failed ERROR_QUIET)
 if(failed OR NOT output MATCHES "release [0-9.]+, V([0-9.]+)")
