@@ -1,0 +1,86 @@
+"""repulsion_select_varlen against its contract."""
+
+import oracle
+import pytest
+import torch
+from cases import VARLEN_CASES, VarlenCase, by_name, with_dtypes
+
+import sts_kernels
+
+OP = "repulsion_select_varlen"
+
+
+@pytest.mark.parametrize(("case", "dtype"), with_dtypes(VARLEN_CASES))
+def test_picks_are_greedy(backend, case, dtype):
+    inputs = case.inputs(seed=1, dtype=dtype, device=backend.device)
+    before = inputs["features"].clone()
+    picks = backend(OP, **inputs)
+    oracle.check_select_varlen(picks, **inputs)
+    torch.testing.assert_close(inputs["features"], before, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("case", "dtype"), with_dtypes(VARLEN_CASES))
+def test_each_item_is_picked_as_by_repulsion_select(backend, case, dtype):
+    inputs = case.inputs(seed=2, dtype=dtype, device=backend.device)
+    picks = backend(OP, **inputs)
+    starts, budgets = inputs["cu_seqlens"].tolist(), inputs["cu_budgets"].tolist()
+    for b in range(len(case.lengths)):
+        if case.budgets[b]:
+            tokens = inputs["features"][None, starts[b] : starts[b + 1]]
+            anchor = None if inputs["anchor"] is None else inputs["anchor"][b : b + 1]
+            dense = backend("repulsion_select", tokens, case.budgets[b], case.eps, anchor)
+            assert torch.equal(picks[budgets[b] : budgets[b + 1]], dense[0])
+
+
+def test_indices_are_local_to_their_item(backend):
+    x = torch.tensor([0.0, 1.0, 10.0, 5.0, 6.0, 70.0], device=backend.device)[:, None]
+    cu_seqlens = torch.tensor([0, 3, 6], dtype=torch.int32, device=backend.device)
+    cu_budgets = torch.tensor([0, 2, 5], dtype=torch.int32, device=backend.device)
+    anchor = torch.tensor([0, 1], device=backend.device)
+    assert backend(OP, x, cu_seqlens, cu_budgets, 5, anchor=anchor).tolist() == [0, 2, 1, 2, 0]
+
+
+@pytest.mark.parametrize("name", ["three", "unequal", "near_duplicates", "not_finite", "empty_items"])
+def test_same_input_same_output(backend, name):
+    inputs = by_name(name, VARLEN_CASES).inputs(seed=3, device=backend.device)
+    first = backend(OP, **inputs)
+    for _ in range(3):
+        assert torch.equal(backend(OP, **inputs), first)
+
+
+@pytest.mark.parametrize("name", ["three", "near_duplicates", "not_finite"])
+def test_prefix(backend, name):
+    """Smaller budgets give the first picks of larger ones."""
+    case = by_name(name, VARLEN_CASES)
+    inputs = case.inputs(seed=4, device=backend.device)
+    full = backend(OP, **inputs).split(list(case.budgets))
+    smaller = [budget // 2 for budget in case.budgets]
+    cu_budgets = torch.tensor([0, *torch.tensor(smaller).cumsum(0)], dtype=torch.int32, device=backend.device)
+    part = backend(OP, **{**inputs, "cu_budgets": cu_budgets, "total_k": sum(smaller)}).split(smaller)
+    for whole, half in zip(full, part, strict=True):
+        assert torch.equal(whole[: len(half)], half)
+
+
+def test_many_items(backend):
+    lengths = tuple((7 * b) % 41 for b in range(300))
+    case = VarlenCase("many", lengths, tuple(n // 3 for n in lengths), 6)
+    inputs = case.inputs(seed=5, device=backend.device)
+    oracle.check_select_varlen(backend(OP, **inputs), **inputs)
+
+
+def test_offsets_of_mixed_integer_types(backend):
+    """int32 and int64 may meet in one call: the counts come from different places."""
+    inputs = by_name("anchors", VARLEN_CASES).inputs(seed=6, device=backend.device)
+    want = backend(OP, **inputs)
+    for name in ("cu_seqlens", "cu_budgets", "anchor"):
+        assert torch.equal(backend(OP, **{**inputs, name: inputs[name].long()}), want)
+
+
+def test_raw_op_is_the_public_function(device):
+    inputs = by_name("anchors", VARLEN_CASES).inputs(seed=7, device=device)
+    want = sts_kernels.repulsion_select_varlen(**inputs)
+    assert torch.equal(torch.ops.sts_kernels.repulsion_select_varlen(**inputs), want)
+    assert torch.equal(torch.ops.sts_kernels.repulsion_select_varlen.default(*inputs.values()), want)
+    del inputs["eps"], inputs["anchor"]
+    want = sts_kernels.repulsion_select_varlen(*inputs.values(), 1e-6, None)
+    assert torch.equal(torch.ops.sts_kernels.repulsion_select_varlen(**inputs), want), "the schema's defaults differ"
