@@ -56,7 +56,8 @@ def define_op(schema: str, *, fake: Callable, triton: Callable | None = None):
         def fallback(*args, **kwargs):
             if any(isinstance(a, torch.Tensor) and a.is_cuda for a in args):
                 _warn_fallback(op)
-            return reference(*args, **kwargs)
+            with torch.no_grad():  # as the compiled kernels: no op has a gradient
+                return reference(*args, **kwargs)
 
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(name, fallback, "CompositeExplicitAutograd")

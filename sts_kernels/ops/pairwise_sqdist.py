@@ -19,7 +19,7 @@ def _fake(features):
 @define_op("pairwise_sqdist(Tensor features) -> Tensor", fake=_fake)
 def pairwise_sqdist_reference(features):
     _check(features)
-    x = features.float()
+    x = features.float().contiguous()  # so that every pair is summed in the same order
     # Row by row by differences: the expanded form |a|^2 + |b|^2 - 2ab cancels for near-duplicates.
     rows = [(x - x[:, i : i + 1]).square().sum(-1) for i in range(x.shape[1])]
     out = torch.stack(rows, dim=1)

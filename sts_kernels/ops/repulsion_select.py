@@ -47,7 +47,8 @@ def nearest_to_mean(x: torch.Tensor, usable: torch.Tensor) -> torch.Tensor:
     first token where none is usable."""
     kept = torch.where(usable[..., None], x, 0.0)
     mean = kept.sum(1, keepdim=True) / usable.sum(1).clamp(min=1)[:, None, None]
-    return torch.where(usable, (kept - mean).square().sum(-1), math.inf).argmin(-1)
+    sqdist = (kept - mean).square().sum(-1).nan_to_num(LAST_RESORT, LAST_RESORT)  # out of float32's range
+    return torch.where(usable, sqdist, math.inf).argmin(-1)
 
 
 @define_op(
@@ -57,7 +58,7 @@ def nearest_to_mean(x: torch.Tensor, usable: torch.Tensor) -> torch.Tensor:
 def repulsion_select_reference(features, k, eps=1e-6, anchor=None, num_tokens=None):
     _check(features, k, eps, anchor, num_tokens)
     _check_values(features, anchor, num_tokens)
-    x = features.float()
+    x = features.float().contiguous()  # so that equal tokens are summed in the same order, and tie
     batch, tokens, channels = x.shape
     position = torch.arange(tokens, device=x.device)
     count = torch.full((batch,), tokens, device=x.device) if num_tokens is None else num_tokens.long()

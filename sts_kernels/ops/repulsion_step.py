@@ -57,12 +57,13 @@ def _fake(potential, features, picked, eps=1e-6):
 def repulsion_step_reference(potential, features, picked, eps=1e-6):
     _check(potential, features, picked, eps)
     _check_values(features, picked)
-    x = features.float()
+    x = features.float().contiguous()  # so that equal tokens are summed in the same order, and tie
     valid = (picked >= 0) & (picked < x.shape[1])
     row = torch.where(valid, picked, 0).long()
     centre = x.gather(1, row[:, None, None].expand(-1, 1, x.shape[2]))
     grown = potential + torch.where(valid[:, None], weight((x - centre).square().sum(-1), eps), 0.0)
     grown = torch.where(x.isfinite().all(-1), grown, grown.clamp(min=LAST_RESORT))
+    grown = torch.where(grown.isnan(), LAST_RESORT, grown)
     own = torch.arange(x.shape[1], device=x.device) == row[:, None]
     potential.copy_(torch.where(own & valid[:, None], math.inf, grown))
     return pick(potential)
