@@ -1,9 +1,9 @@
-"""What pip needs around CMakeLists.txt, which is the build: torch's headers, a look at the tools, CMake and Ninja, a wheel tag.
+"""What pip needs around CMakeLists.txt, which is the build: torch's headers, CMake and Ninja, a wheel tag.
 
 Environment:
     STS_KERNELS_CUDA=auto|0|1       CUDA kernels: where there is an nvcc (default), never, or fail without one
-    STS_KERNELS_NATIVE=auto|0|1     the compiled library: where torch's headers and a compiler are found (default), never, or
-                                    fail without them
+    STS_KERNELS_NATIVE=auto|0|1     the compiled library: where torch's headers and a compiler are found (default), never,
+                                    or fail without them
     STS_KERNELS_TORCH_INCLUDE=DIR   the torch/include folder to compile against, instead of the installed torch's
     TORCH_CUDA_ARCH_LIST, CUDA_HOME, CUDACXX, CXX, MAX_JOBS    as in other CUDA extensions
 """
@@ -34,10 +34,10 @@ def switch(name: str) -> str:
 
 
 def installed_torch() -> Path | None:
-    """The folder of the installed torch, found without importing it, also from inside pip's isolated build environment."""
-    # pip isolates a build with these two variables only, so without them Python sees the environment pip was called from.
+    """The folder of the installed torch, found without importing it, also from inside pip's isolated environment."""
+    # pip isolates a build by these two variables, so without them Python sees the environment that pip was called in.
     outside = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
-    probe = "from importlib.util import find_spec; s = find_spec('torch'); print(s.submodule_search_locations[0] if s else '')"
+    probe = "import importlib.util as u; s = u.find_spec('torch'); print(s.submodule_search_locations[0] if s else '')"
     for env in (None, outside):
         run = subprocess.run([sys.executable, "-c", probe], env=env, cwd=sys.prefix, capture_output=True, text=True)
         if run.stdout.strip():
@@ -102,31 +102,42 @@ def tool(name: str) -> str:
     return path
 
 
+# What CMake reads once and then caches. Not CMake and Ninja themselves: pip's isolation moves them every time.
+CACHED = [
+    "STS_KERNELS_CUDA",
+    "TORCH_CUDA_ARCH_LIST",
+    "CUDA_HOME",
+    "CUDA_PATH",
+    "CUDACXX",
+    "CUDAHOSTCXX",
+    "CXX",
+    "CXXFLAGS",
+]
+CACHED += ["CUDAFLAGS", "LDFLAGS"]
+
+
 def compile_library(include: Path, out: Path) -> None:
     """Configures, compiles and installs into `out`/sts_kernels, rebuilding only what changed since the last time."""
     tree = ROOT / "build" / "cmake"
     tree.mkdir(parents=True, exist_ok=True)
-    # What CMake reads once and then caches. CMake and Ninja themselves are left out: pip's isolation moves them every time.
-    names = "STS_KERNELS_CUDA TORCH_CUDA_ARCH_LIST CUDA_HOME CUDA_PATH CUDACXX CUDAHOSTCXX CXX CXXFLAGS CUDAFLAGS LDFLAGS"
-    settings = {name: os.environ.get(name) for name in names.split()}
-    settings |= {"torch": [str(include), headers_version(include)], "nvcc": shutil.which("nvcc"), "c++": shutil.which("c++")}
-    settings = json.dumps(settings, indent=1)
+    settings = {name: os.environ.get(name) for name in CACHED} | {name: shutil.which(name) for name in ("c++", "nvcc")}
+    settings = json.dumps(settings | {"torch": [str(include), headers_version(include)]}, indent=1)
     remembered = tree / "settings.json"
     fresh = not remembered.exists() or remembered.read_text() != settings
     remembered.unlink(missing_ok=True)
 
-    cmake = tool("cmake")
-    configure = [cmake, "-S", ROOT, "-B", tree, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"]
-    configure += ["-DCMAKE_BUILD_TYPE=Release", f"-DTORCH_INCLUDE={include}", f"-DSTS_KERNELS_CUDA={switch('STS_KERNELS_CUDA')}"]
-    jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-    for command in (
-        configure + ["--fresh"] * fresh,
-        [cmake, "--build", tree, "--parallel", jobs],
-        [cmake, "--install", tree, "--prefix", out, "--strip"],
-    ):
+    cmake, ninja = tool("cmake"), tool("ninja")
+    options = {"CMAKE_MAKE_PROGRAM": ninja, "CMAKE_BUILD_TYPE": "Release", "TORCH_INCLUDE": include}
+    options["STS_KERNELS_CUDA"] = switch("STS_KERNELS_CUDA")
+    configure = [cmake, "-S", ROOT, "-B", tree, "-G", "Ninja", *(f"-D{k}={v}" for k, v in options.items())]
+    compile_ = [cmake, "--build", tree, "--parallel", os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)]
+    install = [cmake, "--install", tree, "--prefix", out, "--strip"]
+    for command in (configure + ["--fresh"] * fresh, compile_, install):
         if subprocess.run(command).returncode:
-            raise SystemExit("sts_kernels: the compiled library could not be built, see above. STS_KERNELS_CUDA=0 leaves out the CUDA "
-                             "kernels, STS_KERNELS_NATIVE=0 all compiled code.")  # fmt: skip
+            raise SystemExit(
+                "sts_kernels: the compiled library could not be built, see above. "
+                "STS_KERNELS_CUDA=0 leaves out the CUDA kernels, STS_KERNELS_NATIVE=0 all compiled code."
+            )
     remembered.write_text(settings)
 
 
@@ -147,27 +158,24 @@ class BuildLibrary(setuptools.Command):
         self.set_undefined_options("build", ("build_lib", "build_lib"))
 
     def run(self):
-        # Into the source tree always: `python -m sts_kernels` in a checkout imports from there, installed or not.
+        package = (ROOT if self.editable_mode else Path(self.build_lib)) / "sts_kernels"
+        package.mkdir(parents=True, exist_ok=True)
         if INCLUDE:
-            compile_library(INCLUDE, ROOT)
+            compile_library(INCLUDE, package.parent)
+            if not self.editable_mode:  # `python -m sts_kernels` in a checkout imports from there, installed or not
+                for name in PRODUCTS:
+                    (ROOT / "sts_kernels" / name).unlink(missing_ok=True)  # never into a file that is in use
+                    shutil.copy2(package / name, ROOT / "sts_kernels" / name)
         else:
-            self.without_library()
-        info = json.loads((ROOT / "sts_kernels/build_info.json").read_text())
-        if not self.editable_mode:
-            package = Path(self.build_lib, "sts_kernels")
-            package.mkdir(parents=True, exist_ok=True)
-            for name in PRODUCTS:
-                (package / name).unlink(missing_ok=True)
-                if (ROOT / "sts_kernels" / name).exists():
-                    shutil.copy2(ROOT / "sts_kernels" / name, package / name)
+            self.without_library(package)
+        info = json.loads((package / "build_info.json").read_text())
         print(f"sts_kernels {info['version']}: built {info['summary']}", flush=True)
 
-    def without_library(self):
+    def without_library(self, package):
         demanded = [name for name in ("STS_KERNELS_NATIVE", "STS_KERNELS_CUDA") if switch(name) == "1"]
         if demanded:
             raise SystemExit(f"{demanded[0]}=1, but no library can be built: {REASON}")
-        for name in PRODUCTS:
-            (ROOT / "sts_kernels" / name).unlink(missing_ok=True)
+        (package / "libsts_kernels.so").unlink(missing_ok=True)  # of an earlier build
         info = {
             "version": self.distribution.get_version(),
             "summary": f"no compiled library ({REASON})",
@@ -175,7 +183,7 @@ class BuildLibrary(setuptools.Command):
             "reason": REASON,
             "cuda": "",
         }
-        (ROOT / "sts_kernels/build_info.json").write_text(json.dumps(info, indent=2) + "\n")
+        (package / "build_info.json").write_text(json.dumps(info, indent=2) + "\n")
         if switch("STS_KERNELS_NATIVE") == "auto":
             print(WITHOUT_LIBRARY.format(reason=REASON), file=sys.stderr, flush=True)
 
@@ -183,7 +191,8 @@ class BuildLibrary(setuptools.Command):
         return [str(p.relative_to(ROOT)) for d in ("csrc", "cmake") for p in sorted((ROOT / d).glob("*"))]
 
     def get_outputs(self):
-        return [] if self.editable_mode else [str(Path(self.build_lib, "sts_kernels", name)) for name in PRODUCTS]
+        names = PRODUCTS if INCLUDE else PRODUCTS[1:]
+        return [] if self.editable_mode else [str(Path(self.build_lib, "sts_kernels", name)) for name in names]
 
     def get_output_mapping(self):
         return {}
@@ -205,7 +214,7 @@ WITHOUT_LIBRARY = """
 
 
 class Build(build):
-    sub_commands = [*build.sub_commands, ("build_library", None)]
+    sub_commands = [*build.sub_commands, ("build_library", None)]  # noqa: RUF012
 
 
 class Wheel(bdist_wheel):

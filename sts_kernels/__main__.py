@@ -1,0 +1,42 @@
+"""Command line: `python -m sts_kernels COMMAND`."""
+
+import argparse
+import importlib
+import sys
+
+from ._errors import UserError
+
+# Each command is a module of this package with add_arguments(parser) and run(args), imported only when it is asked for.
+COMMANDS = {
+    "info": "show which backend serves each op and why, versions and build",
+    "demo": "choose visual tokens of a photograph and draw them",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = Parser(prog="python -m sts_kernels", description="Visual-token pruning for vision-language models.")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    command = None
+    for name, summary in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=summary, description=f"{summary.capitalize()}.")
+        if argv[:1] == [name]:
+            try:
+                command = importlib.import_module(f".{name}", __package__)
+            except ImportError as error:
+                subparser.error(str(error))
+            command.add_arguments(subparser)
+    args = parser.parse_args(argv)
+    try:
+        return command.run(args)
+    except UserError as error:
+        parser.exit(2, f"{parser.prog} {args.command}: {error}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,263 @@
+"""`python -m sts_kernels demo`: cuts a photograph into visual tokens, keeps some of them, and shows which."""
+
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from . import repulsion_select
+from ._errors import UserError
+from ._registry import OPS
+
+PATCH_SIZE, PATCH_GRID = 14, 24  # 336 pixels a side, as CLIP ViT-L/14 at 336 pixels sees a picture
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+MODEL_TYPES = ("clip", "clip_vision_model", "siglip", "siglip_vision_model")
+DIMMED = 0.25  # brightness of a dropped patch
+PANEL, MARGIN, CAPTION = 336, 12, 28  # pixels
+
+
+@dataclass(frozen=True)
+class Tokens:
+    features: torch.Tensor  # (N, C) float32, row by row over the grid
+    picture: "PIL.Image.Image"  # the square that the grid covers  # noqa: F821
+    side: int  # the grid is side x side = N tokens
+    what: str  # what the features are, for people
+
+    @property
+    def count(self) -> int:
+        return self.features.shape[0]
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("image", nargs="?", metavar="IMAGE", help="a photograph (default: the one that ships)")
+    parser.add_argument("--keep", type=int, default=64, metavar="K", help="tokens to keep (default: %(default)s)")
+    parser.add_argument(
+        "--features",
+        default="patches",
+        metavar="patches|MODEL",
+        help="patches: normalised RGB values of 24 x 24 patches (default); else a local directory or hub id of a CLIP "
+        "or SigLIP vision model, whose penultimate layer is taken",
+    )
+    parser.add_argument("--out", default="kept.png", metavar="FILE", help="picture to write (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random choice (default: %(default)s)")
+    parser.add_argument("--device", help="where to run (default: cuda if there is one, else cpu)")
+
+
+def run(args) -> int:
+    device = find_device(args.device)
+    picture = load_picture(args.image or default_picture())
+    if args.features == "patches":
+        tokens = patch_tokens(picture, device)
+    else:
+        tokens = model_tokens(picture, args.features, device)
+    if not 1 <= args.keep <= tokens.count:
+        raise UserError(f"--keep must be between 1 and {tokens.count}, the number of tokens, got {args.keep}")
+
+    batch = tokens.features[None]
+    kept = repulsion_select(batch, args.keep)[0]
+    choices = {
+        "repulsion_select": kept.cpu(),
+        "uniform grid": uniform_choice(tokens.side, args.keep),
+        "random": random_choice(tokens.count, args.keep, args.seed),
+    }
+    save(draw(tokens, choices), args.out)
+
+    ours = median_ms(lambda: repulsion_select(batch, args.keep), device)
+    loop = median_ms(lambda: pytorch_loop(tokens.features, args.keep), device)
+    backend = OPS["repulsion_select"].backend(device.type.upper())
+    print(f"tokens    {tokens.side} x {tokens.side} = {tokens.count} of the centre crop, {args.keep} kept")
+    print(f"features  {tokens.what}, C = {tokens.features.shape[1]}, float32")
+    print(f"backend   {backend}, on {describe(device)}")
+    print(f"time      {ours:.3g} ms; the direct PyTorch loop takes {loop:.3g} ms, {loop / ours:.2g} times that (medians)")
+    print()
+    print(f"{'L2 distance of a dropped token to its nearest kept one':<56}{'mean':>10}{'largest':>10}")
+    for name, choice in choices.items():
+        mean, largest = coverage(tokens.features, choice.to(device))
+        print(f"  {name:<54}{mean:>10.4g}{largest:>10.4g}")
+    print(f"\npicture   {args.out}: kept tokens bright, dropped ones dimmed")
+    return 0
+
+
+def find_device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device).item()
+    except Exception as error:
+        raise UserError(f"--device {name} cannot be used: {first_line(error)}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device must be cpu or cuda, got {name}")
+    return device
+
+
+def describe(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+def default_picture() -> Path:
+    """The photograph that ships: beside this file once installed, in examples/ of a checkout."""
+    installed = Path(__file__).with_name("pictures") / "coffee.jpg"
+    return installed if installed.exists() else Path(__file__).parents[1] / "examples" / "pictures" / "coffee.jpg"
+
+
+def load_picture(path):
+    """The picture at `path`, upright, in RGB."""
+    try:
+        from PIL import Image, ImageOps
+    except ImportError as error:
+        raise UserError("the demo needs Pillow: pip install 'sts-kernels[demo]'") from error
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:  # Pillow's decoders raise many kinds
+        raise UserError(f"cannot read the image {path}: {first_line(error)}") from error
+
+
+def centre_crop(picture, size: int, side: int):
+    """The square in the middle of the picture, scaled to size x size pixels."""
+    from PIL import Image
+
+    width, height = picture.size
+    short = min(width, height)
+    if short < side:
+        raise UserError(
+            f"the image is too small: its shorter side must have at least {side} pixels, one for each token of the "
+            f"{side} x {side} grid, got {width} x {height}"
+        )
+    left, top = (width - short) / 2, (height - short) / 2
+    return picture.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + short, top + short))
+
+
+def patch_tokens(picture, device: torch.device) -> Tokens:
+    side, patch = PATCH_GRID, PATCH_SIZE
+    crop = centre_crop(picture, side * patch, side)
+    pixels = torch.frombuffer(bytearray(crop.tobytes()), dtype=torch.uint8).view(side, patch, side, patch, 3).to(device)
+    values = (pixels / 255 - torch.tensor(CLIP_MEAN, device=device)) / torch.tensor(CLIP_STD, device=device)
+    features = values.transpose(1, 2).reshape(side * side, -1)
+    what = f"normalised RGB values of {patch} x {patch} patches: pixels, not a model's features"
+    return Tokens(features, crop, side, what)
+
+
+def model_tokens(picture, name: str, device: torch.device) -> Tokens:
+    """Tokens as LLaVA takes them from its vision model: the penultimate layer, without the CLS token."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise UserError("--features MODEL needs transformers: pip install 'sts-kernels[hf]'") from error
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+    except Exception as error:
+        raise UserError(f"cannot load the model {name}: {first_line(error)}") from error
+    if config.model_type not in MODEL_TYPES:
+        raise UserError(f"{name} must be a CLIP or SigLIP vision model, got model type {config.model_type!r}")
+    vision = getattr(config, "vision_config", config)
+    side = vision.image_size // vision.patch_size
+    crop = centre_crop(picture, vision.image_size, side)
+    try:
+        model = transformers.AutoModel.from_pretrained(name, dtype=torch.float32)
+        model = model.vision_model if vision is not config else model
+        inputs = transformers.AutoImageProcessor.from_pretrained(name)(images=crop, return_tensors="pt").to(device)
+        with torch.inference_mode():
+            features = model.eval().to(device)(**inputs, output_hidden_states=True).hidden_states[-2][0]
+    except Exception as error:
+        raise UserError(f"cannot take features from the model {name}: {first_line(error)}") from error
+    features = features[-side * side :].contiguous()  # CLIP puts its CLS token first, SigLIP has none
+    if features.shape[0] != side * side:
+        raise UserError(f"{name} gives {features.shape[0]} tokens where {side} x {side} patches were expected")
+    seen = side * vision.patch_size  # SigLIP's 384 pixels are not a multiple of its 14-pixel patches
+    return Tokens(features, crop.crop((0, 0, seen, seen)), side, f"penultimate layer of {name}")
+
+
+def uniform_choice(side: int, keep: int) -> torch.Tensor:
+    """`keep` distinct tokens spread evenly over the grid: rows at equal distances, each with its share."""
+    rows = min(side, max(math.isqrt(keep), -(-keep // side)))
+    chosen = []
+    for row in range(rows):
+        y = (2 * row + 1) * side // (2 * rows)
+        share = (row + 1) * keep // rows - row * keep // rows
+        chosen += [y * side + (2 * column + 1) * side // (2 * share) for column in range(share)]
+    return torch.tensor(chosen)
+
+
+def random_choice(tokens: int, keep: int, seed: int) -> torch.Tensor:
+    return torch.tensor(random.Random(seed).sample(range(tokens), keep))
+
+
+def pytorch_loop(features: torch.Tensor, keep: int, eps: float = 1e-6) -> torch.Tensor:
+    """Algorithm 1 of STS for one item, as one writes it in PyTorch: what `repulsion_select` is timed against."""
+    potential = features.new_zeros(features.shape[0])
+    token = (features - features.mean(0)).square().sum(-1).argmin()
+    picked = []
+    for _ in range(keep):
+        picked.append(token)
+        potential += 1 / ((features - features[token]).square().sum(-1) + eps)
+        potential[token] = math.inf
+        token = potential.argmin()
+    return torch.stack(picked)
+
+
+def median_ms(function: Callable, device: torch.device, runs: int = 9, seconds: float = 1.0) -> float:
+    """Median wall time of a call with its kernels finished; fewer runs, but three, where they take long."""
+
+    def finish():
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    function()
+    times = []
+    while len(times) < 3 or (len(times) < runs and sum(times) < seconds):
+        finish()
+        start = time.perf_counter()
+        function()
+        finish()
+        times.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(times)
+
+
+def coverage(features: torch.Tensor, kept: torch.Tensor) -> tuple[float, float]:
+    """Mean and largest distance of a dropped token to its nearest kept one; zeros where none is dropped."""
+    dropped = torch.ones(features.shape[0], dtype=torch.bool, device=features.device)
+    dropped[kept] = False
+    if not dropped.any():
+        return 0.0, 0.0
+    mode = "donot_use_mm_for_euclid_dist"  # differences: near-duplicates keep their distance
+    nearest = torch.cdist(features[dropped], features[kept], compute_mode=mode).min(1).values
+    return nearest.mean().item(), nearest.max().item()
+
+
+def draw(tokens: Tokens, choices: dict[str, torch.Tensor]):
+    """The choices side by side: kept patches as they are, the others dimmed."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    zoom = -(-PANEL // tokens.picture.width)
+    panel = tokens.picture.width * zoom
+    bright = tokens.picture.resize((panel, panel), Image.Resampling.NEAREST)
+    dark = bright.point(lambda value: int(DIMMED * value))
+    canvas = Image.new("RGB", (len(choices) * (panel + MARGIN) + MARGIN, CAPTION + panel + MARGIN), "white")
+    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=16)
+    for index, (name, kept) in enumerate(choices.items()):
+        left = MARGIN + index * (panel + MARGIN)
+        caption = f"{name}: {kept.numel()} of {tokens.count} tokens"
+        pen.text((left + panel // 2, CAPTION // 2), caption, fill="black", font=font, anchor="mm")
+        mask = Image.new("L", (tokens.side, tokens.side))
+        for token in kept.tolist():
+            mask.putpixel((token % tokens.side, token // tokens.side), 255)
+        mask = mask.resize((panel, panel), Image.Resampling.NEAREST)
+        canvas.paste(Image.composite(bright, dark, mask), (left, CAPTION))
+    return canvas
+
+
+def save(picture, path: str) -> None:
+    try:
+        picture.save(path)
+    except Exception as error:
+        raise UserError(f"cannot write the picture {path}: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
