@@ -1,0 +1,63 @@
+// The items of a selection: where each one's tokens are, how many it keeps and where its picks go. One description serves
+// padded batches (B, N, C) and packed ones (T, C), on the CPU and on the GPU.
+#pragma once
+#include <cstdint>
+
+#include "selection_rule.h"
+
+namespace sts {
+
+struct Item {
+  int64_t first;      // its first token, within the batch entry `row_of` reads
+  int64_t tokens;     // 0: nothing to pick, or its numbers make no sense (see `valid`)
+  int64_t picks;      // places in the output; those past `tokens` hold -1
+  int64_t out;        // its first place in the output
+  int64_t anchor;     // first pick, or -1: nearest to the mean
+  bool valid;         // false: counts, offsets or the anchor are out of range, and every pick is -1
+};
+
+struct Items {
+  int64_t count;       // B
+  int64_t tokens;      // N padded, T packed
+  int64_t picks;       // k of each item padded, total_k packed
+  const int64_t* num_tokens;  // padded, may be null
+  const int64_t* cu_seqlens;  // packed, null when padded
+  const int64_t* cu_budgets;
+  const int64_t* anchor;      // may be null
+
+  STS_HOST_DEVICE bool packed() const { return cu_seqlens != nullptr; }
+
+  // Never out of bounds, whatever the arrays hold.
+  STS_HOST_DEVICE Item operator[](int64_t b) const {
+    Item item{0, tokens, picks, b * picks, -1, true};
+    if (packed()) {
+      const int64_t end = cu_seqlens[b + 1], out_end = cu_budgets[b + 1];
+      item.first = cu_seqlens[b];
+      item.out = cu_budgets[b];
+      item.tokens = end - item.first;
+      item.picks = out_end - item.out;
+      if (item.out < 0 || out_end > picks || item.picks < 0) item.out = item.picks = 0;
+      item.valid = item.first >= 0 && item.tokens >= 0 && end <= tokens;
+    } else if (num_tokens) {
+      item.tokens = num_tokens[b];
+      item.valid = item.tokens >= 0 && item.tokens <= tokens;
+    }
+    if (item.valid && anchor && item.tokens > 0 && item.picks > 0) {
+      item.anchor = anchor[b];
+      item.valid = item.anchor >= 0 && item.anchor < item.tokens;
+    }
+    if (!item.valid) item.first = item.tokens = 0;
+    return item;
+  }
+};
+
+// Rows of features: token i of batch entry b. Packed features are one entry.
+template <class scalar_t>
+struct Rows {
+  const scalar_t* data;
+  int64_t batch_stride, row_stride;  // in elements; channels are contiguous
+  int channels;
+  STS_HOST_DEVICE const scalar_t* row(int64_t b, int64_t i) const { return data + b * batch_stride + i * row_stride; }
+};
+
+}  // namespace sts

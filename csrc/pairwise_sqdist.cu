@@ -1,0 +1,26 @@
+#include "pairwise_sqdist.cuh"
+
+#include "cuda_glue.h"
+
+namespace sts {
+namespace {
+
+Tensor pairwise_sqdist_cuda(const Tensor& features) {
+  const Tensor x = checked_features("pairwise_sqdist", features, 3);
+  const CudaScope scope(x);
+  const int64_t batch = x.size(0), tokens = x.size(1);
+  Tensor out = torch::stable::new_empty(x, {batch, tokens, tokens}, ScalarType::Float);
+  if (batch == 0) return out;
+  dispatch_cuda(x.scalar_type(), [&](auto* element) {
+    const auto rows = rows_of<std::remove_pointer_t<decltype(element)>>(x);
+    CudaScope::check(launch_pairwise_sqdist(rows.data, batch, tokens, rows.channels, rows.batch_stride, rows.row_stride, floats(out),
+                                            scope.stream()),
+                     "pairwise_sqdist");
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace sts
+
+STABLE_TORCH_LIBRARY_IMPL(sts_kernels, CUDA, m) { m.impl("pairwise_sqdist", TORCH_BOX(&sts::pairwise_sqdist_cuda)); }

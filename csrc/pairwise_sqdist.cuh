@@ -1,0 +1,157 @@
+// Squared distances of all pairs of an item's tokens, one square tile of the upper triangle a block, mirrored.
+// Differences are squared and summed channel by channel in ascending order: nothing cancels, and the result is the same bits
+// whichever tile or kernel computes it (`sqdist_of` below is the same sum).
+#pragma once
+#include "rows.cuh"
+
+namespace sts {
+
+// What is stored for a pair: the distance, exactly zero on the diagonal.
+struct StoreSqdist {
+  __device__ float operator()(float sqdist, bool diagonal) const { return diagonal ? 0.f : sqdist; }
+};
+
+// |a - b|^2 of two rows by one thread, in the order of the tiles.
+template <class scalar_t>
+__device__ __forceinline__ float sqdist_of(const scalar_t* a, const scalar_t* b, int channels, bool aligned) {
+  constexpr int kVec = Chunk<scalar_t>::size, kUnroll = 4;  // loads in flight
+  float sum = 0.f;
+  for (int c = 0; c < channels; c += kVec * kUnroll) {
+    Chunk<scalar_t> x[kUnroll], y[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      x[u] = load_channels(a, c + u * kVec, channels, aligned);
+      y[u] = load_channels(b, c + u * kVec, channels, aligned);
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u)
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) {
+        const float difference = x[u][i] - y[u][i];
+        sum = fmaf(difference, difference, sum);
+      }
+  }
+  return sum;
+}
+
+// Tokens of two tiles that share no item (packed batches) need no distance.
+__device__ __forceinline__ bool tiles_share_item(const Items& items, int64_t low_end, int64_t high_begin) {
+  if (!items.packed()) return true;
+  int64_t first = 0, last = items.count;  // the items that end past the lower tile's last token
+  while (first < last) {
+    const int64_t middle = (first + last) / 2;
+    if (items.cu_seqlens[middle + 1] >= low_end) last = middle;
+    else first = middle + 1;
+  }
+  return first >= items.count || items.cu_seqlens[first + 1] > high_begin;
+}
+
+template <class scalar_t, int kTile, class Store>
+__global__ void __launch_bounds__(kTile* kTile / 16)
+    sqdist_tile_kernel(Rows<scalar_t> rows, Items items, int64_t first_entry, int64_t entries, bool aligned, Store store, float* out) {
+  constexpr int kThreads = kTile * kTile / 16;  // each thread has 4 x 4 pairs
+  constexpr int kChannels = 32, kVec = Chunk<scalar_t>::size;
+  constexpr int kLoads = kTile * kChannels / kVec / kThreads;
+  static_assert(kLoads * kVec * kThreads == kTile * kChannels, "a stage is loaded by whole threads");
+  __shared__ float a[kChannels][kTile + 4], b[kChannels][kTile + 4];
+
+  const int64_t tokens = items.tokens;
+  const int channels = rows.channels;
+  const int64_t i0 = static_cast<int64_t>(blockIdx.y) * kTile, j0 = static_cast<int64_t>(blockIdx.x) * kTile;
+  const int64_t i_end = i0 + kTile < tokens ? i0 + kTile : tokens;
+  if (i0 > j0 || !tiles_share_item(items, i_end, j0)) return;
+  const int tid = threadIdx.x, ti = tid / (kTile / 4) * 4, tj = tid % (kTile / 4) * 4;
+
+  for (int64_t entry = blockIdx.z; entry < entries; entry += gridDim.z) {
+    float sum[4][4] = {};
+    // What this thread loads of each stage. Rows past the end repeat the last one; their pairs are not stored.
+    const scalar_t *row_a[kLoads], *row_b[kLoads];
+    Chunk<scalar_t> next_a[kLoads], next_b[kLoads];
+#pragma unroll
+    for (int l = 0; l < kLoads; ++l) {
+      const int token = (l * kThreads + tid) / (kChannels / kVec);
+      row_a[l] = rows.row(first_entry + entry, i0 + token < tokens ? i0 + token : tokens - 1);
+      row_b[l] = rows.row(first_entry + entry, j0 + token < tokens ? j0 + token : tokens - 1);
+    }
+    const int column = tid % (kChannels / kVec) * kVec;
+    static_assert(kThreads % (kChannels / kVec) == 0, "a thread loads the same channels of every row");
+    const auto fetch = [&](int c0) {
+#pragma unroll
+      for (int l = 0; l < kLoads; ++l) {
+        next_a[l] = load_channels(row_a[l], c0 + column, channels, aligned);
+        next_b[l] = load_channels(row_b[l], c0 + column, channels, aligned);
+      }
+    };
+    fetch(0);
+    for (int c0 = 0; c0 < channels; c0 += kChannels) {
+      __syncthreads();
+#pragma unroll
+      for (int l = 0; l < kLoads; ++l) {
+        const int token = (l * kThreads + tid) / (kChannels / kVec);
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) {
+          a[column + i][token] = next_a[l][i];
+          b[column + i][token] = next_b[l][i];
+        }
+      }
+      __syncthreads();
+      if (c0 + kChannels < channels) fetch(c0 + kChannels);
+#pragma unroll 4
+      for (int c = 0; c < kChannels; ++c) {
+        float x[4], y[4];
+#pragma unroll
+        for (int t = 0; t < 4; ++t) x[t] = a[c][ti + t], y[t] = b[c][tj + t];
+#pragma unroll
+        for (int s = 0; s < 4; ++s)
+#pragma unroll
+          for (int t = 0; t < 4; ++t) {
+            const float difference = x[s] - y[t];
+            sum[s][t] = fmaf(difference, difference, sum[s][t]);
+          }
+      }
+    }
+    float* matrix = out + entry * tokens * tokens;
+#pragma unroll
+    for (int s = 0; s < 4; ++s)
+#pragma unroll
+      for (int t = 0; t < 4; ++t) {
+        const int64_t i = i0 + ti + s, j = j0 + tj + t;
+        if (i >= tokens || j >= tokens) continue;
+        const float value = store(sum[s][t], i == j);
+        matrix[i * tokens + j] = value;
+        if (i0 != j0) matrix[j * tokens + i] = value;
+      }
+  }
+}
+
+// Entries [first_entry, first_entry + entries) of the batch (the one entry of a packed batch): what `store` makes of each pair,
+// as (entries, tokens, tokens). Only pairs within an item are written.
+template <class scalar_t, class Store>
+cudaError_t launch_sqdist_tiles(const Rows<scalar_t>& rows, const Items& items, int64_t first_entry, int64_t entries, Store store,
+                                float* out, cudaStream_t stream) {
+  const auto run = [&](auto kernel, int tile) {
+    const auto tiles = static_cast<unsigned>(ceil_div(items.tokens, tile));
+    const auto depth = static_cast<unsigned>(entries < 65535 ? entries : 65535);
+    const Launch shape{dim3(tiles, tiles, depth), dim3(tile * tile / 16), 0, 1, false, stream};
+    return launch(kernel, shape, rows, items, first_entry, entries, rows_aligned(rows), store, out);
+  };
+  // Small tiles where large ones would leave multiprocessors without work.
+  const int64_t large = ceil_div(items.tokens, 64);
+  if (large * (large + 1) / 2 * entries < 2 * device_sm_count()) return run(sqdist_tile_kernel<scalar_t, 32, Store>, 32);
+  return run(sqdist_tile_kernel<scalar_t, 64, Store>, 64);
+}
+
+// features (batch, tokens, channels) with the given strides -> out (batch, tokens, tokens)
+template <class scalar_t>
+cudaError_t launch_pairwise_sqdist(const scalar_t* features, int64_t batch, int64_t tokens, int64_t channels, int64_t batch_stride,
+                                   int64_t row_stride, float* out, cudaStream_t stream) {
+  const Rows<scalar_t> rows{features, batch_stride, row_stride, static_cast<int>(channels)};
+  const Items items{batch, tokens, 0, nullptr, nullptr, nullptr, nullptr};
+  return launch_sqdist_tiles(rows, items, 0, batch, StoreSqdist{}, out, stream);
+}
+
+STS_KERNEL(pairwise_sqdist_float32, launch_pairwise_sqdist<float>);
+STS_KERNEL(pairwise_sqdist_float16, launch_pairwise_sqdist<__half>);
+STS_KERNEL(pairwise_sqdist_bfloat16, launch_pairwise_sqdist<__nv_bfloat16>);
+
+}  // namespace sts

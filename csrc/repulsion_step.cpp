@@ -1,0 +1,45 @@
+#include <limits>
+#include <vector>
+
+#include "cpu_rows.h"
+#include "torch_glue.h"
+
+namespace sts {
+namespace {
+
+Tensor repulsion_step_cpu(Tensor potential, const Tensor& features, const Tensor& picked, double eps) {
+  const Step step(potential, features, picked, eps);
+  const int64_t batch = step.features.size(0), tokens = step.features.size(1), channels = step.features.size(2);
+  const int64_t* picks = static_cast<const int64_t*>(step.picked.const_data_ptr());
+  Step::check_values(picks, batch, tokens);
+  Tensor out = torch::stable::new_empty(step.features, {batch}, ScalarType::Long);
+  int64_t* next = static_cast<int64_t*>(out.mutable_data_ptr());
+  float* potentials = static_cast<float*>(potential.mutable_data_ptr());
+  const int64_t batch_stride = potential.stride(0), token_stride = potential.stride(1);
+  cpu::FloatRows rows(step.features);
+  std::vector<float> mine(tokens), sqdist(tokens);
+  for (int64_t b = 0; b < batch; ++b) {
+    float* item = potentials + b * batch_stride;
+    for (int64_t i = 0; i < tokens; ++i) mine[i] = item[i * token_stride];
+    rows.load(b, 0, tokens);
+    torch::stable::parallel_for(0, tokens, cpu::row_grain(channels), [&](int64_t begin, int64_t end) {
+      if (picks[b] >= 0) {
+        const float* point = rows[picks[b]];
+        cpu::sqdist(&point, 1, rows[begin], rows.stride(), end - begin, channels, sqdist.data() + begin, tokens);
+        cpu::add_repulsion(mine.data() + begin, sqdist.data() + begin, end - begin, step.rule.eps);
+      }
+      for (int64_t i = begin; i < end; ++i)
+        if (mine[i] != mine[i] || !cpu::all_finite(rows[i], channels)) mine[i] = mine[i] > kLastResort ? mine[i] : kLastResort;
+    });
+    if (picks[b] >= 0) mine[picks[b]] = std::numeric_limits<float>::infinity();
+    const cpu::Lowest best = cpu::lowest(mine.data(), tokens);
+    next[b] = best.value == std::numeric_limits<float>::infinity() ? -1 : best.index;
+    for (int64_t i = 0; i < tokens; ++i) item[i * token_stride] = mine[i];
+  }
+  return out;
+}
+
+}  // namespace
+}  // namespace sts
+
+STABLE_TORCH_LIBRARY_IMPL(sts_kernels, CPU, m) { m.impl("repulsion_step_", TORCH_BOX(&sts::repulsion_step_cpu)); }

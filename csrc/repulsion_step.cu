@@ -1,0 +1,36 @@
+#include "repulsion_step.cuh"
+
+#include <vector>
+
+#include "cuda_glue.h"
+
+namespace sts {
+namespace {
+
+Tensor repulsion_step_cuda(Tensor potential, const Tensor& features, const Tensor& picked, double eps) {
+  const Step step(potential, features, picked, eps);
+  const CudaScope scope(step.features);
+  const int64_t batch = step.features.size(0), tokens = step.features.size(1);
+  Tensor next = torch::stable::new_empty(step.features, {batch}, ScalarType::Long);
+  if (batch == 0) return next;
+  const int64_t* picks = static_cast<const int64_t*>(step.picked.const_data_ptr());
+  if (check_values_on_device()) {
+    std::vector<int64_t> values(batch);
+    CudaScope::check(cudaStreamSynchronize(scope.stream()), "STS_KERNELS_CHECK");
+    CudaScope::check(cudaMemcpy(values.data(), picks, batch * sizeof(int64_t), cudaMemcpyDeviceToHost), "STS_KERNELS_CHECK");
+    Step::check_values(values.data(), batch, tokens);
+  }
+  dispatch_cuda(step.features.scalar_type(), [&](auto* element) {
+    const auto rows = rows_of<std::remove_pointer_t<decltype(element)>>(step.features);
+    CudaScope::check(launch_repulsion_step(static_cast<float*>(potential.mutable_data_ptr()), potential.stride(0), potential.stride(1),
+                                           rows.data, batch, tokens, rows.channels, rows.batch_stride, rows.row_stride, picks,
+                                           step.rule.eps, static_cast<int64_t*>(next.mutable_data_ptr()), scope.stream()),
+                     "repulsion_step_");
+  });
+  return next;
+}
+
+}  // namespace
+}  // namespace sts
+
+STABLE_TORCH_LIBRARY_IMPL(sts_kernels, CUDA, m) { m.impl("repulsion_step_", TORCH_BOX(&sts::repulsion_step_cuda)); }

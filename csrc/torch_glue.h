@@ -1,0 +1,161 @@
+// Between torch's stable C ABI and the kernels: argument checks that protect memory (Python's speak to people), layouts, dtypes.
+#pragma once
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <optional>
+
+#include "items.h"
+
+namespace sts {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Features as (B, N, C) or packed (T, C) with contiguous channels; copies only if they are not.
+inline Tensor checked_features(const char* op, const Tensor& features, int64_t dim) {
+  STD_TORCH_CHECK(features.dim() == dim, "sts_kernels::", op, ": features must have ", dim, " dimensions, got ", features.dim());
+  const ScalarType type = features.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16, "sts_kernels::", op,
+                  ": features must be float32, float16 or bfloat16");
+  STD_TORCH_CHECK(features.size(dim - 2) > 0 && features.size(dim - 1) > 0, "sts_kernels::", op,
+                  ": features must have at least one token and one channel");
+  STD_TORCH_CHECK(features.size(dim - 1) < (1 << 30) && features.size(dim - 2) < (int64_t(1) << 31) - 1, "sts_kernels::", op,
+                  ": features must have fewer than 2^30 channels and 2^31 tokens");
+  return features.stride(dim - 1) == 1 || features.size(dim - 1) == 1 ? features : torch::stable::contiguous(features);
+}
+
+inline float checked_eps(const char* op, double eps) {
+  STD_TORCH_CHECK(eps >= 1e-30 && eps <= 3.4e38, "sts_kernels::", op, ": eps must be a finite number of at least 1e-30, got ", eps);
+  return static_cast<float>(eps);
+}
+
+// An integer vector of the given length on the features' device, as int64; copies only if it is int32 or strided.
+inline Tensor checked_vector(const char* op, const char* name, const Tensor& value, int64_t length, const Tensor& features) {
+  const ScalarType type = value.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Long || type == ScalarType::Int, "sts_kernels::", op, ": ", name, " must be int64 or int32");
+  STD_TORCH_CHECK(value.dim() == 1 && value.size(0) == length, "sts_kernels::", op, ": ", name, " must have shape (", length, ",)");
+  STD_TORCH_CHECK(value.is_cuda() == features.is_cuda() && value.get_device_index() == features.get_device_index(), "sts_kernels::",
+                  op, ": ", name, " must be on the device of features");
+  Tensor wide = type == ScalarType::Long ? value : torch::stable::to(value, ScalarType::Long);
+  return wide.is_contiguous() ? wide : torch::stable::contiguous(wide);
+}
+
+inline std::optional<Tensor> checked_vector(const char* op, const char* name, const std::optional<Tensor>& value, int64_t length,
+                                            const Tensor& features) {
+  if (!value) return std::nullopt;
+  return checked_vector(op, name, *value, length, features);
+}
+
+inline const int64_t* data_or_null(const std::optional<Tensor>& value) {
+  return value ? static_cast<const int64_t*>(value->const_data_ptr()) : nullptr;
+}
+
+template <class scalar_t>
+Rows<scalar_t> rows_of(const Tensor& features) {
+  const int64_t dim = features.dim();
+  return {static_cast<const scalar_t*>(features.const_data_ptr()), dim == 3 ? features.stride(0) : 0, features.stride(dim - 2),
+          static_cast<int>(features.size(dim - 1))};
+}
+
+// Calls f with a null pointer of the element type: float, or what the caller's side of the compiler has for the 16-bit types.
+template <class half_t, class bfloat16_t, class F>
+void dispatch_floating(ScalarType type, F&& f) {
+  switch (type) {
+    case ScalarType::Float: return f(static_cast<float*>(nullptr));
+    case ScalarType::Half: return f(static_cast<half_t*>(nullptr));
+    case ScalarType::BFloat16: return f(static_cast<bfloat16_t*>(nullptr));
+    default: STD_TORCH_CHECK(false, "sts_kernels: features must be float32, float16 or bfloat16");
+  }
+}
+
+// Arguments of repulsion_select and repulsion_select_varlen, checked once for CPU and CUDA. Owns what `items` points into.
+struct Selection {
+  Tensor features;
+  std::optional<Tensor> anchor, num_tokens, cu_seqlens, cu_budgets;
+  Repulsion rule;
+  Items items;
+
+  static Selection padded(const Tensor& features, int64_t k, double eps, const std::optional<Tensor>& anchor,
+                          const std::optional<Tensor>& num_tokens) {
+    const char* op = "repulsion_select";
+    Selection s{checked_features(op, features, 3), {}, {}, {}, {}, {checked_eps(op, eps)}, {}};
+    const int64_t batch = s.features.size(0), tokens = s.features.size(1);
+    STD_TORCH_CHECK(k >= 1 && k <= tokens, "sts_kernels::repulsion_select: k must be between 1 and ", tokens, ", got ", k);
+    s.anchor = checked_vector(op, "anchor", anchor, batch, features);
+    s.num_tokens = checked_vector(op, "num_tokens", num_tokens, batch, features);
+    s.items = {batch, tokens, k, data_or_null(s.num_tokens), nullptr, nullptr, data_or_null(s.anchor)};
+    return s;
+  }
+
+  static Selection packed(const Tensor& features, const Tensor& cu_seqlens, const Tensor& cu_budgets, int64_t total_k, double eps,
+                          const std::optional<Tensor>& anchor) {
+    const char* op = "repulsion_select_varlen";
+    Selection s{checked_features(op, features, 2), {}, {}, {}, {}, {checked_eps(op, eps)}, {}};
+    STD_TORCH_CHECK(cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1, "sts_kernels::", op, ": cu_seqlens must have shape (B+1,)");
+    const int64_t batch = cu_seqlens.size(0) - 1, tokens = s.features.size(0);
+    STD_TORCH_CHECK(total_k >= 0 && total_k <= tokens, "sts_kernels::", op, ": total_k must be between 0 and ", tokens, ", got ", total_k);
+    s.cu_seqlens = checked_vector(op, "cu_seqlens", cu_seqlens, batch + 1, features);
+    s.cu_budgets = checked_vector(op, "cu_budgets", cu_budgets, batch + 1, features);
+    s.anchor = checked_vector(op, "anchor", anchor, batch, features);
+    s.items = {batch, tokens, total_k, nullptr, data_or_null(s.cu_seqlens), data_or_null(s.cu_budgets), data_or_null(s.anchor)};
+    return s;
+  }
+
+  Tensor new_output() const {
+    if (items.packed()) return torch::stable::new_empty(features, {items.picks}, ScalarType::Long);
+    return torch::stable::new_empty(features, {items.count, items.picks}, ScalarType::Long);
+  }
+
+  // The values inside the index vectors. Pointers must be readable by the host.
+  static void check_values(const Items& items) {
+    if (items.packed()) {
+      STD_TORCH_CHECK(items.cu_seqlens[0] == 0 && items.cu_seqlens[items.count] == items.tokens,
+                      "sts_kernels::repulsion_select_varlen: cu_seqlens must rise from 0 to ", items.tokens);
+      STD_TORCH_CHECK(items.cu_budgets[0] == 0 && items.cu_budgets[items.count] == items.picks,
+                      "sts_kernels::repulsion_select_varlen: cu_budgets must rise from 0 to ", items.picks);
+    }
+    for (int64_t b = 0; b < items.count; ++b) {
+      if (items.packed()) {
+        const int64_t count = items.cu_seqlens[b + 1] - items.cu_seqlens[b], budget = items.cu_budgets[b + 1] - items.cu_budgets[b];
+        STD_TORCH_CHECK(count >= 0 && budget >= 0 && budget <= count, "sts_kernels::repulsion_select_varlen: item ", b, " has ", count,
+                        " tokens and a budget of ", budget);
+      }
+      STD_TORCH_CHECK(items[b].valid, "sts_kernels: num_tokens or anchor of item ", b, " is out of range");
+    }
+  }
+};
+
+// Arguments of repulsion_step_, checked once for CPU and CUDA.
+struct Step {
+  Tensor features, picked;
+  Repulsion rule;
+
+  Step(const Tensor& potential, const Tensor& features_, const Tensor& picked_, double eps)
+      : features(checked_features("repulsion_step_", features_, 3)),
+        picked(checked_vector("repulsion_step_", "picked", picked_, features_.size(0), features_)),
+        rule{checked_eps("repulsion_step_", eps)} {
+    STD_TORCH_CHECK(potential.scalar_type() == ScalarType::Float && potential.dim() == 2 && potential.size(0) == features.size(0) &&
+                        potential.size(1) == features.size(1),
+                    "sts_kernels::repulsion_step_: potential must be float32 of shape (", features.size(0), ", ", features.size(1), ")");
+    STD_TORCH_CHECK(potential.is_cuda() == features.is_cuda() && potential.get_device_index() == features.get_device_index(),
+                    "sts_kernels::repulsion_step_: potential must be on the device of features");
+  }
+
+  // `picks` must be readable by the host.
+  static void check_values(const int64_t* picks, int64_t batch, int64_t tokens) {
+    for (int64_t b = 0; b < batch; ++b)
+      STD_TORCH_CHECK(picks[b] >= -1 && picks[b] < tokens, "sts_kernels::repulsion_step_: picked[", b, "] must be between -1 and ",
+                      tokens - 1, ", got ", picks[b]);
+  }
+};
+
+}  // namespace sts
