@@ -2,8 +2,8 @@
 
 Environment:
     STS_KERNELS_CUDA=auto|0|1       CUDA kernels: where there is an nvcc (default), never, or fail without one
-    STS_KERNELS_NATIVE=auto|0|1     the compiled library: where torch's headers and a compiler are found (default), never,
-                                    or fail without them
+    STS_KERNELS_NATIVE=auto|0|1     the compiled library: where torch's headers and a compiler are (default), never, or
+                                    fail without them
     STS_KERNELS_TORCH_INCLUDE=DIR   the torch/include folder to compile against, instead of the installed torch's
     TORCH_CUDA_ARCH_LIST, CUDA_HOME, CUDACXX, CXX, MAX_JOBS    as in other CUDA extensions
 """
@@ -103,24 +103,16 @@ def tool(name: str) -> str:
 
 
 # What CMake reads once and then caches. Not CMake and Ninja themselves: pip's isolation moves them every time.
-CACHED = [
-    "STS_KERNELS_CUDA",
-    "TORCH_CUDA_ARCH_LIST",
-    "CUDA_HOME",
-    "CUDA_PATH",
-    "CUDACXX",
-    "CUDAHOSTCXX",
-    "CXX",
-    "CXXFLAGS",
-]
-CACHED += ["CUDAFLAGS", "LDFLAGS"]
+CACHED = "STS_KERNELS_CUDA TORCH_CUDA_ARCH_LIST CUDA_HOME CUDA_PATH CUDACXX CUDAHOSTCXX CXX CXXFLAGS CUDAFLAGS LDFLAGS"
 
 
 def compile_library(include: Path, out: Path) -> None:
     """Configures, compiles and installs into `out`/sts_kernels, rebuilding only what changed since the last time."""
     tree = ROOT / "build" / "cmake"
     tree.mkdir(parents=True, exist_ok=True)
-    settings = {name: os.environ.get(name) for name in CACHED} | {name: shutil.which(name) for name in ("c++", "nvcc")}
+    settings = {name: os.environ.get(name) for name in CACHED.split()} | {
+        name: shutil.which(name) for name in ("c++", "nvcc")
+    }
     settings = json.dumps(settings | {"torch": [str(include), headers_version(include)]}, indent=1)
     remembered = tree / "settings.json"
     fresh = not remembered.exists() or remembered.read_text() != settings
@@ -132,13 +124,18 @@ def compile_library(include: Path, out: Path) -> None:
     configure = [cmake, "-S", ROOT, "-B", tree, "-G", "Ninja", *(f"-D{k}={v}" for k, v in options.items())]
     compile_ = [cmake, "--build", tree, "--parallel", os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)]
     install = [cmake, "--install", tree, "--prefix", out, "--strip"]
-    for command in (configure + ["--fresh"] * fresh, compile_, install):
-        if subprocess.run(command).returncode:
-            raise SystemExit(
-                "sts_kernels: the compiled library could not be built, see above. "
-                "STS_KERNELS_CUDA=0 leaves out the CUDA kernels, STS_KERNELS_NATIVE=0 all compiled code."
-            )
+    run(configure + ["--fresh"] * fresh)
     remembered.write_text(settings)
+    run(compile_)
+    run(install)
+
+
+def run(command: list) -> None:
+    if subprocess.run(command).returncode:
+        raise SystemExit(
+            "sts_kernels: the compiled library could not be built, see above. "
+            "STS_KERNELS_CUDA=0 leaves out the CUDA kernels, STS_KERNELS_NATIVE=0 all compiled code."
+        )
 
 
 INCLUDE, REASON = plan()
@@ -188,7 +185,7 @@ class BuildLibrary(setuptools.Command):
             print(WITHOUT_LIBRARY.format(reason=REASON), file=sys.stderr, flush=True)
 
     def get_source_files(self):
-        return [str(p.relative_to(ROOT)) for d in ("csrc", "cmake") for p in sorted((ROOT / d).glob("*"))]
+        return ["CMakeLists.txt", *(str(p.relative_to(ROOT)) for d in ("csrc", "cmake") for p in (ROOT / d).iterdir())]
 
     def get_outputs(self):
         names = PRODUCTS if INCLUDE else PRODUCTS[1:]
