@@ -1,0 +1,242 @@
+"""Bad arguments: from Python an error that says what is wrong, from the raw ops never worse than an exception."""
+
+import math
+import re
+
+import pytest
+import torch
+
+import sts_kernels
+
+NAN, INF = math.nan, math.inf
+
+
+def good(op, device="cpu"):
+    """Arguments that work, every optional one given."""
+    features = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0)).to(device)
+    index = lambda *values, dtype=torch.int64: torch.tensor(values, dtype=dtype, device=device)  # noqa: E731
+    return {
+        "pairwise_sqdist": lambda: {"features": features},
+        "repulsion_step_": lambda: {
+            "potential": torch.zeros(2, 6, device=device),
+            "features": features,
+            "picked": index(0, 5),
+            "eps": 1e-6,
+        },
+        "repulsion_select": lambda: {
+            "features": features,
+            "k": 3,
+            "eps": 1e-6,
+            "anchor": index(0, 4),
+            "num_tokens": index(6, 5),
+        },
+        "repulsion_select_varlen": lambda: {
+            "features": features.reshape(12, 4),
+            "cu_seqlens": index(0, 7, 12, dtype=torch.int32),
+            "cu_budgets": index(0, 3, 5, dtype=torch.int32),
+            "total_k": 5,
+            "eps": 1e-6,
+            "anchor": index(6, 4),
+        },
+    }[op]()
+
+
+OPS = ["pairwise_sqdist", "repulsion_step_", "repulsion_select", "repulsion_select_varlen"]
+DENSE = ["pairwise_sqdist", "repulsion_step_", "repulsion_select"]
+EPS = ["repulsion_step_", "repulsion_select", "repulsion_select_varlen"]
+
+
+def t(*values, dtype=torch.int64):
+    return torch.tensor(values, dtype=dtype)
+
+
+# (op, argument, bad value, exception, what the message says came)
+BAD = [
+    *((op, "features", value, TypeError, "list") for op in OPS for value in ([[[1.0]]],)),
+    *((op, "features", None, TypeError, "NoneType") for op in OPS),
+    *((op, "features", torch.zeros(2, 6, 4, dtype=torch.float64), TypeError, "float64") for op in OPS),
+    *((op, "features", torch.zeros(2, 6, 4, dtype=torch.int32), TypeError, "int32") for op in OPS),
+    *((op, "features", torch.zeros(2, 6, 4, dtype=torch.complex64), TypeError, "complex64") for op in OPS),
+    *((op, "features", torch.zeros(2, 6, 4, dtype=torch.bool), TypeError, "bool") for op in OPS),
+    *((op, "features", torch.zeros(2, 6), ValueError, "(2, 6)") for op in DENSE),
+    *((op, "features", torch.zeros(6), ValueError, "(6,)") for op in OPS),
+    *((op, "features", torch.zeros(()), ValueError, "()") for op in OPS),
+    *((op, "features", torch.zeros(1, 2, 6, 4), ValueError, "(1, 2, 6, 4)") for op in OPS),
+    *((op, "features", torch.zeros(2, 0, 4), ValueError, "(2, 0, 4)") for op in DENSE),
+    *((op, "features", torch.zeros(2, 6, 0), ValueError, "(2, 6, 0)") for op in DENSE),
+    ("repulsion_select_varlen", "features", torch.zeros(2, 6, 4), ValueError, "(2, 6, 4)"),
+    ("repulsion_select_varlen", "features", torch.zeros(0, 4), ValueError, "(0, 4)"),
+    ("repulsion_select_varlen", "features", torch.zeros(12, 0), ValueError, "(12, 0)"),
+    *((op, "eps", value, ValueError, str(value)) for op in EPS for value in (0.0, -1e-6, 1e-31, INF, -INF, NAN)),
+    *((op, "eps", "small", TypeError, "str") for op in EPS),
+    *((op, "eps", None, TypeError, "NoneType") for op in EPS),
+    *((op, "eps", torch.tensor(1e-6), TypeError, "Tensor") for op in EPS),
+    ("repulsion_step_", "potential", torch.zeros(2, 6, dtype=torch.float16), TypeError, "float16"),
+    ("repulsion_step_", "potential", torch.zeros(2, 6, dtype=torch.float64), TypeError, "float64"),
+    ("repulsion_step_", "potential", [0.0], TypeError, "list"),
+    ("repulsion_step_", "potential", torch.zeros(2, 7), ValueError, "(2, 7)"),
+    ("repulsion_step_", "potential", torch.zeros(1, 6), ValueError, "(1, 6)"),
+    ("repulsion_step_", "potential", torch.zeros(6), ValueError, "(6,)"),
+    ("repulsion_step_", "picked", t(0, 6), ValueError, "6"),
+    ("repulsion_step_", "picked", t(-2, 0), ValueError, "-2"),
+    ("repulsion_step_", "picked", t(2**40, 0), ValueError, str(2**40)),
+    ("repulsion_step_", "picked", t(0), ValueError, "(1,)"),
+    ("repulsion_step_", "picked", t(0, 1, 2), ValueError, "(3,)"),
+    ("repulsion_step_", "picked", torch.zeros(2, 1, dtype=torch.int64), ValueError, "(2, 1)"),
+    ("repulsion_step_", "picked", torch.zeros(2), TypeError, "float32"),
+    ("repulsion_step_", "picked", t(0, 1, dtype=torch.int16), TypeError, "int16"),
+    ("repulsion_step_", "picked", 0, TypeError, "int"),
+    *(("repulsion_select", "k", value, ValueError, str(value)) for value in (0, -1, 7, 2**40)),
+    *(("repulsion_select", "k", value, TypeError, type(value).__name__) for value in (2.0, "3", None, True)),
+    ("repulsion_select", "anchor", t(0, 5), ValueError, "5"),  # item 1 has 5 tokens
+    ("repulsion_select", "anchor", t(-1, 0), ValueError, "-1"),
+    ("repulsion_select", "anchor", t(2**40, 0), ValueError, str(2**40)),
+    ("repulsion_select", "anchor", t(0), ValueError, "(1,)"),
+    ("repulsion_select", "anchor", torch.tensor(0), ValueError, "()"),
+    ("repulsion_select", "anchor", torch.zeros(2), TypeError, "float32"),
+    ("repulsion_select", "anchor", t(0, 1, dtype=torch.uint8), TypeError, "uint8"),
+    ("repulsion_select", "anchor", 3, TypeError, "int"),
+    ("repulsion_select", "num_tokens", t(6, 7), ValueError, "7"),
+    ("repulsion_select", "num_tokens", t(-1, 5), ValueError, "-1"),
+    ("repulsion_select", "num_tokens", t(6), ValueError, "(1,)"),
+    ("repulsion_select", "num_tokens", torch.zeros(2, 2, dtype=torch.int64), ValueError, "(2, 2)"),
+    ("repulsion_select", "num_tokens", torch.tensor([6.0, 5.0]), TypeError, "float32"),
+    ("repulsion_select", "num_tokens", [6, 5], TypeError, "list"),
+    ("repulsion_select_varlen", "cu_seqlens", t(0, 7, 11), ValueError, "[0, 7, 11]"),
+    ("repulsion_select_varlen", "cu_seqlens", t(0, 7, 13), ValueError, "[0, 7, 13]"),
+    ("repulsion_select_varlen", "cu_seqlens", t(1, 7, 12), ValueError, "[1, 7, 12]"),
+    ("repulsion_select_varlen", "cu_seqlens", t(0, 13, 12), ValueError, "[0, 13, 12]"),
+    ("repulsion_select_varlen", "cu_seqlens", t(0, -5, 12), ValueError, "[0, -5, 12]"),
+    ("repulsion_select_varlen", "cu_seqlens", torch.zeros(0, dtype=torch.int32), ValueError, "(0,)"),
+    ("repulsion_select_varlen", "cu_seqlens", torch.zeros(1, 3, dtype=torch.int32), ValueError, "(1, 3)"),
+    ("repulsion_select_varlen", "cu_seqlens", torch.tensor([0.0, 7.0, 12.0]), TypeError, "float32"),
+    ("repulsion_select_varlen", "cu_seqlens", [0, 7, 12], TypeError, "list"),
+    ("repulsion_select_varlen", "cu_budgets", t(0, 5), ValueError, "(2,)"),
+    ("repulsion_select_varlen", "cu_budgets", t(0, 3, 6), ValueError, "[0, 3, 6]"),
+    ("repulsion_select_varlen", "cu_budgets", t(1, 3, 5), ValueError, "[1, 3, 5]"),
+    ("repulsion_select_varlen", "cu_budgets", t(0, 6, 5), ValueError, "[0, 6, 5]"),
+    ("repulsion_select_varlen", "cu_budgets", t(0, 3, 5, dtype=torch.int8), TypeError, "int8"),
+    ("repulsion_select_varlen", "total_k", 4, ValueError, "[0, 3, 5]"),
+    ("repulsion_select_varlen", "total_k", -1, ValueError, "-1"),
+    ("repulsion_select_varlen", "total_k", 13, ValueError, "13"),
+    ("repulsion_select_varlen", "total_k", 5.0, TypeError, "float"),
+    ("repulsion_select_varlen", "total_k", False, TypeError, "bool"),
+    ("repulsion_select_varlen", "anchor", t(7, 0), ValueError, "7"),
+    ("repulsion_select_varlen", "anchor", t(0, -1), ValueError, "-1"),
+    ("repulsion_select_varlen", "anchor", t(0), ValueError, "(1,)"),
+    ("repulsion_select_varlen", "anchor", torch.zeros(2), TypeError, "float32"),
+]
+
+
+def describe(value):
+    if isinstance(value, torch.Tensor):
+        small = value.dtype in (torch.int64, torch.int32) and value.ndim == 1
+        return str(value.tolist()) if small else f"{value.dtype}{tuple(value.shape)}"
+    return repr(value)
+
+
+BAD_IDS = [f"{op}-{name}-{describe(value)}" for op, name, value, _, _ in BAD]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_good_arguments_are_good(device, op):
+    getattr(sts_kernels, op)(**good(op, device))
+    getattr(torch.ops.sts_kernels, op)(**good(op, device))
+
+
+@pytest.mark.parametrize(("op", "name", "value", "error", "came"), BAD, ids=BAD_IDS)
+def test_message_names_op_argument_and_what_came(op, name, value, error, came):
+    with pytest.raises(error) as caught:
+        getattr(sts_kernels, op)(**{**good(op), name: value})
+    message = str(caught.value)
+    assert caught.type is error
+    assert message.startswith(f"{op}: ")
+    # total_k is one side of a disagreement, which is told from the other: cu_budgets must rise to total_k.
+    assert re.search(rf"\b{name}\b", message), message
+    assert came in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(("op", "name", "value", "error", "came"), BAD, ids=BAD_IDS)
+def test_raw_op_raises_too(op, name, value, error, came):
+    """Past the Python checks the op checks again; the dispatcher itself refuses what does not fit the schema."""
+    if isinstance(value, torch.Tensor) and value.ndim == 0 and name == "eps":
+        pytest.skip("a 0-d tensor is a number to the dispatcher")
+    if value is True or value is False:
+        pytest.skip("a bool is a number to the dispatcher")
+    arguments = {**good(op), name: value}
+    with pytest.raises((RuntimeError, ValueError, TypeError)):
+        getattr(torch.ops.sts_kernels, op)(**arguments)
+
+
+def budget_over_length():
+    return {"cu_seqlens": t(0, 2, 12), "cu_budgets": t(0, 3, 5)}
+
+
+@pytest.mark.parametrize("namespace", [sts_kernels, torch.ops.sts_kernels], ids=["public", "raw"])
+def test_budget_over_the_length_of_its_item(namespace):
+    with pytest.raises((ValueError, RuntimeError), match=r"cu_budgets.*item 0.*2.*3|cu_budgets") as caught:
+        namespace.repulsion_select_varlen(**{**good("repulsion_select_varlen"), **budget_over_length()})
+    if namespace is sts_kernels:
+        assert "item 0" in str(caught.value)
+        assert caught.type is ValueError
+
+
+def test_anchor_of_an_item_without_tokens_or_budget_is_ignored(device):
+    arguments = good("repulsion_select", device)
+    arguments["num_tokens"] = torch.tensor([0, 5], device=device)
+    arguments["anchor"] = torch.tensor([99, 4], device=device)
+    assert sts_kernels.repulsion_select(**arguments)[0].tolist() == [-1, -1, -1]
+
+
+def test_the_wrong_item_is_named():
+    arguments = good("repulsion_select")
+    with pytest.raises(ValueError, match=r"repulsion_select: anchor\[1\] must be between 0 and 4, got 5"):
+        sts_kernels.repulsion_select(**{**arguments, "anchor": t(0, 5)})
+    with pytest.raises(ValueError, match=r"repulsion_select: num_tokens\[0\] must be between 0 and 6, .*, got 9"):
+        sts_kernels.repulsion_select(**{**arguments, "num_tokens": t(9, 5)})
+    with pytest.raises(ValueError, match=r"repulsion_step_: picked\[1\] must be between -1 and 5, got 6"):
+        sts_kernels.repulsion_step_(**{**good("repulsion_step_"), "picked": t(0, 6)})
+
+
+OTHERS = [(op, name) for op in OPS for name, value in good(op).items() if isinstance(value, torch.Tensor)]
+OTHERS = [(op, name) for op, name in OTHERS if name != "features"]
+
+
+@pytest.mark.parametrize("namespace", [sts_kernels, torch.ops.sts_kernels], ids=["public", "raw"])
+@pytest.mark.parametrize(("op", "name"), OTHERS, ids=["-".join(pair) for pair in OTHERS])
+def test_tensors_on_different_devices(device, namespace, op, name):
+    arguments = good(op, device)
+    # Without a GPU the meta device stands in for another one.
+    arguments[name] = arguments[name].to("meta" if device.type == "cpu" else "cpu")
+    with pytest.raises((ValueError, RuntimeError, TypeError, NotImplementedError)) as caught:
+        getattr(namespace, op)(**arguments)
+    if namespace is sts_kernels:
+        message = str(caught.value)
+        assert caught.type is ValueError
+        assert message.startswith(f"{op}: ")
+        assert name in message
+        assert str(arguments[name].device) in message
+
+
+def test_potential_is_untouched_when_a_step_fails(device):
+    arguments = good("repulsion_step_", device)
+    with pytest.raises(ValueError, match="eps"):
+        sts_kernels.repulsion_step_(**{**arguments, "eps": 0.0})
+    if device.type == "cpu":
+        with pytest.raises(ValueError, match="picked"):
+            sts_kernels.repulsion_step_(**{**arguments, "picked": t(0, 6)})
+        with pytest.raises((ValueError, RuntimeError)):
+            torch.ops.sts_kernels.repulsion_step_(**{**arguments, "picked": t(0, 6)})
+    assert (arguments["potential"] == 0).all()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_shape_errors_on_cuda_too(cuda, op):
+    """What the host can see is checked on every device."""
+    arguments = good(op, cuda)
+    for value in (torch.zeros(6, device=cuda), torch.zeros(2, 6, 4, dtype=torch.float64, device=cuda)):
+        with pytest.raises((ValueError, TypeError), match=rf"{op}: features"):
+            getattr(sts_kernels, op)(**{**arguments, "features": value})
+        with pytest.raises((RuntimeError, ValueError, TypeError)):
+            getattr(torch.ops.sts_kernels, op)(**{**arguments, "features": value})
