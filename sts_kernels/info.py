@@ -57,24 +57,23 @@ def failure(error: Exception) -> str:
 
 
 def backends() -> str:
-    """The table of ops, then one line for each reason."""
+    """The table of ops, then what explains each backend in it."""
     try:
         from ._registry import OPS
     except Exception as error:
         return f"no op works, for the package does not load: {failure(error)}"
     width = max(map(len, OPS), default=0) + 2
     rows = [f"{'op':<{width}}" + "".join(f"{key:<11}" for key in KEYS).rstrip()]
-    reasons: dict[tuple[str, str, str], list[str]] = {}
+    reasons: dict[tuple[str, str], dict[str, list[str]]] = {}
     for name, op in OPS.items():
         chosen = {key: probe(op.backend, key) for key in KEYS}
         rows.append(f"{name:<{width}}" + "".join(f"{chosen[key]:<11}" for key in KEYS).rstrip())
         for key in KEYS:
-            reasons.setdefault((key, chosen[key], probe(op.why, key)), []).append(name)
-    for key in KEYS:
-        for (of, backend, why), names in reasons.items():
-            if of == key:
-                which = "" if len(names) == len(OPS) else f" ({', '.join(names)})"
-                rows.append(f"{key} {backend}: {why}{which}")
+            reasons.setdefault((key, chosen[key]), {}).setdefault(probe(op.why, key), []).append(name)
+    for (key, backend), ops in sorted(reasons.items()):
+        for why, names in ops.items():
+            which = f" ({', '.join(names)})" if len(ops) > 1 else ""
+            rows.append(f"{key} {backend}: {why}{which}")
     return "\n".join(rows)
 
 

@@ -1,0 +1,528 @@
+"""The command line: what `info` and `demo` print, draw and refuse."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from oracle import check_select
+from PIL import Image
+
+import sts_kernels
+from sts_kernels import _native, demo, info
+from sts_kernels.__main__ import COMMANDS, main
+from sts_kernels._registry import OPS, Op
+
+SIDE, PATCH = 24, 14
+CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+LABELS = ["package", "torch", "triton", "transformers", "python", "gpu", "build", "environment"]
+
+
+def python(*arguments, **environment):
+    root = str(Path(sts_kernels.__file__).parents[1])
+    path = os.pathsep.join([environment.pop("first", root), root])
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, "PYTHONPATH": path, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+# ---- info --------------------------------------------------------------------------------------------------------
+
+
+def parse(report):
+    """The report as {op: [CPU, CUDA]}, the lines of reasons, and {label: text}."""
+    table, facts = report.split("\n\n")
+    header, *lines = table.splitlines()
+    assert header.split() == ["op", "CPU", "CUDA"]
+    ops = {line.split()[0]: line.split()[1:] for line in lines if ": " not in line}
+    facts = re.sub(rf"\n {{{info.INDENT}}}", " ", facts)  # long lines are wrapped
+    return ops, lines[len(ops) :], dict(re.split(r"\s+", line, maxsplit=1) for line in facts.splitlines())
+
+
+def test_info_names_the_backend_of_every_op_and_why():
+    ops, reasons, facts = parse(info.report())
+    assert ops == {name: [op.backend("CPU"), op.backend("CUDA")] for name, op in OPS.items()}
+    for name, op in OPS.items():
+        for key in ("CPU", "CUDA"):
+            line = f"{key} {op.backend(key)}: {op.why(key)}"
+            assert any(r == line or (r.startswith(f"{line} (") and name in r) for r in reasons), (name, key, reasons)
+    assert list(facts) == LABELS
+    assert facts["package"] == f"sts_kernels {sts_kernels.__version__} in {Path(sts_kernels.__file__).parent}"
+    assert facts["torch"].startswith(f"{torch.__version__}, ")
+    assert (torch.version.cuda or "built without CUDA") in facts["torch"]
+    assert facts["python"].startswith(".".join(map(str, sys.version_info[:3])))
+    build = _native.status().build
+    assert facts["build"].startswith(build["summary"] if build else "nothing recorded")
+
+
+def test_info_fits_a_screen():
+    lines = info.report().splitlines()
+    assert len(lines) <= 24
+    assert all(len(line) <= 110 for line in lines[-8:] if " in /" not in line)
+
+
+def test_reasons_that_differ_between_ops_name_their_ops(monkeypatch):
+    monkeypatch.setattr(Op, "why", lambda op, key: "it is odd" if op.name == "pairwise_sqdist" else "as ever")
+    _, reasons, _ = parse(info.report())
+    assert any(r.endswith(": it is odd (pairwise_sqdist)") and r.startswith("CPU ") for r in reasons)
+    assert any(": as ever (" in r and "pairwise_sqdist" not in r and "repulsion_select_varlen" in r for r in reasons)
+
+
+def test_info_shows_the_build_and_the_environment(monkeypatch):
+    monkeypatch.setattr(
+        _native, "status", lambda: _native.Status(True, "", {"summary": "CPU kernels", "commit": "abc"})
+    )
+    monkeypatch.setenv("STS_KERNELS_CHECK", "1")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    facts = parse(info.report())[2]
+    assert facts["build"] == "CPU kernels; commit abc"
+    assert "STS_KERNELS_CHECK=1" in facts["environment"].split(", ")
+    assert "TORCH_CUDA_ARCH_LIST=9.0" in facts["environment"].split(", ")
+
+
+def test_info_shows_gpus_and_driver(monkeypatch):
+    properties = type("Properties", (), {"name": "NVIDIA H200", "major": 9, "minor": 0})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    assert info.gpus().startswith("NVIDIA H200 (sm_90), NVIDIA H200 (sm_90); driver ")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.95.05  Tue Sep 23 2025\nGCC version: 12.2.0\n",
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build\nGCC version: 12.2.0\n",
+    ],
+)
+def test_driver_version(monkeypatch, text):
+    monkeypatch.setattr(Path, "exists", lambda self: True)
+    monkeypatch.setattr(Path, "read_text", lambda self: text)
+    assert info.driver() == "580.95.05"
+
+
+def boom(*args, **kwargs):
+    raise RuntimeError("boom\nsecond line")
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "label"),
+    [
+        (Op, "backend", None),
+        (Op, "why", None),
+        (torch.cuda, "is_available", "gpu"),
+        (info, "package", None),
+        (info.importlib.metadata, "version", "triton"),
+        (info.platform, "platform", "python"),
+        (_native, "status", "build"),
+        (info, "build", None),
+        (info, "environment", None),
+        (info, "backends", None),
+    ],
+)
+def test_a_failing_probe_is_printed_in_its_place(monkeypatch, capsys, owner, name, label):
+    monkeypatch.setattr(owner, name, boom)
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert "failed: RuntimeError: boom" in out
+    assert "second line" not in out
+    labels = re.findall(r"^([a-z]+) ", out.split("\n\n")[1], re.MULTILINE)
+    assert labels == LABELS
+    if label:
+        assert re.search(rf"^{label} +failed: RuntimeError: boom$", out, re.MULTILINE)
+
+
+def test_info_where_the_library_is_disabled():
+    run = python("-m", "sts_kernels", "info", STS_KERNELS_DISABLE="1")
+    assert (run.returncode, run.stderr) == (0, "")
+    ops, reasons, facts = parse(run.stdout)
+    assert set(ops) == set(OPS)
+    assert all(cpu == "reference" for cpu, _ in ops.values())
+    assert any(r.startswith("CPU reference: STS_KERNELS_DISABLE=1 is set") for r in reasons)
+    assert "STS_KERNELS_DISABLE=1" in facts["environment"]
+
+
+def test_info_prints_where_torch_does_not_import(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('libtorch is broken')")
+    run = python("-m", "sts_kernels", "info", first=str(tmp_path))
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout.startswith(
+        "no op works, for the package does not load: failed: ImportError: libtorch is broken\n"
+    )
+    assert re.search(r"^torch +failed: ImportError: libtorch is broken$", run.stdout, re.MULTILINE)
+    assert re.search(r"^python +3\.", run.stdout, re.MULTILINE)
+    run = python("-m", "sts_kernels", "demo", first=str(tmp_path))
+    assert (run.returncode, run.stderr) == (2, "python -m sts_kernels demo: libtorch is broken\n")
+    run = python("-c", "import sts_kernels", first=str(tmp_path))
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1] == (
+        "ImportError: sts_kernels needs PyTorch 2.10 or newer, and `import torch` failed: libtorch is broken"
+    )
+
+
+def test_info_prints_what_the_terminal_cannot_encode():
+    run = python("-m", "sts_kernels", "info", STS_KERNELS_NOTE="é", PYTHONIOENCODING="ascii", PYTHONUTF8="1")
+    assert run.returncode == 0, run.stderr
+    assert "STS_KERNELS_NOTE=\\xe9" in run.stdout
+
+
+def test_the_command_line_imports_no_optional_package():
+    code = (
+        "import sys; from sts_kernels.__main__ import main; main(['info']); import sts_kernels.demo; "
+        "print(sorted({'triton', 'transformers', 'matplotlib', 'PIL'} & set(sys.modules)))"
+    )
+    assert python("-c", code).stdout.splitlines()[-1] == "[]"
+
+
+# ---- the command line --------------------------------------------------------------------------------------------
+
+
+def test_help_names_the_commands(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+    out = capsys.readouterr().out
+    assert all(re.search(rf"^ +{name} ", out, re.MULTILINE) for name in COMMANDS)
+
+
+def refusal(capsys, *argv) -> str:
+    """The one line a refused command leaves on stderr."""
+    with pytest.raises(SystemExit) as end:
+        main(list(argv))
+    out, err = capsys.readouterr()
+    assert end.value.code == 2
+    assert out == ""
+    assert err.endswith("\n")
+    assert err.count("\n") == 1
+    assert err.startswith("python -m sts_kernels")
+    return err
+
+
+@pytest.mark.parametrize("argv", [[], ["dance"], ["info", "--loud"], ["demo", "--keep", "many"], ["demo", "a", "b"]])
+def test_wrong_usage_is_one_line(capsys, argv):
+    assert refusal(capsys, *argv)
+
+
+# ---- demo: what it draws and prints ------------------------------------------------------------------------------
+
+
+def noise(height, width, seed=0):
+    """No two pixels of a channel alike in a patch, and none so dark that dimming leaves it as it is."""
+    return np.random.default_rng(seed).integers(4, 256, (height, width, 3), dtype=np.uint8)
+
+
+def patch_features(square):
+    """(576, 588) float64 from a 336 x 336 picture, patch by patch."""
+    mean, std = map(np.array, CLIP)
+    cells = [
+        square[PATCH * y : PATCH * y + PATCH, PATCH * x : PATCH * x + PATCH] for y in range(SIDE) for x in range(SIDE)
+    ]
+    return np.stack([((cell / 255 - mean) / std).reshape(-1) for cell in cells])
+
+
+def bright_tokens(panel, square, patch=PATCH):
+    """Tokens that `panel` shows as they are; all others must be dimmed to a quarter."""
+    side = square.shape[0] // patch
+    bright = set()
+    for token in range(side * side):
+        y, x = patch * (token // side), patch * (token % side)
+        cell, original = (p[y : y + patch, x : x + patch].astype(int) for p in (panel, square))
+        if (cell == original).all():
+            bright.add(token)
+        else:
+            assert (cell == original // 4).all(), f"token {token} is neither bright nor dimmed"
+    return bright
+
+
+def panels(path, size):
+    picture = np.asarray(Image.open(path))
+    width = 3 * (size + demo.MARGIN) + demo.MARGIN
+    assert picture.shape == (demo.CAPTION + size + demo.MARGIN, width, 3)
+    assert len(np.unique(picture[: demo.CAPTION])) > 2  # something is written over the panels
+    lefts = [demo.MARGIN + i * (size + demo.MARGIN) for i in range(3)]
+    return [picture[demo.CAPTION : demo.CAPTION + size, left : left + size] for left in lefts]
+
+
+def coverage(features, kept):
+    dropped = sorted(set(range(len(features))) - set(kept))
+    nearest = [np.sqrt(((features[sorted(kept)] - features[i]) ** 2).sum(1)).min() for i in dropped]
+    return (np.mean(nearest), np.max(nearest)) if dropped else (0, 0)
+
+
+def printed(out):
+    """{label: text} of the lines above the table and {choice: (mean, largest)} of the table."""
+    head, table, tail = out.split("\n\n")
+    rows = [re.fullmatch(r"  (.+?) +(\S+) +(\S+)", line).groups() for line in table.splitlines()[1:]]
+    lines = [*head.splitlines(), *tail.splitlines()]
+    return dict(re.split(r"\s+", line, maxsplit=1) for line in lines), {n: (float(m), float(x)) for n, m, x in rows}
+
+
+@pytest.mark.parametrize("keep", [1, 64, 100, 576])
+@pytest.mark.parametrize("shape", [(336, 336), (336, 500), (401, 336)], ids=["square", "wide", "tall"])
+def test_demo_end_to_end(tmp_path, capsys, device, shape, keep):
+    photo = noise(*shape)
+    top, left = (shape[0] - 336) // 2, (shape[1] - 336) // 2
+    if (shape[0] - 336) % 2:  # the middle falls between two rows: one that is the same on both sides
+        photo[:] = photo[:1]
+    square = photo[top : top + 336, left : left + 336]
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    out = tmp_path / "kept.png"
+    argv = ["demo", str(tmp_path / "photo.png"), "--keep", str(keep), "--out", str(out), "--device", device.type]
+    assert main(argv) == 0
+    facts, table = printed(capsys.readouterr().out)
+
+    features = patch_features(square)
+    cut = demo.patch_tokens(Image.fromarray(photo), device).features
+    np.testing.assert_allclose(cut.cpu(), features, rtol=0, atol=2e-6)
+    kept = sts_kernels.repulsion_select(cut[None], keep)[0].tolist()
+    shown = [bright_tokens(panel, square) for panel in panels(out, 336)]
+    assert all(len(tokens) == keep for tokens in shown)
+    assert shown[0] == set(kept)
+    assert list(table) == ["repulsion_select", "uniform grid", "random"]
+    for (mean, largest), tokens in zip(table.values(), shown, strict=True):
+        assert (mean, largest) == pytest.approx(coverage(features, tokens), rel=1e-3, abs=1e-3)
+
+    assert facts["tokens"] == f"24 x 24 = 576 of the centre crop, {keep} kept"
+    assert facts["features"] == (
+        "normalised RGB values of 14 x 14 patches: pixels, not a model's features, C = 588, float32"
+    )
+    assert facts["backend"].startswith(f"{OPS['repulsion_select'].backend(device.type.upper())}, on ")
+    assert re.fullmatch(r"\S+ ms; the direct PyTorch loop takes \S+ ms, \S+x \(medians\)", facts["time"])
+    assert facts["picture"].startswith(f"{out}: ")
+
+
+def test_demo_of_the_photograph_that_ships(tmp_path, capsys):
+    out = tmp_path / "kept.png"
+    assert main(["demo", "--out", str(out), "--device", "cpu"]) == 0
+    _, table = printed(capsys.readouterr().out)
+    assert Image.open(out).size == (1056, 376)
+    assert Image.open(demo.default_picture()).size == (600, 400)
+    assert table["repulsion_select"][1] < table["uniform grid"][1]  # no dropped token is as badly covered
+
+
+def test_demo_seed_moves_the_random_choice_only(tmp_path, capsys):
+    shown = []
+    for seed in ("0", "1", "0"):
+        out = tmp_path / f"{len(shown)}.png"
+        assert main(["demo", "--out", str(out), "--seed", seed, "--device", "cpu"]) == 0
+        shown.append(panels(out, 336))
+    capsys.readouterr()
+    assert all((a == b).all() for a, b in zip(shown[0], shown[2], strict=True))
+    assert [bool((a == b).all()) for a, b in zip(shown[0], shown[1], strict=True)] == [True, True, False]
+
+
+def test_demo_turns_a_photograph_upright(tmp_path):
+    photo = Image.fromarray(noise(336, 336))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # Orientation: upside down
+    photo.save(tmp_path / "photo.png", exif=exif)
+    assert (np.asarray(demo.load_picture(tmp_path / "photo.png")) == np.asarray(photo)[::-1, ::-1]).all()
+
+
+def test_demo_takes_any_colour_mode(tmp_path, capsys):
+    for mode in ("L", "RGBA", "P", "1", "CMYK", "LA"):
+        path = tmp_path / ("photo.tif" if mode == "CMYK" else "photo.png")
+        Image.fromarray(noise(60, 60)).convert(mode).save(path)
+        assert main(["demo", str(path), "--out", str(tmp_path / "kept.png"), "--device", "cpu"]) == 0
+    capsys.readouterr()
+
+
+# ---- demo: its parts ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", [1, 2, 5, 24])
+def test_uniform_choice_spreads_any_number(side):
+    for keep in range(1, side * side + 1):
+        chosen = demo.uniform_choice(side, keep).tolist()
+        assert len(set(chosen)) == len(chosen) == keep
+        assert 0 <= min(chosen) <= max(chosen) < side * side
+        shares = [sum(t // side == row for t in chosen) for row in {t // side for t in chosen}]
+        assert max(shares) - min(shares) <= 1
+
+
+def test_uniform_choice_of_a_square_number_is_a_square_lattice():
+    lattice = range(1, 24, 3)
+    assert demo.uniform_choice(24, 64).tolist() == [24 * y + x for y in lattice for x in lattice]
+
+
+def test_random_choice():
+    chosen = demo.random_choice(576, 64, seed=0).tolist()
+    assert len(set(chosen)) == 64
+    assert set(chosen) <= set(range(576))
+    assert chosen == demo.random_choice(576, 64, seed=0).tolist() != demo.random_choice(576, 64, seed=1).tolist()
+
+
+def test_the_timed_loop_is_the_same_selection(device):
+    features = torch.randn(1, 97, 33, generator=torch.Generator().manual_seed(0)).to(device)
+    check_select(demo.pytorch_loop(features[0], 60)[None], features, 60)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "runs", "median"), [((5, 1, 3), 3, 3000), ([0.1] * 8 + [0.7], 9, 100), ((2, 4, 8), 3, 4000)]
+)
+def test_median_ms_runs_often_enough_and_not_longer(monkeypatch, lengths, runs, median):
+    calls, now = [], [0.0]
+
+    def function():
+        if calls:  # the first is the warm-up
+            now[0] += lengths[len(calls) - 1]
+        calls.append(0)
+
+    monkeypatch.setattr(demo.time, "perf_counter", lambda: now[0])
+    assert demo.median_ms(function, torch.device("cpu")) == pytest.approx(median)
+    assert len(calls) == runs + 1
+
+
+# ---- demo: what it refuses ---------------------------------------------------------------------------------------
+
+
+def test_demo_refuses_what_is_no_picture(tmp_path, capsys):
+    (tmp_path / "text.jpg").write_text("not a picture")
+    (tmp_path / "cut.jpg").write_bytes(demo.default_picture().read_bytes()[:30000])
+    (tmp_path / "empty.png").write_bytes(b"")
+    for name in ("missing.png", "text.jpg", "cut.jpg", "empty.png", "."):
+        out = tmp_path / "kept.png"
+        assert f"cannot read the image {tmp_path / name}: " in refusal(
+            capsys, "demo", str(tmp_path / name), "--out", str(out)
+        )
+        assert not out.exists()
+
+
+def test_demo_refuses_a_picture_smaller_than_its_grid(tmp_path, capsys):
+    for width, height in ((23, 400), (400, 23), (1, 1)):
+        Image.new("RGB", (width, height)).save(tmp_path / "small.png")
+        line = refusal(capsys, "demo", str(tmp_path / "small.png"), "--out", str(tmp_path / "kept.png"))
+        assert "at least 24 pixels" in line
+        assert f"got {width} x {height}" in line
+    Image.new("RGB", (24, 24)).save(tmp_path / "small.png")
+    assert main(["demo", str(tmp_path / "small.png"), "--out", str(tmp_path / "kept.png"), "--device", "cpu"]) == 0
+
+
+@pytest.mark.parametrize("keep", [-3, 0, 577, 10**20])
+def test_demo_refuses_keep_out_of_range(tmp_path, capsys, keep):
+    line = refusal(capsys, "demo", "--keep", str(keep), "--out", str(tmp_path / "kept.png"))
+    assert line.endswith(f": --keep must be between 1 and 576, the number of tokens, got {keep}\n")
+    assert not (tmp_path / "kept.png").exists()
+
+
+@pytest.mark.parametrize("name", ["abacus", "meta", "cuda:99", "cuda"])
+def test_demo_refuses_a_device_it_cannot_use(tmp_path, capsys, name):
+    if name == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA GPU")
+    assert f"--device {name} cannot be used: " in refusal(
+        capsys, "demo", "--device", name, "--out", str(tmp_path / "kept.png")
+    )
+
+
+@pytest.mark.parametrize("name", ["no/such/folder/kept.png", "kept.unknown", "kept", "."])
+def test_demo_refuses_a_picture_it_cannot_write(tmp_path, capsys, name):
+    out = tmp_path / name
+    assert f"cannot write the picture {out}: " in refusal(capsys, "demo", "--out", str(out))
+
+
+@pytest.mark.parametrize(("package", "extra"), [("PIL", "demo"), ("transformers", "hf")])
+def test_demo_names_the_extra_that_is_missing(monkeypatch, capsys, package, extra):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert f"pip install 'sts-kernels[{extra}]'" in refusal(capsys, "demo", "--features", "some/model")
+
+
+# ---- demo: a vision model's features -----------------------------------------------------------------------------
+
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "patch_size": 14}
+
+
+@pytest.fixture
+def transformers():
+    return pytest.importorskip("transformers", reason="needs transformers: pip install 'sts-kernels[hf]'")
+
+
+def save_model(transformers, folder, kind, size):
+    """A tiny random model with its image processor; returns (vision model, mean, std)."""
+    torch.manual_seed(0)
+    vision = {**SMALL, "image_size": size}
+    text = {k: v for k, v in SMALL.items() if k != "patch_size"} | {
+        "vocab_size": 64,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+    family = "CLIP" if kind.startswith("clip") else "Siglip"
+    if kind.endswith("vision"):
+        model = getattr(transformers, f"{family}VisionModel")(getattr(transformers, f"{family}VisionConfig")(**vision))
+    else:
+        config = getattr(transformers, f"{family}Config")(vision_config=vision, text_config=text)
+        model = getattr(transformers, f"{family}Model")(config)
+    model.eval().save_pretrained(folder)
+    mean, std = CLIP if family == "CLIP" else ((0.5,) * 3, (0.5,) * 3)
+    if family == "CLIP":
+        processor = transformers.CLIPImageProcessor(
+            size={"shortest_edge": size}, crop_size={"height": size, "width": size}
+        )
+    else:
+        processor = transformers.SiglipImageProcessor(size={"height": size, "width": size})
+    processor.save_pretrained(folder)
+    return model if kind.endswith("vision") else model.vision_model, np.array(mean), np.array(std)
+
+
+def penultimate(model, pixels):
+    """Output of the last encoder layer but one, caught on its way."""
+    layer = next(
+        m for name, m in model.named_modules() if name.endswith(f"encoder.layers.{SMALL['num_hidden_layers'] - 2}")
+    )
+    caught = []
+    hook = layer.register_forward_hook(lambda module, args, out: caught.append(out if torch.is_tensor(out) else out[0]))
+    with torch.inference_mode():
+        model(pixel_values=pixels)
+    hook.remove()
+    return caught[0][0]
+
+
+# SigLIP's 60 pixels hold four 14-pixel patches and 4 pixels that no token sees, as its 384 hold 27 and 6.
+@pytest.mark.parametrize(("kind", "size"), [("clip-vision", 56), ("clip", 56), ("siglip-vision", 60), ("siglip", 56)])
+def test_demo_with_a_vision_model(tmp_path, capsys, transformers, kind, size):
+    folder = tmp_path / "model"
+    model, mean, std = save_model(transformers, folder, kind, size)
+    photo = noise(size, size + 20)
+    square = photo[:, 10 : 10 + size]
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    out = tmp_path / "kept.png"
+    argv = ["demo", str(tmp_path / "photo.png"), "--features", str(folder), "--keep", "6", "--out", str(out)]
+    assert main([*argv, "--device", "cpu"]) == 0
+    facts, table = printed(capsys.readouterr().out)
+
+    pixels = torch.tensor((square / 255 - mean) / std, dtype=torch.float32).permute(2, 0, 1)[None]
+    features = penultimate(model, pixels)[-16:]  # without CLIP's CLS token, the first
+    kept = sts_kernels.repulsion_select(features[None], 6)[0].tolist()
+    shown = square[:56, :56].repeat(6, 0).repeat(6, 1)  # enlarged until it is no smaller than 336 pixels
+    choices = [bright_tokens(panel, shown, 6 * 14) for panel in panels(out, 336)]
+    assert choices[0] == set(kept)
+    for (mean_distance, largest), tokens in zip(table.values(), choices, strict=True):
+        expected = coverage(features.double().numpy(), tokens)
+        assert (mean_distance, largest) == pytest.approx(expected, rel=1e-3)
+    assert facts["tokens"] == "4 x 4 = 16 of the centre crop, 6 kept"
+    assert facts["features"] == f"penultimate layer of {folder}, C = 32, float32"
+
+    argv[argv.index("6")] = "17"
+    with pytest.raises(SystemExit) as end:
+        main([*argv, "--device", "cpu"])
+    assert end.value.code == 2
+    assert "--keep must be between 1 and 16" in capsys.readouterr().err.splitlines()[-1]  # after transformers' progress
+
+
+def test_demo_refuses_what_is_no_vision_model(tmp_path, capsys, transformers):
+    def line(name):
+        return refusal(capsys, "demo", "--features", str(tmp_path / name), "--out", str(tmp_path / "kept.png"))
+
+    (tmp_path / "empty").mkdir()
+    assert f"cannot load the model {tmp_path / 'empty'}: " in line("empty")
+    transformers.BertConfig().save_pretrained(tmp_path / "bert")
+    assert "must be a CLIP or SigLIP vision model, got model type 'bert'" in line("bert")
+    transformers.CLIPVisionConfig(**SMALL, image_size=56).save_pretrained(tmp_path / "weightless")
+    assert f"cannot take features from the model {tmp_path / 'weightless'}: " in line("weightless")
