@@ -11,6 +11,8 @@
 #endif
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 // STS_KERNEL(name, launcher), at the end of a .cuh, offers a launcher to the tests under `name`. The product ignores it.
 #ifdef STS_KERNEL_TABLE

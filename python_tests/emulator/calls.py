@@ -1,0 +1,108 @@
+"""Calls of kernels by name: what goes in, how they are run, what must come out.
+
+A call runs in the emulator's Python module, or, through a file, in the smoke program: on a GPU, or emulated under a
+sanitizer. smoke.cpp describes the file.
+"""
+
+import struct
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class At:
+    """The address of element `offset` of an array."""
+
+    array: np.ndarray
+    offset: int
+
+
+@dataclass(frozen=True)
+class Call:
+    name: str
+    kernel: str
+    args: tuple  # int, float, None, NumPy array or At, as the launcher takes them
+    judge: Callable[..., None]  # of the arguments after the call, arrays only; asserts
+
+    def __str__(self):
+        return f"{self.kernel}-{self.name}"
+
+    def arrays(self) -> list[np.ndarray]:
+        return [a.array if isinstance(a, At) else a for a in self.args if isinstance(a, np.ndarray | At)]
+
+
+def run_in(module, call: Call) -> None:
+    """Runs `call` in the Python module and judges what comes out."""
+    args, arrays = [], []
+    for arg in call.args:
+        if isinstance(arg, np.ndarray | At):
+            arrays.append(np.ascontiguousarray(arg.array if isinstance(arg, At) else arg).copy())
+            args.append((arrays[-1], arg.offset) if isinstance(arg, At) else arrays[-1])
+        else:
+            args.append(arg)
+    module.run(call.kernel, *args)
+    call.judge(*arrays)
+
+
+class Failure(AssertionError):
+    """The program did not end well; the message is what it said."""
+
+
+def run_program(command: Sequence[str], calls: Sequence[Call], folder: Path, timeout: float = 300, env=None) -> None:
+    """Runs all `calls` in one run of the smoke program `command` and judges what comes out of each."""
+    given, output = folder / "calls.bin", folder / "output.bin"
+    given.write_bytes(encode(calls))
+    output.unlink(missing_ok=True)
+    run = subprocess.run(
+        [*command, str(given), str(output)], capture_output=True, text=True, timeout=timeout, env=env, errors="replace"
+    )
+    if run.returncode != 0:
+        reached = run.stdout.count("call ")
+        at = f" at {calls[reached - 1]}" if reached else ""
+        raise Failure(f"exit status {run.returncode}{at}:\n{run.stdout[-2000:]}\n{run.stderr[-8000:]}")
+    for call, arrays in zip(calls, decode(calls, output.read_bytes()), strict=True):
+        try:
+            call.judge(*arrays)
+        except AssertionError as error:
+            raise AssertionError(f"{call}: {error}") from error
+
+
+def encode(calls: Sequence[Call]) -> bytes:
+    parts = [b"STSCALLS", struct.pack("Q", len(calls))]
+    for call in calls:
+        name = call.kernel.encode()
+        parts += [struct.pack("Q", len(name)), name, struct.pack("Q", len(call.args))]
+        for arg in call.args:
+            parts.append(_encode_argument(arg))
+    return b"".join(parts)
+
+
+def _encode_argument(arg) -> bytes:
+    if arg is None:
+        return struct.pack("Q", 0)
+    if isinstance(arg, int):
+        return struct.pack("Qq", 1, arg)
+    if isinstance(arg, float):
+        return struct.pack("Qd", 2, arg)
+    at = arg if isinstance(arg, At) else At(arg, 0)
+    array = np.ascontiguousarray(at.array)
+    return struct.pack("QQQQ", 3, array.itemsize, array.size, at.offset) + array.tobytes()
+
+
+def decode(calls: Sequence[Call], output: bytes) -> list[list[np.ndarray]]:
+    """The arrays of each call as the program left them."""
+    results, position = [], 0
+    for call in calls:
+        position += 8  # the answer
+        arrays = []
+        for array in call.arrays():
+            data = np.frombuffer(output, array.dtype, array.size, position)
+            arrays.append(data.reshape(array.shape).copy())
+            position += array.nbytes
+        results.append(arrays)
+    assert position == len(output), f"the program wrote {len(output)} bytes, expected {position}"
+    return results

@@ -1,0 +1,484 @@
+// Runs a grid of thread blocks on the CPU. The warps of a block run in skewed bursts, which is what exposes a missing
+// barrier; blocks run one after another in an order that kernels must not depend on, except that the blocks of a cluster,
+// and all blocks of a cooperative launch, run at once on OS threads of their own. Under ThreadSanitizer blocks always
+// spread over a few OS threads, unordered, so that races between blocks are seen.
+//
+// Environment, read at every launch:
+//   STS_EMULATE_ORDER          fwd (default): warps and blocks in order, each warp as far as it gets; rev: from the last
+//                              one; a number: seed of random bursts
+//   STS_EMULATE_SMS            multiprocessors (4)
+//   STS_EMULATE_BLOCKS_PER_SM  most resident blocks of each (2)
+//   STS_EMULATE_STALL_SECONDS  a launch in which blocks only wait for each other this long is a deadlock (10)
+//
+// What a kernel may not do (a deadlock, a divergent collective, a misaligned access) ends the launch with
+// std::runtime_error.
+#pragma once
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "fiber.h"
+
+struct uint3 {
+  unsigned x, y, z;
+};
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+namespace emulator {
+
+constexpr int kWarp = 32;
+
+struct Settings {
+  static constexpr int kForward = -1, kReverse = -2;
+  int order;  // kForward, kReverse or a seed
+  int multiprocessors, blocks_per_multiprocessor;
+  double stall_seconds;
+
+  static Settings from_environment() {
+    const auto text = [](const char* name, const char* preset) {
+      const char* value = std::getenv(name);
+      return std::string(value && *value ? value : preset);
+    };
+    const std::string order = text("STS_EMULATE_ORDER", "fwd");
+    return {order == "fwd" ? kForward : order == "rev" ? kReverse : std::stoi(order),
+            std::stoi(text("STS_EMULATE_SMS", "4")), std::stoi(text("STS_EMULATE_BLOCKS_PER_SM", "2")),
+            std::stod(text("STS_EMULATE_STALL_SECONDS", "10"))};
+  }
+};
+
+// A launch under way.
+struct Grid {
+  dim3 grid, block;
+  size_t shared_bytes = 0;
+  unsigned cluster_size = 1;
+  std::function<void()> body;
+  Settings settings;
+  std::mutex mutex;
+  std::string error;  // the first one
+
+  // Relaxed, all of it: the race checker must not take the emulator's own traffic for synchronisation.
+  bool failed() const { return failed_.load(std::memory_order_relaxed); }
+  uint64_t progress() const { return progress_.load(std::memory_order_relaxed); }
+  void note_progress() { progress_.fetch_add(1, std::memory_order_relaxed); }
+
+  void fail(const std::string& message) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (!failed()) error = message;
+    failed_.store(true, std::memory_order_relaxed);
+  }
+
+ private:
+  std::atomic<bool> failed_{false};
+  std::atomic<uint64_t> progress_{0};  // rises whenever a thread gets further than spinning
+};
+
+// Waiting of one OS thread for others, with an end: true from pause() means give up.
+class Patience {
+ public:
+  explicit Patience(Grid& grid) : grid_(grid) {}
+  bool pause() {
+    if (grid_.failed()) return true;
+    std::this_thread::yield();
+    const auto now = std::chrono::steady_clock::now();
+    const uint64_t progress = grid_.progress();
+    if (progress != seen_) {
+      seen_ = progress;
+      since_ = now;
+    }
+    return std::chrono::duration<double>(now - since_).count() > grid_.settings.stall_seconds;
+  }
+
+ private:
+  Grid& grid_;
+  uint64_t seen_ = ~uint64_t(0);
+  std::chrono::steady_clock::time_point since_;
+};
+
+// A barrier of blocks. A block that has left counts as arrived.
+class BlockBarrier {
+ public:
+  explicit BlockBarrier(unsigned blocks) : expected_(blocks) {}
+
+  bool arrive_and_wait(Grid& grid) {
+    const uint64_t generation = arrive();
+    Patience patience(grid);
+    while (generation_ == generation)
+      if (patience.pause()) return false;
+    return true;
+  }
+  void leave() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    --expected_;
+    complete();
+  }
+
+ private:
+  uint64_t arrive() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const uint64_t generation = generation_;
+    ++arrived_;
+    complete();
+    return generation;
+  }
+  void complete() {
+    if (arrived_ && arrived_ == expected_) {
+      arrived_ = 0;
+      ++generation_;
+    }
+  }
+
+  std::mutex mutex_;
+  unsigned expected_, arrived_ = 0;
+  std::atomic<uint64_t> generation_{0};
+};
+
+struct Cluster {
+  explicit Cluster(unsigned size) : barrier(size), exit(size), statics(size), dynamics(size) {}
+  BlockBarrier barrier, exit;
+  std::vector<char*> statics, dynamics;  // where the shared memory of each rank lies
+  char clock[2];                         // of the even and of the odd barriers
+};
+
+// Threads wait for the next generation. The clocks of the even and of the odd generations keep a thread that is a barrier
+// ahead from being ordered with one that is behind.
+struct Barrier {
+  uint64_t generation = 0;
+  int arrived = 0;
+  char clock[2];
+};
+
+using Words = std::array<uint64_t, 3>;  // what a lane gives to a collective of its warp
+
+struct WarpCollective {
+  uint32_t mask = 0, arrived = 0;
+  uint64_t generation = 0;
+  int operation = 0;
+  Words given[2][kWarp];
+  char clock[2];
+};
+
+struct AsyncCopy {
+  void* destination;
+  const void* source;  // null: zeros
+  int group;
+};
+
+struct Thread {
+  uint3 index;
+  int linear = 0;
+  bool done = false, spinning = false;
+  const uint64_t* waits_for = nullptr;  // to differ from waits_at
+  uint64_t waits_at = 0;
+  const char* where = "its start";
+  std::vector<AsyncCopy> copies;
+  int copy_group = 0;
+  Context context;
+
+  bool blocked() const { return done || (waits_for && *waits_for == waits_at); }
+};
+
+struct Block;
+inline thread_local Block* block = nullptr;
+inline thread_local char shared_anchor = 0;  // lies in the same thread-local segment as every __shared__ variable
+
+struct Block {
+  Grid* grid;
+  Cluster* cluster;
+  uint3 index;
+  unsigned rank;
+  int alive, running = 0;
+  bool progressed = false;
+  std::vector<Thread> threads;
+  std::vector<std::vector<std::unique_ptr<WarpCollective>>> collectives;  // of each warp, by mask
+  Barrier barrier, cluster_barrier;
+  int votes[3] = {0, 0, 0};
+  std::unique_ptr<char, void (*)(void*)> dynamic{nullptr, std::free};
+  Context scheduler;
+  char started, ended;  // clocks
+
+  Block(Grid& grid, Cluster& cluster, unsigned linear, unsigned rank)
+      : grid(&grid),
+        cluster(&cluster),
+        index{linear % grid.grid.x, linear / grid.grid.x % grid.grid.y, linear / grid.grid.x / grid.grid.y},
+        rank(rank),
+        alive(static_cast<int>(grid.block.x * grid.block.y * grid.block.z)),
+        threads(alive),
+        collectives((alive + kWarp - 1) / kWarp) {
+    // Exactly sized, so that AddressSanitizer sees its end; all ones, so that what is read before it is written is NaN.
+    if (grid.shared_bytes) {
+      void* bytes = nullptr;
+      if (posix_memalign(&bytes, 128, grid.shared_bytes)) throw std::bad_alloc();
+      dynamic.reset(static_cast<char*>(bytes));
+      std::memset(bytes, 0xff, grid.shared_bytes);
+    }
+    cluster.dynamics[rank] = dynamic.get();
+    cluster.statics[rank] = &shared_anchor;
+  }
+
+  void run(Stacks& stacks);
+
+ private:
+  void run_warps(std::mt19937& random, std::vector<int>& order);
+  bool run_warp(int warp, int flip);
+  bool meet_cluster();
+  std::string whereabouts() const;
+};
+
+EMULATOR_NO_TSAN inline Thread& self() { return *(block->threads.data() + block->running); }
+
+// Ends the launch; the calling thread never runs again.
+[[noreturn]] inline void fail(const std::string& what) {
+  {
+    const Unchecked unchecked;
+    const Thread& thread = self();
+    const auto triple = [](uint3 i) {
+      return std::to_string(i.x) + "," + std::to_string(i.y) + "," + std::to_string(i.z);
+    };
+    block->grid->fail(what + " [block " + triple(block->index) + " thread " + triple(thread.index) + "]");
+  }
+  for (;;) switch_context(self().context, block->scheduler, true);
+}
+
+// Lets the other threads run until `generation` has moved on from `value`.
+inline void wait_while(const uint64_t& generation, uint64_t value, const char* where) {
+  Thread& thread = self();
+  thread.waits_for = &generation;
+  thread.waits_at = value;
+  thread.where = where;
+  while (generation == value) switch_context(thread.context, block->scheduler);
+  thread.waits_for = nullptr;
+}
+
+inline void spin_pause() {
+  {
+    const Unchecked unchecked;
+    Thread& thread = self();
+    thread.spinning = true;
+    thread.where = "a spin loop";
+    switch_context(thread.context, block->scheduler);
+    thread.spinning = false;
+  }
+}
+
+inline void sync_block(const char* where = "__syncthreads") {
+  const Unchecked unchecked;
+  Barrier& barrier = block->barrier;
+  const uint64_t generation = barrier.generation;
+  release(&barrier.clock[generation & 1]);
+  if (++barrier.arrived == block->alive) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+  } else {
+    wait_while(barrier.generation, generation, where);
+  }
+  acquire(&barrier.clock[generation & 1]);
+}
+
+// The scheduler completes it when all threads of the block are here.
+inline void sync_cluster() {
+  const Unchecked unchecked;
+  Barrier& barrier = block->cluster_barrier;
+  const uint64_t generation = barrier.generation;
+  char* clock = &block->cluster->clock[generation & 1];
+  release(clock);
+  ++barrier.arrived;
+  wait_while(barrier.generation, generation, "cluster.sync");
+  acquire(clock);
+}
+
+// What every lane of `mask` gave, once all are here. Only __syncwarp orders memory; shuffles and votes do not.
+inline const Words* exchange(uint32_t mask, const Words& words, int operation, const char* name,
+                             bool orders_memory = false) {
+  const Unchecked unchecked;
+  const Thread& thread = self();
+  const int lane = thread.linear % kWarp, first = thread.linear - lane;
+  const auto complain = [name](const char* what) { fail(std::string(name) + ": " + what); };
+  if (!(mask >> lane & 1)) complain("the calling lane is not in its own mask");
+  for (int l = 0; l < kWarp; ++l) {
+    const int other = first + l;
+    if ((mask >> l & 1) && (other >= static_cast<int>(block->threads.size()) || block->threads[other].done))
+      complain("the mask names a lane that does not exist or has exited");
+  }
+  WarpCollective* collective = nullptr;
+  auto& collectives = block->collectives[thread.linear / kWarp];
+  for (const auto& candidate : collectives)
+    if (candidate->mask == mask) collective = candidate.get();
+  if (!collective) {
+    collectives.push_back(std::make_unique<WarpCollective>());
+    collective = collectives.back().get();
+    collective->mask = mask;
+  }
+  if (collective->arrived && collective->operation != operation) complain("lanes of one warp are at different collectives");
+  const uint64_t generation = collective->generation;
+  char* clock = &collective->clock[generation & 1];
+  collective->operation = operation;
+  collective->given[generation & 1][lane] = words;
+  collective->arrived |= 1u << lane;
+  if (orders_memory) release(clock);
+  if (collective->arrived == mask) {
+    collective->arrived = 0;
+    ++collective->generation;
+  } else {
+    wait_while(collective->generation, generation, name);
+  }
+  if (orders_memory) acquire(clock);
+  return collective->given[generation & 1];
+}
+
+inline void* dynamic_shared() { return block->dynamic.get(); }
+
+// ---- the scheduler of a block ----
+
+inline void run_thread() {
+  arrived(nullptr);
+  acquire(&block->started);
+  block->grid->body();
+  {
+    const Unchecked unchecked;
+    self().done = true;
+    --block->alive;
+    Barrier& barrier = block->barrier;
+    if (barrier.arrived && barrier.arrived == block->alive) {  // threads that have exited do not count
+      barrier.arrived = 0;
+      ++barrier.generation;
+    }
+  }
+  release(&block->ended);
+  switch_context(self().context, block->scheduler, true);
+  std::abort();
+}
+
+EMULATOR_NO_TSAN inline void Block::run(Stacks& stacks) {
+  const Unchecked unchecked;
+  block = this;
+  adopt_thread(scheduler);
+  const dim3 size = grid->block;
+  for (size_t i = 0; i < threads.size(); ++i) {
+    const unsigned linear = static_cast<unsigned>(i);
+    threads[i].linear = static_cast<int>(i);
+    threads[i].index = {linear % size.x, linear / size.x % size.y, linear / size.x / size.y};
+    stacks.prepare(i, threads[i].context, run_thread);
+  }
+  release(&started);
+  std::mt19937 random(static_cast<unsigned>(grid->settings.order) + 7919 * (index.x + 31 * (index.y + 31 * index.z)));
+  std::vector<int> order(collectives.size());
+  for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int>(i);
+  Patience patience(*grid);
+  while (alive && !grid->failed()) {
+    progressed = false;
+    run_warps(random, order);
+    if (progressed || grid->failed()) {
+      grid->note_progress();
+      continue;
+    }
+    const bool spinning = std::any_of(threads.begin(), threads.end(), [](const Thread& t) { return t.spinning; });
+    if (spinning) {
+      if (patience.pause())
+        grid->fail("deadlock: blocks wait for blocks that never come; " + whereabouts() +
+                   " (only the blocks of a cooperative launch may wait for each other)");
+    } else if (cluster_barrier.arrived == alive) {
+      if (!cluster->barrier.arrive_and_wait(*grid))
+        grid->fail("deadlock: blocks of the cluster never come; " + whereabouts());
+      cluster_barrier.arrived = 0;
+      ++cluster_barrier.generation;
+      grid->note_progress();
+    } else {
+      grid->fail("deadlock: " + whereabouts());
+    }
+  }
+  acquire(&ended);
+  cluster->barrier.leave();
+  cluster->exit.arrive_and_wait(*grid);  // its shared memory must outlive what others do to it
+  for (size_t i = 0; i < threads.size(); ++i)
+    if (stacks.overflowed(i)) grid->fail("a thread overflowed its stack of " + std::to_string(Stacks::kSize) + " bytes");
+  if (!grid->failed())  // else some fibers are stuck half-way, and stay
+    for (Thread& thread : threads) stacks.discard(thread.context);
+  block = nullptr;
+}
+
+EMULATOR_NO_TSAN inline void Block::run_warps(std::mt19937& random, std::vector<int>& order) {
+  const int kind = grid->settings.order, warps = static_cast<int>(order.size());
+  if (kind >= 0)
+    for (int i = warps - 1; i > 0; --i) std::swap(order[i], order[random() % (i + 1)]);
+  for (int i = 0; i < warps; ++i) {
+    const int warp = kind == Settings::kReverse ? warps - 1 - i : order[i];
+    const int flip = kind >= 0 ? static_cast<int>(random() % kWarp) : kind == Settings::kReverse ? kWarp - 1 : 0;
+    const uint32_t burst = kind >= 0 ? 1u << random() % 8 : ~0u;
+    for (uint32_t turn = 0; turn < burst && run_warp(warp, flip); ++turn) {
+    }
+  }
+}
+
+// Runs each lane that can run until it waits; whether any got further.
+EMULATOR_NO_TSAN inline bool Block::run_warp(int warp, int flip) {
+  bool any = false;
+  for (int l = 0; l < kWarp; ++l) {
+    const size_t linear = static_cast<size_t>(warp * kWarp + (l ^ flip));
+    if (linear >= threads.size() || threads[linear].blocked()) continue;
+    running = static_cast<int>(linear);
+    switch_context(scheduler, threads[linear].context);
+    if (grid->failed()) return false;
+    if (!threads[linear].spinning) any = progressed = true;
+  }
+  return any;
+}
+
+inline std::string Block::whereabouts() const {
+  std::vector<std::pair<std::string, std::vector<int>>> places;
+  for (const Thread& thread : threads) {
+    if (thread.done) continue;
+    auto place = std::find_if(places.begin(), places.end(), [&](const auto& p) { return p.first == thread.where; });
+    if (place == places.end()) place = places.insert(places.end(), {thread.where, {}});
+    place->second.push_back(thread.linear);
+  }
+  std::string text;
+  for (const auto& [where, who] : places)
+    text += (text.empty() ? "" : ", ") + std::to_string(who.size()) + " threads (first " + std::to_string(who.front()) +
+            ") wait at " + where;
+  return text + " [block " + std::to_string(index.x) + "," + std::to_string(index.y) + "," + std::to_string(index.z) + "]";
+}
+
+// ---- a grid ----
+
+inline void run_grid(Grid& grid, bool cooperative) {
+  const unsigned blocks = grid.grid.x * grid.grid.y * grid.grid.z, size = grid.cluster_size;
+  const unsigned at_once = cooperative ? blocks : size > 1 ? size : kRaceChecker ? std::min(4u, blocks) : 1;
+  std::vector<unsigned> order(blocks / size);
+  for (unsigned i = 0; i < order.size(); ++i) order[i] = i;
+  if (grid.settings.order == Settings::kReverse) std::reverse(order.begin(), order.end());
+  if (grid.settings.order >= 0) std::shuffle(order.begin(), order.end(), std::mt19937(grid.settings.order));
+  std::vector<std::unique_ptr<Cluster>> clusters;
+  for (unsigned i = 0; i < order.size(); ++i) clusters.push_back(std::make_unique<Cluster>(size));
+  const auto work = [&](unsigned first) {
+    Stacks stacks;
+    for (unsigned i = first; i < blocks && !grid.failed(); i += at_once) {
+      const unsigned cluster = order[i / size], rank = i % size;
+      Block(grid, *clusters[cluster], cluster * size + rank, rank).run(stacks);
+    }
+  };
+  if (at_once == 1) {
+    work(0);
+  } else {
+    std::vector<std::thread> threads;
+    for (unsigned i = 0; i < at_once; ++i) threads.emplace_back(work, i);
+    for (auto& thread : threads) thread.join();
+  }
+  if (grid.failed()) throw std::runtime_error("emulated kernel: " + grid.error);
+}
+
+}  // namespace emulator

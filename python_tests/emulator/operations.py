@@ -1,0 +1,143 @@
+"""Calls of every kernel, made from the one table of cases and judged by the float64 oracle."""
+
+import math
+
+import cases
+import numpy as np
+import oracle
+import torch
+
+from .calls import At, Call
+
+SUFFIX = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+CHUNK = 32  # tokens summed at a time for the mean: kMeanChunk
+PAD = -7.0  # in arrays that are to be written, or left alone
+
+
+def channels_contiguous(features: torch.Tensor) -> torch.Tensor:
+    """As the ops' host code hands them to the kernels."""
+    return features if features.stride(-1) == 1 or features.shape[-1] == 1 else features.contiguous()
+
+
+def as_array(view: torch.Tensor) -> At:
+    """The storage of a view up to the view's last element, whole, so that alignment and neighbours stay what they are."""
+    offset = view.storage_offset()
+    extent = 1 + sum((n - 1) * s for n, s in zip(view.shape, view.stride(), strict=True)) if view.numel() else 0
+    flat = torch.as_strided(view, (offset + extent,), (1,), 0)
+    return At((flat.view(torch.int16) if flat.dtype == torch.bfloat16 else flat).numpy(), offset)
+
+
+def index(values) -> np.ndarray | None:
+    return None if values is None else values.to(torch.int64).numpy()
+
+
+def strides(features):
+    return features.stride()[-3:-1] if features.ndim == 3 else (0, features.stride(0))
+
+
+# ---- One function per op: its arguments -> a call ----------------------------------------------------------------
+
+
+def pairwise_sqdist(name, features):
+    rows = channels_contiguous(features)
+    batch, tokens, channels = rows.shape
+    out = np.full((batch, tokens, tokens), PAD, np.float32)
+    return Call(
+        name,
+        f"pairwise_sqdist_{SUFFIX[features.dtype]}",
+        (as_array(rows), batch, tokens, channels, *strides(rows), out),
+        lambda _, got: oracle.check_sqdist(torch.from_numpy(got), features),
+    )
+
+
+def repulsion_step(name, features, picked, eps, gap=0):
+    """`gap`: unused elements between two potentials."""
+    rows = channels_contiguous(features)
+    batch, tokens, channels = rows.shape
+    before = 3 * torch.rand(batch, tokens, generator=torch.Generator().manual_seed(3))
+    before[:, ::7] = math.inf
+    before[:, 0] = 0.0
+    stored = torch.full((batch, tokens, gap + 1), PAD)
+    stored[..., 0] = before
+
+    def judge(potential, _, picked_after, following):
+        potential = torch.from_numpy(potential)
+        assert (potential[..., 1:] == PAD).all(), "written between the potentials"
+        assert np.array_equal(picked_after, index(picked)), "picked was written"
+        oracle.check_step(potential[..., 0], torch.from_numpy(following), before, features, picked, eps)
+
+    return Call(
+        name,
+        f"repulsion_step_{SUFFIX[features.dtype]}",
+        (
+            stored.numpy(),
+            tokens * (gap + 1),
+            gap + 1,
+            as_array(rows),
+            batch,
+            tokens,
+            channels,
+            *strides(rows),
+            index(picked),
+            eps,
+            np.full(batch, -7, np.int64),
+        ),
+        judge,
+    )
+
+
+def _select(name, rows, batch, k, eps, anchor, num_tokens, cu_seqlens, cu_budgets, matrix_tokens, resident, judge):
+    """`matrix_tokens`: up to so many tokens the weights of all pairs are stored. `resident`: blocks of the device."""
+    packed = cu_seqlens is not None
+    tokens, channels = rows.shape[-2:]
+    stored, entries = tokens <= matrix_tokens, 1 if packed else batch
+    chunks = tokens // CHUNK + batch if packed else batch * math.ceil(tokens / CHUNK)
+    nan = lambda *shape: np.full(shape, np.nan, np.float32)  # noqa: E731
+    args = (
+        as_array(rows),
+        batch,
+        tokens,
+        channels,
+        *strides(rows),
+        k,
+        eps,
+        index(anchor),
+        index(num_tokens),
+        index(cu_seqlens),
+        index(cu_budgets),
+        matrix_tokens,
+        nan(entries, tokens),
+        nan(chunks, channels + 1) if anchor is None else None,
+        nan(batch, channels) if anchor is None else None,
+        nan(entries, tokens, tokens) if stored else None,
+        None if stored else np.zeros((2, resident), np.uint64),
+        None if stored else np.zeros(min(batch, resident), np.uint32),
+        np.full((k,) if packed else (batch, k), -7, np.int64),
+    )
+    way = "stored" if stored else "recomputed"
+    return Call(
+        f"{name}-{way}",
+        f"repulsion_select_{SUFFIX[rows.dtype]}",
+        args,
+        lambda *arrays: judge(torch.from_numpy(arrays[-1])),
+    )
+
+
+def repulsion_select(name, features, k, eps, anchor=None, num_tokens=None, matrix_tokens=8192, resident=8):
+    def judge(picks):
+        oracle.check_select(picks, features, k, eps, anchor, num_tokens)
+
+    rows = channels_contiguous(features)
+    return _select(name, rows, rows.shape[0], k, eps, anchor, num_tokens, None, None, matrix_tokens, resident, judge)
+
+
+def repulsion_select_varlen(
+    name, features, cu_seqlens, cu_budgets, total_k, eps, anchor=None, matrix_tokens=8192, resident=8
+):
+    def judge(picks):
+        oracle.check_select_varlen(picks, features, cu_seqlens, cu_budgets, total_k, eps, anchor)
+
+    rows, batch = channels_contiguous(features), len(cu_seqlens) - 1
+    return _select(
+        name, rows, batch, total_k, eps, anchor, None, cu_seqlens, cu_budgets, matrix_tokens, resident, judge
+    )

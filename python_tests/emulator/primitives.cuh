@@ -1,0 +1,162 @@
+// Kernels that use every primitive of device.cuh, so that the emulator and a GPU can be held to the same expectations.
+#pragma once
+#include "device.cuh"
+
+namespace sts {
+
+// out[i] = to_float(in[i]), 16 bytes at a time.
+template <class T>
+__global__ void to_float_kernel(const T* in, float* out, int vectors) {
+  const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  if (i >= vectors) return;
+  const Vec<T> vec = load_vec(in + i * Vec<T>::size);
+#pragma unroll
+  for (int v = 0; v < Vec<T>::size; ++v) out[i * Vec<T>::size + v] = vec[v];
+}
+template <class T>
+cudaError_t launch_to_float(const T* in, float* out, int count, cudaStream_t stream) {
+  const int vectors = count / Vec<T>::size;
+  return launch(to_float_kernel<T>, {dim3((vectors + 63) / 64), dim3(64), 0, 1, false, stream}, in, out, vectors);
+}
+STS_KERNEL(primitive_to_float32, launch_to_float<float>);
+STS_KERNEL(primitive_to_float16, launch_to_float<__half>);
+STS_KERNEL(primitive_to_bfloat16, launch_to_float<__nv_bfloat16>);
+
+// in (n) float32 -> out (n) of the bits that T rounds it to.
+template <class T>
+__global__ void round_kernel(const float* in, T* out, int n) {
+  const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  if (i >= n) return;
+  if constexpr (std::is_same_v<T, __half>) out[i] = __float2half_rn(in[i]);
+  else out[i] = __float2bfloat16_rn(in[i]);
+}
+template <class T>
+cudaError_t launch_round(const float* in, T* out, int n, cudaStream_t stream) {
+  return launch(round_kernel<T>, {dim3((n + 63) / 64), dim3(64), 0, 1, false, stream}, in, out, n);
+}
+STS_KERNEL(primitive_round_float16, launch_round<__half>);
+STS_KERNEL(primitive_round_bfloat16, launch_round<__nv_bfloat16>);
+
+// out (m, n) = a (m, k) b (n, k)^T on tensor cores: cp.async into two stages of dynamic shared memory, ldmatrix, mma.
+// A block has kRows x 16 of out, a warp 16 x 16. k is a multiple of 8.
+constexpr int kMatmulRows = 32, kMatmulStage = (kMatmulRows + 16) * 24;  // rows of 16, 24 apart: no bank conflicts
+
+template <class T>
+__global__ void __launch_bounds__(kMatmulRows * 2) matmul_kernel(const T* a, const T* b, float* out, int m, int n, int k) {
+  STS_DYNAMIC_SHARED(T, stages);
+  const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
+  const int row0 = blockIdx.y * kMatmulRows, column0 = blockIdx.x * 16;
+  const auto load = [&](int stage, int k0) {
+    T* tile = stages + stage * kMatmulStage;
+    for (int c = tid; c < (kMatmulRows + 16) * 2; c += kMatmulRows * 2) {
+      const int row = c / 2, column = c % 2 * 8;
+      const bool of_a = row < kMatmulRows;
+      const int global_row = of_a ? row0 + row : column0 + row - kMatmulRows;
+      const bool inside = global_row < (of_a ? m : n) && k0 + column < k;
+      cp_async_16(tile + row * 24 + column, (of_a ? a : b) + static_cast<int64_t>(global_row) * k + k0 + column, inside);
+    }
+    cp_async_commit();
+  };
+  float sum[2][4] = {};
+  load(0, 0);
+  for (int k0 = 0, stage = 0; k0 < k; k0 += 16, stage ^= 1) {
+    load(stage ^ 1, k0 + 16);
+    cp_async_wait<1>();
+    __syncthreads();
+    const T* tile = stages + stage * kMatmulStage;
+    uint32_t fragment_a[4], fragment_b[4];
+    ldmatrix_x4(fragment_a, tile + (warp * 16 + lane % 16) * 24 + lane / 16 * 8);
+    ldmatrix_x4(fragment_b, tile + (kMatmulRows + lane % 8 + lane / 16 * 8) * 24 + lane / 8 % 2 * 8);
+    mma_16x8x16(sum[0], fragment_a, {fragment_b[0], fragment_b[1]}, T());
+    mma_16x8x16(sum[1], fragment_a, {fragment_b[2], fragment_b[3]}, T());
+    __syncthreads();
+  }
+  cp_async_wait<0>();
+#pragma unroll
+  for (int half = 0; half < 2; ++half)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = row0 + warp * 16 + lane / 4 + i / 2 * 8, column = column0 + half * 8 + lane % 4 * 2 + i % 2;
+      if (row < m && column < n) out[static_cast<int64_t>(row) * n + column] = sum[half][i];
+    }
+}
+template <class T>
+cudaError_t launch_matmul(const T* a, const T* b, float* out, int m, int n, int k, cudaStream_t stream) {
+  const Launch shape{dim3((n + 15) / 16, (m + kMatmulRows - 1) / kMatmulRows), dim3(kMatmulRows * 2), 2 * kMatmulStage * sizeof(T), 1, false, stream};
+  return launch(matmul_kernel<T>, shape, a, b, out, m, n, k);
+}
+STS_KERNEL(primitive_matmul_float16, launch_matmul<__half>);
+STS_KERNEL(primitive_matmul_bfloat16, launch_matmul<__nv_bfloat16>);
+
+// Groups of blocks, each of which turns its values (one a block) `turns` times: a block takes its neighbour's value.
+__global__ void __launch_bounds__(64) turn_kernel(float* values, unsigned* arrived, int group_blocks, int turns) {
+  const int group = blockIdx.x / group_blocks, rank = blockIdx.x % group_blocks;
+  GroupBarrier barrier(arrived + group, group_blocks);
+  float* mine = values + static_cast<int64_t>(group) * group_blocks * 64;
+  for (int turn = 0; turn < turns; ++turn) {
+    const float next = mine[(rank + 1) % group_blocks * 64 + threadIdx.x];
+    barrier.sync();
+    mine[rank * 64 + threadIdx.x] = next;
+    barrier.sync();
+  }
+}
+inline cudaError_t launch_turn(float* values, unsigned* arrived, int groups, int group_blocks, int turns, cudaStream_t stream) {
+  if (groups * group_blocks > max_resident_blocks(turn_kernel, 64, 0)) return cudaErrorCooperativeLaunchTooLarge;
+  const cudaError_t error = cudaMemsetAsync(arrived, 0, groups * sizeof(unsigned), stream);
+  if (error != cudaSuccess) return error;
+  return launch(turn_kernel, {dim3(groups * group_blocks), dim3(64), 0, 1, true, stream}, values, arrived, group_blocks, turns);
+}
+STS_KERNEL(primitive_turn, launch_turn);
+
+// Collectives: of each thread's value (grid of one block, whole warps) what every collective makes of it. out (8, n).
+__global__ void collectives_kernel(const int* values, int* out, int* counter) {
+  __shared__ int total;
+  const int n = blockDim.x, tid = threadIdx.x, value = values[tid];
+  if (tid == 0) total = 0;
+  __syncthreads();
+  out[tid] = __shfl_sync(~0u, value, (tid + 5) % 32);
+  out[n + tid] = __shfl_xor_sync(~0u, value, 6, 8);
+  out[2 * n + tid] = __shfl_up_sync(~0u, value, 3, 16);
+  out[3 * n + tid] = __shfl_down_sync(~0u, value, 3, 16);
+  out[4 * n + tid] = static_cast<int>(__ballot_sync(~0u, value > 0));
+  out[5 * n + tid] = tid % 2 ? __reduce_min_sync(0xaaaaaaaau, value) : __reduce_add_sync(0x55555555u, value);
+  out[6 * n + tid] = __syncthreads_count(value > 0);
+  atomicAdd(&total, value);
+  atomicMax(counter, value);
+  __syncthreads();
+  out[7 * n + tid] = total;
+}
+inline cudaError_t launch_collectives(const int* values, int* out, int* counter, int n, cudaStream_t stream) {
+  return launch(collectives_kernel, {dim3(1), dim3(n), 0, 1, false, stream}, values, out, counter);
+}
+STS_KERNEL(primitive_collectives, launch_collectives);
+
+// A cluster of 4 blocks sums its values through distributed shared memory, static and dynamic. sm_90.
+constexpr int kCluster = 4;
+__global__ void __launch_bounds__(32) cluster_kernel(const float* values, float* sums) {
+#if defined(STS_EMULATE) || __CUDA_ARCH__ >= 900
+  STS_DYNAMIC_SHARED(float, received);
+  __shared__ float given[32];
+  const auto cluster = cooperative_groups::this_cluster();
+  const int rank = static_cast<int>(cluster.block_rank());
+  given[threadIdx.x] = values[blockIdx.x * 32 + threadIdx.x];
+  cluster.sync();
+  if (threadIdx.x < kCluster) {
+    const float* theirs = cluster.map_shared_rank(given, static_cast<int>(threadIdx.x));
+    float sum = 0;
+    for (int i = 0; i < 8; ++i) sum += theirs[rank * 8 + i];
+    cluster.map_shared_rank(received, 0)[rank * kCluster + threadIdx.x] = sum;
+  }
+  cluster.sync();
+  if (rank != 0 || threadIdx.x != 0) return;
+  float sum = 0;
+  for (int i = 0; i < kCluster * kCluster; ++i) sum += received[i];
+  sums[blockIdx.x / kCluster] = sum;
+#endif
+}
+inline cudaError_t launch_cluster(const float* values, float* sums, int clusters, cudaStream_t stream) {
+  return launch(cluster_kernel, {dim3(clusters * kCluster), dim3(32), kCluster * kCluster * sizeof(float), kCluster, false, stream}, values, sums);
+}
+STS_KERNEL(primitive_cluster, launch_cluster);
+
+}  // namespace sts
