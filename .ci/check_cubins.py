@@ -1,0 +1,128 @@
+"""Reads the machine code in a compiled library, without a GPU: architectures, and registers and memory of each kernel.
+
+    python .ci/check_cubins.py LIBRARY [--expect sm_80 sm_90 ...] [--csv FILE]
+
+Exit status 1 where an expected architecture is missing, another one is there, or a kernel spills registers or otherwise
+keeps a stack in memory. Needs cuobjdump (of the CUDA toolkit, or of the triton wheel).
+"""
+
+import argparse
+import csv
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+
+
+@dataclass(frozen=True, order=True)
+class Kernel:
+    name: str
+    code: str  # sm_80, ...
+    registers: int
+    shared: int  # static, in bytes; what a launch asks for comes on top
+    stack: int  # bytes a thread: spilled registers, and arrays that are indexed at run time
+    local: int
+
+    @property
+    def spills(self) -> bool:
+        return bool(self.stack or self.local)
+
+
+def newest_last(code: str):
+    kind, arch = code.split("_")
+    return kind != "sm", int(re.match(r"\d+", arch)[0]), arch
+
+
+def find_cuobjdump() -> str | None:
+    spec = importlib.util.find_spec("triton")
+    bundled = Path(spec.origin).with_name("backends") / "nvidia/bin/cuobjdump" if spec else None
+    return shutil.which("cuobjdump") or (str(bundled) if bundled and bundled.exists() else None)
+
+
+def cuobjdump(*args) -> str:
+    return subprocess.run([find_cuobjdump(), *args], check=True, capture_output=True, text=True).stdout
+
+
+def code_in(library: Path) -> list[str]:
+    """What the library holds code for: sm_80, ... for machine code, compute_100 for PTX."""
+    listing = cuobjdump("-lelf", "-lptx", str(library))
+    found = re.findall(r"\.sm_(\w+)\.(cubin|ptx)", listing)
+    return sorted({f"{'sm' if kind == 'cubin' else 'compute'}_{arch}" for arch, kind in found}, key=newest_last)
+
+
+def kernels_in(library: Path) -> list[Kernel]:
+    kernels, code = set(), ""
+    text = cuobjdump("-res-usage", str(library))
+    names = iter(demangled(re.findall(r"^ Function (\S+):", text, re.M)))
+    for line in text.splitlines():
+        if line.startswith("arch = "):
+            code = line.removeprefix("arch = ")
+        elif line.startswith(" Function "):
+            name = next(names)
+        elif usage := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
+            registers, stack, shared, local = map(int, usage.groups())
+            kernels.add(Kernel(name, code, registers, shared, stack, local))
+    return sorted(kernels)
+
+
+def demangled(symbols: list[str]) -> list[str]:
+    """Names with their template arguments, without parameters and return type."""
+    if not symbols:
+        return []
+    run = subprocess.run(["c++filt", "-p"], input="\n".join(symbols), check=True, capture_output=True, text=True)
+    return [re.sub(r"^void |\(anonymous namespace\)::|sts::", "", name) for name in run.stdout.splitlines()]
+
+
+def print_table(kernels: list[Kernel]) -> None:
+    """One line a kernel: registers and static shared memory, and the stack where there is one."""
+    cells = {}
+    for k in kernels:
+        cells.setdefault(k.name, {})[k.code] = f"{k.registers} {k.shared}" + f" STACK {k.stack + k.local}" * k.spills
+    columns = sorted({k.code for k in kernels}, key=newest_last)
+    width = max(map(len, cells), default=0)
+    print("registers and bytes of static shared memory:".ljust(width), *(f"{c:>16}" for c in columns))
+    for name, row in cells.items():
+        print(name.ljust(width), *(f"{row.get(c, '-'):>16}" for c in columns))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("library", type=Path)
+    parser.add_argument(
+        "--expect", nargs="+", help="default: the architectures in the build_info.json beside the library"
+    )
+    parser.add_argument("--csv", type=Path, help="write the table here")
+    args = parser.parse_args()
+    if find_cuobjdump() is None:
+        print("cuobjdump was not found: install the CUDA toolkit, or `pip install triton`", file=sys.stderr)
+        return 1
+    build = json.loads(args.library.with_name("build_info.json").read_text()) if not args.expect else {}
+    expected = sorted(args.expect or build["architectures"], key=newest_last)
+    found, kernels = code_in(args.library), kernels_in(args.library)
+
+    print_table(kernels)
+    if args.csv:
+        with args.csv.open("w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow([field.name for field in fields(Kernel)])
+            writer.writerows(map(astuple, kernels))
+
+    problems = [f"code for {', '.join(expected)} was expected, found {', '.join(found) or 'none'}"] * (
+        found != expected
+    )
+    problems += [] if kernels else ["no kernel was found"]
+    problems += [
+        f"{k.name} on {k.code} keeps {k.stack + k.local} bytes a thread in memory" for k in kernels if k.spills
+    ]
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    print(f"{len(kernels)} kernels, code for {', '.join(found)}, {len(problems)} problems")
+    return bool(problems)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
