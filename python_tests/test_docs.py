@@ -1,0 +1,74 @@
+"""What README.md and docs/ quote is in the tree."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from sts_kernels.__main__ import COMMANDS
+from sts_kernels._registry import OPS
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(text, language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def test_adding_an_op_quotes_the_files():
+    """Each quote names its file on its first line; its parts, between lines of "...", are there in that order."""
+    text = (ROOT / "docs" / "adding-an-op.md").read_text()
+    quotes = blocks(text, "python") + blocks(text, "cpp")
+    assert len(quotes) == 6
+    for quote in quotes:
+        first, rest = quote.split("\n", 1)
+        source = (ROOT / re.fullmatch(r"(?:#|//) (\S+)", first)[1]).read_text()
+        for part in rest.split("...\n"):
+            assert part in source, f"{first} does not have, or not there:\n{part}"
+            source = source[source.index(part) + len(part) :]
+
+
+def test_the_first_sample_runs():
+    names = {}
+    exec(blocks(README, "python")[0], names)
+    assert names["kept"].shape == (8, 64)
+    assert names["tokens"].shape == (8, 64, 1024)
+    first = names["kept"][0].sort().values
+    assert torch.equal(names["tokens"][0], names["features"][0, first])
+
+
+def test_try_it_is_two_commands():
+    section = README.split("\n## Try it\n", 1)[1].split("\n## ", 1)[0]
+    demo, tests = blocks(section, "sh")
+    assert [command.count("\n") for command in (demo, tests)] == [1, 1]
+    assert demo.startswith("pip install torch && pip install ")
+    assert demo.endswith("python -m sts_kernels demo\n")
+    assert "demo" in COMMANDS
+    assert tests.startswith("pip install torch && pip install ")
+    assert tests.endswith("python -m pytest python_tests\n")
+
+
+def test_readme_names_every_op():
+    rows = re.findall(r"^\| `(\w+)", README.split("\n## Ops\n", 1)[1].split("\n## ", 1)[0], re.MULTILINE)
+    assert sorted(rows) == sorted(OPS)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    targets = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text)
+    for target in targets:
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_readme_names_every_variable_the_code_reads():
+    sources = [ROOT / "setup.py", ROOT / "python_tests/conftest.py", *(ROOT / "sts_kernels").rglob("*.py")]
+    sources += [*(ROOT / "csrc").iterdir(), *(ROOT / "cmake").iterdir(), ROOT / "CMakeLists.txt"]
+    text = "\n".join(source.read_text() for source in sources if source.is_file())
+    read = set(re.findall(r"""(?:environ\.get\(|environ\[|switch\(|getenv\()["'](STS_KERNELS_\w+)""", text))
+    assert len(read) >= 5
+    assert read == {name for name in re.findall(r"^\| `(STS_KERNELS_\w+)", README, re.MULTILINE)} & read
