@@ -20,10 +20,6 @@ from sts_kernels import _native, _registry
 REQUIRED = set(filter(None, os.environ.get("STS_KERNELS_TEST_REQUIRE", "").split(",")))
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes gigabytes of memory or seconds; leave out with -m 'not slow'")
-
-
 def pytest_report_header(config):
     status = _native.status()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"

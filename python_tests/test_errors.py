@@ -107,6 +107,8 @@ BAD = [
     ("repulsion_select_varlen", "cu_seqlens", t(1, 7, 12), ValueError, "[1, 7, 12]"),
     ("repulsion_select_varlen", "cu_seqlens", t(0, 13, 12), ValueError, "[0, 13, 12]"),
     ("repulsion_select_varlen", "cu_seqlens", t(0, -5, 12), ValueError, "[0, -5, 12]"),
+    ("repulsion_select_varlen", "cu_seqlens", t(0, -(2**63), 12), ValueError, str(-(2**63))),
+    ("repulsion_select_varlen", "cu_budgets", t(0, -(2**63), 5), ValueError, str(-(2**63))),
     ("repulsion_select_varlen", "cu_seqlens", torch.zeros(0, dtype=torch.int32), ValueError, "(0,)"),
     ("repulsion_select_varlen", "cu_seqlens", torch.zeros(1, 3, dtype=torch.int32), ValueError, "(1, 3)"),
     ("repulsion_select_varlen", "cu_seqlens", torch.tensor([0.0, 7.0, 12.0]), TypeError, "float32"),
@@ -175,7 +177,7 @@ def budget_over_length():
 
 @pytest.mark.parametrize("namespace", [sts_kernels, torch.ops.sts_kernels], ids=["public", "raw"])
 def test_budget_over_the_length_of_its_item(namespace):
-    with pytest.raises((ValueError, RuntimeError), match=r"cu_budgets.*item 0.*2.*3|cu_budgets") as caught:
+    with pytest.raises((ValueError, RuntimeError), match=r"item 0\b.*") as caught:
         namespace.repulsion_select_varlen(**{**good("repulsion_select_varlen"), **budget_over_length()})
     if namespace is sts_kernels:
         assert "item 0" in str(caught.value)

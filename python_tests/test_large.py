@@ -41,7 +41,6 @@ VIEWS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("view", VIEWS)
 def test_features_far_apart(backend, view):
     x = features(backend.device, 2, 9, 8)
@@ -55,7 +54,6 @@ def test_features_far_apart(backend, view):
     assert torch.equal(potential, expected)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dim", [0, 1], ids=["tokens", "channels"])
 def test_packed_features_far_apart(backend, dim):
     x = features(backend.device, 12, 9)
@@ -65,7 +63,6 @@ def test_packed_features_far_apart(backend, dim):
     assert torch.equal(got, backend("repulsion_select_varlen", x, *offsets, 10))
 
 
-@pytest.mark.slow
 def test_potential_far_apart(backend):
     x = features(backend.device, 2, 9, 8)
     token = torch.tensor([8, 3], device=backend.device)

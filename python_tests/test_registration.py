@@ -358,7 +358,10 @@ def test_bad_picked_on_cuda_acts_as_minus_one(cuda, value):
 @pytest.mark.parametrize(
     ("cu_seqlens", "cu_budgets"),
     [
-        ((0, 20, 10, 40), (0, 5, 10, 15)),  # falls
+        ((0, 20, 40, 30), (0, 5, 10, 15)),  # falls
+        ((0, 20, -(2**63), 40), (0, 5, 10, 15)),  # the differences wrap around
+        ((0, 20, 30, 40), (0, 5, -(2**63), 15)),
+        ((0, 20, 30, 40), (0, 5, 2**63 - 1, -(2**63))),
         ((0, 20, 30, 2**31 - 1), (0, 5, 10, 15)),  # past the end
         ((-(2**31), 20, 30, 40), (0, 5, 10, 15)),
         ((0, 20, 30, 40), (0, -5, 10, 15)),
@@ -373,7 +376,9 @@ def test_bad_offsets_on_cuda_stay_in_bounds(cuda, cu_seqlens, cu_budgets):
     if _registry.OPS["repulsion_select_varlen"].backend("CUDA") == "reference":
         pytest.skip("the reference reads the offsets and raises")
     features = torch.randn(40, 6, device=cuda)
-    offsets = [torch.tensor(v, dtype=torch.int32, device=cuda) for v in (cu_seqlens, cu_budgets)]
+    wide = any(abs(v) > 2**31 for v in cu_seqlens + cu_budgets)
+    dtype = torch.int64 if wide else torch.int32
+    offsets = [torch.tensor(v, dtype=dtype, device=cuda) for v in (cu_seqlens, cu_budgets)]
     torch.full((15,), 2**60, device=cuda)  # what the result's memory holds before it is written
     picks = sts_kernels.repulsion_select_varlen(features, *offsets, 15)
     torch.cuda.synchronize()
