@@ -1,0 +1,131 @@
+"""The best plain PyTorch ways to select tokens: what a careful author would write without a kernel.
+
+All three are batched, stay on the device (no .item()), centre the features so that the expanded distance does not
+cancel, and do as few and as small operations per pick as we found. They differ in what a pick costs:
+
+    direct_loop   differences to the picked token: two passes over the features
+    matvec_loop   a matrix-vector product with the picked token: one pass over the features
+    gram_loop     all distances once, by one matrix product; then one row of N numbers
+
+`compiled=True` runs each step (and the Gram-matrix epilogue) through torch.compile. The K-step loop itself stays in
+Python: unrolled, it takes minutes to compile.
+"""
+
+import functools
+import math
+
+import torch
+
+
+@functools.cache
+def _compile(function):
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def _start(features, num_tokens):
+    """Centred float32 tokens, their squared norms, potentials, and the first pick: the token nearest the mean."""
+    x = features.float()
+    if num_tokens is None:
+        x = torch.sub(x, x.mean(1, keepdim=True), out=None if x is features else x)
+        norms = torch.linalg.vector_norm(x, dim=-1).square_()
+        return x, norms, torch.zeros_like(norms), norms.argmin(1)
+    padding = torch.arange(x.shape[1], device=x.device) >= num_tokens[:, None]
+    x = x.masked_fill(padding[..., None], 0.0)
+    x = (x - x.sum(1, keepdim=True) / num_tokens[:, None, None]).masked_fill_(padding[..., None], 0.0)
+    norms = torch.linalg.vector_norm(x, dim=-1).square_()
+    potential = torch.zeros_like(norms).masked_fill_(padding, math.inf)
+    return x, norms, potential, (norms + potential).argmin(1)
+
+
+def _row(matrix, token):
+    """Row token[b] of matrix[b] (B, N, M), as (B, 1, M)."""
+    if matrix.shape[0] == 1:
+        return matrix.index_select(1, token)
+    return matrix.gather(1, token[:, None, None].expand(-1, 1, matrix.shape[2]))
+
+
+def _loop(step, k, potential, token):
+    picks = [token]
+    for _ in range(k - 1):
+        picks.append(step(potential, picks[-1]))
+    return torch.stack(picks, dim=1)
+
+
+def _direct_step(x, scratch, potential, token, eps):
+    difference = torch.sub(x, _row(x, token), out=scratch)
+    sqdist = torch.linalg.vector_norm(difference, dim=-1).square_()
+    potential.add_(sqdist.add_(eps).reciprocal_()).scatter_(1, token[:, None], math.inf)
+    return potential.argmin(1)
+
+
+def direct_loop(features, k, eps=1e-6, num_tokens=None, compiled=False):
+    x, _, potential, token = _start(features, num_tokens)
+    # Memory fresh from the system at every step would cost more than the step; compiled, there is no temporary.
+    step, scratch = (_compile(_direct_step), None) if compiled else (_direct_step, torch.empty_like(x))
+    return _loop(lambda u, t: step(x, scratch, u, t, eps), k, potential, token)
+
+
+def _matvec_step(x, norms, potential, token, eps):
+    dot = torch.bmm(x, _row(x, token).mT)[..., 0]
+    sqdist = (norms + norms.gather(1, token[:, None])).sub_(dot, alpha=2).clamp_(min=0)
+    potential.add_(sqdist.add_(eps).reciprocal_()).scatter_(1, token[:, None], math.inf)
+    return potential.argmin(1)
+
+
+def matvec_loop(features, k, eps=1e-6, num_tokens=None, compiled=False):
+    x, norms, potential, token = _start(features, num_tokens)
+    step = _compile(_matvec_step) if compiled else _matvec_step
+    return _loop(lambda u, t: step(x, norms, u, t, eps), k, potential, token)
+
+
+def gram(features, centred=None):
+    """x x^T in float32, of the centred tokens. On a GPU 16-bit features go through the tensor cores as they are: their
+    products are exact in float32, but a common offset is not taken out first."""
+    if features.is_cuda and features.dtype != torch.float32:
+        return torch.bmm(features, features.mT, out_dtype=torch.float32)
+    if centred is None:
+        centred = _start(features, None)[0]
+    return torch.bmm(centred, centred.mT)
+
+
+def sqdist_from_gram(product):
+    """In place: |a|^2 + |b|^2 - 2ab, never negative."""
+    norms = product.diagonal(dim1=1, dim2=2).clone()
+    return product.mul_(-2).add_(norms[:, :, None]).add_(norms[:, None, :]).clamp_(min=0)
+
+
+def _weights_from_gram(product, eps):
+    weights = sqdist_from_gram(product).add_(eps).reciprocal_()
+    weights.diagonal(dim1=1, dim2=2).fill_(math.inf)  # adding a token's own row also marks it as picked
+    return weights
+
+
+def _gram_step(weights, potential, token):
+    potential.add_(_row(weights, token)[:, 0])
+    return potential.argmin(1)
+
+
+def gram_loop(features, k, eps=1e-6, num_tokens=None, compiled=False):
+    x, _, potential, token = _start(features, num_tokens)
+    epilogue, step = _weights_from_gram, _gram_step
+    if compiled:
+        epilogue, step = _compile(epilogue), _compile(step)
+    weights = epilogue(gram(features, x), eps)
+    return _loop(lambda u, t: step(weights, u, t), k, potential, token)
+
+
+LOOPS = {"direct loop": direct_loop, "matvec loop": matvec_loop, "gram loop": gram_loop}
+
+
+def per_item(loop, features, lengths, budgets, eps=1e-6, compiled=False):
+    """Packed items one after another; lengths and budgets are known to the host."""
+    items = zip(features.split(lengths), budgets, strict=True)
+    return torch.cat([loop(item[None], budget, eps, compiled=compiled)[0] for item, budget in items if budget])
+
+
+def padded(loop, features, lengths, budgets, eps=1e-6, compiled=False):
+    """Packed items as one padded batch; every item runs to the largest budget and its tail is cut off."""
+    count = torch.tensor(lengths, device=features.device)
+    batch = torch.nn.utils.rnn.pad_sequence(features.split(lengths), batch_first=True)
+    picks = loop(batch, max(budgets), eps, num_tokens=count, compiled=compiled)
+    return torch.cat([picks[item, :budget] for item, budget in enumerate(budgets)])

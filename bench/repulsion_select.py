@@ -1,0 +1,85 @@
+"""Stage 1 selection of a batch: LLaVA and Qwen image shapes, batches, video."""
+
+from functools import partial
+
+import torch
+
+from . import baselines, inputs, verify
+from .harness import Bench, Case, Cost, Provider
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+MAIN = [(576, 64), (576, 192), (2880, 64), (2880, 192), (2880, 640)]
+
+
+def _case(group, batch, tokens, channels, k, dtype=F32, data="gaussian", cuda_only=False):
+    return Case(group, {"B": batch, "N": tokens, "C": channels, "K": k}, dtype, data, cuda_only)
+
+
+CASES = [
+    *(_case("main", 1, n, 1024, k, dtype) for dtype in (F32, BF16) for n, k in MAIN),
+    _case("main", 1, 2880, 1024, 480, BF16),
+    _case("main", 1, 576, 1024, 192, F16),
+    *(_case("smooth", 1, n, 1024, k, BF16, "smooth") for n, k in ((576, 192), (2880, 480))),
+    _case("batch", 8, 576, 1024, 192),
+    _case("batch", 8, 576, 1024, 192, BF16),
+    _case("batch", 64, 576, 1024, 192, cuda_only=True),
+    _case("batch", 64, 576, 1024, 192, BF16, cuda_only=True),
+    *(_case("qwen", 1, 1225, c, 245, dtype) for c in (3584, 5120) for dtype in (F32, BF16)),
+    _case("video", 1, 16384, 1024, 1024, BF16, cuda_only=True),
+    _case("video", 1, 131072, 1024, 4096, BF16, cuda_only=True),
+    # One dimension at a time, for the plots of growth.
+    *(_case("sweep-K", 1, 2880, 1024, k) for k in (16, 32, 64, 128, 256, 512, 1024)),
+    *(_case("sweep-N", 1, n, 1024, 192) for n in (256, 576, 1024, 1600, 2304, 2880, 4096, 8192)),
+    *(_case("sweep-N", 1, n, 1024, 192, cuda_only=True) for n in (16384, 32768, 65536, 131072)),
+    *(_case("sweep-B", b, 576, 1024, 192) for b in (1, 2, 4, 8)),
+    *(_case("sweep-B", b, 576, 1024, 192, cuda_only=True) for b in (16, 32, 64, 128, 256)),
+]
+
+
+def make_inputs(case, device):
+    x = inputs.features(case["B"], case["N"], case["C"], case.dtype, device, case.data)
+    return {"features": x, "k": case["K"]}
+
+
+def selection_cost(items, channels, itemsize):
+    """`items` are (tokens, picks). The features are read once; each distance that is needed costs C multiply-adds: K
+    rows of N, or half of the symmetric matrix where that is less; its weight three flops."""
+    rows = [(n, min(k, n / 2)) for n, k in items]
+    return Cost(
+        bytes=sum(n * channels * itemsize + 8 * k for n, k in items),
+        flops=int(sum(2 * n * k * channels for n, k in rows) + sum(3 * n * k for n, k in items)),
+    )
+
+
+def cost(case):
+    return selection_cost([(case["N"], case["K"])] * case["B"], case["C"], case.dtype.itemsize)
+
+
+def check(case, given, picks):
+    assert picks.shape == (case["B"], case["K"])
+    verify.selections(zip(given["features"], picks, strict=True))
+
+
+def fits_gram(items, tokens, device):
+    """Whether `items` matrices of tokens^2 float32 leave room for as much again."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 4 << 30
+    return 2 * 4 * items * tokens**2 <= free
+
+
+def _baseline(name, loop, compiled):
+    return Provider(
+        name=f"{name} (compiled)" if compiled else name,
+        bind=lambda case, given: partial(loop, **given, compiled=compiled),
+        fits=lambda case, device: loop is not baselines.gram_loop or fits_gram(case["B"], case["N"], device),
+        compiles=compiled,
+    )
+
+
+BENCH = Bench(
+    op="repulsion_select",
+    cases=CASES,
+    make_inputs=make_inputs,
+    cost=cost,
+    check=check,
+    baselines=[_baseline(*loop, compiled) for compiled in (False, True) for loop in baselines.LOOPS.items()],
+)

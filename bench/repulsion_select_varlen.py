@@ -1,0 +1,84 @@
+"""Stage 1 selection of packed items: mixes of image sizes as a server sees them."""
+
+from functools import partial
+
+import torch
+
+from . import baselines, inputs, verify
+from .harness import Bench, Case, Provider
+from .repulsion_select import fits_gram, selection_cost
+
+
+def _case(group, lengths, keep, channels=1024, dtype=torch.float32, cuda_only=False):
+    """`keep`: the part of its tokens that each item keeps."""
+    budgets = tuple(max(1, round(n * keep)) for n in lengths)
+    shape = {"B": len(lengths), "N": max(lengths), "C": channels, "K": sum(budgets), "T": sum(lengths)}
+    return Case(group, shape, dtype, cuda_only=cuda_only, lengths=tuple(lengths), budgets=budgets)
+
+
+EVEN = (576,) * 4
+MIX = (576, 1225, 144, 729, 324, 1024)  # thumbnails beside photographs
+TILED = (*MIX, 2880, 576)  # and a page of five tiles
+CASES = [
+    *(_case("varlen", items, 1 / 3, dtype=dtype) for dtype in (torch.float32, torch.bfloat16) for items in (EVEN, MIX)),
+    _case("varlen", (1225, 784, 2040, 391), 1 / 5, 3584, torch.bfloat16),
+    _case("varlen", TILED * 8, 1 / 3, dtype=torch.bfloat16, cuda_only=True),
+]
+
+
+def _offsets(sizes, device):
+    return torch.tensor((0, *sizes)).cumsum(0).to(device, torch.int32)
+
+
+def make_inputs(case, device):
+    return {
+        "features": inputs.features(1, case["T"], case["C"], case.dtype, device)[0],
+        "cu_seqlens": _offsets(case.lengths, device),
+        "cu_budgets": _offsets(case.budgets, device),
+        "total_k": case["K"],
+    }
+
+
+def cost(case):
+    return selection_cost(list(zip(case.lengths, case.budgets, strict=True)), case["C"], case.dtype.itemsize)
+
+
+def check(case, given, picks):
+    assert picks.shape == (case["K"],)
+    verify.selections(zip(given["features"].split(case.lengths), picks.split(case.budgets), strict=True))
+
+
+def _fits(loop, over, case, device):
+    if over is baselines.padded and device.type == "cpu":
+        return False  # padding saves launches, of which the CPU has none
+    return loop is not baselines.gram_loop or fits_gram(case["B"], case["N"], device)
+
+
+def _baseline(name, loop, over, compiled):
+    return Provider(
+        name=f"{name} {over.__name__.replace('_', ' ')}" + (" (compiled)" if compiled else ""),
+        bind=lambda case, given: partial(
+            over, loop, given["features"], list(case.lengths), list(case.budgets), compiled=compiled
+        ),
+        fits=lambda case, device: _fits(loop, over, case, device),
+        compiles=compiled,
+    )
+
+
+BENCH = Bench(
+    op="repulsion_select_varlen",
+    cases=CASES,
+    make_inputs=make_inputs,
+    cost=cost,
+    check=check,
+    baselines=[
+        *(_baseline(*loop, baselines.per_item, False) for loop in baselines.LOOPS.items()),
+        # Compiled only when padded: one shape. Items of many lengths would be compiled one by one.
+        *(
+            _baseline(*loop, baselines.padded, compiled)
+            for compiled in (False, True)
+            for loop in baselines.LOOPS.items()
+        ),
+    ],
+    reference_syncs=True,
+)
