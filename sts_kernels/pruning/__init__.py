@@ -1,5 +1,6 @@
 """Pruning methods as plain tensor code."""
 
+from .config import STSConfig, STSPlan
 from .keep_top import keep_top
 
-__all__ = ["keep_top"]
+__all__ = ["STSConfig", "STSPlan", "keep_top"]

@@ -1,0 +1,235 @@
+"""What a pruned model must answer, from scratch and slowly: no cache, no hooks around the layers, explicit lists of the
+tokens each layer sees, their original positions, rotary embedding, attention, selection and scores of its own in
+float64.
+
+From the plain model it takes only what pruning does not touch: the projector's input and output, the merged prompt and
+its positions. Which feature became which token it finds by comparing them.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+
+from .models import IMAGE, VIDEO, batch
+
+MARGIN = 1e-5  # relative; prompts whose selection is closer than this are no test
+
+
+class NearTie(Exception):
+    """The prompt does not say which token to keep."""
+
+
+@dataclass
+class Expected:
+    logits: torch.Tensor  # (steps, V) float64
+    kept: list[list[int]]  # columns of the prompt that layers before and from prune_layer on see
+    dropped: list[int]
+
+
+def repel(features: torch.Tensor, keep: int, eps: float, first: str = "mean") -> list[int]:
+    """Algorithm 1 in float64, one token at a time."""
+    x = features.double()
+    if first == "mean":
+        distance = (x - x.mean(0)).square().sum(1)
+        order = distance.sort()
+        if len(x) > 1 and order.values[1] - order.values[0] < MARGIN * order.values[0]:
+            raise NearTie("anchor")
+        picks = [int(order.indices[0])]
+    else:
+        picks = [0]
+    potential = torch.zeros(len(x), dtype=torch.float64)
+    while len(picks) < keep:
+        potential += 1 / ((x - x[picks[-1]]).square().sum(1) + eps)
+        left = potential.clone()
+        left[picks] = torch.inf
+        order = left.sort()
+        if len(x) - len(picks) > 1 and order.values[1] - order.values[0] < MARGIN * order.values[0]:
+            raise NearTie(f"pick {len(picks)}")
+        picks.append(int(order.indices[0]))
+    return picks
+
+
+def rotary(config, positions: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """positions (3, n): three equal rows for plain rope."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    old = getattr(config, "rope_scaling", None) or {}
+    theta = rope.get("rope_theta") or config.rope_theta
+    section = rope.get("mrope_section") or old.get("mrope_section")
+    half = dim // 2
+    axis = [0] * half
+    if section and (rope.get("mrope_interleaved") or old.get("mrope_interleaved")):
+        for which in (1, 2):
+            for pair in range(which, min(3 * section[which], half), 3):
+                axis[pair] = which
+    elif section:
+        axis = [which for which, count in enumerate(section) for _ in range(count)]
+    frequency = torch.tensor([theta ** (-2 * i / dim) for i in range(half)], dtype=torch.float64)
+    angle = positions[axis].double().T * frequency
+    return torch.cat([angle.cos()] * 2, 1), torch.cat([angle.sin()] * 2, 1)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat([-x[:, half:], x[:, :half]], 1) * sin
+
+
+def run_layer(layer, config, hidden: torch.Tensor, positions: torch.Tensor):
+    """One decoder layer on exactly these tokens -> its output, and the attention of every token, mean over heads."""
+    attention, count = layer.self_attn, len(hidden)
+    x = layer.input_layernorm(hidden)
+    dim = attention.head_dim
+    q, k, v = (p(x).view(count, -1, dim) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+    if hasattr(attention, "q_norm"):
+        q, k = attention.q_norm(q), attention.k_norm(k)
+    cos, sin = rotary(config, positions, dim)
+    group = q.shape[1] // k.shape[1]
+    future = torch.ones(count, count, dtype=torch.bool).triu(1)
+    outputs, weights = [], []
+    for head in range(q.shape[1]):
+        query, key = rotate(q[:, head], cos, sin), rotate(k[:, head // group], cos, sin)
+        weight = (query @ key.T / dim**0.5).masked_fill(future, -torch.inf).softmax(-1)
+        outputs.append(weight @ v[:, head // group])
+        weights.append(weight)
+    hidden = hidden + attention.o_proj(torch.cat(outputs, 1))
+    return hidden + layer.mlp(layer.post_attention_layernorm(hidden)), torch.stack(weights).mean(0)
+
+
+class Recording:
+    """What the plain model computes for one prompt, up to and around its text model."""
+
+    def __init__(self, model, prompt, steps: int):
+        base = model.model
+        self.features, self.outputs, self.positions, self.calls = [], [], [], []
+        merger = getattr(getattr(base, "visual", None), "merger", None)
+        if merger is None:
+            first = last = base.multi_modal_projector
+        elif hasattr(merger, "mlp"):
+            first = last = merger.mlp
+        else:
+            first, last = merger.linear_fc1, merger.linear_fc2
+        hooks = [
+            first.register_forward_pre_hook(lambda m, args: self.features.append(args[0].flatten(0, -2))),
+            last.register_forward_hook(lambda m, args, out: self.outputs.append(out.flatten(0, -2))),
+            base.language_model.register_forward_pre_hook(self._text, with_kwargs=True),
+        ]
+        try:
+            model.generate(**batch(model, [prompt]), max_new_tokens=steps, min_new_tokens=steps, do_sample=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self.embeds = self.calls[0]["inputs_embeds"][0]
+        deep = self.calls[0].get("deepstack_visual_embeds")
+        self.deep = None if deep is None else [torch.cat(list(d)) if isinstance(d, list | tuple) else d for d in deep]
+
+    def _text(self, module, args, kwargs):
+        count = kwargs["inputs_embeds"].shape[1]
+        positions = kwargs["position_ids"]
+        positions = positions[-3:] if positions.ndim == 3 else positions[None].expand(3, -1, -1)
+        self.positions.append(positions.expand(3, 1, count)[:, 0].cpu())
+        self.calls.append({name: kwargs.get(name) for name in ("inputs_embeds", "deepstack_visual_embeds")})
+
+
+@torch.no_grad()
+def expect(
+    model,
+    prompt,
+    answer: list[int],
+    keep: int,
+    keep_after: int,
+    prune_layer: int,
+    eps: float = 1e-6,
+    anchor: str = "mean",
+    scope: str = "image",
+) -> Expected:
+    """The logits that predict answer[0], answer[1], ...: `keep` tokens of each image, `keep_after` of the prompt."""
+    recording = Recording(model, prompt, max(2, len(answer)))
+    ids = torch.tensor(prompt.ids)
+    embeds = recording.embeds.cpu().double()
+    kinds = [kind for kind in ("image", "video") if prompt.parts[kind]]
+    tokens, dropped = {}, set()  # tokens: (kind index, unit) -> column
+    for kind, features, outputs in zip(kinds, recording.features, recording.outputs, strict=True):
+        columns = _columns(ids, kind)
+        produced, start = outputs.cpu().double(), 0
+        assert len(produced) == sum(map(sum, prompt.parts[kind]))
+        for parts in prompt.parts[kind]:
+            unit_column = {}
+            for unit in range(start, start + sum(parts)):
+                match = (embeds[columns] == produced[unit]).all(1).nonzero()[:, 0].tolist()
+                assert len(match) <= 1, "features repeat: the prompt is no test"
+                if match:
+                    unit_column[unit] = columns[match[0]]
+            groups = []
+            for part in parts:
+                groups.append([unit for unit in range(start, start + part) if unit in unit_column])
+                start += part
+            total = min(keep, len(unit_column))
+            if scope == "image":
+                groups, quota = [sum(groups, [])], [total]
+            else:
+                quota = _even(total, [len(group) for group in groups])
+            for group, count in zip(groups, quota, strict=True):
+                picks = repel(features.cpu()[group], count, eps, anchor) if count < len(group) else range(len(group))
+                kept = {group[i] for i in picks}
+                dropped |= {unit_column[u] for u in group if u not in kept}
+            tokens.update({(kind, u): c for u, c in unit_column.items()})
+    visual = set(tokens.values()) - dropped
+    text = _double_text(model)
+    alive = [c for c in range(len(ids)) if c not in dropped]
+    positions = torch.cat(recording.positions, dim=1)
+    logits, kept = [], None
+    for step in range(len(answer)):
+        columns = alive + list(range(len(ids), len(ids) + step))
+        tail = text["embed"](torch.tensor(answer[:step], dtype=torch.long))
+        hidden = torch.cat([embeds[alive], tail])
+        for index, layer in enumerate(text["layers"]):
+            hidden, weights = run_layer(layer, text["config"], hidden, positions[:, columns])
+            if recording.deep is not None and index < len(recording.deep):
+                hidden = _add_deep(hidden, columns, recording.deep[index].cpu().double(), ids)
+            if index == prune_layer - 1 and keep_after < len(visual):
+                query = columns.index(len(ids) - 1)
+                score = {c: float(weights[query, i]) for i, c in enumerate(columns) if c in visual}
+                ranked = sorted(score, key=lambda c: (-score[c], c))
+                if score[ranked[keep_after - 1]] - score[ranked[keep_after]] < MARGIN * score[ranked[keep_after]]:
+                    raise NearTie("scores")
+                chosen = set(ranked[:keep_after])
+                rows = [i for i, c in enumerate(columns) if c not in visual or c in chosen]
+                columns, hidden = [columns[i] for i in rows], hidden[rows]
+        kept = [alive, [c for c in columns if c < len(ids)]]
+        logits.append(text["head"](text["norm"](hidden[-1:]))[0])
+    return Expected(torch.stack(logits), kept, sorted(dropped))
+
+
+def _columns(ids: torch.Tensor, kind: str) -> list[int]:
+    return (ids == (IMAGE if kind == "image" else VIDEO)).nonzero()[:, 0].tolist()
+
+
+def _even(total: int, capacities: list[int]) -> list[int]:
+    """One token at a time to the crop that has least, the first among equals."""
+    parts = [0] * len(capacities)
+    for _ in range(total):
+        open_parts = [i for i, c in enumerate(capacities) if parts[i] < c]
+        parts[min(open_parts, key=lambda i: (parts[i], i))] += 1
+    return parts
+
+
+def _double_text(model) -> dict:
+    text = model.model.language_model
+    return {
+        "layers": copy.deepcopy(text.layers).cpu().double(),
+        "norm": copy.deepcopy(text.norm).cpu().double(),
+        "head": copy.deepcopy(model.lm_head).cpu().double(),
+        "embed": copy.deepcopy(text.embed_tokens).cpu().double(),
+        "config": text.config,
+    }
+
+
+def _add_deep(hidden, columns, features, ids) -> torch.Tensor:
+    """Qwen3-VL: features of the tokens that are there, in the order of their placeholders."""
+    places = ((ids == IMAGE) | (ids == VIDEO)).nonzero()[:, 0].tolist()
+    row = {column: i for i, column in enumerate(places)}
+    hidden = hidden.clone()
+    for slot, column in enumerate(columns):
+        if column in row:
+            hidden[slot] += features[row[column]]
+    return hidden

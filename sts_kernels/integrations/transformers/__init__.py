@@ -1,0 +1,15 @@
+"""STS for stock Hugging Face vision-language models: see `apply_sts`. Needs transformers 4.57 or newer."""
+
+try:
+    import transformers  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "sts_kernels.integrations.transformers needs the transformers package: pip install 'sts-kernels[hf]'"
+    ) from error
+
+from .families import FAMILIES, Family
+from .handle import STSHandle, apply_sts
+from .images import VisualItem
+from .report import Report
+
+__all__ = ["FAMILIES", "Family", "Report", "STSHandle", "VisualItem", "apply_sts"]

@@ -1,0 +1,59 @@
+"""Tensor helpers of the late shrink: compacting rows, gathering along them, attention masks of any length."""
+
+import torch
+
+
+def compact(keep: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kept columns of each row in order, padded on the left to `width`.
+
+    keep (B, S) bool with at most `width` True a row -> columns (B, width) int64 and valid (B, width) bool. Pad slots
+    name columns that were dropped.
+    """
+    columns = torch.argsort(keep.to(torch.int8), dim=1, stable=True)[:, keep.shape[1] - width :]
+    return columns, keep.gather(1, columns)
+
+
+def take(x: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """x (B, S, ...) -> (B, P, ...) at columns (B, P)."""
+    index = columns.to(x.device).reshape(columns.shape + (1,) * (x.ndim - 2))
+    return x.gather(1, index.expand(columns.shape + x.shape[2:]))
+
+
+def take_positions(positions: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Like `take` for rotary positions (..., B, S), whose leading axes are those of mrope."""
+    columns = columns.to(positions.device)
+    return positions.gather(-1, columns.expand(positions.shape[:-1] + columns.shape[-1:]))
+
+
+def take_rotary(table: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Like `take` for a cos or sin table (B or 1, S, D), or (3, B, S, D) before mrope's axes are merged."""
+    if table.ndim == 4:
+        return torch.stack([take(axis, columns) for axis in table])
+    return take(table.expand(columns.shape[0], -1, -1), columns)
+
+
+def attention_mask(
+    attention: str, valid: torch.Tensor | None, queries: int, past: int, like: torch.Tensor
+) -> torch.Tensor | None:
+    """The causal mask that attention layers of this implementation take.
+
+    Layers get one mask for all their different cache lengths from the library, so the pruned prompt brings its own:
+    None where the kernel needs none, (B, keys) for FlashAttention, (B or 1, 1, queries, keys) bool for SDPA,
+    additive for eager. `valid` (B, past + queries) bool marks the columns that are tokens; None: all are. Nothing is
+    read back to the host.
+    """
+    if "flash" in attention:
+        return valid
+    if valid is None and (queries == 1 or (past == 0 and attention == "sdpa")):
+        return None
+    key = torch.arange(past + queries, device=like.device)
+    query = key[past:, None]
+    allowed = (key <= query)[None, None]
+    if valid is not None:
+        # A pad slot sees itself: a row without any key would be NaN in some kernels.
+        allowed = (allowed & valid.to(like.device)[:, None, None, :]) | (key == query)
+    if attention == "sdpa":
+        return allowed
+    return torch.zeros(allowed.shape, dtype=like.dtype, device=like.device).masked_fill(
+        ~allowed, torch.finfo(like.dtype).min
+    )
