@@ -165,7 +165,7 @@ def expect(
                 start += part
             total = min(keep, len(unit_column))
             if scope == "image":
-                groups, quota = [sum(groups, [])], [total]
+                groups, quota = [[unit for group in groups for unit in group]], [total]
             else:
                 quota = _even(total, [len(group) for group in groups])
             for group, count in zip(groups, quota, strict=True):

@@ -56,8 +56,8 @@ class PrunedCache:
         return super().update(*args, **kwargs)
 
     def crop(self, tokens: int):
-        """Both conventions: a negative number of columns to remove, or (before transformers 5.x) the length to
-        leave.""" remove = tokens if tokens <= 0 else tokens - self.get_seq_length()
+        """Takes a negative number of columns to remove or, as before transformers 5, the length to leave."""
+        remove = tokens if tokens <= 0 else tokens - self.get_seq_length()
         if remove < 0:
             for layer in self.layers:
                 layer.crop(remove)
@@ -89,8 +89,8 @@ def attach(cache: Cache, prompt: PrunedPrompt) -> None:
 
 
 def pruned_prompt(cache: Cache | None) -> PrunedPrompt | None:
-    """The pruned prompt `cache` holds; a cache that was reset, or cropped into its prompt, is made a plain one
-    again.""" prompt = getattr(cache, _STATE, None)
+    """The pruned prompt in `cache`. A cache that was reset, or cropped into its prompt, becomes a plain one again."""
+    prompt = getattr(cache, _STATE, None)
     if prompt is None:
         return None
     if held(cache, 0) < prompt.lengths[0]:

@@ -1,5 +1,6 @@
 """What the integration knows of one image or clip, between the vision encoder and the LLM."""
 
+import itertools
 from dataclasses import dataclass, field
 
 import torch
@@ -34,11 +35,11 @@ class VisualItem:
 
     def candidate_units(self) -> list[torch.Tensor]:
         """For each part, the units that become tokens, in order; those that the model would discard are left out."""
-        starts = torch.tensor([0, *self.parts]).cumsum(0).tolist()
+        bounds = list(itertools.pairwise(itertools.accumulate(self.parts, initial=0)))
         if self.unit_of_token is None:
-            return [torch.arange(a, b) for a, b in zip(starts, starts[1:], strict=False)]
+            return [torch.arange(a, b) for a, b in bounds]
         used = self.unit_of_token[self.unit_of_token >= 0].sort().values
-        return [used[(used >= a) & (used < b)] for a, b in zip(starts, starts[1:], strict=False)]
+        return [used[(used >= a) & (used < b)] for a, b in bounds]
 
     def patches(self) -> torch.Tensor:
         """(tokens, 3) int64: part, row and column of each token of the LLM; -1, -1, -1 for a newline, row and column -1

@@ -22,8 +22,8 @@ def token_ids(config) -> dict[str, int]:
 
 
 def placeholders(base, ids: dict[str, int], input_ids, inputs_embeds) -> torch.Tensor | None:
-    """(B, S) int8: 0 text, 1 + index in KINDS for a placeholder of that kind. Embeddings are compared as the model
-    does.""" source = input_ids if input_ids is not None else inputs_embeds
+    """(B, S) int8: 0 for text, 1 + index in KINDS for a placeholder. Embeddings are compared, as the model does."""
+    source = input_ids if input_ids is not None else inputs_embeds
     if source is None:
         return None
     found = torch.zeros(source.shape[:2], dtype=torch.int8, device=source.device)

@@ -55,8 +55,8 @@ def refuse_cache(cache) -> None:
         raise NotImplementedError("apply_sts: a static cache is not supported, its layers all have the same length")
     if cache.get_seq_length() > 0:
         raise NotImplementedError(
-            "apply_sts: new images on a non-empty cache are not supported; leave out the pixel values of images that it "
-            "holds already, or start a new cache with the whole conversation"
+            "apply_sts: new images on a non-empty cache are not supported; leave out the pixel values of images that "
+            "it holds already, or start a new cache with the whole conversation"
         )
 
 

@@ -1,5 +1,6 @@
 """How much attention the vision encoder pays each of its tokens, for STSConfig(anchor="saliency")."""
 
+import itertools
 import math
 
 import torch
@@ -33,7 +34,7 @@ def calls_of(query: torch.Tensor, key: torch.Tensor, kwargs: dict) -> list[tuple
     if bounds is None:
         return [(query, key, scale)]
     bounds = bounds.tolist()
-    return [(query[:, :, a:b], key[:, :, a:b], scale) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [(query[:, :, a:b], key[:, :, a:b], scale) for a, b in itertools.pairwise(bounds)]
 
 
 def of_square_images(calls: list[tuple]) -> torch.Tensor:
