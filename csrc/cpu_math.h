@@ -1,4 +1,5 @@
-// Vector loops of the CPU kernels, compiled once per instruction set and chosen when the library loads.
+// Vector loops of the CPU kernels, compiled for several instruction sets; the dynamic linker takes the best the machine has.
+// Rows are float32, float16 or bfloat16 and are widened on the fly; all arithmetic is float32.
 #pragma once
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -7,21 +8,30 @@
 
 namespace sts::cpu {
 
-// out[i] = in[i] as float32.
-void widen(const torch::headeronly::Half* in, float* out, int64_t count);
-void widen(const torch::headeronly::BFloat16* in, float* out, int64_t count);
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
 
-bool all_finite(const float* in, int64_t count);
+// Points `sqdist` likes to compare with rows at once: each row is used that often while it is in registers.
+constexpr int kPoints = 8;
 
-// sum[c] += row[c]
-void add_row(const float* row, float* sum, int64_t channels);
+#define STS_CPU_MATH(scalar_t)                                                                                            \
+  /* out[c] = row[c] */                                                                                                   \
+  void widen(const scalar_t* row, float* out, int64_t channels);                                                          \
+  /* sum[c] += row[c] */                                                                                                  \
+  void add_row(const scalar_t* row, float* sum, int64_t channels);                                                        \
+  /* Whether no channel is a NaN or infinity. */                                                                          \
+  bool all_finite(const scalar_t* row, int64_t channels);                                                                 \
+  /* out[p * out_stride + r] = |points[p] - row r|^2, summed over differences: nothing cancels. A pair's bits depend on    \
+     the pair alone, and are the same with point and row exchanged. */                                                    \
+  void sqdist(const float* const* points, int num_points, const scalar_t* rows, int64_t row_stride, int64_t num_rows,     \
+              int64_t channels, float* out, int64_t out_stride);
+STS_CPU_MATH(float)
+STS_CPU_MATH(Half)
+STS_CPU_MATH(BFloat16)
+#undef STS_CPU_MATH
 
-// Points compared with rows at once by `sqdist`: enough to use each row several times while it is in registers.
-constexpr int kPoints = 4;
-
-// out[p * out_stride + r] = |points[p] - rows[r]|^2, summed over differences: nothing cancels.
-void sqdist(const float* const* points, int num_points, const float* rows, int64_t row_stride, int64_t num_rows, int64_t channels,
-            float* out, int64_t out_stride);
+// sqdist[i] = 1 / (sqdist[i] + eps), in place; 0 where the distance is not a number.
+void to_repulsion(float* sqdist, int64_t count, float eps);
 
 // Smallest value and the lowest index that holds it.
 struct Lowest {
@@ -29,8 +39,7 @@ struct Lowest {
   int64_t index;
 };
 Lowest lowest(const float* values, int64_t count);
-
-// potential[i] += 1 / (sqdist[i] + eps); nothing where the distance is not a number.
-void add_repulsion(float* potential, const float* sqdist, int64_t count, float eps);
+// values[i] += addend[i], then `lowest`.
+Lowest add_then_lowest(float* values, const float* addend, int64_t count);
 
 }  // namespace sts::cpu

@@ -7,6 +7,8 @@
 
 namespace sts {
 
+STS_HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 struct Item {
   int64_t first;      // its first token, within the batch entry `row_of` reads
   int64_t tokens;     // 0: nothing to pick, or its numbers make no sense (see `valid`)
@@ -34,10 +36,11 @@ struct Items {
       const int64_t end = cu_seqlens[b + 1], out_end = cu_budgets[b + 1];
       item.first = cu_seqlens[b];
       item.out = cu_budgets[b];
-      item.tokens = end - item.first;
-      item.picks = out_end - item.out;
-      if (item.out < 0 || out_end > picks || item.picks < 0) item.out = item.picks = 0;
-      item.valid = item.first >= 0 && item.tokens >= 0 && end <= tokens;
+      // Compared before they are subtracted: the difference of two arbitrary numbers may wrap around to a good one.
+      if (item.out < 0 || out_end < item.out || out_end > picks) item.out = 0, item.picks = 0;
+      else item.picks = out_end - item.out;
+      item.valid = item.first >= 0 && item.first <= end && end <= tokens;
+      item.tokens = item.valid ? end - item.first : 0;
     } else if (num_tokens) {
       item.tokens = num_tokens[b];
       item.valid = item.tokens >= 0 && item.tokens <= tokens;

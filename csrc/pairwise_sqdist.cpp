@@ -1,39 +1,46 @@
-#include <algorithm>
 #include <vector>
 
-#include "cpu_rows.h"
-#include "torch_glue.h"
+#include "cpu_math.h"
+#include "cpu_parallel.h"
 
 namespace sts {
 namespace {
 
+constexpr int64_t kBlock = 64;  // columns that stay in cache while the rows above them pass
+
+// The upper triangle of one item, mirrored.
+template <class scalar_t>
+void pairs(const Rows<scalar_t>& rows, int64_t b, int64_t tokens, float* out) {
+  const int64_t channels = rows.channels;
+  cpu::for_rows(ceil_div(tokens, kBlock), kBlock * tokens * channels, [&](int64_t begin, int64_t end) {
+    std::vector<float> wide(cpu::kPoints * channels), strip(cpu::kPoints * kBlock);
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t j0 = block * kBlock, j1 = std::min(j0 + kBlock, tokens);
+      for (int64_t i = 0; i < j1; i += cpu::kPoints) {
+        const int points = static_cast<int>(std::min<int64_t>(cpu::kPoints, j1 - i));
+        const float* point[cpu::kPoints];
+        for (int p = 0; p < points; ++p) {
+          cpu::widen(rows.row(b, i + p), wide.data() + p * channels, channels);
+          point[p] = wide.data() + p * channels;
+        }
+        cpu::sqdist(point, points, rows.row(b, j0), rows.row_stride, j1 - j0, channels, strip.data(), kBlock);
+        for (int p = 0; p < points; ++p)
+          for (int64_t j = std::max(j0, i + p); j < j1; ++j)
+            out[(i + p) * tokens + j] = out[j * tokens + i + p] = j == i + p ? 0.f : strip[p * kBlock + j - j0];
+      }
+    }
+  });
+}
+
 Tensor pairwise_sqdist_cpu(const Tensor& features) {
   const Tensor x = checked_features("pairwise_sqdist", features, 3);
-  const int64_t batch = x.size(0), tokens = x.size(1), channels = x.size(2);
+  const int64_t batch = x.size(0), tokens = x.size(1);
   Tensor out = torch::stable::new_empty(x, {batch, tokens, tokens}, ScalarType::Float);
-  float* all = static_cast<float*>(out.mutable_data_ptr());
-  cpu::FloatRows rows(x);
-  for (int64_t b = 0; b < batch; ++b) {
-    rows.load(b, 0, tokens);
-    float* sqdist = all + b * tokens * tokens;
-    // Upper triangle, a few rows at a time against blocks of columns that stay in cache, mirrored.
-    constexpr int64_t kBlock = 64;
-    torch::stable::parallel_for(0, ceil_div(tokens, kBlock), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t block = begin; block < end; ++block) {
-        const int64_t j0 = block * kBlock, j1 = std::min(j0 + kBlock, tokens);
-        float strip[cpu::kPoints * kBlock];
-        for (int64_t i = 0; i < j1; i += cpu::kPoints) {
-          const int points = static_cast<int>(std::min<int64_t>(cpu::kPoints, j1 - i));
-          const float* point[cpu::kPoints];
-          for (int p = 0; p < points; ++p) point[p] = rows[i + p];
-          cpu::sqdist(point, points, rows[j0], rows.stride(), j1 - j0, channels, strip, kBlock);
-          for (int p = 0; p < points; ++p)
-            for (int64_t j = std::max(j0, i + p); j < j1; ++j)
-              sqdist[(i + p) * tokens + j] = sqdist[j * tokens + i + p] = j == i + p ? 0.f : strip[p * kBlock + j - j0];
-        }
-      }
-    });
-  }
+  float* matrices = static_cast<float*>(out.mutable_data_ptr());
+  cpu::dispatch(x.scalar_type(), [&](auto* element) {
+    const auto rows = rows_of<std::remove_pointer_t<decltype(element)>>(x);
+    for (int64_t b = 0; b < batch; ++b) pairs(rows, b, tokens, matrices + b * tokens * tokens);
+  });
   return out;
 }
 

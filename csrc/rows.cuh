@@ -8,7 +8,6 @@ namespace sts {
 constexpr unsigned kFullWarp = 0xffffffffu;
 constexpr float kInfinity = __builtin_huge_valf();
 
-STS_HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Whether every row can be read 16 bytes at a time.
 template <class scalar_t>
