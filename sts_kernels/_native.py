@@ -23,7 +23,7 @@ class Status:
         if not self.loaded:
             return self.reason
         if key == "CUDA" and not self.build.get("cuda"):
-            return "the compiled library was built without CUDA (no nvcc, or STS_KERNELS_CUDA=0)"
+            return f"the compiled library was built without CUDA ({self.build.get('reason') or 'reason not recorded'})"
         return "the compiled library is loaded"
 
 
@@ -37,7 +37,9 @@ def status() -> Status:
     if os.environ.get("STS_KERNELS_DISABLE") == "1":
         return Status(False, "STS_KERNELS_DISABLE=1 is set", build)
     if not LIBRARY.exists():
-        return Status(False, "the compiled library was not built; install torch first, then this package again", build)
+        why = f" ({build['reason']})" if build.get("reason") else ""
+        remedy = "with torch and a C++ compiler there, install this package again"
+        return Status(False, f"the compiled library was not built{why}; {remedy}", build)
     try:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
