@@ -103,6 +103,20 @@ def test_same_input_same_output(backend, name, dtype):
         assert torch.equal(backend(OP, **inputs), first)
 
 
+@pytest.mark.parametrize("name", ["2x257x1000_k33", "1x9001x5_k40", "near_duplicates", "common_offset_4096"])
+def test_number_of_threads_does_not_matter(name):
+    inputs = by_name(name).inputs(seed=3)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = sts_kernels.repulsion_select(**inputs)
+        torch.set_num_threads(3)
+        three = sts_kernels.repulsion_select(**inputs)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(one, three)
+
+
 @pytest.mark.parametrize(
     "name",
     ["5x127x64_k40", "2x257x1000_k33", "near_duplicates", "not_finite_1000", "ragged", "common_offset", "anchor"],
