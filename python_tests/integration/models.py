@@ -1,5 +1,7 @@
 """Tiny random models of every family, built from their configurations, and prompts for them."""
 
+import functools
+import inspect
 from dataclasses import dataclass, field
 
 import pytest
@@ -12,6 +14,7 @@ LAYERS = 6
 # 5.x reads rope_parameters, 4.x rope_scaling; each ignores the other.
 MROPE = {"rope_type": "default", "mrope_section": [8, 12, 12]}
 ROPE = {
+    "rope_theta": 10000.0,
     "rope_scaling": {"type": "mrope", **MROPE},
     "rope_parameters": {"rope_theta": 10000.0, **MROPE},
 }
@@ -95,6 +98,7 @@ def _internvl_config():
 
 
 MROPE3 = {
+    "rope_theta": 10000.0,
     "rope_scaling": {**MROPE, "mrope_interleaved": True},
     "rope_parameters": {"rope_theta": 10000.0, **MROPE, "mrope_interleaved": True},
 }
@@ -136,7 +140,7 @@ def build(family: str, attention: str = "sdpa", device="cpu", dtype=torch.float3
         if parameter.ndim > 1:
             scale = 1.0 if "embed" in name and "vision" not in name else 0.9 * parameter[0].numel() ** -0.5
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * scale)
-        elif not parameter.data.any() or name.endswith("newline"):
+        elif not (parameter.data == 1).all():  # all but the scales of norms
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
     settings = model.generation_config
     settings.pad_token_id, settings.bos_token_id, settings.eos_token_id = PAD, BOS, None  # never stops early
@@ -262,7 +266,6 @@ def batch(model, prompts: list[Prompt], side: str = "left") -> dict:
 
 
 def model_arguments(model) -> set[str]:
-    import inspect
 
     return set(inspect.signature(model.forward).parameters)
 
@@ -282,3 +285,9 @@ def generate(model, prompts: list[Prompt], tokens: int = 4, **options):
 def logits_of(output) -> torch.Tensor:
     """(B, steps, V)"""
     return torch.stack(output.logits, dim=1)
+
+
+@functools.cache
+def shared(family: str, attention: str = "sdpa", device="cpu"):
+    """A model that tests share; handles leave no trace on it."""
+    return build(family, attention, device)

@@ -44,7 +44,7 @@ def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 def test_generation_is_the_oracles(family, config, device):
     keep, after, layer = CONFIGS[config]
     attention = {"both": "eager", "structure": "sdpa", "semantics": "sdpa"}[config]
-    model = models.build(family, attention, device)
+    model = models.shared(family, attention, device)
     prompts = prompts_of(family)
     with apply_sts(model, STSConfig(keep=keep, keep_after=after, prune_layer=layer)) as sts:
         alone = [models.generate(model, [prompt], STEPS) for prompt in prompts]

@@ -1,6 +1,6 @@
 """The one way to see attention inputs: borrow a module's query and key, then let its own kernel run.
 
-For the length of one call the module's `config` is a shallow copy whose attention implementation names a wrapper. The
+Before its forward the module's `config` becomes a shallow copy whose attention implementation names a wrapper. The
 wrapper restores the config, hands the rotated query and key on, and calls the implementation the module asked for. So
 eager, SDPA and FlashAttention layers stay as they are, and `output_attentions` is not needed.
 """
@@ -17,7 +17,7 @@ _PREFIX = "sts_tap_"  # the implementation's name follows, as the library looks 
 
 def _wrapper(implementation: str) -> Callable:
     def tapped(module, query, key, *args, **kwargs):
-        module.config, sink = module.__dict__.pop("_sts_tap")  # FlashAttention reads module.config again
+        module.config, sink = module._sts_tap  # FlashAttention reads module.config again
         sink(module, query, key, kwargs)
         if implementation == "eager":
             run = sys.modules[type(module).__module__].eager_attention_forward
@@ -29,7 +29,7 @@ def _wrapper(implementation: str) -> Callable:
 
 
 def arm(module: torch.nn.Module, sink: Callable) -> None:
-    """Calls `sink(module, query, key, kwargs)` in the next forward of this attention module."""
+    """Until `disarm`, calls `sink(module, query, key, kwargs)` whenever this module's forward attends to something."""
     disarm(module)
     implementation = module.config._attn_implementation or "eager"
     name = _PREFIX + implementation
@@ -42,6 +42,6 @@ def arm(module: torch.nn.Module, sink: Callable) -> None:
 
 
 def disarm(module: torch.nn.Module) -> None:
-    """Restores the config of a module whose forward never reached its attention (an error on the way)."""
+    """Ends it, and restores the config of a module whose forward never came to attend (an error on the way)."""
     if "_sts_tap" in module.__dict__:
         module.config, _ = module.__dict__.pop("_sts_tap")

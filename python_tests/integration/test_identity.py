@@ -1,0 +1,109 @@
+"""Where nothing is to be pruned nothing changes, to the bit; and removing the handle restores the model."""
+
+import pytest
+import torch
+
+from sts_kernels import STSConfig
+from sts_kernels.integrations.transformers import apply_sts
+
+from . import models
+
+EVERYTHING = {
+    "numbers": STSConfig(keep=10**6, keep_after=10**6),
+    "shares": STSConfig(keep=1.0, keep_after=1.0),
+    "budget": STSConfig(budget=1.0),
+    "large_budget": STSConfig(budget=10**6),
+}
+
+
+def forward(model, prompts) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**models.batch(model, prompts)).logits
+
+
+@pytest.mark.parametrize("config", EVERYTHING)
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_full_budgets_are_bit_equal(family, config, device):
+    model = models.shared(family, "sdpa" if config != "shares" else "eager", device)
+    prompts = [models.prompt_of(family, 1, seed=1), models.prompt_of(family, 2, seed=2)]
+    plain, plain_logits = models.generate(model, prompts), forward(model, prompts)
+    with apply_sts(model, EVERYTHING[config]) as sts:
+        same, same_logits = models.generate(model, prompts), forward(model, prompts)
+        row = sts.report.rows[1]
+    assert torch.equal(models.logits_of(plain), models.logits_of(same))
+    assert torch.equal(plain.sequences, same.sequences)
+    assert torch.equal(plain_logits, same_logits)
+    assert row.tokens == row.after_stage1 == row.after_stage2 == row.average
+    assert row.kv_mb[0] == row.kv_mb[1]
+
+
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_text_only_prompts_are_bit_equal(family, device):
+    model = models.shared(family, "sdpa", device)
+    prompts = [models.prompt_of(family, 0, seed=1), models.prompt_of(family, 0, seed=2, after=4)]
+    plain = models.generate(model, prompts)
+    with apply_sts(model, STSConfig(keep=6, keep_after=3)) as sts:
+        same = models.generate(model, prompts)
+        assert sts.report is None
+    assert torch.equal(models.logits_of(plain), models.logits_of(same))
+
+
+def footprint(model) -> dict:
+    """Everything that hooks and overrides could leave behind."""
+    tables = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
+    out = {}
+    for name, module in model.named_modules():
+        hooks = tuple(len(getattr(module, table)) for table in (*tables, "_forward_hooks_always_called"))
+        out[name] = (hooks, sorted(module.__dict__), id(module.__dict__.get("config")))
+    return out
+
+
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_remove_restores_the_model(family):
+    model = models.shared(family)
+    prompts = [models.prompt_of(family, 1, seed=1)]
+    plain = models.generate(model, prompts)  # the library installs hooks of its own on first use
+    before = footprint(model)
+    handle = apply_sts(model, STSConfig(keep=6, keep_after=3, anchor="saliency"))
+    assert footprint(model) != before
+    models.generate(model, prompts)
+    handle.remove()
+    handle.remove()
+    assert footprint(model) == before
+    assert torch.equal(models.logits_of(plain), models.logits_of(models.generate(model, prompts)))
+
+
+def test_another_override_of_generate_survives():
+    model = models.build("llava")
+    original = model.generate
+    model.generate = lambda *args, **kwargs: original(*args, **kwargs)
+    mine = model.generate
+    with apply_sts(model, STSConfig(keep=6)):
+        assert model.generate is not mine
+        models.generate(model, [models.prompt_of("llava", 1)])
+    assert model.generate is mine
+
+
+def test_an_error_in_a_forward_leaves_nothing_behind():
+    model = models.shared("llava")
+    prompt = models.prompt_of("llava", 1, seed=1)
+    with apply_sts(model, STSConfig(keep=8, keep_after=3, prune_layer=3)):
+        good = models.logits_of(models.generate(model, [prompt]))
+        broken = models.batch(model, [prompt])
+        broken["input_ids"][0, 1] = models.IMAGE  # one placeholder too many
+        with pytest.raises(ValueError, match="do not match"):
+            model(**broken)
+
+        def explode(module, args, kwargs):
+            raise RuntimeError("boom")
+
+        for layer in (2, 4):
+            hook = model.model.language_model.layers[layer].self_attn.q_proj.register_forward_pre_hook(
+                explode, with_kwargs=True
+            )
+            with pytest.raises(RuntimeError, match="boom"):
+                models.generate(model, [prompt])
+            hook.remove()
+        text = model.model.language_model
+        assert all(layer.self_attn.config is text.config for layer in text.layers)
+        assert torch.equal(models.logits_of(models.generate(model, [prompt])), good)
