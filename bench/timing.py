@@ -10,7 +10,8 @@ import torch
 
 def percentiles(samples: list[float]) -> tuple[float, float, float]:
     """p20, p50, p80."""
-    return tuple(torch.tensor(samples, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8]).double()).tolist())
+    at = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    return tuple(torch.tensor(samples, dtype=torch.float64).quantile(at).tolist())
 
 
 class L2Flush:

@@ -1,0 +1,192 @@
+"""`pytest bench`: every provider of every op is right on small shapes; with --benchmark-only, how fast. And the harness
+itself: what it writes and what it refuses."""
+
+import csv
+
+import pytest
+import torch
+
+from . import __main__ as cli
+from . import harness, plot, record, timing
+
+BENCHES = {name: bench for name, bench in harness.discover().items() if bench}
+SMALL = {"B": 2, "N": 96, "C": 64, "K": 12, "S": 50, "Hq": 4, "Hkv": 2, "D": 16}
+PACKED = {"lengths": (40, 7, 96), "budgets": (10, 1, 24)}
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+def small_case(bench, dtype):
+    """The shape columns of the bench's own cases, at sizes that take no time."""
+    like = bench.cases[0]
+    if not like.lengths:
+        return harness.Case("small", {name: SMALL[name] for name in like.shape}, dtype)
+    lengths, budgets = PACKED.values()
+    sizes = {"B": len(lengths), "N": max(lengths), "T": sum(lengths), "K": sum(budgets), "C": SMALL["C"]}
+    return harness.Case("small", {name: sizes[name] for name in like.shape}, dtype, **PACKED)
+
+
+def provided():
+    for device in ("cpu", "cuda"):
+        for name, bench in BENCHES.items():
+            for provider in bench.providers(torch.device(device)):
+                if not provider.compiles:
+                    marks = NEEDS_GPU if device == "cuda" else ()
+                    yield pytest.param(device, bench, provider, id=f"{device}-{name}-{provider.name}", marks=marks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("device", "bench", "provider"), list(provided()))
+def test_provider(benchmark, device, bench, provider, dtype):
+    device = torch.device(device)
+    case = small_case(bench, dtype)
+    given = bench.make_inputs(case, device)
+    call = provider.bind(case, given)
+    bench.check(case, given, call())
+
+    def settled():
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark.group = f"{bench.op} {dtype} {device}"
+    benchmark(settled)
+
+
+@pytest.mark.parametrize("bench", BENCHES.values(), ids=BENCHES)
+def test_check_notices_a_wrong_result(bench):
+    case = small_case(bench, torch.float32)
+    given = bench.make_inputs(case, torch.device("cpu"))
+    right = next(p for p in bench.providers(torch.device("cpu")) if p.name == "reference").bind(case, given)()
+    with pytest.raises(AssertionError):
+        bench.check(case, given, right.flip(-1) + 1)
+
+
+@pytest.mark.parametrize("bench", BENCHES.values(), ids=BENCHES)
+def test_cost_counts_inputs_and_outputs_once(bench):
+    case = small_case(bench, torch.float16)
+    given = bench.make_inputs(case, torch.device("cpu"))
+    inputs = [value.nbytes for value in given.values() if isinstance(value, torch.Tensor)]
+    output = next(p for p in bench.providers(torch.device("cpu")) if p.name == "reference").bind(case, given)().nbytes
+    cost = bench.cost(case)
+    assert max(inputs) <= cost.bytes <= 2 * (sum(inputs) + output)
+    assert cost.flops > 0
+
+
+def test_floor_is_the_slower_of_memory_and_arithmetic():
+    peaks = {"copy": 1e9, torch.float32: 1e12}
+    assert harness.Cost(bytes=2000, flops=1000).floor(peaks, torch.float32) == (2.0, "memory", "1 GB/s")
+    assert harness.Cost(bytes=2000, flops=5 * 10**6).floor(peaks, torch.float32) == (5.0, "compute", "1 TFLOP/s")
+
+
+def test_percentiles():
+    assert timing.percentiles([float(x) for x in range(101)]) == (20.0, 50.0, 80.0)
+
+
+ARGS = [
+    "--quick",
+    "--op",
+    "repulsion_step_",
+    "--shapes",
+    "main",
+    "N=576",
+    "B=1",
+    "--dtype",
+    "float32",
+    "--device",
+    "cpu",
+]
+
+
+@pytest.fixture
+def small_peaks(monkeypatch):
+    monkeypatch.setattr(timing, "peaks", lambda device, dtypes: {"copy": 1e10} | dict.fromkeys(dtypes, 1e11))
+
+
+@pytest.mark.usefixtures("small_peaks")
+def test_rows_are_appended_and_say_what_they_measured(tmp_path, capsys):
+    path = tmp_path / "new" / "rows.csv"
+    assert cli.main([*ARGS, "--csv", str(path), "--commit", "abc"]) == 0
+    first = path.read_text()
+    assert cli.main([*ARGS, "--csv", str(path), "--commit", "def"]) == 0
+    assert path.read_text().startswith(first)
+    rows = record.read(path)
+    assert tuple(rows[0]) == record.COLUMNS
+    timed = [row for row in rows if row["op"] == "repulsion_step_"]
+    assert {row["provider"] for row in timed} >= {"reference", "plain"}
+    assert {row["commit"] for row in timed} == {"abc", "def"}
+    for row in timed:
+        assert (row["B"], row["N"], row["C"], row["K"], row["dtype"]) == ("1", "576", "1024", "", "float32")
+        assert 0 < float(row["p20_us"]) <= float(row["p50_us"]) <= float(row["p80_us"])
+        assert row["mode"] == "eager"
+        assert row["omp_wait_policy"]
+        assert int(row["bytes"]) == 576 * (4 * 1024 + 8)
+
+
+@pytest.mark.usefixtures("small_peaks")
+def test_a_wrong_provider_is_not_timed(tmp_path, monkeypatch, capsys):
+    bench = BENCHES["repulsion_step_"]
+    wrong = harness.Provider("wrong", lambda case, given: lambda: torch.zeros(case["B"], dtype=torch.int64))
+    monkeypatch.setitem(bench.__dict__, "baselines", [*bench.baselines, wrong])
+    path = tmp_path / "rows.csv"
+    assert cli.main([*ARGS, "--csv", str(path)]) == 1
+    assert "wrong" not in {row["provider"] for row in record.read(path)}
+    assert "1 FAILED" in capsys.readouterr().out
+
+
+def test_a_file_with_other_columns_is_left_alone(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("some,other,table\n")
+    with pytest.raises(ValueError, match="other columns"):
+        record.append(path, [])
+    assert path.read_text() == "some,other,table\n"
+
+
+def test_dry_run_measures_nothing(tmp_path, capsys):
+    path = tmp_path / "rows.csv"
+    assert cli.main([*ARGS, "--csv", str(path), "--dry-run"]) == 0
+    assert "repulsion_step_  main: B=1 N=576 C=1024 float32" in capsys.readouterr().out
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--op", "nonsense"], "no op nonsense"),
+        (["--shapes", "N=7"], "nothing to time"),
+        (["--device", "tpu9"], "expected cpu or cuda"),
+        (["--device", "meta"], "expected cpu or cuda"),
+    ],
+)
+def test_bad_options(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(arguments)
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_plot(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    rows = tmp_path / "rows.csv"
+    with rows.open("w", newline="") as file:
+        writer = csv.DictWriter(file, record.COLUMNS, restval="")
+        writer.writeheader()
+        for name in ("native", "gram loop"):
+            for tokens in (576, 2880):
+                shape = {"B": 1, "N": tokens, "C": 1024, "K": 192}
+                row = {
+                    "op": plot.OP,
+                    "provider": name,
+                    "group": "main",
+                    "dtype": "float32",
+                    "data": "gaussian",
+                    **shape,
+                }
+                writer.writerow({**row, "mode": "eager", "cold_l2": 0, "p50_us": tokens, "threads": 2})
+    picture = tmp_path / "plot.png"
+    assert plot.draw(record.read(rows), picture) == 2
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    empty = tmp_path / "empty.csv"
+    empty.write_text(",".join(record.COLUMNS) + "\n")
+    assert cli.main(["--plot", str(tmp_path / "none.png"), "--csv", str(empty)]) == 2
+    assert cli.main(["--plot", str(tmp_path / "none.png"), "--csv", str(tmp_path / "missing.csv")]) == 2
+    assert not (tmp_path / "none.png").exists()
