@@ -1,0 +1,194 @@
+"""What is not supported is refused in one sentence, before anything runs."""
+
+import copy
+
+import pytest
+import torch
+
+from sts_kernels import STSConfig
+from sts_kernels.integrations.transformers import apply_sts
+
+from . import models
+
+CONFIG = STSConfig(keep=8, keep_after=3, prune_layer=3)
+
+
+def one_sentence(error) -> None:
+    text = str(error.value)
+    assert "\n" not in text
+    assert "apply_sts" in text
+
+
+def test_a_model_of_no_family():
+    config = models.transformers.LlamaConfig(**models._text())
+    with pytest.raises(
+        ValueError, match=r"LlamaForCausalLM \(model_type 'llama'\) is not of a supported family: LLaVA-1.5"
+    ) as e:
+        apply_sts(models.transformers.LlamaForCausalLM(config), CONFIG)
+    one_sentence(e)
+    with pytest.raises(ValueError, match="Linear"):
+        apply_sts(torch.nn.Linear(2, 2), CONFIG)
+
+
+def test_a_config_of_the_wrong_type():
+    with pytest.raises(TypeError, match="config must be an STSConfig, got int"):
+        apply_sts(models.shared("llava"), 128)
+
+
+def test_twice_on_one_model():
+    model = models.shared("llava")
+    with apply_sts(model, CONFIG), pytest.raises(ValueError, match="active on this model already") as e:
+        apply_sts(model, CONFIG)
+    one_sentence(e)
+    apply_sts(model, CONFIG).remove()
+
+
+def test_layers_that_are_not_there():
+    with pytest.raises(ValueError, match="the LLM has 6 layers, got 6"):
+        apply_sts(models.shared("llava"), STSConfig(keep=8, prune_layer=6))
+
+
+def test_deepstack_layers():
+    with pytest.raises(NotImplementedError, match="prune_layer must be at least 2") as e:
+        apply_sts(models.shared("qwen3_vl"), STSConfig(keep=8, prune_layer=1))
+    one_sentence(e)
+    apply_sts(models.shared("qwen3_vl"), STSConfig(keep=8, prune_layer=2)).remove()
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "match"),
+    [
+        ("layer_types", ["full_attention"] * 5 + ["sliding_attention"], "sliding_attention"),
+        ("sliding_window", 16, "a sliding window of 16"),
+        ("_attn_implementation_internal", "flex_attention", "attention 'flex_attention' is not supported"),
+        ("_attn_implementation_internal", "paged|flash_attention_2", "only eager, sdpa and flash_attention_2/3 are"),
+        ("head_dim", 60, "head dimension"),
+    ],
+)
+def test_settings_of_the_model(setting, value, match):
+    model = models.build("llava")
+    config = model.model.language_model.config
+    if setting == "sliding_window":
+        config.layer_types = None
+    setattr(config, setting, value)
+    with pytest.raises(NotImplementedError, match=match) as e:
+        apply_sts(model, CONFIG)
+    one_sentence(e)
+
+
+def test_tensor_parallel():
+    model = models.build("llava")
+    model._tp_size = 2
+    with pytest.raises(NotImplementedError, match="tensor parallel") as e:
+        apply_sts(model, CONFIG)
+    one_sentence(e)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"cache_implementation": "static"}, "cache_implementation='static' is not supported"),
+        ({"prefill_chunk_size": 8}, "prefill_chunk_size is not supported"),
+    ],
+)
+@pytest.mark.parametrize("where", ["argument", "generation_config", "model"])
+def test_options_of_generate(options, match, where):
+    model = models.shared("llava")
+    prompt = models.prompt_of("llava", 1)
+    seen = []
+    hook = model.model.vision_tower.register_forward_pre_hook(lambda *args: seen.append(1))
+    mine = model.generation_config
+    try:
+        with apply_sts(model, CONFIG):
+            given = options
+            if where == "generation_config":
+                config = copy.deepcopy(mine)
+                config.update(**options)
+                given = {"generation_config": config}
+            elif where == "model":
+                model.generation_config = copy.deepcopy(mine)
+                model.generation_config.update(**options)
+                given = {}
+            with pytest.raises(NotImplementedError, match=match) as e:
+                model.generate(**models.batch(model, [prompt]), max_new_tokens=2, **given)
+            one_sentence(e)
+            assert not seen
+            text = models.prompt_of("llava", 0)
+            if where == "argument" and "cache_implementation" in options:
+                model.generate(**models.batch(model, [text]), max_new_tokens=2, **options)  # nothing to prune
+    finally:
+        model.generation_config = mine
+        hook.remove()
+
+
+def test_a_static_cache_in_forward():
+    model = models.shared("llava")
+    inputs = models.batch(model, [models.prompt_of("llava", 1)])
+    cache = models.transformers.StaticCache(config=model.config.text_config, max_cache_len=64)
+    with apply_sts(model, CONFIG), pytest.raises(NotImplementedError, match="a static cache is not supported") as e:
+        model(**inputs, past_key_values=cache)
+    one_sentence(e)
+
+
+def test_new_images_on_a_cache():
+    model = models.shared("llava")
+    prompt = models.prompt_of("llava", 1)
+    with apply_sts(model, CONFIG), torch.no_grad():
+        for start in (prompt, models.prompt_of("llava", 0)):  # a pruned cache, and a plain one
+            out = models.generate(model, [start])
+            talk = models.Prompt(out.sequences[0].tolist(), images=list(prompt.images))
+            talk.ids += [*[models.IMAGE] * 36, 5]
+            with pytest.raises(NotImplementedError, match="new images on a non-empty cache") as e:
+                models.generate(model, [talk], past_key_values=out.past_key_values)
+            one_sentence(e)
+            with pytest.raises(NotImplementedError, match="new images on a non-empty cache"):
+                model(**models.batch(model, [prompt]), past_key_values=out.past_key_values)
+
+
+def test_training():
+    model = models.build("llava").train()
+    inputs = models.batch(model, [models.prompt_of("llava", 1)])
+    with apply_sts(model, CONFIG):
+        with pytest.raises(NotImplementedError, match="is for inference") as e:
+            model(**inputs)
+        one_sentence(e)
+        with torch.no_grad():
+            model(**inputs)
+
+
+def test_a_four_dimensional_mask():
+    model = models.shared("llava")
+    inputs = models.batch(model, [models.prompt_of("llava", 1)])
+    length = inputs["input_ids"].shape[1]
+    inputs["attention_mask"] = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
+    with (
+        apply_sts(model, CONFIG),
+        torch.no_grad(),
+        pytest.raises(NotImplementedError, match="only attention masks") as e,
+    ):
+        model(**inputs)
+    one_sentence(e)
+
+
+def test_a_pruned_cache_outside_the_handle():
+    """It would be continued with masks of the wrong length."""
+    model = models.shared("llava")
+    prompt = models.prompt_of("llava", 1)
+    with apply_sts(model, CONFIG):
+        out = models.generate(model, [prompt])
+    assert out.past_key_values.get_seq_length() == out.sequences.shape[1] - 1  # looking is allowed
+    with pytest.raises(RuntimeError, match="only while apply_sts is active"), torch.no_grad():
+        model(input_ids=torch.tensor([[5]]), past_key_values=out.past_key_values)
+
+
+def test_features_of_another_batch():
+    model = models.shared("llava")
+    if "mm_encoder_outputs" not in models.model_arguments(model):
+        pytest.skip(f"transformers {models.transformers.__version__} takes no mm_encoder_outputs")
+    one, two = models.prompt_of("llava", 1), models.prompt_of("llava", 2)
+    with apply_sts(model, CONFIG), torch.no_grad():
+        inputs = models.batch(model, [two])
+        encoded = model.model.get_image_features(inputs.pop("pixel_values"), return_dict=True)
+        models.generate(model, [one])
+        with pytest.raises(RuntimeError, match="encode and run one batch at a time"):
+            model(**inputs, mm_encoder_outputs={"image": encoded})
