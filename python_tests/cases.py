@@ -331,6 +331,7 @@ LAYOUT_CASES = [
     *(Case(layout.__name__, 3, 45, 40, 20, layout=layout) for layout in LAYOUTS[1:]),
     *(Case(f"{layout.__name__}_odd", 2, 37, 13, 37, layout=layout) for layout in LAYOUTS[1:]),
     *(Case(f"{layout.__name__}_wide", 1, 70, 1024, 12, layout=layout) for layout in LAYOUTS[1:]),
+    *(Case(f"duplicates_{f.__name__}", 2, 131, 33, 131, duplicates, f) for f in (channel_slice, channel_major)),
     Case("expanded", 4, 45, 40, 20, layout=expanded),
     Case("ragged_slice", 3, 45, 24, 20, layout=channel_slice, num_tokens=(45, 12, 20)),
 ]
@@ -384,6 +385,7 @@ VARLEN_CASES = [
     VarlenCase("channels_1000", (150, 33), (40, 33), 1000),
     VarlenCase("common_offset", (129, 65), (129, 33), 64, common_offset),
     VarlenCase("near_duplicates", (130, 66, 12), (100, 66, 12), 64, near_duplicates),
+    VarlenCase("large_eps", (66, 31), (40, 31), 32, eps=100.0),
     VarlenCase("equal", (40, 13), (40, 5), 8, equal),
     VarlenCase("not_finite", (40, 1, 13), (40, 1, 13), 8, not_finite),
     VarlenCase("tree", (64, 32, 16), (64, 20, 16), 384, tree, eps=2.0, anchor=(5, 31, 0)),

@@ -41,9 +41,10 @@ def test_ties_go_to_the_lowest_index(backend, name, seed):
             assert picks[b, -len(rest) :].tolist() == rest
 
 
-def test_exact_duplicates_come_in_order_of_index(backend):
+@pytest.mark.parametrize("name", ["duplicates", "duplicates_channel_slice", "duplicates_channel_major"])
+def test_exact_duplicates_come_in_order_of_index(backend, name):
     """Copies of a token have equal potentials at every step, so the lowest index among them always goes first."""
-    inputs = by_name("duplicates").inputs(seed=3, device=backend.device)
+    inputs = by_name(name).inputs(seed=3, device=backend.device)
     picks = backend(OP, **inputs).cpu()
     for b, x in enumerate(inputs["features"].cpu()):
         _, group = x.unique(dim=0, return_inverse=True)
@@ -84,7 +85,7 @@ def test_equals_brute_force_where_margins_are_wide(backend, dtype):
     assert matched >= 5, "too few inputs have wide margins for this test to say anything"
 
 
-@pytest.mark.parametrize("name", ["5x127x64_k40", "near_duplicates", "not_finite", "ragged", "common_offset"])
+@pytest.mark.parametrize("name", ["5x127x64_k40", "near_duplicates", "not_finite", "ragged", "large_eps"])
 def test_prefix(backend, name):
     """The first k' picks are the run with k'."""
     case = by_name(name)
