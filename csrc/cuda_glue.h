@@ -33,10 +33,6 @@ class CudaScope {
   cudaStream_t stream_ = nullptr;
 };
 
-// Device memory from torch's allocator, ordered on the current stream.
-inline Tensor new_floats(const Tensor& like, int64_t count) { return torch::stable::new_empty(like, {count}, ScalarType::Float); }
-inline float* floats(const Tensor& buffer) { return static_cast<float*>(buffer.mutable_data_ptr()); }
-
 template <class F>
 void dispatch_cuda(ScalarType type, F&& f) {
   dispatch_floating<__half, __nv_bfloat16>(type, f);

@@ -13,7 +13,7 @@ Tensor pairwise_sqdist_cuda(const Tensor& features) {
   if (batch == 0) return out;
   dispatch_cuda(x.scalar_type(), [&](auto* element) {
     const auto rows = rows_of<std::remove_pointer_t<decltype(element)>>(x);
-    CudaScope::check(launch_pairwise_sqdist(rows.data, batch, tokens, rows.channels, rows.batch_stride, rows.row_stride, floats(out),
+    CudaScope::check(launch_pairwise_sqdist(rows.data, batch, tokens, rows.channels, rows.batch_stride, rows.row_stride, static_cast<float*>(out.mutable_data_ptr()),
                                             scope.stream()),
                      "pairwise_sqdist");
   });

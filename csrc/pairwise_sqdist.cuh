@@ -1,6 +1,6 @@
 // Squared distances of all pairs of an item's tokens, one square tile of the upper triangle a block, mirrored.
 // Differences are squared and summed channel by channel in ascending order: nothing cancels, and the result is the same bits
-// whichever tile or kernel computes it (`sqdist_of` below is the same sum).
+// whichever tile or kernel computes it.
 #pragma once
 #include "rows.cuh"
 
@@ -11,28 +11,10 @@ struct StoreSqdist {
   __device__ float operator()(float sqdist, bool diagonal) const { return diagonal ? 0.f : sqdist; }
 };
 
-// |a - b|^2 of two rows by one thread, in the order of the tiles.
-template <class scalar_t>
-__device__ __forceinline__ float sqdist_of(const scalar_t* a, const scalar_t* b, int channels, bool aligned) {
-  constexpr int kVec = Chunk<scalar_t>::size, kUnroll = 4;  // loads in flight
-  float sum = 0.f;
-  for (int c = 0; c < channels; c += kVec * kUnroll) {
-    Chunk<scalar_t> x[kUnroll], y[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      x[u] = load_channels(a, c + u * kVec, channels, aligned);
-      y[u] = load_channels(b, c + u * kVec, channels, aligned);
-    }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u)
-#pragma unroll
-      for (int i = 0; i < kVec; ++i) {
-        const float difference = x[u][i] - y[u][i];
-        sum = fmaf(difference, difference, sum);
-      }
-  }
-  return sum;
-}
+constexpr int kSmallTile = 32, kLargeTile = 64;
+
+// Stands in a matrix for a pair whose distance is still to be computed. No distance or weight is negative.
+constexpr float kMarked = -1.f;
 
 // Tokens of two tiles that share no item (packed batches) need no distance.
 __device__ __forceinline__ bool tiles_share_item(const Items& items, int64_t low_end, int64_t high_begin) {
@@ -46,9 +28,11 @@ __device__ __forceinline__ bool tiles_share_item(const Items& items, int64_t low
   return first >= items.count || items.cu_seqlens[first + 1] > high_begin;
 }
 
+// marks: null for all pairs; or, per entry and tile, whether the tile has marked pairs, which alone are then computed.
 template <class scalar_t, int kTile, class Store>
-__global__ void __launch_bounds__(kTile* kTile / 16)
-    sqdist_tile_kernel(Rows<scalar_t> rows, Items items, int64_t first_entry, int64_t entries, bool aligned, Store store, float* out) {
+__global__ void __launch_bounds__(kTile* kTile / 16, kTile == kLargeTile ? 2 : 4)
+    sqdist_tile_kernel(Rows<scalar_t> rows, Items items, int64_t first_entry, int64_t entries, bool aligned, Store store,
+                       const unsigned* marks, float* out) {
   constexpr int kThreads = kTile * kTile / 16;  // each thread has 4 x 4 pairs
   constexpr int kChannels = 32, kVec = Chunk<scalar_t>::size;
   constexpr int kLoads = kTile * kChannels / kVec / kThreads;
@@ -63,6 +47,7 @@ __global__ void __launch_bounds__(kTile* kTile / 16)
   const int tid = threadIdx.x, ti = tid / (kTile / 4) * 4, tj = tid % (kTile / 4) * 4;
 
   for (int64_t entry = blockIdx.z; entry < entries; entry += gridDim.z) {
+    if (marks && marks[(entry * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x] == 0) continue;
     float sum[4][4] = {};
     // What this thread loads of each stage. Rows past the end repeat the last one; their pairs are not stored.
     const scalar_t *row_a[kLoads], *row_b[kLoads];
@@ -117,11 +102,21 @@ __global__ void __launch_bounds__(kTile* kTile / 16)
       for (int t = 0; t < 4; ++t) {
         const int64_t i = i0 + ti + s, j = j0 + tj + t;
         if (i >= tokens || j >= tokens) continue;
+        if (marks && (i > j || matrix[i * tokens + j] != kMarked)) continue;
         const float value = store(sum[s][t], i == j);
         matrix[i * tokens + j] = value;
-        if (i0 != j0) matrix[j * tokens + i] = value;
+        if (marks || i0 != j0) matrix[j * tokens + i] = value;
       }
   }
+}
+
+template <int kTile, class scalar_t, class Store>
+cudaError_t launch_sqdist_tiles_of(const Rows<scalar_t>& rows, const Items& items, int64_t first_entry, int64_t entries, Store store,
+                                   const unsigned* marks, float* out, cudaStream_t stream) {
+  const auto tiles = static_cast<unsigned>(ceil_div(items.tokens, kTile));
+  const dim3 grid(tiles, tiles, static_cast<unsigned>(entries < 65535 ? entries : 65535));
+  const Launch shape{grid, dim3(kTile * kTile / 16), 0, 1, false, stream};
+  return launch(sqdist_tile_kernel<scalar_t, kTile, Store>, shape, rows, items, first_entry, entries, rows_aligned(rows), store, marks, out);
 }
 
 // Entries [first_entry, first_entry + entries) of the batch (the one entry of a packed batch): what `store` makes of each pair,
@@ -129,16 +124,18 @@ __global__ void __launch_bounds__(kTile* kTile / 16)
 template <class scalar_t, class Store>
 cudaError_t launch_sqdist_tiles(const Rows<scalar_t>& rows, const Items& items, int64_t first_entry, int64_t entries, Store store,
                                 float* out, cudaStream_t stream) {
-  const auto run = [&](auto kernel, int tile) {
-    const auto tiles = static_cast<unsigned>(ceil_div(items.tokens, tile));
-    const auto depth = static_cast<unsigned>(entries < 65535 ? entries : 65535);
-    const Launch shape{dim3(tiles, tiles, depth), dim3(tile * tile / 16), 0, 1, false, stream};
-    return launch(kernel, shape, rows, items, first_entry, entries, rows_aligned(rows), store, out);
-  };
   // Small tiles where large ones would leave multiprocessors without work.
-  const int64_t large = ceil_div(items.tokens, 64);
-  if (large * (large + 1) / 2 * entries < 2 * device_sm_count()) return run(sqdist_tile_kernel<scalar_t, 32, Store>, 32);
-  return run(sqdist_tile_kernel<scalar_t, 64, Store>, 64);
+  const int64_t large = ceil_div(items.tokens, kLargeTile);
+  if (large * (large + 1) / 2 * entries < 2 * device_sm_count())
+    return launch_sqdist_tiles_of<kSmallTile>(rows, items, first_entry, entries, store, nullptr, out, stream);
+  return launch_sqdist_tiles_of<kLargeTile>(rows, items, first_entry, entries, store, nullptr, out, stream);
+}
+
+// The marked pairs of the tiles that have some, in place.
+template <class scalar_t, class Store>
+cudaError_t launch_sqdist_repair(const Rows<scalar_t>& rows, const Items& items, int64_t first_entry, int64_t entries, Store store,
+                                 const unsigned* marks, float* out, cudaStream_t stream) {
+  return launch_sqdist_tiles_of<kLargeTile>(rows, items, first_entry, entries, store, marks, out, stream);
 }
 
 // features (batch, tokens, channels) with the given strides -> out (batch, tokens, tokens)

@@ -1,5 +1,7 @@
 #include "repulsion_select.cuh"
 
+#include <vector>
+
 #include "cuda_glue.h"
 
 namespace sts {
@@ -36,19 +38,20 @@ Tensor select(const Selection& selection) {
   dispatch_cuda(selection.features.scalar_type(), [&](auto* element) {
     using scalar_t = std::remove_pointer_t<decltype(element)>;
     const auto rows = rows_of<scalar_t>(selection.features);
-    const SelectionPlan plan = plan_selection<scalar_t, Repulsion>(items);
-    const int64_t chunks = items.anchor ? 0 : all_chunks(items);
-    const Tensor per_token = new_floats(selection.features, all_tokens(items));
-    const Tensor sums = new_floats(selection.features, chunks * (rows.channels + 1));
-    const Tensor mean = new_floats(selection.features, items.anchor ? 0 : items.count * rows.channels);
-    const Tensor weights = new_floats(selection.features, plan.matrix_floats(items.tokens));
-    const Tensor keys = torch::stable::new_empty(selection.features, {plan.keys()}, ScalarType::Long);
-    const Tensor arrived = torch::stable::new_empty(selection.features, {plan.groups}, ScalarType::Int);
-    SelectionScratch scratch{{floats(per_token), nullptr, nullptr, nullptr},
-                             floats(weights),
-                             static_cast<Key*>(keys.mutable_data_ptr()),
-                             static_cast<unsigned*>(arrived.mutable_data_ptr())};
-    if (chunks) scratch.mean = {floats(per_token), floats(sums), floats(sums) + chunks * rows.channels, floats(mean)};
+    const SelectionPlan plan = plan_selection<scalar_t, Repulsion>(rows, items, kMatrixTokens, planned_lookahead(kLookahead));
+    // One allocation, its parts on 256-byte boundaries: measured first, then dealt out.
+    int64_t bytes = 0;
+    char* memory = nullptr;
+    const auto allocate = [&](int64_t size) -> void* {
+      char* part = memory ? memory + bytes : nullptr;
+      bytes += ceil_div(size, 256) * 256;
+      return part;
+    };
+    SelectionScratch(plan, items, rows.channels, allocate);
+    const Tensor scratch_memory = torch::stable::new_empty(selection.features, {bytes}, ScalarType::Byte);
+    memory = static_cast<char*>(scratch_memory.mutable_data_ptr());
+    bytes = 0;
+    const SelectionScratch scratch(plan, items, rows.channels, allocate);
     CudaScope::check(launch_selection(rows, items, plan, scratch, selection.rule, static_cast<int64_t*>(out.mutable_data_ptr()), scope.stream()),
                      "repulsion_select");
   });

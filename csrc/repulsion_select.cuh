@@ -1,12 +1,13 @@
 // Stage 1 of STS: all picks of all items in one launch, after their distances.
 //   up to kMatrixTokens tokens: the weights of all pairs are stored once, and one block per item runs the picks, with the
 //     potentials in registers and one barrier a pick;
-//   above: nothing N x N is stored. Groups of resident blocks take an item each, recompute the distances to every pick, and
-//     agree on the next one through a barrier of the group.
-// Both see the same bits for every distance, so they pick the same tokens.
+//   above: nothing N x N is stored. Groups of resident blocks take an item each and agree on every pick through a barrier. A
+//     pick's row of weights that is not at hand is computed together with those of the tokens that look like the next picks, in
+//     one pass over the features, and the rows are kept until they are needed or replaced. Guesses cost time, never a result:
+//     potentials are exact at every pick.
 #pragma once
-#include "pairwise_sqdist.cuh"
-#include "token_mean.cuh"
+#include "sqdist_mma.cuh"
+#include "token_stats.cuh"
 
 namespace sts {
 
@@ -25,6 +26,8 @@ __device__ __forceinline__ int64_t first_pick(const Item& item, Key nearest) {
   if (item.anchor >= 0) return item.anchor;
   return key_value(nearest) < kInfinity ? key_index(nearest) : 0;
 }
+
+// ---- stored weights ----
 
 // One block per item of [first_item, first_item + gridDim.x). Thread t holds tokens t, t + blockDim.x, ...
 template <class Rule, int kTokens>
@@ -72,30 +75,128 @@ __global__ void __launch_bounds__(1024, 1)
   }
 }
 
+// ---- recomputed weights ----
+
 constexpr int kRecomputeThreads = 256;
+constexpr int kLookahead = 8;      // rows computed in one pass at the most
+constexpr int kCachedRows = 32;    // one for each lane of the warp that looks them up
+constexpr int kSweepChannels = 128;  // of the points, in shared memory at a time
+
+// Which rows of weights are at hand. All blocks of a group keep the same copy, since all decide alike from the same keys.
+struct RowCache {
+  int token[kCachedRows];  // -1: none
+  int oldest;              // the slot that is overwritten next
+  int slot;                // of the pick, after `plan_rows`
+  int count;               // rows to compute now: of token[computed[0]], token[computed[1]], ...
+  int computed[kLookahead];
+};
+
+// By one warp: finds the slot of `pick`, whose key is `lowest`. If its row is not cached, decides which rows to compute with it:
+// those of the tokens with the lowest of the group's `keys` after it, which are finite, not picked and not cached.
+__device__ __forceinline__ void plan_rows(RowCache& cache, int pick, Key lowest, const Key* keys, int key_count, int wanted) {
+  const int lane = threadIdx.x % 32;
+  int mine = cache.token[lane];
+  __syncwarp();
+  const unsigned found = __ballot_sync(kFullWarp, mine == pick);
+  if (found) {
+    if (lane == 0) {
+      cache.slot = __ffs(static_cast<int>(found)) - 1;
+      cache.count = 0;
+    }
+    return;
+  }
+  int slot = cache.oldest, count = 0, token = pick;
+  __syncwarp();
+  for (int turn = 0; turn < kCachedRows; ++turn) {
+    if (!__any_sync(kFullWarp, mine == token)) {
+      if (lane == slot) mine = token;
+      if (lane == 0) cache.computed[count] = slot;
+      slot = (slot + 1) % kCachedRows;
+      if (++count == wanted) break;
+    }
+    Key next = kNoKey;
+    for (int k = lane; k < key_count; k += 32)
+      if (keys[k] > lowest) next = lower(next, keys[k]);
+    lowest = warp_lowest(next);
+    if (!(key_value(lowest) < kLastResort)) break;  // no more, or none that is finite
+    token = static_cast<int>(key_index(lowest));
+  }
+  cache.token[lane] = mine;
+  if (lane == 0) {
+    cache.slot = cache.computed[0];
+    cache.oldest = slot;
+    cache.count = count;
+  }
+}
+
+// The weights of this block's tokens to the cache.count points, as rows of `cached`, `row_floats` apart.
+template <class scalar_t, class Rule>
+__device__ __forceinline__ void compute_rows(const Rows<scalar_t>& rows, int64_t entry, const Item& item, bool aligned, const Rule& rule,
+                                             const RowCache& cache, int64_t first_token, int64_t token_step, float* cached,
+                                             int64_t row_floats, float (*point)[kSweepChannels]) {
+  constexpr int kVec = Chunk<scalar_t>::size, kUnroll = 4;  // loads in flight: 64 bytes of a row
+  const int count = cache.count;
+  for (int64_t begin = first_token; begin < item.tokens; begin += token_step) {
+    const int64_t i = begin + threadIdx.x;
+    const scalar_t* row = rows.row(entry, item.first + (i < item.tokens ? i : item.tokens - 1));
+    float sum[kLookahead] = {};
+    for (int c0 = 0; c0 < rows.channels; c0 += kSweepChannels) {
+      __syncthreads();
+      for (int e = threadIdx.x; e < count * kSweepChannels; e += kRecomputeThreads) {
+        const int p = e / kSweepChannels, c = c0 + e % kSweepChannels;
+        const int64_t token = item.first + cache.token[cache.computed[p]];
+        point[p][e % kSweepChannels] = c < rows.channels ? to_float(rows.row(entry, token)[c]) : 0.f;
+      }
+      __syncthreads();
+      for (int c = 0; c < kSweepChannels && c0 + c < rows.channels; c += kVec * kUnroll) {
+        Chunk<scalar_t> x[kUnroll];
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) x[u] = load_channels(row, c0 + c + u * kVec, rows.channels, aligned);
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u)
+#pragma unroll
+          for (int p = 0; p < kLookahead; ++p) {
+            if (p >= count) continue;
+#pragma unroll
+            for (int v = 0; v < kVec; ++v) {
+              const float difference = x[u][v] - point[p][c + u * kVec + v];
+              sum[p] = fmaf(difference, difference, sum[p]);
+            }
+          }
+      }
+    }
+    if (i >= item.tokens) continue;
+#pragma unroll
+    for (int p = 0; p < kLookahead; ++p)
+      if (p < count) cached[cache.computed[p] * row_floats + i] = rule.weight(sum[p]);
+  }
+}
 
 // Groups of `group_blocks` resident blocks; group g takes items g, g + groups, ... `potential` holds the distances to the mean
-// on entry. `lowest` has two slots for every block, `arrived` a zero for every group.
+// on entry. cached: kCachedRows rows of all tokens. keys: two for every block. arrived: a zero for every group.
 template <class scalar_t, class Rule>
-__global__ void __launch_bounds__(kRecomputeThreads)
-    select_recomputed_kernel(Rows<scalar_t> rows, Items items, bool aligned, int group_blocks, Rule rule, float* potential, Key* lowest,
-                             unsigned* arrived, int64_t* out) {
+__global__ void __launch_bounds__(kRecomputeThreads, 2)
+    select_recomputed_kernel(Rows<scalar_t> rows, Items items, bool aligned, int group_blocks, int lookahead, Rule rule, float* potential,
+                             float* cached, Key* keys, unsigned* arrived, int64_t* out) {
   __shared__ Key partial[2][32];
-  const int group = blockIdx.x / group_blocks, groups = gridDim.x / group_blocks, rank = blockIdx.x % group_blocks;
-  const int64_t first_token = static_cast<int64_t>(rank) * kRecomputeThreads + threadIdx.x;
+  __shared__ RowCache cache;
+  __shared__ float point[kLookahead][kSweepChannels];
+  const int group = blockIdx.x / group_blocks, groups = gridDim.x / group_blocks, rank = blockIdx.x % group_blocks, tid = threadIdx.x;
+  const int64_t first_token = static_cast<int64_t>(rank) * kRecomputeThreads;
   const int64_t token_step = static_cast<int64_t>(group_blocks) * kRecomputeThreads;
   GroupBarrier barrier(arrived + group, group_blocks);
-  Key* slots = lowest + static_cast<int64_t>(group) * group_blocks * 2;
+  const Key* turn_keys = nullptr;
   int turn = 0;
-  // The lowest key of the group. Slots are taken in turns like `partial`.
+  // The lowest key of the group; the lowest of each block are in turn_keys. Keys are written in turns like `partial`.
   const auto group_lowest = [&](Key best) {
     best = block_lowest(best, partial, turn);
-    Key* turn_slots = slots + (turn & 1) * group_blocks;
+    Key* mine = keys + (static_cast<int64_t>(group) * 2 + (turn & 1)) * group_blocks;
     ++turn;
-    if (threadIdx.x == 0) turn_slots[rank] = best;
+    if (tid == 0) mine[rank] = best;
     barrier.sync();
+    turn_keys = mine;
     best = kNoKey;
-    for (int r = threadIdx.x % 32; r < group_blocks; r += 32) best = lower(best, turn_slots[r]);
+    for (int r = tid % 32; r < group_blocks; r += 32) best = lower(best, mine[r]);
     return warp_lowest(best);
   };
 
@@ -104,65 +205,98 @@ __global__ void __launch_bounds__(kRecomputeThreads)
     const int64_t entry = items.packed() ? 0 : b, picks = item.picks < item.tokens ? item.picks : item.tokens;
     int64_t* picked = out + item.out;
     if (rank == 0)
-      for (int64_t step = picks + threadIdx.x; step < item.picks; step += kRecomputeThreads) picked[step] = -1;
+      for (int64_t step = picks + tid; step < item.picks; step += kRecomputeThreads) picked[step] = -1;
     if (picks == 0) continue;
-    float* mine = potential + entry * items.tokens + item.first;
+    const int64_t first_row = entry * items.tokens + item.first;  // among all tokens
+    float* mine = potential + first_row;
+    __syncthreads();
+    if (tid < kCachedRows) cache.token[tid] = -1;
+    if (tid == 0) cache.oldest = 0;
 
     Key best = kNoKey;
-    for (int64_t i = first_token; i < item.tokens; i += token_step) {
+    for (int64_t i = first_token + tid; i < item.tokens; i += token_step) {
       const float distance = mine[i];
       mine[i] = distance < kInfinity ? Rule::start() : kLastResort;
       best = lower(best, make_key(distance, static_cast<uint32_t>(i)));
     }
-    int64_t pick = first_pick(item, group_lowest(best));
+    best = group_lowest(best);
+    int64_t pick = first_pick(item, best);
     for (int64_t step = 0;; ++step) {
-      if (rank == 0 && threadIdx.x == 0) picked[step] = pick;
+      if (rank == 0 && tid == 0) picked[step] = pick;
       if (step + 1 == picks) break;
-      const scalar_t* picked_row = rows.row(entry, item.first + pick);
+      if (tid < 32) {
+        // The keys of the first turn are distances to the mean and say nothing about the picks to come.
+        const int64_t left = step == 0 ? 1 : picks - 1 - step;
+        plan_rows(cache, static_cast<int>(pick), best, turn_keys, group_blocks, left < lookahead ? static_cast<int>(left) : lookahead);
+      }
+      __syncthreads();
+      if (cache.count)
+        compute_rows(rows, entry, item, aligned, rule, cache, first_token, token_step, cached + first_row, all_tokens(items), point);
+      const float* weight = cached + cache.slot * all_tokens(items) + first_row;
       best = kNoKey;
-      for (int64_t i = first_token; i < item.tokens; i += token_step) {
-        float value = mine[i];
-        if (i == pick) value = kInfinity;
-        else if (value < kInfinity)
-          value = Rule::add(value, rule.weight(sqdist_of(rows.row(entry, item.first + i), picked_row, rows.channels, aligned)));
+      for (int64_t i = first_token + tid; i < item.tokens; i += token_step) {
+        const float value = i == pick ? kInfinity : Rule::add(mine[i], weight[i]);
         mine[i] = value;
         best = lower(best, make_key(value, static_cast<uint32_t>(i)));
       }
-      pick = key_index(group_lowest(best));
+      best = group_lowest(best);
+      pick = key_index(best);
     }
   }
 }
 
-// How a selection is laid out on the device.
-struct SelectionPlan {
-  bool stored;            // weights of all pairs in memory
-  int64_t entries;        // batch entries whose weights are held at a time
-  int groups, group_blocks;  // recomputed: blocks of the cooperative launch
+// ---- plan and launch ----
 
-  int64_t matrix_floats(int64_t tokens) const { return stored ? entries * tokens * tokens : 0; }
-  int64_t keys() const { return 2 * static_cast<int64_t>(groups) * group_blocks; }
+// How a selection is laid out on the device; everything follows from the shapes, the element type and the device.
+struct SelectionPlan {
+  bool stored;          // weights of all pairs in memory
+  bool tensor_cores;    // stored: computed by sqdist_mma.cuh
+  int64_t entries;      // stored: batch entries whose weights are held at a time
+  int groups, group_blocks;  // recomputed: blocks of the cooperative launch
+  int lookahead;             // recomputed: rows computed in one pass
 };
 
 template <class scalar_t, class Rule>
-SelectionPlan plan_selection(const Items& items, int64_t matrix_tokens = kMatrixTokens) {
+SelectionPlan plan_selection(const Rows<scalar_t>& rows, const Items& items, int64_t matrix_tokens = kMatrixTokens,
+                             int lookahead = kLookahead) {
   const int64_t entries = items.packed() ? 1 : items.count;
   if (items.tokens <= matrix_tokens) {
     const int64_t fit = kMatrixFloats / (items.tokens * items.tokens);
-    return {true, entries < fit ? entries : fit, 0, 0};
+    return {true, mma_fits(rows, items), entries < fit ? entries : fit, 0, 0, 0};
   }
   const int resident = max_resident_blocks(select_recomputed_kernel<scalar_t, Rule>, kRecomputeThreads, 0);
-  if (resident == 0) return {false, 0, 0, 0};
+  if (resident == 0) return {false, false, 0, 0, 0, 0};
   const int groups = static_cast<int>(items.count < resident ? items.count : resident);
   const int64_t useful = ceil_div(items.tokens, kRecomputeThreads);
-  return {false, 0, groups, static_cast<int>(useful < resident / groups ? useful : resident / groups)};
+  const int blocks = static_cast<int>(useful < resident / groups ? useful : resident / groups);
+  return {false, false, 0, groups, blocks, lookahead};
 }
 
-// Device memory of one selection besides its input and output; sizes in elements. Parts a plan does not use may be null.
+// Device memory of one selection besides its input and output. `allocate(bytes)` is called once for each part in use; parts that
+// are not stay null.
 struct SelectionScratch {
-  MeanScratch mean;
-  float* weights;     // matrix_floats
-  Key* lowest;        // keys
-  unsigned* arrived;  // groups
+  TokenStats stats{};
+  float* weights = nullptr;     // stored: (entries, tokens, tokens); recomputed: (kCachedRows, all tokens)
+  unsigned* marks = nullptr;    // stored on tensor cores: (entries, tiles, tiles)
+  Key* keys = nullptr;          // recomputed: (groups, 2, group_blocks)
+  unsigned* arrived = nullptr;  // recomputed: (groups)
+
+  template <class Allocate>
+  SelectionScratch(const SelectionPlan& plan, const Items& items, int64_t channels, Allocate&& allocate) {
+    const auto take = [&](auto*& part, int64_t count) {
+      if (count) part = static_cast<std::remove_reference_t<decltype(part)>>(allocate(count * static_cast<int64_t>(sizeof(*part))));
+    };
+    const int64_t chunks = items.anchor ? 0 : all_chunks(items), tiles = mma_tiles(items.tokens);
+    take(stats.mean_sqdist, all_tokens(items));
+    take(stats.norms, plan.tensor_cores ? all_tokens(items) : 0);
+    take(stats.sums, chunks * channels);
+    take(stats.counts, chunks);
+    take(stats.mean, items.anchor ? 0 : items.count * channels);
+    take(weights, plan.stored ? plan.entries * items.tokens * items.tokens : kCachedRows * all_tokens(items));
+    take(marks, plan.tensor_cores ? plan.entries * tiles * tiles : 0);
+    take(keys, 2 * static_cast<int64_t>(plan.groups) * plan.group_blocks);
+    take(arrived, plan.groups);
+  }
 };
 
 template <class scalar_t, class Rule>
@@ -171,7 +305,7 @@ cudaError_t launch_selection(const Rows<scalar_t>& rows, const Items& items, con
   cudaError_t error = cudaSuccess;
   // Places that no item's budget covers would otherwise stay unwritten; -1 is all bits set.
   if (items.packed()) error = cudaMemsetAsync(out, 0xff, items.picks * sizeof(int64_t), stream);
-  if (error == cudaSuccess) error = launch_token_mean(rows, items, scratch.mean, stream);
+  if (error == cudaSuccess) error = launch_token_stats(rows, items, scratch.stats, stream);
   if (error != cudaSuccess) return error;
 
   if (!plan.stored) {
@@ -179,19 +313,27 @@ cudaError_t launch_selection(const Rows<scalar_t>& rows, const Items& items, con
     error = cudaMemsetAsync(scratch.arrived, 0, plan.groups * sizeof(unsigned), stream);
     if (error != cudaSuccess) return error;
     const Launch shape{dim3(plan.groups * plan.group_blocks), dim3(kRecomputeThreads), 0, 1, true, stream};
-    return launch(select_recomputed_kernel<scalar_t, Rule>, shape, rows, items, rows_aligned(rows), plan.group_blocks, rule,
-                  scratch.mean.sqdist, scratch.lowest, scratch.arrived, out);
+    return launch(select_recomputed_kernel<scalar_t, Rule>, shape, rows, items, rows_aligned(rows), plan.group_blocks, plan.lookahead,
+                  rule, scratch.stats.mean_sqdist, scratch.weights, scratch.keys, scratch.arrived, out);
   }
+  const auto weigh = [&](int64_t first, int64_t entries) {
+    const StoreWeight<Rule> store{rule};
+    if constexpr (sizeof(scalar_t) == 2) {
+      if (plan.tensor_cores)
+        return launch_sqdist_mma(rows, items, first, entries, scratch.stats.norms, store, scratch.marks, scratch.weights, stream);
+    }
+    return launch_sqdist_tiles(rows, items, first, entries, store, scratch.weights, stream);
+  };
   const auto select = [&](auto kernel, int64_t tokens_per_thread, int64_t first, int64_t count) {
     const auto threads = static_cast<unsigned>(ceil_div(ceil_div(items.tokens, tokens_per_thread), 32) * 32);
     const Launch shape{dim3(static_cast<unsigned>(count)), dim3(threads), 0, 1, false, stream};
-    return launch(kernel, shape, items, first, scratch.weights, scratch.mean.sqdist, rule, out);
+    return launch(kernel, shape, items, first, scratch.weights, scratch.stats.mean_sqdist, rule, out);
   };
   const int64_t entries = items.packed() ? 1 : items.count;
   for (int64_t first = 0; first < entries; first += plan.entries) {
     const int64_t held = entries - first < plan.entries ? entries - first : plan.entries;
     const int64_t count = items.packed() ? items.count : held;
-    error = launch_sqdist_tiles(rows, items, first, held, StoreWeight<Rule>{rule}, scratch.weights, stream);
+    error = weigh(first, held);
     if (error != cudaSuccess) return error;
     // As many threads as tokens up to 1024: the fewer tokens a thread holds, the shorter the chain from pick to pick.
     if (items.tokens <= 1024) error = select(select_stored_kernel<Rule, 1>, 1, first, count);
@@ -204,21 +346,27 @@ cudaError_t launch_selection(const Rows<scalar_t>& rows, const Items& items, con
 }
 
 #ifdef STS_KERNEL_TABLE
-// For tests, with the scratch as arrays: per_token (all tokens), sums (chunks, channels + 1) and mean (batch, channels) or null,
-// weights (entries, tokens, tokens), keys (2, blocks) and arrived (blocks). Dense where cu_seqlens is null, else tokens = T and
-// k = total_k. Items of at most matrix_tokens tokens go through stored weights.
+// For tests: padded where cu_seqlens is null, else packed with tokens = T and k = total_k. Items of at most matrix_tokens tokens go
+// through stored weights. Every part of the scratch is an allocation of its own, filled with NaN.
 template <class scalar_t>
 cudaError_t launch_repulsion_select(const scalar_t* features, int64_t batch, int64_t tokens, int64_t channels, int64_t batch_stride,
                                     int64_t row_stride, int64_t k, float eps, const int64_t* anchor, const int64_t* num_tokens,
-                                    const int64_t* cu_seqlens, const int64_t* cu_budgets, int64_t matrix_tokens, float* per_token,
-                                    float* sums, float* mean, float* weights, uint64_t* keys, unsigned* arrived, int64_t* out,
-                                    cudaStream_t stream) {
+                                    const int64_t* cu_seqlens, const int64_t* cu_budgets, int64_t matrix_tokens, int lookahead,
+                                    int64_t* out, cudaStream_t stream) {
   const Rows<scalar_t> rows{features, batch_stride, row_stride, static_cast<int>(channels)};
   const Items items{batch, tokens, k, num_tokens, cu_seqlens, cu_budgets, anchor};
-  MeanScratch mean_scratch{per_token, nullptr, nullptr, nullptr};
-  if (!anchor) mean_scratch = {per_token, sums, sums + all_chunks(items) * channels, mean};
-  return launch_selection(rows, items, plan_selection<scalar_t, Repulsion>(items, matrix_tokens),
-                          {mean_scratch, weights, reinterpret_cast<Key*>(keys), arrived}, Repulsion{eps}, out, stream);
+  const SelectionPlan plan = plan_selection<scalar_t, Repulsion>(rows, items, matrix_tokens, lookahead);
+  void* parts[16];
+  int count = 0;
+  const SelectionScratch scratch(plan, items, channels, [&](int64_t bytes) -> void* {
+    parts[count] = nullptr;
+    if (cudaMalloc(&parts[count], bytes) != cudaSuccess || cudaMemsetAsync(parts[count], 0xff, bytes, stream) != cudaSuccess) return nullptr;
+    return parts[count++];
+  });
+  cudaError_t error = launch_selection(rows, items, plan, scratch, Repulsion{eps}, out, stream);
+  if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
+  while (count) cudaFree(parts[--count]);
+  return error;
 }
 #endif
 

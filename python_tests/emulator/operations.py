@@ -7,11 +7,10 @@ import numpy as np
 import oracle
 import torch
 
-from .calls import At, Call
+from .calls import At, Call, Workspace
 
 SUFFIX = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-CHUNK = 32  # tokens summed at a time for the mean: kMeanChunk
-PAD = -7.0  # in arrays that are to be written, or left alone
+PAD = -7  # in arrays that are to be written, or left alone
 
 
 def channels_contiguous(features: torch.Tensor) -> torch.Tensor:
@@ -20,7 +19,7 @@ def channels_contiguous(features: torch.Tensor) -> torch.Tensor:
 
 
 def as_array(view: torch.Tensor) -> At:
-    """The storage of a view up to the view's last element, whole, so that alignment and neighbours stay what they are."""
+    """The storage of a view up to the view's last element, so that its alignment and its neighbours stay what they are."""
     offset = view.storage_offset()
     extent = 1 + sum((n - 1) * s for n, s in zip(view.shape, view.stride(), strict=True)) if view.numel() else 0
     flat = torch.as_strided(view, (offset + extent,), (1,), 0)
@@ -57,7 +56,7 @@ def repulsion_step(name, features, picked, eps, gap=0):
     before = 3 * torch.rand(batch, tokens, generator=torch.Generator().manual_seed(3))
     before[:, ::7] = math.inf
     before[:, 0] = 0.0
-    stored = torch.full((batch, tokens, gap + 1), PAD)
+    stored = torch.full((batch, tokens, gap + 1), float(PAD))
     stored[..., 0] = before
 
     def judge(potential, _, picked_after, following):
@@ -86,58 +85,74 @@ def repulsion_step(name, features, picked, eps, gap=0):
     )
 
 
-def _select(name, rows, batch, k, eps, anchor, num_tokens, cu_seqlens, cu_budgets, matrix_tokens, resident, judge):
-    """`matrix_tokens`: up to so many tokens the weights of all pairs are stored. `resident`: blocks of the device."""
+def _select(name, rows, batch, k, eps, anchor, num_tokens, cu_seqlens, cu_budgets, matrix_tokens, lookahead, judge):
+    """`matrix_tokens`: up to so many tokens the weights of all pairs are stored. Above, `lookahead` rows of weights are
+    computed in one pass."""
     packed = cu_seqlens is not None
     tokens, channels = rows.shape[-2:]
-    stored, entries = tokens <= matrix_tokens, 1 if packed else batch
-    chunks = tokens // CHUNK + batch if packed else batch * math.ceil(tokens / CHUNK)
-    nan = lambda *shape: np.full(shape, np.nan, np.float32)  # noqa: E731
+    shape = (as_array(rows), batch, tokens, channels, *strides(rows), k)
+    anchor, cu_seqlens = index(anchor), index(cu_seqlens)
+    suffix = SUFFIX[rows.dtype]
     args = (
-        as_array(rows),
-        batch,
-        tokens,
-        channels,
-        *strides(rows),
-        k,
+        *shape,
         eps,
-        index(anchor),
+        anchor,
         index(num_tokens),
-        index(cu_seqlens),
+        cu_seqlens,
         index(cu_budgets),
         matrix_tokens,
-        nan(entries, tokens),
-        nan(chunks, channels + 1) if anchor is None else None,
-        nan(batch, channels) if anchor is None else None,
-        nan(entries, tokens, tokens) if stored else None,
-        None if stored else np.zeros((2, resident), np.uint64),
-        None if stored else np.zeros(min(batch, resident), np.uint32),
-        np.full((k,) if packed else (batch, k), -7, np.int64),
+        lookahead,
+        Workspace(f"repulsion_select_workspace_{suffix}", (*shape, anchor, cu_seqlens, matrix_tokens)),
+        np.full((k,) if packed else (batch, k), PAD, np.int64),
     )
-    way = "stored" if stored else "recomputed"
+    way = "stored" if tokens <= matrix_tokens else f"recomputed{lookahead}"
     return Call(
-        f"{name}-{way}",
-        f"repulsion_select_{SUFFIX[rows.dtype]}",
-        args,
-        lambda *arrays: judge(torch.from_numpy(arrays[-1])),
+        f"{name}-{way}", f"repulsion_select_{suffix}", args, lambda *arrays: judge(torch.from_numpy(arrays[-1]))
     )
 
 
-def repulsion_select(name, features, k, eps, anchor=None, num_tokens=None, matrix_tokens=8192, resident=8):
+def repulsion_select(name, features, k, eps, anchor=None, num_tokens=None, matrix_tokens=8192, lookahead=8):
     def judge(picks):
         oracle.check_select(picks, features, k, eps, anchor, num_tokens)
 
     rows = channels_contiguous(features)
-    return _select(name, rows, rows.shape[0], k, eps, anchor, num_tokens, None, None, matrix_tokens, resident, judge)
+    return _select(name, rows, len(rows), k, eps, anchor, num_tokens, None, None, matrix_tokens, lookahead, judge)
 
 
 def repulsion_select_varlen(
-    name, features, cu_seqlens, cu_budgets, total_k, eps, anchor=None, matrix_tokens=8192, resident=8
+    name, features, cu_seqlens, cu_budgets, total_k, eps, anchor=None, matrix_tokens=8192, lookahead=8
 ):
     def judge(picks):
         oracle.check_select_varlen(picks, features, cu_seqlens, cu_budgets, total_k, eps, anchor)
 
     rows, batch = channels_contiguous(features), len(cu_seqlens) - 1
     return _select(
-        name, rows, batch, total_k, eps, anchor, None, cu_seqlens, cu_budgets, matrix_tokens, resident, judge
+        name, rows, batch, total_k, eps, anchor, None, cu_seqlens, cu_budgets, matrix_tokens, lookahead, judge
     )
+
+
+# ---- Calls from the table of cases -------------------------------------------------------------------------------
+
+
+def work(case) -> int:
+    """Roughly what a case costs to emulate and to judge."""
+    if isinstance(case, cases.VarlenCase):
+        return sum(case.lengths) ** 2 * case.channels
+    return case.batch * case.tokens**2 * case.channels
+
+
+def of_case(case, dtype) -> list[Call]:
+    """Every kernel that serves `case`, every way it can be made to."""
+    inputs = case.inputs(dtype=dtype)
+    ways = ({}, {"matrix_tokens": 0}, {"matrix_tokens": 0, "lookahead": 1})
+    if isinstance(case, cases.VarlenCase):
+        return [repulsion_select_varlen(case.name, **inputs, **way) for way in ways]
+    if case.batch == 0:
+        return []  # nothing is launched
+    features, anchor = inputs["features"], inputs["anchor"]
+    picked = torch.arange(case.batch) % case.tokens - int(case.batch > 2) if anchor is None else anchor  # -1: none
+    return [
+        pairwise_sqdist(case.name, features),
+        repulsion_step(case.name, features, picked, case.eps, gap=case.batch % 2),
+        *(repulsion_select(case.name, **inputs, **way) for way in ways),
+    ]

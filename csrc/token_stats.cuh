@@ -1,59 +1,68 @@
-// How far each token is from the mean of its item's finite tokens, which names the default anchor; infinite for a token with
-// a NaN or infinity, which is how the selection kernels know it. Sums run over fixed chunks of tokens in fixed order.
+// What a selection needs to know of each token before its distances to others: whether it is finite, how far it is from the mean
+// of its item's finite tokens (the nearest is the default anchor), and its squared norm. Sums run over fixed chunks of tokens in
+// fixed order.
 #pragma once
 #include "rows.cuh"
 
 namespace sts {
 
-constexpr int kMeanChunk = 32;      // tokens whose channels one block sums
-constexpr int kMeanThreads = 256;
+constexpr int kStatsChunk = 32;      // tokens whose channels one block sums
+constexpr int kStatsThreads = 256;
 
 // Where the chunks of item b start in a buffer that holds those of all items; `items.count` gives the total.
 STS_HOST_DEVICE int64_t first_chunk(const Items& items, int64_t b, int64_t first_token) {
-  return items.packed() ? first_token / kMeanChunk + b : b * ceil_div(items.tokens, kMeanChunk);
+  return items.packed() ? first_token / kStatsChunk + b : b * ceil_div(items.tokens, kStatsChunk);
 }
 STS_HOST_DEVICE int64_t all_tokens(const Items& items) { return items.packed() ? items.tokens : items.count * items.tokens; }
 STS_HOST_DEVICE int64_t all_chunks(const Items& items) { return first_chunk(items, items.count, items.tokens); }
 
-// Per-token and per-item scratch. `sums` and `counts` (per chunk) and `mean` are null where every item has an anchor.
-struct MeanScratch {
-  float* sqdist;  // (all tokens): the result
+struct TokenStats {
+  float* mean_sqdist;  // (all tokens): distance to the mean, or 0 where items have anchors; infinite for a token that is not finite
+  float* norms;        // (all tokens): squared norms, or null
+  // Scratch, null where items have anchors.
   float* sums;    // (all chunks, channels)
   float* counts;  // (all chunks): finite tokens
   float* mean;    // (items, channels)
 };
 
 template <class scalar_t>
-__global__ void __launch_bounds__(kMeanThreads)
-    sum_chunks_kernel(Rows<scalar_t> rows, Items items, bool aligned, MeanScratch scratch) {
-  __shared__ bool finite[kMeanChunk];
+__global__ void __launch_bounds__(kStatsThreads)
+    sum_chunks_kernel(Rows<scalar_t> rows, Items items, bool aligned, TokenStats stats) {
+  __shared__ bool finite[kStatsChunk];
   constexpr int kVec = Chunk<scalar_t>::size;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   for (int64_t b = blockIdx.y; b < items.count; b += gridDim.y) {
     const Item item = items[b];
     const int64_t entry = items.packed() ? 0 : b;
-    const int64_t begin = static_cast<int64_t>(blockIdx.x) * kMeanChunk;
+    const int64_t begin = static_cast<int64_t>(blockIdx.x) * kStatsChunk;
     if (begin >= item.tokens) continue;
-    const int count = static_cast<int>(item.tokens - begin < kMeanChunk ? item.tokens - begin : kMeanChunk);
+    const int count = static_cast<int>(item.tokens - begin < kStatsChunk ? item.tokens - begin : kStatsChunk);
     const int64_t first = item.first + begin;
-    for (int t = warp; t < count; t += kMeanThreads / 32) {
+    for (int t = warp; t < count; t += kStatsThreads / 32) {
       const scalar_t* row = rows.row(entry, first + t);
       bool good = true;
+      float norm = 0.f;
       for (int c = lane * kVec; c < rows.channels; c += 32 * kVec) {
         const Chunk<scalar_t> x = load_channels(row, c, rows.channels, aligned);
 #pragma unroll
-        for (int i = 0; i < kVec; ++i) good = good && x[i] - x[i] == 0.f;
+        for (int i = 0; i < kVec; ++i) {
+          good = good && x[i] - x[i] == 0.f;
+          norm = fmaf(x[i], x[i], norm);
+        }
       }
       good = __all_sync(kFullWarp, good);
+      norm = warp_sum(norm);
       if (lane == 0) {
+        const int64_t token = entry * items.tokens + first + t;
         finite[t] = good;
-        scratch.sqdist[entry * items.tokens + first + t] = good ? 0.f : kInfinity;
+        stats.mean_sqdist[token] = good ? 0.f : kInfinity;
+        if (stats.norms) stats.norms[token] = norm;
       }
     }
     __syncthreads();
-    if (scratch.sums) {
+    if (stats.sums) {
       const int64_t chunk = first_chunk(items, b, item.first) + blockIdx.x;
-      for (int c = threadIdx.x * kVec; c < rows.channels; c += kMeanThreads * kVec) {
+      for (int c = threadIdx.x * kVec; c < rows.channels; c += kStatsThreads * kVec) {
         float sum[kVec] = {};
         for (int t = 0; t < count; ++t) {
           if (!finite[t]) continue;
@@ -63,46 +72,46 @@ __global__ void __launch_bounds__(kMeanThreads)
         }
 #pragma unroll
         for (int i = 0; i < kVec; ++i)
-          if (c + i < rows.channels) scratch.sums[chunk * rows.channels + c + i] = sum[i];
+          if (c + i < rows.channels) stats.sums[chunk * rows.channels + c + i] = sum[i];
       }
       if (threadIdx.x == 0) {
         int good = 0;
         for (int t = 0; t < count; ++t) good += finite[t];
-        scratch.counts[chunk] = static_cast<float>(good);
+        stats.counts[chunk] = static_cast<float>(good);
       }
     }
     __syncthreads();
   }
 }
 
-static __global__ void __launch_bounds__(kMeanThreads) mean_kernel(Items items, int channels, MeanScratch scratch) {
+static __global__ void __launch_bounds__(kStatsThreads) mean_kernel(Items items, int channels, TokenStats stats) {
   for (int64_t b = blockIdx.y; b < items.count; b += gridDim.y) {
     const Item item = items[b];
-    const int c = blockIdx.x * kMeanThreads + threadIdx.x;
+    const int c = blockIdx.x * kStatsThreads + threadIdx.x;
     if (c >= channels) continue;
-    const int64_t begin = first_chunk(items, b, item.first), chunks = ceil_div(item.tokens, kMeanChunk);
+    const int64_t begin = first_chunk(items, b, item.first), chunks = ceil_div(item.tokens, kStatsChunk);
     float sum = 0.f, count = 0.f;
     for (int64_t chunk = begin; chunk < begin + chunks; ++chunk) {
-      sum += scratch.sums[chunk * channels + c];
-      count += scratch.counts[chunk];
+      sum += stats.sums[chunk * channels + c];
+      count += stats.counts[chunk];
     }
-    scratch.mean[b * channels + c] = count > 0.f ? sum / count : 0.f;
+    stats.mean[b * channels + c] = count > 0.f ? sum / count : 0.f;
   }
 }
 
 template <class scalar_t>
-__global__ void __launch_bounds__(kMeanThreads) mean_sqdist_kernel(Rows<scalar_t> rows, Items items, bool aligned, MeanScratch scratch) {
-  constexpr int kVec = Chunk<scalar_t>::size, kWarps = kMeanThreads / 32;
+__global__ void __launch_bounds__(kStatsThreads) mean_sqdist_kernel(Rows<scalar_t> rows, Items items, bool aligned, TokenStats stats) {
+  constexpr int kVec = Chunk<scalar_t>::size, kWarps = kStatsThreads / 32;
   const int lane = threadIdx.x % 32;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   for (int64_t b = blockIdx.y; b < items.count; b += gridDim.y) {
     const Item item = items[b];
     if (i >= item.tokens) continue;
     const int64_t entry = items.packed() ? 0 : b;
-    float* result = scratch.sqdist + entry * items.tokens + item.first + i;
+    float* result = stats.mean_sqdist + entry * items.tokens + item.first + i;
     if (*result != 0.f) continue;  // not finite
     const scalar_t* row = rows.row(entry, item.first + i);
-    const float* mean = scratch.mean + b * rows.channels;
+    const float* mean = stats.mean + b * rows.channels;
     float sum = 0.f;
     for (int c = lane * kVec; c < rows.channels; c += 32 * kVec) {
       const Chunk<scalar_t> x = load_channels(row, c, rows.channels, aligned);
@@ -119,17 +128,16 @@ __global__ void __launch_bounds__(kMeanThreads) mean_sqdist_kernel(Rows<scalar_t
   }
 }
 
-// Fills scratch.sqdist: zeros for finite tokens where items have anchors (scratch.sums is null), else distances to the mean.
 template <class scalar_t>
-cudaError_t launch_token_mean(const Rows<scalar_t>& rows, const Items& items, const MeanScratch& scratch, cudaStream_t stream) {
+cudaError_t launch_token_stats(const Rows<scalar_t>& rows, const Items& items, const TokenStats& stats, cudaStream_t stream) {
   const bool aligned = rows_aligned(rows);
   const auto depth = static_cast<unsigned>(items.count < 65535 ? items.count : 65535);
-  const auto shape = [&](int64_t blocks) { return Launch{dim3(static_cast<unsigned>(blocks), depth), dim3(kMeanThreads), 0, 1, false, stream}; };
-  cudaError_t error = launch(sum_chunks_kernel<scalar_t>, shape(ceil_div(items.tokens, kMeanChunk)), rows, items, aligned, scratch);
-  if (error != cudaSuccess || !scratch.sums) return error;
-  error = launch(mean_kernel, shape(ceil_div(rows.channels, kMeanThreads)), items, rows.channels, scratch);
+  const auto shape = [&](int64_t blocks) { return Launch{dim3(static_cast<unsigned>(blocks), depth), dim3(kStatsThreads), 0, 1, false, stream}; };
+  cudaError_t error = launch(sum_chunks_kernel<scalar_t>, shape(ceil_div(items.tokens, kStatsChunk)), rows, items, aligned, stats);
+  if (error != cudaSuccess || !stats.sums) return error;
+  error = launch(mean_kernel, shape(ceil_div(rows.channels, kStatsThreads)), items, rows.channels, stats);
   if (error != cudaSuccess) return error;
-  return launch(mean_sqdist_kernel<scalar_t>, shape(ceil_div(items.tokens, kMeanThreads / 32)), rows, items, aligned, scratch);
+  return launch(mean_sqdist_kernel<scalar_t>, shape(ceil_div(items.tokens, kStatsThreads / 32)), rows, items, aligned, stats);
 }
 
 }  // namespace sts
