@@ -2,6 +2,10 @@
 itself: what it writes and what it refuses."""
 
 import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -190,3 +194,13 @@ def test_plot(tmp_path, capsys):
     assert cli.main(["--plot", str(tmp_path / "none.png"), "--csv", str(empty)]) == 2
     assert cli.main(["--plot", str(tmp_path / "none.png"), "--csv", str(tmp_path / "missing.csv")]) == 2
     assert not (tmp_path / "none.png").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_gpu_check_without_a_gpu(tmp_path):
+    script = record.ROOT / "bench" / "gpu_check.sh"
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    run = subprocess.run(["bash", script, tmp_path], capture_output=True, text=True, env={**os.environ, "PATH": path})
+    assert run.returncode == 3
+    assert "sees no CUDA GPU" in run.stdout
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,134 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one call of under ten minutes: build, tests, compute-sanitizer, benchmarks.
+#
+#     bench/gpu_check.sh OUTDIR
+#
+# Leaves in OUTDIR a log per section, the benchmarks' rows and plot, and summary.txt, which is also printed last. Installs
+# the package into the environment of python3, which must have torch, pytest, cmake and ninja; asks no registry.
+# Exit status: 0, 1 if a section failed, 2 wrong use, 3 no GPU.
+#
+#     STS_CHECK_SECTIONS   which of "build tests sanitize bench", all by default; without build the installed package is used
+#     STS_CHECK_SECONDS    time for everything, 560 by default; a section that runs over is stopped, the others still run
+#     STS_CHECK_QUICK=1    few samples, only the main shapes, only memcheck
+#     STS_CHECK_COMMIT     what to record as commit where there is no git checkout
+#     TORCH_CUDA_ARCH_LIST as for every build; 9.0 alone saves time on an H100 or H200
+set -euo pipefail
+exec </dev/null
+declare -A WEIGHT=([build]=16 [tests]=15 [sanitize]=10 [bench]=15)  # shares of the time
+
+if [ $# -ne 1 ]; then
+  sed -n '2,/^set /{/^set /!s/^# \{0,1\}//p}' "$0" >&2
+  exit 2
+fi
+read -ra sections <<<"${STS_CHECK_SECTIONS:-build tests sanitize bench}"
+total=0
+for name in "${sections[@]}"; do
+  if [ -z "${WEIGHT[$name]:-}" ]; then
+    echo "STS_CHECK_SECTIONS: expected build, tests, sanitize or bench, got '$name'" >&2
+    exit 2
+  fi
+  total=$((total + WEIGHT[$name]))
+done
+mkdir -p "$1"
+OUT=$(cd "$1" && pwd)
+cd "$(dirname "$0")/.."
+if ! python3 -c 'import sys, torch
+found = torch.cuda.is_available()
+print("GPU:", torch.cuda.get_device_name() if found else f"none: torch {torch.__version__} sees no CUDA GPU")
+sys.exit(not found)'; then
+  echo "gpu_check.sh checks what needs a GPU; .ci/run checks the rest." >&2
+  exit 3
+fi
+BUILD=$PWD/build/gpu_check
+export OUT BUILD OMP_WAIT_POLICY=PASSIVE PYTHONUNBUFFERED=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+
+build() {
+  python3 -m pip install --no-build-isolation --no-deps --force-reinstall .
+  python3 -P -m sts_kernels info
+  cmake -S . -B "$BUILD" -G Ninja -DSTS_KERNELS_TESTS=ON
+  cmake --build "$BUILD" --target sts_kernels_smoke
+}
+
+tests() {
+  # -P: the installed package, not the checkout's. The run's own workers share the cores.
+  export STS_KERNELS_TEST_REQUIRE=cuda,native OMP_NUM_THREADS=4
+  local workers=() status=0
+  if python3 -c 'import xdist' 2>/dev/null; then workers=(-n 4); fi
+  python3 -P -m pytest python_tests "${workers[@]}" -q || status=1
+  python3 -P -m pytest -m slow python_tests/test_large.py -q || status=1
+  return $status
+}
+
+sanitize() {
+  local tool status=0 tools="memcheck racecheck synccheck initcheck"
+  if [ -n "${STS_CHECK_QUICK:-}" ]; then tools=memcheck; fi
+  for tool in $tools; do
+    printf '\n==== %s\n' "$tool"
+    # A tool without its share of the time left is stopped, and the next one still runs.
+    timeout -k 10 $((SECONDS_LEFT / 3)) python3 python_tests/emulator/smoke.py \
+      compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 20 "$BUILD"/python_tests/emulator/sts_kernels_smoke ||
+      { echo "$tool: FAILED"; status=1; }
+  done
+  return $status
+}
+
+bench() {
+  local end=$((SECONDS + SECONDS_LEFT - 20)) status=0 common=(--csv "$OUT/bench.csv")
+  if [ -n "${STS_CHECK_COMMIT:-}" ]; then common+=(--commit "$STS_CHECK_COMMIT"); fi
+  python3 -m bench.overhead "${common[@]}" || status=1
+  local device=(--device cuda)
+  if [ -n "${STS_CHECK_QUICK:-}" ]; then device+=(--quick); fi
+  measure() { # PART ARGUMENT...: in so many hundredths of the time left
+    local budget=$(((end - SECONDS) * $1 / 100))
+    shift
+    if [ "$budget" -lt 1 ]; then
+      echo "left out, no time: $*"
+    else
+      python3 -m bench "${common[@]}" "${device[@]}" --budget "$budget" "$@" || status=1
+    fi
+  }
+  measure 60 --op repulsion_select --shapes main smooth batch qwen video
+  if [ -z "${STS_CHECK_QUICK:-}" ]; then
+    measure 50 --shapes main batch varlen video --op pairwise_sqdist repulsion_step_ repulsion_select_varlen
+    measure 70 --op repulsion_select --shapes sweep-K sweep-N sweep-B --providers native "gram loop" "matvec loop"
+    measure 100 --op repulsion_select --shapes main N=576 K=192 --compile
+  fi
+  python3 -m bench --plot "$OUT/bench.png" --csv "$OUT/bench.csv" || status=1
+  return $status
+}
+
+key_timings() { # the rows people ask for
+  python3 - "$OUT/bench.csv" <<'PY'
+import csv, sys
+wanted = {("1", "576", "192"), ("1", "2880", "480"), ("64", "576", "192"), ("1", "131072", "4096")}
+for row in csv.DictReader(open(sys.argv[1], newline="")):
+    shape = row["B"], row["N"], row["K"]
+    if row["op"] == "repulsion_select" and shape in wanted and row["dtype"] == "bfloat16" and row["mode"] == "graph":
+        if row["provider"] in ("native", "gram loop", "matvec loop"):
+            cold = "cold" if row["cold_l2"] == "1" else "warm"
+            print(f"{'x'.join(shape):<14} {row['data']:<9}{row['provider']:<12}{cold} {float(row['p50_us']):12.1f} us")
+PY
+}
+
+export -f build tests sanitize bench
+budget=${STS_CHECK_SECONDS:-560} deadline=0 failed=0 summary=()
+for name in "${sections[@]}"; do
+  deadline=$((deadline + budget * WEIGHT[$name] / total)) # what a section does not use goes to the next ones
+  left=$((deadline - SECONDS)) start=$SECONDS verdict=PASS
+  if [ $left -lt 5 ]; then left=5; fi
+  printf '\n######## %s, at most %d s\n' "$name" $left
+  SECONDS_LEFT=$left timeout -k 10 $left bash -euo pipefail -c "$name" 2>&1 | tee "$OUT/$name.log" || {
+    status=${PIPESTATUS[0]} verdict=FAIL failed=1
+    if [ "$status" = 124 ] || [ "$status" = 137 ]; then echo "stopped after $left s" | tee -a "$OUT/$name.log"; fi
+  }
+  summary+=("$(printf '%s %4d s  %-9s %s' $verdict $((SECONDS - start)) "$name" "$(tail -n 1 "$OUT/$name.log" | cut -c1-150)")")
+  if [ "$(stat -c %s "$OUT/$name.log")" -gt 8000000 ]; then
+    tail -c 8000000 "$OUT/$name.log" >"$OUT/cut" && mv "$OUT/cut" "$OUT/$name.log"
+  fi
+done
+{
+  printf '\n######## %s\n' "$([ $failed = 0 ] && echo 'all passed' || echo FAILED)"
+  if [ -s "$OUT/bench.csv" ]; then key_timings || true; fi
+  printf '%s\n' "${summary[@]}"
+} | tee "$OUT/summary.txt"
+exit $failed
