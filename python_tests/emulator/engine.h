@@ -204,6 +204,7 @@ struct Block {
   int alive, running = 0;
   bool progressed = false;
   std::vector<Thread> threads;
+  Thread* first_thread;
   std::vector<std::vector<std::unique_ptr<WarpCollective>>> collectives;  // of each warp, by mask
   Barrier barrier, cluster_barrier;
   int votes[3] = {0, 0, 0};
@@ -217,8 +218,9 @@ struct Block {
         index{linear % grid.grid.x, linear / grid.grid.x % grid.grid.y, linear / grid.grid.x / grid.grid.y},
         rank(rank),
         alive(static_cast<int>(grid.block.x * grid.block.y * grid.block.z)),
-        threads(alive),
-        collectives((alive + kWarp - 1) / kWarp) {
+        threads(static_cast<size_t>(alive)),
+        first_thread(threads.data()),
+        collectives((threads.size() + kWarp - 1) / kWarp) {
     // Exactly sized, so that AddressSanitizer sees its end; all ones, so that what is read before it is written is NaN.
     if (grid.shared_bytes) {
       void* bytes = nullptr;
@@ -239,7 +241,7 @@ struct Block {
   std::string whereabouts() const;
 };
 
-EMULATOR_NO_TSAN inline Thread& self() { return *(block->threads.data() + block->running); }
+EMULATOR_NO_TSAN inline Thread& self() { return block->first_thread[block->running]; }
 
 // Ends the launch; the calling thread never runs again.
 [[noreturn]] inline void fail(const std::string& what) {
@@ -348,18 +350,19 @@ inline void run_thread() {
   arrived(nullptr);
   acquire(&block->started);
   block->grid->body();
+  Block& own = *block;
+  Thread& thread = self();
   {
     const Unchecked unchecked;
-    self().done = true;
-    --block->alive;
-    Barrier& barrier = block->barrier;
-    if (barrier.arrived && barrier.arrived == block->alive) {  // threads that have exited do not count
-      barrier.arrived = 0;
-      ++barrier.generation;
+    thread.done = true;
+    --own.alive;
+    if (own.barrier.arrived && own.barrier.arrived == own.alive) {  // threads that have exited do not count
+      own.barrier.arrived = 0;
+      ++own.barrier.generation;
     }
   }
-  release(&block->ended);
-  switch_context(self().context, block->scheduler, true);
+  release(&own.ended);
+  switch_context(thread.context, own.scheduler, true);
   std::abort();
 }
 

@@ -69,7 +69,7 @@ inline void adopt_thread([[maybe_unused]] Context& context) {
 // Stacks of the fibers of one OS thread, used again from block to block.
 class Stacks {
  public:
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#if defined(__SANITIZE_ADDRESS__)
   static constexpr size_t kSize = 256 * 1024;
 #else
   static constexpr size_t kSize = 64 * 1024;

@@ -7,16 +7,15 @@ namespace sts {
 // out[i] = to_float(in[i]), 16 bytes at a time.
 template <class T>
 __global__ void to_float_kernel(const T* in, float* out, int vectors) {
-  const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
-  if (i >= vectors) return;
-  const Vec<T> vec = load_vec(in + i * Vec<T>::size);
+  for (int i = threadIdx.x; i < vectors; i += blockDim.x) {
+    const Vec<T> vec = load_vec(in + i * Vec<T>::size);
 #pragma unroll
-  for (int v = 0; v < Vec<T>::size; ++v) out[i * Vec<T>::size + v] = vec[v];
+    for (int v = 0; v < Vec<T>::size; ++v) out[i * Vec<T>::size + v] = vec[v];
+  }
 }
 template <class T>
 cudaError_t launch_to_float(const T* in, float* out, int count, cudaStream_t stream) {
-  const int vectors = count / Vec<T>::size;
-  return launch(to_float_kernel<T>, {dim3((vectors + 63) / 64), dim3(64), 0, 1, false, stream}, in, out, vectors);
+  return launch(to_float_kernel<T>, {dim3(1), dim3(64), 0, 1, false, stream}, in, out, count / Vec<T>::size);
 }
 STS_KERNEL(primitive_to_float32, launch_to_float<float>);
 STS_KERNEL(primitive_to_float16, launch_to_float<__half>);
@@ -25,14 +24,14 @@ STS_KERNEL(primitive_to_bfloat16, launch_to_float<__nv_bfloat16>);
 // in (n) float32 -> out (n) of the bits that T rounds it to.
 template <class T>
 __global__ void round_kernel(const float* in, T* out, int n) {
-  const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
-  if (i >= n) return;
-  if constexpr (std::is_same_v<T, __half>) out[i] = __float2half_rn(in[i]);
-  else out[i] = __float2bfloat16_rn(in[i]);
+  for (int i = threadIdx.x; i < n; i += blockDim.x) {
+    if constexpr (std::is_same_v<T, __half>) out[i] = __float2half_rn(in[i]);
+    else out[i] = __float2bfloat16_rn(in[i]);
+  }
 }
 template <class T>
 cudaError_t launch_round(const float* in, T* out, int n, cudaStream_t stream) {
-  return launch(round_kernel<T>, {dim3((n + 63) / 64), dim3(64), 0, 1, false, stream}, in, out, n);
+  return launch(round_kernel<T>, {dim3(1), dim3(64), 0, 1, false, stream}, in, out, n);
 }
 STS_KERNEL(primitive_round_float16, launch_round<__half>);
 STS_KERNEL(primitive_round_bfloat16, launch_round<__nv_bfloat16>);

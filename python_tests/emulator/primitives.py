@@ -73,8 +73,9 @@ def matmuls():
 def barriers():
     for groups, blocks, turns in ((1, 1, 3), (1, 2, 5), (2, 4, 7), (1, 8, 9), (3, 2, 4)):
         values = np.arange(groups * blocks * 64, dtype=np.float32).reshape(groups, blocks, 64)
+        turned = np.roll(values, -turns, axis=1)
 
-        def judge(got, _arrived, expected=np.roll(values, -turns, axis=1)):
+        def judge(got, _arrived, expected=turned):
             np.testing.assert_array_equal(got, expected)
 
         args = (values, np.full(groups, 9, np.uint32), groups, blocks, turns)
