@@ -368,8 +368,20 @@ cudaError_t launch_repulsion_select(const scalar_t* features, int64_t batch, int
   while (count) cudaFree(parts[--count]);
   return error;
 }
+// A field of the plan for features of 16-byte aligned rows.
+template <class scalar_t>
+int64_t selection_plan(int64_t batch, int64_t tokens, int64_t channels, bool packed, int field) {
+  const int64_t offsets[1] = {};
+  const Rows<scalar_t> rows{nullptr, tokens * channels, channels, static_cast<int>(channels)};
+  const Items items{batch, tokens, tokens, nullptr, packed ? offsets : nullptr, nullptr, nullptr};
+  const SelectionPlan plan = plan_selection<scalar_t, Repulsion>(rows, items);
+  const int64_t fields[] = {plan.stored, plan.tensor_cores, plan.entries, plan.groups, plan.group_blocks, plan.lookahead};
+  return fields[field];
+}
 #endif
 
+STS_KERNEL(selection_plan_float32, selection_plan<float>);
+STS_KERNEL(selection_plan_bfloat16, selection_plan<__nv_bfloat16>);
 STS_KERNEL(repulsion_select_float32, launch_repulsion_select<float>);
 STS_KERNEL(repulsion_select_float16, launch_repulsion_select<__half>);
 STS_KERNEL(repulsion_select_bfloat16, launch_repulsion_select<__nv_bfloat16>);

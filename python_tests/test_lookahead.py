@@ -1,0 +1,97 @@
+"""Computing the rows of several likely picks in one pass never changes a pick: against the plain loop, bit for bit."""
+
+import pytest
+import torch
+
+import sts_kernels
+
+LOOKAHEADS = ("2", "3", "8")
+
+
+def plain_and_ahead(monkeypatch, select):
+    """The picks of the plain loop, and those with each lookahead."""
+    monkeypatch.setenv("STS_KERNELS_LOOKAHEAD", "1")
+    plain = select()
+    for lookahead in LOOKAHEADS:
+        monkeypatch.setenv("STS_KERNELS_LOOKAHEAD", lookahead)
+        yield plain, select()
+
+
+def uniform(g, *shape):
+    return torch.randn(shape, generator=g)
+
+
+def grid(g, *shape):  # sums of equal weights: ties everywhere
+    return torch.randint(0, 2, shape, generator=g).float()
+
+
+def repeated(g, batch, tokens, channels):
+    x = uniform(g, batch, tokens, channels)
+    return x[:, torch.randint(0, max(1, tokens // 3), (tokens,), generator=g)]
+
+
+def equal(g, batch, tokens, channels):
+    return uniform(g, batch, 1, channels).expand(batch, tokens, channels)
+
+
+def not_finite(g, *shape):
+    x = uniform(g, *shape)
+    x[:, ::3, 0] = float("nan")
+    x[:, 1::5, -1] = float("inf")
+    return x
+
+
+def far_away(g, *shape):
+    return 20 + 0.01 * uniform(g, *shape)
+
+
+def adversary(g, batch, tokens, channels):
+    """Pairs of near-duplicates: half of what looks like the next pick is repelled by the other half."""
+    x = uniform(g, batch, tokens, channels)
+    x[:, 1::2] = x[:, : tokens - 1 : 2] + 1e-3 * x[:, 1::2]
+    return x
+
+
+@pytest.mark.parametrize(
+    "make", [uniform, grid, repeated, equal, not_finite, far_away, adversary], ids=lambda f: f.__name__
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_picks_are_those_of_the_plain_loop(make, dtype, monkeypatch):
+    g = torch.Generator().manual_seed(5)
+    for tokens, channels, k in [
+        (1, 3, 1),
+        (2, 1, 2),
+        (7, 2, 7),
+        (33, 5, 20),
+        (64, 17, 64),
+        (150, 8, 40),
+        (301, 33, 120),
+    ]:
+        for _ in range(20):
+            x = make(g, 2, tokens, channels).to(dtype)
+            for plain, ahead in plain_and_ahead(monkeypatch, lambda x=x, k=k: sts_kernels.repulsion_select(x, k)):
+                assert torch.equal(ahead, plain)
+
+
+def test_packed_ragged_and_anchored_items(monkeypatch):
+    g = torch.Generator().manual_seed(6)
+    x = uniform(g, 300, 12)
+    lengths, budgets = torch.tensor([0, 0, 120, 121, 300]), torch.tensor([0, 0, 60, 61, 200])
+    anchor = torch.tensor([0, 3, 0, 17])
+    for plain, ahead in plain_and_ahead(
+        monkeypatch, lambda: sts_kernels.repulsion_select_varlen(x, lengths, budgets, 200, anchor=anchor)
+    ):
+        assert torch.equal(ahead, plain)
+    padded = uniform(g, 3, 90, 12)
+    counts = torch.tensor([0, 31, 90])
+    for plain, ahead in plain_and_ahead(
+        monkeypatch, lambda: sts_kernels.repulsion_select(padded, 70, num_tokens=counts)
+    ):
+        assert torch.equal(ahead, plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_above_the_stored_sizes(cuda, dtype, monkeypatch):
+    x = uniform(torch.Generator().manual_seed(7), 1, 20_000, 64).to("cuda", dtype)
+    for plain, ahead in plain_and_ahead(monkeypatch, lambda: sts_kernels.repulsion_select(x, 300)):
+        assert torch.equal(ahead, plain)
