@@ -28,9 +28,9 @@ def keep_top(scores: torch.Tensor, candidates: torch.Tensor, k: int) -> tuple[to
         k: how many to keep, 1 <= k <= S.
 
     Returns:
-        positions (B, k) int64, ascending, and valid (B, k) bool. A row with fewer than k candidates keeps them all: they
-        come first, the rest of `positions` is -1 and of `valid` False. Equal scores go to the lowest position; a NaN
-        counts as the worst score. No gradient; nothing is read back to the host.
+        positions (B, k) int64, ascending, and valid (B, k) bool. A row with fewer than k candidates keeps them all:
+        they come first, the rest of `positions` is -1 and of `valid` False. Equal scores go to the lowest position; a
+        NaN counts as the worst score. No gradient; nothing is read back to the host.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, device or k.

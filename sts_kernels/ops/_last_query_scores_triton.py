@@ -1,0 +1,341 @@
+"""Triton kernels and launchers of `last_query_scores` and its varlen form. Imported at the first call on CUDA tensors.
+
+Long items take two launches. `split_kernel` reads every key once: a program takes a span of an item's keys and the
+query heads that read one key head, and writes their logits and, per head, the span's maximum and sum of exponentials.
+`mean_kernel` joins the spans' sums and writes the mean over heads of the weights. Items so small that a second launch
+would take longer than reading their keys by one multiprocessor are done in one, by `whole_kernel`. All sums run in a
+fixed order, without atomics. Logits are in base 2.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+INTERPRETED = triton.knobs.runtime.interpret
+
+WHOLE_BYTES = 128 << 10  # one launch up to here: keys of an item in bytes
+WHOLE_TILE_BYTES = 32 << 10  # and up to here: one key head of them, as padded in the tile
+TILE_BYTES = 16 << 10  # of keys a program of split_kernel works on at a time
+PROGRAMS_PER_MULTIPROCESSOR = 4  # of split_kernel: with the tiles in flight they fill the shared memory
+MAX_SPLITS = 128  # every program of mean_kernel reads the sums of all splits
+
+
+@triton.jit
+def _span(item, cu_seqlens, tokens, longest, VARLEN: tl.constexpr):
+    """First token and length of an item in the packed order of logits and scores. What does not fit is empty."""
+    if VARLEN:
+        first = tl.load(cu_seqlens + item).to(tl.int64)
+        length = tl.load(cu_seqlens + item + 1).to(tl.int64) - first
+        fits = (first >= 0) & (first <= tokens) & (length >= 0) & (length <= longest) & (length <= tokens - first)
+        first = tl.where(fits, first, 0)
+        length = tl.where(fits, length, 0).to(tl.int32)
+    else:
+        first = item * longest
+        length = longest
+    return first, length
+
+
+@triton.jit
+def _keys(key, item, first, stride_item, stride_token, ALIGN: tl.constexpr, VARLEN: tl.constexpr):
+    """Where an item's keys start. Strides come divided by ALIGN, so that the compiler knows what divides them."""
+    if VARLEN:
+        key += first * (stride_token.to(tl.int64) * ALIGN)
+    else:
+        key += item * (stride_item.to(tl.int64) * ALIGN)
+    return key
+
+
+@triton.jit
+def _queries(
+    query, stride_head, column, HEADS: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """CHUNK columns of a program's query heads: (CHUNK, PADDED)."""
+    h = tl.arange(0, PADDED)
+    d = column + tl.arange(0, CHUNK)
+    at = query + d[:, None] + h[None, :] * stride_head.to(tl.int64)
+    query = tl.load(at, mask=(d < DIM)[:, None] & (h < HEADS)[None, :], other=0.0)
+    return query.to(tl.float32) if UPCAST else query
+
+
+@triton.jit
+def _logits(
+    query, stride_head, key, stride_token, key_mask, stride_mask, start, end, scale,
+    HEADS: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr, ALIGN: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK, PADDED) logits of keys start to start + BLOCK; -inf where a key is past `end` or masked out."""
+    s = start + tl.arange(0, BLOCK)
+    inside = s < end
+    allowed = inside
+    if MASKED:
+        allowed = inside & (tl.load(key_mask + s.to(tl.int64) * stride_mask, mask=inside, other=0) != 0)
+    row = key + s.to(tl.int64)[:, None] * (stride_token.to(tl.int64) * ALIGN)
+    x = tl.zeros((BLOCK, PADDED), tl.float32)
+    for column in tl.static_range(0, WIDTH, CHUNK):
+        d = column + tl.arange(0, CHUNK)
+        keys = tl.load(
+            row + d[None, :], mask=inside[:, None] & (d < DIM)[None, :], other=0.0, eviction_policy="evict_first"
+        )
+        if UPCAST:
+            keys = keys.to(tl.float32)
+        part = query
+        if CHUNK != WIDTH:
+            part = _queries(query, stride_head, column, HEADS, PADDED, DIM, CHUNK, UPCAST)
+        x = tl.dot(keys, part, x, input_precision=PRECISION)
+    return tl.where(allowed[:, None], x * scale, float("-inf"))
+
+
+@triton.jit
+def _finite(top):
+    """A maximum to subtract: 0 where nothing is allowed, for -inf - -inf would be NaN."""
+    return tl.where(top == float("-inf"), 0.0, top)
+
+
+@triton.jit
+def _share(total, HEADS: tl.constexpr):
+    """What an exponential counts in the mean over heads; a total of 0 has none to count."""
+    return 1.0 / (tl.where(total == 0.0, 1.0, total) * HEADS)
+
+
+_RUNTIME = (
+    *("tokens", "longest", "splits", "span", "query_stride_item", "query_stride_head", "key_stride_item"),
+    *("key_stride_token", "key_stride_head", "mask_stride_item", "mask_stride_token"),
+)
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def split_kernel(
+    query, key, key_mask, cu_seqlens, logits, sums, scale, tokens, longest, splits, span,
+    query_stride_item, query_stride_head, key_stride_item, key_stride_token, key_stride_head,
+    mask_stride_item, mask_stride_token,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, TILES: tl.constexpr, HEADS: tl.constexpr, PADDED: tl.constexpr,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    ALIGN: tl.constexpr, MASKED: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Program (item, key head, tile of its query heads) x split."""
+    if OVERLAP:
+        gdc_launch_dependents()
+    item = (tl.program_id(0) // (KV_HEADS * TILES)).to(tl.int64)
+    kv_head = tl.program_id(0) // TILES % KV_HEADS
+    tile = tl.program_id(0) % TILES
+    split = tl.program_id(1)
+    first, length = _span(item, cu_seqlens, tokens, longest, VARLEN)
+    head = kv_head * GROUP + tile * HEADS
+    query += item * query_stride_item + head * query_stride_head.to(tl.int64)
+    if CHUNK == WIDTH:  # else there are too many for the registers
+        query = _queries(query, query_stride_head, 0, HEADS, PADDED, DIM, WIDTH, UPCAST)
+    key = _keys(key, item, first, key_stride_item, key_stride_token, ALIGN, VARLEN)
+    key += kv_head * (key_stride_head.to(tl.int64) * ALIGN)
+    if MASKED:
+        key_mask += item * mask_stride_item
+
+    h = tl.arange(0, PADDED)
+    mine = h < HEADS
+    row = logits + (head + h).to(tl.int64) * tokens + first
+    # Running maximum and sum per key position of the tile: joined across positions only once, after the loop.
+    top = tl.full((BLOCK, PADDED), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK, PADDED), tl.float32)
+    stop = tl.minimum(split * span + span, length)
+    for start in tl.range(split * span, stop, BLOCK, num_stages=STAGES, disable_licm=CHUNK != WIDTH):
+        x = _logits(
+            query, query_stride_head, key, key_stride_token, key_mask, mask_stride_token, start, length, scale,
+            HEADS, PADDED, DIM, WIDTH, CHUNK, BLOCK, ALIGN, MASKED, PRECISION, UPCAST,
+        )  # fmt: skip
+        s = start + tl.arange(0, BLOCK)
+        tl.store(row[None, :] + s[:, None], x, mask=(s < length)[:, None] & mine[None, :])
+        new_top = tl.maximum(top, x)
+        base = _finite(new_top)
+        total = total * tl.exp2(top - base) + tl.exp2(x - base)
+        top = new_top
+    peak = tl.max(top, 0)
+    total = tl.sum(total * tl.exp2(top - _finite(peak)[None, :]), 0)
+    at = sums + (item * KV_HEADS * GROUP + head + h) * (2 * splits) + split
+    tl.store(at, peak, mask=mine)
+    tl.store(at + splits, total, mask=mine)
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def mean_kernel(
+    logits, sums, cu_seqlens, scores, tokens, longest, splits,
+    ALL_HEADS: tl.constexpr, PADDED: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, VARLEN: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Program item x block of its keys."""
+    item = tl.program_id(0).to(tl.int64)
+    first, length = _span(item, cu_seqlens, tokens, longest, VARLEN)
+    s = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    j = tl.arange(0, SPLITS)
+    mean = tl.zeros((BLOCK,), tl.float32)
+    if OVERLAP:
+        gdc_wait()
+    for head in range(0, ALL_HEADS, PADDED):
+        h = head + tl.arange(0, PADDED)
+        mine = (h < ALL_HEADS)[:, None]
+        at = logits + h.to(tl.int64)[:, None] * tokens + first + s[None, :]
+        x = tl.load(at, mask=mine & (s < length)[None, :], other=float("-inf"))
+        at = sums + (item * ALL_HEADS + h)[:, None] * (2 * splits) + j[None, :]
+        top = tl.load(at, mask=mine & (j < splits)[None, :], other=float("-inf"))
+        total = tl.load(at + splits, mask=mine & (j < splits)[None, :], other=0.0)
+        base = _finite(tl.max(top, 1))[:, None]
+        share = _share(tl.sum(total * tl.exp2(top - base), 1), ALL_HEADS)[:, None]
+        mean += tl.sum(tl.where(x == float("-inf"), 0.0, tl.exp2(x - base) * share), 0)
+    tl.store(scores + first + s, mean, mask=s < length)
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def whole_kernel(
+    query, key, key_mask, cu_seqlens, scores, scale, tokens, longest,
+    query_stride_item, query_stride_head, key_stride_item, key_stride_token, key_stride_head,
+    mask_stride_item, mask_stride_token,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, TILES: tl.constexpr, HEADS: tl.constexpr, PADDED: tl.constexpr,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    ALIGN: tl.constexpr, MASKED: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Program item: all its heads and keys."""
+    item = tl.program_id(0).to(tl.int64)
+    first, length = _span(item, cu_seqlens, tokens, longest, VARLEN)
+    query += item * query_stride_item
+    key = _keys(key, item, first, key_stride_item, key_stride_token, ALIGN, VARLEN)
+    if MASKED:
+        key_mask += item * mask_stride_item
+    h = tl.arange(0, PADDED)
+    mean = tl.zeros((BLOCK,), tl.float32)
+    for tile in tl.range(0, KV_HEADS * TILES, num_stages=STAGES):
+        kv_head = tile // TILES
+        at = query + (kv_head * GROUP + tile % TILES * HEADS) * query_stride_head.to(tl.int64)
+        if CHUNK == WIDTH:
+            at = _queries(at, query_stride_head, 0, HEADS, PADDED, DIM, WIDTH, UPCAST)
+        x = _logits(
+            at, query_stride_head, key + kv_head * (key_stride_head.to(tl.int64) * ALIGN), key_stride_token,
+            key_mask, mask_stride_token, 0, length, scale,
+            HEADS, PADDED, DIM, WIDTH, CHUNK, BLOCK, ALIGN, MASKED, PRECISION, UPCAST,
+        )  # fmt: skip
+        weight = tl.exp2(x - _finite(tl.max(x, 0))[None, :])
+        share = tl.where(h < HEADS, _share(tl.sum(weight, 0), KV_HEADS * GROUP), 0.0)
+        mean += tl.sum(weight * share[None, :], 1)
+    s = tl.arange(0, BLOCK)
+    if MASKED:  # a NaN among the allowed keys spoils those alone
+        allowed = tl.load(key_mask + s.to(tl.int64) * mask_stride_token, mask=s < length, other=0) != 0
+        mean = tl.where(allowed, mean, 0.0)
+    tl.store(scores + first + s, mean, mask=s < length)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the work on one item is cut up. It does not look at the batch, so neither does an item's result."""
+
+    whole: bool  # one launch
+    tiles: int  # of the query heads that read one key head
+    heads: int  # query heads in a tile
+    block: int  # keys a program works on at a time
+    span: int  # keys of a split
+    splits: int
+
+    @staticmethod
+    def of(kv_heads: int, group: int, keys: int, dim: int, itemsize: int, multiprocessors: int) -> "Plan":
+        most = 32 if itemsize == 2 else 8  # what the registers hold; float32 comes in three parts
+        heads = max(n for n in range(1, min(group, most) + 1) if group % n == 0)
+        tiles = group // heads
+        row = triton.next_power_of_2(dim) * itemsize
+        block = max(16, triton.next_power_of_2(keys))
+        if heads <= 16 and keys * kv_heads * dim * itemsize <= WHOLE_BYTES and block * row <= WHOLE_TILE_BYTES:
+            return Plan(True, tiles, heads, block, keys, 1)
+        block = min(max(TILE_BYTES // row, 32), 64 if heads > 16 else 128)
+        blocks = triton.cdiv(keys, block)
+        wanted = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // (kv_heads * tiles)
+        blocks_per_split = triton.cdiv(blocks, min(max(wanted, 1), MAX_SPLITS))
+        return Plan(False, tiles, heads, block, block * blocks_per_split, triton.cdiv(blocks, blocks_per_split))
+
+
+@functools.cache
+def _device(index: int) -> tuple[int, bool]:
+    """Multiprocessors, and whether a kernel may start before the one it waits for has ended (Hopper and later)."""
+    properties = torch.cuda.get_device_properties(index)
+    return properties.multi_processor_count, properties.major >= 9
+
+
+def _launch(kernel, grid, num_warps, arguments, **options):
+    kernel[grid](**arguments, num_warps=num_warps, **options)
+
+
+def scores(query, key, scale, key_mask, plan: Plan | None = None) -> torch.Tensor:
+    out = query.new_empty(key.shape[:2], dtype=torch.float32)
+    if len(out):
+        strides = key.stride()[:3]
+        _run(out, query, key, strides, key_mask, None, key.shape[1], scale, plan)
+    return out
+
+
+def scores_varlen(query, key, cu_seqlens, max_seqlen, scale, plan: Plan | None = None) -> torch.Tensor:
+    out = query.new_zeros(len(key), dtype=torch.float32)  # no item need cover a token
+    longest = min(max_seqlen, len(key))
+    if len(query) and longest:
+        _run(out, query, key, (0, *key.stride()[:2]), None, cu_seqlens, longest, scale, plan)
+    return out
+
+
+def _run(out, query, key, key_strides, key_mask, cu_seqlens, longest, scale, plan):
+    batch, all_heads, dim = query.shape
+    kv_heads = key.shape[-2]
+    group = all_heads // kv_heads
+    multiprocessors, overlap = _device(query.get_device()) if query.is_cuda else (1, False)
+    plan = plan or Plan.of(kv_heads, group, longest, dim, key.element_size(), multiprocessors)
+    align = math.gcd(16 // key.element_size(), *key_strides)
+    common = {"cu_seqlens": cu_seqlens, "tokens": out.numel(), "longest": longest, "VARLEN": cu_seqlens is not None}
+    arguments = {
+        **common,
+        "query": query,
+        "key": key,
+        "key_mask": None if key_mask is None else key_mask.view(torch.uint8),
+        "scale": (dim**-0.5 if scale is None else scale) * math.log2(math.e),
+        "query_stride_item": query.stride(0),
+        "query_stride_head": query.stride(1),
+        "key_stride_item": key_strides[0] // align,
+        "key_stride_token": key_strides[1] // align,
+        "key_stride_head": key_strides[2] // align,
+        "mask_stride_item": 0 if key_mask is None else key_mask.stride(0),
+        "mask_stride_token": 0 if key_mask is None else key_mask.stride(1),
+        "KV_HEADS": kv_heads,
+        "GROUP": group,
+        "TILES": plan.tiles,
+        "HEADS": plan.heads,
+        "PADDED": max(16, triton.next_power_of_2(plan.heads)),
+        "DIM": dim,
+        "WIDTH": triton.next_power_of_2(dim),
+        "CHUNK": triton.next_power_of_2(dim) if key.element_size() == 2 else 32,
+        "BLOCK": plan.block,
+        "STAGES": 3,
+        "ALIGN": align,
+        "MASKED": key_mask is not None,
+        # float32 as three bfloat16 each, six products of them: as good as float32, where TF32 would keep 11 bits
+        "PRECISION": "bf16x6" if key.element_size() == 4 and not INTERPRETED else "ieee",
+        "UPCAST": INTERPRETED,  # the interpreter's arithmetic on bfloat16 works on raw bits
+    }
+    with torch.cuda.device_of(query):
+        if plan.whole:
+            _launch(whole_kernel, (batch,), 8, arguments | {"scores": out})
+            return
+        logits = torch.empty((all_heads, out.numel()), dtype=torch.float32, device=query.device)
+        sums = torch.empty((batch, all_heads, 2, plan.splits), dtype=torch.float32, device=query.device)
+        arguments |= {"logits": logits, "sums": sums, "splits": plan.splits, "span": plan.span, "OVERLAP": overlap}
+        _launch(split_kernel, (batch * kv_heads * plan.tiles, plan.splits), 4, arguments)
+        arguments = common | {
+            "logits": logits,
+            "sums": sums,
+            "scores": out,
+            "splits": plan.splits,
+            "ALL_HEADS": all_heads,
+            "PADDED": min(32, triton.next_power_of_2(all_heads)),
+            "SPLITS": triton.next_power_of_2(plan.splits),
+            "BLOCK": 32 if longest <= 4096 else 128,
+            "OVERLAP": overlap,
+        }
+        grid = (batch, triton.cdiv(longest, arguments["BLOCK"]))
+        _launch(mean_kernel, grid, 4, arguments, launch_pdl=overlap)

@@ -1,0 +1,122 @@
+"""Stage 2 of STS: the attention that one query row pays every cached key, without the attention matrix."""
+
+import math
+
+import torch
+
+from .. import _checks
+from .._registry import define_op
+
+HEAD_DIMS = (64, 72, 80, 96, 112, 128, 192, 256)
+CHUNK = 1 << 18  # elements of a 16-bit cache that the reference widens to float32 at a time: stays in the CPU's cache
+
+
+def check(op, query, key, scale, key_shape="(B, S, Hkv, D)"):
+    """The checks that both layouts share."""
+    _checks.tensor(op, "query", query, _checks.FLOATING, "(B, Hq, D)", 3)
+    _checks.tensor(op, "key", key, _checks.FLOATING, key_shape, key_shape.count(",") + 1)
+    if key.dtype != query.dtype:
+        raise TypeError(f"{op}: key must have the dtype of query, {query.dtype}, got {key.dtype}".replace("torch.", ""))
+    _checks.same_device(op, "key", key, query, "query")
+    (_, heads, dim), (kv_heads, key_dim) = query.shape, key.shape[-2:]
+    if dim not in HEAD_DIMS:
+        raise ValueError(f"{op}: the head dimension of query must be one of {HEAD_DIMS}, got {dim}")
+    if key_dim != dim:
+        raise ValueError(f"{op}: key must have the head dimension of query, {dim}, got {key_dim}")
+    if kv_heads < 1 or heads < 1 or heads % kv_heads:
+        raise ValueError(f"{op}: the heads of query must be a multiple of the heads of key, got {heads} and {kv_heads}")
+    for name, value in (("query", query), ("key", key)):
+        if value.stride(-1) != 1:
+            raise ValueError(
+                f"{op}: {name} must be contiguous in its last dimension, got strides {tuple(value.stride())}; "
+                f"give a view that keeps D last, or {name}.contiguous()"
+            )
+    if scale is not None:
+        if isinstance(scale, bool) or not isinstance(scale, int | float | torch.SymFloat):
+            raise TypeError(f"{op}: scale must be a float or None, got {type(scale).__name__}")
+        if not -math.inf < scale < math.inf:
+            raise ValueError(f"{op}: scale must be finite, got {scale}")
+
+
+def _check(query, key, scale, key_mask):
+    op = "last_query_scores"
+    check(op, query, key, scale)
+    if key.shape[0] != query.shape[0]:
+        raise ValueError(f"{op}: key must have the batch size of query, {query.shape[0]}, got {key.shape[0]}")
+    if key.shape[1] == 0:
+        raise ValueError(f"{op}: key must have at least one position, got shape {tuple(key.shape)}")
+    if key_mask is not None:
+        _checks.tensor(op, "key_mask", key_mask, (torch.bool,), "(B, S)", 2)
+        if key_mask.shape != key.shape[:2]:
+            raise ValueError(
+                f"{op}: key_mask must have shape (B, S) = {tuple(key.shape[:2])}, got {tuple(key_mask.shape)}"
+            )
+        _checks.same_device(op, "key_mask", key_mask, query, "query")
+
+
+def _fake(query, key, scale=None, key_mask=None):
+    _check(query, key, scale, key_mask)
+    return query.new_empty((key.shape[0], key.shape[1]), dtype=torch.float32)
+
+
+def _triton(query, key, scale=None, key_mask=None):
+    from . import _last_query_scores_triton as kernels
+
+    _check(query, key, scale, key_mask)
+    return kernels.scores(query, key, scale, key_mask)
+
+
+def item_scores(query, key, scale, allowed=None):
+    """One item: query (Hq, D), key (S, Hkv, D), allowed (S,) bool or None -> (S,) float32."""
+    (heads, dim), (keys, kv_heads, _) = query.shape, key.shape
+    groups = query.float().mul(dim**-0.5 if scale is None else scale).reshape(kv_heads, heads // kv_heads, dim)
+    chunk = keys if key.dtype == torch.float32 else max(1, CHUNK // (kv_heads * dim))
+    logits = torch.cat([torch.bmm(groups, part.float().permute(1, 2, 0)) for part in key.split(chunk)], dim=-1)
+    if allowed is None:
+        return logits.softmax(-1).mean((0, 1))
+    return torch.where(allowed, logits.masked_fill_(~allowed, -math.inf).softmax(-1).mean((0, 1)), 0.0)
+
+
+@define_op(
+    "last_query_scores(Tensor query, Tensor key, float? scale=None, Tensor? key_mask=None) -> Tensor",
+    fake=_fake,
+    triton=_triton,
+)
+def last_query_scores_reference(query, key, scale=None, key_mask=None):
+    _check(query, key, scale, key_mask)
+    out = query.new_empty(key.shape[:2], dtype=torch.float32)
+    for item in range(len(out)):
+        out[item] = item_scores(query[item], key[item], scale, None if key_mask is None else key_mask[item])
+    return out
+
+
+def last_query_scores(
+    query: torch.Tensor, key: torch.Tensor, scale: float | None = None, key_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Attention weights of one query row over the cached keys, mean over its heads (STS Eq. 6).
+
+    ``mean_h softmax_s(scale * query[b, h] . key[b, s, h // (Hq // Hkv)])``: one row of the matrix that FlashAttention
+    and scaled_dot_product_attention never write down, at the price of reading the keys once.
+
+    Args:
+        query: (B, Hq, D) float32, float16 or bfloat16: the row of the token that asks, after rotary embedding. D is 64,
+            72, 80, 96, 112, 128, 192 or 256.
+        key: (B, S, Hkv, D) of the same dtype, FlashAttention's layout, after rotary embedding. Hkv divides Hq; query
+            head h reads key head h // (Hq // Hkv). Any strides, only D must be contiguous: a Hugging Face cache
+            (B, Hkv, S, D) goes in as ``cache.transpose(1, 2)``, without a copy. S is at least 1; tested to 131072.
+        scale: multiplies the dot products; None: 1 / sqrt(D).
+        key_mask: (B, S) bool, True where a key may be attended to: padding and causality. None: everywhere.
+
+    Returns:
+        (B, S) float32. Keys that are masked out score 0, whatever they hold; the others of a row sum to 1. Where none
+        is allowed the row is 0. A NaN or infinity in `query` or in an allowed key may make all allowed scores of its
+        row NaN. The same input gives the same output, bit for bit, whatever else is in the batch. No gradient.
+
+    Raises:
+        TypeError, ValueError: wrong dtype, shape, device, strides or scale.
+
+    Cost:
+        reads the keys once: B S Hkv D elements, for 2 B S Hq D flops. Scratch of B S Hq floats, none proportional to D.
+        On a GPU two kernel launches, or one where the keys of an item are few; nothing is read back to the host.
+    """
+    return torch.ops.sts_kernels.last_query_scores.default(query, key, scale, key_mask)

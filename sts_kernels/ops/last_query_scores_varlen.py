@@ -1,0 +1,98 @@
+"""`last_query_scores` over items of different lengths packed into one tensor."""
+
+import itertools
+
+import torch
+
+from .. import _checks
+from .._registry import define_op
+from .last_query_scores import check, item_scores
+
+_OP = "last_query_scores_varlen"
+
+
+def _check(query, key, cu_seqlens, max_seqlen, scale):
+    check(_OP, query, key, scale, "(T, Hkv, D)")
+    _checks.tensor(_OP, "cu_seqlens", cu_seqlens, _checks.INTEGER, "(B+1,)", 1)
+    if cu_seqlens.shape[0] != query.shape[0] + 1:
+        raise ValueError(
+            f"{_OP}: cu_seqlens must have shape (B+1,) = ({query.shape[0] + 1},), got {tuple(cu_seqlens.shape)}"
+        )
+    _checks.same_device(_OP, "cu_seqlens", cu_seqlens, query, "query")
+    _checks.integer(_OP, "max_seqlen", max_seqlen, 0)
+
+
+def _check_values(key, cu_seqlens, max_seqlen):
+    starts = cu_seqlens.tolist()
+    lengths = [end - start for start, end in itertools.pairwise(starts)]
+    if starts[0] != 0 or starts[-1] != key.shape[0] or min(lengths, default=0) < 0:
+        raise ValueError(f"{_OP}: cu_seqlens must rise from 0 to {key.shape[0]}, the number of keys, got {starts}")
+    if (longest := max(lengths, default=0)) > max_seqlen:
+        raise ValueError(
+            f"{_OP}: max_seqlen must be at least {longest}, the length of the longest item, got {max_seqlen}"
+        )
+
+
+def _fake(query, key, cu_seqlens, max_seqlen, scale=None):
+    _check(query, key, cu_seqlens, max_seqlen, scale)
+    return query.new_empty((key.shape[0],), dtype=torch.float32)
+
+
+def _triton(query, key, cu_seqlens, max_seqlen, scale=None):
+    from . import _last_query_scores_triton as kernels
+
+    _check(query, key, cu_seqlens, max_seqlen, scale)
+    return kernels.scores_varlen(query, key, cu_seqlens, max_seqlen, scale)
+
+
+@define_op(
+    "last_query_scores_varlen(Tensor query, Tensor key, Tensor cu_seqlens, SymInt max_seqlen, float? scale=None) "
+    "-> Tensor",
+    fake=_fake,
+    triton=_triton,
+)
+def last_query_scores_varlen_reference(query, key, cu_seqlens, max_seqlen, scale=None):
+    _check(query, key, cu_seqlens, max_seqlen, scale)
+    # The reference reads the offsets back to the host; the kernels do not.
+    starts = cu_seqlens.cpu()
+    _check_values(key, starts, max_seqlen)
+    starts = starts.tolist()
+    out = query.new_empty((key.shape[0],), dtype=torch.float32)
+    for item, (start, end) in enumerate(itertools.pairwise(starts)):
+        if end > start:
+            out[start:end] = item_scores(query[item], key[start:end], scale)
+    return out
+
+
+def last_query_scores_varlen(
+    query: torch.Tensor, key: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, scale: float | None = None
+) -> torch.Tensor:
+    """`last_query_scores` over packed items, as in flash_attn_varlen_func (STS Eq. 6).
+
+    Args:
+        query: (B, Hq, D) float32, float16 or bfloat16, one row per item, after rotary embedding.
+            D is 64, 72, 80, 96, 112, 128, 192 or 256.
+        key: (T, Hkv, D) of the same dtype, the keys of all items one after another, after rotary embedding. Hkv divides
+            Hq. Any strides, only D must be contiguous.
+        cu_seqlens: (B+1,) int32 or int64, FlashAttention's prefix sums: item b is rows cu_seqlens[b] to
+            cu_seqlens[b+1]. Items may be empty.
+        max_seqlen: at least the length of the longest item, which the host must know to launch without a sync.
+        scale: multiplies the dot products; None: 1 / sqrt(D).
+
+    Returns:
+        (T,) float32, the scores of item b at cu_seqlens[b]:cu_seqlens[b+1], each item's sum 1. NaN, accuracy and
+        gradients as in `last_query_scores`; the same input gives the same output, bit for bit.
+
+    Raises:
+        TypeError, ValueError: wrong dtype, shape, device, strides or scale; offsets that do not rise from 0 to T or an
+        item longer than max_seqlen where that can be read: on the CPU. On a GPU a token of no item scores 0, as does an
+        item that does not fit, those that overlap are unspecified, and nothing out of bounds is touched;
+        STS_KERNELS_CHECK=1 makes all of it an error at the price of a sync.
+
+    Cost:
+        as `last_query_scores`, with T for B S.
+    """
+    if isinstance(cu_seqlens, torch.Tensor) and _checks.values_readable(cu_seqlens):
+        _check(query, key, cu_seqlens, max_seqlen, scale)
+        _check_values(key, cu_seqlens, max_seqlen)
+    return torch.ops.sts_kernels.last_query_scores_varlen.default(query, key, cu_seqlens, max_seqlen, scale)
