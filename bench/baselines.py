@@ -117,15 +117,15 @@ def gram_loop(features, k, eps=1e-6, num_tokens=None, compiled=False):
 LOOPS = {"direct loop": direct_loop, "matvec loop": matvec_loop, "gram loop": gram_loop}
 
 
-def per_item(loop, features, lengths, budgets, eps=1e-6, compiled=False):
+def per_item(loop, features, lengths, budgets, eps=1e-6):
     """Packed items one after another; lengths and budgets are known to the host."""
-    items = zip(features.split(lengths), budgets, strict=True)
-    return torch.cat([loop(item[None], budget, eps, compiled=compiled)[0] for item, budget in items if budget])
+    items = zip(features.split(list(lengths)), budgets, strict=True)
+    return torch.cat([loop(item[None], budget, eps)[0] for item, budget in items if budget])
 
 
-def padded(loop, features, lengths, budgets, eps=1e-6, compiled=False):
-    """Packed items as one padded batch; every item runs to the largest budget and its tail is cut off."""
-    count = torch.tensor(lengths, device=features.device)
-    batch = torch.nn.utils.rnn.pad_sequence(features.split(lengths), batch_first=True)
-    picks = loop(batch, max(budgets), eps, num_tokens=count, compiled=compiled)
+def padded(loop, features, lengths, budgets, num_tokens, eps=1e-6, compiled=False):
+    """Packed items as one padded batch; every item runs to the largest budget and its tail is cut off. num_tokens: the
+    lengths again, on the device of the features."""
+    batch = torch.nn.utils.rnn.pad_sequence(features.split(list(lengths)), batch_first=True)
+    picks = loop(batch, max(budgets), eps, num_tokens=num_tokens, compiled=compiled)
     return torch.cat([picks[item, :budget] for item, budget in enumerate(budgets)])

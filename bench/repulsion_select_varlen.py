@@ -48,21 +48,30 @@ def check(case, given, picks):
     verify.selections(zip(given["features"].split(case.lengths), picks.split(case.budgets), strict=True))
 
 
-def _fits(loop, over, case, device):
-    if over is baselines.padded and device.type == "cpu":
-        return False  # padding saves launches, of which the CPU has none
+def _fits(loop, case, device):
     return loop is not baselines.gram_loop or fits_gram(case["B"], case["N"], device)
 
 
-def _baseline(name, loop, over, compiled):
-    return Provider(
-        name=f"{name} {over.__name__.replace('_', ' ')}" + (" (compiled)" if compiled else ""),
-        bind=lambda case, given: partial(
-            over, loop, given["features"], list(case.lengths), list(case.budgets), compiled=compiled
-        ),
-        fits=lambda case, device: _fits(loop, over, case, device),
-        compiles=compiled,
-    )
+def _per_item(name, loop):
+    def bind(case, given):
+        return partial(baselines.per_item, loop, given["features"], case.lengths, case.budgets)
+
+    return Provider(f"{name} per item", bind, partial(_fits, loop))
+
+
+def _padded(name, loop, compiled):
+    def bind(case, given):
+        lengths = given["cu_seqlens"].diff().long()
+        return partial(
+            baselines.padded, loop, given["features"], case.lengths, case.budgets, lengths, compiled=compiled
+        )
+
+    def fits(case, device):
+        # Padding saves launches, of which the CPU has none.
+        return device.type == "cuda" and _fits(loop, case, device)
+
+    name = f"{name} padded (compiled)" if compiled else f"{name} padded"
+    return Provider(name, bind, fits, compiles=compiled)
 
 
 BENCH = Bench(
@@ -72,13 +81,9 @@ BENCH = Bench(
     cost=cost,
     check=check,
     baselines=[
-        *(_baseline(*loop, baselines.per_item, False) for loop in baselines.LOOPS.items()),
+        *(_per_item(*loop) for loop in baselines.LOOPS.items()),
         # Compiled only when padded: one shape. Items of many lengths would be compiled one by one.
-        *(
-            _baseline(*loop, baselines.padded, compiled)
-            for compiled in (False, True)
-            for loop in baselines.LOOPS.items()
-        ),
+        *(_padded(*loop, compiled) for compiled in (False, True) for loop in baselines.LOOPS.items()),
     ],
     reference_syncs=True,
 )
