@@ -40,13 +40,18 @@ sys.exit(not found)'; then
   exit 3
 fi
 BUILD=$PWD/build/gpu_check
+mkdir -p "$BUILD"
 export OUT BUILD OMP_WAIT_POLICY=PASSIVE PYTHONUNBUFFERED=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 
 build() {
-  python3 -m pip install --no-build-isolation --no-deps --force-reinstall .
+  # The smoke program is compiled beside the library: both are mostly waiting for one long nvcc.
+  { cmake -S python_tests/emulator -B "$BUILD" -G Ninja -DSTS_KERNELS_CUDA=1 && cmake --build "$BUILD"; } >"$BUILD.log" 2>&1 &
+  local status=0
+  python3 -m pip install --no-build-isolation --no-deps --force-reinstall . || status=1
+  wait $! || status=1
+  cat "$BUILD.log"
   python3 -P -m sts_kernels info
-  cmake -S . -B "$BUILD" -G Ninja -DSTS_KERNELS_TESTS=ON
-  cmake --build "$BUILD" --target sts_kernels_smoke
+  return $status
 }
 
 tests() {
@@ -60,15 +65,24 @@ tests() {
 }
 
 sanitize() {
-  local tool status=0 tools="memcheck racecheck synccheck initcheck"
-  if [ -n "${STS_CHECK_QUICK:-}" ]; then tools=memcheck; fi
-  for tool in $tools; do
-    printf '\n==== %s\n' "$tool"
-    # A tool without its share of the time left is stopped, and the next one still runs.
-    timeout -k 10 $((SECONDS_LEFT / 3)) python3 python_tests/emulator/smoke.py \
-      compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 20 "$BUILD"/python_tests/emulator/sts_kernels_smoke ||
-      { echo "$tool: FAILED"; status=1; }
+  local end=$((SECONDS + SECONDS_LEFT - 15)) status=0 runs=(none memcheck racecheck synccheck initcheck)
+  if [ -n "${STS_CHECK_QUICK:-}" ]; then runs=(none memcheck); fi
+  local left=${#runs[@]} tool log under verdicts=()
+  for tool in "${runs[@]}"; do
+    log=$BUILD/$tool.log under=
+    if [ "$tool" != none ]; then
+      under="compute-sanitizer --tool $tool --error-exitcode 9 --print-limit 20 --log-file $log"
+    fi
+    printf '\n==== %s\n' "$under"
+    : >"$log"
+    # What a run leaves of its share of the time goes to the next ones.
+    timeout -k 5 $(((end - SECONDS) / left + 1)) python3 -m python_tests.emulator.smoke \
+      --binary "$BUILD/sts_kernels_smoke" --out "$BUILD/run" --under "$under" &&
+      verdicts+=("$tool ok") || { verdicts+=("$tool FAILED"); status=1; }
+    tail -c 1000000 "$log"
+    left=$((left - 1))
   done
+  printf '\n%s\n' "${verdicts[*]}"
   return $status
 }
 
