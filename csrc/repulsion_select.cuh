@@ -78,53 +78,76 @@ __global__ void __launch_bounds__(1024, 1)
 // ---- recomputed weights ----
 
 constexpr int kRecomputeThreads = 256;
-constexpr int kLookahead = 8;      // rows computed in one pass at the most
-constexpr int kCachedRows = 32;    // one for each lane of the warp that looks them up
+constexpr int kRecomputeWarps = kRecomputeThreads / 32;
+constexpr int kLookahead = 8;        // rows computed in one pass at the most
+constexpr int kCachedRows = 64;      // at the most: two for each lane of the warp that looks them up
 constexpr int kSweepChannels = 128;  // of the points, in shared memory at a time
 
 // Which rows of weights are at hand. All blocks of a group keep the same copy, since all decide alike from the same keys.
 struct RowCache {
   int token[kCachedRows];  // -1: none
-  int oldest;              // the slot that is overwritten next
-  int slot;                // of the pick, after `plan_rows`
-  int count;               // rows to compute now: of token[computed[0]], token[computed[1]], ...
+  int oldest;              // the row to give up next when none is free
+  int row;                 // of the pick, after `plan_rows`
+  int count;               // rows to compute now, of the tokens token[computed[0]], token[computed[1]], ...
   int computed[kLookahead];
 };
 
-// By one warp: finds the slot of `pick`, whose key is `lowest`. If its row is not cached, decides which rows to compute with it:
-// those of the tokens with the lowest of the group's `keys` after it, which are finite, not picked and not cached.
-__device__ __forceinline__ void plan_rows(RowCache& cache, int pick, Key lowest, const Key* keys, int key_count, int wanted) {
+// By one warp: finds the row of `pick`, whose key is `lowest`, and frees it for later. If it is not cached, decides which `wanted`
+// rows to compute with it: those of the tokens of lowest key after it, which are finite, not picked and not cached. The keys to
+// choose from are the lowest of every warp of the group, of which each lane offers two.
+__device__ __forceinline__ void plan_rows(RowCache& cache, int cached_rows, int pick, Key lowest, const Key* keys, int key_count,
+                                          int wanted) {
   const int lane = threadIdx.x % 32;
-  int mine = cache.token[lane];
-  __syncwarp();
-  const unsigned found = __ballot_sync(kFullWarp, mine == pick);
-  if (found) {
-    if (lane == 0) {
-      cache.slot = __ffs(static_cast<int>(found)) - 1;
-      cache.count = 0;
+  int low = cache.token[lane], high = cache.token[lane + 32];  // rows `lane` and `lane + 32`
+  const auto rows_with = [&](int token) {
+    return static_cast<unsigned long long>(__ballot_sync(kFullWarp, high == token && lane + 32 < cached_rows)) << 32 |
+           __ballot_sync(kFullWarp, low == token && lane < cached_rows);
+  };
+  const auto set = [&](int row, int token) {
+    if (row == lane) low = token;
+    if (row == lane + 32) high = token;
+  };
+  int row = __ffsll(static_cast<long long>(rows_with(pick))) - 1, count = 0;
+  if (row < 0) {
+    Key first = kNoKey, second = kNoKey;
+    if (wanted > 1) {
+      for (int k = lane; k < key_count; k += 32) {
+        const Key key = keys[k] > lowest ? keys[k] : kNoKey;
+        second = lower(second, key < first ? first : key);
+        first = lower(first, key);
+      }
     }
-    return;
-  }
-  int slot = cache.oldest, count = 0, token = pick;
-  __syncwarp();
-  for (int turn = 0; turn < kCachedRows; ++turn) {
-    if (!__any_sync(kFullWarp, mine == token)) {
-      if (lane == slot) mine = token;
-      if (lane == 0) cache.computed[count] = slot;
-      slot = (slot + 1) % kCachedRows;
-      if (++count == wanted) break;
+    int oldest = cache.oldest, token = pick;
+    unsigned long long fresh = 0;  // rows given out here
+    while (true) {
+      if (!rows_with(token)) {
+        int taken = __ffsll(static_cast<long long>(rows_with(-1))) - 1;
+        if (taken < 0) {
+          while (fresh >> oldest & 1) oldest = (oldest + 1) % cached_rows;
+          taken = oldest;
+          oldest = (oldest + 1) % cached_rows;
+        }
+        set(taken, token);
+        fresh |= 1ull << taken;
+        if (count == 0) row = taken;
+        if (lane == 0) cache.computed[count] = taken;
+        if (++count == wanted) break;
+      }
+      const Key next = warp_lowest(first);
+      if (!(key_value(next) < kLastResort)) break;  // no more, or none that is finite
+      if (first == next) {
+        first = second;
+        second = kNoKey;
+      }
+      token = static_cast<int>(key_index(next));
     }
-    Key next = kNoKey;
-    for (int k = lane; k < key_count; k += 32)
-      if (keys[k] > lowest) next = lower(next, keys[k]);
-    lowest = warp_lowest(next);
-    if (!(key_value(lowest) < kLastResort)) break;  // no more, or none that is finite
-    token = static_cast<int>(key_index(lowest));
+    if (lane == 0) cache.oldest = oldest;
   }
-  cache.token[lane] = mine;
+  __syncwarp();
+  cache.token[lane] = low;
+  cache.token[lane + 32] = high;
   if (lane == 0) {
-    cache.slot = cache.computed[0];
-    cache.oldest = slot;
+    cache.row = row;
     cache.count = count;
   }
 }
@@ -173,11 +196,11 @@ __device__ __forceinline__ void compute_rows(const Rows<scalar_t>& rows, int64_t
 }
 
 // Groups of `group_blocks` resident blocks; group g takes items g, g + groups, ... `potential` holds the distances to the mean
-// on entry. cached: kCachedRows rows of all tokens. keys: two for every block. arrived: a zero for every group.
+// on entry. cached: `cached_rows` rows of all tokens. keys: two for every block and every warp. arrived: a zero for every group.
 template <class scalar_t, class Rule>
 __global__ void __launch_bounds__(kRecomputeThreads, 2)
-    select_recomputed_kernel(Rows<scalar_t> rows, Items items, bool aligned, int group_blocks, int lookahead, Rule rule, float* potential,
-                             float* cached, Key* keys, unsigned* arrived, int64_t* out) {
+    select_recomputed_kernel(Rows<scalar_t> rows, Items items, bool aligned, int group_blocks, int cached_rows, int lookahead, Rule rule,
+                             float* potential, float* cached, Key* keys, unsigned* arrived, int64_t* out) {
   __shared__ Key partial[2][32];
   __shared__ RowCache cache;
   __shared__ float point[kLookahead][kSweepChannels];
@@ -185,18 +208,21 @@ __global__ void __launch_bounds__(kRecomputeThreads, 2)
   const int64_t first_token = static_cast<int64_t>(rank) * kRecomputeThreads;
   const int64_t token_step = static_cast<int64_t>(group_blocks) * kRecomputeThreads;
   GroupBarrier barrier(arrived + group, group_blocks);
-  const Key* turn_keys = nullptr;
+  const int group_warps = group_blocks * kRecomputeWarps;
+  Key* group_keys = keys + static_cast<int64_t>(group) * 2 * (group_blocks + group_warps);
+  const Key* warp_keys = nullptr;
   int turn = 0;
-  // The lowest key of the group; the lowest of each block are in turn_keys. Keys are written in turns like `partial`.
+  // The lowest key of the group; those of its warps are in warp_keys. Keys are written in turns like `partial`.
   const auto group_lowest = [&](Key best) {
-    best = block_lowest(best, partial, turn);
-    Key* mine = keys + (static_cast<int64_t>(group) * 2 + (turn & 1)) * group_blocks;
-    ++turn;
-    if (tid == 0) mine[rank] = best;
+    Key* block_keys = group_keys + (turn & 1) * (group_blocks + group_warps);
+    best = warp_lowest(best);
+    if (tid % 32 == 0) block_keys[group_blocks + rank * kRecomputeWarps + tid / 32] = best;
+    best = block_lowest(best, partial, turn++);
+    if (tid == 0) block_keys[rank] = best;
     barrier.sync();
-    turn_keys = mine;
+    warp_keys = block_keys + group_blocks;
     best = kNoKey;
-    for (int r = tid % 32; r < group_blocks; r += 32) best = lower(best, mine[r]);
+    for (int r = tid % 32; r < group_blocks; r += 32) best = lower(best, block_keys[r]);
     return warp_lowest(best);
   };
 
@@ -227,12 +253,15 @@ __global__ void __launch_bounds__(kRecomputeThreads, 2)
       if (tid < 32) {
         // The keys of the first turn are distances to the mean and say nothing about the picks to come.
         const int64_t left = step == 0 ? 1 : picks - 1 - step;
-        plan_rows(cache, static_cast<int>(pick), best, turn_keys, group_blocks, left < lookahead ? static_cast<int>(left) : lookahead);
+        plan_rows(cache, cached_rows, static_cast<int>(pick), best, warp_keys, group_warps,
+                  left < lookahead ? static_cast<int>(left) : lookahead);
       }
       __syncthreads();
       if (cache.count)
         compute_rows(rows, entry, item, aligned, rule, cache, first_token, token_step, cached + first_row, all_tokens(items), point);
-      const float* weight = cached + cache.slot * all_tokens(items) + first_row;
+      __syncthreads();
+      if (tid == 0) cache.token[cache.row] = -1;  // used once
+      const float* weight = cached + cache.row * all_tokens(items) + first_row;
       best = kNoKey;
       for (int64_t i = first_token + tid; i < item.tokens; i += token_step) {
         const float value = i == pick ? kInfinity : Rule::add(mine[i], weight[i]);
@@ -254,6 +283,7 @@ struct SelectionPlan {
   int64_t entries;      // stored: batch entries whose weights are held at a time
   int groups, group_blocks;  // recomputed: blocks of the cooperative launch
   int lookahead;             // recomputed: rows computed in one pass
+  int cached_rows;           // recomputed: rows kept, in no more memory than the features where that is more than a few
 };
 
 template <class scalar_t, class Rule>
@@ -262,23 +292,25 @@ SelectionPlan plan_selection(const Rows<scalar_t>& rows, const Items& items, int
   const int64_t entries = items.packed() ? 1 : items.count;
   if (items.tokens <= matrix_tokens) {
     const int64_t fit = kMatrixFloats / (items.tokens * items.tokens);
-    return {true, mma_fits(rows, items), entries < fit ? entries : fit, 0, 0, 0};
+    return {true, mma_fits(rows, items), entries < fit ? entries : fit, 0, 0, 0, 0};
   }
   const int resident = max_resident_blocks(select_recomputed_kernel<scalar_t, Rule>, kRecomputeThreads, 0);
-  if (resident == 0) return {false, false, 0, 0, 0, 0};
+  if (resident == 0) return {false, false, 0, 0, 0, 0, 0};
   const int groups = static_cast<int>(items.count < resident ? items.count : resident);
   const int64_t useful = ceil_div(items.tokens, kRecomputeThreads);
   const int blocks = static_cast<int>(useful < resident / groups ? useful : resident / groups);
-  return {false, false, 0, groups, blocks, lookahead};
+  const int64_t affordable = rows.channels * sizeof(scalar_t) / sizeof(float);
+  const int cached_rows = affordable > kCachedRows ? kCachedRows : affordable < kLookahead ? kLookahead : static_cast<int>(affordable);
+  return {false, false, 0, groups, blocks, lookahead, cached_rows};
 }
 
 // Device memory of one selection besides its input and output. `allocate(bytes)` is called once for each part in use; parts that
 // are not stay null.
 struct SelectionScratch {
   TokenStats stats{};
-  float* weights = nullptr;     // stored: (entries, tokens, tokens); recomputed: (kCachedRows, all tokens)
+  float* weights = nullptr;     // stored: (entries, tokens, tokens); recomputed: (cached_rows, all tokens)
   unsigned* marks = nullptr;    // stored on tensor cores: (entries, tiles, tiles)
-  Key* keys = nullptr;          // recomputed: (groups, 2, group_blocks)
+  Key* keys = nullptr;          // recomputed: (groups, 2, blocks and warps)
   unsigned* arrived = nullptr;  // recomputed: (groups)
 
   template <class Allocate>
@@ -292,9 +324,9 @@ struct SelectionScratch {
     take(stats.sums, chunks * channels);
     take(stats.counts, chunks);
     take(stats.mean, items.anchor ? 0 : items.count * channels);
-    take(weights, plan.stored ? plan.entries * items.tokens * items.tokens : kCachedRows * all_tokens(items));
+    take(weights, plan.stored ? plan.entries * items.tokens * items.tokens : plan.cached_rows * all_tokens(items));
     take(marks, plan.tensor_cores ? plan.entries * tiles * tiles : 0);
-    take(keys, 2 * static_cast<int64_t>(plan.groups) * plan.group_blocks);
+    take(keys, 2 * static_cast<int64_t>(plan.groups) * plan.group_blocks * (1 + kRecomputeWarps));
     take(arrived, plan.groups);
   }
 };
@@ -313,8 +345,8 @@ cudaError_t launch_selection(const Rows<scalar_t>& rows, const Items& items, con
     error = cudaMemsetAsync(scratch.arrived, 0, plan.groups * sizeof(unsigned), stream);
     if (error != cudaSuccess) return error;
     const Launch shape{dim3(plan.groups * plan.group_blocks), dim3(kRecomputeThreads), 0, 1, true, stream};
-    return launch(select_recomputed_kernel<scalar_t, Rule>, shape, rows, items, rows_aligned(rows), plan.group_blocks, plan.lookahead,
-                  rule, scratch.stats.mean_sqdist, scratch.weights, scratch.keys, scratch.arrived, out);
+    return launch(select_recomputed_kernel<scalar_t, Rule>, shape, rows, items, rows_aligned(rows), plan.group_blocks, plan.cached_rows,
+                  plan.lookahead, rule, scratch.stats.mean_sqdist, scratch.weights, scratch.keys, scratch.arrived, out);
   }
   const auto weigh = [&](int64_t first, int64_t entries) {
     const StoreWeight<Rule> store{rule};
@@ -375,7 +407,8 @@ int64_t selection_plan(int64_t batch, int64_t tokens, int64_t channels, bool pac
   const Rows<scalar_t> rows{nullptr, tokens * channels, channels, static_cast<int>(channels)};
   const Items items{batch, tokens, tokens, nullptr, packed ? offsets : nullptr, nullptr, nullptr};
   const SelectionPlan plan = plan_selection<scalar_t, Repulsion>(rows, items);
-  const int64_t fields[] = {plan.stored, plan.tensor_cores, plan.entries, plan.groups, plan.group_blocks, plan.lookahead};
+  const int64_t fields[] = {plan.stored, plan.tensor_cores, plan.entries, plan.groups, plan.group_blocks, plan.lookahead,
+                            plan.cached_rows};
   return fields[field];
 }
 #endif

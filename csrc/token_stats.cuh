@@ -123,6 +123,7 @@ __global__ void __launch_bounds__(kStatsThreads) mean_sqdist_kernel(Rows<scalar_
       }
     }
     sum = warp_sum(sum);
+    __syncwarp();  // every lane has read *result before one writes it
     // Beyond float32's range (or a mean that is): after all others, yet before the tokens that are not finite.
     if (lane == 0) *result = sum < kLastResort ? sum : kLastResort;
   }

@@ -60,7 +60,7 @@ inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream
   return cudaSuccess;
 }
 
-// Exactly sized, so that AddressSanitizer sees both ends. For the front ends: launchers do not allocate.
+// Exactly sized, so that AddressSanitizer sees both ends.
 inline cudaError_t cudaMalloc(void** to, size_t bytes) {
   return posix_memalign(to, 256, bytes) ? cudaErrorMemoryAllocation : cudaSuccess;
 }
@@ -413,6 +413,7 @@ inline float __int_as_float(int bits) { return std::bit_cast<float>(bits); }
 inline int __popc(unsigned value) { return std::popcount(value); }
 inline int __popcll(unsigned long long value) { return std::popcount(value); }
 inline int __ffs(int value) { return value ? std::countr_zero(static_cast<unsigned>(value)) + 1 : 0; }
+inline int __ffsll(long long value) { return value ? std::countr_zero(static_cast<unsigned long long>(value)) + 1 : 0; }
 inline int __clz(int value) { return std::countl_zero(static_cast<unsigned>(value)); }
 inline int __clzll(long long value) { return std::countl_zero(static_cast<unsigned long long>(value)); }
 
