@@ -22,4 +22,4 @@ def features(batch: int, tokens: int, channels: int, dtype: torch.dtype, device:
     field = torch.nn.functional.interpolate(coarse, size=(side, side), mode="bilinear", align_corners=True)
     scale = torch.arange(1, channels + 1, device=device).pow(-0.5)
     x = (field.flatten(2).mT[:, :tokens] + 0.3 * normal(batch, tokens, channels)) * scale
-    return x.to(dtype)
+    return x.to(dtype).contiguous()
