@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from . import __main__ as cli
-from . import harness, plot, record, timing
+from . import harness, inputs, plot, record, timing
 
 BENCHES = {name: bench for name, bench in harness.discover().items() if bench}
 SMALL = {"B": 2, "N": 96, "C": 64, "K": 12, "S": 50, "Hq": 4, "Hkv": 2, "D": 16}
@@ -204,3 +204,12 @@ def test_gpu_check_without_a_gpu(tmp_path):
     assert run.returncode == 3
     assert "sees no CUDA GPU" in run.stdout
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("data", ["gaussian", "smooth"])
+def test_features_are_laid_out_as_a_model_leaves_them(data):
+    """Transposed ones would be copied by some providers and read with strides by others."""
+    x = inputs.features(2, 50, 16, torch.bfloat16, torch.device("cpu"), data)
+    assert x.shape == (2, 50, 16)
+    assert x.is_contiguous()
+    assert torch.equal(x, inputs.features(2, 50, 16, torch.bfloat16, torch.device("cpu"), data))
