@@ -10,6 +10,7 @@ from ._errors import UserError
 COMMANDS = {
     "info": "show which backend serves each op and why, versions and build",
     "demo": "choose visual tokens of a photograph and draw them",
+    "generate": "ask a vision-language model about pictures, with pruned visual tokens",
 }
 
 

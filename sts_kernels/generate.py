@@ -1,0 +1,137 @@
+"""`python -m sts_kernels generate`: asks a vision-language model about pictures, with visual tokens pruned by STS."""
+
+import sys
+import time
+
+import torch
+
+from ._errors import UserError
+from .demo import describe, find_device, first_line, load_picture, save
+from .pruning import STSConfig
+
+RANDOM_NAMES = ("tiny", "llava-1.5-7b", "llava-next-7b", "qwen2.5-vl-7b")
+DTYPES = ("float32", "float16", "bfloat16")
+ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
+
+
+def amount(text: str) -> int | float:
+    """A number of tokens, or (with a point in it) a share of them."""
+    return float(text) if "." in text else int(text)
+
+
+def add_arguments(parser) -> None:
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", metavar="ID_OR_PATH", help="a checkpoint: hub id or local directory")
+    source.add_argument(
+        "--random",
+        choices=RANDOM_NAMES,
+        help="no checkpoint: a model with random weights, built from its configuration, and an in-memory tokenizer",
+    )
+    parser.add_argument("--image", action="append", required=True, metavar="FILE", help="a picture; may be repeated")
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to ask")
+    for name, what in (
+        ("budget", "visual tokens of an image, averaged over the LLM's layers (default: 0.2)"),
+        ("keep", "visual tokens of each image that stage 1 keeps, instead of --budget"),
+        ("keep-after", "visual tokens of the prompt that stage 2 leaves"),
+    ):
+        parser.add_argument(f"--{name}", type=amount, metavar="N", help=f"{what}; a number, or a share like 0.2")
+    parser.add_argument("--prune-layer", type=int, metavar="N", help="first layer without the tokens stage 2 drops")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=64, metavar="N", help="length of the answer (default: 64)"
+    )
+    parser.add_argument("--compare", action="store_true", help="run the plain model too, and print both answers")
+    parser.add_argument("--tokens", metavar="FILE", help="draw the tokens that each stage left")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on the CPU")
+    parser.add_argument("--attn", choices=ATTENTIONS, default="sdpa", help="attention implementation (default: sdpa)")
+    parser.add_argument("--device", help="where to run (default: cuda if there is one, else cpu)")
+
+
+def run(args) -> int:
+    images = [load_picture(path) for path in args.image]
+    device, config = find_device(args.device), configure(args)
+    dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    try:
+        from .integrations import transformers as integration
+    except ImportError as error:
+        raise UserError(str(error)) from error
+    if args.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
+
+    model, processor = load(args, device, dtype)
+    inputs = prepare(processor, images, args.prompt).to(device, dtype)
+    answers = {}
+    try:
+        if args.compare:
+            answers["full"] = ask(integration, model, processor, inputs, STSConfig(budget=1.0), args.max_new_tokens)
+        answers["pruned"] = ask(integration, model, processor, inputs, config, args.max_new_tokens)
+    except (NotImplementedError, ValueError) as error:
+        raise UserError(first_line(error)) from error
+
+    what = args.model or f"{args.random} with random weights: the answer means nothing"
+    print(f"model     {what}; {str(dtype).removeprefix('torch.')}, {args.attn}, on {describe(device)}")
+    for name, (text, report, seconds) in answers.items():
+        label = name if args.compare else "answer"
+        print(f"{label:<10}{text!r}")
+        times = f"encode {report.encode_ms:.1f} ms, prefill {report.prefill_ms:.1f} ms, whole answer {seconds:.2f} s"
+        print(f"{'time':<10}{times} (one run, the first of its shapes)")
+    _, report, _ = answers["pruned"]
+    print(f"\n{report}")
+    if args.tokens:
+        from .integrations.transformers.pictures import draw
+
+        save(draw(report, inputs, images, processor), args.tokens)
+        print(f"\npicture   {args.tokens}: tokens that are left bright, dropped ones dimmed")
+    return 0
+
+
+def configure(args) -> STSConfig:
+    given = {name: getattr(args, name) for name in ("budget", "keep", "keep_after", "prune_layer")}
+    if given["budget"] is None and given["keep"] is None and given["keep_after"] is None:
+        given["budget"] = 0.2
+    try:
+        return STSConfig(**given)
+    except (TypeError, ValueError) as error:
+        raise UserError(str(error).replace("STSConfig: ", "")) from error
+
+
+def load(args, device: torch.device, dtype: torch.dtype):
+    name, start = args.model or args.random, time.perf_counter()
+    print(f"loading {name} ...", end="", file=sys.stderr, flush=True)
+    try:
+        if args.random:
+            from .integrations.transformers.random_models import build
+
+            model, processor = build(args.random, device, dtype, args.attn)
+        else:
+            import transformers
+
+            processor = transformers.AutoProcessor.from_pretrained(name)
+            model = transformers.AutoModelForImageTextToText.from_pretrained(
+                name, dtype=dtype, attn_implementation=args.attn
+            )
+            model = model.eval().to(device)
+    except Exception as error:  # the hub, files, configurations and missing packages all fail in their own ways
+        print(file=sys.stderr)
+        raise UserError(f"cannot load {name}: {first_line(error)}") from error
+    print(f" {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    return model, processor
+
+
+def prepare(processor, images: list, prompt: str):
+    turn = [*({"type": "image"} for _ in images), {"type": "text", "text": prompt}]
+    try:
+        text = processor.apply_chat_template([{"role": "user", "content": turn}], add_generation_prompt=True)
+        return processor(text=[text], images=images, return_tensors="pt")
+    except Exception as error:
+        raise UserError(
+            f"the model's processor cannot use this prompt and these images: {first_line(error)}"
+        ) from error
+
+
+def ask(integration, model, processor, inputs, config: STSConfig, new_tokens: int):
+    """-> the answer, the report, seconds."""
+    with integration.apply_sts(model, config, measure=True) as sts:
+        start = time.perf_counter()
+        ids = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+        answer = ids[0, inputs["input_ids"].shape[1] :].tolist()
+        return processor.decode(answer, skip_special_tokens=True).strip(), sts.report, time.perf_counter() - start

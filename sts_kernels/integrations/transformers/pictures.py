@@ -1,0 +1,80 @@
+"""Pictures of the tokens that each stage left."""
+
+import torch
+
+from .report import Report
+
+DIMMED = 0.25  # brightness of a dropped token
+SIDE, MARGIN, CAPTION = 336, 10, 22  # pixels
+
+
+def draw(report: Report, inputs: dict, images: list, processor):
+    """One row a picture: what stage 1 left and what stage 2 left of each, the dropped tokens dimmed.
+
+    Args:
+        report: of a prompt with these images, batch size 1.
+        inputs: what the processor made of them.
+        images: the PIL images themselves.
+        processor: the model's; its image processor knows how pixels were normalised.
+    """
+    from PIL import Image, ImageDraw
+
+    reports = report.rows[0].images
+    rows = []
+    for index, (image, seen) in enumerate(zip(images, reports, strict=True)):
+        parts = _parts(inputs, index, image, [len(r.grids) for r in reports], processor)
+        kept = (
+            (f"{len(k)} of {seen.tokens} tokens after stage {n}", k)
+            for n, k in ((1, seen.after_stage1), (2, seen.after_stage2))
+        )
+        rows.append([(caption, _panel(parts, seen.grids, k)) for caption, k in kept])
+    width = max(sum(panel.width + MARGIN for _, panel in row) for row in rows) + MARGIN
+    height = sum(row[0][1].height + CAPTION + MARGIN for row in rows) + MARGIN
+    sheet = Image.new("RGB", (width, height), "white")
+    pen, top = ImageDraw.Draw(sheet), MARGIN
+    for row in rows:
+        left = MARGIN
+        for caption, panel in row:
+            pen.text((left, top + 4), caption, fill="black")
+            sheet.paste(panel, (left, top + CAPTION))
+            left += panel.width + MARGIN
+        top += row[0][1].height + CAPTION + MARGIN
+    return sheet
+
+
+def _parts(inputs: dict, index: int, image, counts: list[int], processor) -> list:
+    """The pictures that the model saw of one image, part by part: crops or tiles as they were, or the whole image where
+    the model takes any size."""
+    from PIL import Image
+
+    if "pixel_values" not in inputs or "image_grid_thw" in inputs:
+        return [image]
+    pixels = inputs["pixel_values"].detach().float().cpu()
+    pixels = pixels[index, : counts[index]] if pixels.ndim == 5 else pixels[sum(counts[:index]) :][: counts[index]]
+    mean, std = (torch.tensor(getattr(processor.image_processor, f"image_{name}")) for name in ("mean", "std"))
+    colours = (pixels * std[:, None, None] + mean[:, None, None]).clamp(0, 1).mul(255).round().to(torch.uint8)
+    return [
+        Image.frombytes("RGB", (part.shape[2], part.shape[1]), part.permute(1, 2, 0).contiguous().numpy().tobytes())
+        for part in colours
+    ]
+
+
+def _panel(parts: list, grids: list[tuple[int, int]], kept: torch.Tensor):
+    from PIL import Image, ImageEnhance
+
+    panels = []
+    for number, (part, (rows, columns)) in enumerate(zip(parts, grids, strict=True)):
+        mask = Image.new("L", (columns, rows))
+        for _, row, column in kept[(kept[:, 0] == number) & (kept[:, 1] >= 0)].tolist():
+            mask.putpixel((column, row), 255)
+        scale = SIDE / max(rows, columns)
+        size = (round(columns * scale), round(rows * scale))
+        part = part.resize(size)
+        dimmed = ImageEnhance.Brightness(part).enhance(DIMMED)
+        panels.append(Image.composite(part, dimmed, mask.resize(size, Image.Resampling.NEAREST)))
+    sheet = Image.new("RGB", (sum(p.width for p in panels), max(p.height for p in panels)), "white")
+    left = 0
+    for panel in panels:
+        sheet.paste(panel, (left, 0))
+        left += panel.width
+    return sheet

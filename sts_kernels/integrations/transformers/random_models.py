@@ -1,0 +1,206 @@
+"""True-size (and one tiny) models with random weights, and processors with an in-memory tokenizer: no download.
+
+What they answer means nothing. Shapes, memory and time are those of the real ones.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+CHAT = (  # one user turn: images where they are, then the answer begins
+    "{% for message in messages %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}IMAGE{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endfor %} ASSISTANT:"
+)
+PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+
+
+@dataclass(frozen=True)
+class RandomModel:
+    """How one of them is built, and what its documentation calls it."""
+
+    config: Callable[[], transformers.PretrainedConfig]
+    processor: Callable[[transformers.PretrainedConfig], object]
+    image_size: tuple[int, int]  # width and height of a picture that gives the family's full number of tokens
+    visual_tokens: int  # of that picture
+
+
+def build(name: str, device, dtype: torch.dtype, attention: str = "sdpa"):
+    """-> model in eval mode, processor."""
+    config = RANDOM[name].config()
+    with torch.device(device):
+        model = transformers.AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=attention)
+    model.generation_config.pad_token_id = 0
+    model.generation_config.eos_token_id = None
+    return model.eval(), RANDOM[name].processor(config)
+
+
+# --- configurations ---
+
+
+def _llava_vision() -> transformers.CLIPVisionConfig:
+    return transformers.CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+        projection_dim=768,
+    )
+
+
+def _vicuna_7b() -> transformers.LlamaConfig:
+    return transformers.LlamaConfig(vocab_size=32064, max_position_embeddings=4096, pad_token_id=0)
+
+
+def _tiny():
+    return transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=3,
+            num_attention_heads=1,
+            image_size=336,
+            patch_size=28,
+            projection_dim=32,
+        ),
+        text_config=transformers.LlamaConfig(
+            vocab_size=1024,
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=4096,
+            pad_token_id=0,
+        ),
+        image_token_index=1000,
+    )
+
+
+def _llava():
+    return transformers.LlavaConfig(vision_config=_llava_vision(), text_config=_vicuna_7b(), image_token_index=32000)
+
+
+def _llava_next():
+    return transformers.LlavaNextConfig(
+        vision_config=_llava_vision(),
+        text_config=_vicuna_7b(),
+        image_token_index=32000,
+        image_grid_pinpoints=PINPOINTS,
+    )
+
+
+def _qwen2_5_vl():
+    mrope = {"rope_type": "default", "mrope_section": [16, 24, 24]}
+    text = {
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32768,
+        "use_sliding_window": False,
+        # transformers 5 reads rope_parameters, 4.x the other two
+        "rope_parameters": {"rope_theta": 1e6, **mrope},
+        "rope_scaling": {"type": "mrope", **mrope},
+        "rope_theta": 1e6,
+    }
+    return transformers.Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config={
+            "depth": 32,
+            "hidden_size": 1280,
+            "intermediate_size": 3420,
+            "num_heads": 16,
+            "out_hidden_size": 3584,
+        },
+        image_token_id=151655,
+        video_token_id=151656,
+        vision_start_token_id=151652,
+        vision_end_token_id=151653,
+    )
+
+
+# --- processors ---
+
+
+def _tokenizer(vocabulary: int, special: dict[str, int]) -> PreTrainedTokenizerFast:
+    """Bytes as tokens, with the special ones where the model's configuration has them. The other ids, which only an
+    answer at random can hold, read as their numbers."""
+    pinned = {"<pad>": 0, "<s>": 1, "</s>": 2, **special}
+    free = iter(i for i in range(vocabulary) if i not in set(pinned.values()))
+    vocab = pinned | {symbol: next(free) for symbol in sorted(pre_tokenizers.ByteLevel.alphabet())}
+    vocab |= {f"<{i}>": i for i in free}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        additional_special_tokens=list(special),
+        padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def _llava_processor(config):
+    side, patch = config.vision_config.image_size, config.vision_config.patch_size
+    images = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    shared = {
+        "tokenizer": _tokenizer(config.text_config.vocab_size, {"<image>": config.image_token_index}),
+        "patch_size": patch,
+        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1,
+        "image_token": "<image>",
+        "chat_template": CHAT.replace("IMAGE", "<image>"),
+    }
+    if isinstance(config, transformers.LlavaNextConfig):
+        image_processor = transformers.LlavaNextImageProcessor(
+            **images, image_grid_pinpoints=config.image_grid_pinpoints
+        )
+        return transformers.LlavaNextProcessor(image_processor=image_processor, **shared)
+    return transformers.LlavaProcessor(image_processor=transformers.CLIPImageProcessor(**images), **shared)
+
+
+class _QwenProcessor(transformers.Qwen2_5_VLProcessor):
+    """The real one, without its demand for a video processor (which needs torchvision) and Qwen's tokenizer class."""
+
+    def check_argument_for_proper_class(self, *args):
+        pass
+
+
+def _qwen_processor(config):
+    special = {
+        "<|vision_start|>": config.vision_start_token_id,
+        "<|vision_end|>": config.vision_end_token_id,
+        "<|image_pad|>": config.image_token_id,
+        "<|video_pad|>": config.video_token_id,
+    }
+    tokenizer = _tokenizer(config.text_config.vocab_size, special)
+    tokenizer.image_token, tokenizer.video_token = "<|image_pad|>", "<|video_pad|>"
+    tokenizer.vision_bos_token, tokenizer.vision_eos_token = "<|vision_start|>", "<|vision_end|>"
+    return _QwenProcessor(
+        image_processor=transformers.Qwen2VLImageProcessor(
+            patch_size=14, merge_size=2, temporal_patch_size=2, min_pixels=4 * 28 * 28, max_pixels=16384 * 28 * 28
+        ),
+        tokenizer=tokenizer,
+        video_processor=None,
+        chat_template=CHAT.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>"),
+    )
+
+
+RANDOM = {
+    "tiny": RandomModel(_tiny, _llava_processor, (336, 336), 144),
+    "llava-1.5-7b": RandomModel(_llava, _llava_processor, (336, 336), 576),
+    "llava-next-7b": RandomModel(_llava_next, _llava_processor, (672, 672), 2880),
+    "qwen2.5-vl-7b": RandomModel(_qwen2_5_vl, _qwen_processor, (1008, 1008), 1296),
+}
