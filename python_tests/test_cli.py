@@ -526,3 +526,11 @@ def test_demo_refuses_what_is_no_vision_model(tmp_path, capsys, transformers):
     assert "must be a CLIP or SigLIP vision model, got model type 'bert'" in line("bert")
     transformers.CLIPVisionConfig(**SMALL, image_size=56).save_pretrained(tmp_path / "weightless")
     assert f"cannot take features from the model {tmp_path / 'weightless'}: " in line("weightless")
+
+    model, _, _ = save_model(transformers, tmp_path / "partial", "clip-vision", 56)
+    weights = {name: value for name, value in model.state_dict().items() if "layers.1.mlp.fc2.weight" not in name}
+    model.save_pretrained(tmp_path / "partial", state_dict=weights)
+    with pytest.raises(SystemExit) as end:
+        main(["demo", "--features", str(tmp_path / "partial"), "--out", str(tmp_path / "kept.png")])
+    assert end.value.code == 2
+    assert "it lacks weights, " in capsys.readouterr().err.splitlines()[-1]  # after transformers' progress

@@ -17,7 +17,12 @@ from ._registry import OPS
 PATCH_SIZE, PATCH_GRID = 14, 24  # 336 pixels a side, as CLIP ViT-L/14 at 336 pixels sees a picture
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-MODEL_TYPES = ("clip", "clip_vision_model", "siglip", "siglip_vision_model")
+VISION_MODELS = {
+    "clip": "CLIPVisionModel",
+    "clip_vision_model": "CLIPVisionModel",
+    "siglip": "SiglipVisionModel",
+    "siglip_vision_model": "SiglipVisionModel",
+}
 DIMMED = 0.25  # brightness of a dropped patch
 PANEL, MARGIN, CAPTION = 336, 12, 28  # pixels
 
@@ -149,23 +154,31 @@ def model_tokens(picture, name: str, device: torch.device) -> Tokens:
         import transformers
     except ImportError as error:
         raise UserError("--features MODEL needs transformers: pip install 'sts-kernels[hf]'") from error
+    if Path(name).is_dir() and not Path(name, "config.json").exists():
+        raise UserError(f"cannot load the model {name}: the folder has no config.json")
     try:
         config = transformers.AutoConfig.from_pretrained(name)
     except Exception as error:
         raise UserError(f"cannot load the model {name}: {first_line(error)}") from error
-    if config.model_type not in MODEL_TYPES:
+    if config.model_type not in VISION_MODELS:
         raise UserError(f"{name} must be a CLIP or SigLIP vision model, got model type {config.model_type!r}")
     vision = getattr(config, "vision_config", config)
     side = vision.image_size // vision.patch_size
     crop = centre_crop(picture, vision.image_size, side)
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # else it lists the weights of the text half, left out here
     try:
-        model = transformers.AutoModel.from_pretrained(name, dtype=torch.float32)
-        model = model.vision_model if vision is not config else model
+        model_class = getattr(transformers, VISION_MODELS[config.model_type])
+        model, loaded = model_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        if loaded["missing_keys"]:
+            raise ValueError(f"it lacks weights, {sorted(loaded['missing_keys'])[0]} for one")
         inputs = transformers.AutoImageProcessor.from_pretrained(name)(images=crop, return_tensors="pt").to(device)
         with torch.inference_mode():
             features = model.eval().to(device)(**inputs, output_hidden_states=True).hidden_states[-2][0]
     except Exception as error:
         raise UserError(f"cannot take features from the model {name}: {first_line(error)}") from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
     features = features[-side * side :].contiguous()  # CLIP puts its CLS token first, SigLIP has none
     if features.shape[0] != side * side:
         raise UserError(f"{name} gives {features.shape[0]} tokens where {side} x {side} patches were expected")
