@@ -331,7 +331,7 @@ LAYOUT_CASES = [
     *(Case(layout.__name__, 3, 45, 40, 20, layout=layout) for layout in LAYOUTS[1:]),
     *(Case(f"{layout.__name__}_odd", 2, 37, 13, 37, layout=layout) for layout in LAYOUTS[1:]),
     *(Case(f"{layout.__name__}_wide", 1, 70, 1024, 12, layout=layout) for layout in LAYOUTS[1:]),
-    *(Case(f"duplicates_{f.__name__}", 2, 131, 33, 131, duplicates, f) for f in (channel_slice, channel_major)),
+    *(Case(f"duplicates_{f.__name__}", 2, 45, 40, 45, duplicates, f) for f in (channel_slice, channel_major)),
     Case("expanded", 4, 45, 40, 20, layout=expanded),
     Case("ragged_slice", 3, 45, 24, 20, layout=channel_slice, num_tokens=(45, 12, 20)),
 ]

@@ -181,3 +181,11 @@ def test_raw_op_is_the_public_function(device):
     assert torch.equal(torch.ops.sts_kernels.repulsion_step_.default(three, features, token, eps=1e-6), following)
     assert torch.equal(one, two)
     assert torch.equal(one, three)
+
+
+def test_potential_takes_no_gradient(device):
+    """Features that want a gradient leave no graph behind in the potential, step after step."""
+    features = torch.randn(2, 9, 4, device=device, requires_grad=True)
+    potential = torch.zeros(2, 9, device=device)
+    sts_kernels.repulsion_step_(potential, features, torch.tensor([1, 2], device=device))
+    assert not potential.requires_grad
