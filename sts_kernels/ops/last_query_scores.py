@@ -70,8 +70,10 @@ def item_scores(query, key, scale, allowed=None):
     """One item: query (Hq, D), key (S, Hkv, D), allowed (S,) bool or None -> (S,) float32."""
     (heads, dim), (keys, kv_heads, _) = query.shape, key.shape
     groups = query.float().mul(dim**-0.5 if scale is None else scale).reshape(kv_heads, heads // kv_heads, dim)
+    logits = groups.new_empty(kv_heads, heads // kv_heads, keys)
     chunk = keys if key.dtype == torch.float32 else max(1, CHUNK // (kv_heads * dim))
-    logits = torch.cat([torch.bmm(groups, part.float().permute(1, 2, 0)) for part in key.split(chunk)], dim=-1)
+    for part, out in zip(key.split(chunk), logits.split(chunk, dim=-1), strict=True):
+        out.copy_(torch.bmm(groups, part.float().permute(1, 2, 0)))
     if allowed is None:
         return logits.softmax(-1).mean((0, 1))
     return torch.where(allowed, logits.masked_fill_(~allowed, -math.inf).softmax(-1).mean((0, 1)), 0.0)
@@ -119,4 +121,5 @@ def last_query_scores(
         reads the keys once: B S Hkv D elements, for 2 B S Hq D flops. Scratch of B S Hq floats, none proportional to D.
         On a GPU two kernel launches, or one where the keys of an item are few; nothing is read back to the host.
     """
+    _check(query, key, scale, key_mask)
     return torch.ops.sts_kernels.last_query_scores.default(query, key, scale, key_mask)

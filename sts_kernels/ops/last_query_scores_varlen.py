@@ -92,7 +92,7 @@ def last_query_scores_varlen(
     Cost:
         as `last_query_scores`, with T for B S.
     """
-    if isinstance(cu_seqlens, torch.Tensor) and _checks.values_readable(cu_seqlens):
-        _check(query, key, cu_seqlens, max_seqlen, scale)
+    _check(query, key, cu_seqlens, max_seqlen, scale)
+    if _checks.values_readable(cu_seqlens):
         _check_values(key, cu_seqlens, max_seqlen)
     return torch.ops.sts_kernels.last_query_scores_varlen.default(query, key, cu_seqlens, max_seqlen, scale)
