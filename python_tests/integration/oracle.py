@@ -13,7 +13,7 @@ import torch
 
 from .models import IMAGE, VIDEO, batch
 
-MARGIN = 1e-5  # relative; prompts whose selection is closer than this are no test
+MARGIN = 1e-4  # relative; prompts whose selection is closer than this are no test
 
 
 class NearTie(Exception):
