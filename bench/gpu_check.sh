@@ -102,6 +102,7 @@ bench() {
     fi
   }
   measure 60 --op repulsion_select --shapes main smooth batch qwen video
+  measure 35 --op last_query_scores
   if [ -z "${STS_CHECK_QUICK:-}" ]; then
     measure 50 --shapes main batch varlen video --op pairwise_sqdist repulsion_step_ repulsion_select_varlen
     measure 70 --op repulsion_select --shapes sweep-K sweep-N sweep-B --providers native "gram loop" "matvec loop"

@@ -14,7 +14,7 @@ from . import __main__ as cli
 from . import harness, inputs, plot, record, timing
 
 BENCHES = {name: bench for name, bench in harness.discover().items() if bench}
-SMALL = {"B": 2, "N": 96, "C": 64, "K": 12, "S": 50, "Hq": 4, "Hkv": 2, "D": 16}
+SMALL = {"B": 2, "N": 96, "C": 64, "K": 12, "S": 50, "Hq": 4, "Hkv": 2, "D": 64}
 PACKED = {"lengths": (40, 7, 96), "budgets": (10, 1, 24)}
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
