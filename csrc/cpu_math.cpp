@@ -51,6 +51,14 @@ template <int L>
 STS_INLINE void load(Floats<L>& out, const Half* in) {
   typename VectorOf<L>::Half half;
   std::memcpy(&half, in, sizeof half);
+#if defined(__x86_64__)
+  if constexpr (L > 4) {  // AVX2 and up convert in one instruction, for which there is no portable spelling
+    Floats<L> wide;
+    asm("vcvtph2ps %1, %0" : "=v"(wide) : "v"(half));
+    out = wide;
+    return;
+  }
+#endif
   const auto word = __builtin_convertvector(half, typename VectorOf<L>::Word);
   auto bits = (word & 0x7fffu) << 13;
   const auto infinite = bits >= 0x0f800000u;  // exponent all ones: an infinity or NaN

@@ -141,6 +141,7 @@ __device__ __forceinline__ void plan_rows(RowCache& cache, int cached_rows, int 
       }
       token = static_cast<int>(key_index(next));
     }
+    __syncwarp();  // every lane has read `oldest` before one writes it
     if (lane == 0) cache.oldest = oldest;
   }
   __syncwarp();
