@@ -1,12 +1,13 @@
 """`python -m bench.lookahead`: how often the guess at the picks to come is right.
 
-Runs the plain loop of Algorithm 1 and replays beside it which rows of weights are at hand when a pick needs its own, under the
-policies of the CPU kernel (csrc/repulsion_select.cpp) and of the CUDA kernel for many tokens (csrc/repulsion_select.cuh).
-Needs no timing, so it says the same on every machine. For each kind of tokens: picks per pass over the features, and rows
-computed per row used.
+Runs the plain loop of Algorithm 1 and replays beside it which rows of weights are at hand when a pick needs its own,
+under the policies of the CPU kernel (csrc/repulsion_select.cpp) and of the CUDA kernel for many tokens
+(csrc/repulsion_select.cuh). Needs no timing, so it says the same on every machine. For each kind of tokens: picks per
+pass over the features, and rows computed per row used.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 
@@ -14,47 +15,57 @@ from sts_kernels import demo, pairwise_sqdist
 
 from . import inputs
 
-CPU_ROWS_PER_POINT = 4  # the CPU kernel keeps 4 * lookahead rows
-GPU_ROWS = 32
-GPU_BLOCK_TOKENS = 256
+
+@dataclass
+class CPU:
+    """Guesses the tokens of lowest potential; gives up the rows furthest from being picked."""
+
+    lookahead: int
+
+    def guess(self, potential, rows):
+        return potential.argsort(stable=True)[: self.lookahead + len(rows) + 1].tolist()
+
+    def make_room(self, rows, count, potential):
+        rows.sort(key=lambda token: float(potential[token]))
+        del rows[max(0, 4 * self.lookahead - count) :]
 
 
-def cpu_guess(potential, pick, cached, count):
-    """The tokens of lowest potential."""
-    order = potential.argsort(stable=True).tolist()
-    return [i for i in order[: count + len(cached) + 1] if i != pick and i not in cached][:count]
+@dataclass
+class CUDA:
+    """Guesses among the lowest token of every warp, two for each of 32 lanes; gives up the oldest of 64 rows."""
+
+    lookahead: int
+
+    def guess(self, potential, rows):
+        warps = torch.nn.functional.pad(potential, (0, -len(potential) % 1024), value=math.inf).view(-1, 32, 32)
+        lowest, at = warps.min(2)  # (warps of a lane, lanes)
+        tokens = at + 32 * torch.arange(at.numel()).view(at.shape)
+        order = lowest.argsort(0)[:2]
+        lowest, tokens = lowest.gather(0, order).flatten(), tokens.gather(0, order).flatten()
+        return tokens[lowest.argsort(stable=True)].tolist()
+
+    def make_room(self, rows, count, potential):
+        del rows[: max(0, len(rows) + count - 64)]
 
 
-def gpu_guess(potential, pick, cached, count):
-    """The lowest token of each block, lowest first: what the blocks tell each other anyway."""
-    blocks = torch.nn.functional.pad(potential, (0, -len(potential) % GPU_BLOCK_TOKENS), value=math.inf)
-    lowest, at = blocks.view(-1, GPU_BLOCK_TOKENS).min(1)
-    tokens = (at + torch.arange(len(at)) * GPU_BLOCK_TOKENS)[lowest.argsort(stable=True)].tolist()
-    return [i for i in tokens if i != pick and i not in cached][:count]
-
-
-def replay(x, k, lookahead, guess):
+def replay(x, k, policy):
     """(picks per pass, rows computed per row used)"""
     weights = 1 / (pairwise_sqdist(x[None])[0] + 1e-6)
     potential = torch.zeros(len(x))
-    pick, cached, passes, computed = int((x - x.mean(0)).square().sum(1).argmin()), [], 0, 0
+    pick, rows, passes, computed = int((x - x.mean(0)).square().sum(1).argmin()), [], 0, 0
     for step in range(k - 1):
-        if pick not in cached:
+        if pick not in rows:
             ahead = [pick]
-            if step:
-                ahead += guess(potential, pick, cached, min(lookahead, k - 1 - step) - 1)
-            ahead = [i for i in ahead if potential[i] < math.inf]
+            if step:  # before, the potentials are all equal
+                wanted = min(policy.lookahead, k - 1 - step) - 1
+                guess = policy.guess(potential, rows)
+                ahead += [i for i in guess if i != pick and i not in rows and potential[i] < math.inf][:wanted]
+            policy.make_room(rows, len(ahead), potential)
+            rows += ahead
             passes, computed = passes + 1, computed + len(ahead)
-            cached += ahead
-            if guess is cpu_guess:  # drops the rows furthest from being picked
-                cached.sort(key=lambda i: (i not in ahead, float(potential[i])))
-                cached = cached[: CPU_ROWS_PER_POINT * lookahead]
-            else:  # overwrites the oldest, used or not
-                cached = cached[-GPU_ROWS:]
+        rows.remove(pick)
         potential = potential + weights[pick]
         potential[pick] = math.inf
-        if guess is cpu_guess:
-            cached.remove(pick)
         pick = int(potential.argmin())
     return (k - 1) / passes, computed / (k - 1)
 
@@ -73,19 +84,18 @@ def main():
         ("photograph, 576", photograph(336), 192),
         ("photograph, 2304", photograph(672), 480),
         ("photograph, 9216", photograph(1344), 640),
-        ("gaussian, 576", inputs.features(1, 576, 256, torch.float32, device)[0], 192),
         ("gaussian, 2880", inputs.features(1, 2880, 256, torch.float32, device)[0], 640),
+        ("gaussian, 9216", inputs.features(1, 9216, 256, torch.float32, device)[0], 640),
         ("smooth, 2880", inputs.features(1, 2880, 256, torch.float32, device, "smooth")[0], 640),
         ("smooth, 9216", inputs.features(1, 9216, 256, torch.float32, device, "smooth")[0], 640),
     ]
-    print(
-        f"{'tokens':18s} {'K':>4s} {'policy':6s} {'lookahead':>9s} {'picks a pass':>12s} {'rows computed / used':>20s}"
-    )
+    print("| tokens | K | policy | lookahead | picks a pass | rows computed / used |\n|---|---|---|---|---|---|")
     for name, x, k in kinds:
-        for policy, guess in (("CPU", cpu_guess), ("CUDA", gpu_guess)):
-            for lookahead in (4, 8, 16):
-                picks, rows = replay(x, k, lookahead, guess)
-                print(f"{name:18s} {k:4d} {policy:6s} {lookahead:9d} {picks:12.1f} {rows:20.2f}")
+        for policy in (CPU(4), CPU(8), CPU(16), CUDA(4), CUDA(8), CUDA(16)):
+            if isinstance(policy, CUDA) and len(x) <= 8192:
+                continue  # stored weights there
+            picks, used = replay(x, k, policy)
+            print(f"| {name} | {k} | {type(policy).__name__} | {policy.lookahead} | {picks:.1f} | {used:.2f} |")
 
 
 if __name__ == "__main__":
