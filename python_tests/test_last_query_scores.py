@@ -1,6 +1,7 @@
 """last_query_scores: float64 brute force, other people's attention, layouts, masks, memory, errors, compilation."""
 
 import os
+import runpy
 import subprocess
 import sys
 import textwrap
@@ -386,6 +387,12 @@ def test_backends():
 def test_import_leaves_triton_alone():
     code = "import sys, sts_kernels; assert not {'triton', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE.parent)
+
+
+def test_example(capsys):
+    """Checks itself against the whole attention matrix and the packed form."""
+    runpy.run_path(str(HERE.parent / "examples" / "last_query_scores.py"), run_name="__main__")
+    assert capsys.readouterr().out.count("stay, with") == 2
 
 
 # ---- Triton without a GPU ----------------------------------------------------------------------------------------
