@@ -30,7 +30,11 @@ Tensor select(const Selection& selection) {
   const Items& items = selection.items;
   const CudaScope scope(selection.features);
   Tensor out = selection.new_output();
-  if (items.count == 0) return out;
+  int64_t* picks = static_cast<int64_t*>(out.mutable_data_ptr());
+  if (items.count == 0) {  // budgets that no item takes
+    CudaScope::check(cudaMemsetAsync(picks, 0xff, (items.packed() ? items.picks : 0) * sizeof(int64_t), scope.stream()), "repulsion_select");
+    return out;
+  }
   if (check_values_on_device()) {
     CudaScope::check(cudaStreamSynchronize(scope.stream()), "STS_KERNELS_CHECK");
     check_device_values(selection);
@@ -52,7 +56,7 @@ Tensor select(const Selection& selection) {
     memory = static_cast<char*>(scratch_memory.mutable_data_ptr());
     bytes = 0;
     const SelectionScratch scratch(plan, items, rows.channels, allocate);
-    CudaScope::check(launch_selection(rows, items, plan, scratch, selection.rule, static_cast<int64_t*>(out.mutable_data_ptr()), scope.stream()),
+    CudaScope::check(launch_selection(rows, items, plan, scratch, selection.rule, picks, scope.stream()),
                      "repulsion_select");
   });
   return out;
