@@ -215,13 +215,15 @@ def pytorch_loop(features: torch.Tensor, keep: int, eps: float = 1e-6) -> torch.
 
 
 def median_ms(function: Callable, device: torch.device, runs: int = 9, seconds: float = 1.0) -> float:
-    """Median wall time of a call with its kernels finished; fewer runs, but three, where they take long."""
+    """Median wall time of a call with its kernels finished; fewer runs, but three, where they take long.
+
+    The first run may be slow: the median leaves it out.
+    """
 
     def finish():
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    function()
     times = []
     while len(times) < 3 or (len(times) < runs and sum(times) < seconds):
         finish()
