@@ -79,7 +79,7 @@ def run(args) -> int:
     print(f"tokens    {tokens.side} x {tokens.side} = {tokens.count} of the centre crop, {args.keep} kept")
     print(f"features  {tokens.what}, C = {tokens.features.shape[1]}, float32")
     print(f"backend   {backend}, on {describe(device)}")
-    print(f"time      {ours:.3g} ms; the direct PyTorch loop takes {loop:.3g} ms, {loop / ours:.2g}x (medians)")
+    print(f"time      {ours:.4g} ms; the direct PyTorch loop takes {loop:.4g} ms, {loop / ours:.1f}x (medians)")
     print()
     print(f"{'L2 distance of a dropped token to its nearest kept one':<56}{'mean':>10}{'largest':>10}")
     for name, choice in choices.items():
