@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one call of under ten minutes: build, tests, compute-sanitizer, benchmarks.
+# Everything that needs a GPU, in one call of under ten minutes: build, tests, compute-sanitizer, benchmarks,
+# and whole models.
 #
 #     bench/gpu_check.sh OUTDIR
 #
@@ -7,24 +8,24 @@
 # the package into the environment of python3, which must have torch, pytest, cmake and ninja; asks no registry.
 # Exit status: 0, 1 if a section failed, 2 wrong use, 3 no GPU.
 #
-#     STS_CHECK_SECTIONS   which of "build tests sanitize bench", all by default; without build the installed package is used
+#     STS_CHECK_SECTIONS   which of "build tests sanitize bench models", all by default; without build the installed package is used
 #     STS_CHECK_SECONDS    time for everything, 560 by default; a section that runs over is stopped, the others still run
 #     STS_CHECK_QUICK=1    few samples, only the main shapes, only memcheck
 #     STS_CHECK_COMMIT     what to record as commit where there is no git checkout
 #     TORCH_CUDA_ARCH_LIST as for every build; 9.0 alone saves time on an H100 or H200
 set -euo pipefail
 exec </dev/null
-declare -A WEIGHT=([build]=16 [tests]=15 [sanitize]=10 [bench]=15)  # shares of the time
+declare -A WEIGHT=([build]=16 [tests]=15 [sanitize]=10 [bench]=15 [models]=14)  # shares of the time
 
 if [ $# -ne 1 ]; then
   sed -n '2,/^set /{/^set /!s/^# \{0,1\}//p}' "$0" >&2
   exit 2
 fi
-read -ra sections <<<"${STS_CHECK_SECTIONS:-build tests sanitize bench}"
+read -ra sections <<<"${STS_CHECK_SECTIONS:-build tests sanitize bench models}"
 total=0
 for name in "${sections[@]}"; do
   if [ -z "${WEIGHT[$name]:-}" ]; then
-    echo "STS_CHECK_SECTIONS: expected build, tests, sanitize or bench, got '$name'" >&2
+    echo "STS_CHECK_SECTIONS: expected build, tests, sanitize, bench or models, got '$name'" >&2
     exit 2
   fi
   total=$((total + WEIGHT[$name]))
@@ -112,6 +113,17 @@ bench() {
   return $status
 }
 
+models() { # whole models of true size, with random weights
+  if ! python3 -c 'import transformers' 2>/dev/null; then
+    echo "left out: transformers is not installed"
+    return
+  fi
+  local options=(--csv "$OUT/prefill.csv" --seconds $((SECONDS_LEFT - 40)))
+  if [ -n "${STS_CHECK_COMMIT:-}" ]; then options+=(--commit "$STS_CHECK_COMMIT"); fi
+  if [ -n "${STS_CHECK_QUICK:-}" ]; then options+=(--model llava-1.5-7b --samples 5); fi
+  python3 -m bench.prefill "${options[@]}"
+}
+
 key_timings() { # the rows people ask for
   python3 - "$OUT/bench.csv" <<'PY'
 import csv, sys
@@ -125,7 +137,7 @@ for row in csv.DictReader(open(sys.argv[1], newline="")):
 PY
 }
 
-export -f build tests sanitize bench
+export -f build tests sanitize bench models
 budget=${STS_CHECK_SECONDS:-560} deadline=0 failed=0 summary=()
 for name in "${sections[@]}"; do
   deadline=$((deadline + budget * WEIGHT[$name] / total)) # what a section does not use goes to the next ones

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import sys
 import time
 import weakref
 
@@ -94,6 +95,7 @@ class STSHandle:
         self._saliency: list[tuple] = []  # query, key and scale of the vision encoder's attention
         self._clock: dict[str, float] = {}
         self._undo = []
+        _forget_graphs()
         self._install()
         _applied.add(base)
 
@@ -107,6 +109,8 @@ class STSHandle:
 
     def remove(self) -> None:
         """Restores the model: every hook and attribute set here is gone. Safe to call twice."""
+        if self._undo:
+            _forget_graphs()
         while self._undo:
             self._undo.pop()()
         _applied.discard(self.base)
@@ -288,6 +292,13 @@ class STSHandle:
     def _tock(self, what: str) -> None:
         if self.measure and "start" in self._clock:
             self._clock[what] = 1e3 * (_now(self.text) - self._clock.pop("start"))
+
+
+def _forget_graphs() -> None:
+    """Compiled code does not look for hooks again: what was compiled with other ones must go."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None and dynamo.utils.counters["frames"]:
+        torch.compiler.reset()
 
 
 def _has_images(kwargs: dict) -> bool:

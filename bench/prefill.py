@@ -1,0 +1,262 @@
+"""`python -m bench.prefill`: what pruning saves in whole models, and what it costs.
+
+True sizes with random weights: times, memory and shapes are those of the real models, answers mean nothing. A GPU runs
+the 7B models at the paper's budgets, the CPU the tiny one. One row a model and budget, appended to a CSV of its own.
+
+prefill   the LLM's forward over the prompt: until its logits are there, on an idle device
+encode    vision encoder, stage 1 and projector, likewise
+stages    how long stage 1 (selection) and stage 2 (scores, top K', cutting) take alone, between syncs, in runs of their
+          own; the share is theirs of encode and prefill together
+hooks     a decode step with the hooks on, against one of the plain model on a text prompt with as many cached tokens
+          in every layer (rho = 1), taking turns
+"""
+
+import argparse
+import contextlib
+import csv
+import statistics
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from sts_kernels import STSConfig
+
+from . import record, timing
+
+COLUMNS = (
+    *("timestamp", "commit", "model", "budget", "dtype", "attention", "prompt", "visual", "keep", "keep_after"),
+    *(
+        "encode_p20_ms",
+        "encode_p50_ms",
+        "encode_p80_ms",
+        "prefill_p20_ms",
+        "prefill_p50_ms",
+        "prefill_p80_ms",
+        "samples",
+    ),
+    *("stage1_ms", "stage2_ms", "share_percent", "decode_ms", "plain_decode_ms", "hooks_percent"),
+    *("peak_gb", "weights_gb", "kv_mb", "tflops", "device", "threads", "torch", "transformers"),
+)
+BUDGETS = {
+    "tiny": (32, 16),
+    "llava-1.5-7b": (128, 64, 32),
+    "llava-next-7b": (640, 320, 160),
+    "qwen2.5-vl-7b": (0.2, 0.1),
+}
+
+
+def sync(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def elapsed_ms(call, device: torch.device) -> float:
+    sync(device)
+    start = time.perf_counter()
+    call()
+    sync(device)
+    return 1e3 * (time.perf_counter() - start)
+
+
+@contextlib.contextmanager
+def timed(targets: dict, device: torch.device):
+    """Yields {name: ms so far}; `targets` name (object, attribute) of functions to time between syncs."""
+    spent = dict.fromkeys(targets, 0.0)
+
+    def around(name, function):
+        def run(*args, **kwargs):
+            out = None
+
+            def call():
+                nonlocal out
+                out = function(*args, **kwargs)
+
+            spent[name] += elapsed_ms(call, device)
+            return out
+
+        return run
+
+    with contextlib.ExitStack() as stack:
+        for name, (target, attribute) in targets.items():
+            stack.enter_context(mock.patch.object(target, attribute, around(name, getattr(target, attribute))))
+        yield spent
+
+
+def prefill(model, inputs):
+    with torch.inference_mode():
+        return model(**inputs, use_cache=True, logits_to_keep=1)
+
+
+def measure(model, inputs, config: STSConfig, device: torch.device, samples: int) -> dict:
+    """One row's numbers, from `samples` runs after two to warm up."""
+    from sts_kernels.integrations.transformers import apply_sts, stage1, stage2
+
+    times = {"encode": [], "prefill": []}
+    with apply_sts(model, config, measure=True) as sts:
+        for run in range(samples + 2):
+            prefill(model, inputs)
+            if run >= 2:
+                for name, taken in times.items():
+                    taken.append(sts.report.measured[name])
+        row, plan = sts.report.rows[0], sts.plan
+    out = {"prompt": row.prompt, "visual": row.tokens, "keep": row.after_stage1, "keep_after": row.after_stage2}
+    out |= {"kv_mb": round(row.kv_mb[1], 1), "tflops": float(f"{row.prefill_tflops[1]:.4g}"), "samples": samples}
+    for name, taken in times.items():
+        for percent, value in zip((20, 50, 80), timing.percentiles(taken), strict=True):
+            out[f"{name}_p{percent}_ms"] = round(value, 3)
+
+    with apply_sts(model, config):
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            prefill(model, inputs)
+            out["peak_gb"] = round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
+        targets = {
+            "stage1": (stage1, "select"),
+            "score": (stage2, "last_query_scores"),
+            "cut": (stage2.LateShrink, "_cut"),
+        }
+        spent = []
+        for _ in range(max(3, samples // 4)):
+            with timed(targets, device) as run:
+                prefill(model, inputs)
+            spent.append(run)
+    out["stage1_ms"] = round(statistics.median(s["stage1"] for s in spent), 3)
+    out["stage2_ms"] = round(statistics.median(s["score"] + s["cut"] for s in spent), 3)
+    whole = out["encode_p50_ms"] + out["prefill_p50_ms"]
+    out["share_percent"] = round(100 * (out["stage1_ms"] + out["stage2_ms"]) / whole, 2)
+    out["prune_layer"] = plan.prune_layer
+    return out
+
+
+def decode(model, inputs, config: STSConfig, device: torch.device, steps: int) -> dict:
+    """A decode step on a pruned prompt against the same step without hooks, at equal cache lengths."""
+    from sts_kernels.integrations.transformers import apply_sts
+
+    uniform = STSConfig(budget=config.budget, rho=1.0, prune_layer=config.prune_layer)
+    token = torch.full((1, 1), 5, device=device)
+    handle = apply_sts(model, uniform)
+    pruned = prefill(model, inputs).past_key_values
+    handle.remove()
+    length = pruned.layers[0].keys.shape[2]
+    plain = prefill(model, {"input_ids": torch.full((1, length), 5, device=device)}).past_key_values
+
+    def step(cache):
+        with torch.inference_mode():
+            model(input_ids=token, past_key_values=cache, use_cache=True)
+
+    times = {"decode": [], "plain_decode": []}
+    for turn in range(steps + 3):  # in turns, so that the machine's mood hits both
+        with apply_sts(model, uniform):
+            step(pruned)  # of both pairs the second step counts: the first follows the hooks' (un)installation
+            mine = elapsed_ms(lambda: step(pruned), device)
+        step(plain)
+        theirs = elapsed_ms(lambda: step(plain), device)
+        if turn >= 3:
+            times["decode"].append(mine)
+            times["plain_decode"].append(theirs)
+    mine, theirs = (statistics.median(taken) for taken in times.values())
+    return {
+        "decode_ms": round(mine, 3),
+        "plain_decode_ms": round(theirs, 3),
+        "hooks_percent": round(100 * (mine / theirs - 1), 2),
+    }
+
+
+def picture(size: tuple[int, int]):
+    """Smooth, so that neighbouring patches are alike, as in a photograph."""
+    from PIL import Image
+
+    noise = torch.rand(16, 16, 3, generator=torch.Generator().manual_seed(0)).mul(255).to(torch.uint8)
+    small = Image.frombytes("RGB", (16, 16), noise.numpy().tobytes())
+    return small.resize(size, Image.Resampling.BICUBIC)
+
+
+def rows(name: str, args):
+    """Yields a row for the full model and one for each budget."""
+    import transformers
+
+    from sts_kernels.generate import prepare
+    from sts_kernels.integrations.transformers.random_models import RANDOM, build
+
+    dtype = getattr(torch, args.dtype)
+    model, processor = build(name, args.device, dtype, args.attn)
+    inputs = prepare(processor, [picture(RANDOM[name].image_size)], "What is in this picture?").to(args.device, dtype)
+    inputs = dict(inputs)
+    shared = {**record.environment(args.device, args.commit), "transformers": transformers.__version__}
+    shared |= {"model": name, "dtype": args.dtype, "attention": args.attn}
+    shared["weights_gb"] = round(sum(p.nbytes for p in model.parameters()) / 1e9, 3)
+    for budget in (1.0, *(args.budget or BUDGETS[name])):
+        config = STSConfig(budget=budget)
+        row = {**shared, "budget": "all" if budget == 1.0 else budget}
+        row |= measure(model, inputs, config, args.device, args.samples)
+        if budget != 1.0:
+            row |= decode(model, inputs, config, args.device, args.samples * 2)
+        yield {column: row.get(column, "") for column in COLUMNS}
+    del model
+    if args.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def append(path: Path, row: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists() or not path.stat().st_size
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def show(row: dict, full: dict) -> None:
+    def against(name: str) -> str:
+        mine, all_ = float(row[name]), float(full[name])
+        return f"{mine:>9.4g} ({all_ / mine:.2f}x)" if row is not full and mine else f"{mine:>9.4g}        "
+
+    print(
+        f"{row['model']:<14} {row['budget']!s:>6} {row['visual']:>6} -> {row['keep']:>5} -> {row['keep_after']:>5}  "
+        f"encode {row['encode_p50_ms']:>8.4g} ms  prefill {against('prefill_p50_ms')} ms  KV {against('kv_mb')} MB  "
+        f"{against('tflops')} TFLOP  peak {row['peak_gb'] or '-'!s:>6} GB  pruning {row['stage1_ms']:.3g} + "
+        f"{row['stage2_ms']:.3g} ms, {row['share_percent']} %  hooks {row['hooks_percent'] or '-'} %",
+        flush=True,
+    )
+
+
+def number(text: str) -> int | float:
+    return float(text) if "." in text else int(text)
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.prefill", description=__doc__.splitlines()[0].split(": ")[1])
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--model", action="append", choices=BUDGETS, help="default: the 7B models on a GPU, else tiny")
+    parser.add_argument("--budget", action="append", type=number, help="tokens or a share; default: the paper's")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cuda" if cuda else "cpu"))
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"))
+    parser.add_argument("--attn", default="sdpa", help="attention implementation (default: sdpa)")
+    parser.add_argument("--samples", type=int, default=20, help="prefills a row (default: 20)")
+    parser.add_argument("--seconds", type=float, help="start no further model or budget after so many")
+    parser.add_argument("--csv", type=Path, help="default: bench/results/prefill.csv")
+    parser.add_argument("--commit", help="what to record as commit where there is no git checkout")
+    args = parser.parse_args(argv)
+    if args.device.type == "cuda" and not cuda:
+        parser.error(f"--device {args.device}: torch {torch.__version__} sees no CUDA GPU")
+    args.dtype = args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32")
+    path, begun = args.csv or record.RESULTS / "prefill.csv", time.monotonic()
+    for name in args.model or (list(BUDGETS)[1:] if args.device.type == "cuda" else ["tiny"]):
+        print(f"building {name} with random weights", file=sys.stderr, flush=True)
+        full = None
+        for row in rows(name, args):
+            full = full or row
+            append(path, row)
+            show(row, full)
+            if args.seconds and time.monotonic() - begun > args.seconds:
+                print(f"{args.seconds:g} s are over, the rest is left out")
+                return 0
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
