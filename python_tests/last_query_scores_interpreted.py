@@ -39,7 +39,7 @@ def test_is_interpreted():
         ((2, 130, 6, 1, 72), 1),
         ((1, 65, 3, 1, 192), 1),
         ((1, 1, 2, 1, 256), 1),
-        ((1, 100, 36, 2, 64), 3),  # the heads of a group in several tiles, of a size that is padded
+        ((1, 100, 36, 2, 64), 2),  # the heads of a group in several tiles, of a size that is padded
     ],
     ids=str,
 )

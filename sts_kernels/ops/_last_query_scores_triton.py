@@ -239,6 +239,7 @@ class Plan:
     splits: int
 
     @staticmethod
+    @functools.lru_cache(maxsize=1024)
     def of(kv_heads: int, group: int, keys: int, dim: int, itemsize: int, multiprocessors: int) -> "Plan":
         most = 32 if itemsize == 2 else 8  # what the registers hold; float32 comes in three parts
         heads = max(n for n in range(1, min(group, most) + 1) if group % n == 0)
@@ -262,7 +263,8 @@ def _device(index: int) -> tuple[int, bool]:
 
 
 def _launch(kernel, grid, num_warps, arguments, **options):
-    kernel[grid](**arguments, num_warps=num_warps, **options)
+    # Said aloud because its default depends on the version of Triton.
+    kernel[grid](**arguments, num_warps=num_warps, enable_fp_fusion=True, **options)
 
 
 def scores(query, key, scale, key_mask, plan: Plan | None = None) -> torch.Tensor:
