@@ -143,3 +143,31 @@ def test_decoding_reads_nothing_back(family, attention):
             if handle:
                 handle.remove()
         assert counts[1] <= counts[0], readbacks.found
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_decoding_does_not_sync(family, attention, cuda):
+    """CUDA's own word on the same: a decode step with the hooks on waits for nothing."""
+    model = models.shared(family, attention, cuda)
+    for prompts in ([models.prompt_of(family, 1, seed=1)], [models.prompt_of(family, n, seed=n) for n in (1, 2)]):
+        for pruned in (False, True):
+            handle = apply_sts(model, CONFIG) if pruned else None
+            inputs = models.batch(model, prompts)
+            length = inputs["input_ids"].shape[1]
+            token = torch.full((len(prompts), 1), 5, device=cuda)
+            positions = torch.full((len(prompts), 1), length, device=cuda)
+            try:
+                with torch.no_grad():
+                    cache = model(**inputs, use_cache=True).past_key_values
+                    torch.cuda.synchronize()
+                    torch.cuda.set_sync_debug_mode("error")
+                    model(input_ids=token, position_ids=positions, past_key_values=cache, use_cache=True)
+            except RuntimeError as error:
+                if pruned or "synchroniz" not in str(error):
+                    raise
+                pytest.skip(f"the plain model itself syncs: {error}")
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+                if handle:
+                    handle.remove()

@@ -195,8 +195,7 @@ class STSHandle:
             return original(*args, **kwargs)
         arguments = inspect.signature(original).bind_partial(*args, **kwargs).arguments
         arguments = {**arguments.pop("kwargs", {}), **arguments}
-        runs = lambda which: prompt.runs(self._prompt_ids, self._ids[which])  # noqa: E731
-        self._call = families.EncodeCall(kind, arguments, runs)
+        self._call = families.EncodeCall(kind, arguments, self._placeholder_runs)
         self._saliency = []
         self._tick()
         try:
@@ -204,6 +203,9 @@ class STSHandle:
         finally:
             self._call = None
             self._tock("encode")
+
+    def _placeholder_runs(self, kind: str) -> list[int]:
+        return prompt.runs(self._prompt_ids, self._ids[kind])
 
     def _before_model(self, module, args, kwargs) -> None:
         """The base model: sees which columns are images."""

@@ -63,6 +63,8 @@ def _anchors(kind: str, pool, lengths, saliency) -> torch.Tensor | None:
         return None
     if kind == "first":
         return torch.zeros(len(lengths), dtype=torch.int64, device=pool.device)
+    if saliency is None:
+        raise RuntimeError('apply_sts: anchor="saliency" saw no attention in the vision encoder; use another anchor')
     parts = saliency.to(pool.device).split(lengths)
     return torch.stack([part.argmax() if len(part) else part.new_zeros((), dtype=torch.int64) for part in parts])
 
