@@ -23,18 +23,10 @@ class At:
 
 
 @dataclass(frozen=True)
-class Workspace:
-    """An array of as many bytes as the kernel table's function `question` answers."""
-
-    question: str
-    args: tuple
-
-
-@dataclass(frozen=True)
 class Call:
     name: str
     kernel: str
-    args: tuple  # int, float, None, NumPy array, At or Workspace, as the launcher takes them
+    args: tuple  # int, float, None, NumPy array or At, as the launcher takes them
     judge: Callable[..., None]  # of the arguments after the call, arrays only; asserts
 
     def __str__(self):
@@ -43,22 +35,23 @@ class Call:
 
 def run_in(module, call: Call) -> list[np.ndarray]:
     """Runs `call` in the Python module, judges the arrays that come out, and returns them."""
-    arrays = []
-
-    def given(arg):
-        if isinstance(arg, Workspace):
-            return np.full(module.run(arg.question, *map(given, arg.args)), 0xFF, np.uint8)
-        if not isinstance(arg, np.ndarray | At):
-            return arg
-        at = arg if isinstance(arg, At) else At(arg, 0)
-        arrays.append(np.array(at.array, order="C"))
-        return arrays[-1], at.offset
-
-    args = [given(arg) for arg in call.args]
-    arrays[:] = [arg[0] for arg in args if isinstance(arg, tuple)]
+    args, arrays = [], []
+    for arg in call.args:
+        if isinstance(arg, np.ndarray | At):
+            at = arg if isinstance(arg, At) else At(arg, 0)
+            arrays.append(np.array(at.array, order="C"))
+            arg = arrays[-1], at.offset
+        args.append(arg)
     module.run(call.kernel, *args)
     call.judge(*arrays)
     return arrays
+
+
+# The first report ends the program.
+SANITIZERS = {
+    "TSAN_OPTIONS": "halt_on_error=1 exitcode=66 atexit_sleep_ms=0",
+    "UBSAN_OPTIONS": "print_stacktrace=1",
+}
 
 
 class Failure(AssertionError):
@@ -77,7 +70,7 @@ def run_program(command: Sequence[str], calls: Sequence[Call], folder: Path, tim
             text=True,
             errors="replace",
             timeout=timeout,
-            env=env and {**os.environ, **env},
+            env={**os.environ, **SANITIZERS, **(env or {})},
         )
     except subprocess.TimeoutExpired as error:
         raise Failure(f"still running after {timeout} s:\n{(error.stdout or b'')[-500:].decode()}") from None
@@ -91,18 +84,12 @@ def run_program(command: Sequence[str], calls: Sequence[Call], folder: Path, tim
 
 
 def encode(calls: Sequence[Call]) -> bytes:
-    entries = [entry for call in calls for entry in _entries(call)]
-    parts = [b"STSCALLS", struct.pack("Q", len(entries))]
-    for name, args in entries:
-        parts += [struct.pack("Q", len(name)), name.encode(), struct.pack("Q", len(args)), *map(_encode_argument, args)]
+    parts = [b"STSCALLS", struct.pack("Q", len(calls))]
+    for call in calls:
+        name = call.kernel.encode()
+        parts += [struct.pack("Q", len(name)), name, struct.pack("Q", len(call.args))]
+        parts += map(_encode_argument, call.args)
     return b"".join(parts)
-
-
-def _entries(call: Call) -> list[tuple[str, tuple]]:
-    """A call in the file, after the question about its workspace if it has one."""
-    questions = [(arg.question, arg.args) for arg in call.args if isinstance(arg, Workspace)]
-    assert len(questions) <= 1, "the file can hold one workspace a call"
-    return [*questions, (call.kernel, call.args)]
 
 
 def _encode_argument(arg) -> bytes:
@@ -112,8 +99,6 @@ def _encode_argument(arg) -> bytes:
         return struct.pack("Qq", 1, arg)
     if isinstance(arg, float):
         return struct.pack("Qd", 2, arg)
-    if isinstance(arg, Workspace):
-        return struct.pack("Q", 4)
     at = arg if isinstance(arg, At) else At(arg, 0)
     array = np.ascontiguousarray(at.array)
     return struct.pack("QQQQ", 3, array.itemsize, array.size, at.offset) + array.tobytes()
@@ -123,16 +108,15 @@ def decode(calls: Sequence[Call], output: bytes) -> list[list[np.ndarray]]:
     """The arrays of each call as the program left them."""
     results, position = [], 0
     for call in calls:
-        for _, args in _entries(call):
-            position += 8  # the answer
-            arrays = []
-            for arg in args:
-                if not isinstance(arg, np.ndarray | At):
-                    continue
-                array = arg.array if isinstance(arg, At) else arg
-                data = np.frombuffer(output, array.dtype, array.size, position)
-                arrays.append(data.reshape(array.shape).copy())
-                position += array.nbytes
+        position += 8  # the answer
+        arrays = []
+        for arg in call.args:
+            if not isinstance(arg, np.ndarray | At):
+                continue
+            array = arg.array if isinstance(arg, At) else arg
+            data = np.frombuffer(output, array.dtype, array.size, position)
+            arrays.append(data.reshape(array.shape).copy())
+            position += array.nbytes
         results.append(arrays)
     assert position == len(output), f"the program wrote {len(output)} bytes, expected {position}"
     return results

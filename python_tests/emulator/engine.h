@@ -21,6 +21,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <iterator>
 #include <memory>
 #include <mutex>
 #include <random>
@@ -187,7 +188,7 @@ struct Thread {
   const char* where = "its start";
   std::vector<AsyncCopy> copies;
   int copy_group = 0;
-  Context context;
+  Fiber* fiber = nullptr;
 
   bool blocked() const { return done || (waits_for && *waits_for == waits_at); }
 };
@@ -232,7 +233,7 @@ struct Block {
     cluster.statics[rank] = &shared_anchor;
   }
 
-  void run(Stacks& stacks);
+  void run(const Fibers& fibers);
 
  private:
   void run_warps(std::mt19937& random, std::vector<int>& order);
@@ -243,7 +244,7 @@ struct Block {
 
 EMULATOR_NO_TSAN inline Thread& self() { return block->first_thread[block->running]; }
 
-// Ends the launch; the calling thread never runs again.
+// Ends the launch; the calling fiber never runs again.
 [[noreturn]] inline void fail(const std::string& what) {
   {
     const Unchecked unchecked;
@@ -253,7 +254,7 @@ EMULATOR_NO_TSAN inline Thread& self() { return block->first_thread[block->runni
     };
     block->grid->fail(what + " [block " + triple(block->index) + " thread " + triple(thread.index) + "]");
   }
-  for (;;) switch_context(self().context, block->scheduler, true);
+  for (;;) switch_context(self().fiber->context, block->scheduler);
 }
 
 // Lets the other threads run until `generation` has moved on from `value`.
@@ -262,7 +263,7 @@ inline void wait_while(const uint64_t& generation, uint64_t value, const char* w
   thread.waits_for = &generation;
   thread.waits_at = value;
   thread.where = where;
-  while (generation == value) switch_context(thread.context, block->scheduler);
+  while (generation == value) switch_context(thread.fiber->context, block->scheduler);
   thread.waits_for = nullptr;
 }
 
@@ -272,7 +273,7 @@ inline void spin_pause() {
     Thread& thread = self();
     thread.spinning = true;
     thread.where = "a spin loop";
-    switch_context(thread.context, block->scheduler);
+    switch_context(thread.fiber->context, block->scheduler);
     thread.spinning = false;
   }
 }
@@ -346,27 +347,36 @@ inline void* dynamic_shared() { return block->dynamic.get(); }
 
 // ---- the scheduler of a block ----
 
-inline void run_thread() {
-  arrived(nullptr);
+__attribute__((noinline)) inline void run_thread() {
   acquire(&block->started);
   block->grid->body();
-  Block& own = *block;
-  Thread& thread = self();
   {
     const Unchecked unchecked;
-    thread.done = true;
-    --own.alive;
-    if (own.barrier.arrived && own.barrier.arrived == own.alive) {  // threads that have exited do not count
-      own.barrier.arrived = 0;
-      ++own.barrier.generation;
+    self().done = true;
+    --block->alive;
+    Barrier& barrier = block->barrier;
+    if (barrier.arrived && barrier.arrived == block->alive) {  // threads that have exited do not count
+      barrier.arrived = 0;
+      ++barrier.generation;
     }
   }
-  release(&own.ended);
-  switch_context(thread.context, own.scheduler, true);
-  std::abort();
+  release(&block->ended);
 }
 
-EMULATOR_NO_TSAN inline void Block::run(Stacks& stacks) {
+EMULATOR_NO_TSAN __attribute__((noinline)) inline void leave_thread() {
+  switch_context(self().fiber->context, block->scheduler);
+}
+
+// A fiber runs one thread after another, of one launch after another: making fibers is what takes ThreadSanitizer longest.
+inline void fiber_main() {
+  arrived(nullptr);
+  for (;;) {
+    run_thread();
+    leave_thread();
+  }
+}
+
+EMULATOR_NO_TSAN inline void Block::run(const Fibers& fibers) {
   const Unchecked unchecked;
   block = this;
   adopt_thread(scheduler);
@@ -375,7 +385,7 @@ EMULATOR_NO_TSAN inline void Block::run(Stacks& stacks) {
     const unsigned linear = static_cast<unsigned>(i);
     threads[i].linear = static_cast<int>(i);
     threads[i].index = {linear % size.x, linear / size.x % size.y, linear / size.x / size.y};
-    stacks.prepare(i, threads[i].context, run_thread);
+    threads[i].fiber = fibers[i].get();
   }
   release(&started);
   std::mt19937 random(static_cast<unsigned>(grid->settings.order) + 7919 * (index.x + 31 * (index.y + 31 * index.z)));
@@ -407,10 +417,8 @@ EMULATOR_NO_TSAN inline void Block::run(Stacks& stacks) {
   acquire(&ended);
   cluster->barrier.leave();
   cluster->exit.arrive_and_wait(*grid);  // its shared memory must outlive what others do to it
-  for (size_t i = 0; i < threads.size(); ++i)
-    if (stacks.overflowed(i)) grid->fail("a thread overflowed its stack of " + std::to_string(Stacks::kSize) + " bytes");
-  if (!grid->failed())  // else some fibers are stuck half-way, and stay
-    for (Thread& thread : threads) stacks.discard(thread.context);
+  for (const Thread& thread : threads)
+    if (thread.fiber->overflowed()) grid->fail("a thread overflowed its stack of " + std::to_string(Fiber::kStack) + " bytes");
   block = nullptr;
 }
 
@@ -434,7 +442,7 @@ EMULATOR_NO_TSAN inline bool Block::run_warp(int warp, int flip) {
     const size_t linear = static_cast<size_t>(warp * kWarp + (l ^ flip));
     if (linear >= threads.size() || threads[linear].blocked()) continue;
     running = static_cast<int>(linear);
-    switch_context(scheduler, threads[linear].context);
+    switch_context(scheduler, threads[linear].fiber->context);
     if (grid->failed()) return false;
     if (!threads[linear].spinning) any = progressed = true;
   }
@@ -467,11 +475,21 @@ inline void run_grid(Grid& grid, bool cooperative) {
   if (grid.settings.order >= 0) std::shuffle(order.begin(), order.end(), std::mt19937(grid.settings.order));
   std::vector<std::unique_ptr<Cluster>> clusters;
   for (unsigned i = 0; i < order.size(); ++i) clusters.push_back(std::make_unique<Cluster>(size));
+  // Fibers are handed out before, and taken back after all have run, so that nothing orders the blocks of this launch.
+  static std::mutex one_launch;
+  const std::lock_guard<std::mutex> lock(one_launch);
+  static Fibers idle;
+  std::vector<Fibers> fibers(at_once);
+  for (Fibers& own : fibers)
+    while (own.size() < size_t(grid.block.x) * grid.block.y * grid.block.z) {
+      if (idle.empty()) idle.push_back(std::make_unique<Fiber>(fiber_main));
+      own.push_back(std::move(idle.back()));
+      idle.pop_back();
+    }
   const auto work = [&](unsigned first) {
-    Stacks stacks;
     for (unsigned i = first; i < blocks && !grid.failed(); i += at_once) {
       const unsigned cluster = order[i / size], rank = i % size;
-      Block(grid, *clusters[cluster], cluster * size + rank, rank).run(stacks);
+      Block(grid, *clusters[cluster], cluster * size + rank, rank).run(fibers[first]);
     }
   };
   if (at_once == 1) {
@@ -481,6 +499,8 @@ inline void run_grid(Grid& grid, bool cooperative) {
     for (unsigned i = 0; i < at_once; ++i) threads.emplace_back(work, i);
     for (auto& thread : threads) thread.join();
   }
+  if (!grid.failed())  // else some are stuck half-way through a kernel
+    for (Fibers& own : fibers) std::move(own.begin(), own.end(), std::back_inserter(idle));
   if (grid.failed()) throw std::runtime_error("emulated kernel: " + grid.error);
 }
 

@@ -1,4 +1,4 @@
-// Stacks and the switch between them: a CUDA thread is a fiber, and the fibers of a block share one OS thread.
+// Fibers and the switch between them: a CUDA thread runs on a fiber, and the fibers of a block share one OS thread.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -34,22 +34,22 @@ __attribute__((naked, noinline)) inline void swap_stacks(void** /*save*/, void* 
 }
 #endif
 
-// To be called first thing on a stack that was switched to.
-EMULATOR_NO_TSAN inline void arrived([[maybe_unused]] void* fake_stack) {
+// To be called first thing on a stack that was switched to. Not inlined, nor is what calls switch_context between threads: a
+// fiber may go on on another OS thread, so no address of a thread-local variable may be kept across the switch.
+EMULATOR_NO_TSAN __attribute__((noinline)) inline void arrived([[maybe_unused]] void* fake_stack) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(fake_stack, &came_from->stack, &came_from->stack_size);
 #endif
 }
 
-// `last`: `from` will never be switched to again.
-EMULATOR_NO_TSAN inline void switch_context(Context& from, Context& to, [[maybe_unused]] bool last = false) {
+EMULATOR_NO_TSAN inline void switch_context(Context& from, Context& to) {
   void* fake_stack = nullptr;
   came_from = &from;
 #if defined(__SANITIZE_THREAD__)
   __tsan_switch_to_fiber(to.tsan_fiber, 1);  // 1: a switch orders nothing
 #endif
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(last ? nullptr : &fake_stack, to.stack, to.stack_size);
+  __sanitizer_start_switch_fiber(&fake_stack, to.stack, to.stack_size);
 #endif
 #if defined(__x86_64__)
   swap_stacks(&from.stack_pointer, to.stack_pointer);
@@ -66,39 +66,29 @@ inline void adopt_thread([[maybe_unused]] Context& context) {
 #endif
 }
 
-// Stacks of the fibers of one OS thread, used again from block to block.
-class Stacks {
+// A context with a stack of its own, which `entry` never leaves.
+class Fiber {
  public:
 #if defined(__SANITIZE_ADDRESS__)
-  static constexpr size_t kSize = 256 * 1024;
+  static constexpr size_t kStack = 256 * 1024;
 #else
-  static constexpr size_t kSize = 64 * 1024;
+  static constexpr size_t kStack = 64 * 1024;
 #endif
 
-  // Makes `context` enter `entry` on stack `index` at the first switch to it.
-  void prepare(size_t index, Context& context, void (*entry)()) {
-    if (stacks_.size() <= index) stacks_.resize(index + 1);
-    auto& stack = stacks_[index];
-    if (kRaceChecker || !stack) {  // fresh memory has no past accesses to race with
-      stack.reset();
-      stack.reset(new char[kSize]);
-    }
-#if defined(__SANITIZE_ADDRESS__)
-    ASAN_UNPOISON_MEMORY_REGION(stack.get(), kSize);
-#endif
-    context.stack = stack.get();
-    context.stack_size = kSize;
-    *reinterpret_cast<uint64_t*>(stack.get()) = kCanary;
+  explicit Fiber(void (*entry)()) : stack_(new char[kStack]) {
+    *reinterpret_cast<uint64_t*>(stack_.get()) = kCanary;
+    context.stack = stack_.get();
+    context.stack_size = kStack;
 #if defined(__x86_64__)
-    void** top = reinterpret_cast<void**>((reinterpret_cast<uintptr_t>(stack.get()) + kSize) & ~uintptr_t(15));
+    void** top = reinterpret_cast<void**>((reinterpret_cast<uintptr_t>(stack_.get()) + kStack) & ~uintptr_t(15));
     *--top = nullptr;
     *--top = reinterpret_cast<void*>(entry);
     for (int callee_saved = 0; callee_saved < 6; ++callee_saved) *--top = nullptr;
     context.stack_pointer = top;
 #else
     getcontext(&context.registers);
-    context.registers.uc_stack.ss_sp = stack.get();
-    context.registers.uc_stack.ss_size = kSize;
+    context.registers.uc_stack.ss_sp = stack_.get();
+    context.registers.uc_stack.ss_size = kStack;
     makecontext(&context.registers, entry, 0);
 #endif
 #if defined(__SANITIZE_THREAD__)
@@ -106,17 +96,14 @@ class Stacks {
 #endif
   }
 
-  void discard([[maybe_unused]] Context& context) {
-#if defined(__SANITIZE_THREAD__)
-    __tsan_destroy_fiber(context.tsan_fiber);
-#endif
-  }
+  bool overflowed() const { return *reinterpret_cast<const uint64_t*>(stack_.get()) != kCanary; }
 
-  bool overflowed(size_t index) const { return *reinterpret_cast<const uint64_t*>(stacks_[index].get()) != kCanary; }
+  Context context;
 
  private:
   static constexpr uint64_t kCanary = 0x5afe57ac5afe57acull;
-  std::vector<std::unique_ptr<char[]>> stacks_;
+  std::unique_ptr<char[]> stack_;
 };
+using Fibers = std::vector<std::unique_ptr<Fiber>>;
 
 }  // namespace emulator

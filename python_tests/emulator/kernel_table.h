@@ -4,8 +4,8 @@
 //   T*                            an array that is written, in place (null: absent)
 //   bool, integer, float, double
 //   cudaStream_t                  last, if at all; supplied by the front end
-// A launcher returns cudaError_t. A function that returns an integer instead is a question to the host code, such as the
-// size of a workspace.
+// A launcher returns cudaError_t. A function that returns an integer instead is a question to the host code, such as how it
+// would lay out a launch.
 #pragma once
 #include <cstdint>
 #include <map>

@@ -7,7 +7,7 @@ import numpy as np
 import oracle
 import torch
 
-from .calls import At, Call, Workspace
+from .calls import At, Call
 
 SUFFIX = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 PAD = -7  # in arrays that are to be written, or left alone
@@ -19,7 +19,7 @@ def channels_contiguous(features: torch.Tensor) -> torch.Tensor:
 
 
 def as_array(view: torch.Tensor) -> At:
-    """The storage of a view up to the view's last element, so that its alignment and its neighbours stay what they are."""
+    """The storage of a view up to its last element: its alignment and its neighbours stay what they are."""
     offset = view.storage_offset()
     extent = 1 + sum((n - 1) * s for n, s in zip(view.shape, view.stride(), strict=True)) if view.numel() else 0
     flat = torch.as_strided(view, (offset + extent,), (1,), 0)
@@ -90,24 +90,28 @@ def _select(name, rows, batch, k, eps, anchor, num_tokens, cu_seqlens, cu_budget
     computed in one pass."""
     packed = cu_seqlens is not None
     tokens, channels = rows.shape[-2:]
-    shape = (as_array(rows), batch, tokens, channels, *strides(rows), k)
-    anchor, cu_seqlens = index(anchor), index(cu_seqlens)
-    suffix = SUFFIX[rows.dtype]
     args = (
-        *shape,
+        as_array(rows),
+        batch,
+        tokens,
+        channels,
+        *strides(rows),
+        k,
         eps,
-        anchor,
+        index(anchor),
         index(num_tokens),
-        cu_seqlens,
+        index(cu_seqlens),
         index(cu_budgets),
         matrix_tokens,
         lookahead,
-        Workspace(f"repulsion_select_workspace_{suffix}", (*shape, anchor, cu_seqlens, matrix_tokens)),
         np.full((k,) if packed else (batch, k), PAD, np.int64),
     )
     way = "stored" if tokens <= matrix_tokens else f"recomputed{lookahead}"
     return Call(
-        f"{name}-{way}", f"repulsion_select_{suffix}", args, lambda *arrays: judge(torch.from_numpy(arrays[-1]))
+        f"{name}-{way}",
+        f"repulsion_select_{SUFFIX[rows.dtype]}",
+        args,
+        lambda *arrays: judge(torch.from_numpy(arrays[-1])),
     )
 
 
@@ -155,4 +159,16 @@ def of_case(case, dtype) -> list[Call]:
         pairwise_sqdist(case.name, features),
         repulsion_step(case.name, features, picked, case.eps, gap=case.batch % 2),
         *(repulsion_select(case.name, **inputs, **way) for way in ways),
+    ]
+
+
+def calls(most_work: float, dtypes=None) -> list[Call]:
+    """Of every case that costs at most `most_work`, in each of its dtypes that is among `dtypes`."""
+    return [
+        call
+        for case in (*cases.CASES, *cases.VARLEN_CASES)
+        if work(case) <= most_work
+        for dtype in case.dtypes
+        if dtypes is None or dtype in dtypes
+        for call in of_case(case, dtype)
     ]

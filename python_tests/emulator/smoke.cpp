@@ -4,9 +4,8 @@
 //   smoke CALLS OUTPUT
 //
 // CALLS: "STSCALLS", u64 number of calls; a call is a string (u64 length, bytes), u64 number of arguments, and arguments,
-// each a u64 tag and: 0 null; 1 i64; 2 f64; 3 array: u64 itemsize, u64 count, u64 offset, the bytes; 4 workspace: as many
-// bytes as the call before answered, all ones.
-// OUTPUT: for each call an i64 answer (0 of a launch) and the bytes of its arrays of tag 3, whether changed or not.
+// each a u64 tag and: 0 null; 1 i64; 2 f64; 3 array: u64 itemsize, u64 count, u64 offset, the bytes.
+// OUTPUT: for each call an i64 answer (0 of a launch) and the bytes of its arrays, whether changed or not.
 // Everything in the byte order of the machine.
 #include <cstdio>
 #include <fstream>
@@ -43,22 +42,14 @@ class Reader {
 static void run_all(const char* calls_path, const char* output_path) {
   Reader reader(calls_path);
   std::ofstream output(output_path, std::ios::binary);
-  constexpr uint64_t kWorkspace = 4;
-  int64_t answer = 0;
   const auto calls = reader.number<uint64_t>();
   for (uint64_t call = 0; call < calls; ++call) {
     const std::string name = reader.text(reader.number<uint64_t>());
     std::vector<Given> given(reader.number<uint64_t>());
-    std::vector<std::string> storage(given.size()), workspaces(given.size());
+    std::vector<std::string> storage(given.size());
     for (size_t i = 0; i < given.size(); ++i) {
       Given& value = given[i];
-      const auto tag = reader.number<uint64_t>();
-      if (tag == kWorkspace) {
-        workspaces[i] = std::string(static_cast<size_t>(answer), '\xff');
-        value = {Given::kArray, 0, 0, workspaces[i].data(), 1, workspaces[i].size(), 0};
-        continue;
-      }
-      value.kind = static_cast<Given::Kind>(tag);
+      value.kind = static_cast<Given::Kind>(reader.number<uint64_t>());
       if (value.kind == Given::kInteger) value.integer = reader.number<int64_t>();
       if (value.kind == Given::kReal) value.real = reader.number<double>();
       if (value.kind != Given::kArray) continue;
@@ -70,7 +61,7 @@ static void run_all(const char* calls_path, const char* output_path) {
     }
     std::printf("call %llu: %s\n", static_cast<unsigned long long>(call), name.c_str());
     std::fflush(stdout);
-    answer = kernel_table::run_kernel(name, given);
+    const int64_t answer = kernel_table::run_kernel(name, given);
     output.write(reinterpret_cast<const char*>(&answer), sizeof answer);
     for (const std::string& array : storage) output.write(array.data(), static_cast<std::streamsize>(array.size()));
   }
