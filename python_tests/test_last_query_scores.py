@@ -5,7 +5,6 @@ import runpy
 import subprocess
 import sys
 import textwrap
-import time
 import warnings
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -277,26 +276,6 @@ def test_memory_on_the_gpu(cuda, dtype):
     before = torch.cuda.memory_allocated()
     last_query_scores(query, key)
     assert torch.cuda.max_memory_allocated() - before < 1.3 * 65536 * (8 + 1) * 4  # logits and scores, in float32
-
-
-def test_cpu_is_no_slower_than_sdpa():
-    """One query row and values, in the same run, in turns; the better of SDPA's two ways to share key heads."""
-    query, key = inputs(1, 8192, 32, 8, 128)
-    value = torch.randn_like(key)
-    k, v = key.transpose(1, 2), value.transpose(1, 2)
-    k_all, v_all = k.repeat_interleave(4, 1), v.repeat_interleave(4, 1)
-    calls = {
-        "ours": lambda: last_query_scores(query, key),
-        "shared": lambda: scaled_dot_product_attention(query[:, :, None], k, v, enable_gqa=True),
-        "repeated": lambda: scaled_dot_product_attention(query[:, :, None], k_all, v_all),
-    }
-    best = dict.fromkeys(calls, float("inf"))
-    for _ in range(8):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            best[name] = min(best[name], time.perf_counter() - start)
-    assert best["ours"] <= min(best["shared"], best["repeated"]), best
 
 
 # ---- PyTorch -----------------------------------------------------------------------------------------------------

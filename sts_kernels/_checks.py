@@ -58,7 +58,7 @@ def eps(op: str, value) -> None:
 
 
 def values_readable(value: torch.Tensor) -> bool:
-    """Whether the numbers inside `value` may be looked at: free on the CPU, a device sync elsewhere (STS_KERNELS_CHECK=1)."""
+    """Whether the numbers inside `value` may be looked at: free on the CPU, elsewhere a sync (STS_KERNELS_CHECK=1)."""
     if torch.compiler.is_compiling() or isinstance(value, torch._subclasses.FakeTensor) or value.is_meta:
         return False
     if value.device.type == "cpu":

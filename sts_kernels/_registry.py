@@ -45,7 +45,7 @@ OPS: dict[str, Op] = {}
 
 
 def define_op(schema: str, *, fake: Callable, triton: Callable | None = None):
-    """Decorates an op's reference: defines `schema`, and registers reference, fake and (if given) the Triton launcher."""
+    """Decorates an op's reference: defines `schema` and registers reference, fake and, if given, Triton launcher."""
     name = schema[: schema.index("(")]
 
     def register(reference: Callable) -> Callable:

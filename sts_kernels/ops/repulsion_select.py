@@ -29,7 +29,7 @@ def _check_values(features, anchor, num_tokens):
         for item, count in enumerate(counts):
             if not 0 <= count <= tokens:
                 raise ValueError(
-                    f"repulsion_select: num_tokens[{item}] must be between 0 and {tokens}, the tokens given, got {count}"
+                    f"repulsion_select: num_tokens[{item}] must be between 0 and {tokens} (the tokens), got {count}"
                 )
     if anchor is not None and _checks.values_readable(anchor):
         for item, (value, count) in enumerate(zip(anchor.tolist(), counts, strict=True)):
@@ -52,7 +52,8 @@ def nearest_to_mean(x: torch.Tensor, usable: torch.Tensor) -> torch.Tensor:
 
 
 @define_op(
-    "repulsion_select(Tensor features, SymInt k, float eps=1e-6, Tensor? anchor=None, Tensor? num_tokens=None) -> Tensor",
+    "repulsion_select(Tensor features, SymInt k, float eps=1e-6, Tensor? anchor=None, Tensor? num_tokens=None) "
+    "-> Tensor",
     fake=_fake,
 )
 def repulsion_select_reference(features, k, eps=1e-6, anchor=None, num_tokens=None):
@@ -112,8 +113,9 @@ def repulsion_select(
         STS_KERNELS_CHECK=1 makes it an error at the price of a sync.
 
     Cost:
-        3 B k N C flops at the most; no more than the (N, N) distances of a few items at a time as scratch, and none above
-        8192 tokens. One kernel launch runs all k picks; nothing is read back to the host.
+        about 3 B k N C flops. On a GPU one launch runs all k picks, and nothing is read back to the host; scratch of
+        (N, N) floats for as many items as fit 256 MiB up to 8192 tokens, and about the size of the features above. On
+        the CPU scratch of 33 N floats.
     """
     _check(features, k, eps, anchor, num_tokens)
     _check_values(features, anchor, num_tokens)

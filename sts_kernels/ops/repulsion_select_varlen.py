@@ -1,5 +1,7 @@
 """Stage 1 of STS over items of different lengths packed into one tensor."""
 
+import itertools
+
 import torch
 
 from .. import _checks
@@ -14,7 +16,9 @@ def _check(features, cu_seqlens, cu_budgets, total_k, eps, anchor):
     _checks.tensor(_OP, "cu_seqlens", cu_seqlens, _checks.INTEGER, "(B+1,)", 1)
     items = cu_seqlens.shape[0] - 1
     if items < 0:
-        raise ValueError(f"{_OP}: cu_seqlens must have shape (B+1,), so at least one element, got {tuple(cu_seqlens.shape)}")
+        raise ValueError(
+            f"{_OP}: cu_seqlens must have shape (B+1,), so at least one element, got {tuple(cu_seqlens.shape)}"
+        )
     _checks.same_device(_OP, "cu_seqlens", cu_seqlens, features)
     _checks.index_vector(_OP, "cu_budgets", cu_budgets, items + 1, "(B+1,)", features)
     _checks.integer(_OP, "total_k", total_k, 0, features.shape[0], " (the number of tokens)")
@@ -24,7 +28,7 @@ def _check(features, cu_seqlens, cu_budgets, total_k, eps, anchor):
 
 
 def _offsets(name, values, total, what):
-    if values[0] != 0 or values[-1] != total or any(b < a for a, b in zip(values, values[1:], strict=False)):
+    if values[0] != 0 or values[-1] != total or any(b < a for a, b in itertools.pairwise(values)):
         raise ValueError(f"{_OP}: {name} must rise from 0 to {total}, {what}, got {values}")
 
 
@@ -104,6 +108,4 @@ def repulsion_select_varlen(
     """
     _check(features, cu_seqlens, cu_budgets, total_k, eps, anchor)
     _check_values(features, cu_seqlens, cu_budgets, total_k, anchor)
-    return torch.ops.sts_kernels.repulsion_select_varlen.default(
-        features, cu_seqlens, cu_budgets, total_k, eps, anchor
-    )
+    return torch.ops.sts_kernels.repulsion_select_varlen.default(features, cu_seqlens, cu_budgets, total_k, eps, anchor)
