@@ -29,7 +29,7 @@ def _check_values(features, anchor, num_tokens):
         for item, count in enumerate(counts):
             if not 0 <= count <= tokens:
                 raise ValueError(
-                    f"repulsion_select: num_tokens[{item}] must be between 0 and {tokens} (the tokens), got {count}"
+                    f"repulsion_select: num_tokens[{item}] must be between 0 and {tokens}, its tokens, got {count}"
                 )
     if anchor is not None and _checks.values_readable(anchor):
         for item, (value, count) in enumerate(zip(anchor.tolist(), counts, strict=True)):

@@ -99,9 +99,9 @@ def repulsion_select_varlen(
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, device, total_k or eps; offsets, budgets or anchors that do not fit
-        where they can be read: on the CPU. On a GPU an item that does not fit comes out as -1 throughout, and items that
-        overlap because offsets fall get picks without a meaning, within their bounds; STS_KERNELS_CHECK=1 makes both an
-        error at the price of a sync. The reference reads the offsets on every device.
+        where they can be read: on the CPU. On a GPU an item that does not fit comes out as -1 throughout, and items
+        that overlap because offsets fall get picks without a meaning, within their bounds; STS_KERNELS_CHECK=1 makes
+        both an error at the price of a sync. The reference reads the offsets on every device.
 
     Cost:
         as `repulsion_select` for each item; one kernel launch runs all items.
