@@ -1,4 +1,4 @@
-"""Around a model that something else has changed: torch.compile, accelerate's offload."""
+"""Around a model that something else has changed: wrappers, torch.compile, accelerate's offload."""
 
 import pytest
 import torch
@@ -63,3 +63,31 @@ def test_offload(family, order, device):
     out = model.generate(**inputs, max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True)
     handle.remove()
     assert torch.equal(models.logits_of(out), expected)
+
+
+class Wrapper(torch.nn.Module):
+    """As an adapter library wraps a model."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, **inputs):
+        return self.inner(**inputs)
+
+
+@pytest.mark.parametrize("part", ["wrapper", "base model"])
+def test_parts_and_wrappers(part):
+    model = models.shared("llava")
+    inputs = models.batch(model, [models.prompt_of("llava", n, seed=n) for n in (1, 2)])
+    target = model.model if part == "base model" else Wrapper(Wrapper(model))
+    with torch.no_grad():
+        plain = model(**inputs).logits[:, -1]
+        with apply_sts(model, CONFIG):
+            expected = model(**inputs).logits[:, -1]
+        with apply_sts(target, CONFIG):
+            actual = model(**inputs).logits[:, -1]
+        after = model(**inputs).logits[:, -1]
+    assert torch.equal(actual, expected)
+    assert torch.equal(after, plain)
+    assert (plain - expected).abs().max() > 1e-2

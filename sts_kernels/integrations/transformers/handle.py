@@ -35,7 +35,8 @@ def apply_sts(model, config: STSConfig, measure: bool = False) -> "STSHandle":
     returns NaN rows for dropped tokens, and `hidden_states` and `attentions` have the lengths the layers ran on.
 
     Args:
-        model: LlavaForConditionalGeneration and the like, or its base model; docs/transformers.md lists the families.
+        model: LlavaForConditionalGeneration and the like, its base model, or a wrapper; docs/transformers.md lists the
+            families.
         config: what to keep.
         measure: time encoding and prefill of each prompt, at the price of device syncs; see `report`.
 
@@ -52,8 +53,9 @@ def apply_sts(model, config: STSConfig, measure: bool = False) -> "STSHandle":
 
 
 def _base_model(model) -> torch.nn.Module:
-    inner = getattr(model, "model", None)
-    return inner if hasattr(inner, "language_model") else model
+    """The module that joins vision encoder, projector and LLM, however deep it is wrapped."""
+    modules = model.modules() if isinstance(model, torch.nn.Module) else ()
+    return next((module for module in modules if "language_model" in module._modules), model)
 
 
 def _argument(name: str, args: tuple, kwargs: dict):
@@ -68,7 +70,7 @@ class STSHandle:
         base = _base_model(model)
         model_type = getattr(getattr(base, "config", None), "model_type", None)
         family = families.family_of(model_type)
-        if family is None or not hasattr(base, "language_model"):
+        if family is None or "language_model" not in base._modules:
             known = ", ".join(f"{f.name} ({', '.join(f.model_types)})" for f in families.FAMILIES)
             raise ValueError(
                 f"apply_sts: {type(model).__name__} (model_type {model_type!r}) is not of a supported family: {known}"
