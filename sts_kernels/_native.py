@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,9 +40,15 @@ def status() -> Status:
     if not LIBRARY.exists():
         why = f" ({build['reason']})" if build.get("reason") else ""
         remedy = "with torch and a C++ compiler there, install this package again"
-        return Status(False, f"the compiled library was not built{why}; {remedy}", build)
+        return _missing(f"the compiled library was not built{why}; {remedy}", build)
     try:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
-        return Status(False, f"the compiled library does not load: {str(error).splitlines()[0]}", build)
+        return _missing(f"the compiled library does not load: {str(error).splitlines()[0]}", build)
     return Status(True, "", build)
+
+
+def _missing(reason: str, build: dict) -> Status:
+    """Said once, at import: pip shows nothing of a build that ended without the library."""
+    warnings.warn(f"sts_kernels runs on its slow PyTorch reference: {reason}", RuntimeWarning, stacklevel=5)
+    return Status(False, reason, build)
