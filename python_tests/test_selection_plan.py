@@ -1,0 +1,68 @@
+"""How a selection is laid out on a GPU follows from the shapes, the element type and the device alone."""
+
+import pytest
+from emulator import build
+
+FIELDS = ("stored", "tensor_cores", "entries", "groups", "group_blocks", "lookahead", "cached_rows")
+
+
+@pytest.fixture(scope="module")
+def module():
+    if reason := build.missing_tool():
+        pytest.skip(reason)
+    return build.module()
+
+
+@pytest.fixture
+def plan(module):
+    def ask(batch, tokens, channels, packed=False, dtype="bfloat16"):
+        asked = (batch, tokens, channels, packed)
+        return {name: module.run(f"selection_plan_{dtype}", *asked, i) for i, name in enumerate(FIELDS)}
+
+    return ask
+
+
+def test_up_to_8192_tokens_weights_are_stored(plan):
+    for tokens in (1, 576, 2880, 8192):
+        assert plan(1, tokens, 1024)["stored"]
+    assert not plan(1, 8193, 1024)["stored"]
+    assert not plan(4, 8193, 1024, packed=True)["stored"]
+
+
+def test_no_more_than_256_mib_of_weights_at_a_time(plan):
+    for batch, tokens in ((1, 8192), (3, 8192), (64, 576), (1000, 576), (7, 2880)):
+        entries = plan(batch, tokens, 64)["entries"]
+        assert 1 <= entries <= batch
+        assert entries * tokens * tokens <= 1 << 26
+        assert entries == batch or (entries + 1) * tokens * tokens > 1 << 26
+
+
+def test_tensor_cores_take_16_bit_rows_of_whole_chunks(plan):
+    assert plan(2, 576, 1024)["tensor_cores"]
+    assert not plan(2, 576, 1024, dtype="float32")["tensor_cores"]
+    assert not plan(2, 576, 1001)["tensor_cores"]
+    assert not plan(2, 576, 1024, packed=True)["tensor_cores"]  # a pair's bits must not depend on what else is packed
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 4, 132])
+def test_above_the_blocks_of_all_groups_are_resident(plan, monkeypatch, multiprocessors):
+    monkeypatch.setenv("STS_EMULATE_SMS", str(multiprocessors))
+    monkeypatch.setenv("STS_EMULATE_BLOCKS_PER_SM", "2")
+    for batch in (1, 3, 100_000):
+        for packed in (False, True):
+            at = plan(batch, 20_000, 1024, packed)
+            assert at["groups"] >= 1
+            assert at["group_blocks"] >= 1
+            assert at["groups"] <= batch
+            assert at["groups"] * at["group_blocks"] <= multiprocessors * 2
+            assert (at["group_blocks"] - 1) * 256 < 20_000  # every block has a token
+            assert at["lookahead"] == 8
+    assert plan(1, 20_000, 1024)["group_blocks"] == min(2 * multiprocessors, 79)  # the whole device for one item
+
+
+def test_rows_kept_take_no_more_than_the_features(plan):
+    for dtype, itemsize in (("float32", 4), ("bfloat16", 2)):
+        for channels in (1, 8, 24, 64, 100, 1024, 5120):
+            rows = plan(1, 20_000, channels, dtype=dtype)["cached_rows"]
+            assert 8 <= rows <= 64
+            assert rows == 8 or 4 * rows <= channels * itemsize
