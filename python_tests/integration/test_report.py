@@ -103,3 +103,21 @@ def test_without_measure_there_are_no_times():
         models.generate(model, [models.prompt_of("llava", 1, seed=1)], 1)
         assert sts.report.encode_ms is None
         assert sts.report.prefill_ms is None
+
+
+@pytest.mark.parametrize(
+    "options", [{"use_cache": False}, {"prompt_lookup_num_tokens": 3, "eos_token_id": [99]}], ids=str
+)
+def test_what_follows_the_prompt_does_not_count(options):
+    model = models.shared("llava")
+    prompt = models.prompt_of("llava", 1, seed=5)
+    prompt.ids += models.words(3, 7) * 4
+    with apply_sts(model, CONFIG) as sts:
+        models.generate(model, [prompt], 4)
+        plain = sts.report.rows[0]
+        models.generate(model, [prompt], 4, **options)
+        row = sts.report.rows[0]
+    assert row.prompt == len(prompt.ids) == plain.prompt
+    assert row.kv_mb == plain.kv_mb
+    assert row.prefill_tflops == plain.prefill_tflops
+    assert torch.equal(row.images[0].after_stage2, plain.images[0].after_stage2)

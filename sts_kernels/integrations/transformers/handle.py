@@ -271,7 +271,7 @@ class STSHandle:
         length = embeds.shape[1]
         extra = 0 if self.prompt_length is None else max(0, length - self.prompt_length)
         changed = self._shrink.prefill(kwargs, found, rows, extra)
-        self._report = describe(self.plan, self.text.config, rows, found, embeds)
+        self._report = describe(self.plan, self.text.config, rows, found, embeds, extra)
         self._tick()
         return None if changed is None else (args, changed)
 

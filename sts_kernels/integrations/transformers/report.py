@@ -83,6 +83,7 @@ class Report:
     measured: dict[str, float] = field(default_factory=dict)  # ms by "encode" and "prefill", with measure=True
     pending: bool = True
     _rows: list[Row] = field(default_factory=list, repr=False)
+    _extra: int = field(default=0, repr=False)
     _found: torch.Tensor | None = field(default=None, repr=False)
     _dropped: torch.Tensor | None = field(default=None, repr=False)
     _left: tuple | None = field(default=None, repr=False)
@@ -136,11 +137,12 @@ class Report:
             sum(len(i.after_stage2) for i in images),
         )
         size, shallow = self.size, self.prune_layer
-        deep, other = size.layers - shallow, row.length - before
+        length = row.length - self._extra
+        deep, other = size.layers - shallow, length - before
         visual = (size.layers * before, shallow * kept + deep * after)
         whole = tuple(v + size.layers * other for v in visual)
         flops = (
-            size.layers * size.layer_flops(row.length),
+            size.layers * size.layer_flops(length),
             shallow * size.layer_flops(other + kept) + deep * size.layer_flops(other + after),
         )
         return RowReport(
@@ -148,7 +150,7 @@ class Report:
             kept,
             after,
             visual[1] / size.layers,
-            row.length,
+            length,
             tuple(map(size.kv_mb, whole)),
             tuple(map(size.kv_mb, visual)),
             tuple(f / 1e12 for f in flops),
@@ -179,8 +181,8 @@ class Report:
         return "\n".join([*lines, "; ".join([foot, *times])])
 
 
-def describe(plan, config, rows: list[Row], found: torch.Tensor, embeds: torch.Tensor) -> Report:
-    """Starts the report of a prompt; nothing is read back."""
+def describe(plan, config, rows: list[Row], found: torch.Tensor, embeds: torch.Tensor, extra: int) -> Report:
+    """Starts the report of a prompt, whose last `extra` columns are not the prompt's; nothing is read back."""
     report = Report(plan.prune_layer, LLMSize.of(config, embeds.dtype))
-    report._rows, report._found, report._dropped = rows, found, embeds[..., 0].isnan()
+    report._rows, report._extra, report._found, report._dropped = rows, extra, found, embeds[..., 0].isnan()
     return report
