@@ -45,6 +45,11 @@ def program(sanitizer: str = "") -> Path:
     return build(BUILDS / f"emulator-{sanitizer or 'plain'}", PROGRAM, options)
 
 
+def gpu_program() -> Path:
+    """The program for a GPU; needs nvcc."""
+    return build(BUILDS / "smoke", GPU_PROGRAM, ("-DSTS_KERNELS_CUDA=1",))
+
+
 def module():
     """The emulator's Python module, imported."""
     path = build(BUILDS / "emulator-module", MODULE, (f"-DPython_EXECUTABLE={sys.executable}",))

@@ -344,12 +344,14 @@ void __stcs(T* address, T value) {
 
 namespace emulator {
 
-// A copy lands at the last moment, in the wait that covers it; until then its destination holds NaNs. So a missing wait or
-// commit is seen, and so is a copy that starts while its destination is still being read.
+// A copy lands at the last moment, in the wait that covers it, so that a missing wait or commit is seen. Until then its
+// destination holds, depending on the schedule, NaNs, tiny numbers or what it held before; so a copy that starts while its
+// destination is still being read is seen, too.
 inline void cp_async_16(void* destination, const void* source, bool predicate) {
   if (reinterpret_cast<uintptr_t>(destination) % 16) fail("cp_async_16: misaligned destination");
   if (predicate && reinterpret_cast<uintptr_t>(source) % 16) fail("cp_async_16: misaligned source");
-  std::memset(destination, 0xff, 16);
+  const int order = block->grid->settings.order;
+  if (order != Settings::kReverse) std::memset(destination, order == Settings::kForward ? 0xff : 0x20, 16);
   const Unchecked unchecked;
   Thread& thread = self();
   thread.copies.push_back({destination, predicate ? source : nullptr, thread.copy_group});

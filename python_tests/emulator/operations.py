@@ -1,11 +1,13 @@
 """Calls of every kernel, made from the one table of cases and judged by the float64 oracle."""
 
 import math
+from dataclasses import replace
 
 import cases
 import numpy as np
 import oracle
 import torch
+from cases import Case, VarlenCase
 
 from .calls import At, Call
 
@@ -63,7 +65,8 @@ def repulsion_step(name, features, picked, eps, gap=0):
         potential = torch.from_numpy(potential)
         assert (potential[..., 1:] == PAD).all(), "written between the potentials"
         assert np.array_equal(picked_after, index(picked)), "picked was written"
-        oracle.check_step(potential[..., 0], torch.from_numpy(following), before, features, picked, eps)
+        acts = torch.where((picked >= 0) & (picked < tokens), picked, -1)  # out of range is as good as nothing picked
+        oracle.check_step(potential[..., 0], torch.from_numpy(following), before, features, acts, eps)
 
     return Call(
         name,
@@ -145,12 +148,14 @@ def work(case) -> int:
     return case.batch * case.tokens**2 * case.channels
 
 
+WAYS = ({}, {"matrix_tokens": 0}, {"matrix_tokens": 0, "lookahead": 1})  # to select
+
+
 def of_case(case, dtype) -> list[Call]:
     """Every kernel that serves `case`, every way it can be made to."""
     inputs = case.inputs(dtype=dtype)
-    ways = ({}, {"matrix_tokens": 0}, {"matrix_tokens": 0, "lookahead": 1})
     if isinstance(case, cases.VarlenCase):
-        return [repulsion_select_varlen(case.name, **inputs, **way) for way in ways]
+        return [repulsion_select_varlen(case.name, **inputs, **way) for way in WAYS]
     if case.batch == 0:
         return []  # nothing is launched
     features, anchor = inputs["features"], inputs["anchor"]
@@ -158,17 +163,92 @@ def of_case(case, dtype) -> list[Call]:
     return [
         pairwise_sqdist(case.name, features),
         repulsion_step(case.name, features, picked, case.eps, gap=case.batch % 2),
-        *(repulsion_select(case.name, **inputs, **way) for way in ways),
+        *(repulsion_select(case.name, **inputs, **way) for way in WAYS),
     ]
 
 
-def calls(most_work: float, dtypes=None) -> list[Call]:
-    """Of every case that costs at most `most_work`, in each of its dtypes that is among `dtypes`."""
+def calls(most_work: float) -> list[Call]:
+    """Of every case that costs at most `most_work`, in each of its dtypes."""
     return [
         call
         for case in (*cases.CASES, *cases.VARLEN_CASES)
         if work(case) <= most_work
         for dtype in case.dtypes
-        if dtypes is None or dtype in dtypes
         for call in of_case(case, dtype)
     ]
+
+
+# ---- The few that go everywhere in the kernels: for sanitizers and mutants ---------------------------------------
+
+
+def pitched(x):
+    """Rows 16 elements (or a multiple) apart."""
+    padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % 16), value=math.nan)
+    return padded[..., : x.shape[-1]]
+
+
+PATHS = (
+    Case("one", 1, 1, 1, 1),
+    Case("tiles", 2, 70, 40, 9, cases.duplicates),  # several tiles, and stages of channels
+    Case(
+        "stages", 1, 70, 328, 12, cases.near_duplicates
+    ),  # on tensor cores every buffer is used again; some pairs repaired
+    Case("blocks", 1, 700, 3, 12),  # several blocks agree on each pick
+    Case("groups", 3, 300, 5, 7),  # several groups of blocks
+    Case("items", 11, 33, 9, 5),  # more items than groups
+    Case("odd", 2, 45, 13, 45, cases.not_finite, cases.channel_slice),
+    Case("pitched", 2, 9, 13, 9, layout=pitched),  # aligned rows whose end is not
+    Case("ragged", 3, 40, 8, 20, num_tokens=(40, 7, 0), anchor=(39, 6, 0)),
+    VarlenCase("packed", (31, 0, 70, 9), (15, 0, 20, 1), 16),
+)
+
+
+def quick() -> list[Call]:
+    calls = []
+    for i, case in enumerate(PATHS):
+        for dtype in cases.FLOATING if case.name == "stages" else (cases.FLOATING[i % 3],):
+            calls += of_case(case, dtype)
+    return calls
+
+
+def nonsense() -> list[Call]:
+    """Numbers in device memory that make no sense: kernels stay in bounds, and the items concerned come out as -1."""
+    batch, tokens, k = 6, 40, 12
+    features = cases.Case("nonsense", batch, tokens, 8, k).features()
+    wild = torch.tensor([-1, 40, -(2**63), 2**63 - 1, 2**32, 3])
+    everything = torch.tensor([40] * batch)
+    made = [repulsion_step("picked", features, wild, 1e-6)]
+
+    def selected(name, valid, anchor, num_tokens, way):
+        call = repulsion_select(name, features, k, 1e-6, anchor, num_tokens, **way)
+
+        def judge(*arrays):
+            picks = torch.from_numpy(arrays[-1])
+            assert (picks[~valid] == -1).all(), f"picks for items that make no sense: {picks}"
+            oracle.check_select(picks[valid], features[valid], k, 1e-6, anchor[valid], num_tokens[valid])
+
+        return replace(call, judge=judge)
+
+    def packed(name, cu_seqlens, cu_budgets, anchor, way):
+        x = features.reshape(-1, 8)
+        call = repulsion_select_varlen(name, x, cu_seqlens, cu_budgets, 30, 1e-6, anchor, **way)
+
+        def judge(*arrays):
+            assert ((arrays[-1] >= -1) & (arrays[-1] < len(x))).all(), f"picks out of range: {arrays[-1]}"
+
+        return replace(call, judge=judge)
+
+    top, far = 2**63 - 1, 2**62
+    for way in WAYS:
+        made.append(selected("anchor", wild == 3, wild, everything, way))
+        counts = torch.where(wild == tokens, tokens + 1, wild)
+        made.append(selected("num_tokens", wild == 3, torch.zeros_like(wild), counts, way))
+        for name, seqlens, budgets in (
+            ("offsets", [0, -5, 300, 20, -top - 1, top, 240], [0, 5, 10, 15, 20, 25, 30]),
+            ("wrap", [top, -top - 1, far, -far, 0, top, 1], [0, 5, 10, 15, 20, 25, 30]),
+            ("budgets", [0, 40, 80, 120, 160, 200, 240], [0, 99, -7, top, -top - 1, far, 30]),
+            ("past", [0, 40, 80, 120, 160, 200, 241], [0, 5, 10, 15, 20, 25, 31]),
+        ):
+            made.append(packed(name, torch.tensor(seqlens), torch.tensor(budgets), None, way))
+            made.append(packed(f"{name}-anchor", torch.tensor(seqlens), torch.tensor(budgets), wild, way))
+    return made

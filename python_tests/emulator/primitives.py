@@ -71,7 +71,7 @@ def matmuls():
 
 
 def barriers():
-    for groups, blocks, turns in ((1, 1, 3), (1, 2, 5), (2, 4, 7), (1, 8, 9), (3, 2, 4)):
+    for groups, blocks, turns in ((1, 2, 5), (2, 4, 7), (1, 8, 9), (3, 2, 5)):
         values = np.arange(groups * blocks * 64, dtype=np.float32).reshape(groups, blocks, 64)
         turned = np.roll(values, -turns, axis=1)
 

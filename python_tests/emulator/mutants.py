@@ -1,0 +1,306 @@
+"""Errors that the checks of the emulated kernels must see, each made in a copy of the sources by replacing text.
+
+A mutant is caught where one of its calls gives a wrong result, or where the program ends with a message that has `says`
+in it. Text that is no longer found exactly once is an error: then the mutant has to be brought up to date.
+"""
+
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import build, operations, primitives
+from .calls import Call, Failure, run_program
+
+WRONG = "wrong result"
+RACE = "ThreadSanitizer: data race"
+OVERRUN = "AddressSanitizer: heap-buffer-overflow"
+BOUNDS = "runtime error: index"
+
+ORDERS = ("fwd", "rev", "1", "2")  # that the tests run kernels in
+IMPATIENT = {"STS_EMULATE_STALL_SECONDS": "2"}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    name: str
+    kernels: str  # the .cuh to build, which is also the start of the names of the kernels to call
+    file: str
+    edits: tuple[tuple[str, str], ...]
+    says: str = WRONG
+    nonsense: bool = False  # seen only with numbers that make no sense
+
+    def __str__(self):
+        return f"{self.kernels}-{self.name}"
+
+    @property
+    def sanitizer(self) -> str:
+        return {RACE: "thread", OVERRUN: "address", BOUNDS: "address"}.get(self.says, "")
+
+    def calls(self) -> list[Call]:
+        if self.kernels == "primitives":
+            return primitives.calls()
+        calls = operations.nonsense() if self.nonsense else operations.quick()
+        return [call for call in calls if call.kernel.startswith(self.kernels)]
+
+
+def mutant(name, kernels, file, *edits, **rest) -> Mutant:
+    return Mutant(name, kernels, file, tuple(edits), **rest)
+
+
+MUTANTS = (
+    # What all kernels share.
+    mutant(
+        "no barrier before the partial minima are read",
+        "repulsion_step",
+        "rows.cuh",
+        ("  __syncthreads();\n  return warp_lowest(lane < warps", "  return warp_lowest(lane < warps"),
+    ),
+    mutant(
+        "one buffer of partial minima",
+        "repulsion_select",
+        "rows.cuh",
+        ("partial[turn & 1][warp] = key;", "partial[0][warp] = key;"),
+        ("partial[turn & 1][lane] : kNoKey", "partial[0][lane] : kNoKey"),
+    ),
+    mutant(
+        "a vector load past the end of a row",
+        "pairwise_sqdist",
+        "rows.cuh",
+        ("if (aligned && c + kSize <= channels) {", "if (aligned && c < channels) {"),
+        says=OVERRUN,
+    ),
+    mutant(
+        "one channel too many",
+        "repulsion_step",
+        "rows.cuh",
+        ("if (c + i >= channels) continue;", "if (c + i > channels) continue;"),
+        says=OVERRUN,
+    ),
+    mutant(
+        "no check of num_tokens",
+        "repulsion_select",
+        "items.h",
+        ("item.valid = item.tokens >= 0 && item.tokens <= tokens;", "item.valid = item.tokens >= 0;"),
+        says=OVERRUN,
+        nonsense=True,
+    ),
+    # Distances.
+    mutant(
+        "no barrier before a stage is overwritten",
+        "pairwise_sqdist",
+        "pairwise_sqdist.cuh",
+        ("c0 += kChannels) {\n      __syncthreads();\n", "c0 += kChannels) {\n"),
+    ),
+    mutant(
+        "no barrier before a stage is read",
+        "pairwise_sqdist",
+        "pairwise_sqdist.cuh",
+        (
+            "      __syncthreads();\n      if (c0 + kChannels < channels) fetch",
+            "      if (c0 + kChannels < channels) fetch",
+        ),
+    ),
+    mutant(
+        "a stage one channel short",
+        "pairwise_sqdist",
+        "pairwise_sqdist.cuh",
+        ("__shared__ float a[kChannels][kTile + 4]", "__shared__ float a[kChannels - 1][kTile + 4]"),
+        says=BOUNDS,
+    ),
+    mutant(
+        "one row too many is stored",
+        "pairwise_sqdist",
+        "pairwise_sqdist.cuh",
+        ("if (i >= tokens || j >= tokens) continue;", "if (i > tokens || j >= tokens) continue;"),
+        says=OVERRUN,
+    ),
+    # Distances on tensor cores.
+    mutant(
+        "no wait for a stage",
+        "repulsion_select",
+        "sqdist_mma.cuh",
+        ("cp_async_wait<kMmaStages - 2>();", ""),
+    ),
+    mutant(
+        "a wait that is one stage too short",
+        "repulsion_select",
+        "sqdist_mma.cuh",
+        ("cp_async_wait<kMmaStages - 2>();", "cp_async_wait<kMmaStages - 1>();"),
+    ),
+    mutant("copies that are never committed", "repulsion_select", "sqdist_mma.cuh", ("cp_async_commit();", "")),
+    mutant(
+        "no barrier between a stage's arrival and its use",
+        "repulsion_select",
+        "sqdist_mma.cuh",
+        ("cp_async_wait<kMmaStages - 2>();\n      __syncthreads();", "cp_async_wait<kMmaStages - 2>();"),
+    ),
+    mutant(
+        "a stage too few",
+        "repulsion_select",
+        "sqdist_mma.cuh",
+        ("constexpr int kMmaStages = 3;", "constexpr int kMmaStages = 2;"),
+        ("cp_async_wait<kMmaStages - 2>();", "cp_async_wait<kMmaStages - 1>();"),
+    ),
+    mutant(
+        "only one thread's marks count",
+        "repulsion_select",
+        "sqdist_mma.cuh",
+        ("const int count = __syncthreads_count(marked);", "const int count = marked; __syncthreads();"),
+    ),
+    # A step.
+    mutant(
+        "a lane writes what others have yet to read",
+        "repulsion_step",
+        "repulsion_step.cuh",
+        ("__syncwarp();", ""),
+        says=RACE,
+    ),
+    mutant(
+        "blocks compare without an atomic",
+        "repulsion_step",
+        "repulsion_step.cuh",
+        ("atomicMin(lowest + b, best);", "lowest[b] = lower(lowest[b], best);"),
+        says=RACE,
+    ),
+    mutant(
+        "the last tokens have no block",
+        "repulsion_step",
+        "repulsion_step.cuh",
+        ("ceil_div(tokens, kStepThreads / 32)", "1 + (tokens - 2) / (kStepThreads / 32)"),
+    ),
+    mutant(
+        "a barrier that not all threads reach",
+        "repulsion_step",
+        "repulsion_step.cuh",
+        ("best = block_lowest(best, partial, turn++);", "if (i < tokens) best = block_lowest(best, partial, turn++);"),
+    ),
+    mutant(
+        "a shuffle that not all lanes reach",
+        "repulsion_step",
+        "repulsion_step.cuh",
+        ("sum = warp_sum(sum);", "if (lane < 16) sum = warp_sum(sum);"),
+        says="lanes of one warp are at different collectives",
+    ),
+    # A selection.
+    mutant(
+        "no barrier after the finite tokens are noted",
+        "repulsion_select",
+        "token_stats.cuh",
+        ("    __syncthreads();\n    if (stats.sums) {", "    if (stats.sums) {"),
+    ),
+    mutant(
+        "one buffer of keys between blocks",
+        "repulsion_select",
+        "repulsion_select.cuh",
+        ("group_keys + (turn & 1) * (group_blocks + group_warps)", "group_keys"),
+        says=RACE,
+    ),
+    mutant(
+        "no barrier between the blocks of a group",
+        "repulsion_select",
+        "repulsion_select.cuh",
+        ("    barrier.sync();\n", ""),
+    ),
+    mutant(
+        "blocks that wait for blocks that are not resident",
+        "repulsion_select",
+        "repulsion_select.cuh",
+        ("dim3(kRecomputeThreads), 0, 1, true, stream", "dim3(kRecomputeThreads), 0, 1, false, stream"),
+        says="deadlock",
+    ),
+    mutant(
+        "the plan is read while it is made",
+        "repulsion_select",
+        "repulsion_select.cuh",
+        ("      __syncthreads();\n      if (cache.count)", "      if (cache.count)"),
+        says="deadlock",  # some threads go to the barriers of the rows, others do not
+    ),
+    # Barriers between blocks.
+    mutant(
+        "the arrival does not release",
+        "primitives",
+        "device.cuh",
+        ("add_release(counter_, 1);", "atomicAdd(counter_, 1u);"),
+        says=RACE,
+    ),
+    mutant(
+        "the departure does not acquire",
+        "primitives",
+        "device.cuh",
+        ("load_acquire(counter_) - target_", "*const_cast<volatile unsigned*>(counter_) - target_"),
+        says=RACE,
+    ),
+    mutant(
+        "a thread arrives for a block that has not",
+        "primitives",
+        "device.cuh",
+        ("target_ += blocks_;\n    __syncthreads();", "target_ += blocks_;"),
+    ),
+    mutant(
+        "a block leaves before the others have come",
+        "primitives",
+        "device.cuh",
+        ("spin_pause();\n    }\n    __syncthreads();", "spin_pause();\n    }"),
+    ),
+    mutant("a barrier that works once", "primitives", "device.cuh", ("target_ += blocks_;", "target_ = blocks_;")),
+    mutant(
+        "a barrier that waits for one block too many",
+        "primitives",
+        "device.cuh",
+        ("load_acquire(counter_) - target_) < 0", "load_acquire(counter_) - target_) <= 0"),
+        says="deadlock",
+    ),
+)
+
+
+def apply(mutant: Mutant, sources: Path) -> None:
+    """Makes the mutant in `sources`, a copy of csrc."""
+    path = sources / mutant.file
+    text = path.read_text()
+    for old, new in mutant.edits:
+        found = text.count(old)
+        if found != 1:
+            raise ValueError(f"mutant {mutant}: found {found} times instead of once in {mutant.file}: {old!r}")
+        text = text.replace(old, new)
+    path.write_text(text)
+
+
+def verdict(mutant: Mutant, folder: Path) -> str:
+    """How `mutant` is caught: WRONG or what the program said; "" where it is not. `folder` may serve many mutants."""
+    sources = folder / "csrc"
+    shutil.rmtree(sources, ignore_errors=True)
+    shutil.copytree(build.CSRC, sources)
+    apply(mutant, sources)
+    name = f"{mutant.kernels}-{mutant.sanitizer or 'plain'}"
+    options = (
+        f"-DSTS_KERNELS_CSRC={sources}",
+        f"-DSTS_KERNELS_HEADERS={mutant.kernels}.cuh",
+        f"-DSTS_SANITIZE={mutant.sanitizer}",
+        "-DSTS_EMULATED_MODULE=OFF",
+    )
+    program = build.build(folder / name, build.PROGRAM, options)
+    for order in ORDERS:
+        environment = {"STS_EMULATE_ORDER": order, **IMPATIENT}
+        try:
+            run_program([str(program)], mutant.calls(), folder, timeout=60, env=environment)
+        except Failure as failure:
+            return str(failure)
+        except AssertionError:
+            return WRONG
+    return ""
+
+
+def main() -> int:
+    """Prints how each mutant is caught."""
+    survivors = 0
+    for each in MUTANTS:
+        how = verdict(each, build.BUILDS / "mutants")
+        caught = each.says in how
+        survivors += not caught
+        print(f"{each}: {each.says if caught else 'SURVIVED ' + how}", flush=True)
+    return survivors
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,219 @@
+"""The CUDA kernels and their launchers, compiled for the CPU and run there: against the oracle, under several
+schedules, under the sanitizers (ThreadSanitizer checks for races between CUDA threads), and with errors put into them
+that must be seen.
+"""
+
+import queue
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from cases import CASES, VARLEN_CASES, by_name, with_dtypes
+from emulator import build, calls, mutants, operations, primitives, smoke
+from emulator.mutants import MUTANTS, ORDERS
+
+MISSING = build.missing_tool()
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
+
+PRIMITIVES = [] if MISSING else primitives.calls()
+QUICK = [] if MISSING else operations.quick()
+NONSENSE = [] if MISSING else operations.nonsense()
+AFFORDABLE = [case for case in (*CASES, *VARLEN_CASES) if operations.work(case) <= 3e6]
+
+
+@pytest.fixture(scope="session")
+def emulated():
+    return build.module()
+
+
+@pytest.fixture(params=ORDERS)
+def order(request, monkeypatch):
+    monkeypatch.setenv("STS_EMULATE_ORDER", request.param)
+    return request.param
+
+
+# ---- Results -----------------------------------------------------------------------------------------------------
+
+
+def test_every_kernel_is_called(emulated):
+    questions = {"selection_plan_float32", "selection_plan_bfloat16"}
+    assert set(emulated.kernels()) == {call.kernel for call in (*PRIMITIVES, *QUICK)} | questions
+
+
+@pytest.mark.parametrize("call", PRIMITIVES, ids=str)
+def test_primitive(emulated, order, call):
+    calls.run_in(emulated, call)
+
+
+@pytest.mark.parametrize(("case", "dtype"), with_dtypes(AFFORDABLE))
+def test_case(emulated, monkeypatch, case, dtype):
+    for i, call in enumerate(operations.of_case(case, dtype)):
+        monkeypatch.setenv("STS_EMULATE_ORDER", ORDERS[(i + len(case.name)) % len(ORDERS)])
+        calls.run_in(emulated, call)
+
+
+@pytest.mark.parametrize("call", QUICK, ids=str)
+def test_neither_schedule_nor_device_changes_a_bit(emulated, monkeypatch, call):
+    first = None
+    for schedule, multiprocessors, resident in zip(ORDERS, (4, 1, 3, 5), (2, 2, 1, 3), strict=True):
+        monkeypatch.setenv("STS_EMULATE_ORDER", schedule)
+        monkeypatch.setenv("STS_EMULATE_SMS", str(multiprocessors))
+        monkeypatch.setenv("STS_EMULATE_BLOCKS_PER_SM", str(resident))
+        outputs = [array.tobytes() for array in calls.run_in(emulated, call)]
+        first = first or outputs
+        assert outputs == first
+
+
+@pytest.mark.parametrize("call", NONSENSE, ids=str)
+def test_nonsense_in_device_memory(emulated, call):
+    calls.run_in(emulated, call)
+
+
+def test_large_items_store_no_matrix(emulated):
+    stored = lambda tokens: emulated.run("selection_plan_float32", 1, tokens, 64, False, 0)  # noqa: E731
+    assert [stored(n) for n in (1, 8192, 8193, 131072)] == [1, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("multiprocessors", "batch", "tokens"), [(4, 1, 9001), (4, 9, 9001), (7, 3, 20000), (1, 2, 9001)]
+)
+def test_blocks_that_wait_for_each_other_are_resident(emulated, monkeypatch, multiprocessors, batch, tokens):
+    monkeypatch.setenv("STS_EMULATE_SMS", str(multiprocessors))
+    groups, blocks = (emulated.run("selection_plan_float32", batch, tokens, 64, False, field) for field in (3, 4))
+    assert groups >= 1
+    assert blocks >= 1
+    assert groups * blocks <= 2 * multiprocessors
+
+
+# ---- What the emulator refuses -----------------------------------------------------------------------------------
+
+
+def f16(*shape):
+    return np.zeros(shape, np.float16)
+
+
+def f32(*shape):
+    return np.zeros(shape, np.float32)
+
+
+def i32(*shape):
+    return np.zeros(shape, np.int32)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "args", "error", "message"),
+    [
+        ("nothing", (), ValueError, "no kernel is called nothing"),
+        ("primitive_to_float16", (1,), ValueError, "takes 3 arguments, got 1"),
+        ("primitive_to_float16", (f32(8), f32(8), 8), ValueError, "argument 0 must be an array of 2-byte"),
+        ("primitive_to_float16", (f16(16)[::2], f32(8), 8), ValueError, "argument 0 must be a contiguous array"),
+        ("primitive_to_float16", (f16(8), f32(8), 1.5), ValueError, "argument 2 must be an integer"),
+        ("primitive_turn", (f32(999), i32(9), 9, 1, 1), RuntimeError, "too many blocks in cooperative launch"),
+        ("primitive_collectives", (i32(1), i32(8), i32(1), 1025), RuntimeError, "invalid configuration argument"),
+        # What a kernel may not do: half a warp at a full-warp shuffle, a vector load from an odd address.
+        ("primitive_collectives", (i32(16), i32(8, 16), i32(1), 16), RuntimeError, "__shfl_sync: the mask names"),
+        ("primitive_to_float32", ((f32(9), 1), f32(8), 8), RuntimeError, "misaligned address"),
+    ],
+)
+def test_refused(emulated, kernel, args, error, message):
+    with pytest.raises(error, match=message):
+        emulated.run(kernel, *args)
+    calls.run_in(emulated, PRIMITIVES[-1])  # and goes on
+
+
+# ---- Sanitizers and mutants --------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("sanitizer", "schedule"),
+    [("address", "fwd"), ("address", "1"), ("thread", "fwd"), ("thread", "rev"), ("thread", "2")],
+)
+def test_sanitizer(sanitizer, schedule, tmp_path):
+    program = build.program(sanitizer)
+    chosen = [*PRIMITIVES, *QUICK]
+    if sanitizer == "address":  # nonsense budgets overlap, so items race for places in the output
+        chosen += NONSENSE
+    calls.run_program([str(program)], chosen, tmp_path, timeout=800, env={"STS_EMULATE_ORDER": schedule})
+
+
+@pytest.fixture(scope="module")
+def verdicts(request, tmp_path_factory):
+    """How each mutant that is to be tested is caught, two at a time."""
+    chosen = [item.callspec.params["mutant"] for item in request.session.items if item.function is test_mutant]
+    folders = queue.SimpleQueue()
+    for name in ("a", "b"):
+        folders.put(tmp_path_factory.mktemp(f"mutants_{name}"))
+
+    def verdict(mutant):
+        folder = folders.get()
+        try:
+            return mutants.verdict(mutant, folder)
+        finally:
+            folders.put(folder)
+
+    with ThreadPoolExecutor(2) as pool:
+        yield {mutant: pool.submit(verdict, mutant) for mutant in chosen}
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
+def test_mutant(verdicts, mutant):
+    how = verdicts[mutant].result()
+    assert how, "survived"
+    assert mutant.says in how
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
+def test_mutant_is_up_to_date(mutant, tmp_path):
+    (tmp_path / mutant.file).write_text((build.CSRC / mutant.file).read_text())
+    mutants.apply(mutant, tmp_path)
+
+
+# ---- The smoke program -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_smoke_command(tmp_path, capsys):
+    command = ["--binary", str(build.program("address")), "--out", str(tmp_path / "run")]
+    assert smoke.main([*command, "--kernels", "primitive_matmul"]) == 0
+    assert "8 calls of 2 kernels are right" in capsys.readouterr().out
+    assert smoke.main([*command, "--kernels", "primitive_matmul", "--timeout", "0.001"]) == 1
+    assert "FAILED: still running" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        smoke.main([*command, "--kernels", "nothing"])
+
+
+def test_wrong_results_are_seen(emulated):
+    """The judges of the calls do judge: each rejects what it was given before the kernel ran."""
+    for call in (*QUICK, *PRIMITIVES):
+        arrays = [arg.array if isinstance(arg, calls.At) else arg for arg in call.args]
+        arrays = [array for array in arrays if isinstance(array, np.ndarray)]
+        with pytest.raises(AssertionError):
+            call.judge(*arrays)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_kernels_on_the_gpu(cuda, tmp_path):
+    """The same calls on a GPU, without torch. compute-sanitizer runs this program too: bench/gpu_check.sh."""
+    program = build.gpu_program()
+    calls.run_program([str(program)], smoke.smoke_calls(3e6), tmp_path)
+
+
+def test_call_survives_the_file():
+    """What the program is given is what the module would be given."""
+    features = by_name("channel_slice_odd").features(dtype=torch.bfloat16)
+    call = operations.pairwise_sqdist("odd", features)
+    data = calls.encode([call])
+    assert data.startswith(b"STSCALLS")
+    assert call.args[0].array.tobytes() in data
+    arrays = [call.args[0].array, call.args[-1]]
+    output = bytes(8) + b"".join(array.tobytes() for array in arrays)
+    for got, want in zip(calls.decode([call], output)[0], arrays, strict=True):
+        assert got.tobytes() == want.tobytes()
+        assert got.shape == want.shape
