@@ -136,9 +136,10 @@ def build(family: str, attention: str = "sdpa", device="cpu", dtype=torch.float3
     cls = getattr(transformers, f"{CLASSES[family]}ForConditionalGeneration")
     model = cls._from_config(CONFIGS[family](), attn_implementation=attention)
     generator = torch.Generator().manual_seed(0)
-    for name, parameter in sorted(model.named_parameters()):
+    parameters = {name.replace("vision_model.", ""): p for name, p in model.named_parameters()}  # 5.x has no such level
+    for name, parameter in sorted(parameters.items()):
         if parameter.ndim > 1:
-            scale = 1.0 if "embed" in name and "vision" not in name else 0.9 * parameter[0].numel() ** -0.5
+            scale = 1.0 if "embed_tokens" in name else 0.9 * parameter[0].numel() ** -0.5
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * scale)
         elif not (parameter.data == 1).all():  # all but the scales of norms
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
