@@ -185,7 +185,7 @@ class BuildLibrary(setuptools.Command):
             print(WITHOUT_LIBRARY.format(reason=REASON), file=sys.stderr, flush=True)
 
     def get_source_files(self):
-        return ["CMakeLists.txt", *(str(p.relative_to(ROOT)) for d in ("csrc", "cmake") for p in (ROOT / d).iterdir())]
+        return ["CMakeLists.txt", *(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.is_file())]
 
     def get_outputs(self):
         names = PRODUCTS if INCLUDE else PRODUCTS[1:]
