@@ -1,5 +1,6 @@
 """Builds what this package runs, with the CMake project beside this file. A second build in a folder is quick."""
 
+import fcntl
 import importlib.util
 import os
 import shutil
@@ -27,6 +28,8 @@ def missing_tool() -> str:
     for name in ("cmake", "ninja"):
         if not _tool(name):
             return f"{name} is not installed: pip install {name}"
+    if importlib.util.find_spec("pybind11") is None:
+        return "pybind11 is not installed: pip install pybind11"
     if not (os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")):
         return "there is no C++ compiler: install g++, or set CXX"
     return ""
@@ -34,8 +37,12 @@ def missing_tool() -> str:
 
 def build(folder: Path, target: str, options: Sequence[str] = ()) -> Path:
     """Configures with `options`, builds `target` in `folder`, and returns its path."""
-    _run(_tool("cmake"), "-S", SOURCE, "-B", folder, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}", *options)
-    _run(_tool("cmake"), "--build", folder, "--target", target, "--parallel", str(min(2, os.cpu_count() or 1)))
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests may run in several processes
+        make = f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}"
+        _run(_tool("cmake"), "-S", SOURCE, "-B", folder, "-G", "Ninja", make, *options)
+        _run(_tool("cmake"), "--build", folder, "--target", target)
     return next(path for path in folder.glob(f"{target}*") if path.is_file())
 
 
