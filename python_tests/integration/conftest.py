@@ -4,6 +4,11 @@ import pytest
 import torch
 
 
+def pytest_pycollect_makemodule():
+    """Called before a module of this folder is imported: without transformers none can be."""
+    pytest.importorskip("transformers", reason="needs transformers: pip install 'sts-kernels[hf]'")
+
+
 @pytest.fixture(autouse=True, scope="package")
 def exact_and_fast():
     threads, tf32 = torch.get_num_threads(), torch.backends.cudnn.allow_tf32
