@@ -69,7 +69,7 @@ def test_links_lead_somewhere(page):
 
 def test_readme_names_every_variable_the_code_reads():
     sources = [ROOT / "setup.py", ROOT / "python_tests/conftest.py", *(ROOT / "sts_kernels").rglob("*.py")]
-    sources += [*(ROOT / "csrc").iterdir(), *(ROOT / "cmake").iterdir(), ROOT / "CMakeLists.txt"]
+    sources += [*(ROOT / "csrc").rglob("*"), ROOT / "CMakeLists.txt"]
     text = "\n".join(source.read_text() for source in sources if source.is_file())
     read = set(re.findall(r"""(?:environ\.get\(|environ\[|switch\(|getenv\()["'](STS_KERNELS_\w+)""", text))
     assert len(read) >= 5
