@@ -12,7 +12,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 
 // STS_KERNEL(name, launcher), at the end of a .cuh, offers a launcher to the tests under `name`. The product ignores it.
 #ifdef STS_KERNEL_TABLE
@@ -25,7 +24,7 @@
 #ifdef STS_EMULATE
 #define STS_DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(::emulator::dynamic_shared())
 #else
-#define STS_DYNAMIC_SHARED(type, name)                    \
+#define STS_DYNAMIC_SHARED(type, name)                           \
   extern __shared__ __align__(16) unsigned char name##_bytes_[]; \
   type* const name = reinterpret_cast<type*>(name##_bytes_)
 #endif
@@ -105,32 +104,6 @@ __device__ __forceinline__ float to_float(float value) { return value; }
 __device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
 __device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
 
-// 16 bytes of T as floats.
-template <class T>
-struct Vec {
-  static constexpr int size = 16 / sizeof(T);
-  float value[size];
-  __device__ __forceinline__ float operator[](int i) const { return value[i]; }
-};
-
-// Loads 16 aligned bytes through the read-only path: nothing may write them while the kernel runs.
-template <class T>
-__device__ __forceinline__ Vec<T> load_vec(const T* source) {
-  union {
-    uint4 bits;
-    unsigned char bytes[16];
-  } raw;
-  raw.bits = __ldg(reinterpret_cast<const uint4*>(source));
-  Vec<T> out;
-#pragma unroll
-  for (int i = 0; i < Vec<T>::size; ++i) {
-    T element;
-    memcpy(&element, raw.bytes + i * sizeof(T), sizeof(T));
-    out.value[i] = to_float(element);
-  }
-  return out;
-}
-
 // ---- device: barriers between blocks ----
 
 __device__ __forceinline__ unsigned load_acquire(const unsigned* address) {
@@ -164,7 +137,7 @@ __device__ __forceinline__ void spin_pause() {
 }
 
 // A barrier of `blocks` resident blocks, all threads of each. What any of them wrote before is visible to all after it,
-// to ordinary loads: not to load_vec or __ldg. The counter is zero before the launch and is only ever added to, so one
+// to ordinary loads: not to __ldg. The counter is zero before the launch and is only ever added to, so one
 // counter serves any number of barriers; the target may wrap around.
 class GroupBarrier {
  public:

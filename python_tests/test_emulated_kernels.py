@@ -106,6 +106,12 @@ def test_refused(emulated, kernel, args, error, message):
     calls.run_in(emulated, PRIMITIVES[-1])  # and goes on
 
 
+def test_settings_that_make_no_sense(emulated, monkeypatch):
+    monkeypatch.setenv("STS_EMULATE_ORDER", "backwards")
+    with pytest.raises(ValueError, match="STS_EMULATE_ORDER: expected fwd, rev or a number, got 'backwards'"):
+        calls.run_in(emulated, PRIMITIVES[-1])
+
+
 # ---- Sanitizers and mutants --------------------------------------------------------------------------------------
 
 

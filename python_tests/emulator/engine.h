@@ -47,18 +47,24 @@ constexpr int kWarp = 32;
 struct Settings {
   static constexpr int kForward = -1, kReverse = -2;
   int order;  // kForward, kReverse or a seed
-  int multiprocessors, blocks_per_multiprocessor;
-  double stall_seconds;
+  int multiprocessors, blocks_per_multiprocessor, stall_seconds;
 
   static Settings from_environment() {
-    const auto text = [](const char* name, const char* preset) {
-      const char* value = std::getenv(name);
-      return std::string(value && *value ? value : preset);
-    };
-    const std::string order = text("STS_EMULATE_ORDER", "fwd");
-    return {order == "fwd" ? kForward : order == "rev" ? kReverse : std::stoi(order),
-            std::stoi(text("STS_EMULATE_SMS", "4")), std::stoi(text("STS_EMULATE_BLOCKS_PER_SM", "2")),
-            std::stod(text("STS_EMULATE_STALL_SECONDS", "10"))};
+    const char* order = std::getenv("STS_EMULATE_ORDER");
+    const std::string kind = order && *order ? order : "fwd";
+    return {kind == "fwd" ? kForward : kind == "rev" ? kReverse : number("STS_EMULATE_ORDER", 0, "fwd, rev or a number"),
+            number("STS_EMULATE_SMS", 4), number("STS_EMULATE_BLOCKS_PER_SM", 2), number("STS_EMULATE_STALL_SECONDS", 10)};
+  }
+
+ private:
+  static int number(const char* name, int preset, const char* expected = "a number") {
+    const char* text = std::getenv(name);
+    if (!text || !*text) return preset;
+    char* end;
+    const long value = std::strtol(text, &end, 10);
+    if (*end || value < 0 || value > 1000000)
+      throw std::invalid_argument(std::string(name) + ": expected " + expected + ", got '" + text + "'");
+    return static_cast<int>(value);
   }
 };
 

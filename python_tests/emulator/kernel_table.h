@@ -9,6 +9,7 @@
 #pragma once
 #include <cstdint>
 #include <map>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <type_traits>
@@ -84,12 +85,12 @@ bool add(const char* name, R (*launcher)(P...), std::index_sequence<I...>) {
     if constexpr (std::is_same_v<R, cudaError_t>) return {result, 0};
     else return {cudaSuccess, static_cast<int64_t>(result)};
   };
-  return kernels()
-      .emplace(name, Kernel{{Argument<std::tuple_element_t<I, All>>::parameter...},
-                            std::is_same_v<R, cudaError_t>,
-                            reinterpret_cast<void (*)()>(launcher),
-                            call})
-      .second;
+  const Kernel kernel{{Argument<std::tuple_element_t<I, All>>::parameter...},
+                      std::is_same_v<R, cudaError_t>,
+                      reinterpret_cast<void (*)()>(launcher),
+                      call};
+  if (!kernels().emplace(name, kernel).second) throw std::logic_error(std::string("two kernels are called ") + name);
+  return true;
 }
 
 template <class R, class... P>

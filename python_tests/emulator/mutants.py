@@ -18,7 +18,7 @@ OVERRUN = "AddressSanitizer: heap-buffer-overflow"
 BOUNDS = "runtime error: index"
 
 ORDERS = ("fwd", "rev", "1", "2")  # that the tests run kernels in
-IMPATIENT = {"STS_EMULATE_STALL_SECONDS": "2"}
+IMPATIENT = {"STS_EMULATE_STALL_SECONDS": "4"}
 
 
 @dataclass(frozen=True)

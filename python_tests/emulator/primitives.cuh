@@ -1,5 +1,7 @@
 // Kernels that use every primitive of device.cuh, so that the emulator and a GPU can be held to the same expectations.
 #pragma once
+#include <type_traits>
+
 #include "device.cuh"
 
 namespace sts {
@@ -7,15 +9,18 @@ namespace sts {
 // out[i] = to_float(in[i]), 16 bytes at a time.
 template <class T>
 __global__ void to_float_kernel(const T* in, float* out, int vectors) {
+  constexpr int kSize = 16 / sizeof(T);
   for (int i = threadIdx.x; i < vectors; i += blockDim.x) {
-    const Vec<T> vec = load_vec(in + i * Vec<T>::size);
+    const uint4 bits = __ldg(reinterpret_cast<const uint4*>(in + i * kSize));
+    T values[kSize];
+    memcpy(values, &bits, 16);
 #pragma unroll
-    for (int v = 0; v < Vec<T>::size; ++v) out[i * Vec<T>::size + v] = vec[v];
+    for (int v = 0; v < kSize; ++v) out[i * kSize + v] = to_float(values[v]);
   }
 }
 template <class T>
 cudaError_t launch_to_float(const T* in, float* out, int count, cudaStream_t stream) {
-  return launch(to_float_kernel<T>, {dim3(1), dim3(64), 0, 1, false, stream}, in, out, count / Vec<T>::size);
+  return launch(to_float_kernel<T>, {dim3(1), dim3(64), 0, 1, false, stream}, in, out, count / static_cast<int>(16 / sizeof(T)));
 }
 STS_KERNEL(primitive_to_float32, launch_to_float<float>);
 STS_KERNEL(primitive_to_float16, launch_to_float<__half>);

@@ -5,6 +5,7 @@
     python -m python_tests.emulator.smoke --binary build/smoke/sts_kernels_smoke --out build/smoke/memcheck \\
         --under "compute-sanitizer --tool memcheck --error-exitcode 9"
 
+The kernel primitive_cluster needs compute capability 9.0.
 Exit status 0: every result is right and the program ended well. 1: not so, and the reason is printed.
 """
 
