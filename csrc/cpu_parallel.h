@@ -6,12 +6,12 @@
 
 namespace sts::cpu {
 
-// f(begin, end) over parts of [0, rows), where a row costs about `work` floating-point operations. Below some 20 microseconds a
-// part, threads cost more than they save.
+// f(begin, end) over parts of [0, rows), where a row costs about `work` floating-point operations. A part is at least some 60
+// microseconds of work: waking a thread that sleeps takes nearly as long.
 template <class F>
 void for_rows(int64_t rows, int64_t work, const F& f) {
-  const int64_t grain = std::max<int64_t>(1, (1 << 21) / std::max<int64_t>(1, work));
-  if (rows <= grain) return f(int64_t(0), rows);
+  const int64_t grain = std::max<int64_t>(1, (6 << 20) / std::max<int64_t>(1, work));
+  if (rows < 2 * grain) return f(int64_t(0), rows);
   torch::stable::parallel_for(0, rows, grain, f);
 }
 
