@@ -39,6 +39,8 @@ def growth(axes, rows, colours, field, label, fixed):
         if len(points) > 1:
             axes.loglog(*zip(*points, strict=True), "o-", color=colour, label=name, markersize=3, linewidth=1)
     axes.set(xlabel=label, title=" ".join(f"{name}={value}" for name, value in fixed.items()))
+    axes.set_xticks(shown := sorted({line_x for line in axes.lines for line_x in line.get_xdata()}), map(str, shown))
+    axes.set_xticks([], minor=True)
     axes.grid(True, which="both", alpha=0.2)
 
 
