@@ -35,7 +35,7 @@ void pairs(const Rows<scalar_t>& rows, int64_t b, int64_t tokens, float* out) {
 Tensor pairwise_sqdist_cpu(const Tensor& features) {
   const Tensor x = checked_features("pairwise_sqdist", features, 3);
   const int64_t batch = x.size(0), tokens = x.size(1);
-  Tensor out = torch::stable::new_empty(x, {batch, tokens, tokens}, ScalarType::Float);
+  Tensor out = new_floats(x, {batch, tokens, tokens});
   float* matrices = static_cast<float*>(out.mutable_data_ptr());
   cpu::dispatch(x.scalar_type(), [&](auto* element) {
     const auto rows = rows_of<std::remove_pointer_t<decltype(element)>>(x);

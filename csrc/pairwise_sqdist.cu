@@ -9,7 +9,7 @@ Tensor pairwise_sqdist_cuda(const Tensor& features) {
   const Tensor x = checked_features("pairwise_sqdist", features, 3);
   const CudaScope scope(x);
   const int64_t batch = x.size(0), tokens = x.size(1);
-  Tensor out = torch::stable::new_empty(x, {batch, tokens, tokens}, ScalarType::Float);
+  Tensor out = new_floats(x, {batch, tokens, tokens});
   if (batch == 0) return out;
   dispatch_cuda(x.scalar_type(), [&](auto* element) {
     const auto rows = rows_of<std::remove_pointer_t<decltype(element)>>(x);

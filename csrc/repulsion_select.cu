@@ -52,7 +52,7 @@ Tensor select(const Selection& selection) {
       return part;
     };
     SelectionScratch(plan, items, rows.channels, allocate);
-    const Tensor scratch_memory = torch::stable::new_empty(selection.features, {bytes}, ScalarType::Byte);
+    const Tensor scratch_memory = new_tensor(selection.features, {bytes}, aoti_torch_dtype_uint8());
     memory = static_cast<char*>(scratch_memory.mutable_data_ptr());
     bytes = 0;
     const SelectionScratch scratch(plan, items, rows.channels, allocate);

@@ -12,7 +12,7 @@ Tensor repulsion_step_cpu(Tensor potential, const Tensor& features, const Tensor
   const int64_t batch = step.features.size(0), tokens = step.features.size(1), channels = step.features.size(2);
   const int64_t* picks = static_cast<const int64_t*>(step.picked.const_data_ptr());
   Step::check_values(picks, batch, tokens);
-  Tensor out = torch::stable::new_empty(step.features, {batch}, ScalarType::Long);
+  Tensor out = new_indices(step.features, {batch});
   int64_t* next = static_cast<int64_t*>(out.mutable_data_ptr());
   float* potentials = static_cast<float*>(potential.mutable_data_ptr());
   const int64_t batch_stride = potential.stride(0), token_stride = potential.stride(1);

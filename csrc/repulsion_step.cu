@@ -11,7 +11,7 @@ Tensor repulsion_step_cuda(Tensor potential, const Tensor& features, const Tenso
   const Step step(potential, features, picked, eps);
   const CudaScope scope(step.features);
   const int64_t batch = step.features.size(0), tokens = step.features.size(1);
-  Tensor next = torch::stable::new_empty(step.features, {batch}, ScalarType::Long);
+  Tensor next = new_indices(step.features, {batch});
   if (batch == 0) return next;
   const int64_t* picks = static_cast<const int64_t*>(step.picked.const_data_ptr());
   if (check_values_on_device()) {

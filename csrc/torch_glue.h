@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <optional>
 
 #include "items.h"
@@ -66,6 +67,28 @@ Rows<scalar_t> rows_of(const Tensor& features) {
           static_cast<int>(features.size(dim - 1))};
 }
 
+// A new contiguous tensor on the device of `like`. Straight from the allocator: torch::stable::new_empty goes through the dispatcher,
+// which takes longer than all else a small call does.
+inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, int32_t dtype) {
+  int64_t strides[4], step = 1;
+  for (int i = static_cast<int>(sizes.size()) - 1; i >= 0; --i) {
+    strides[i] = step;
+    step *= sizes.begin()[i] > 1 ? sizes.begin()[i] : 1;
+  }
+  int32_t device_type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides, dtype, device_type,
+                                                  like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+inline Tensor new_floats(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  return new_tensor(like, sizes, aoti_torch_dtype_float32());
+}
+inline Tensor new_indices(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  return new_tensor(like, sizes, aoti_torch_dtype_int64());
+}
+
 // Calls f with a null pointer of the element type: float, or what the caller's side of the compiler has for the 16-bit types.
 template <class half_t, class bfloat16_t, class F>
 void dispatch_floating(ScalarType type, F&& f) {
@@ -111,8 +134,8 @@ struct Selection {
   }
 
   Tensor new_output() const {
-    if (items.packed()) return torch::stable::new_empty(features, {items.picks}, ScalarType::Long);
-    return torch::stable::new_empty(features, {items.count, items.picks}, ScalarType::Long);
+    if (items.packed()) return new_indices(features, {items.picks});
+    return new_indices(features, {items.count, items.picks});
   }
 
   // The values inside the index vectors. Pointers must be readable by the host.
