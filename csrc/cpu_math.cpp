@@ -2,6 +2,7 @@
 
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "selection_rule.h"
 
@@ -34,28 +35,35 @@ struct VectorOf {
 template <int L>
 using Floats = typename VectorOf<L>::Float;
 
+// Vectors in a block of channels, the unit in which rows are read.
+template <class scalar_t>
+constexpr int kVectors = std::is_same_v<scalar_t, BFloat16> ? 2 : 1;
+
 template <int L>
-STS_INLINE void load(Floats<L>& out, const float* in) {
-  std::memcpy(&out, in, sizeof out);
+STS_INLINE void load(Floats<L>* out, const float* in) {
+  std::memcpy(out, in, sizeof *out);
+}
+
+// Two elements to a word: those in the lower halves, then those in the upper ones. In order, each would take a shuffle more.
+template <int L>
+STS_INLINE void load(Floats<L>* out, const BFloat16* in) {
+  typename VectorOf<L>::Word word, upper;
+  std::memcpy(&word, in, sizeof word);
+  upper = word & 0xffff0000u;
+  word <<= 16;
+  std::memcpy(out, &word, sizeof word);
+  std::memcpy(out + 1, &upper, sizeof upper);
 }
 
 template <int L>
-STS_INLINE void load(Floats<L>& out, const BFloat16* in) {
-  typename VectorOf<L>::Half half;
-  std::memcpy(&half, in, sizeof half);
-  const auto word = __builtin_convertvector(half, typename VectorOf<L>::Word) << 16;
-  std::memcpy(&out, &word, sizeof out);
-}
-
-template <int L>
-STS_INLINE void load(Floats<L>& out, const Half* in) {
+STS_INLINE void load(Floats<L>* out, const Half* in) {
   typename VectorOf<L>::Half half;
   std::memcpy(&half, in, sizeof half);
 #if defined(__x86_64__)
   if constexpr (L > 4) {  // AVX2 and up convert in one instruction, for which there is no portable spelling
     Floats<L> wide;
     asm("vcvtph2ps %1, %0" : "=v"(wide) : "v"(half));
-    out = wide;
+    *out = wide;
     return;
   }
 #endif
@@ -67,123 +75,143 @@ STS_INLINE void load(Floats<L>& out, const Half* in) {
   value *= 0x1p112f;  // rebias the exponent; exact, subnormals included
   std::memcpy(&bits, &value, sizeof bits);
   bits |= (typename VectorOf<L>::Word(infinite) & 0x7f800000u) | (word & 0x8000u) << 16;
-  std::memcpy(&out, &bits, sizeof out);
+  std::memcpy(out, &bits, sizeof bits);
 }
 
-// The first `count` < L elements, zeros after them.
+// The first `count` channels of a block, zeros after them.
 template <int L, class scalar_t>
-STS_INLINE void load_some(Floats<L>& out, const scalar_t* in, int64_t count) {
-  alignas(64) scalar_t padded[L] = {};
-  for (int64_t i = 0; i < count; ++i) padded[i] = in[i];
+STS_INLINE void load_some(Floats<L>* out, const scalar_t* in, int64_t count) {
+  alignas(64) scalar_t padded[L * kVectors<scalar_t>] = {};
+  std::memcpy(padded, in, count * sizeof(scalar_t));
   load<L>(out, padded);
 }
 
-template <int L>
-STS_INLINE float total(const Floats<L>& lanes) {
-  float sum[L];
-  std::memcpy(sum, &lanes, sizeof sum);
-  for (int width = L / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) sum[i] += sum[i + width];
-  return sum[0];
-}
-
-template <int L, int P, int R, class scalar_t>
-STS_INLINE void sqdist_tile(const float* const* points, const scalar_t* rows, int64_t row_stride, int64_t channels, float* out,
-                            int64_t out_stride) {
-  Floats<L> sum[P][R] = {};
+// f(c, vectors) for the block from every channel c on.
+template <int L, class scalar_t, class F>
+STS_INLINE void for_blocks(const scalar_t* row, int64_t channels, const F& f) {
+  constexpr int kBlock = L * kVectors<scalar_t>;
+  Floats<L> x[kVectors<scalar_t>];
   int64_t c = 0;
-  for (; c + L <= channels; c += L) {
-    Floats<L> x[R];
-    for (int r = 0; r < R; ++r) load<L>(x[r], rows + r * row_stride + c);
-    for (int p = 0; p < P; ++p) {
-      Floats<L> point;
-      load<L>(point, points[p] + c);
-      for (int r = 0; r < R; ++r) {
-        const Floats<L> difference = point - x[r];
-        sum[p][r] += difference * difference;
-      }
-    }
+  for (; c + kBlock <= channels; c += kBlock) {
+    load<L>(x, row + c);
+    f(c, x);
   }
   if (c < channels) {
-    for (int p = 0; p < P; ++p) {
-      for (int r = 0; r < R; ++r) {
-        Floats<L> point, x;
-        load_some<L>(point, points[p] + c, channels - c);
-        load_some<L>(x, rows + r * row_stride + c, channels - c);
-        const Floats<L> difference = point - x;
-        sum[p][r] += difference * difference;
-      }
-    }
+    load_some<L>(x, row + c, channels - c);
+    f(c, x);
   }
-  for (int p = 0; p < P; ++p)
-    for (int r = 0; r < R; ++r) out[p * out_stride + r] = total<L>(sum[p][r]);
+}
+
+// The lower (kHalf = 0) or upper (1) half of every run of W lanes of two vectors, the first vector's runs first.
+template <int L, int W, int kHalf, int... I>
+STS_INLINE void halves(Floats<L>& out, const Floats<L>& a, const Floats<L>& b, std::integer_sequence<int, I...>) {
+#if defined(__clang__)
+  out = __builtin_shufflevector(a, b, (I / (W / 2) * W + kHalf * (W / 2) + I % (W / 2))...);
+#else
+  out = __builtin_shuffle(a, b, typename VectorOf<L>::Word{(I / (W / 2) * W + kHalf * (W / 2) + I % (W / 2))...});
+#endif
+}
+
+// sums[i] = the sum of the lanes of lanes[i]: lane i + L / 2 to lane i, then lane i + L / 4, and so on, whatever N is. Runs of W
+// lanes are folded in half, two vectors into one as long as there are two.
+template <int L, int N, int W = L>
+STS_INLINE void totals(Floats<L>* lanes, float* sums) {
+  if constexpr (W == 1) {
+    std::memcpy(sums, lanes, N * sizeof(float));
+  } else {
+    constexpr int kVectors = (N * W + L - 1) / L;
+    constexpr auto kLanes = std::make_integer_sequence<int, L>();
+    for (int v = 0; v < kVectors; v += 2) {
+      const Floats<L>&a = lanes[v], &b = lanes[v + 1 < kVectors ? v + 1 : v];
+      Floats<L> lower, upper;
+      halves<L, W, 0>(lower, a, b, kLanes);
+      halves<L, W, 1>(upper, a, b, kLanes);
+      lanes[v / 2] = lower + upper;
+    }
+    totals<L, N, W / 2>(lanes, sums);
+  }
 }
 
 template <int L, int P, int R, class scalar_t>
-STS_INLINE void sqdist_strip(const float* const* points, const scalar_t* rows, int64_t row_stride, int64_t num_rows, int64_t channels,
-                             float* out, int64_t out_stride) {
-  int64_t r = 0;
-  for (; r + R <= num_rows; r += R) sqdist_tile<L, P, R>(points, rows + r * row_stride, row_stride, channels, out + r, out_stride);
-  for (; r < num_rows; ++r) sqdist_tile<L, P, 1>(points, rows + r * row_stride, row_stride, channels, out + r, out_stride);
+STS_INLINE void sqdist_tile(const float* const* points, const scalar_t* const* rows, int64_t channels, float* out, int64_t out_stride) {
+  constexpr int kBlock = L * kVectors<scalar_t>;
+  Floats<L> sum[P][R] = {}, x[R][kVectors<scalar_t>];
+  const auto add = [&](int64_t c) __attribute__((always_inline)) {
+    for (int v = 0; v < kVectors<scalar_t>; ++v) {
+      for (int p = 0; p < P; ++p) {
+        Floats<L> point;
+        load<L>(&point, points[p] + c + v * L);
+        for (int r = 0; r < R; ++r) {
+          const Floats<L> difference = point - x[r][v];
+          sum[p][r] += difference * difference;
+        }
+      }
+    }
+  };
+  int64_t c = 0;
+  for (; c + kBlock <= channels; c += kBlock) {
+    for (int r = 0; r < R; ++r) load<L>(x[r], rows[r] + c);
+    add(c);
+  }
+  if (c < channels) {
+    for (int r = 0; r < R; ++r) load_some<L>(x[r], rows[r] + c, channels - c);
+    add(c);
+  }
+  float sums[P][R];
+  totals<L, P * R>(sum[0], sums[0]);
+  for (int p = 0; p < P; ++p) std::memcpy(out + p * out_stride, sums[p], sizeof sums[p]);
 }
 
-// Tiles of points and rows whose sums fit the registers: 32 of them with AVX-512, else 16.
+template <int L, int P, int R, class scalar_t>
+STS_INLINE void sqdist_strip(const float* const* points, const scalar_t* const* rows, int64_t num_rows, int64_t channels, float* out,
+                             int64_t out_stride) {
+  int64_t r = 0;
+  for (; r + R <= num_rows; r += R) sqdist_tile<L, P, R>(points, rows + r, channels, out + r, out_stride);
+  for (; r < num_rows; ++r) sqdist_tile<L, P, 1>(points, rows + r, channels, out + r, out_stride);
+}
+
+// Tiles of points and rows that fit the registers with their sums: 32 of them with AVX-512, else 16. Tiles of 8 x 2 load less
+// often, but took twice as long with AVX-512.
 template <int L, class scalar_t>
-STS_INLINE void sqdist_all(const float* const* points, int num_points, const scalar_t* rows, int64_t row_stride, int64_t num_rows,
-                           int64_t channels, float* out, int64_t out_stride) {
+STS_INLINE void sqdist_all(const float* const* points, int num_points, const scalar_t* const* rows, int64_t num_rows, int64_t channels,
+                           float* out, int64_t out_stride) {
   int p = 0;
   const auto strip = [&](auto width, auto height) __attribute__((always_inline)) {
     for (; p + width() <= num_points; p += width())
-      sqdist_strip<L, width(), height()>(points + p, rows, row_stride, num_rows, channels, out + p * out_stride, out_stride);
+      sqdist_strip<L, width(), height()>(points + p, rows, num_rows, channels, out + p * out_stride, out_stride);
   };
-  if constexpr (L == 16) strip(std::integral_constant<int, 8>(), std::integral_constant<int, 2>());
-  strip(std::integral_constant<int, 4>(), std::integral_constant<int, 2>());
+  strip(std::integral_constant<int, 4>(), std::integral_constant<int, L == 16 ? 4 : 2>());
   strip(std::integral_constant<int, 1>(), std::integral_constant<int, 4>());
 }
 
 template <int L, class scalar_t>
-STS_INLINE void widen_all(const scalar_t* row, float* out, int64_t channels) {
-  Floats<L> x;
-  int64_t c = 0;
-  for (; c + L <= channels; c += L) {
-    load<L>(x, row + c);
-    std::memcpy(out + c, &x, sizeof x);
-  }
-  if (c < channels) {
-    load_some<L>(x, row + c, channels - c);
-    std::memcpy(out + c, &x, (channels - c) * sizeof(float));
-  }
+STS_INLINE void to_point_all(const scalar_t* row, float* point, int64_t channels) {
+  for_blocks<L>(row, channels, [&](int64_t c, const auto& x) __attribute__((always_inline)) { std::memcpy(point + c, x, sizeof x); });
+  constexpr int kBlock = L * kVectors<scalar_t>;
+  for (int64_t c = (channels + kBlock - 1) / kBlock * kBlock; c < point_size(channels); ++c) point[c] = 0.f;
 }
 
 template <int L, class scalar_t>
-STS_INLINE void add_all(const scalar_t* row, float* sum, int64_t channels) {
-  Floats<L> x, s;
-  int64_t c = 0;
-  for (; c + L <= channels; c += L) {
-    load<L>(x, row + c);
-    load<L>(s, sum + c);
-    s += x;
-    std::memcpy(sum + c, &s, sizeof s);
-  }
-  if (c < channels) {
-    load_some<L>(x, row + c, channels - c);
-    for (int64_t i = c; i < channels; ++i) sum[i] += x[i - c];
-  }
+STS_INLINE void add_all(const scalar_t* row, float* point, int64_t channels) {
+  for_blocks<L>(row, channels, [&](int64_t c, const auto& x) __attribute__((always_inline)) {
+    for (int v = 0; v < kVectors<scalar_t>; ++v) {
+      Floats<L> sum;
+      load<L>(&sum, point + c + v * L);
+      sum += x[v];
+      std::memcpy(point + c + v * L, &sum, sizeof sum);
+    }
+  });
 }
 
 template <int L, class scalar_t>
 STS_INLINE bool finite_all(const scalar_t* row, int64_t channels) {
-  Floats<L> x, zero = {};
-  int64_t c = 0;
-  for (; c + L <= channels; c += L) {
-    load<L>(x, row + c);
-    zero += x - x;  // a NaN where x is not finite
-  }
-  if (c < channels) {
-    load_some<L>(x, row + c, channels - c);
-    zero += x - x;
-  }
-  return total<L>(zero) == 0.f;
+  Floats<L> zero = {};
+  for_blocks<L>(row, channels, [&](int64_t, const auto& x) __attribute__((always_inline)) {
+    for (int v = 0; v < kVectors<scalar_t>; ++v) zero += x[v] - x[v];  // a NaN where x is not finite
+  });
+  float sum;
+  totals<L, 1>(&zero, &sum);
+  return sum == 0.f;
 }
 
 // Lane by lane minimum, then the index: two passes without a branch in the first.
@@ -194,9 +222,9 @@ STS_INLINE Lowest lowest_all(float* values, const float* addend, int64_t count) 
   for (int lane = 0; lane < L; ++lane) best[lane] = value;
   int64_t i = 0;
   for (; i + L <= count; i += L) {
-    load<L>(x, values + i);
+    load<L>(&x, values + i);
     if constexpr (kAdd) {
-      load<L>(y, addend + i);
+      load<L>(&y, addend + i);
       x += y;
       std::memcpy(values + i, &x, sizeof x);
     }
@@ -217,7 +245,7 @@ STS_INLINE void repulsion_all(float* sqdist, int64_t count, float eps) {
   Floats<L> x;
   int64_t i = 0;
   for (; i + L <= count; i += L) {
-    load<L>(x, sqdist + i);
+    load<L>(&x, sqdist + i);
     x = x == x ? 1.f / (x + eps) : Floats<L>{};
     std::memcpy(sqdist + i, &x, sizeof x);
   }
@@ -227,16 +255,16 @@ STS_INLINE void repulsion_all(float* sqdist, int64_t count, float eps) {
 }  // namespace
 
 #define STS_CPU_MATH(scalar_t)                                                                                             \
-  STS_PER_ISA(void, widen, (const scalar_t* row, float* out, int64_t channels), (row, out, channels),                      \
-              (widen_all<L>(row, out, channels)))                                                                          \
-  STS_PER_ISA(void, add_row, (const scalar_t* row, float* sum, int64_t channels), (row, sum, channels),                    \
-              (add_all<L>(row, sum, channels)))                                                                            \
+  STS_PER_ISA(void, to_point, (const scalar_t* row, float* point, int64_t channels), (row, point, channels),               \
+              (to_point_all<L>(row, point, channels)))                                                                     \
+  STS_PER_ISA(void, add_row, (const scalar_t* row, float* point, int64_t channels), (row, point, channels),                \
+              (add_all<L>(row, point, channels)))                                                                          \
   STS_PER_ISA(bool, all_finite, (const scalar_t* row, int64_t channels), (row, channels), (finite_all<L>(row, channels)))  \
   STS_PER_ISA(void, sqdist,                                                                                                \
-              (const float* const* points, int num_points, const scalar_t* rows, int64_t row_stride, int64_t num_rows,     \
-               int64_t channels, float* out, int64_t out_stride),                                                          \
-              (points, num_points, rows, row_stride, num_rows, channels, out, out_stride),                                 \
-              (sqdist_all<L>(points, num_points, rows, row_stride, num_rows, channels, out, out_stride)))
+              (const float* const* points, int num_points, const scalar_t* const* rows, int64_t num_rows, int64_t channels, \
+               float* out, int64_t out_stride),                                                                            \
+              (points, num_points, rows, num_rows, channels, out, out_stride),                                             \
+              (sqdist_all<L>(points, num_points, rows, num_rows, channels, out, out_stride)))
 STS_CPU_MATH(float)
 STS_CPU_MATH(Half)
 STS_CPU_MATH(BFloat16)

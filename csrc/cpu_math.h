@@ -11,20 +11,23 @@ namespace sts::cpu {
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
-// Points `sqdist` likes to compare with rows at once: each row is used that often while it is in registers.
+// Points `sqdist` likes to compare with rows at once: two times as many as meet a row while it is in registers.
 constexpr int kPoints = 8;
 
+// A point is a row in float32, its channels in the order in which the vector loops read them from a row of that type, and then
+// zeros up to a whole number of the largest blocks they read.
+constexpr int64_t point_size(int64_t channels) { return (channels + 31) / 32 * 32; }
+
 #define STS_CPU_MATH(scalar_t)                                                                                            \
-  /* out[c] = row[c] */                                                                                                   \
-  void widen(const scalar_t* row, float* out, int64_t channels);                                                          \
-  /* sum[c] += row[c] */                                                                                                  \
-  void add_row(const scalar_t* row, float* sum, int64_t channels);                                                        \
+  void to_point(const scalar_t* row, float* point, int64_t channels);                                                     \
+  /* Adds the row to the point. */                                                                                        \
+  void add_row(const scalar_t* row, float* point, int64_t channels);                                                      \
   /* Whether no channel is a NaN or infinity. */                                                                          \
   bool all_finite(const scalar_t* row, int64_t channels);                                                                 \
-  /* out[p * out_stride + r] = |points[p] - row r|^2, summed over differences: nothing cancels. A pair's bits depend on    \
+  /* out[p * out_stride + r] = |points[p] - rows[r]|^2, summed over differences: nothing cancels. A pair's bits depend on  \
      the pair alone, and are the same with point and row exchanged. */                                                    \
-  void sqdist(const float* const* points, int num_points, const scalar_t* rows, int64_t row_stride, int64_t num_rows,     \
-              int64_t channels, float* out, int64_t out_stride);
+  void sqdist(const float* const* points, int num_points, const scalar_t* const* rows, int64_t num_rows, int64_t channels, \
+              float* out, int64_t out_stride);
 STS_CPU_MATH(float)
 STS_CPU_MATH(Half)
 STS_CPU_MATH(BFloat16)

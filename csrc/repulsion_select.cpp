@@ -2,7 +2,7 @@
 // over the features. When the next pick's row of weights is not at hand, it is computed together with the rows of the tokens
 // that come after it in the order of their potentials. They tend to be picked next, and their rows are kept until they are; a
 // wrong guess costs time and never a result. Potentials are exact at every pick, so the picks are those of the plain loop, bit
-// for bit.
+// for bit. A pass leaves out the tokens already picked: all N picks compute half a matrix, and none is ever stored.
 #include <limits>
 #include <vector>
 
@@ -14,135 +14,174 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// Rows of weights computed and not yet used, by token.
+// Rows of weights computed and not yet used, by place.
 class RowCache {
  public:
-  void reset(int64_t tokens, int slots) {
-    tokens_ = tokens;
-    token_of_.assign(slots, -1);
-    slot_of_.assign(tokens, -1);
-    rows_.resize(slots * tokens);
+  void reset(int64_t places, int slots) {
+    row_size_ = places;
+    place_of_.assign(slots, -1);
+    slot_of_.assign(places, -1);
+    rows_.resize(slots * places);
   }
-  bool has(int64_t token) const { return slot_of_[token] >= 0; }
-  float* row(int64_t token) { return rows_.data() + slot_of_[token] * tokens_; }
+  bool has(int64_t place) const { return slot_of_[place] >= 0; }
+  float* row(int64_t place) { return slot(slot_of_[place]); }
 
   // Frees rows until `count` can be added: those of the tokens furthest from being picked.
   void make_room(int count, const float* potential) {
-    const auto slots = static_cast<int>(token_of_.size());
-    int used = static_cast<int>(std::count_if(token_of_.begin(), token_of_.end(), [](int64_t token) { return token >= 0; }));
+    const auto slots = static_cast<int>(place_of_.size());
+    int used = static_cast<int>(std::count_if(place_of_.begin(), place_of_.end(), [](int64_t place) { return place >= 0; }));
     for (; used > slots - count; --used) {
       int64_t last = -1;
-      for (const int64_t token : token_of_)
-        if (token >= 0 && (last < 0 || potential[token] > potential[last])) last = token;
+      for (const int64_t place : place_of_)
+        if (place >= 0 && (last < 0 || potential[place] > potential[last])) last = place;
       remove(last);
     }
   }
-  float* add(int64_t token) {
-    const auto slot = static_cast<int>(std::find(token_of_.begin(), token_of_.end(), -1) - token_of_.begin());
-    token_of_[slot] = token;
-    slot_of_[token] = slot;
-    return row(token);
+  float* add(int64_t place) {
+    const auto slot = static_cast<int>(std::find(place_of_.begin(), place_of_.end(), -1) - place_of_.begin());
+    place_of_[slot] = place;
+    slot_of_[place] = slot;
+    return row(place);
   }
-  void remove(int64_t token) {
-    token_of_[slot_of_[token]] = -1;
-    slot_of_[token] = -1;
+  void remove(int64_t place) {
+    place_of_[slot_of_[place]] = -1;
+    slot_of_[place] = -1;
+  }
+  // What was at place from[i] moves to place i; from[i] rises, and no place with a row is left out.
+  void compact(const std::vector<int64_t>& from) {
+    for (size_t i = 0; i < from.size(); ++i) {
+      const int slot = slot_of_[i] = slot_of_[from[i]];
+      if (slot >= 0) place_of_[slot] = static_cast<int64_t>(i);
+    }
+    for (size_t s = 0; s < place_of_.size(); ++s) {
+      if (place_of_[s] < 0) continue;
+      float* row = slot(static_cast<int>(s));
+      for (size_t i = 0; i < from.size(); ++i) row[i] = row[from[i]];
+    }
   }
 
  private:
-  int64_t tokens_ = 0;
-  std::vector<int64_t> token_of_;
+  float* slot(int slot) { return rows_.data() + slot * row_size_; }
+
+  int64_t row_size_ = 0;
+  std::vector<int64_t> place_of_;
   std::vector<int> slot_of_;
   std::vector<float> rows_;
 };
 
-// Selects from one item at a time; its scratch is kept from item to item.
+// Selects from one item at a time; its scratch is kept from item to item. Tokens are known by their places, which keep their
+// order and close up as tokens are picked.
 template <class scalar_t>
 class Selector {
  public:
-  Selector(const Rows<scalar_t>& rows, Repulsion rule, int lookahead)
-      : rows_(rows), rule_(rule), lookahead_(lookahead), points_(lookahead * rows.channels) {}
+  Selector(cpu::Team& team, const Rows<scalar_t>& features, Repulsion rule, int lookahead)
+      : team_(team),
+        features_(features),
+        rule_(rule),
+        lookahead_(lookahead),
+        point_size_(cpu::point_size(features.channels)),
+        points_(lookahead * point_size_) {}
 
   void run(int64_t b, const Item& item, int64_t* out) {
-    tokens_ = item.tokens;
-    const int64_t picks = std::min(item.picks, tokens_);
+    places_ = item.tokens;
+    const int64_t picks = std::min(item.picks, places_);
     std::fill(out + picks, out + item.picks, -1);
     if (picks == 0) return;
-    first_ = rows_.row(b, item.first);
-    int64_t pick = start(item.anchor);
-    cache_.reset(tokens_, 4 * lookahead_);
+    row_.resize(places_);
+    token_.resize(places_);
+    for (int64_t i = 0; i < places_; ++i) row_[i] = features_.row(b, item.first + i), token_[i] = i;
+    int64_t pick = start(item.anchor), picked = 0;  // places that hold picked tokens
+    cache_.reset(places_, 4 * lookahead_);
     for (int64_t step = 0;; ++step) {
-      out[step] = pick;
+      out[step] = token_[pick];
       if (step + 1 == picks) break;
-      // Before the first weights the potentials are all equal and say nothing about the picks to come.
-      if (!cache_.has(pick)) compute_rows(pick, step == 0 ? 1 : std::min<int64_t>(lookahead_, picks - 1 - step));
+      if (!cache_.has(pick)) {
+        if (picked > places_ / 16) pick = close_up(pick), picked = 0;
+        // Before the first weights the potentials are all equal and say nothing about the picks to come.
+        compute_rows(pick, step == 0 ? 1 : std::min<int64_t>(lookahead_, picks - 1 - step));
+      }
       potential_[pick] = kInfinity;
+      ++picked;
       const float* weight = cache_.row(pick);
       cache_.remove(pick);
-      pick = cpu::add_then_lowest(potential_.data(), weight, tokens_).index;
+      pick = cpu::add_then_lowest(potential_.data(), weight, places_).index;
     }
   }
 
  private:
-  const scalar_t* row(int64_t i) const { return first_ + i * rows_.row_stride; }
-
   // Fills the potentials and returns the first pick: the anchor, or the finite token nearest the mean of the finite ones, or the
   // first token where there is none.
   int64_t start(int64_t anchor) {
     constexpr int64_t kChunk = 64;  // sums of sums of fixed chunks: small errors, and the same for any number of threads
-    const int64_t channels = rows_.channels, chunks = ceil_div(tokens_, kChunk);
-    potential_.resize(tokens_);
-    if (anchor < 0) chunk_sums_.assign(chunks * channels, 0.f);
-    cpu::for_rows(chunks, kChunk * 2 * channels, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin * kChunk; i < std::min(end * kChunk, tokens_); ++i) {
-        const bool finite = cpu::all_finite(row(i), channels);
+    const int64_t channels = features_.channels, tokens = places_, chunks = ceil_div(tokens, kChunk);
+    potential_.resize(tokens);
+    if (anchor < 0) chunk_sums_.assign(chunks * point_size_, 0.f);
+    team_.for_rows(chunks, kChunk * 2 * channels, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin * kChunk; i < std::min(end * kChunk, tokens); ++i) {
+        const bool finite = cpu::all_finite(row_[i], channels);
         potential_[i] = finite ? rule_.start() : kLastResort;
-        if (finite && anchor < 0) cpu::add_row(row(i), chunk_sums_.data() + i / kChunk * channels, channels);
+        if (finite && anchor < 0) cpu::add_row(row_[i], chunk_sums_.data() + i / kChunk * point_size_, channels);
       }
     });
     if (anchor >= 0) return anchor;
 
     const auto finite = static_cast<float>(std::count(potential_.begin(), potential_.end(), rule_.start()));
     if (finite == 0.f) return 0;
-    std::vector<float> mean(channels), sqdist(tokens_);
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) cpu::add_row(chunk_sums_.data() + chunk * channels, mean.data(), channels);
+    std::vector<float> mean(point_size_), sqdist(tokens);
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) cpu::add_row(chunk_sums_.data() + chunk * point_size_, mean.data(), point_size_);
     for (float& m : mean) m /= finite;
-    cpu::for_rows(tokens_, 2 * channels, [&](int64_t begin, int64_t end) {
+    team_.for_rows(tokens, 2 * channels, [&](int64_t begin, int64_t end) {
       const float* point[] = {mean.data()};
-      cpu::sqdist(point, 1, row(begin), rows_.row_stride, end - begin, channels, sqdist.data() + begin, tokens_);
+      cpu::sqdist(point, 1, row_.data() + begin, end - begin, channels, sqdist.data() + begin, tokens);
     });
-    for (int64_t i = 0; i < tokens_; ++i) {
+    for (int64_t i = 0; i < tokens; ++i) {
       if (potential_[i] != rule_.start()) {
         sqdist[i] = kInfinity;
       } else if (!(sqdist[i] < kLastResort)) {
         sqdist[i] = kLastResort;  // beyond float32's range
       }
     }
-    return cpu::lowest(sqdist.data(), tokens_).index;
+    return cpu::lowest(sqdist.data(), tokens).index;
+  }
+
+  // Drops the places of picked tokens; returns where `pick` is now.
+  int64_t close_up(int64_t pick) {
+    from_.clear();
+    for (int64_t i = 0; i < places_; ++i)
+      if (potential_[i] != kInfinity) from_.push_back(i);
+    places_ = static_cast<int64_t>(from_.size());
+    for (int64_t i = 0; i < places_; ++i) {
+      potential_[i] = potential_[from_[i]];
+      row_[i] = row_[from_[i]];
+      token_[i] = token_[from_[i]];
+    }
+    cache_.compact(from_);
+    return std::lower_bound(from_.begin(), from_.end(), pick) - from_.begin();
   }
 
   // Caches the weights of `pick` and of up to count - 1 tokens that look like the next picks, in one pass over the features.
   void compute_rows(int64_t pick, int64_t count) {
-    const int64_t channels = rows_.channels;
+    const int64_t channels = features_.channels;
     ahead_.assign(1, pick);
     if (count > 1) find_lowest(pick, count - 1);
-    std::vector<const float*> points;
+    const int used = static_cast<int>(ahead_.size());
+    std::vector<const float*> point;
     std::vector<float*> weights;
-    cache_.make_room(static_cast<int>(ahead_.size()), potential_.data());
-    for (size_t p = 0; p < ahead_.size(); ++p) {
-      cpu::widen(row(ahead_[p]), points_.data() + p * channels, channels);
-      points.push_back(points_.data() + p * channels);
-      weights.push_back(cache_.add(ahead_[p]));
+    cache_.make_room(used, potential_.data());
+    for (const int64_t place : ahead_) {
+      point.push_back(points_.data() + point.size() * point_size_);
+      cpu::to_point(row_[place], const_cast<float*>(point.back()), channels);
+      weights.push_back(cache_.add(place));
     }
-    const int used = static_cast<int>(points.size());
-    cpu::for_rows(tokens_, 2 * used * channels, [&](int64_t begin, int64_t end) {
+    team_.for_rows(places_, 2 * used * channels, [&](int64_t begin, int64_t end) {
       constexpr int64_t kRows = 32;  // a strip of rows meets all points while it is in cache
-      std::vector<float> strip(used * kRows);
+      float strip[cpu::kPoints * kRows];
       for (int64_t i = begin; i < end; i += kRows) {
         const int64_t rows = std::min(kRows, end - i);
-        cpu::sqdist(points.data(), used, row(i), rows_.row_stride, rows, channels, strip.data(), kRows);
+        cpu::sqdist(point.data(), used, row_.data() + i, rows, channels, strip, kRows);
         for (int p = 0; p < used; ++p) {
-          cpu::to_repulsion(strip.data() + p * kRows, rows, rule_.eps);
-          std::copy_n(strip.data() + p * kRows, rows, weights[p] + i);
+          cpu::to_repulsion(strip + p * kRows, rows, rule_.eps);
+          std::copy_n(strip + p * kRows, rows, weights[p] + i);
         }
       }
     });
@@ -151,7 +190,7 @@ class Selector {
   // Appends to `ahead_` the `count` tokens of lowest potential that are finite, not picked, not cached and not `pick`.
   void find_lowest(int64_t pick, int64_t count) {
     const auto before = [&](int64_t a, int64_t b) { return potential_[a] < potential_[b]; };
-    for (int64_t i = 0; i < tokens_; ++i) {
+    for (int64_t i = 0; i < places_; ++i) {
       const bool full = static_cast<int64_t>(ahead_.size()) > count;
       if (potential_[i] >= (full ? potential_[ahead_.back()] : kLastResort) || i == pick || cache_.has(i)) continue;
       if (full) ahead_.pop_back();
@@ -159,13 +198,15 @@ class Selector {
     }
   }
 
-  Rows<scalar_t> rows_;
+  cpu::Team& team_;
+  Rows<scalar_t> features_;
   Repulsion rule_;
   int lookahead_;
-  int64_t tokens_ = 0;
-  const scalar_t* first_ = nullptr;
+  int64_t point_size_, places_ = 0;
+  std::vector<const scalar_t*> row_;  // by place, like the next two
+  std::vector<int64_t> token_;
   std::vector<float> potential_, points_, chunk_sums_;
-  std::vector<int64_t> ahead_;
+  std::vector<int64_t> ahead_, from_;
   RowCache cache_;
 };
 
@@ -177,16 +218,20 @@ Tensor select(const Selection& selection) {
   const int lookahead = planned_lookahead(cpu::kPoints);
   cpu::dispatch(selection.features.scalar_type(), [&](auto* element) {
     const auto rows = rows_of<std::remove_pointer_t<decltype(element)>>(selection.features);
-    const auto run = [&](int64_t begin, int64_t end) {
-      Selector selector(rows, selection.rule, lookahead);
+    const auto run = [&](cpu::Team& team, int64_t begin, int64_t end) {
+      Selector selector(team, rows, selection.rule, lookahead);
       for (int64_t b = begin; b < end; ++b) selector.run(items.packed() ? 0 : b, items[b], picks + items[b].out);
     };
-    // Threads take whole items where there are enough of them, else rows of one item.
-    if (items.count > 1 && items.count >= torch::stable::get_num_threads()) {
-      torch::stable::parallel_for(0, items.count, 1, run);
-    } else {
-      run(0, items.count);
-    }
+    const int64_t shared = items.packed() ? std::max<int64_t>(1, items.count) : 1;  // items that share the tokens and the picks
+    const int64_t item_work = 2 * rows.channels * ceil_div(items.tokens, shared) * ceil_div(items.picks, shared);
+    cpu::with_team(items.count * item_work, [&](cpu::Team& team) {
+      // Threads take whole items where there are enough of them, else rows of one item.
+      if (items.count < team.members) return run(team, 0, items.count);
+      team.for_rows(items.count, item_work, [&](int64_t begin, int64_t end) {
+        cpu::Team alone(1);
+        run(alone, begin, end);
+      });
+    });
   });
   return out;
 }

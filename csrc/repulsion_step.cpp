@@ -16,28 +16,32 @@ Tensor repulsion_step_cpu(Tensor potential, const Tensor& features, const Tensor
   int64_t* next = static_cast<int64_t*>(out.mutable_data_ptr());
   float* potentials = static_cast<float*>(potential.mutable_data_ptr());
   const int64_t batch_stride = potential.stride(0), token_stride = potential.stride(1);
-  std::vector<float> mine(tokens), weight(tokens), point(channels);
+  std::vector<float> mine(tokens), weight(tokens), point(cpu::point_size(channels));
   cpu::dispatch(step.features.scalar_type(), [&](auto* element) {
-    const auto rows = rows_of<std::remove_pointer_t<decltype(element)>>(step.features);
-    for (int64_t b = 0; b < batch; ++b) {
-      float* item = potentials + b * batch_stride;
-      for (int64_t i = 0; i < tokens; ++i) mine[i] = item[i * token_stride];
-      if (picks[b] >= 0) cpu::widen(rows.row(b, picks[b]), point.data(), channels);
-      cpu::for_rows(tokens, 4 * channels, [&](int64_t begin, int64_t end) {
-        if (picks[b] >= 0) {
-          const float* points[] = {point.data()};
-          cpu::sqdist(points, 1, rows.row(b, begin), rows.row_stride, end - begin, channels, weight.data() + begin, tokens);
-          cpu::to_repulsion(weight.data() + begin, end - begin, step.rule.eps);
-          for (int64_t i = begin; i < end; ++i) mine[i] = step.rule.add(mine[i], weight[i]);
-        }
-        for (int64_t i = begin; i < end; ++i)
-          if (mine[i] != mine[i] || (mine[i] < kLastResort && !cpu::all_finite(rows.row(b, i), channels))) mine[i] = kLastResort;
-      });
-      if (picks[b] >= 0) mine[picks[b]] = std::numeric_limits<float>::infinity();
-      const cpu::Lowest best = cpu::lowest(mine.data(), tokens);
-      next[b] = best.value == std::numeric_limits<float>::infinity() ? -1 : best.index;
-      for (int64_t i = 0; i < tokens; ++i) item[i * token_stride] = mine[i];
-    }
+    using scalar_t = std::remove_pointer_t<decltype(element)>;
+    const auto rows = rows_of<scalar_t>(step.features);
+    std::vector<const scalar_t*> row(tokens);
+    cpu::with_team(batch * tokens * 4 * channels, [&](cpu::Team& team) {
+      for (int64_t b = 0; b < batch; ++b) {
+        float* item = potentials + b * batch_stride;
+        for (int64_t i = 0; i < tokens; ++i) mine[i] = item[i * token_stride], row[i] = rows.row(b, i);
+        if (picks[b] >= 0) cpu::to_point(row[picks[b]], point.data(), channels);
+        team.for_rows(tokens, 4 * channels, [&](int64_t begin, int64_t end) {
+          if (picks[b] >= 0) {
+            const float* points[] = {point.data()};
+            cpu::sqdist(points, 1, row.data() + begin, end - begin, channels, weight.data() + begin, tokens);
+            cpu::to_repulsion(weight.data() + begin, end - begin, step.rule.eps);
+            for (int64_t i = begin; i < end; ++i) mine[i] = step.rule.add(mine[i], weight[i]);
+          }
+          for (int64_t i = begin; i < end; ++i)
+            if (mine[i] != mine[i] || (mine[i] < kLastResort && !cpu::all_finite(row[i], channels))) mine[i] = kLastResort;
+        });
+        if (picks[b] >= 0) mine[picks[b]] = std::numeric_limits<float>::infinity();
+        const cpu::Lowest best = cpu::lowest(mine.data(), tokens);
+        next[b] = best.value == std::numeric_limits<float>::infinity() ? -1 : best.index;
+        for (int64_t i = 0; i < tokens; ++i) item[i * token_stride] = mine[i];
+      }
+    });
   });
   return out;
 }
