@@ -119,10 +119,10 @@ STS_INLINE void totals(Floats<L>* lanes, float* sums) {
   if constexpr (W == 1) {
     std::memcpy(sums, lanes, N * sizeof(float));
   } else {
-    constexpr int kVectors = (N * W + L - 1) / L;
+    constexpr int kCount = (N * W + L - 1) / L;  // vectors that hold runs
     constexpr auto kLanes = std::make_integer_sequence<int, L>();
-    for (int v = 0; v < kVectors; v += 2) {
-      const Floats<L>&a = lanes[v], &b = lanes[v + 1 < kVectors ? v + 1 : v];
+    for (int v = 0; v < kCount; v += 2) {
+      const Floats<L>&a = lanes[v], &b = lanes[v + 1 < kCount ? v + 1 : v];
       Floats<L> lower, upper;
       halves<L, W, 0>(lower, a, b, kLanes);
       halves<L, W, 1>(upper, a, b, kLanes);

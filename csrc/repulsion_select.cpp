@@ -223,7 +223,8 @@ Tensor select(const Selection& selection) {
       for (int64_t b = begin; b < end; ++b) selector.run(items.packed() ? 0 : b, items[b], picks + items[b].out);
     };
     const int64_t shared = items.packed() ? std::max<int64_t>(1, items.count) : 1;  // items that share the tokens and the picks
-    const int64_t item_work = 2 * rows.channels * ceil_div(items.tokens, shared) * ceil_div(items.picks, shared);
+    const int64_t passes = 4 + ceil_div(items.picks, shared);  // the first pick reads the features as often as four others
+    const int64_t item_work = 2 * rows.channels * ceil_div(items.tokens, shared) * passes;
     cpu::with_team(items.count * item_work, [&](cpu::Team& team) {
       // Threads take whole items where there are enough of them, else rows of one item.
       if (items.count < team.members) return run(team, 0, items.count);

@@ -91,6 +91,24 @@ def test_packed_ragged_and_anchored_items(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_all_tokens_of_large_items_on_several_threads(monkeypatch, dtype):
+    """Rows of one item, then whole items, are shared; picked tokens are left out of the passes many times over."""
+    threads = torch.get_num_threads()
+    for batch in (1, 7):
+        x = uniform(torch.Generator().manual_seed(8), batch, 500, 96).to(dtype)
+        monkeypatch.setenv("STS_KERNELS_LOOKAHEAD", "1")
+        try:
+            torch.set_num_threads(1)
+            plain = sts_kernels.repulsion_select(x, 500)
+            torch.set_num_threads(3)
+            for lookahead in LOOKAHEADS:
+                monkeypatch.setenv("STS_KERNELS_LOOKAHEAD", lookahead)
+                assert torch.equal(sts_kernels.repulsion_select(x, 500), plain)
+        finally:
+            torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_above_the_stored_sizes(cuda, dtype, monkeypatch):
     x = uniform(torch.Generator().manual_seed(7), 1, 20_000, 64).to("cuda", dtype)
     for plain, ahead in plain_and_ahead(monkeypatch, lambda: sts_kernels.repulsion_select(x, 300)):
