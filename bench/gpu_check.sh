@@ -102,6 +102,7 @@ bench() {
       python3 -m bench "${common[@]}" "${device[@]}" --budget "$budget" "$@" || status=1
     fi
   }
+  python3 -m bench.breakdown || status=1
   measure 60 --op repulsion_select --shapes main smooth batch qwen video
   measure 35 --op last_query_scores
   if [ -z "${STS_CHECK_QUICK:-}" ]; then

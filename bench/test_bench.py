@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from . import __main__ as cli
-from . import harness, inputs, plot, record, timing
+from . import breakdown, harness, inputs, plot, record, timing
 
 BENCHES = {name: bench for name, bench in harness.discover().items() if bench}
 SMALL = {"B": 2, "N": 96, "C": 64, "K": 12, "S": 50, "Hq": 4, "Hkv": 2, "D": 64}
@@ -213,3 +213,21 @@ def test_features_are_laid_out_as_a_model_leaves_them(data):
     assert x.shape == (2, 50, 16)
     assert x.is_contiguous()
     assert torch.equal(x, inputs.features(2, 50, 16, torch.bfloat16, torch.device("cpu"), data))
+
+
+def test_breakdown_needs_perf_and_knows_the_parts(monkeypatch, capsys):
+    names = {
+        "[.] sts::cpu::isa::sqdist": "distances",
+        "[.] sts::cpu::isa::lowest": "first pick: the mean and what is finite",
+        "[.] torch::stable::parallel_for<sts::cpu::with_team<a>(long)::{lambda(long, long)#1}>::_FUN": "threads waiting for "
+        "each other",
+        "[.] sts::(anonymous namespace)::select(sts::Selection const&)": "bookkeeping: guesses, cached rows, places that "
+        "close up",
+    }
+    for name, part in names.items():
+        assert breakdown.part_of(name) == part
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(sys, "argv", ["bench.breakdown", "--device", "cpu"])
+    with pytest.raises(SystemExit):
+        breakdown.main()
+    assert "needs perf: install linux-perf" in capsys.readouterr().err
