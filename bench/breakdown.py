@@ -1,7 +1,7 @@
 """`python -m bench.breakdown`: where the time of a selection goes, for the two main shapes.
 
-On a GPU kernel by kernel, as torch.profiler sees them; on a CPU function by function, from the samples of `perf` (Linux;
-the library must not be stripped). Prints a Markdown table.
+On a GPU kernel by kernel, as torch.profiler sees them; on a CPU function by function, from the samples of `perf`, which
+needs Linux and a library that was not stripped. Prints a Markdown table.
 """
 
 import argparse
@@ -27,10 +27,10 @@ CPU_PARTS = [
     (r"cpu::isa::sqdist\b", "distances"),
     (r"to_repulsion", "1 / (d + eps)"),
     (r"add_then_lowest", "adding a row, next pick"),
-    (r"add_row|all_finite|cpu::isa::lowest\b", "first pick: the mean and what is finite"),
+    (r"add_row|all_finite|cpu::isa::lowest\b", "first pick"),
     (r"to_point", "widening the picked rows"),
     (r"with_team.*_FUN", "threads waiting for each other"),
-    (r"", "bookkeeping: guesses, cached rows, places that close up"),
+    (r"", "bookkeeping"),
 ]
 
 
@@ -64,8 +64,10 @@ def on_cuda(tokens, picks, dtype):
         torch.cuda.synchronize()
     parts = Counter()
     for event in profile.key_averages():
+        if event.device_type != torch.autograd.DeviceType.CUDA:
+            continue
         kernel = re.sub(r"^void |<.*|\(.*", "", event.key.replace("(anonymous namespace)::", ""))
-        parts[kernel] += event.device_time_total / count
+        parts[kernel] += event.self_device_time_total / count
     return sum(parts.values()), parts
 
 

@@ -218,11 +218,9 @@ def test_features_are_laid_out_as_a_model_leaves_them(data):
 def test_breakdown_needs_perf_and_knows_the_parts(monkeypatch, capsys):
     names = {
         "[.] sts::cpu::isa::sqdist": "distances",
-        "[.] sts::cpu::isa::lowest": "first pick: the mean and what is finite",
-        "[.] torch::stable::parallel_for<sts::cpu::with_team<a>(long)::{lambda(long, long)#1}>::_FUN": "threads waiting for "
-        "each other",
-        "[.] sts::(anonymous namespace)::select(sts::Selection const&)": "bookkeeping: guesses, cached rows, places that "
-        "close up",
+        "[.] sts::cpu::isa::lowest": "first pick",
+        "[.] torch::stable::parallel_for<sts::cpu::with_team<a>(long)>::_FUN": "threads waiting for each other",
+        "[.] sts::(anonymous namespace)::select(sts::Selection const&)": "bookkeeping",
     }
     for name, part in names.items():
         assert breakdown.part_of(name) == part

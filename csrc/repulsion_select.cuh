@@ -280,7 +280,7 @@ __global__ void __launch_bounds__(kRecomputeThreads, 2)
 // How a selection is laid out on the device; everything follows from the shapes, the element type and the device.
 struct SelectionPlan {
   bool stored;          // weights of all pairs in memory
-  bool tensor_cores;    // stored: computed by sqdist_mma.cuh
+  int mma_tile;         // stored: the tiles of sqdist_mma.cuh, or 0 where pairwise_sqdist.cuh computes
   int64_t entries;      // stored: batch entries whose weights are held at a time
   int groups, group_blocks;  // recomputed: blocks of the cooperative launch
   int lookahead;             // recomputed: rows computed in one pass
@@ -293,16 +293,17 @@ SelectionPlan plan_selection(const Rows<scalar_t>& rows, const Items& items, int
   const int64_t entries = items.packed() ? 1 : items.count;
   if (items.tokens <= matrix_tokens) {
     const int64_t fit = kMatrixFloats / (items.tokens * items.tokens);
-    return {true, mma_fits(rows, items), entries < fit ? entries : fit, 0, 0, 0, 0};
+    const int64_t held = entries < fit ? entries : fit;
+    return {true, mma_fits(rows, items) ? mma_tile(items.tokens, held) : 0, held, 0, 0, 0, 0};
   }
   const int resident = max_resident_blocks(select_recomputed_kernel<scalar_t, Rule>, kRecomputeThreads, 0);
-  if (resident == 0) return {false, false, 0, 0, 0, 0, 0};
+  if (resident == 0) return {};
   const int groups = static_cast<int>(items.count < resident ? items.count : resident);
   const int64_t useful = ceil_div(items.tokens, kRecomputeThreads);
   const int blocks = static_cast<int>(useful < resident / groups ? useful : resident / groups);
   const int64_t affordable = rows.channels * sizeof(scalar_t) / sizeof(float);
   const int cached_rows = affordable > kCachedRows ? kCachedRows : affordable < kLookahead ? kLookahead : static_cast<int>(affordable);
-  return {false, false, 0, groups, blocks, lookahead, cached_rows};
+  return {false, 0, 0, groups, blocks, lookahead, cached_rows};
 }
 
 // Device memory of one selection besides its input and output. `allocate(bytes)` is called once for each part in use; parts that
@@ -319,14 +320,14 @@ struct SelectionScratch {
     const auto take = [&](auto*& part, int64_t count) {
       if (count) part = static_cast<std::remove_reference_t<decltype(part)>>(allocate(count * static_cast<int64_t>(sizeof(*part))));
     };
-    const int64_t chunks = items.anchor ? 0 : all_chunks(items), tiles = mma_tiles(items.tokens);
+    const int64_t chunks = items.anchor ? 0 : all_chunks(items), tiles = mark_tiles(items.tokens);
     take(stats.mean_sqdist, all_tokens(items));
-    take(stats.norms, plan.tensor_cores ? all_tokens(items) : 0);
+    take(stats.norms, plan.mma_tile ? all_tokens(items) : 0);
     take(stats.sums, chunks * channels);
     take(stats.counts, chunks);
     take(stats.mean, items.anchor ? 0 : items.count * channels);
     take(weights, plan.stored ? plan.entries * items.tokens * items.tokens : plan.cached_rows * all_tokens(items));
-    take(marks, plan.tensor_cores ? plan.entries * tiles * tiles : 0);
+    take(marks, plan.mma_tile ? plan.entries * tiles * tiles : 0);
     take(keys, 2 * static_cast<int64_t>(plan.groups) * plan.group_blocks * (1 + kRecomputeWarps));
     take(arrived, plan.groups);
   }
@@ -352,8 +353,8 @@ cudaError_t launch_selection(const Rows<scalar_t>& rows, const Items& items, con
   const auto weigh = [&](int64_t first, int64_t entries) {
     const StoreWeight<Rule> store{rule};
     if constexpr (sizeof(scalar_t) == 2) {
-      if (plan.tensor_cores)
-        return launch_sqdist_mma(rows, items, first, entries, scratch.stats.norms, store, scratch.marks, scratch.weights, stream);
+      if (plan.mma_tile)
+        return launch_sqdist_mma(rows, items, first, entries, plan.mma_tile, scratch.stats.norms, store, scratch.marks, scratch.weights, stream);
     }
     return launch_sqdist_tiles(rows, items, first, entries, store, scratch.weights, stream);
   };
@@ -408,7 +409,7 @@ int64_t selection_plan(int64_t batch, int64_t tokens, int64_t channels, bool pac
   const Rows<scalar_t> rows{nullptr, tokens * channels, channels, static_cast<int>(channels)};
   const Items items{batch, tokens, tokens, nullptr, packed ? offsets : nullptr, nullptr, nullptr};
   const SelectionPlan plan = plan_selection<scalar_t, Repulsion>(rows, items);
-  const int64_t fields[] = {plan.stored, plan.tensor_cores, plan.entries, plan.groups, plan.group_blocks, plan.lookahead,
+  const int64_t fields[] = {plan.stored, plan.mma_tile, plan.entries, plan.groups, plan.group_blocks, plan.lookahead,
                             plan.cached_rows};
   return fields[field];
 }

@@ -7,8 +7,9 @@
 
 namespace sts {
 
-constexpr int kMmaTile = kLargeTile;  // tokens along a tile's side, as in the kernel that repairs
-constexpr int kMmaThreads = 128;  // 2 x 2 warps of 32 x 32 pairs
+// Tokens along a tile's side. A large tile reads half as much for a pair; small ones keep more multiprocessors busy.
+constexpr int kSmallMmaTile = 64, kLargeMmaTile = 128;
+constexpr int kMarkTile = kLargeTile;  // marks are for the tiles of the kernel that repairs
 constexpr int kMmaChannels = 64;  // a stage
 constexpr int kMmaStages = 3;
 // Tensor cores truncate when they add. Sums of more channels than this are continued in rounded float32: the error of a sum
@@ -16,10 +17,13 @@ constexpr int kMmaStages = 3;
 constexpr int kMmaRun = 256;
 constexpr float kCancellation = 1.f / 64;
 
-template <class scalar_t>
-constexpr size_t mma_shared_bytes() {
-  return size_t(kMmaStages) * 2 * kMmaTile * kMmaChannels * sizeof(scalar_t);
-}
+template <int kTile>
+constexpr int kWarpRows = kTile / 2;  // a warp has so many rows of a tile's pairs and kWarpColumns columns
+constexpr int kWarpColumns = 32;
+template <int kTile>
+constexpr int kMmaThreads = kTile / kWarpRows<kTile> * (kTile / kWarpColumns) * 32;
+template <int kTile>
+constexpr size_t kMmaSharedBytes = size_t(kMmaStages) * 2 * kTile * kMmaChannels * 2;
 
 template <class scalar_t>
 bool mma_fits(const Rows<scalar_t>& rows, const Items& items) {
@@ -32,25 +36,28 @@ __device__ __forceinline__ scalar_t* staged(scalar_t* stage, int row, int chunk)
   return stage + row * kMmaChannels + (chunk ^ (row & 7)) * 8;
 }
 
-// norms: (batch, tokens). marks: (entries, tiles, tiles), of which a block writes its own: whether it marked a pair.
-template <class scalar_t, class Store>
-__global__ void __launch_bounds__(kMmaThreads)
+// norms: (batch, tokens). marks: (entries, mark_tiles, mark_tiles), of which a block writes its own: whether it marked a pair.
+template <class scalar_t, int kTile, class Store>
+__global__ void __launch_bounds__(kMmaThreads<kTile>)
     sqdist_mma_kernel(Rows<scalar_t> rows, int64_t tokens, int64_t first_entry, int64_t entries, const float* norms, Store store,
-                      unsigned* marks, float* out) {
+                      unsigned* marks, int64_t mark_tiles, float* out) {
+  constexpr int kRows = kWarpRows<kTile>, kColumns = kWarpColumns, kThreads = kMmaThreads<kTile>, kMarks = kTile / kMarkTile;
   STS_DYNAMIC_SHARED(scalar_t, shared);
-  const int64_t i0 = static_cast<int64_t>(blockIdx.y) * kMmaTile, j0 = static_cast<int64_t>(blockIdx.x) * kMmaTile;
+  __shared__ bool warp_marked[kTile / kRows][kTile / kColumns];
+  const int64_t i0 = static_cast<int64_t>(blockIdx.y) * kTile, j0 = static_cast<int64_t>(blockIdx.x) * kTile;
   if (i0 > j0) return;
-  const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, wi = warp / 2 * 32, wj = warp % 2 * 32;
+  const int tid = threadIdx.x, lane = tid % 32, warp_i = tid / 32 / (kTile / kColumns), warp_j = tid / 32 % (kTile / kColumns);
+  const int wi = warp_i * kRows, wj = warp_j * kColumns;
   const int steps = static_cast<int>(ceil_div(rows.channels, kMmaChannels));
-  const auto stage_a = [&](int step) { return shared + (step % kMmaStages) * 2 * kMmaTile * kMmaChannels; };
-  const auto stage_b = [&](int step) { return stage_a(step) + kMmaTile * kMmaChannels; };
+  const auto stage_a = [&](int step) { return shared + (step % kMmaStages) * 2 * kTile * kMmaChannels; };
+  const auto stage_b = [&](int step) { return stage_a(step) + kTile * kMmaChannels; };
 
   for (int64_t entry = blockIdx.z; entry < entries; entry += gridDim.z) {
     const auto fetch = [&](int step) {
       if (step < steps) {
         const int chunk = tid % 8, c = step * kMmaChannels + chunk * 8;
 #pragma unroll
-        for (int r = tid / 8; r < kMmaTile; r += kMmaThreads / 8) {
+        for (int r = tid / 8; r < kTile; r += kThreads / 8) {
           // Rows past the end repeat the last one; their pairs are not stored.
           const int64_t i = i0 + r < tokens ? i0 + r : tokens - 1, j = j0 + r < tokens ? j0 + r : tokens - 1;
           cp_async_16(staged(stage_a(step), r, chunk), rows.row(first_entry + entry, i) + c, c < rows.channels);
@@ -60,10 +67,10 @@ __global__ void __launch_bounds__(kMmaThreads)
       cp_async_commit();  // empty past the end, so that every wait below counts the same
     };
 
-    float dot[2][4][4] = {}, run[2][4][4] = {};  // [16 rows][8 columns][what mma gives a thread]
+    float dot[kRows / 16][4][4] = {}, run[kRows / 16][4][4] = {};  // [16 rows][8 columns][what mma gives a thread]
     const auto close_run = [&] {
 #pragma unroll
-      for (int m = 0; m < 2; ++m)
+      for (int m = 0; m < kRows / 16; ++m)
 #pragma unroll
         for (int n = 0; n < 4; ++n)
 #pragma unroll
@@ -80,9 +87,9 @@ __global__ void __launch_bounds__(kMmaThreads)
       fetch(step + kMmaStages - 1);
 #pragma unroll
       for (int k = 0; k < kMmaChannels / 16; ++k) {
-        uint32_t a[2][4], b[2][4];
+        uint32_t a[kRows / 16][4], b[2][4];
 #pragma unroll
-        for (int m = 0; m < 2; ++m) {
+        for (int m = 0; m < kRows / 16; ++m) {
           const int row = wi + m * 16 + lane % 16, chunk = k * 2 + lane / 16;
           ldmatrix_x4(a[m], staged(stage_a(step), row, chunk));
         }
@@ -92,7 +99,7 @@ __global__ void __launch_bounds__(kMmaThreads)
           ldmatrix_x4(b[n], staged(stage_b(step), row, chunk));
         }
 #pragma unroll
-        for (int m = 0; m < 2; ++m)
+        for (int m = 0; m < kRows / 16; ++m)
 #pragma unroll
           for (int n = 0; n < 4; ++n) {
             const uint32_t columns[2] = {b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]};
@@ -108,7 +115,7 @@ __global__ void __launch_bounds__(kMmaThreads)
     const float* norm = norms + (first_entry + entry) * tokens;
     bool marked = false;
 #pragma unroll
-    for (int m = 0; m < 2; ++m)
+    for (int m = 0; m < kRows / 16; ++m)
 #pragma unroll
       for (int n = 0; n < 4; ++n)
 #pragma unroll
@@ -124,21 +131,45 @@ __global__ void __launch_bounds__(kMmaThreads)
           marked = marked || !kept;
           matrix[i * tokens + j] = matrix[j * tokens + i] = kept ? store(sqdist, false) : kMarked;
         }
-    const int count = __syncthreads_count(marked);  // also: no thread is still reading the stages when the next entry's arrive
-    if (tid == 0) marks[(entry * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x] = count;
+    marked = __any_sync(kFullWarp, marked);
+    if (lane == 0) warp_marked[warp_i][warp_j] = marked;
+    __syncthreads();  // also: no thread is still reading the stages when the next entry's arrive
+    if (tid < kMarks * kMarks) {
+      const int mi = tid / kMarks, mj = tid % kMarks;
+      const int64_t tile_i = blockIdx.y * kMarks + mi, tile_j = blockIdx.x * kMarks + mj;
+      unsigned any = 0;
+      for (int wr = mi * kMarkTile / kRows; wr < (mi + 1) * kMarkTile / kRows; ++wr)
+        for (int wc = mj * kMarkTile / kColumns; wc < (mj + 1) * kMarkTile / kColumns; ++wc) any |= warp_marked[wr][wc];
+      if (tile_i < mark_tiles && tile_j < mark_tiles) marks[(entry * mark_tiles + tile_i) * mark_tiles + tile_j] = any;
+    }
   }
 }
 
-STS_HOST_DEVICE int64_t mma_tiles(int64_t tokens) { return ceil_div(tokens, kMmaTile); }
+STS_HOST_DEVICE int64_t mark_tiles(int64_t tokens) { return ceil_div(tokens, kMarkTile); }
 
-// As launch_sqdist_tiles, for 16-bit rows that mma_fits. marks: (entries, mma_tiles, mma_tiles).
+// Large tiles where there are two for every multiprocessor.
+inline int mma_tile(int64_t tokens, int64_t entries) {
+  const int64_t large = ceil_div(tokens, kLargeMmaTile);
+  return large * (large + 1) / 2 * entries >= 2 * device_sm_count() ? kLargeMmaTile : kSmallMmaTile;
+}
+
+template <int kTile, class scalar_t, class Store>
+cudaError_t launch_sqdist_mma_of(const Rows<scalar_t>& rows, const Items& items, int64_t first_entry, int64_t entries,
+                                 const float* norms, Store store, unsigned* marks, float* out, cudaStream_t stream) {
+  const auto tiles = static_cast<unsigned>(ceil_div(items.tokens, kTile));
+  const dim3 grid(tiles, tiles, static_cast<unsigned>(entries < 65535 ? entries : 65535));
+  const Launch shape{grid, dim3(kMmaThreads<kTile>), kMmaSharedBytes<kTile>, 1, false, stream};
+  return launch(sqdist_mma_kernel<scalar_t, kTile, Store>, shape, rows, items.tokens, first_entry, entries, norms, store, marks,
+                mark_tiles(items.tokens), out);
+}
+
+// As launch_sqdist_tiles, for 16-bit rows that mma_fits, with tiles of `tile`. marks: (entries, mark_tiles, mark_tiles).
 template <class scalar_t, class Store>
-cudaError_t launch_sqdist_mma(const Rows<scalar_t>& rows, const Items& items, int64_t first_entry, int64_t entries, const float* norms,
-                              Store store, unsigned* marks, float* out, cudaStream_t stream) {
-  const auto tiles = static_cast<unsigned>(mma_tiles(items.tokens));
-  const Launch shape{dim3(tiles, tiles, static_cast<unsigned>(entries < 65535 ? entries : 65535)), dim3(kMmaThreads),
-                     mma_shared_bytes<scalar_t>(), 1, false, stream};
-  const cudaError_t error = launch(sqdist_mma_kernel<scalar_t, Store>, shape, rows, items.tokens, first_entry, entries, norms, store, marks, out);
+cudaError_t launch_sqdist_mma(const Rows<scalar_t>& rows, const Items& items, int64_t first_entry, int64_t entries, int tile,
+                              const float* norms, Store store, unsigned* marks, float* out, cudaStream_t stream) {
+  const cudaError_t error =
+      tile == kLargeMmaTile ? launch_sqdist_mma_of<kLargeMmaTile>(rows, items, first_entry, entries, norms, store, marks, out, stream)
+                            : launch_sqdist_mma_of<kSmallMmaTile>(rows, items, first_entry, entries, norms, store, marks, out, stream);
   if (error != cudaSuccess) return error;
   return launch_sqdist_repair(rows, items, first_entry, entries, store, marks, out, stream);
 }

@@ -3,7 +3,7 @@
 import pytest
 from emulator import build
 
-FIELDS = ("stored", "tensor_cores", "entries", "groups", "group_blocks", "lookahead", "cached_rows")
+FIELDS = ("stored", "mma_tile", "entries", "groups", "group_blocks", "lookahead", "cached_rows")
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +38,16 @@ def test_no_more_than_256_mib_of_weights_at_a_time(plan):
 
 
 def test_tensor_cores_take_16_bit_rows_of_whole_chunks(plan):
-    assert plan(2, 576, 1024)["tensor_cores"]
-    assert not plan(2, 576, 1024, dtype="float32")["tensor_cores"]
-    assert not plan(2, 576, 1001)["tensor_cores"]
-    assert not plan(2, 576, 1024, packed=True)["tensor_cores"]  # a pair's bits must not depend on what else is packed
+    assert plan(2, 576, 1024)["mma_tile"]
+    assert plan(2, 576, 1024, dtype="float32")["mma_tile"] == 0
+    assert plan(2, 576, 1001)["mma_tile"] == 0
+    assert plan(2, 576, 1024, packed=True)["mma_tile"] == 0  # a pair's bits must not depend on what else is packed
+
+
+def test_large_tiles_where_there_are_two_for_every_multiprocessor(plan, monkeypatch):
+    monkeypatch.setenv("STS_EMULATE_SMS", "132")
+    assert [plan(batch, 576, 1024)["mma_tile"] for batch in (1, 17, 18, 64)] == [64, 64, 128, 128]  # 15 tiles an item
+    assert [plan(1, tokens, 1024)["mma_tile"] for tokens in (2688, 2816, 2880)] == [64, 64, 128]  # 231, 253, 276 tiles
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 4, 132])

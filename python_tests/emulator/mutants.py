@@ -146,7 +146,20 @@ MUTANTS = (
         "only one thread's marks count",
         "repulsion_select",
         "sqdist_mma.cuh",
-        ("const int count = __syncthreads_count(marked);", "const int count = marked; __syncthreads();"),
+        ("marked = __any_sync(kFullWarp, marked);", ""),
+    ),
+    mutant(
+        "marks of a large tile count for its first quarter",
+        "repulsion_select",
+        "sqdist_mma.cuh",
+        ("any |= warp_marked[wr][wc];", "any |= mi + mj == 0 && warp_marked[wr][wc];"),
+    ),
+    mutant(
+        "marks read before the warps have written them",
+        "repulsion_select",
+        "sqdist_mma.cuh",
+        ("__syncthreads();  // also: no thread is still", "// also: no thread is still"),
+        says=RACE,
     ),
     # A step.
     mutant(

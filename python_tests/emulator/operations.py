@@ -193,6 +193,7 @@ PATHS = (
     Case(
         "stages", 1, 70, 328, 12, cases.near_duplicates
     ),  # on tensor cores every buffer is used again; some pairs repaired
+    Case("large_tiles", 3, 140, 72, 10, cases.near_duplicates),  # on tensor cores, enough of them for the large ones
     Case("blocks", 1, 700, 3, 12),  # several blocks agree on each pick
     Case("groups", 3, 300, 5, 7),  # several groups of blocks
     Case("items", 11, 33, 9, 5),  # more items than groups
@@ -206,7 +207,7 @@ PATHS = (
 def quick() -> list[Call]:
     calls = []
     for i, case in enumerate(PATHS):
-        for dtype in cases.FLOATING if case.name == "stages" else (cases.FLOATING[i % 3],):
+        for dtype in cases.FLOATING if case.name in ("stages", "large_tiles") else (cases.FLOATING[i % 3],):
             calls += of_case(case, dtype)
     return calls
 
