@@ -3,7 +3,7 @@
 Runs the plain loop of Algorithm 1 and replays beside it which rows of weights are at hand when a pick needs its own,
 under the policies of the CPU kernel (csrc/repulsion_select.cpp) and of the CUDA kernel for many tokens
 (csrc/repulsion_select.cuh). Needs no timing, so it says the same on every machine. For each kind of tokens: picks per
-pass over the features, and rows computed per row used.
+pass over the features, rows computed per row used, and what picks would share a barrier.
 """
 
 import math
@@ -49,10 +49,16 @@ class CUDA:
 
 
 def replay(x, k, policy):
-    """(picks per pass, rows computed per row used)"""
+    """(picks per pass, rows computed per row used, picks per barrier if the blocks of a GPU made several at once)
+
+    They could as long as the lowest token with a row at hand is below a bound on all others: the lowest of them at the
+    last sweep, plus the smallest weight in the row of every pick since.
+    """
     weights = 1 / (pairwise_sqdist(x[None])[0] + 1e-6)
+    weights.fill_diagonal_(math.inf)
     potential = torch.zeros(len(x))
-    pick, rows, passes, computed = int((x - x.mean(0)).square().sum(1).argmin()), [], 0, 0
+    pick, rows, passes, computed, barriers, bound = int((x - x.mean(0)).square().sum(1).argmin()), [], 0, 0, 0, 0.0
+    smallest = {}  # weight in a row, of the tokens not picked when it was computed
     for step in range(k - 1):
         if pick not in rows:
             ahead = [pick]
@@ -63,11 +69,17 @@ def replay(x, k, policy):
             policy.make_room(rows, len(ahead), potential)
             rows += ahead
             passes, computed = passes + 1, computed + len(ahead)
+            smallest |= {i: float(weights[i][potential < math.inf].min()) for i in ahead}
         rows.remove(pick)
         potential = potential + weights[pick]
-        potential[pick] = math.inf
+        bound += smallest[pick]
         pick = int(potential.argmin())
-    return (k - 1) / passes, computed / (k - 1)
+        if pick not in rows or float(potential[pick]) >= bound:
+            barriers += 1
+            others = potential.clone()
+            others[rows] = math.inf
+            bound = float(others.min())
+    return (k - 1) / passes, computed / (k - 1), (k - 1) / barriers
 
 
 def photograph(size):
@@ -89,13 +101,19 @@ def main():
         ("smooth, 2880", inputs.features(1, 2880, 256, torch.float32, device, "smooth")[0], 640),
         ("smooth, 9216", inputs.features(1, 9216, 256, torch.float32, device, "smooth")[0], 640),
     ]
-    print("| tokens | K | policy | lookahead | picks a pass | rows computed / used |\n|---|---|---|---|---|---|")
+    print(
+        "| tokens | K | policy | lookahead | picks a pass | rows computed / used | picks a barrier |\n"
+        + "|---" * 7
+        + "|"
+    )
     for name, x, k in kinds:
         for policy in (CPU(4), CPU(8), CPU(16), CUDA(4), CUDA(8), CUDA(16)):
             if isinstance(policy, CUDA) and len(x) <= 8192:
                 continue  # stored weights there
-            picks, used = replay(x, k, policy)
-            print(f"| {name} | {k} | {type(policy).__name__} | {policy.lookahead} | {picks:.1f} | {used:.2f} |")
+            picks, used, barrier = replay(x, k, policy)
+            shared = f"{barrier:.1f}" if isinstance(policy, CUDA) else ""
+            cells = name, k, type(policy).__name__, policy.lookahead, f"{picks:.1f}", f"{used:.2f}", shared
+            print("| " + " | ".join(map(str, cells)) + " |")
 
 
 if __name__ == "__main__":
