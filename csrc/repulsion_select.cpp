@@ -173,11 +173,11 @@ class Selector {
       cpu::to_point(row_[place], const_cast<float*>(point.back()), channels);
       weights.push_back(cache_.add(place));
     }
-    team_.for_rows(places_, 2 * used * channels, [&](int64_t begin, int64_t end) {
-      constexpr int64_t kRows = 32;  // a strip of rows meets all points while it is in cache
+    constexpr int64_t kRows = 16;  // a strip of rows meets all points while it is in cache
+    team_.for_rows(ceil_div(places_, kRows), kRows * 2 * used * channels, [&](int64_t begin, int64_t end) {
       float strip[cpu::kPoints * kRows];
-      for (int64_t i = begin; i < end; i += kRows) {
-        const int64_t rows = std::min(kRows, end - i);
+      for (int64_t i = begin * kRows; i < std::min(end * kRows, places_); i += kRows) {
+        const int64_t rows = std::min(kRows, places_ - i);
         cpu::sqdist(point.data(), used, row_.data() + i, rows, channels, strip, kRows);
         for (int p = 0; p < used; ++p) {
           cpu::to_repulsion(strip + p * kRows, rows, rule_.eps);

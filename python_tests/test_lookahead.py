@@ -1,7 +1,10 @@
 """Computing the rows of several likely picks in one pass never changes a pick: against the plain loop, bit for bit."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from emulator import build, calls, operations
 
 import sts_kernels
 
@@ -52,9 +55,10 @@ def adversary(g, batch, tokens, channels):
     return x
 
 
-@pytest.mark.parametrize(
-    "make", [uniform, grid, repeated, equal, not_finite, far_away, adversary], ids=lambda f: f.__name__
-)
+MAKES = [uniform, grid, repeated, equal, not_finite, far_away, adversary]
+
+
+@pytest.mark.parametrize("make", MAKES, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_picks_are_those_of_the_plain_loop(make, dtype, monkeypatch):
     g = torch.Generator().manual_seed(5)
@@ -106,6 +110,29 @@ def test_all_tokens_of_large_items_on_several_threads(monkeypatch, dtype):
                 assert torch.equal(sts_kernels.repulsion_select(x, 500), plain)
         finally:
             torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("make", MAKES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_emulated_cuda_kernel(make, dtype, monkeypatch):
+    """The kernel for more tokens than are stored, on as many blocks as its items fill."""
+    if reason := build.missing_tool():
+        pytest.skip(reason)
+    module = build.module()
+    monkeypatch.setenv("STS_EMULATE_SMS", "1")
+    g = torch.Generator().manual_seed(9)
+
+    def picks(x, k, lookahead):
+        call = operations.repulsion_select("any", x, k, 1e-6, matrix_tokens=0, lookahead=lookahead)
+        return calls.run_in(module, replace(call, judge=lambda *_: None))[-1]
+
+    shapes = [(1, 3, 1, 5), (2, 1, 2, 10), (7, 2, 7, 50), (19, 5, 15, 20), (64, 8, 64, 2), (300, 8, 40, 2)]
+    for tokens, channels, k, times in shapes:
+        for _ in range(times):
+            x = make(g, 2, tokens, channels).to(dtype)
+            plain = picks(x, k, 1)
+            for lookahead in LOOKAHEADS:
+                assert (picks(x, k, int(lookahead)) == plain).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -69,15 +69,16 @@ def repulsion_select_reference(features, k, eps=1e-6, anchor=None, num_tokens=No
     token = nearest_to_mean(x, finite & present) if anchor is None else anchor.long()
     token = torch.where((token >= 0) & (token < count), token, -1)
     potential = torch.where(finite, 0.0, LAST_RESORT).masked_fill(~present | (token < 0)[:, None], math.inf)
-    out = []
-    for _ in range(k):
-        out.append(token)
+    # Filled in place: a list of small tensors, each new among large ones that are freed, would hold the heap apart.
+    out = features.new_empty((batch, k), dtype=torch.int64)
+    for step in range(k):
+        out[:, step] = token
         row = token.clamp(min=0)
         centre = x.gather(1, row[:, None, None].expand(-1, 1, channels))
-        potential += weight((x - centre).square().sum(-1), eps)
+        potential += weight((x - centre).square_().sum(-1), eps)
         potential.masked_fill_(position == row[:, None], math.inf)
         token = pick(potential)
-    return torch.stack(out, dim=1) if batch else features.new_empty((0, k), dtype=torch.int64)
+    return out
 
 
 def repulsion_select(
