@@ -10,7 +10,7 @@
 
 // STS_PER_ISA(type, name, parameters, arguments, body): the function `name`, compiled once per instruction set, its body called
 // with `L`, the number of float lanes that fill one vector register.
-#if defined(__x86_64__) && defined(__ELF__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_THREAD__)
+#if !defined(STS_CPU_LANES) && defined(__x86_64__) && defined(__ELF__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_THREAD__)
 #define STS_PER_ISA(type, name, parameters, arguments, body)                                             \
   namespace isa {                                                                                        \
   __attribute__((target("arch=x86-64-v4"))) type name parameters { constexpr int L = 16; return body; }  \
@@ -19,8 +19,11 @@
   }                                                                                                      \
   type name parameters { return isa::name arguments; } /* through a pointer set when the library loads */
 #else
+#ifndef STS_CPU_LANES
+#define STS_CPU_LANES 4
+#endif
 #define STS_PER_ISA(type, name, parameters, arguments, body) \
-  type name parameters { constexpr int L = 4; return body; }
+  type name parameters { constexpr int L = STS_CPU_LANES; return body; }
 #endif
 
 namespace sts::cpu {

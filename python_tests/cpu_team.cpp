@@ -1,4 +1,4 @@
-// Loops of a team of threads (csrc/cpu_team.h), under a sanitizer: test_cpu_team.py compiles and runs this. Prints what went wrong.
+// Loops of a team of threads (csrc/cpu_team.h), under a sanitizer: test_cpu_parts.py compiles and runs this. Prints what went wrong.
 #include "cpu_team.h"
 
 #include <cstdio>

@@ -1,0 +1,107 @@
+// The vector loops of the CPU kernels against plain ones: test_cpu_parts.py compiles this for each width. Prints what is wrong.
+#include "cpu_math.h"
+
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <vector>
+
+using namespace sts::cpu;
+
+int failures = 0;
+
+void check(bool good, const char* what, int64_t channels) {
+  if (!good && ++failures <= 20) std::printf("%s, %d channels\n", what, static_cast<int>(channels));
+}
+
+template <class scalar_t>
+void check_rows(int64_t channels) {
+  constexpr int kMany = 11;
+  std::mt19937 random(static_cast<unsigned>(channels));
+  std::normal_distribution<float> normal;
+  std::vector<scalar_t> data(kMany * channels);
+  for (scalar_t& x : data) x = static_cast<scalar_t>(normal(random));
+  if (channels > 2) data[1] = static_cast<scalar_t>(-1e-6f);  // below the normal numbers of float16
+  // Rows end where their memory ends, so that a sanitizer sees what is read past them.
+  std::vector<std::vector<scalar_t>> own;
+  std::vector<const scalar_t*> row;
+  for (int r = 0; r < kMany; ++r) own.emplace_back(data.begin() + r * channels, data.begin() + (r + 1) * channels);
+  for (const auto& r : own) row.push_back(r.data());
+  std::vector<std::vector<float>> point(kMany, std::vector<float>(point_size(channels), 7.f));
+  std::vector<const float*> points;
+  for (int p = 0; p < kMany; ++p) {
+    to_point(row[p], point[p].data(), channels);
+    points.push_back(point[p].data());
+    float sum = 0.f, want = 0.f;
+    for (float x : point[p]) sum += std::fabs(x);
+    for (scalar_t x : own[p]) want += std::fabs(static_cast<float>(x));
+    check(std::fabs(sum - want) <= 1e-5f * want, "to_point loses or invents channels", channels);
+  }
+  std::vector<float> one(kMany * kMany), several(kMany * kMany);
+  for (int p = 0; p < kMany; ++p)
+    for (int r = 0; r < kMany; ++r) {
+      sqdist(&points[p], 1, &row[r], 1, channels, &one[p * kMany + r], kMany);
+      double want = 0;
+      for (int64_t c = 0; c < channels; ++c) {
+        const double difference = double(static_cast<float>(own[p][c])) - double(static_cast<float>(own[r][c]));
+        want += difference * difference;
+      }
+      check(std::fabs(one[p * kMany + r] - want) <= 1e-5 * want, "sqdist is wrong", channels);
+    }
+  for (int p = 0; p < kMany; ++p)
+    for (int r = 0; r < p; ++r) check(one[p * kMany + r] == one[r * kMany + p], "sqdist is not symmetric", channels);
+  for (int num_points : {2, 4, 5, 8, kMany})
+    for (int num_rows : {1, 2, 3, 4, 7, 8, kMany}) {
+      sqdist(points.data(), num_points, row.data(), num_rows, channels, several.data(), kMany);
+      for (int p = 0; p < num_points; ++p)
+        check(!std::memcmp(&several[p * kMany], &one[p * kMany], num_rows * sizeof(float)), "a tile has other bits than a pair", channels);
+    }
+
+  std::vector<float> sum(point_size(channels));
+  for (int r = 0; r < 3; ++r) add_row(row[r], sum.data(), channels);
+  for (int64_t c = 0; c < point_size(channels); ++c)
+    check(sum[c] == point[0][c] + point[1][c] + point[2][c], "add_row adds something else", channels);
+  check(all_finite(row[0], channels), "a finite row is not", channels);
+  for (float wild : {std::numeric_limits<float>::infinity(), -std::numeric_limits<float>::infinity(), std::nanf("")})
+    for (int64_t c : {int64_t(0), channels / 2, channels - 1}) {
+      std::vector<scalar_t> bad = own[0];
+      bad[c] = static_cast<scalar_t>(wild);
+      check(!all_finite(bad.data(), channels), "a row that is not finite is", channels);
+    }
+}
+
+void check_values(int64_t count) {
+  std::mt19937 random(static_cast<unsigned>(count));
+  std::vector<float> values(count), addend(count), sums(count);
+  for (int64_t i = 0; i < count; ++i) values[i] = static_cast<float>(random() % 4), addend[i] = static_cast<float>(random() % 4);
+  if (count > 5) values[5] = std::numeric_limits<float>::infinity();
+  const auto agrees = [&](Lowest got, const std::vector<float>& in) {
+    int64_t want = 0;
+    for (int64_t i = 1; i < count; ++i)
+      if (in[i] < in[want]) want = i;
+    return got.index == want && got.value == in[want];
+  };
+  check(agrees(lowest(values.data(), count), values), "lowest is not", count);
+  for (int64_t i = 0; i < count; ++i) sums[i] = values[i] + addend[i];
+  check(agrees(add_then_lowest(values.data(), addend.data(), count), sums) && values == sums, "add_then_lowest is wrong", count);
+  if (count > 1) values[1] = std::nanf("");
+  std::vector<float> weight = values;
+  to_repulsion(weight.data(), count, 0.5f);
+  for (int64_t i = 0; i < count; ++i)
+    check(weight[i] == (std::isnan(values[i]) ? 0.f : 1.f / (values[i] + 0.5f)), "to_repulsion is wrong", count);
+}
+
+int main() {
+  for (int64_t n = 1; n <= 70; ++n) {
+    check_rows<float>(n);
+    check_rows<Half>(n);
+    check_rows<BFloat16>(n);
+    check_values(n);
+  }
+  check_rows<float>(1027);
+  check_rows<Half>(1027);
+  check_rows<BFloat16>(1027);
+  return failures != 0;
+}

@@ -1,0 +1,52 @@
+"""The parts of the CPU kernels that a test of an op can't reach on every machine: threads that race, other vector widths."""
+
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parent / "csrc"
+TORCH = Path(torch.__file__).parent / "include"
+COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not COMPILER, reason="there is no C++ compiler: install g++, or set CXX"),
+]
+WIDTHS = {4: (), 8: ("-mavx2", "-mfma", "-mf16c"), 16: ("-march=x86-64-v4",)}  # lanes: what a machine needs for them
+
+
+def run(folder, *source_and_options):
+    program = folder / "program"
+    options = ["-std=c++17", "-O2", "-g", "-pthread", f"-I{CSRC}", f"-I{TORCH}", "-fno-sanitize-recover=all"]
+    subprocess.run([COMPILER, *options, *source_and_options, "-o", program], check=True)
+    done = subprocess.run([program], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def flags():
+    """What the processor can do, as Linux names it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return {flag for line in lines if line.startswith("flags") for flag in line.split()}
+
+
+@pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
+def test_team_runs_every_row_once(tmp_path, sanitizer):
+    run(tmp_path, f"-fsanitize={sanitizer}", HERE / "cpu_team.cpp")
+
+
+@pytest.mark.parametrize("lanes", WIDTHS)
+def test_math_of_every_width(tmp_path, lanes):
+    needs = {4: set(), 8: {"avx2", "fma", "f16c"}, 16: {"avx512f", "avx512bw", "avx512dq", "avx512vl"}}[lanes]
+    if lanes > 4 and (platform.machine() != "x86_64" or needs - flags()):
+        pytest.skip(f"this processor has no vectors of {lanes} floats")
+    width = (f"-DSTS_CPU_LANES={lanes}", *WIDTHS[lanes])
+    run(tmp_path, "-fsanitize=address,undefined", *width, CSRC / "cpu_math.cpp", HERE / "cpu_math.cpp")
