@@ -1,5 +1,6 @@
 #include "cpu_math.h"
 
+#include <algorithm>
 #include <cstring>
 #include <type_traits>
 #include <utility>
@@ -135,8 +136,10 @@ STS_INLINE void totals(Floats<L>* lanes, float* sums) {
   }
 }
 
-template <int L, int P, int R, class scalar_t>
-STS_INLINE void sqdist_tile(const float* const* points, const scalar_t* const* rows, int64_t channels, float* out, int64_t out_stride) {
+// kFetch: reads `ahead` into the second-level cache on the way, a line a block.
+template <int L, int P, int R, bool kFetch, class scalar_t>
+STS_INLINE void sqdist_tile(const float* const* points, const scalar_t* const* rows, const scalar_t* const* ahead, int64_t channels,
+                            float* out, int64_t out_stride) {
   constexpr int kBlock = L * kVectors<scalar_t>;
   Floats<L> sum[P][R] = {}, x[R][kVectors<scalar_t>];
   const auto add = [&](int64_t c) __attribute__((always_inline)) {
@@ -153,7 +156,10 @@ STS_INLINE void sqdist_tile(const float* const* points, const scalar_t* const* r
   };
   int64_t c = 0;
   for (; c + kBlock <= channels; c += kBlock) {
-    for (int r = 0; r < R; ++r) load<L>(x[r], rows[r] + c);
+    for (int r = 0; r < R; ++r) {
+      load<L>(x[r], rows[r] + c);
+      if constexpr (kFetch) __builtin_prefetch(ahead[r] + c, 0, 2);
+    }
     add(c);
   }
   if (c < channels) {
@@ -165,23 +171,34 @@ STS_INLINE void sqdist_tile(const float* const* points, const scalar_t* const* r
   for (int p = 0; p < P; ++p) std::memcpy(out + p * out_stride, sums[p], sizeof sums[p]);
 }
 
-template <int L, int P, int R, class scalar_t>
-STS_INLINE void sqdist_strip(const float* const* points, const scalar_t* const* rows, int64_t num_rows, int64_t channels, float* out,
-                             int64_t out_stride) {
+template <int L, int P, int R, bool kFetch, class scalar_t>
+STS_INLINE void sqdist_strip(const float* const* points, const scalar_t* const* rows, int64_t num_rows, int64_t following,
+                             int64_t channels, float* out, int64_t out_stride) {
+  constexpr int64_t kAhead = 8;  // rows from a tile to what it fetches
   int64_t r = 0;
-  for (; r + R <= num_rows; r += R) sqdist_tile<L, P, R>(points, rows + r, channels, out + r, out_stride);
-  for (; r < num_rows; ++r) sqdist_tile<L, P, 1>(points, rows + r, channels, out + r, out_stride);
+  for (; r + R <= num_rows; r += R) {
+    const scalar_t* ahead[R];
+    for (int i = 0; kFetch && i < R; ++i) ahead[i] = rows[std::min(r + kAhead + i, num_rows + following - 1)];
+    sqdist_tile<L, P, R, kFetch>(points, rows + r, ahead, channels, out + r, out_stride);
+  }
+  for (; r < num_rows; ++r) sqdist_tile<L, P, 1, false, scalar_t>(points, rows + r, nullptr, channels, out + r, out_stride);
 }
 
 // Tiles of points and rows that fit the registers with their sums: 32 of them with AVX-512, else 16. Tiles of 8 x 2 load less
 // often, but took twice as long with AVX-512.
 template <int L, class scalar_t>
-STS_INLINE void sqdist_all(const float* const* points, int num_points, const scalar_t* const* rows, int64_t num_rows, int64_t channels,
-                           float* out, int64_t out_stride) {
+STS_INLINE void sqdist_all(const float* const* points, int num_points, const scalar_t* const* rows, int64_t num_rows, int64_t following,
+                           int64_t channels, float* out, int64_t out_stride) {
   int p = 0;
   const auto strip = [&](auto width, auto height) __attribute__((always_inline)) {
-    for (; p + width() <= num_points; p += width())
-      sqdist_strip<L, width(), height()>(points + p, rows, num_rows, channels, out + p * out_stride, out_stride);
+    for (; p + width() <= num_points; p += width()) {
+      float* to = out + p * out_stride;
+      if (p == 0) {
+        sqdist_strip<L, width(), height(), true>(points, rows, num_rows, following, channels, to, out_stride);
+      } else {
+        sqdist_strip<L, width(), height(), false>(points + p, rows, num_rows, following, channels, to, out_stride);
+      }
+    }
   };
   strip(std::integral_constant<int, 4>(), std::integral_constant<int, L == 16 ? 4 : 2>());
   strip(std::integral_constant<int, 1>(), std::integral_constant<int, 4>());
@@ -264,10 +281,10 @@ STS_INLINE void repulsion_all(float* sqdist, int64_t count, float eps) {
               (add_all<L>(row, point, channels)))                                                                          \
   STS_PER_ISA(bool, all_finite, (const scalar_t* row, int64_t channels), (row, channels), (finite_all<L>(row, channels)))  \
   STS_PER_ISA(void, sqdist,                                                                                                \
-              (const float* const* points, int num_points, const scalar_t* const* rows, int64_t num_rows, int64_t channels, \
-               float* out, int64_t out_stride),                                                                            \
-              (points, num_points, rows, num_rows, channels, out, out_stride),                                             \
-              (sqdist_all<L>(points, num_points, rows, num_rows, channels, out, out_stride)))
+              (const float* const* points, int num_points, const scalar_t* const* rows, int64_t num_rows, int64_t following, \
+               int64_t channels, float* out, int64_t out_stride),                                                          \
+              (points, num_points, rows, num_rows, following, channels, out, out_stride),                                  \
+              (sqdist_all<L>(points, num_points, rows, num_rows, following, channels, out, out_stride)))
 STS_CPU_MATH(float)
 STS_CPU_MATH(Half)
 STS_CPU_MATH(BFloat16)

@@ -132,7 +132,7 @@ class Selector {
     for (float& m : mean) m /= finite;
     team_.for_rows(tokens, 2 * channels, [&](int64_t begin, int64_t end) {
       const float* point[] = {mean.data()};
-      cpu::sqdist(point, 1, row_.data() + begin, end - begin, channels, sqdist.data() + begin, tokens);
+      cpu::sqdist(point, 1, row_.data() + begin, end - begin, tokens - end, channels, sqdist.data() + begin, tokens);
     });
     for (int64_t i = 0; i < tokens; ++i) {
       if (potential_[i] != rule_.start()) {
@@ -178,7 +178,7 @@ class Selector {
       float strip[cpu::kPoints * kRows];
       for (int64_t i = begin * kRows; i < std::min(end * kRows, places_); i += kRows) {
         const int64_t rows = std::min(kRows, places_ - i);
-        cpu::sqdist(point.data(), used, row_.data() + i, rows, channels, strip, kRows);
+        cpu::sqdist(point.data(), used, row_.data() + i, rows, places_ - i - rows, channels, strip, kRows);
         for (int p = 0; p < used; ++p) {
           cpu::to_repulsion(strip + p * kRows, rows, rule_.eps);
           std::copy_n(strip + p * kRows, rows, weights[p] + i);

@@ -1,4 +1,4 @@
-"""The parts of the CPU kernels that a test of an op can't reach on every machine: threads that race, other vector widths."""
+"""What a test of an op can't reach of the CPU kernels on every machine: threads that race, other vector widths."""
 
 import os
 import platform
