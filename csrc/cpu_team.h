@@ -11,7 +11,8 @@
 
 namespace sts::cpu {
 
-// What a thread takes of a loop at a time: floating-point operations of some 5 microseconds.
+// What a thread takes of a loop at a time, at the least: floating-point operations of some 5 microseconds. Of a long loop it takes
+// more, so that rows fetched ahead are mostly its own.
 constexpr int64_t kPartWork = 1 << 19;
 
 // Between loops the threads stay awake, for a selection has a loop every few tens of microseconds and a sleeping thread takes
@@ -45,9 +46,10 @@ class Team {
   // the body to call. What f throws, it throws, after the other parts.
   template <class F>
   void for_rows(int64_t rows, int64_t work, const F& f) {
-    const int64_t part = std::max<int64_t>(1, kPartWork / std::max<int64_t>(1, work)), parts = ceil_div(rows, part);
+    const int64_t part = std::max({int64_t(1), kPartWork / std::max<int64_t>(1, work), rows / (16 * members)});
+    const int64_t parts = ceil_div(rows, part);
     if (members < 2 || parts < 2) return f(int64_t(0), rows);
-    loop_ = {[](const void* function, int64_t begin, int64_t end) { (*static_cast<const F*>(function))(begin, end); }, &f, rows, part};
+    loop_ = {[](const void* function, int64_t begin, int64_t end) { (*static_cast<const F*>(function))(begin, end); }, &f, rows, part, parts};
     unfinished_.store(parts, std::memory_order_relaxed);
     left_.store(parts, std::memory_order_release);
     while (run_part()) {
@@ -57,14 +59,14 @@ class Team {
   }
 
  private:
-  // Takes a part of the present loop, the last ones first; false if none is left. What it reads of the loop it reads after it
+  // Takes the next part of the present loop; false if none is left. What it reads of the loop it reads after it
   // has taken a part, and a loop is not replaced before its parts are finished.
   bool run_part() {
     int64_t left = left_.load(std::memory_order_relaxed);
     do {
       if (left == 0) return false;
     } while (!left_.compare_exchange_weak(left, left - 1, std::memory_order_acquire, std::memory_order_relaxed));
-    const int64_t begin = (left - 1) * loop_.part;
+    const int64_t begin = (loop_.parts - left) * loop_.part;
     try {
       loop_.run(loop_.function, begin, std::min(begin + loop_.part, loop_.rows));
     } catch (...) {
@@ -87,7 +89,7 @@ class Team {
   struct Loop {
     void (*run)(const void* function, int64_t begin, int64_t end);
     const void* function;
-    int64_t rows, part;
+    int64_t rows, part, parts;
   } loop_{};
   std::exception_ptr error_;
   std::atomic<bool> led_{false}, over_{false}, failed_{false};

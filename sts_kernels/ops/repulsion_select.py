@@ -116,7 +116,7 @@ def repulsion_select(
     Cost:
         about 3 B k N C flops. On a GPU one launch runs all k picks, and nothing is read back to the host; scratch of
         (N, N) floats for as many items as fit 256 MiB up to 8192 tokens, and about the size of the features above. On
-        the CPU scratch of 33 N floats.
+        the CPU picked tokens are left out, 3 B k (N - k / 2) C flops, with scratch of (C / 64 + 45) N floats an item.
     """
     _check(features, k, eps, anchor, num_tokens)
     _check_values(features, anchor, num_tokens)
