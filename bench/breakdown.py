@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import torch
 
 import sts_kernels
 
-from . import inputs
+from . import inputs, timing
 
 SHAPES = [(576, 192), (2880, 480)]
 LIBRARY = "libsts_kernels.so"
@@ -43,15 +42,6 @@ def call_of(tokens, picks, dtype, device):
     return lambda: sts_kernels.repulsion_select(x, picks)
 
 
-def median_us(call, count):
-    def once():
-        start = time.perf_counter()
-        call()
-        return 1e6 * (time.perf_counter() - start)
-
-    return sorted(once() for _ in range(count))[count // 2]
-
-
 def on_cuda(tokens, picks, dtype):
     """(microseconds a call, {kernel: microseconds})"""
     call, count = call_of(tokens, picks, dtype, torch.device("cuda")), 50
@@ -72,7 +62,7 @@ def on_cuda(tokens, picks, dtype):
 
 
 def on_cpu(tokens, picks, dtype):
-    """(microseconds a call, {part: microseconds of all threads})"""
+    """(microseconds a call, {part: percent of all threads' time})"""
     with tempfile.NamedTemporaryFile() as samples:
         child = [sys.executable, "-m", "bench.breakdown", "--loop", str(tokens), str(picks), str(dtype)[6:]]
         child += ["--threads", str(torch.get_num_threads())]
@@ -86,7 +76,7 @@ def on_cpu(tokens, picks, dtype):
     for line in lines:
         share, _, name = line.partition(";")
         if name:
-            parts[part_of(name)] += float(share.strip(" %")) / 100 * total * torch.get_num_threads()
+            parts[part_of(name)] += float(share.strip(" %"))
     return total, parts
 
 
@@ -103,7 +93,8 @@ def main():
         tokens, picks, dtype = args.loop
         call = call_of(int(tokens), int(picks), getattr(torch, dtype), torch.device("cpu"))
         call()
-        print(median_us(call, max(10, int(3e6 / median_us(call, 3)))))
+        timed = timing.HostClock(torch.device("cpu")).prepare(call)
+        print(timing.percentiles(timed.samples(max(10, int(3e6 / timed.once_us))))[1])
         return
     if args.device == "cpu" and not shutil.which("perf"):
         parser.error("needs perf: install linux-perf (Debian), linux-tools (Ubuntu) or perf (Fedora)")

@@ -10,8 +10,9 @@
 #define STS_INLINE inline __attribute__((always_inline))
 
 // STS_PER_ISA(type, name, parameters, arguments, body): the function `name`, compiled once per instruction set, its body called
-// with `L`, the number of float lanes that fill one vector register.
-#if !defined(STS_CPU_LANES) && defined(__x86_64__) && defined(__ELF__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_THREAD__)
+// with `L`, the number of float lanes that fill one vector register. Tests set STS_CPU_LANES to have one of a width they choose.
+#if !defined(STS_CPU_LANES) && defined(__x86_64__) && defined(__ELF__) && defined(__GNUC__) && !defined(__clang__) && \
+    !defined(__SANITIZE_THREAD__)
 #define STS_PER_ISA(type, name, parameters, arguments, body)                                             \
   namespace isa {                                                                                        \
   __attribute__((target("arch=x86-64-v4"))) type name parameters { constexpr int L = 16; return body; }  \

@@ -168,10 +168,12 @@ class Selector {
     std::vector<const float*> point;
     std::vector<float*> weights;
     cache_.make_room(used, potential_.data());
+    float* next = points_.data();
     for (const int64_t place : ahead_) {
-      point.push_back(points_.data() + point.size() * point_size_);
-      cpu::to_point(row_[place], const_cast<float*>(point.back()), channels);
+      cpu::to_point(row_[place], next, channels);
+      point.push_back(next);
       weights.push_back(cache_.add(place));
+      next += point_size_;
     }
     constexpr int64_t kRows = 16;  // a strip of rows meets all points while it is in cache
     team_.for_rows(ceil_div(places_, kRows), kRows * 2 * used * channels, [&](int64_t begin, int64_t end) {
