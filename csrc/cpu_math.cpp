@@ -137,8 +137,8 @@ STS_INLINE void totals(Floats<L>* lanes, float* sums) {
   }
 }
 
-// kFetch: reads `ahead` into the second-level cache on the way, a line a block.
-template <int L, int P, int R, bool kFetch, class scalar_t>
+// Reads F more rows, `ahead`, into the second-level cache on the way, a line of each a block.
+template <int L, int P, int R, int F, class scalar_t>
 STS_INLINE void sqdist_tile(const float* const* points, const scalar_t* const* rows, const scalar_t* const* ahead, int64_t channels,
                             float* out, int64_t out_stride) {
   constexpr int kBlock = L * kVectors<scalar_t>;
@@ -157,10 +157,8 @@ STS_INLINE void sqdist_tile(const float* const* points, const scalar_t* const* r
   };
   int64_t c = 0;
   for (; c + kBlock <= channels; c += kBlock) {
-    for (int r = 0; r < R; ++r) {
-      load<L>(x[r], rows[r] + c);
-      if constexpr (kFetch) __builtin_prefetch(ahead[r] + c, 0, 2);
-    }
+    for (int r = 0; r < R; ++r) load<L>(x[r], rows[r] + c);
+    for (int f = 0; f < F; ++f) __builtin_prefetch(ahead[f] + c, 0, 2);
     add(c);
   }
   if (c < channels) {
@@ -172,37 +170,45 @@ STS_INLINE void sqdist_tile(const float* const* points, const scalar_t* const* r
   for (int p = 0; p < P; ++p) std::memcpy(out + p * out_stride, sums[p], sizeof sums[p]);
 }
 
-template <int L, int P, int R, bool kFetch, class scalar_t>
-STS_INLINE void sqdist_strip(const float* const* points, const scalar_t* const* rows, int64_t num_rows, int64_t following,
-                             int64_t channels, float* out, int64_t out_stride) {
-  constexpr int64_t kAhead = 8;  // rows from a tile to what it fetches
-  int64_t r = 0;
+// Tiles of P points and R rows. Each fetches F of the rows that come next; returns how many.
+template <int L, int P, int R, int F, class scalar_t>
+STS_INLINE int64_t sqdist_strip(const float* const* points, const scalar_t* const* rows, int64_t num_rows, const scalar_t* const* next,
+                             int64_t num_next, int64_t channels, float* out, int64_t out_stride) {
+  int64_t r = 0, fetched = 0;
   for (; r + R <= num_rows; r += R) {
-    const scalar_t* ahead[R];
-    for (int i = 0; kFetch && i < R; ++i) ahead[i] = rows[std::min(r + kAhead + i, num_rows + following - 1)];
-    sqdist_tile<L, P, R, kFetch>(points, rows + r, ahead, channels, out + r, out_stride);
+    const scalar_t* ahead[F];
+    for (int f = 0; f < F; ++f, ++fetched) ahead[f] = fetched < num_next ? next[fetched] : rows[r];
+    sqdist_tile<L, P, R, F>(points, rows + r, ahead, channels, out + r, out_stride);
   }
-  for (; r < num_rows; ++r) sqdist_tile<L, P, 1, false, scalar_t>(points, rows + r, nullptr, channels, out + r, out_stride);
+  for (; r < num_rows; ++r) sqdist_tile<L, P, 1, 0, scalar_t>(points, rows + r, nullptr, channels, out + r, out_stride);
+  return std::min(fetched, num_next);
 }
 
 // Tiles of points and rows that fit the registers with their sums: 32 of them with AVX-512, else 16. Tiles of 8 x 2 load less
-// often, but took twice as long with AVX-512.
+// often, but took twice as long with AVX-512. While the rows meet all points, as many that follow are fetched, evenly: memory is
+// as slow as the arithmetic of a dozen points, and what a first few would fetch alone they would wait for.
 template <int L, class scalar_t>
-STS_INLINE void sqdist_all(const float* const* points, int num_points, const scalar_t* const* rows, int64_t num_rows, int64_t following,
-                           int64_t channels, float* out, int64_t out_stride) {
+STS_INLINE void sqdist_all(const float* const* points, int num_points, const scalar_t* const* rows, int64_t num_rows, const scalar_t* const* next,
+                           int64_t num_next, int64_t channels, float* out, int64_t out_stride) {
+  constexpr int kHeight = L == 16 ? 4 : 2;
+  int64_t fetched = 0;
   int p = 0;
-  const auto strip = [&](auto width, auto height) __attribute__((always_inline)) {
-    for (; p + width() <= num_points; p += width()) {
-      float* to = out + p * out_stride;
-      if (p == 0) {
-        sqdist_strip<L, width(), height(), true>(points, rows, num_rows, following, channels, to, out_stride);
-      } else {
-        sqdist_strip<L, width(), height(), false>(points + p, rows, num_rows, following, channels, to, out_stride);
-      }
+  for (; p + 4 <= num_points; p += 4) {
+    const auto strip = [&](auto fetch) __attribute__((always_inline)) {
+      fetched += sqdist_strip<L, 4, kHeight, fetch()>(points + p, rows, num_rows, next + fetched, num_next - fetched, channels,
+                                                      out + p * out_stride, out_stride);
+    };
+    if (num_points < 8) {
+      strip(std::integral_constant<int, kHeight>());
+    } else if (num_points < 16) {
+      strip(std::integral_constant<int, kHeight / 2>());
+    } else {
+      strip(std::integral_constant<int, 1>());
     }
-  };
-  strip(std::integral_constant<int, 4>(), std::integral_constant<int, L == 16 ? 4 : 2>());
-  strip(std::integral_constant<int, 1>(), std::integral_constant<int, 4>());
+  }
+  for (; p < num_points; ++p)
+    fetched += sqdist_strip<L, 1, 4, 4>(points + p, rows, num_rows, next + fetched, num_next - fetched, channels, out + p * out_stride,
+                                        out_stride);
 }
 
 template <int L, class scalar_t>
@@ -282,10 +288,10 @@ STS_INLINE void repulsion_all(float* sqdist, int64_t count, float eps) {
               (add_all<L>(row, point, channels)))                                                                          \
   STS_PER_ISA(bool, all_finite, (const scalar_t* row, int64_t channels), (row, channels), (finite_all<L>(row, channels)))  \
   STS_PER_ISA(void, sqdist,                                                                                                \
-              (const float* const* points, int num_points, const scalar_t* const* rows, int64_t num_rows, int64_t following, \
-               int64_t channels, float* out, int64_t out_stride),                                                          \
-              (points, num_points, rows, num_rows, following, channels, out, out_stride),                                  \
-              (sqdist_all<L>(points, num_points, rows, num_rows, following, channels, out, out_stride)))
+              (const float* const* points, int num_points, const scalar_t* const* rows, int64_t num_rows,                    \
+               const scalar_t* const* next, int64_t num_next, int64_t channels, float* out, int64_t out_stride),           \
+              (points, num_points, rows, num_rows, next, num_next, channels, out, out_stride),                             \
+              (sqdist_all<L>(points, num_points, rows, num_rows, next, num_next, channels, out, out_stride)))
 STS_CPU_MATH(float)
 STS_CPU_MATH(Half)
 STS_CPU_MATH(BFloat16)

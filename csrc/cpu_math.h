@@ -12,7 +12,7 @@ using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
 // Points `sqdist` likes to have at once: two tiles of them share the rows that a first one has brought into cache.
-constexpr int kPoints = 8;
+constexpr int kPoints = 16;
 
 // A point is a row in float32, its channels in the order in which the vector loops read them from a row of that type, and then
 // zeros up to a whole number of the largest blocks they read.
@@ -25,10 +25,10 @@ constexpr int64_t point_size(int64_t channels) { return (channels + 31) / 32 * 3
   /* Whether no channel is a NaN or infinity. */                                                                          \
   bool all_finite(const scalar_t* row, int64_t channels);                                                                 \
   /* out[p * out_stride + r] = |points[p] - rows[r]|^2, summed over differences: nothing cancels. A pair's bits depend on  \
-     the pair alone, and are the same with point and row exchanged. `following` pointers come after those of the rows:    \
-     what is needed next, which is fetched into cache meanwhile. */                                                       \
+     the pair alone, and are the same with point and row exchanged. `next`: rows that are needed next, which are fetched  \
+     into cache meanwhile. */                                                                                              \
   void sqdist(const float* const* points, int num_points, const scalar_t* const* rows, int64_t num_rows,                  \
-              int64_t following, int64_t channels, float* out, int64_t out_stride);
+              const scalar_t* const* next, int64_t num_next, int64_t channels, float* out, int64_t out_stride);
 STS_CPU_MATH(float)
 STS_CPU_MATH(Half)
 STS_CPU_MATH(BFloat16)

@@ -23,7 +23,7 @@ void pairs(cpu::Team& team, const Rows<scalar_t>& rows, int64_t b, int64_t token
       for (int64_t i = 0; i < j1; i += cpu::kPoints) {
         const int used = static_cast<int>(std::min<int64_t>(cpu::kPoints, j1 - i));
         for (int p = 0; p < used; ++p) cpu::to_point(rows.row(b, i + p), points.data() + p * point_size, channels);
-        cpu::sqdist(point, used, column, j1 - j0, 0, channels, strip.data(), kBlock);
+        cpu::sqdist(point, used, column, j1 - j0, column, 0, channels, strip.data(), kBlock);
         for (int p = 0; p < used; ++p)
           for (int64_t j = std::max(j0, i + p); j < j1; ++j)
             out[(i + p) * tokens + j] = out[j * tokens + i + p] = j == i + p ? 0.f : strip[p * kBlock + j - j0];

@@ -1,8 +1,9 @@
 // Selection on the CPU: the plain loop of Algorithm 1, except that the distances to several tokens are computed in one pass
 // over the features. When the next pick's row of weights is not at hand, it is computed together with the rows of the tokens
-// that come after it in the order of their potentials. They tend to be picked next, and their rows are kept until they are; a
-// wrong guess costs time and never a result. Potentials are exact at every pick, so the picks are those of the plain loop, bit
-// for bit. A pass leaves out the tokens already picked: all N picks compute half a matrix, and none is ever stored.
+// that the loop would pick next if it had to choose among a few candidates of low potential. Mostly these are the next picks, and
+// their rows are kept until they are; a wrong guess costs time and never a result. Potentials are exact at every pick, so the
+// picks are those of the plain loop, bit for bit. A pass leaves out the tokens already picked: all N picks compute half a
+// matrix, and none is ever stored.
 #include <limits>
 #include <vector>
 
@@ -13,6 +14,12 @@ namespace sts {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr int64_t kStripRows = 16;  // of a pass: they stay in cache while they meet all points
+constexpr int kCachedRows = 2 * cpu::kPoints;
+constexpr int64_t kPlacesPerCandidate = 64;
+
+// Rows of weights computed in a pass. More of them read features that are not in cache less often; fewer are better guesses.
+inline int best_lookahead(int64_t feature_bytes) { return feature_bytes > int64_t(16) << 20 ? cpu::kPoints : cpu::kPoints / 2; }
 
 // Rows of weights computed and not yet used, by place.
 class RowCache {
@@ -42,6 +49,10 @@ class RowCache {
     place_of_[slot] = place;
     slot_of_[place] = slot;
     return row(place);
+  }
+  void append_places(std::vector<int64_t>& places) const {
+    for (const int64_t place : place_of_)
+      if (place >= 0) places.push_back(place);
   }
   void remove(int64_t place) {
     place_of_[slot_of_[place]] = -1;
@@ -74,13 +85,13 @@ class RowCache {
 template <class scalar_t>
 class Selector {
  public:
-  Selector(cpu::Team& team, const Rows<scalar_t>& features, Repulsion rule, int lookahead)
+  Selector(cpu::Team& team, const Rows<scalar_t>& features, Repulsion rule)
       : team_(team),
         features_(features),
         rule_(rule),
-        lookahead_(lookahead),
         point_size_(cpu::point_size(features.channels)),
-        points_(lookahead * point_size_) {}
+        points_(cpu::kPoints),
+        point_values_(cpu::kPoints * point_size_) {}
 
   void run(int64_t b, const Item& item, int64_t* out) {
     places_ = item.tokens;
@@ -91,14 +102,15 @@ class Selector {
     token_.resize(places_);
     for (int64_t i = 0; i < places_; ++i) row_[i] = features_.row(b, item.first + i), token_[i] = i;
     int64_t pick = start(item.anchor), picked = 0;  // places that hold picked tokens
-    cache_.reset(places_, 4 * lookahead_);
+    lookahead_ = planned_lookahead(best_lookahead(places_ * features_.channels * sizeof(scalar_t)), cpu::kPoints);
+    cache_.reset(places_, kCachedRows);
     for (int64_t step = 0;; ++step) {
       out[step] = token_[pick];
       if (step + 1 == picks) break;
       if (!cache_.has(pick)) {
         if (picked > places_ / 16) pick = close_up(pick), picked = 0;
-        // Before the first weights the potentials are all equal and say nothing about the picks to come.
-        compute_rows(pick, step == 0 ? 1 : std::min<int64_t>(lookahead_, picks - 1 - step));
+        look_ahead(pick, step == 0, picks - 1 - step);
+        compute_rows();
       }
       potential_[pick] = kInfinity;
       ++picked;
@@ -123,6 +135,8 @@ class Selector {
         if (finite && anchor < 0) cpu::add_row(row_[i], chunk_sums_.data() + i / kChunk * point_size_, channels);
       }
     });
+    first_rank_.clear();
+    backward_ = true;
     if (anchor >= 0) return anchor;
 
     const auto finite = static_cast<float>(std::count(potential_.begin(), potential_.end(), rule_.start()));
@@ -130,10 +144,8 @@ class Selector {
     std::vector<float> mean(point_size_), sqdist(tokens);
     for (int64_t chunk = 0; chunk < chunks; ++chunk) cpu::add_row(chunk_sums_.data() + chunk * point_size_, mean.data(), point_size_);
     for (float& m : mean) m /= finite;
-    team_.for_rows(tokens, 2 * channels, [&](int64_t begin, int64_t end) {
-      const float* point[] = {mean.data()};
-      cpu::sqdist(point, 1, row_.data() + begin, end - begin, tokens - end, channels, sqdist.data() + begin, tokens);
-    });
+    const float* point = mean.data();
+    sqdist_pass(&point, 1, [&](int64_t first, int64_t rows, const float* strip) { std::copy_n(strip, rows, sqdist.data() + first); });
     for (int64_t i = 0; i < tokens; ++i) {
       if (potential_[i] != rule_.start()) {
         sqdist[i] = kInfinity;
@@ -141,6 +153,8 @@ class Selector {
         sqdist[i] = kLastResort;  // beyond float32's range
       }
     }
+    first_rank_.resize(tokens);
+    for (int64_t i = 0; i < tokens; ++i) first_rank_[i] = sqdist[i] == kInfinity ? kInfinity : -sqdist[i];
     return cpu::lowest(sqdist.data(), tokens).index;
   }
 
@@ -159,56 +173,121 @@ class Selector {
     return std::lower_bound(from_.begin(), from_.end(), pick) - from_.begin();
   }
 
-  // Caches the weights of `pick` and of up to count - 1 tokens that look like the next picks, in one pass over the features.
-  void compute_rows(int64_t pick, int64_t count) {
+  // Caches the weights of the points, `points_`, in one pass over the features.
+  void compute_rows() {
     const int64_t channels = features_.channels;
-    ahead_.assign(1, pick);
-    if (count > 1) find_lowest(pick, count - 1);
     const int used = static_cast<int>(ahead_.size());
-    std::vector<const float*> point;
     std::vector<float*> weights;
     cache_.make_room(used, potential_.data());
-    float* next = points_.data();
-    for (const int64_t place : ahead_) {
-      cpu::to_point(row_[place], next, channels);
-      point.push_back(next);
-      weights.push_back(cache_.add(place));
-      next += point_size_;
-    }
-    constexpr int64_t kRows = 16;  // a strip of rows meets all points while it is in cache
-    team_.for_rows(ceil_div(places_, kRows), kRows * 2 * used * channels, [&](int64_t begin, int64_t end) {
-      float strip[cpu::kPoints * kRows];
-      for (int64_t i = begin * kRows; i < std::min(end * kRows, places_); i += kRows) {
-        const int64_t rows = std::min(kRows, places_ - i);
-        cpu::sqdist(point.data(), used, row_.data() + i, rows, places_ - i - rows, channels, strip, kRows);
-        for (int p = 0; p < used; ++p) {
-          cpu::to_repulsion(strip + p * kRows, rows, rule_.eps);
-          std::copy_n(strip + p * kRows, rows, weights[p] + i);
-        }
+    for (const int64_t place : ahead_) weights.push_back(cache_.add(place));
+    sqdist_pass(points_.data(), used, [&](int64_t first, int64_t rows, float* strip) {
+      for (int p = 0; p < used; ++p) {
+        cpu::to_repulsion(strip + p * kStripRows, rows, rule_.eps);
+        std::copy_n(strip + p * kStripRows, rows, weights[p] + first);
       }
     });
   }
 
-  // Appends to `ahead_` the `count` tokens of lowest potential that are finite, not picked, not cached and not `pick`.
-  void find_lowest(int64_t pick, int64_t count) {
-    const auto before = [&](int64_t a, int64_t b) { return potential_[a] < potential_[b]; };
-    for (int64_t i = 0; i < places_; ++i) {
-      const bool full = static_cast<int64_t>(ahead_.size()) > count;
-      if (potential_[i] >= (full ? potential_[ahead_.back()] : kLastResort) || i == pick || cache_.has(i)) continue;
-      if (full) ahead_.pop_back();
-      ahead_.insert(std::upper_bound(ahead_.begin() + 1, ahead_.end(), i, before), i);
+  // f(first, rows, sqdist) for each strip of rows: while it is in cache it meets all points. Each pass goes the other way than the
+  // one before, so that what is left of that one in cache is read first.
+  template <class F>
+  void sqdist_pass(const float* const* points, int count, const F& f) {
+    const int64_t strips = ceil_div(places_, kStripRows);
+    const auto strip_at = [&](int64_t i) {  // (first row, rows)
+      const int64_t first = (backward_ ? strips - 1 - i : i) * kStripRows;
+      return i < strips ? std::pair(first, std::min(kStripRows, places_ - first)) : std::pair<int64_t, int64_t>();
+    };
+    team_.for_rows(strips, kStripRows * 2 * count * features_.channels, [&](int64_t begin, int64_t end) {
+      float strip[cpu::kPoints * kStripRows];
+      for (int64_t i = begin; i < end; ++i) {
+        const auto [first, rows] = strip_at(i);
+        const auto [next, num_next] = strip_at(i + 1);
+        cpu::sqdist(points, count, row_.data() + first, rows, row_.data() + next, num_next, features_.channels, strip, kStripRows);
+        f(first, rows, strip);
+      }
+    });
+    backward_ = !backward_;
+  }
+
+  void add_point(int64_t place) {
+    float* point = point_values_.data() + ahead_.size() * point_size_;
+    cpu::to_point(row_[place], point, features_.channels);
+    points_[ahead_.size()] = point;
+    ahead_.push_back(place);
+  }
+
+  // Makes points of `pick` and of tokens that have no row and are likely to be among the next `picks`: those that the plain loop
+  // would pick if there were no tokens but the candidates, which are those of lowest potential and those with a row. Before the
+  // first weights, when all potentials are equal, they are those furthest from the mean.
+  void look_ahead(int64_t pick, bool first, int64_t picks) {
+    ahead_.clear();
+    add_point(pick);
+    const int64_t count = std::min<int64_t>(lookahead_, picks);
+    if (count == 1 || (first && first_rank_.empty())) return;
+    find_candidates(first ? first_rank_ : potential_, pick, std::max<int64_t>(2 * lookahead_, places_ / kPlacesPerCandidate));
+    const auto fresh = static_cast<int64_t>(candidates_.size());
+    if (fresh < count) {
+      for (const int64_t place : candidates_) add_point(place);
+      return;
     }
+    cache_.append_places(candidates_);
+    const auto all = static_cast<int64_t>(candidates_.size());
+    candidate_rows_.resize(fresh);
+    candidate_potential_.resize(all);
+    candidate_weight_.resize(all);
+    for (int64_t i = 0; i < fresh; ++i) candidate_rows_[i] = row_[candidates_[i]];
+    for (int64_t i = 0; i < all; ++i) candidate_potential_[i] = potential_[candidates_[i]];
+    for (int64_t picked = pick, step = 1; step < picks; ++step) {
+      if (cache_.has(picked)) {
+        const float* row = cache_.row(picked);
+        for (int64_t i = 0; i < all; ++i) candidate_weight_[i] = row[candidates_[i]];
+      } else {
+        team_.for_rows(fresh, 8 * features_.channels, [&](int64_t begin, int64_t end) {
+          const auto* rows = candidate_rows_.data() + begin;
+          cpu::sqdist(&points_[ahead_.size() - 1], 1, rows, end - begin, rows, 0, features_.channels, candidate_weight_.data() + begin, fresh);
+        });
+        cpu::to_repulsion(candidate_weight_.data(), fresh, rule_.eps);
+        for (int64_t i = fresh; i < all; ++i) candidate_weight_[i] = cache_.row(candidates_[i])[picked];
+      }
+      const auto lowest = cpu::add_then_lowest(candidate_potential_.data(), candidate_weight_.data(), all);
+      if (lowest.value == kInfinity) break;
+      candidate_potential_[lowest.index] = kInfinity;
+      picked = candidates_[lowest.index];
+      if (lowest.index >= fresh) continue;
+      add_point(picked);
+      if (static_cast<int64_t>(ahead_.size()) == count) break;
+    }
+  }
+
+  // Of the tokens that are finite, not picked, not cached and not `pick`, those of lowest rank: about `count`, at most twice as many.
+  void find_candidates(const std::vector<float>& rank, int64_t pick, int64_t count) {
+    // `count` of the tokens that are the lowest of their group are no higher than the limit.
+    const int64_t groups = std::max(4 * count, places_ / 16);
+    group_lowest_.assign(groups, kInfinity);
+    for (int64_t i = 0; i < places_; i += groups)
+      for (int64_t g = 0; g < std::min(groups, places_ - i); ++g) group_lowest_[g] = std::min(group_lowest_[g], rank[i + g]);
+    std::nth_element(group_lowest_.begin(), group_lowest_.begin() + count - 1, group_lowest_.end());
+    const float limit = group_lowest_[count - 1];
+    candidates_.clear();
+    for (int64_t i = 0; i < places_ && static_cast<int64_t>(candidates_.size()) < 2 * count; ++i)
+      if (rank[i] <= limit && potential_[i] < kLastResort && i != pick && !cache_.has(i)) candidates_.push_back(i);
   }
 
   cpu::Team& team_;
   Rows<scalar_t> features_;
   Repulsion rule_;
-  int lookahead_;
   int64_t point_size_, places_ = 0;
+  int lookahead_ = 0;
+  bool backward_ = true;  // the next pass
   std::vector<const scalar_t*> row_;  // by place, like the next two
   std::vector<int64_t> token_;
-  std::vector<float> potential_, points_, chunk_sums_;
-  std::vector<int64_t> ahead_, from_;
+  std::vector<float> potential_, first_rank_, chunk_sums_;
+  std::vector<int64_t> from_, ahead_;  // ahead_: the places of points_
+  std::vector<const float*> points_;
+  std::vector<float> point_values_;
+  std::vector<int64_t> candidates_;  // those without a row first
+  std::vector<const scalar_t*> candidate_rows_;
+  std::vector<float> candidate_potential_, candidate_weight_, group_lowest_;
   RowCache cache_;
 };
 
@@ -217,11 +296,10 @@ Tensor select(const Selection& selection) {
   Selection::check_values(items);
   Tensor out = selection.new_output();
   int64_t* picks = static_cast<int64_t*>(out.mutable_data_ptr());
-  const int lookahead = planned_lookahead(cpu::kPoints);
   cpu::dispatch(selection.features.scalar_type(), [&](auto* element) {
     const auto rows = rows_of<std::remove_pointer_t<decltype(element)>>(selection.features);
     const auto run = [&](cpu::Team& team, int64_t begin, int64_t end) {
-      Selector selector(team, rows, selection.rule, lookahead);
+      Selector selector(team, rows, selection.rule);
       for (int64_t b = begin; b < end; ++b) selector.run(items.packed() ? 0 : b, items[b], picks + items[b].out);
     };
     const int64_t shared = items.packed() ? std::max<int64_t>(1, items.count) : 1;  // items that share the tokens and the picks

@@ -29,7 +29,7 @@ Tensor repulsion_step_cpu(Tensor potential, const Tensor& features, const Tensor
         team.for_rows(tokens, 4 * channels, [&](int64_t begin, int64_t end) {
           if (picks[b] >= 0) {
             const float* points[] = {point.data()};
-            cpu::sqdist(points, 1, row.data() + begin, end - begin, tokens - end, channels, weight.data() + begin, tokens);
+            cpu::sqdist(points, 1, row.data() + begin, end - begin, row.data() + end, 0, channels, weight.data() + begin, tokens);
             cpu::to_repulsion(weight.data() + begin, end - begin, step.rule.eps);
             for (int64_t i = begin; i < end; ++i) mine[i] = step.rule.add(mine[i], weight[i]);
           }

@@ -159,10 +159,10 @@ struct Selection {
 
 // Tokens whose distances are computed in one pass over the features: `best` unless STS_KERNELS_LOOKAHEAD says otherwise. The
 // result is the same for any; 1 is the plain loop.
-inline int planned_lookahead(int best) {
+inline int planned_lookahead(int best, int most) {
   const char* value = std::getenv("STS_KERNELS_LOOKAHEAD");
   const int asked = value ? std::atoi(value) : 0;
-  return asked >= 1 && asked <= best ? asked : best;
+  return asked >= 1 ? std::min(asked, most) : best;
 }
 
 // Arguments of repulsion_step_, checked once for CPU and CUDA.

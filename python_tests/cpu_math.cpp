@@ -18,7 +18,7 @@ void check(bool good, const char* what, int64_t channels) {
 
 template <class scalar_t>
 void check_rows(int64_t channels) {
-  constexpr int kMany = 11;
+  constexpr int kMany = 19;
   std::mt19937 random(static_cast<unsigned>(channels));
   std::normal_distribution<float> normal;
   std::vector<scalar_t> data(kMany * channels);
@@ -42,7 +42,7 @@ void check_rows(int64_t channels) {
   std::vector<float> one(kMany * kMany), several(kMany * kMany);
   for (int p = 0; p < kMany; ++p)
     for (int r = 0; r < kMany; ++r) {
-      sqdist(&points[p], 1, &row[r], 1, kMany - 1 - r, channels, &one[p * kMany + r], kMany);
+      sqdist(&points[p], 1, &row[r], 1, &row[r] + 1, kMany - 1 - r, channels, &one[p * kMany + r], kMany);
       double want = 0;
       for (int64_t c = 0; c < channels; ++c) {
         const double difference = double(static_cast<float>(own[p][c])) - double(static_cast<float>(own[r][c]));
@@ -52,9 +52,9 @@ void check_rows(int64_t channels) {
     }
   for (int p = 0; p < kMany; ++p)
     for (int r = 0; r < p; ++r) check(one[p * kMany + r] == one[r * kMany + p], "sqdist is not symmetric", channels);
-  for (int num_points : {2, 4, 5, 8, kMany})
+  for (int num_points : {2, 4, 5, 8, 12, 16, kMany})
     for (int num_rows : {1, 2, 3, 4, 7, 8, kMany}) {
-      sqdist(points.data(), num_points, row.data(), num_rows, kMany - num_rows, channels, several.data(), kMany);
+      sqdist(points.data(), num_points, row.data(), num_rows, row.data() + num_rows, kMany - num_rows, channels, several.data(), kMany);
       for (int p = 0; p < num_points; ++p)
         check(!std::memcmp(&several[p * kMany], &one[p * kMany], num_rows * sizeof(float)), "a tile has other bits than a pair", channels);
     }

@@ -8,7 +8,7 @@ from emulator import build, calls, operations
 
 import sts_kernels
 
-LOOKAHEADS = ("2", "3", "8")
+LOOKAHEADS = ("2", "3", "8", "16")
 
 
 def plain_and_ahead(monkeypatch, select):
