@@ -141,4 +141,10 @@ cudaError_t launch_token_stats(const Rows<scalar_t>& rows, const Items& items, c
   return launch(mean_sqdist_kernel<scalar_t>, shape(ceil_div(items.tokens, kStatsThreads / 32)), rows, items, aligned, stats);
 }
 
+// The first pick: the anchor, else the finite token nearest the mean, else the first token.
+__device__ __forceinline__ int64_t first_pick(const Item& item, Key nearest) {
+  if (item.anchor >= 0) return item.anchor;
+  return key_value(nearest) < kInfinity ? key_index(nearest) : 0;
+}
+
 }  // namespace sts

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from emulator import build, calls, operations
@@ -53,6 +54,12 @@ def adversary(g, batch, tokens, channels):
     x = uniform(g, batch, tokens, channels)
     x[:, 1::2] = x[:, : tokens - 1 : 2] + 1e-3 * x[:, 1::2]
     return x
+
+
+def emulated(module, x, k, lookahead, **rest):
+    """The arrays of a call of the kernel for more tokens than are stored."""
+    call = operations.repulsion_select("any", x, k, 1e-6, matrix_tokens=0, lookahead=lookahead, **rest)
+    return calls.run_in(module, replace(call, judge=lambda *_: None))
 
 
 MAKES = [uniform, grid, repeated, equal, not_finite, far_away, adversary]
@@ -123,16 +130,40 @@ def test_emulated_cuda_kernel(make, dtype, monkeypatch):
     g = torch.Generator().manual_seed(9)
 
     def picks(x, k, lookahead):
-        call = operations.repulsion_select("any", x, k, 1e-6, matrix_tokens=0, lookahead=lookahead)
-        return calls.run_in(module, replace(call, judge=lambda *_: None))[-1]
+        return emulated(module, x, k, lookahead)[-1]
 
-    shapes = [(1, 3, 1, 5), (2, 1, 2, 10), (7, 2, 7, 50), (19, 5, 15, 20), (64, 8, 64, 2), (300, 8, 40, 2)]
+    shapes = [
+        (1, 3, 1, 5),
+        (2, 1, 2, 10),
+        (7, 2, 7, 50),
+        (19, 5, 15, 20),
+        (64, 8, 64, 2),
+        (300, 8, 40, 2),
+        (140, 72, 50, 1),
+    ]
     for tokens, channels, k, times in shapes:
         for _ in range(times):
             x = make(g, 2, tokens, channels).to(dtype)
             plain = picks(x, k, 1)
             for lookahead in LOOKAHEADS:
                 assert (picks(x, k, int(lookahead)) == plain).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_emulated_cuda_kernel_makes_several_picks_a_sweep(dtype, monkeypatch):
+    """A sweep takes three barriers; the plain loop takes two a pick."""
+    if reason := build.missing_tool():
+        pytest.skip(reason)
+    module = build.module()
+    monkeypatch.setenv("STS_EMULATE_SMS", "2")
+    monkeypatch.setenv("STS_EMULATE_BLOCKS_PER_SM", "2")
+    x = uniform(torch.Generator().manual_seed(10), 1, 1000, 64).to(dtype)
+    barriers = {}
+    for lookahead in (1, 16):
+        *_, arrivals, _ = emulated(module, x, 161, lookahead, arrivals=np.zeros(1, np.uint32))
+        barriers[lookahead] = arrivals[0] / 4  # blocks
+    assert barriers[1] == 1 + 2 * 160
+    assert barriers[16] <= 1 + 3 * 160 / 10
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

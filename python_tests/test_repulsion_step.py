@@ -144,7 +144,9 @@ def test_not_finite_token_repels_none(backend):
     assert potential[0, 2] == math.inf
 
 
-@pytest.mark.parametrize("case", [by_name("5x127x64_k40"), by_name("near_duplicates"), *LAYOUT_CASES[:3]], ids=str)
+@pytest.mark.parametrize(
+    "case", [by_name("5x127x64_k40"), by_name("near_duplicates"), *LAYOUT_CASES[:3]], ids=lambda case: case.name
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_same_input_same_output_whatever_the_batch(backend, case, dtype):
     features = case.features(seed=6, dtype=dtype, device=backend.device)

@@ -3,7 +3,7 @@
 import pytest
 from emulator import build
 
-FIELDS = ("stored", "mma_tile", "entries", "groups", "group_blocks", "lookahead", "cached_rows")
+FIELDS = ("stored", "mma_tile", "entries", "groups", "group_blocks", "lookahead")
 
 
 @pytest.fixture(scope="module")
@@ -61,14 +61,16 @@ def test_above_the_blocks_of_all_groups_are_resident(plan, monkeypatch, multipro
             assert at["group_blocks"] >= 1
             assert at["groups"] <= batch
             assert at["groups"] * at["group_blocks"] <= multiprocessors * 2
-            assert (at["group_blocks"] - 1) * 256 < 20_000  # every block has a token
-            assert at["lookahead"] == 8
-    assert plan(1, 20_000, 1024)["group_blocks"] == min(2 * multiprocessors, 79)  # the whole device for one item
+            assert at["mma_tile"] == (0 if packed else 128)
+            assert (at["group_blocks"] - 1) * (at["mma_tile"] or 256) < 20_000  # every block has a token
+            assert at["lookahead"] == 16
+    assert plan(1, 20_000, 1024)["group_blocks"] == min(2 * multiprocessors, 157)  # the whole device for one item
+    assert plan(1, 20_000, 1024, dtype="float32")["group_blocks"] == min(2 * multiprocessors, 79)
 
 
-def test_rows_kept_take_no_more_than_the_features(plan):
+def test_weights_of_a_sweep_take_no_more_than_the_features(plan):
     for dtype, itemsize in (("float32", 4), ("bfloat16", 2)):
         for channels in (1, 8, 24, 64, 100, 1024, 5120):
-            rows = plan(1, 20_000, channels, dtype=dtype)["cached_rows"]
-            assert 8 <= rows <= 64
-            assert rows == 8 or 4 * rows <= channels * itemsize
+            rows = plan(1, 20_000, channels, dtype=dtype)["lookahead"]
+            assert 4 <= rows <= 16
+            assert rows == 4 or 4 * rows <= channels * itemsize

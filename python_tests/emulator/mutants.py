@@ -202,32 +202,80 @@ MUTANTS = (
         "token_stats.cuh",
         ("    __syncthreads();\n    if (stats.sums) {", "    if (stats.sums) {"),
     ),
+    # A selection in sweeps.
     mutant(
-        "one buffer of keys between blocks",
+        "one buffer of what blocks have lowest",
         "repulsion_select",
-        "repulsion_select.cuh",
-        ("group_keys + (turn & 1) * (group_blocks + group_warps)", "group_keys"),
+        "select_swept.cuh",
+        ("(turn++ & 1) * group_blocks * kSweepPoints", "0"),
         says=RACE,
     ),
     mutant(
-        "no barrier between the blocks of a group",
+        "no barrier before the lowest of all blocks is found",
         "repulsion_select",
-        "repulsion_select.cuh",
-        ("    barrier.sync();\n", ""),
+        "select_swept.cuh",
+        ("      barrier.sync();\n      for (int p = warp;", "      for (int p = warp;"),
+        says="wait at __syncthreads",  # blocks that do not agree go different ways
+    ),
+    mutant(
+        "no barrier between the distances of the candidates and the guess",
+        "repulsion_select",
+        "select_swept.cuh",
+        ("        barrier.sync();\n        if (warp == 0) guess_picks", "        if (warp == 0) guess_picks"),
+        says=RACE,
+    ),
+    mutant(
+        "no barrier after the picks are added",
+        "repulsion_select",
+        "select_swept.cuh",
+        ("      offer(low);\n      barrier.sync();", "      offer(low);"),
+        says=RACE,
+    ),
+    mutant(
+        "guesses are not checked",
+        "repulsion_select",
+        "select_swept.cuh",
+        ("int made = 1;", "int made = count;"),
+    ),
+    mutant(
+        "a picked token can be picked again",
+        "repulsion_select",
+        "select_swept.cuh",
+        (
+            "value = i == guess.token[p] ? kInfinity : Rule::add(value, weight[p * stride + i]);",
+            "value = Rule::add(value, weight[p * stride + i]);",
+        ),
     ),
     mutant(
         "blocks that wait for blocks that are not resident",
         "repulsion_select",
         "repulsion_select.cuh",
-        ("dim3(kRecomputeThreads), 0, 1, true, stream", "dim3(kRecomputeThreads), 0, 1, false, stream"),
+        ("shared_bytes, 1, true, stream}", "shared_bytes, 1, false, stream}"),
         says="deadlock",
     ),
     mutant(
-        "the plan is read while it is made",
+        "no wait for a stage of a sweep",
         "repulsion_select",
-        "repulsion_select.cuh",
-        ("      __syncthreads();\n      if (cache.count)", "      if (cache.count)"),
-        says="deadlock",  # some threads go to the barriers of the rows, others do not
+        "sqdist_sweep.cuh",
+        ("cp_async_wait<kStages - 2>();", ""),
+    ),
+    mutant(
+        "no barrier before a stage of a sweep is used",
+        "repulsion_select",
+        "sqdist_sweep.cuh",
+        ("cp_async_wait<kStages - 2>();\n      __syncthreads();", "cp_async_wait<kStages - 2>();"),
+    ),
+    mutant(
+        "products read before all lanes have written them",
+        "repulsion_select",
+        "sqdist_sweep.cuh",
+        ("      __syncwarp();\n      const int64_t first", "      const int64_t first"),
+    ),
+    mutant(
+        "the distance of a marked pair goes to the next token",
+        "repulsion_select",
+        "sqdist_sweep.cuh",
+        ("if (lane == owner) sqdist[p] = exact;", "if (lane == (owner + 1) % 16) sqdist[p] = exact;"),
     ),
     # Barriers between blocks.
     mutant(

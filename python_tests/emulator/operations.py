@@ -88,9 +88,23 @@ def repulsion_step(name, features, picked, eps, gap=0):
     )
 
 
-def _select(name, rows, batch, k, eps, anchor, num_tokens, cu_seqlens, cu_budgets, matrix_tokens, lookahead, judge):
-    """`matrix_tokens`: up to so many tokens the weights of all pairs are stored. Above, `lookahead` rows of weights are
-    computed in one pass."""
+def _select(
+    name,
+    rows,
+    batch,
+    k,
+    eps,
+    anchor,
+    num_tokens,
+    cu_seqlens,
+    cu_budgets,
+    matrix_tokens,
+    lookahead,
+    judge,
+    arrivals=None,
+):
+    """`matrix_tokens`: up to so many tokens the weights of all pairs are stored. Above, a sweep makes
+    `lookahead` picks at the most. `arrivals`: an array for how often blocks came to a barrier."""
     packed = cu_seqlens is not None
     tokens, channels = rows.shape[-2:]
     args = (
@@ -107,9 +121,10 @@ def _select(name, rows, batch, k, eps, anchor, num_tokens, cu_seqlens, cu_budget
         index(cu_budgets),
         matrix_tokens,
         lookahead,
+        arrivals,
         np.full((k,) if packed else (batch, k), PAD, np.int64),
     )
-    way = "stored" if tokens <= matrix_tokens else f"recomputed{lookahead}"
+    way = "stored" if tokens <= matrix_tokens else f"swept{lookahead}"
     return Call(
         f"{name}-{way}",
         f"repulsion_select_{SUFFIX[rows.dtype]}",
@@ -118,16 +133,20 @@ def _select(name, rows, batch, k, eps, anchor, num_tokens, cu_seqlens, cu_budget
     )
 
 
-def repulsion_select(name, features, k, eps, anchor=None, num_tokens=None, matrix_tokens=8192, lookahead=8):
+def repulsion_select(
+    name, features, k, eps, anchor=None, num_tokens=None, matrix_tokens=8192, lookahead=16, arrivals=None
+):
     def judge(picks):
         oracle.check_select(picks, features, k, eps, anchor, num_tokens)
 
     rows = channels_contiguous(features)
-    return _select(name, rows, len(rows), k, eps, anchor, num_tokens, None, None, matrix_tokens, lookahead, judge)
+    return _select(
+        name, rows, len(rows), k, eps, anchor, num_tokens, None, None, matrix_tokens, lookahead, judge, arrivals
+    )
 
 
 def repulsion_select_varlen(
-    name, features, cu_seqlens, cu_budgets, total_k, eps, anchor=None, matrix_tokens=8192, lookahead=8
+    name, features, cu_seqlens, cu_budgets, total_k, eps, anchor=None, matrix_tokens=8192, lookahead=16
 ):
     def judge(picks):
         oracle.check_select_varlen(picks, features, cu_seqlens, cu_budgets, total_k, eps, anchor)

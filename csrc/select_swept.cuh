@@ -1,0 +1,229 @@
+// Selection without stored distances, for items of any size. Groups of resident blocks take an item each and go over its features
+// in sweeps that make several picks at once:
+//   guess: the picks that the plain loop would make next if it had to choose among a few candidates of low potential, of which the
+//     distances of all pairs are computed;
+//   sweep: every block computes the weights of its tokens to the guessed picks, adds them in that order, and notes its lowest
+//     potential after each;
+//   check: of these every block finds the lowest of all. The first guess is the pick at hand, and each that follows is right if it
+//     is the lowest after the one before. Up to the first that is not, the picks are the plain loop's, bit for bit;
+//   add: the weights of those picks are added for good.
+// A wrong guess costs time and never a result.
+#pragma once
+#include "sqdist_sweep.cuh"
+#include "token_stats.cuh"
+
+namespace sts {
+
+constexpr int kCandidates = 1 + 2 * 32;  // the pick at hand, and two for each lane of the warp that guesses
+
+// What the blocks of one group share. Each array is written between two barriers, read after the second, and written again after
+// a third; `lowest`, which may be needed at every barrier, in turns.
+struct SweepExchange {
+  Key* offers;         // (warps of the group, 2): their tokens of lowest potential
+  float* pair_weight;  // (kCandidates, kCandidates)
+  Key* lowest;         // (2, blocks of the group, kSweepPoints): their lowest after each pick of a sweep
+
+  STS_HOST_DEVICE static int64_t keys(int blocks) { return static_cast<int64_t>(blocks) * 2 * (kSweepWarps + kSweepPoints); }
+  STS_HOST_DEVICE static int64_t floats() { return kCandidates * kCandidates; }
+  __device__ SweepExchange(Key* group_keys, float* group_floats, int blocks)
+      : offers(group_keys), pair_weight(group_floats), lowest(group_keys + blocks * 2 * kSweepWarps) {}
+};
+
+// The two lowest keys of a lane, and what a warp offers of them.
+struct TwoLowest {
+  Key first = kNoKey, second = kNoKey;
+  __device__ __forceinline__ void take(Key key) {
+    second = lower(second, key < first ? first : key);
+    first = lower(first, key);
+  }
+  // Lowest of the warp, which is then dropped.
+  __device__ __forceinline__ Key pop() {
+    const Key lowest = warp_lowest(first);
+    if (first == lowest) {
+      first = second;
+      second = kNoKey;
+    }
+    return lowest;
+  }
+};
+
+// Tokens that may be guessed; by a warp, the same in every block. Candidate 0 is `pick`, the others those offered at the lowest keys,
+// two at most for each lane's share of the offers; -1 where there is none.
+__device__ __forceinline__ void choose_candidates(const Key* offers, int count, int pick, Key (&candidate)[kCandidates]) {
+  const int lane = threadIdx.x % 32;
+  TwoLowest mine;
+  for (int k = lane; k < count; k += 32)
+    if (static_cast<int>(key_index(offers[k])) != pick) mine.take(offers[k]);
+  candidate[1 + lane] = mine.first;
+  candidate[33 + lane] = mine.second;
+  if (lane == 0) candidate[0] = make_key(0.f, static_cast<uint32_t>(pick));
+}
+
+// By a warp, the same in every block: the plain loop among the candidates. Their keys hold their potentials, but for the `first` pick.
+template <class Rule>
+__device__ __forceinline__ void guess_picks(const Key (&candidate)[kCandidates], bool first, const float* pair_weight, int wanted,
+                                            SweepPoints& guess) {
+  const int lane = threadIdx.x % 32;
+  Key key[2];
+  float potential[2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    key[h] = candidate[1 + 32 * h + lane];
+    potential[h] = key[h] == kNoKey ? kInfinity : first ? Rule::start() : key_value(key[h]);
+  }
+  int chosen = 0, count = 1;
+  while (count < wanted) {
+    Key best = kNoKey;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int slot = 1 + 32 * h + lane;
+      if (potential[h] < kInfinity) potential[h] = Rule::add(potential[h], pair_weight[chosen * kCandidates + slot]);
+      best = lower(best, make_key(potential[h], slot));
+    }
+    best = warp_lowest(best);
+    if (!(key_value(best) < kLastResort)) break;
+    chosen = static_cast<int>(key_index(best));
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      if (chosen != 1 + 32 * h + lane) continue;
+      potential[h] = kInfinity;
+      guess.token[count] = static_cast<int>(key_index(key[h]));
+    }
+    ++count;
+  }
+  if (lane == 0) {
+    guess.token[0] = static_cast<int>(key_index(candidate[0]));
+    guess.count = count;
+  }
+}
+
+// Groups of `group_blocks` resident blocks; group g takes items g, g + groups, ... `potential` holds the distances to the mean on
+// entry. weights: (lookahead, all tokens). keys, floats: a SweepExchange for every group. arrived: a zero for every group.
+template <class Sweep, class scalar_t, class Rule>
+__global__ void __launch_bounds__(kSweepThreads, 2)
+    select_swept_kernel(Rows<scalar_t> rows, Items items, bool aligned, int group_blocks, int lookahead, Rule rule, const float* norms,
+                        float* potential, float* weights, Key* keys, float* floats, unsigned* arrived, int64_t* out) {
+  __shared__ Key partial[1][32], candidate[kCandidates], lowest[kSweepWarps][kSweepPoints], next[kSweepPoints];
+  __shared__ SweepPoints guess;
+  const int group = blockIdx.x / group_blocks, groups = gridDim.x / group_blocks, rank = blockIdx.x % group_blocks;
+  const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, group_warp = rank * kSweepWarps + warp;
+  const int group_warps = group_blocks * kSweepWarps;
+  const int64_t first_token = static_cast<int64_t>(rank) * kSweepThreads + tid, token_step = static_cast<int64_t>(group_blocks) * kSweepThreads;
+  const SweepExchange shared(keys + group * SweepExchange::keys(group_blocks), floats + group * SweepExchange::floats(), group_blocks);
+  GroupBarrier barrier(arrived + group, group_blocks);
+  int turn = 0;
+
+  for (int64_t b = group; b < items.count; b += groups) {
+    const Item item = items[b];
+    const int64_t entry = items.packed() ? 0 : b, picks = item.picks < item.tokens ? item.picks : item.tokens;
+    int64_t* picked = out + item.out;
+    if (rank == 0)
+      for (int64_t i = picks + tid; i < item.picks; i += kSweepThreads) picked[i] = -1;
+    if (picks == 0) continue;
+    const int64_t first_row = entry * items.tokens + item.first, stride = all_tokens(items);  // among all tokens
+    float *mine = potential + first_row, *weight = weights + first_row;
+    const auto offer = [&](TwoLowest low) {
+      const Key first = low.pop(), second = low.pop();
+      if (lane == 0) {
+        shared.offers[group_warp * 2] = first;
+        shared.offers[group_warp * 2 + 1] = second;
+      }
+    };
+    // The lowest of all blocks after every one of `count` picks; each block has its own in `lowest`, or in lowest[0] alone.
+    const auto find_next = [&](int count, int warps) {
+      Key* const all = shared.lowest + (turn++ & 1) * group_blocks * kSweepPoints;
+      __syncthreads();
+      if (tid < count) {
+        Key best = kNoKey;
+        for (int w = 0; w < warps; ++w) best = lower(best, lowest[w][tid]);
+        all[rank * kSweepPoints + tid] = best;
+      }
+      barrier.sync();
+      for (int p = warp; p < count; p += kSweepWarps) {
+        Key best = kNoKey;
+        for (int r = lane; r < group_blocks; r += 32) best = lower(best, all[r * kSweepPoints + p]);
+        best = warp_lowest(best);
+        if (lane == 0) next[p] = best;
+      }
+      __syncthreads();
+    };
+
+    // The first pick. Those that follow will be far from it, and so from the mean.
+    Key nearest = kNoKey;
+    TwoLowest furthest;
+    for (int64_t i = first_token; i < item.tokens; i += token_step) {
+      const float distance = mine[i];
+      mine[i] = distance < kInfinity ? Rule::start() : kLastResort;
+      nearest = lower(nearest, make_key(distance, static_cast<uint32_t>(i)));
+      if (distance < kInfinity) furthest.take(make_key(-distance, static_cast<uint32_t>(i)));
+    }
+    offer(furthest);
+    nearest = block_lowest(nearest, partial, 0);
+    if (tid == 0) lowest[0][0] = nearest;
+    find_next(1, 1);
+    int64_t pick = first_pick(item, next[0]);
+
+    for (int64_t done = 0;;) {
+      if (rank == 0 && tid == 0) picked[done] = pick;
+      if (++done == picks) break;
+
+      const int wanted = static_cast<int>(picks - done < lookahead ? picks - done : lookahead);
+      if (wanted > 1) {
+        if (warp == 0) choose_candidates(shared.offers, group_warps * 2, static_cast<int>(pick), candidate);
+        __syncthreads();
+        for (int pair = group_warp; pair < kCandidates * kCandidates; pair += group_warps) {
+          const int i = pair / kCandidates, j = pair % kCandidates;
+          if (i >= j || candidate[i] == kNoKey || candidate[j] == kNoKey) continue;
+          const float sqdist = warp_sqdist(rows.row(entry, item.first + key_index(candidate[i])),
+                                           rows.row(entry, item.first + key_index(candidate[j])), rows.channels, aligned);
+          if (lane == 0) shared.pair_weight[pair] = shared.pair_weight[j * kCandidates + i] = rule.weight(sqdist);
+        }
+        barrier.sync();
+        if (warp == 0) guess_picks<Rule>(candidate, done == 1, shared.pair_weight, wanted, guess);
+      } else if (tid == 0) {
+        guess.token[0] = static_cast<int>(pick);
+        guess.count = 1;
+      }
+      __syncthreads();
+
+      const int count = guess.count;
+      Key best = kNoKey;  // of this warp's tokens, after pick `lane`
+      Sweep::run(rows, entry, item, aligned, norms + first_row, guess, rank, group_blocks, [&](int64_t i, const float* sqdist) {
+        float value = i < item.tokens ? mine[i] : kInfinity;
+#pragma unroll
+        for (int p = 0; p < kSweepPoints; ++p) {
+          if (p >= count) continue;
+          Key key = kNoKey;
+          if (i < item.tokens) {
+            const float added = rule.weight(sqdist[p]);
+            weight[p * stride + i] = added;
+            value = i == guess.token[p] ? kInfinity : Rule::add(value, added);
+            key = make_key(value, static_cast<uint32_t>(i));
+          }
+          key = warp_lowest(key);
+          if (lane == p) best = lower(best, key);
+        }
+      });
+      if (lane < kSweepPoints) lowest[warp][lane] = best;
+      find_next(count, kSweepWarps);
+
+      int made = 1;
+      while (made < count && static_cast<int>(key_index(next[made - 1])) == guess.token[made]) ++made;
+      for (int p = 1; p < made; ++p, ++done)
+        if (rank == 0 && tid == 0) picked[done] = guess.token[p];
+      pick = key_index(next[made - 1]);
+
+      TwoLowest low;
+      for (int64_t i = first_token; i < item.tokens; i += token_step) {
+        float value = mine[i];
+        for (int p = 0; p < made; ++p) value = i == guess.token[p] ? kInfinity : Rule::add(value, weight[p * stride + i]);
+        mine[i] = value;
+        if (value < kLastResort) low.take(make_key(value, static_cast<uint32_t>(i)));
+      }
+      offer(low);
+      barrier.sync();
+    }
+  }
+}
+
+}  // namespace sts
