@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kMmaThreads<kTile>)
   const int wi = warp_i * kRows, wj = warp_j * kColumns;
   const int steps = static_cast<int>(ceil_div(rows.channels, kMmaChannels));
   const auto stage_a = [&](int step) { return shared + (step % kMmaStages) * 2 * kTile * kMmaChannels; };
-  const auto stage_b = [&](int step) { return stage_a(step) + kTile * kMmaChannels; };
+  const auto stage_b = [&](int step) { return stage_a(step) + (i0 == j0 ? 0 : kTile * kMmaChannels); };  // a diagonal tile reads once
 
   for (int64_t entry = blockIdx.z; entry < entries; entry += gridDim.z) {
     const auto fetch = [&](int step) {
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kMmaThreads<kTile>)
           // Rows past the end repeat the last one; their pairs are not stored.
           const int64_t i = i0 + r < tokens ? i0 + r : tokens - 1, j = j0 + r < tokens ? j0 + r : tokens - 1;
           cp_async_16(staged(stage_a(step), r, chunk), rows.row(first_entry + entry, i) + c, c < rows.channels);
-          cp_async_16(staged(stage_b(step), r, chunk), rows.row(first_entry + entry, j) + c, c < rows.channels);
+          if (i0 != j0) cp_async_16(staged(stage_b(step), r, chunk), rows.row(first_entry + entry, j) + c, c < rows.channels);
         }
       }
       cp_async_commit();  // empty past the end, so that every wait below counts the same
