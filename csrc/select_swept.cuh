@@ -14,48 +14,62 @@
 
 namespace sts {
 
-constexpr int kCandidates = 1 + 2 * 32;  // the pick at hand, and two for each lane of the warp that guesses
+constexpr int kOffers = 2;                             // tokens that each warp offers as candidates
+constexpr int kLaneCandidates = 4;                     // that each lane of the warp that guesses takes of them
+constexpr int kCandidates = 1 + kLaneCandidates * 32;  // with the pick at hand
 
 // What the blocks of one group share. Each array is written between two barriers, read after the second, and written again after
 // a third; `lowest`, which may be needed at every barrier, in turns.
 struct SweepExchange {
-  Key* offers;         // (warps of the group, 2): their tokens of lowest potential
+  Key* offers;         // (kOffers, warps of the group): their tokens of lowest potential
   float* pair_weight;  // (kCandidates, kCandidates)
   Key* lowest;         // (2, blocks of the group, kSweepPoints): their lowest after each pick of a sweep
 
-  STS_HOST_DEVICE static int64_t keys(int blocks) { return static_cast<int64_t>(blocks) * 2 * (kSweepWarps + kSweepPoints); }
+  STS_HOST_DEVICE static int64_t keys(int blocks) { return static_cast<int64_t>(blocks) * (kOffers * kSweepWarps + 2 * kSweepPoints); }
   STS_HOST_DEVICE static int64_t floats() { return kCandidates * kCandidates; }
   __device__ SweepExchange(Key* group_keys, float* group_floats, int blocks)
-      : offers(group_keys), pair_weight(group_floats), lowest(group_keys + blocks * 2 * kSweepWarps) {}
+      : offers(group_keys), pair_weight(group_floats), lowest(group_keys + blocks * kOffers * kSweepWarps) {}
 };
 
-// The two lowest keys of a lane, and what a warp offers of them.
-struct TwoLowest {
-  Key first = kNoKey, second = kNoKey;
-  __device__ __forceinline__ void take(Key key) {
-    second = lower(second, key < first ? first : key);
-    first = lower(first, key);
+// The lowest keys that a lane has seen, in order.
+template <int kCount>
+struct LowestKeys {
+  Key key[kCount];
+  __device__ __forceinline__ LowestKeys() {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) key[i] = kNoKey;
   }
-  // Lowest of the warp, which is then dropped.
+  __device__ __forceinline__ void take(Key next) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const Key low = lower(key[i], next);
+      next = key[i] < next ? next : key[i];
+      key[i] = low;
+    }
+  }
+  // The lowest of the warp, which is then dropped.
   __device__ __forceinline__ Key pop() {
-    const Key lowest = warp_lowest(first);
-    if (first == lowest) {
-      first = second;
-      second = kNoKey;
+    const Key lowest = warp_lowest(key[0]);
+    if (key[0] == lowest) {
+#pragma unroll
+      for (int i = 0; i + 1 < kCount; ++i) key[i] = key[i + 1];
+      key[kCount - 1] = kNoKey;
     }
     return lowest;
   }
 };
 
-// Tokens that may be guessed; by a warp, the same in every block. Candidate 0 is `pick`, the others those offered at the lowest keys,
-// two at most for each lane's share of the offers; -1 where there is none.
+// Tokens that may be guessed; by a warp, the same in every block. Candidate 0 is `pick`, the others are those offered at the
+// lowest keys in each lane's share of the offers; kNoKey where there is none.
 __device__ __forceinline__ void choose_candidates(const Key* offers, int count, int pick, Key (&candidate)[kCandidates]) {
   const int lane = threadIdx.x % 32;
-  TwoLowest mine;
-  for (int k = lane; k < count; k += 32)
-    if (static_cast<int>(key_index(offers[k])) != pick) mine.take(offers[k]);
-  candidate[1 + lane] = mine.first;
-  candidate[33 + lane] = mine.second;
+  LowestKeys<kLaneCandidates> mine;
+  for (int k = lane; k < count; k += 32) {
+    const Key offer = offers[k];
+    mine.take(static_cast<int>(key_index(offer)) == pick ? kNoKey : offer);
+  }
+#pragma unroll
+  for (int h = 0; h < kLaneCandidates; ++h) candidate[1 + 32 * h + lane] = mine.key[h];
   if (lane == 0) candidate[0] = make_key(0.f, static_cast<uint32_t>(pick));
 }
 
@@ -64,10 +78,10 @@ template <class Rule>
 __device__ __forceinline__ void guess_picks(const Key (&candidate)[kCandidates], bool first, const float* pair_weight, int wanted,
                                             SweepPoints& guess) {
   const int lane = threadIdx.x % 32;
-  Key key[2];
-  float potential[2];
+  Key key[kLaneCandidates];
+  float potential[kLaneCandidates];
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
+  for (int h = 0; h < kLaneCandidates; ++h) {
     key[h] = candidate[1 + 32 * h + lane];
     potential[h] = key[h] == kNoKey ? kInfinity : first ? Rule::start() : key_value(key[h]);
   }
@@ -75,7 +89,7 @@ __device__ __forceinline__ void guess_picks(const Key (&candidate)[kCandidates],
   while (count < wanted) {
     Key best = kNoKey;
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
+    for (int h = 0; h < kLaneCandidates; ++h) {
       const int slot = 1 + 32 * h + lane;
       if (potential[h] < kInfinity) potential[h] = Rule::add(potential[h], pair_weight[chosen * kCandidates + slot]);
       best = lower(best, make_key(potential[h], slot));
@@ -84,7 +98,7 @@ __device__ __forceinline__ void guess_picks(const Key (&candidate)[kCandidates],
     if (!(key_value(best) < kLastResort)) break;
     chosen = static_cast<int>(key_index(best));
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
+    for (int h = 0; h < kLaneCandidates; ++h) {
       if (chosen != 1 + 32 * h + lane) continue;
       potential[h] = kInfinity;
       guess.token[count] = static_cast<int>(key_index(key[h]));
@@ -122,11 +136,11 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
     if (picks == 0) continue;
     const int64_t first_row = entry * items.tokens + item.first, stride = all_tokens(items);  // among all tokens
     float *mine = potential + first_row, *weight = weights + first_row;
-    const auto offer = [&](TwoLowest low) {
-      const Key first = low.pop(), second = low.pop();
-      if (lane == 0) {
-        shared.offers[group_warp * 2] = first;
-        shared.offers[group_warp * 2 + 1] = second;
+    const auto offer = [&](LowestKeys<kOffers> low) {
+#pragma unroll
+      for (int h = 0; h < kOffers; ++h) {
+        const Key key = low.pop();
+        if (lane == 0) shared.offers[h * group_warps + group_warp] = key;
       }
     };
     // The lowest of all blocks after every one of `count` picks; each block has its own in `lowest`, or in lowest[0] alone.
@@ -150,7 +164,7 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
 
     // The first pick. Those that follow will be far from it, and so from the mean.
     Key nearest = kNoKey;
-    TwoLowest furthest;
+    LowestKeys<kOffers> furthest;
     for (int64_t i = first_token; i < item.tokens; i += token_step) {
       const float distance = mine[i];
       mine[i] = distance < kInfinity ? Rule::start() : kLastResort;
@@ -169,7 +183,7 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
 
       const int wanted = static_cast<int>(picks - done < lookahead ? picks - done : lookahead);
       if (wanted > 1) {
-        if (warp == 0) choose_candidates(shared.offers, group_warps * 2, static_cast<int>(pick), candidate);
+        if (warp == 0) choose_candidates(shared.offers, group_warps * kOffers, static_cast<int>(pick), candidate);
         __syncthreads();
         for (int pair = group_warp; pair < kCandidates * kCandidates; pair += group_warps) {
           const int i = pair / kCandidates, j = pair % kCandidates;
@@ -213,7 +227,7 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
         if (rank == 0 && tid == 0) picked[done] = guess.token[p];
       pick = key_index(next[made - 1]);
 
-      TwoLowest low;
+      LowestKeys<kOffers> low;
       for (int64_t i = first_token; i < item.tokens; i += token_step) {
         float value = mine[i];
         for (int p = 0; p < made; ++p) value = i == guess.token[p] ? kInfinity : Rule::add(value, weight[p * stride + i]);
