@@ -96,27 +96,37 @@ struct MmaSweep {
     scalar_t* const stages = reinterpret_cast<scalar_t*>(shared);
     const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, count = points.count;
     float* const dots = reinterpret_cast<float*>(shared + kStageBytes) + warp * 16 * kDotStride;  // of this warp's tokens
-    const int tiles = static_cast<int>(ceil_div(item.tokens, kTile)), steps = static_cast<int>(ceil_div(rows.channels, kMmaChannels));
-    const int64_t loads = first_tile < tiles ? ceil_div(tiles - first_tile, tile_step) * steps : 0;
-    const auto tokens_of = [&](int64_t load) { return stages + load % kStages * kStageRows * kMmaChannels; };
-    const auto points_of = [&](int64_t load) { return tokens_of(load) + kTile * kMmaChannels; };
-    const auto tile_of = [&](int64_t load) { return (first_tile + load / steps * tile_step) * int64_t(kTile); };  // its first token
-    const auto fetch = [&](int64_t load) {
-      if (load < loads) {
-        const int64_t first = tile_of(load);
-        const int chunk = tid % 8, c = static_cast<int>(load % steps) * kMmaChannels + chunk * 8;
+    const int steps = static_cast<int>(ceil_div(rows.channels, kMmaChannels));
+    // A load: some channels of a tile's tokens and of the points, into a stage.
+    struct Load {
+      int64_t first;  // the tile's first token
+      int step, stage;
+    };
+    const auto advance = [&](Load& load) {
+      load.stage = load.stage + 1 < kStages ? load.stage + 1 : 0;
+      if (++load.step < steps) return;
+      load.step = 0;
+      load.first += static_cast<int64_t>(tile_step) * kTile;
+    };
+    const auto tokens_of = [&](const Load& load) { return stages + load.stage * kStageRows * kMmaChannels; };
+    const auto points_of = [&](const Load& load) { return tokens_of(load) + kTile * kMmaChannels; };
+    Load now{static_cast<int64_t>(first_tile) * kTile, 0, 0}, ahead = now;
+    const auto fetch = [&] {
+      if (ahead.first < item.tokens) {
+        const int chunk = tid % 8, c = ahead.step * kMmaChannels + chunk * 8;
 #pragma unroll
         for (int r = tid / 8; r < kTile; r += kSweepThreads / 8) {
           // Rows past the end repeat the last one, points past `count` the first.
-          const int64_t i = first + r < item.tokens ? first + r : item.tokens - 1;
-          cp_async_16(staged(tokens_of(load), r, chunk), rows.row(entry, item.first + i) + c, c < rows.channels);
+          const int64_t i = ahead.first + r < item.tokens ? ahead.first + r : item.tokens - 1;
+          cp_async_16(staged(tokens_of(ahead), r, chunk), rows.row(entry, item.first + i) + c, c < rows.channels);
         }
         if (tid / 8 < kSweepPoints) {
           const int64_t token = points.token[tid / 8 < count ? tid / 8 : 0];
-          cp_async_16(staged(points_of(load), tid / 8, chunk), rows.row(entry, item.first + token) + c, c < rows.channels);
+          cp_async_16(staged(points_of(ahead), tid / 8, chunk), rows.row(entry, item.first + token) + c, c < rows.channels);
         }
       }
       cp_async_commit();  // empty past the end, so that every wait below counts the same
+      advance(ahead);
     };
 
     float dot[2][4] = {}, sum[2][4] = {};  // [8 points][what mma gives a thread]
@@ -130,25 +140,24 @@ struct MmaSweep {
         }
     };
 #pragma unroll
-    for (int load = 0; load < kStages - 1; ++load) fetch(load);
-    for (int64_t load = 0; load < loads; ++load) {
+    for (int stage = 0; stage < kStages - 1; ++stage) fetch();
+    for (; now.first < item.tokens; advance(now)) {
       cp_async_wait<kStages - 2>();
       __syncthreads();  // this stage has arrived for all threads, and all are done with the one before, which `fetch` overwrites
-      fetch(load + kStages - 1);
+      fetch();
 #pragma unroll
       for (int k = 0; k < kMmaChannels / 16; ++k) {
         uint32_t a[4], b[4];
-        ldmatrix_x4(a, staged(tokens_of(load), warp * 16 + lane % 16, k * 2 + lane / 16));
-        ldmatrix_x4(b, staged(points_of(load), lane % 8 + lane / 16 * 8, k * 2 + lane / 8 % 2));
+        ldmatrix_x4(a, staged(tokens_of(now), warp * 16 + lane % 16, k * 2 + lane / 16));
+        ldmatrix_x4(b, staged(points_of(now), lane % 8 + lane / 16 * 8, k * 2 + lane / 8 % 2));
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
           const uint32_t columns[2] = {b[n * 2], b[n * 2 + 1]};
           mma_16x8x16(sum[n], a, columns, scalar_t());
         }
       }
-      const int step = static_cast<int>(load % steps);
-      if ((step + 1) * kMmaChannels % kMmaRun == 0) close_run();
-      if (step + 1 < steps) continue;
+      if ((now.step + 1) * kMmaChannels % kMmaRun == 0) close_run();
+      if (now.step + 1 < steps) continue;
 
       close_run();
 #pragma unroll
@@ -159,7 +168,7 @@ struct MmaSweep {
           dot[n][e] = 0.f;
         }
       __syncwarp();
-      const int64_t first = tile_of(load) + warp * 16, i = lane < 16 ? first + lane : item.tokens;
+      const int64_t first = now.first + warp * 16, i = lane < 16 ? first + lane : item.tokens;
       float sqdist[kSweepPoints];
 #pragma unroll
       for (int p = 0; p < kSweepPoints; ++p) {
