@@ -64,6 +64,7 @@ struct LowestKeys {
 __device__ __forceinline__ void choose_candidates(const Key* offers, int count, int pick, Key (&candidate)[kCandidates]) {
   const int lane = threadIdx.x % 32;
   LowestKeys<kLaneCandidates> mine;
+#pragma unroll 4
   for (int k = lane; k < count; k += 32) {
     const Key offer = offers[k];
     mine.take(static_cast<int>(key_index(offer)) == pick ? kNoKey : offer);
@@ -202,7 +203,7 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
 
       const int count = guess.count;
       Key best = kNoKey;  // of this warp's tokens, after pick `lane`
-      Sweep::run(rows, entry, item, aligned, norms + first_row, guess, rank, group_blocks, [&](int64_t i, const float* sqdist) {
+      Sweep::run(rows, entry, item, aligned, norms ? norms + first_row : nullptr, guess, rank, group_blocks, [&](int64_t i, const float* sqdist) {
         float value = i < item.tokens ? mine[i] : kInfinity;
 #pragma unroll
         for (int p = 0; p < kSweepPoints; ++p) {
