@@ -25,6 +25,7 @@ CASES = [
     _case("batch", 64, 576, 1024, 192, cuda_only=True),
     _case("batch", 64, 576, 1024, 192, BF16, cuda_only=True),
     *(_case("qwen", 1, 1225, c, 245, dtype) for c in (3584, 5120) for dtype in (F32, BF16)),
+    *(_case("rank", 1, 576, 1024, 576, dtype) for dtype in (F32, BF16)),  # all tokens: the picks for every k at once
     _case("video", 1, 16384, 1024, 1024, BF16),
     _case("video", 1, 131072, 1024, 4096, BF16, cuda_only=True),
     # One dimension at a time, for the plots of growth.

@@ -2,24 +2,22 @@
 // over the features. When the next pick's row of weights is not at hand, it is computed together with the rows of the tokens
 // that the loop would pick next if it had to choose among a few candidates of low potential. Mostly these are the next picks, and
 // their rows are kept until they are; a wrong guess costs time and never a result. Potentials are exact at every pick, so the
-// picks are those of the plain loop, bit for bit. A pass leaves out the tokens already picked: all N picks compute half a
-// matrix, and none is ever stored.
+// picks are those of the plain loop, bit for bit. A pass leaves out the tokens already picked. Where nearly all of a few tokens
+// are picked, the plain loop runs over the stored weights of all pairs.
 #include <limits>
 #include <vector>
 
-#include "cpu_math.h"
-#include "cpu_parallel.h"
+#include "cpu_pairs.h"
+#include "selection_plan.h"
 
 namespace sts {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int64_t kStripRows = 16;  // of a pass: they stay in cache while they meet all points
-constexpr int kCachedRows = 2 * cpu::kPoints;
+constexpr int kCachedRows = 2 * kCpuLookahead;
+static_assert(kCpuLookahead <= cpu::kPoints, "a pass's points meet a strip at once");
 constexpr int64_t kPlacesPerCandidate = 64;
-
-// Rows of weights computed in a pass. More of them read features that are not in cache less often; fewer are better guesses.
-inline int best_lookahead(int64_t feature_bytes) { return feature_bytes > int64_t(16) << 20 ? cpu::kPoints : cpu::kPoints / 2; }
 
 // Rows of weights computed and not yet used, by place.
 class RowCache {
@@ -102,7 +100,10 @@ class Selector {
     token_.resize(places_);
     for (int64_t i = 0; i < places_; ++i) row_[i] = features_.row(b, item.first + i), token_[i] = i;
     int64_t pick = start(item.anchor), picked = 0;  // places that hold picked tokens
-    lookahead_ = planned_lookahead(best_lookahead(places_ * features_.channels * sizeof(scalar_t)), cpu::kPoints);
+    const CpuSelectionPlan plan = plan_cpu_selection(places_, picks, places_ * features_.channels * sizeof(scalar_t));
+    const int asked = asked_lookahead(kCpuLookahead);
+    if (plan.stored && !asked) return run_stored(pick, picks, out);
+    lookahead_ = asked ? asked : plan.lookahead;
     cache_.reset(places_, kCachedRows);
     for (int64_t step = 0;; ++step) {
       out[step] = token_[pick];
@@ -121,6 +122,21 @@ class Selector {
   }
 
  private:
+  // The plain loop over the weights of all pairs.
+  void run_stored(int64_t pick, int64_t picks, int64_t* out) {
+    weights_.resize(places_ * places_);
+    cpu::all_pairs(team_, row_.data(), places_, features_.channels, weights_.data());
+    team_.for_rows(places_, places_, [&](int64_t begin, int64_t end) {
+      cpu::to_repulsion(weights_.data() + begin * places_, (end - begin) * places_, rule_.eps);
+    });
+    for (int64_t step = 0;; ++step) {
+      out[step] = pick;
+      if (step + 1 == picks) return;
+      potential_[pick] = kInfinity;
+      pick = cpu::add_then_lowest(potential_.data(), weights_.data() + pick * places_, places_).index;
+    }
+  }
+
   // Fills the potentials and returns the first pick: the anchor, or the finite token nearest the mean of the finite ones, or the
   // first token where there is none.
   int64_t start(int64_t anchor) {
@@ -281,7 +297,7 @@ class Selector {
   bool backward_ = true;  // the next pass
   std::vector<const scalar_t*> row_;  // by place, like the next two
   std::vector<int64_t> token_;
-  std::vector<float> potential_, first_rank_, chunk_sums_;
+  std::vector<float> potential_, first_rank_, chunk_sums_, weights_;
   std::vector<int64_t> from_, ahead_;  // ahead_: the places of points_
   std::vector<const float*> points_;
   std::vector<float> point_values_;

@@ -42,7 +42,8 @@ Tensor select(const Selection& selection) {
   dispatch_cuda(selection.features.scalar_type(), [&](auto* element) {
     using scalar_t = std::remove_pointer_t<decltype(element)>;
     const auto rows = rows_of<scalar_t>(selection.features);
-    const SelectionPlan plan = plan_selection<scalar_t, Repulsion>(rows, items, kMatrixTokens, planned_lookahead(kSweepPoints, kSweepPoints));
+    const int asked = asked_lookahead(kSweepPoints);
+    const SelectionPlan plan = plan_selection<scalar_t, Repulsion>(rows, items, kMatrixTokens, asked ? asked : kSweepPoints);
     // One allocation, its parts on 256-byte boundaries: measured first, then dealt out.
     int64_t bytes = 0;
     char* memory = nullptr;

@@ -4,10 +4,10 @@
 //   above: nothing N x N is stored, and all blocks work on one item, or a few (select_swept.cuh).
 #pragma once
 #include "select_swept.cuh"
+#include "selection_plan.h"
 
 namespace sts {
 
-constexpr int64_t kMatrixTokens = 8192;
 constexpr int64_t kMatrixFloats = int64_t(1) << 26;  // weights held at a time: 256 MiB, one item of kMatrixTokens
 
 // What is stored for a pair of tokens by the rule; the diagonal is never read.
@@ -219,8 +219,14 @@ int64_t selection_plan(int64_t batch, int64_t tokens, int64_t channels, bool pac
   const int64_t fields[] = {plan.stored, plan.mma_tile, plan.entries, plan.groups, plan.group_blocks, plan.lookahead};
   return fields[field];
 }
+// A field of the plan on a CPU.
+inline int64_t cpu_selection_plan(int64_t tokens, int64_t picks, int64_t feature_bytes, int field) {
+  const CpuSelectionPlan plan = plan_cpu_selection(tokens, picks, feature_bytes);
+  return field == 0 ? plan.stored : plan.lookahead;
+}
 #endif
 
+STS_KERNEL(cpu_selection_plan, cpu_selection_plan);
 STS_KERNEL(selection_plan_float32, selection_plan<float>);
 STS_KERNEL(selection_plan_bfloat16, selection_plan<__nv_bfloat16>);
 STS_KERNEL(repulsion_select_float32, launch_repulsion_select<float>);

@@ -157,12 +157,12 @@ struct Selection {
   }
 };
 
-// Tokens whose distances are computed in one pass over the features: `best` unless STS_KERNELS_LOOKAHEAD says otherwise. The
-// result is the same for any; 1 is the plain loop.
-inline int planned_lookahead(int best, int most) {
+// Tokens whose distances a selection is to compute in one pass over the features at the most, by STS_KERNELS_LOOKAHEAD; 0 if it
+// does not say. The result is the same for any; 1 is the plain loop.
+inline int asked_lookahead(int most) {
   const char* value = std::getenv("STS_KERNELS_LOOKAHEAD");
   const int asked = value ? std::atoi(value) : 0;
-  return asked >= 1 ? std::min(asked, most) : best;
+  return asked >= 1 ? std::min(asked, most) : 0;
 }
 
 // Arguments of repulsion_step_, checked once for CPU and CUDA.

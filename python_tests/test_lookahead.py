@@ -13,12 +13,14 @@ LOOKAHEADS = ("2", "3", "8", "16")
 
 
 def plain_and_ahead(monkeypatch, select):
-    """The picks of the plain loop, and those with each lookahead."""
+    """The picks of the plain loop, and those with each lookahead and with what is planned."""
     monkeypatch.setenv("STS_KERNELS_LOOKAHEAD", "1")
     plain = select()
     for lookahead in LOOKAHEADS:
         monkeypatch.setenv("STS_KERNELS_LOOKAHEAD", lookahead)
         yield plain, select()
+    monkeypatch.delenv("STS_KERNELS_LOOKAHEAD")
+    yield plain, select()
 
 
 def uniform(g, *shape):
@@ -115,6 +117,8 @@ def test_all_tokens_of_large_items_on_several_threads(monkeypatch, dtype):
             for lookahead in LOOKAHEADS:
                 monkeypatch.setenv("STS_KERNELS_LOOKAHEAD", lookahead)
                 assert torch.equal(sts_kernels.repulsion_select(x, 500), plain)
+            monkeypatch.delenv("STS_KERNELS_LOOKAHEAD")  # stored weights
+            assert torch.equal(sts_kernels.repulsion_select(x, 500), plain)
         finally:
             torch.set_num_threads(threads)
 

@@ -1,4 +1,4 @@
-"""How a selection is laid out on a GPU follows from the shapes, the element type and the device alone."""
+"""How a selection is laid out follows from the shapes, the element type and the device alone."""
 
 import pytest
 from emulator import build
@@ -74,3 +74,19 @@ def test_weights_of_a_sweep_take_no_more_than_the_features(plan):
             rows = plan(1, 20_000, channels, dtype=dtype)["lookahead"]
             assert 4 <= rows <= 16
             assert rows == 4 or 4 * rows <= channels * itemsize
+
+
+def test_a_cpu_stores_the_weights_of_a_few_tokens_of_which_most_are_picked(module):
+    def stored(tokens, picks):
+        return module.run("cpu_selection_plan", tokens, picks, tokens * 4096, 0)
+
+    assert stored(576, 384)
+    assert stored(1, 1)
+    assert not stored(576, 383)
+    assert stored(724, 724)
+    assert not stored(725, 725)
+
+
+def test_a_cpu_computes_more_rows_a_pass_where_the_features_leave_its_cache(module):
+    assert module.run("cpu_selection_plan", 4096, 192, 4096 * 4096, 1) == 8
+    assert module.run("cpu_selection_plan", 4097, 192, 4097 * 4096, 1) == 16
