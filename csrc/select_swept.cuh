@@ -74,6 +74,33 @@ __device__ __forceinline__ void choose_candidates(const Key* offers, int count, 
   if (lane == 0) candidate[0] = make_key(0.f, static_cast<uint32_t>(pick));
 }
 
+// The weights of the pairs of candidates that fall to this warp of the group.
+template <class scalar_t, class Rule>
+__device__ __forceinline__ void weigh_pairs(const Rows<scalar_t>& rows, int64_t entry, const Item& item, bool aligned, const Rule& rule,
+                                            const Key (&candidate)[kCandidates], int group_warp, int group_warps, float* pair_weight) {
+  constexpr int kColumns = 2, kStrips = (kCandidates + kColumns - 1) / kColumns;  // pairs whose loads are under way together
+  const auto row_of = [&](int slot) { return rows.row(entry, item.first + key_index(candidate[slot])); };
+  for (int strip = group_warp; strip < kCandidates * kStrips; strip += group_warps) {
+    const int i = strip / kStrips, j0 = strip % kStrips * kColumns;
+    if (candidate[i] == kNoKey || i + 1 >= j0 + kColumns) continue;
+    const scalar_t* other[kColumns];
+    bool wanted[kColumns];
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+      const int j = j0 + n;
+      wanted[n] = i < j && j < kCandidates && candidate[j < kCandidates ? j : 0] != kNoKey;
+      other[n] = row_of(wanted[n] ? j : i);
+    }
+    float sqdist[kColumns];
+    warp_sqdist(row_of(i), other, rows.channels, aligned, sqdist);
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+      const int j = j0 + n;
+      if (wanted[n] && threadIdx.x % 32 == 0) pair_weight[i * kCandidates + j] = pair_weight[j * kCandidates + i] = rule.weight(sqdist[n]);
+    }
+  }
+}
+
 // By a warp, the same in every block: the plain loop among the candidates. Their keys hold their potentials, but for the `first` pick.
 template <class Rule>
 __device__ __forceinline__ void guess_picks(const Key (&candidate)[kCandidates], bool first, const float* pair_weight, int wanted,
@@ -186,13 +213,7 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
       if (wanted > 1) {
         if (warp == 0) choose_candidates(shared.offers, group_warps * kOffers, static_cast<int>(pick), candidate);
         __syncthreads();
-        for (int pair = group_warp; pair < kCandidates * kCandidates; pair += group_warps) {
-          const int i = pair / kCandidates, j = pair % kCandidates;
-          if (i >= j || candidate[i] == kNoKey || candidate[j] == kNoKey) continue;
-          const float sqdist = warp_sqdist(rows.row(entry, item.first + key_index(candidate[i])),
-                                           rows.row(entry, item.first + key_index(candidate[j])), rows.channels, aligned);
-          if (lane == 0) shared.pair_weight[pair] = shared.pair_weight[j * kCandidates + i] = rule.weight(sqdist);
-        }
+        weigh_pairs(rows, entry, item, aligned, rule, candidate, group_warp, group_warps, shared.pair_weight);
         barrier.sync();
         if (warp == 0) guess_picks<Rule>(candidate, done == 1, shared.pair_weight, wanted, guess);
       } else if (tid == 0) {

@@ -18,17 +18,25 @@ struct SweepPoints {
   int count;
 };
 
-// |a - b|^2, the same for every lane of the warp.
-template <class scalar_t>
-__device__ __forceinline__ float warp_sqdist(const scalar_t* a, const scalar_t* b, int channels, bool aligned) {
+// sqdist[n] = |a - b[n]|^2, the same for every lane of the warp.
+template <int kCount, class scalar_t>
+__device__ __forceinline__ void warp_sqdist(const scalar_t* a, const scalar_t* const (&b)[kCount], int channels, bool aligned,
+                                            float (&sqdist)[kCount]) {
   constexpr int kVec = Chunk<scalar_t>::size;
-  float sum = 0.f;
-  for (int c = threadIdx.x % 32 * kVec; c < channels; c += 32 * kVec) {
-    const Chunk<scalar_t> x = load_channels(a, c, channels, aligned), y = load_channels(b, c, channels, aligned);
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) sum = fmaf(x[i] - y[i], x[i] - y[i], sum);
+  for (int n = 0; n < kCount; ++n) sqdist[n] = 0.f;
+  for (int c = threadIdx.x % 32 * kVec; c < channels; c += 32 * kVec) {
+    const Chunk<scalar_t> x = load_channels(a, c, channels, aligned);
+    Chunk<scalar_t> y[kCount];
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) y[n] = load_channels(b[n], c, channels, aligned);
+#pragma unroll
+    for (int n = 0; n < kCount; ++n)
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) sqdist[n] = fmaf(x[i] - y[n][i], x[i] - y[n][i], sqdist[n]);
   }
-  return warp_sum(sum);
+#pragma unroll
+  for (int n = 0; n < kCount; ++n) sqdist[n] = warp_sum(sqdist[n]);
 }
 
 // By differences: a thread a token.
@@ -182,9 +190,10 @@ struct MmaSweep {
         }
         for (unsigned marked = __ballot_sync(kFullWarp, !kept); marked; marked &= marked - 1) {
           const int owner = __ffs(static_cast<int>(marked)) - 1;
-          const float exact = warp_sqdist(rows.row(entry, item.first + first + owner), rows.row(entry, item.first + points.token[p]),
-                                          rows.channels, aligned);
-          if (lane == owner) sqdist[p] = exact;
+          const scalar_t* const point[1] = {rows.row(entry, item.first + points.token[p])};
+          float exact[1];
+          warp_sqdist(rows.row(entry, item.first + first + owner), point, rows.channels, aligned, exact);
+          if (lane == owner) sqdist[p] = exact[0];
         }
       }
       __syncwarp();  // all have read `dots` before the next tile's

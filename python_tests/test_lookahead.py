@@ -137,20 +137,20 @@ def test_emulated_cuda_kernel(make, dtype, monkeypatch):
         return emulated(module, x, k, lookahead)[-1]
 
     shapes = [
-        (1, 3, 1, 5),
-        (2, 1, 2, 10),
-        (7, 2, 7, 50),
-        (19, 5, 15, 20),
-        (64, 8, 64, 2),
-        (300, 8, 40, 2),
-        (140, 72, 50, 1),
+        (1, 3, 1, 2),
+        (2, 1, 2, 4),
+        (7, 2, 7, 30),
+        (19, 5, 15, 8),
+        (64, 8, 30, 1),
+        (300, 8, 20, 1),
+        (140, 72, 20, 1),
     ]
     for tokens, channels, k, times in shapes:
         for _ in range(times):
             x = make(g, 2, tokens, channels).to(dtype)
             plain = picks(x, k, 1)
-            for lookahead in LOOKAHEADS:
-                assert (picks(x, k, int(lookahead)) == plain).all()
+            for lookahead in (3, 16):
+                assert (picks(x, k, lookahead) == plain).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

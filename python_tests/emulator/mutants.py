@@ -275,7 +275,7 @@ MUTANTS = (
         "the distance of a marked pair goes to the next token",
         "repulsion_select",
         "sqdist_sweep.cuh",
-        ("if (lane == owner) sqdist[p] = exact;", "if (lane == (owner + 1) % 16) sqdist[p] = exact;"),
+        ("if (lane == owner) sqdist[p] = exact[0];", "if (lane == (owner + 1) % 16) sqdist[p] = exact[0];"),
     ),
     # Barriers between blocks.
     mutant(
