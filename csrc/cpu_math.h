@@ -11,7 +11,7 @@ namespace sts::cpu {
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
-// Points `sqdist` likes to have at once: two tiles of them share the rows that a first one has brought into cache.
+// Points that `sqdist` is given at once at the most: tiles of four of them share rows that are in cache.
 constexpr int kPoints = 16;
 
 // A point is a row in float32, its channels in the order in which the vector loops read them from a row of that type, and then

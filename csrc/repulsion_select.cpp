@@ -17,7 +17,7 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int64_t kStripRows = 16;  // of a pass: they stay in cache while they meet all points
 constexpr int kCachedRows = 2 * kCpuLookahead;
 static_assert(kCpuLookahead <= cpu::kPoints, "a pass's points meet a strip at once");
-constexpr int64_t kPlacesPerCandidate = 64;
+constexpr int64_t kPlacesPerCandidate = 64;  // so that their distances cost little beside a pass
 
 // Rows of weights computed and not yet used, by place.
 class RowCache {

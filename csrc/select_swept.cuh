@@ -145,7 +145,7 @@ template <class Sweep, class scalar_t, class Rule>
 __global__ void __launch_bounds__(kSweepThreads, 2)
     select_swept_kernel(Rows<scalar_t> rows, Items items, bool aligned, int group_blocks, int lookahead, Rule rule, const float* norms,
                         float* potential, float* weights, Key* keys, float* floats, unsigned* arrived, int64_t* out) {
-  __shared__ Key partial[1][32], candidate[kCandidates], lowest[kSweepWarps][kSweepPoints], next[kSweepPoints];
+  __shared__ Key candidate[kCandidates], lowest[kSweepWarps][kSweepPoints], next[kSweepPoints];
   __shared__ SweepPoints guess;
   const int group = blockIdx.x / group_blocks, groups = gridDim.x / group_blocks, rank = blockIdx.x % group_blocks;
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, group_warp = rank * kSweepWarps + warp;
@@ -171,13 +171,13 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
         if (lane == 0) shared.offers[h * group_warps + group_warp] = key;
       }
     };
-    // The lowest of all blocks after every one of `count` picks; each block has its own in `lowest`, or in lowest[0] alone.
-    const auto find_next = [&](int count, int warps) {
+    // The lowest of all blocks after every one of `count` picks; each warp has its own in `lowest`.
+    const auto find_next = [&](int count) {
       Key* const all = shared.lowest + (turn++ & 1) * group_blocks * kSweepPoints;
       __syncthreads();
       if (tid < count) {
         Key best = kNoKey;
-        for (int w = 0; w < warps; ++w) best = lower(best, lowest[w][tid]);
+        for (int w = 0; w < kSweepWarps; ++w) best = lower(best, lowest[w][tid]);
         all[rank * kSweepPoints + tid] = best;
       }
       barrier.sync();
@@ -200,9 +200,9 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
       if (distance < kInfinity) furthest.take(make_key(-distance, static_cast<uint32_t>(i)));
     }
     offer(furthest);
-    nearest = block_lowest(nearest, partial, 0);
-    if (tid == 0) lowest[0][0] = nearest;
-    find_next(1, 1);
+    nearest = warp_lowest(nearest);
+    if (lane == 0) lowest[warp][0] = nearest;
+    find_next(1);
     int64_t pick = first_pick(item, next[0]);
 
     for (int64_t done = 0;;) {
@@ -241,7 +241,7 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
         }
       });
       if (lane < kSweepPoints) lowest[warp][lane] = best;
-      find_next(count, kSweepWarps);
+      find_next(count);
 
       int made = 1;
       while (made < count && static_cast<int>(key_index(next[made - 1])) == guess.token[made]) ++made;

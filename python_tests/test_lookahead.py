@@ -141,7 +141,7 @@ def test_emulated_cuda_kernel(make, dtype, monkeypatch):
         (2, 1, 2, 4),
         (7, 2, 7, 30),
         (19, 5, 15, 8),
-        (64, 8, 30, 1),
+        (40, 8, 40, 1),
         (300, 8, 20, 1),
         (140, 72, 20, 1),
     ]
@@ -149,8 +149,8 @@ def test_emulated_cuda_kernel(make, dtype, monkeypatch):
         for _ in range(times):
             x = make(g, 2, tokens, channels).to(dtype)
             plain = picks(x, k, 1)
-            for lookahead in (3, 16):
-                assert (picks(x, k, lookahead) == plain).all()
+            for lookahead in LOOKAHEADS if tokens < 100 else ("3", "16"):  # many candidates take long to emulate
+                assert (picks(x, k, int(lookahead)) == plain).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
