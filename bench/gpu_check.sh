@@ -103,6 +103,7 @@ bench() {
     fi
   }
   python3 -m bench.breakdown || status=1
+  STS_KERNELS_LOOKAHEAD=1 python3 -m bench.breakdown || status=1 # the plain loop
   measure 60 --op repulsion_select --shapes main smooth batch qwen video
   measure 35 --op last_query_scores
   if [ -z "${STS_CHECK_QUICK:-}" ]; then

@@ -1,9 +1,10 @@
 """`python -m bench.lookahead`: how often the guess at the picks to come is right.
 
 Runs the plain loop of Algorithm 1 and replays beside it the guesses of the CPU kernel (csrc/repulsion_select.cpp) and
-of the CUDA kernel for many tokens (csrc/select_swept.cuh), which both run the plain loop among a few candidates. Needs
-no timing, so it says the same on every machine. For each kind of tokens: picks per pass over the features, and rows of
-weights computed per row used.
+of the CUDA kernel for many tokens (csrc/select_swept.cuh), which both run the plain loop among a few candidates: picks
+per pass over the features, and rows of weights computed per row used. Of the CUDA kernel for stored weights
+(csrc/select_stored.cuh): how many picks find their row in cache. Needs no timing, so it says the same on every
+machine.
 """
 
 import math
@@ -86,6 +87,35 @@ def replay(x, k, policy):
     return (k - 1) / passes, computed / (k - 1)
 
 
+def replay_stored(x, k, cache_bytes=192 * 1024):
+    """(share of picks whose row is in a multiprocessor's cache, and of those fetched right before)"""
+    tokens, held = len(x), 1
+    while held < 16 and math.ceil(tokens / (32 * held)) > 12:
+        held *= 2
+    weights = 1 / (pairwise_sqdist(x[None])[0] + 1e-6)
+    potential, padding = torch.zeros(tokens), -tokens % (32 * held)
+    pick, offers, fetched = int((x - x.mean(0)).square().sum(1).argmin()), [], {}
+    cached = {}  # token: the step that its row came at, the one used last at the end
+    found = late = 0
+    for step in range(k - 1):
+        found, late = found + (pick in cached), late + (cached.get(pick) == step - 1)
+        offers = [i for i in offers if i[1] not in (pick, fetched.get(i[2])) and i[0] < math.inf]
+        if offers:
+            _, token, warp = min(offers)
+            fetched[warp] = token
+            cached[token] = cached.pop(token, step)
+        cached[pick] = cached.pop(pick, step)
+        while len(cached) * 4 * tokens > cache_bytes:
+            del cached[next(iter(cached))]
+        potential = potential + weights[pick]
+        potential[pick] = math.inf
+        of_warp = torch.nn.functional.pad(potential, (0, padding), value=math.inf).view(-1, 32 * held)
+        low, at = of_warp.min(1)
+        offers = list(zip(low.tolist(), (at + torch.arange(len(at)) * 32 * held).tolist(), range(len(at)), strict=True))
+        pick = min(offers)[1]
+    return found / (k - 1), late / (k - 1)
+
+
 def photograph(size):
     """Patches of 14 x 14 pixels of the demo's picture, whose shorter side is `size` pixels."""
     picture = demo.load_picture(demo.default_picture()).convert("RGB").resize((size, size))
@@ -115,6 +145,12 @@ def main():
             picks, used = replay(x, k, policy)
             cells = name, k, type(policy).__name__, policy.lookahead, f"{picks:.1f}", f"{used:.2f}"
             print("| " + " | ".join(map(str, cells)) + " |")
+
+    print("\n| tokens | K | rows fetched ahead | of these, right before |\n" + "|---" * 4 + "|")
+    for name, x, k in kinds:
+        if len(x) <= 8192:
+            found, late = replay_stored(x, k)
+            print(f"| {name} | {k} | {found:.0%} | {late:.0%} |")
 
 
 if __name__ == "__main__":

@@ -159,6 +159,17 @@ class GroupBarrier {
   unsigned target_ = 0;
 };
 
+// ---- device: caches ----
+
+// Brings what is at `address` into the cache of this multiprocessor, in the background.
+__device__ __forceinline__ void prefetch_l1(const void* address) {
+#ifdef STS_EMULATE
+  emulator::prefetch(address);
+#else
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(address));
+#endif
+}
+
 // ---- device: asynchronous copies and tensor cores (sm_80) ----
 
 // Starts a copy of 16 aligned bytes from global to shared memory, or of 16 zero bytes where `predicate` is false (then

@@ -1,8 +1,8 @@
 // Stage 1 of STS: all picks of all items in one launch, after their distances.
-//   up to kMatrixTokens tokens: the weights of all pairs are stored once, and one block per item runs the picks, with the
-//     potentials in registers and one barrier a pick;
+//   up to kMatrixTokens tokens: the weights of all pairs are stored once, and one block per item runs the picks (select_stored.cuh);
 //   above: nothing N x N is stored, and all blocks work on one item, or a few (select_swept.cuh).
 #pragma once
+#include "select_stored.cuh"
 #include "select_swept.cuh"
 #include "selection_plan.h"
 
@@ -17,52 +17,6 @@ struct StoreWeight {
   __device__ float operator()(float sqdist, bool) const { return rule.weight(sqdist); }
 };
 
-// One block per item of [first_item, first_item + gridDim.x). Thread t holds tokens t, t + blockDim.x, ...
-template <class Rule, int kTokens>
-__global__ void __launch_bounds__(1024, 1)
-    select_stored_kernel(Items items, int64_t first_item, const float* weights, const float* mean_sqdist, Rule rule, int64_t* out) {
-  __shared__ Key partial[2][32];
-  const int64_t b = first_item + blockIdx.x;
-  const Item item = items[b];
-  const int tokens = static_cast<int>(item.tokens), threads = blockDim.x, tid = threadIdx.x;
-  const int64_t stride = items.tokens;
-  // A packed batch has one matrix, whose diagonal blocks are the items'.
-  const float* matrix = weights + (items.packed() ? item.first * (stride + 1) : blockIdx.x * stride * stride);
-  const float* from_mean = mean_sqdist + (items.packed() ? item.first : b * stride);
-  int64_t* picked = out + item.out;
-
-  const int64_t picks = item.picks < tokens ? item.picks : tokens;
-  for (int64_t step = picks + tid; step < item.picks; step += threads) picked[step] = -1;
-  if (picks == 0) return;
-
-  float potential[kTokens];
-  Key best = kNoKey;
-#pragma unroll
-  for (int t = 0; t < kTokens; ++t) {
-    const int j = t * threads + tid;
-    potential[t] = kInfinity;
-    if (j >= tokens) continue;
-    const float distance = from_mean[j];
-    potential[t] = distance < kInfinity ? Rule::start() : kLastResort;
-    best = lower(best, make_key(distance, j));
-  }
-  int pick = static_cast<int>(first_pick(item, block_lowest(best, partial, 0)));
-  for (int step = 0;; ++step) {
-    if (tid == 0) picked[step] = pick;
-    if (step + 1 == picks) return;
-    const float* row = matrix + pick * stride;
-    best = kNoKey;
-#pragma unroll
-    for (int t = 0; t < kTokens; ++t) {
-      const int j = t * threads + tid;
-      if (j >= tokens) continue;
-      potential[t] = j == pick ? kInfinity : Rule::add(potential[t], __ldg(row + j));
-      best = lower(best, make_key(potential[t], j));
-    }
-    pick = static_cast<int>(key_index(block_lowest(best, partial, step + 1)));
-  }
-}
-
 // ---- plan and launch ----
 
 // How a selection is laid out on the device; everything follows from the shapes, the element type and the device.
@@ -71,7 +25,7 @@ struct SelectionPlan {
   int mma_tile;         // tokens in a tile on tensor cores, or 0 where differences are taken
   int64_t entries;      // stored: batch entries whose weights are held at a time
   int groups, group_blocks;  // swept: blocks of the cooperative launch
-  int lookahead;             // swept: picks in a sweep at the most
+  int lookahead;             // swept: picks in a sweep at the most; stored: 1, or more if rows are fetched ahead
 };
 
 // f(kernel, its shared memory) for the kernel that sweeps.
@@ -91,7 +45,7 @@ SelectionPlan plan_selection(const Rows<scalar_t>& rows, const Items& items, int
   if (items.tokens <= matrix_tokens) {
     const int64_t fit = kMatrixFloats / (items.tokens * items.tokens);
     const int64_t held = entries < fit ? entries : fit;
-    return {true, mma ? mma_tile(items.tokens, held) : 0, held, 0, 0, 0};
+    return {true, mma ? mma_tile(items.tokens, held) : 0, held, 0, 0, lookahead};
   }
   const int resident = with_swept_kernel<scalar_t, Rule>(
       mma, [](auto* kernel, size_t shared_bytes) { return max_resident_blocks(kernel, kSweepThreads, shared_bytes); });
@@ -162,10 +116,12 @@ cudaError_t launch_selection(const Rows<scalar_t>& rows, const Items& items, con
     }
     return launch_sqdist_tiles(rows, items, first, entries, store, scratch.weights, stream);
   };
-  const auto select = [&](auto kernel, int64_t tokens_per_thread, int64_t first, int64_t count) {
-    const auto threads = static_cast<unsigned>(ceil_div(ceil_div(items.tokens, tokens_per_thread), 32) * 32);
-    const Launch shape{dim3(static_cast<unsigned>(count)), dim3(threads), 0, 1, false, stream};
-    return launch(kernel, shape, items, first, scratch.weights, scratch.stats.mean_sqdist, rule, out);
+  const int64_t tokens_per_thread = stored_tokens_per_thread(items.tokens);
+  const bool look_ahead = plan.lookahead > 1;
+  const auto select = [&](auto kernel, int64_t first, int64_t count) {
+    const int64_t warps = ceil_div(items.tokens, 32 * tokens_per_thread) + look_ahead;
+    const Launch shape{dim3(static_cast<unsigned>(count)), dim3(static_cast<unsigned>(32 * warps)), 0, 1, false, stream};
+    return launch(kernel, shape, items, first, look_ahead, scratch.weights, scratch.stats.mean_sqdist, rule, out);
   };
   const int64_t entries = items.packed() ? 1 : items.count;
   for (int64_t first = 0; first < entries; first += plan.entries) {
@@ -173,11 +129,13 @@ cudaError_t launch_selection(const Rows<scalar_t>& rows, const Items& items, con
     const int64_t count = items.packed() ? items.count : held;
     error = weigh(first, held);
     if (error != cudaSuccess) return error;
-    // As many threads as tokens up to 1024: the fewer tokens a thread holds, the shorter the chain from pick to pick.
-    if (items.tokens <= 1024) error = select(select_stored_kernel<Rule, 1>, 1, first, count);
-    else if (items.tokens <= 2048) error = select(select_stored_kernel<Rule, 2>, 2, first, count);
-    else if (items.tokens <= 4096) error = select(select_stored_kernel<Rule, 4>, 4, first, count);
-    else error = select(select_stored_kernel<Rule, 8>, 8, first, count);
+    switch (tokens_per_thread) {
+      case 1: error = select(select_stored_kernel<Rule, 1>, first, count); break;
+      case 2: error = select(select_stored_kernel<Rule, 2>, first, count); break;
+      case 4: error = select(select_stored_kernel<Rule, 4>, first, count); break;
+      case 8: error = select(select_stored_kernel<Rule, 8>, first, count); break;
+      default: error = select(select_stored_kernel<Rule, kStoredTokens>, first, count);
+    }
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

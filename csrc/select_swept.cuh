@@ -60,8 +60,8 @@ struct LowestKeys {
 };
 
 // Tokens that may be guessed; by a warp, the same in every block. Candidate 0 is `pick`, the others are those offered at the
-// lowest keys in each lane's share of the offers; kNoKey where there is none.
-__device__ __forceinline__ void choose_candidates(const Key* offers, int count, int pick, Key (&candidate)[kCandidates]) {
+// lowest keys in each lane's share of the offers, sixteen for every pick that is wanted; kNoKey where there is none.
+__device__ __forceinline__ void choose_candidates(const Key* offers, int count, int pick, int wanted, Key (&candidate)[kCandidates]) {
   const int lane = threadIdx.x % 32;
   LowestKeys<kLaneCandidates> mine;
 #pragma unroll 4
@@ -70,7 +70,7 @@ __device__ __forceinline__ void choose_candidates(const Key* offers, int count, 
     mine.take(static_cast<int>(key_index(offer)) == pick ? kNoKey : offer);
   }
 #pragma unroll
-  for (int h = 0; h < kLaneCandidates; ++h) candidate[1 + 32 * h + lane] = mine.key[h];
+  for (int h = 0; h < kLaneCandidates; ++h) candidate[1 + 32 * h + lane] = 2 * h < wanted ? mine.key[h] : kNoKey;
   if (lane == 0) candidate[0] = make_key(0.f, static_cast<uint32_t>(pick));
 }
 
@@ -211,7 +211,7 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
 
       const int wanted = static_cast<int>(picks - done < lookahead ? picks - done : lookahead);
       if (wanted > 1) {
-        if (warp == 0) choose_candidates(shared.offers, group_warps * kOffers, static_cast<int>(pick), candidate);
+        if (warp == 0) choose_candidates(shared.offers, group_warps * kOffers, static_cast<int>(pick), wanted, candidate);
         __syncthreads();
         weigh_pairs(rows, entry, item, aligned, rule, candidate, group_warp, group_warps, shared.pair_weight);
         barrier.sync();

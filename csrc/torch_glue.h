@@ -157,8 +157,8 @@ struct Selection {
   }
 };
 
-// Tokens whose distances a selection is to compute in one pass over the features at the most, by STS_KERNELS_LOOKAHEAD; 0 if it
-// does not say. The result is the same for any; 1 is the plain loop.
+// Rows of weights that a selection is to have ahead of their picks at the most, by STS_KERNELS_LOOKAHEAD; 0 if it does not say. The
+// result is the same for any; 1 is the plain loop.
 inline int asked_lookahead(int most) {
   const char* value = std::getenv("STS_KERNELS_LOOKAHEAD");
   const int asked = value ? std::atoi(value) : 0;

@@ -1,4 +1,4 @@
-"""Computing the rows of several likely picks in one pass never changes a pick: against the plain loop, bit for bit."""
+"""Rows of likely picks, computed or fetched ahead, never change a pick: against the plain loop, bit for bit."""
 
 from dataclasses import replace
 
@@ -58,10 +58,18 @@ def adversary(g, batch, tokens, channels):
     return x
 
 
-def emulated(module, x, k, lookahead, **rest):
-    """The arrays of a call of the kernel for more tokens than are stored."""
-    call = operations.repulsion_select("any", x, k, 1e-6, matrix_tokens=0, lookahead=lookahead, **rest)
-    return calls.run_in(module, replace(call, judge=lambda *_: None))
+@pytest.fixture(scope="module")
+def emulated():
+    """The arrays of a call of the CUDA kernel; by default of that for more tokens than are stored."""
+    if reason := build.missing_tool():
+        pytest.skip(reason)
+    module = build.module()
+
+    def run(x, k, lookahead, matrix_tokens=0, **rest):
+        call = operations.repulsion_select("any", x, k, 1e-6, matrix_tokens=matrix_tokens, lookahead=lookahead, **rest)
+        return calls.run_in(module, replace(call, judge=lambda *_: None))
+
+    return run
 
 
 MAKES = [uniform, grid, repeated, equal, not_finite, far_away, adversary]
@@ -125,22 +133,33 @@ def test_all_tokens_of_large_items_on_several_threads(monkeypatch, dtype):
 
 @pytest.mark.parametrize("make", MAKES, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_emulated_cuda_kernel(make, dtype, monkeypatch):
+def test_emulated_cuda_kernel_with_stored_weights(emulated, make, dtype):
+    """With a warp that fetches rows ahead and without; with one to sixteen tokens a thread."""
+    g = torch.Generator().manual_seed(11)
+    shapes = [(1, 3, 1), (2, 1, 2), (7, 2, 7), (40, 8, 40), (300, 8, 100), (600, 3, 100)]
+    if make is uniform:
+        shapes += [(1100, 2, 50), (1600, 2, 50), (3100, 1, 50)]
+    for tokens, channels, k in shapes:
+        x = make(g, 2, tokens, channels).to(dtype)
+        picks = [emulated(x, k, lookahead, matrix_tokens=tokens)[-1] for lookahead in (1, 16)]
+        assert (picks[0] == picks[1]).all()
+
+
+@pytest.mark.parametrize("make", MAKES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_emulated_cuda_kernel_in_sweeps(emulated, make, dtype, monkeypatch):
     """The kernel for more tokens than are stored, on as many blocks as its items fill."""
-    if reason := build.missing_tool():
-        pytest.skip(reason)
-    module = build.module()
     monkeypatch.setenv("STS_EMULATE_SMS", "1")
     g = torch.Generator().manual_seed(9)
 
     def picks(x, k, lookahead):
-        return emulated(module, x, k, lookahead)[-1]
+        return emulated(x, k, lookahead)[-1]
 
     shapes = [
         (1, 3, 1, 2),
         (2, 1, 2, 4),
-        (7, 2, 7, 30),
-        (19, 5, 15, 8),
+        (7, 2, 7, 10),
+        (19, 5, 15, 4),
         (40, 8, 40, 1),
         (300, 8, 20, 1),
         (140, 72, 20, 1),
@@ -154,24 +173,22 @@ def test_emulated_cuda_kernel(make, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_emulated_cuda_kernel_makes_several_picks_a_sweep(dtype, monkeypatch):
+def test_emulated_cuda_kernel_in_sweeps_makes_several_picks_a_sweep(emulated, dtype, monkeypatch):
     """A sweep takes three barriers; the plain loop takes two a pick."""
-    if reason := build.missing_tool():
-        pytest.skip(reason)
-    module = build.module()
     monkeypatch.setenv("STS_EMULATE_SMS", "2")
     monkeypatch.setenv("STS_EMULATE_BLOCKS_PER_SM", "2")
     x = uniform(torch.Generator().manual_seed(10), 1, 1000, 64).to(dtype)
     barriers = {}
     for lookahead in (1, 16):
-        *_, arrivals, _ = emulated(module, x, 161, lookahead, arrivals=np.zeros(1, np.uint32))
+        *_, arrivals, _ = emulated(x, 161, lookahead, arrivals=np.zeros(1, np.uint32))
         barriers[lookahead] = arrivals[0] / 4  # blocks
     assert barriers[1] == 1 + 2 * 160
     assert barriers[16] <= 1 + 3 * 160 / 10
 
 
+@pytest.mark.parametrize(("tokens", "k"), [(576, 192), (1500, 400), (2880, 480), (8192, 300), (20_000, 300)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_above_the_stored_sizes(cuda, dtype, monkeypatch):
-    x = uniform(torch.Generator().manual_seed(7), 1, 20_000, 64).to("cuda", dtype)
-    for plain, ahead in plain_and_ahead(monkeypatch, lambda: sts_kernels.repulsion_select(x, 300)):
+def test_cuda_kernels(cuda, tokens, k, dtype, monkeypatch):
+    x = uniform(torch.Generator().manual_seed(7), 1, tokens, 64).to("cuda", dtype)
+    for plain, ahead in plain_and_ahead(monkeypatch, lambda: sts_kernels.repulsion_select(x, k)):
         assert torch.equal(ahead, plain)

@@ -340,9 +340,12 @@ void __stcs(T* address, T value) {
   *address = value;
 }
 
-// ---- asynchronous copies and tensor cores ----
+// ---- caches, asynchronous copies and tensor cores ----
 
 namespace emulator {
+
+// Reads, so that an address out of bounds is seen.
+inline void prefetch(const void* address) { static_cast<void>(*static_cast<const volatile char*>(address)); }
 
 // A copy lands at the last moment, in the wait that covers it, so that a missing wait or commit is seen. Until then its
 // destination holds, depending on the schedule, NaNs, tiny numbers or what it held before; so a copy that starts while its
@@ -354,6 +357,8 @@ inline void cp_async_16(void* destination, const void* source, bool predicate) {
   if (order != Settings::kReverse) std::memset(destination, order == Settings::kForward ? 0xff : 0x20, 16);
   const Unchecked unchecked;
   Thread& thread = self();
+  for (const AsyncCopy& copy : thread.copies)
+    if (copy.destination == destination) fail("cp_async_16: an earlier copy to the same place is under way");
   thread.copies.push_back({destination, predicate ? source : nullptr, thread.copy_group});
 }
 inline void cp_async_commit() {

@@ -202,6 +202,29 @@ MUTANTS = (
         "token_stats.cuh",
         ("    __syncthreads();\n    if (stats.sums) {", "    if (stats.sums) {"),
     ),
+    # A selection over stored weights.
+    mutant(
+        "the last of equal tokens wins",
+        "repulsion_select",
+        "select_stored.cuh",
+        ("if (potential[t] < low) low =", "if (potential[t] <= low) low ="),
+    ),
+    mutant(
+        "a token of a thread is left out",
+        "repulsion_select",
+        "select_stored.cuh",
+        (
+            "while (held < kStoredTokens && ceil_div(tokens, 32 * held) > 12)",
+            "while (held < kStoredTokens && tokens > 384 * held + 384)",
+        ),
+    ),
+    mutant(
+        "more of a row is fetched than there is",
+        "repulsion_select",
+        "select_stored.cuh",
+        ("next_row + (j < tokens ? j : tokens - 1)", "next_row + j"),
+        says=OVERRUN,
+    ),
     # A selection in sweeps.
     mutant(
         "one buffer of what blocks have lowest",

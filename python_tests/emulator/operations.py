@@ -103,8 +103,9 @@ def _select(
     judge,
     arrivals=None,
 ):
-    """`matrix_tokens`: up to so many tokens the weights of all pairs are stored. Above, a sweep makes
-    `lookahead` picks at the most. `arrivals`: an array for how often blocks came to a barrier."""
+    """`matrix_tokens`: up to so many tokens the weights of all pairs are stored, and fetched ahead where `lookahead`
+    is above 1. Above, a sweep makes `lookahead` picks at the most. `arrivals`: an array for how often blocks came
+    to a barrier."""
     packed = cu_seqlens is not None
     tokens, channels = rows.shape[-2:]
     args = (
@@ -124,9 +125,9 @@ def _select(
         arrivals,
         np.full((k,) if packed else (batch, k), PAD, np.int64),
     )
-    way = "stored" if tokens <= matrix_tokens else f"swept{lookahead}"
+    way = "stored" if tokens <= matrix_tokens else "swept"
     return Call(
-        f"{name}-{way}",
+        f"{name}-{way}{lookahead}",
         f"repulsion_select_{SUFFIX[rows.dtype]}",
         args,
         lambda *arrays: judge(torch.from_numpy(arrays[-1])),
@@ -167,7 +168,7 @@ def work(case) -> int:
     return case.batch * case.tokens**2 * case.channels
 
 
-WAYS = ({}, {"matrix_tokens": 0}, {"matrix_tokens": 0, "lookahead": 1})  # to select
+WAYS = tuple({"matrix_tokens": m, "lookahead": n} for m, n in ((8192, 16), (0, 16), (0, 1)))  # to select
 
 
 def of_case(case, dtype) -> list[Call]:
