@@ -16,6 +16,7 @@ WRONG = "wrong result"
 RACE = "ThreadSanitizer: data race"
 OVERRUN = "AddressSanitizer: heap-buffer-overflow"
 BOUNDS = "runtime error: index"
+OVERTAKEN = "an earlier copy to the same place is under way"
 
 ORDERS = ("fwd", "rev", "1", "2")  # that the tests run kernels in
 IMPATIENT = {"STS_EMULATE_STALL_SECONDS": "4"}
@@ -121,6 +122,7 @@ MUTANTS = (
         "repulsion_select",
         "sqdist_mma.cuh",
         ("cp_async_wait<kMmaStages - 2>();", ""),
+        says=OVERTAKEN,
     ),
     mutant(
         "a wait that is one stage too short",
@@ -128,7 +130,13 @@ MUTANTS = (
         "sqdist_mma.cuh",
         ("cp_async_wait<kMmaStages - 2>();", "cp_async_wait<kMmaStages - 1>();"),
     ),
-    mutant("copies that are never committed", "repulsion_select", "sqdist_mma.cuh", ("cp_async_commit();", "")),
+    mutant(
+        "copies that are never committed",
+        "repulsion_select",
+        "sqdist_mma.cuh",
+        ("cp_async_commit();", ""),
+        says=OVERTAKEN,
+    ),
     mutant(
         "no barrier between a stage's arrival and its use",
         "repulsion_select",
@@ -210,13 +218,10 @@ MUTANTS = (
         ("if (potential[t] < low) low =", "if (potential[t] <= low) low ="),
     ),
     mutant(
-        "a token of a thread is left out",
+        "a picked token can be picked again",
         "repulsion_select",
         "select_stored.cuh",
-        (
-            "while (held < kStoredTokens && ceil_div(tokens, 32 * held) > 12)",
-            "while (held < kStoredTokens && tokens > 384 * held + 384)",
-        ),
+        ("j == pick ? kInfinity : Rule::add(potential[t], weight[t]);", "Rule::add(potential[t], weight[t]);"),
     ),
     mutant(
         "more of a row is fetched than there is",
@@ -261,7 +266,7 @@ MUTANTS = (
         ("int made = 1;", "int made = count;"),
     ),
     mutant(
-        "a picked token can be picked again",
+        "a picked token can be picked again in a sweep",
         "repulsion_select",
         "select_swept.cuh",
         (
@@ -281,6 +286,7 @@ MUTANTS = (
         "repulsion_select",
         "sqdist_sweep.cuh",
         ("cp_async_wait<kStages - 2>();", ""),
+        says=OVERTAKEN,
     ),
     mutant(
         "no barrier before a stage of a sweep is used",

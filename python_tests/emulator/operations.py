@@ -215,6 +215,7 @@ PATHS = (
     ),  # on tensor cores every buffer is used again; some pairs repaired
     Case("large_tiles", 3, 140, 72, 10, cases.near_duplicates),  # on tensor cores, enough of them for the large ones
     Case("blocks", 1, 700, 3, 12),  # several blocks agree on each pick
+    Case("ties", 1, 450, 3, 100, cases.none_finite),  # within a thread, too; the lowest index first
     Case("groups", 3, 300, 5, 7),  # several groups of blocks
     Case("items", 11, 33, 9, 5),  # more items than groups
     Case("odd", 2, 45, 13, 45, cases.not_finite, cases.channel_slice),
