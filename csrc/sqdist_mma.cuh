@@ -46,8 +46,11 @@ __global__ void __launch_bounds__(kMmaThreads<kTile>)
   __shared__ bool warp_marked[kTile / kRows][kTile / kColumns];
   const int64_t i0 = static_cast<int64_t>(blockIdx.y) * kTile, j0 = static_cast<int64_t>(blockIdx.x) * kTile;
   if (i0 > j0) return;
-  const int tid = threadIdx.x, lane = tid % 32, warp_i = tid / 32 / (kTile / kColumns), warp_j = tid / 32 % (kTile / kColumns);
+  // Warps 0 to 3, one on each quarter of the multiprocessor, have the first half of a large tile's columns, and 4 to 7 the second: in
+  // the last tiles of a row that half may be past the end, and each quarter has half of the work.
+  const int tid = threadIdx.x, lane = tid % 32, warp_i = tid / 32 % (kTile / kRows), warp_j = tid / 32 / (kTile / kRows);
   const int wi = warp_i * kRows, wj = warp_j * kColumns;
+  const bool has_pairs = j0 + wj < tokens && i0 + wi < j0 + wj + kColumns;  // before the end, and not all below the diagonal
   const int steps = static_cast<int>(ceil_div(rows.channels, kMmaChannels));
   const auto stage_a = [&](int step) { return shared + (step % kMmaStages) * 2 * kTile * kMmaChannels; };
   const auto stage_b = [&](int step) { return stage_a(step) + (i0 == j0 ? 0 : kTile * kMmaChannels); };  // a diagonal tile reads once
@@ -85,6 +88,7 @@ __global__ void __launch_bounds__(kMmaThreads<kTile>)
       cp_async_wait<kMmaStages - 2>();
       __syncthreads();  // this stage has arrived for all threads, and all are done with the one before, which `fetch` overwrites
       fetch(step + kMmaStages - 1);
+      if (!has_pairs) continue;
 #pragma unroll
       for (int k = 0; k < kMmaChannels / 16; ++k) {
         uint32_t a[kRows / 16][4], b[2][4];
