@@ -1,6 +1,7 @@
 // Stage 1 of STS: all picks of all items in one launch, after their distances.
 //   up to kMatrixTokens tokens: the weights of all pairs are stored once, and one block per item runs the picks (select_stored.cuh);
-//   above: nothing N x N is stored, and all blocks work on one item, or a few (select_swept.cuh).
+//   above, and from half as many tokens on where few are picked: nothing N x N is stored, and all blocks work on one item, or a few
+//     (select_swept.cuh).
 #pragma once
 #include "select_stored.cuh"
 #include "select_swept.cuh"
@@ -9,6 +10,7 @@
 namespace sts {
 
 constexpr int64_t kMatrixFloats = int64_t(1) << 26;  // weights held at a time: 256 MiB, one item of kMatrixTokens
+constexpr int64_t kFewPicks = 64;  // few: less than one of so many tokens
 
 // What is stored for a pair of tokens by the rule; the diagonal is never read.
 template <class Rule>
@@ -42,7 +44,10 @@ SelectionPlan plan_selection(const Rows<scalar_t>& rows, const Items& items, int
                              int lookahead = kSweepPoints) {
   const int64_t entries = items.packed() ? 1 : items.count;
   const bool mma = mma_fits(rows, items);
-  if (items.tokens <= matrix_tokens) {
+  // Both kernels take the same bits for a distance by differences, so that the picks do not depend on how many they are. On tensor
+  // cores they do not, where a pair is repaired.
+  const bool few = !mma && !items.packed() && items.picks * kFewPicks < items.tokens;
+  if (items.tokens <= (few ? matrix_tokens / 2 : matrix_tokens)) {
     const int64_t fit = kMatrixFloats / (items.tokens * items.tokens);
     const int64_t held = entries < fit ? entries : fit;
     return {true, mma ? mma_tile(items.tokens, held) : 0, held, 0, 0, lookahead};
@@ -169,10 +174,10 @@ cudaError_t launch_repulsion_select(const scalar_t* features, int64_t batch, int
 }
 // A field of the plan for features of 16-byte aligned rows.
 template <class scalar_t>
-int64_t selection_plan(int64_t batch, int64_t tokens, int64_t channels, bool packed, int field) {
+int64_t selection_plan(int64_t batch, int64_t tokens, int64_t channels, int64_t picks, bool packed, int field) {
   const int64_t offsets[1] = {};
   const Rows<scalar_t> rows{nullptr, tokens * channels, channels, static_cast<int>(channels)};
-  const Items items{batch, tokens, tokens, nullptr, packed ? offsets : nullptr, nullptr, nullptr};
+  const Items items{batch, tokens, picks, nullptr, packed ? offsets : nullptr, nullptr, nullptr};
   const SelectionPlan plan = plan_selection<scalar_t, Repulsion>(rows, items);
   const int64_t fields[] = {plan.stored, plan.mma_tile, plan.entries, plan.groups, plan.group_blocks, plan.lookahead};
   return fields[field];

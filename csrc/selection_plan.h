@@ -5,7 +5,7 @@
 
 namespace sts {
 
-// CUDA: the weights of all pairs are stored up to so many tokens.
+// CUDA: the weights of all pairs are stored up to so many tokens at the most.
 constexpr int64_t kMatrixTokens = 8192;
 
 // CPU: the same, if at least two thirds of the tokens are picked, whose rows are then hardly less than half a matrix. Larger matrices

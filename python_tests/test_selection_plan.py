@@ -15,8 +15,8 @@ def module():
 
 @pytest.fixture
 def plan(module):
-    def ask(batch, tokens, channels, packed=False, dtype="bfloat16"):
-        asked = (batch, tokens, channels, packed)
+    def ask(batch, tokens, channels, packed=False, dtype="bfloat16", picks=None):
+        asked = (batch, tokens, channels, tokens if picks is None else picks, packed)
         return {name: module.run(f"selection_plan_{dtype}", *asked, i) for i, name in enumerate(FIELDS)}
 
     return ask
@@ -27,6 +27,19 @@ def test_up_to_8192_tokens_weights_are_stored(plan):
         assert plan(1, tokens, 1024)["stored"]
     assert not plan(1, 8193, 1024)["stored"]
     assert not plan(4, 8193, 1024, packed=True)["stored"]
+
+
+def test_few_picks_of_many_tokens_are_made_in_sweeps(plan):
+    def stored(tokens, picks, **rest):
+        return plan(3, tokens, 1024, picks=picks, **{"dtype": "float32", **rest})["stored"]
+
+    assert stored(8192, 128)
+    assert not stored(8192, 127)
+    assert stored(4096, 1)
+    assert not stored(4097, 64)
+    # Not where another kernel could make another pick.
+    assert stored(8192, 1, dtype="bfloat16")
+    assert stored(8192, 1, packed=True)
 
 
 def test_no_more_than_256_mib_of_weights_at_a_time(plan):
