@@ -59,16 +59,25 @@ struct LowestKeys {
   }
 };
 
+// f(key) for keys[0], keys[step], ..., shared by the lanes of a warp, with several loads under way.
+template <class F>
+__device__ __forceinline__ void for_keys(const Key* keys, int count, int step, const F& f) {
+  constexpr int kUnroll = 8;
+  for (int begin = threadIdx.x % 32; begin < count; begin += 32 * kUnroll) {
+    Key key[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) key[u] = begin + 32 * u < count ? keys[(begin + 32 * u) * step] : kNoKey;
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) f(key[u]);
+  }
+}
+
 // Tokens that may be guessed; by a warp, the same in every block. Candidate 0 is `pick`, the others are those offered at the
 // lowest keys in each lane's share of the offers, sixteen for every pick that is wanted; kNoKey where there is none.
 __device__ __forceinline__ void choose_candidates(const Key* offers, int count, int pick, int wanted, Key (&candidate)[kCandidates]) {
   const int lane = threadIdx.x % 32;
   LowestKeys<kLaneCandidates> mine;
-#pragma unroll 4
-  for (int k = lane; k < count; k += 32) {
-    const Key offer = offers[k];
-    mine.take(static_cast<int>(key_index(offer)) == pick ? kNoKey : offer);
-  }
+  for_keys(offers, count, 1, [&](Key offer) { mine.take(static_cast<int>(key_index(offer)) == pick ? kNoKey : offer); });
 #pragma unroll
   for (int h = 0; h < kLaneCandidates; ++h) candidate[1 + 32 * h + lane] = 2 * h < wanted ? mine.key[h] : kNoKey;
   if (lane == 0) candidate[0] = make_key(0.f, static_cast<uint32_t>(pick));
@@ -183,7 +192,7 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
       barrier.sync();
       for (int p = warp; p < count; p += kSweepWarps) {
         Key best = kNoKey;
-        for (int r = lane; r < group_blocks; r += 32) best = lower(best, all[r * kSweepPoints + p]);
+        for_keys(all + p, group_blocks, kSweepPoints, [&](Key key) { best = lower(best, key); });
         best = warp_lowest(best);
         if (lane == 0) next[p] = best;
       }
