@@ -100,9 +100,38 @@ int max_resident_blocks(void (*kernel)(Params...), int threads, size_t shared_by
 
 // ---- device: elements ----
 
-__device__ __forceinline__ float to_float(float value) { return value; }
-__device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
-__device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+__host__ __device__ __forceinline__ float to_float(float value) { return value; }
+__host__ __device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
+__host__ __device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+__host__ __device__ __forceinline__ void from_float(float value, __half& element) { element = __float2half_rn(value); }
+__host__ __device__ __forceinline__ void from_float(float value, __nv_bfloat16& element) { element = __float2bfloat16_rn(value); }
+
+// a - b of two elements in a word.
+#ifdef STS_EMULATE
+template <class T>
+inline uint32_t subtract_pairs(uint32_t a, uint32_t b, T) {
+  T x[2], y[2];
+  memcpy(x, &a, 4), memcpy(y, &b, 4);
+  for (int i = 0; i < 2; ++i) from_float(to_float(x[i]) - to_float(y[i]), x[i]);
+  memcpy(&a, x, 4);
+  return a;
+}
+#else
+__device__ __forceinline__ uint32_t subtract_pairs(uint32_t a, uint32_t b, __half) {
+  __half2 x, y;
+  memcpy(&x, &a, 4), memcpy(&y, &b, 4);
+  x = __hsub2(x, y);
+  memcpy(&a, &x, 4);
+  return a;
+}
+__device__ __forceinline__ uint32_t subtract_pairs(uint32_t a, uint32_t b, __nv_bfloat16) {
+  __nv_bfloat162 x, y;
+  memcpy(&x, &a, 4), memcpy(&y, &b, 4);
+  x = __hsub2(x, y);
+  memcpy(&a, &x, 4);
+  return a;
+}
+#endif
 
 // ---- device: barriers between blocks ----
 

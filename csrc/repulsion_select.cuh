@@ -80,12 +80,15 @@ struct SelectionScratch {
     const auto take = [&](auto*& part, int64_t count) {
       if (count) part = static_cast<std::remove_reference_t<decltype(part)>>(allocate(count * static_cast<int64_t>(sizeof(*part))));
     };
-    const int64_t chunks = items.anchor ? 0 : all_chunks(items), tiles = mark_tiles(items.tokens);
+    const int64_t chunks = all_chunks(items), tiles = mark_tiles(items.tokens);
     take(stats.mean_sqdist, all_tokens(items));
     take(stats.norms, plan.mma_tile ? all_tokens(items) : 0);
-    take(stats.sums, chunks * channels);
-    take(stats.counts, chunks);
+    take(stats.centre, plan.mma_tile ? items.count * channels : 0);
+    take(stats.sums, items.anchor ? 0 : chunks * channels);
+    take(stats.counts, items.anchor ? 0 : chunks);
     take(stats.mean, items.anchor ? 0 : items.count * channels);
+    take(stats.lows, plan.mma_tile ? chunks * channels : 0);
+    take(stats.highs, plan.mma_tile ? chunks * channels : 0);
     take(weights, plan.stored ? plan.entries * items.tokens * items.tokens : plan.lookahead * all_tokens(items));
     take(marks, plan.stored && plan.mma_tile ? plan.entries * tiles * tiles : 0);
     take(keys, plan.groups * SweepExchange::keys(plan.group_blocks));
@@ -110,14 +113,14 @@ cudaError_t launch_selection(const Rows<scalar_t>& rows, const Items& items, con
     return with_swept_kernel<scalar_t, Rule>(plan.mma_tile, [&](auto* kernel, size_t shared_bytes) {
       const Launch shape{dim3(plan.groups * plan.group_blocks), dim3(kSweepThreads), shared_bytes, 1, true, stream};
       return launch(kernel, shape, rows, items, rows_aligned(rows), plan.group_blocks, plan.lookahead, rule, scratch.stats.norms,
-                    scratch.stats.mean_sqdist, scratch.weights, scratch.keys, scratch.floats, scratch.arrived, out);
+                    reinterpret_cast<const scalar_t*>(scratch.stats.centre), scratch.stats.mean_sqdist, scratch.weights, scratch.keys, scratch.floats, scratch.arrived, out);
     });
   }
   const auto weigh = [&](int64_t first, int64_t entries) {
     const StoreWeight<Rule> store{rule};
     if constexpr (sizeof(scalar_t) == 2) {
       if (plan.mma_tile)
-        return launch_sqdist_mma(rows, items, first, entries, plan.mma_tile, scratch.stats.norms, store, scratch.marks, scratch.weights, stream);
+        return launch_sqdist_mma(rows, items, first, entries, plan.mma_tile, scratch.stats, store, scratch.marks, scratch.weights, stream);
     }
     return launch_sqdist_tiles(rows, items, first, entries, store, scratch.weights, stream);
   };
@@ -148,13 +151,14 @@ cudaError_t launch_selection(const Rows<scalar_t>& rows, const Items& items, con
 
 #ifdef STS_KERNEL_TABLE
 // For tests: padded where cu_seqlens is null, else packed with tokens = T and k = total_k. Items of at most matrix_tokens tokens go
-// through stored weights. Every part of the scratch is an allocation of its own, filled with NaN. arrivals, if not null: how
-// often blocks have come to a barrier with the others of the first item.
+// through stored weights. Every part of the scratch is an allocation of its own, filled with NaN. notes, if not null, is given
+// what is noted on the way: of stored weights on tensor cores the marks (SelectionScratch), of sweeps how often the blocks of the first
+// group have come to a barrier.
 template <class scalar_t>
 cudaError_t launch_repulsion_select(const scalar_t* features, int64_t batch, int64_t tokens, int64_t channels, int64_t batch_stride,
                                     int64_t row_stride, int64_t k, float eps, const int64_t* anchor, const int64_t* num_tokens,
                                     const int64_t* cu_seqlens, const int64_t* cu_budgets, int64_t matrix_tokens, int lookahead,
-                                    unsigned* arrivals, int64_t* out, cudaStream_t stream) {
+                                    unsigned* notes, int64_t* out, cudaStream_t stream) {
   const Rows<scalar_t> rows{features, batch_stride, row_stride, static_cast<int>(channels)};
   const Items items{batch, tokens, k, num_tokens, cu_seqlens, cu_budgets, anchor};
   const SelectionPlan plan = plan_selection<scalar_t, Repulsion>(rows, items, matrix_tokens, lookahead);
@@ -167,8 +171,9 @@ cudaError_t launch_repulsion_select(const scalar_t* features, int64_t batch, int
   });
   cudaError_t error = launch_selection(rows, items, plan, scratch, Repulsion{eps}, out, stream);
   if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
-  if (error == cudaSuccess && arrivals && scratch.arrived)
-    error = cudaMemcpy(arrivals, scratch.arrived, sizeof *arrivals, cudaMemcpyDeviceToDevice);
+  const int64_t marked = scratch.marks ? plan.entries * mark_tiles(tokens) * mark_tiles(tokens) : 0;
+  if (const unsigned* noted = scratch.marks ? scratch.marks : scratch.arrived; error == cudaSuccess && notes && noted)
+    error = cudaMemcpy(notes, noted, (marked ? marked : 1) * sizeof *notes, cudaMemcpyDeviceToDevice);
   while (count) cudaFree(parts[--count]);
   return error;
 }

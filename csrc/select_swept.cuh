@@ -152,7 +152,7 @@ __device__ __forceinline__ void guess_picks(const Key (&candidate)[kCandidates],
 // entry. weights: (lookahead, all tokens). keys, floats: a SweepExchange for every group. arrived: a zero for every group.
 template <class Sweep, class scalar_t, class Rule>
 __global__ void __launch_bounds__(kSweepThreads, 2)
-    select_swept_kernel(Rows<scalar_t> rows, Items items, bool aligned, int group_blocks, int lookahead, Rule rule, const float* norms,
+    select_swept_kernel(Rows<scalar_t> rows, Items items, bool aligned, int group_blocks, int lookahead, Rule rule, const float* norms, const scalar_t* centre,
                         float* potential, float* weights, Key* keys, float* floats, unsigned* arrived, int64_t* out) {
   __shared__ Key candidate[kCandidates], lowest[kSweepWarps][kSweepPoints], next[kSweepPoints];
   __shared__ SweepPoints guess;
@@ -233,7 +233,8 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
 
       const int count = guess.count;
       Key best = kNoKey;  // of this warp's tokens, after pick `lane`
-      Sweep::run(rows, entry, item, aligned, norms ? norms + first_row : nullptr, guess, rank, group_blocks, [&](int64_t i, const float* sqdist) {
+      Sweep::run(rows, entry, item, aligned, norms ? norms + first_row : nullptr, centre ? centre + b * rows.channels : nullptr, guess, rank, group_blocks,
+                 [&](int64_t i, const float* sqdist) {
         float value = i < item.tokens ? mine[i] : kInfinity;
 #pragma unroll
         for (int p = 0; p < kSweepPoints; ++p) {

@@ -1,9 +1,11 @@
-// The distances of all pairs of 16-bit tokens on tensor cores: |a|^2 + |b|^2 - 2ab, products exact, sums in float32.
-// Where that cancels (d < (|a|^2 + |b|^2) / 64: duplicates, near-duplicates, a large common offset) the pair is marked, and the
-// tiles with marks are done again by differences (pairwise_sqdist.cuh) for the marked pairs. So no centring is needed, which
-// would round 16-bit values, and a pair's bits depend on the pair alone.
+// The distances of all pairs of 16-bit tokens on tensor cores: |a|^2 + |b|^2 - 2ab, products exact, sums in float32. What all tokens have
+// in common would cancel, so a centre is subtracted first, from the channels where nothing is rounded by it (exact_centre): that
+// leaves less than eight times the spread of any. Where it cancels still (d < (|a|^2 + |b|^2) / 64: duplicates, near-duplicates) the
+// pair is marked, and the tiles with marks are done again by differences (pairwise_sqdist.cuh) for the marked pairs. A
+// pair's bits depend on the pair and the centre of its item alone.
 #pragma once
 #include "pairwise_sqdist.cuh"
+#include "token_stats.cuh"
 
 namespace sts {
 
@@ -23,7 +25,9 @@ constexpr int kWarpColumns = 32;
 template <int kTile>
 constexpr int kMmaThreads = kTile / kWarpRows<kTile> * (kTile / kWarpColumns) * 32;
 template <int kTile>
-constexpr size_t kMmaSharedBytes = size_t(kMmaStages) * 2 * kTile * kMmaChannels * 2;
+constexpr int kMmaStageRows = 2 * kTile + 1;  // the tokens of both sides, and the centre
+template <int kTile>
+constexpr size_t kMmaSharedBytes = size_t(kMmaStages) * kMmaStageRows<kTile> * kMmaChannels * 2;
 
 template <class scalar_t>
 bool mma_fits(const Rows<scalar_t>& rows, const Items& items) {
@@ -36,11 +40,31 @@ __device__ __forceinline__ scalar_t* staged(scalar_t* stage, int row, int chunk)
   return stage + row * kMmaChannels + (chunk ^ (row & 7)) * 8;
 }
 
-// norms: (batch, tokens). marks: (entries, mark_tiles, mark_tiles), of which a block writes its own: whether it marked a pair.
+// The centre's elements that belong to what ldmatrix gives a lane of 16 channels: of the first eight, and of the others.
+template <class scalar_t>
+struct CentrePairs {
+  uint32_t low, high;
+  // `row`: of a stage that holds the centre; k: which 16 of its channels.
+  __device__ __forceinline__ CentrePairs(scalar_t* stage, int row, int k) {
+    memcpy(&low, staged(stage, row, k * 2) + threadIdx.x % 4 * 2, 4);
+    memcpy(&high, staged(stage, row, k * 2 + 1) + threadIdx.x % 4 * 2, 4);
+  }
+  // Matrices of the first eight channels and of the others in turns, or two by two.
+  __device__ __forceinline__ void leave_in_turns(uint32_t (&r)[4]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) r[i] = subtract_pairs(r[i], i % 2 ? high : low, scalar_t());
+  }
+  __device__ __forceinline__ void leave_by_halves(uint32_t (&r)[4]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) r[i] = subtract_pairs(r[i], i / 2 ? high : low, scalar_t());
+  }
+};
+
+// norms: (batch, tokens). centre: (batch, channels). marks: (entries, mark_tiles, mark_tiles), of which a block writes its own: whether it marked a pair.
 template <class scalar_t, int kTile, class Store>
 __global__ void __launch_bounds__(kMmaThreads<kTile>)
-    sqdist_mma_kernel(Rows<scalar_t> rows, int64_t tokens, int64_t first_entry, int64_t entries, const float* norms, Store store,
-                      unsigned* marks, int64_t mark_tiles, float* out) {
+    sqdist_mma_kernel(Rows<scalar_t> rows, int64_t tokens, int64_t first_entry, int64_t entries, const float* norms,
+                      const scalar_t* centre, Store store, unsigned* marks, int64_t mark_tiles, float* out) {
   constexpr int kRows = kWarpRows<kTile>, kColumns = kWarpColumns, kThreads = kMmaThreads<kTile>, kMarks = kTile / kMarkTile;
   STS_DYNAMIC_SHARED(scalar_t, shared);
   __shared__ bool warp_marked[kTile / kRows][kTile / kColumns];
@@ -52,7 +76,7 @@ __global__ void __launch_bounds__(kMmaThreads<kTile>)
   const int wi = warp_i * kRows, wj = warp_j * kColumns;
   const bool has_pairs = j0 + wj < tokens && i0 + wi < j0 + wj + kColumns;  // before the end, and not all below the diagonal
   const int steps = static_cast<int>(ceil_div(rows.channels, kMmaChannels));
-  const auto stage_a = [&](int step) { return shared + (step % kMmaStages) * 2 * kTile * kMmaChannels; };
+  const auto stage_a = [&](int step) { return shared + (step % kMmaStages) * kMmaStageRows<kTile> * kMmaChannels; };
   const auto stage_b = [&](int step) { return stage_a(step) + (i0 == j0 ? 0 : kTile * kMmaChannels); };  // a diagonal tile reads once
 
   for (int64_t entry = blockIdx.z; entry < entries; entry += gridDim.z) {
@@ -66,6 +90,8 @@ __global__ void __launch_bounds__(kMmaThreads<kTile>)
           cp_async_16(staged(stage_a(step), r, chunk), rows.row(first_entry + entry, i) + c, c < rows.channels);
           if (i0 != j0) cp_async_16(staged(stage_b(step), r, chunk), rows.row(first_entry + entry, j) + c, c < rows.channels);
         }
+        if (tid < 8)
+          cp_async_16(staged(stage_a(step), 2 * kTile, chunk), centre + (first_entry + entry) * rows.channels + c, c < rows.channels);
       }
       cp_async_commit();  // empty past the end, so that every wait below counts the same
     };
@@ -92,15 +118,18 @@ __global__ void __launch_bounds__(kMmaThreads<kTile>)
 #pragma unroll
       for (int k = 0; k < kMmaChannels / 16; ++k) {
         uint32_t a[kRows / 16][4], b[2][4];
+        const CentrePairs<scalar_t> common(stage_a(step), 2 * kTile, k);
 #pragma unroll
         for (int m = 0; m < kRows / 16; ++m) {
           const int row = wi + m * 16 + lane % 16, chunk = k * 2 + lane / 16;
           ldmatrix_x4(a[m], staged(stage_a(step), row, chunk));
+          common.leave_by_halves(a[m]);
         }
 #pragma unroll
         for (int n = 0; n < 2; ++n) {  // 16 columns at a time
           const int row = wj + n * 16 + lane % 8 + lane / 16 * 8, chunk = k * 2 + lane / 8 % 2;
           ldmatrix_x4(b[n], staged(stage_b(step), row, chunk));
+          common.leave_in_turns(b[n]);
         }
 #pragma unroll
         for (int m = 0; m < kRows / 16; ++m)
@@ -159,21 +188,21 @@ inline int mma_tile(int64_t tokens, int64_t entries) {
 
 template <int kTile, class scalar_t, class Store>
 cudaError_t launch_sqdist_mma_of(const Rows<scalar_t>& rows, const Items& items, int64_t first_entry, int64_t entries,
-                                 const float* norms, Store store, unsigned* marks, float* out, cudaStream_t stream) {
+                                 const TokenStats& stats, Store store, unsigned* marks, float* out, cudaStream_t stream) {
   const auto tiles = static_cast<unsigned>(ceil_div(items.tokens, kTile));
   const dim3 grid(tiles, tiles, static_cast<unsigned>(entries < 65535 ? entries : 65535));
   const Launch shape{grid, dim3(kMmaThreads<kTile>), kMmaSharedBytes<kTile>, 1, false, stream};
-  return launch(sqdist_mma_kernel<scalar_t, kTile, Store>, shape, rows, items.tokens, first_entry, entries, norms, store, marks,
-                mark_tiles(items.tokens), out);
+  return launch(sqdist_mma_kernel<scalar_t, kTile, Store>, shape, rows, items.tokens, first_entry, entries, stats.norms,
+                reinterpret_cast<const scalar_t*>(stats.centre), store, marks, mark_tiles(items.tokens), out);
 }
 
 // As launch_sqdist_tiles, for 16-bit rows that mma_fits, with tiles of `tile`. marks: (entries, mark_tiles, mark_tiles).
 template <class scalar_t, class Store>
 cudaError_t launch_sqdist_mma(const Rows<scalar_t>& rows, const Items& items, int64_t first_entry, int64_t entries, int tile,
-                              const float* norms, Store store, unsigned* marks, float* out, cudaStream_t stream) {
+                              const TokenStats& stats, Store store, unsigned* marks, float* out, cudaStream_t stream) {
   const cudaError_t error =
-      tile == kLargeMmaTile ? launch_sqdist_mma_of<kLargeMmaTile>(rows, items, first_entry, entries, norms, store, marks, out, stream)
-                            : launch_sqdist_mma_of<kSmallMmaTile>(rows, items, first_entry, entries, norms, store, marks, out, stream);
+      tile == kLargeMmaTile ? launch_sqdist_mma_of<kLargeMmaTile>(rows, items, first_entry, entries, stats, store, marks, out, stream)
+                            : launch_sqdist_mma_of<kSmallMmaTile>(rows, items, first_entry, entries, stats, store, marks, out, stream);
   if (error != cudaSuccess) return error;
   return launch_sqdist_repair(rows, items, first_entry, entries, store, marks, out, stream);
 }

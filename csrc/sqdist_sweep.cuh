@@ -49,7 +49,7 @@ struct DifferenceSweep {
   // The tiles first_tile, first_tile + tile_step, ... of an item.
   template <class F>
   static __device__ __forceinline__ void run(const Rows<scalar_t>& rows, int64_t entry, const Item& item, bool aligned, const float*,
-                                             const SweepPoints& points, int first_tile, int tile_step, const F& f) {
+                                             const scalar_t*, const SweepPoints& points, int first_tile, int tile_step, const F& f) {
     STS_DYNAMIC_SHARED(float, point);  // [kSweepPoints][kChannels]
     constexpr int kVec = Chunk<scalar_t>::size, kUnroll = 4;  // loads in flight: 64 bytes of a row
     const int count = points.count;
@@ -91,15 +91,15 @@ template <class scalar_t>
 struct MmaSweep {
   static constexpr int kTile = kSweepWarps * 16;
   static constexpr int kStages = 3;
-  static constexpr int kStageRows = kTile + kSweepPoints;  // rows of kMmaChannels: the tokens, then the points
+  static constexpr int kStageRows = kTile + kSweepPoints + 1;  // rows of kMmaChannels: the tokens, the points, and the centre
   static constexpr int kDotStride = kSweepPoints + 1;      // off the banks of the row before
   static constexpr size_t kStageBytes = size_t(kStages) * kStageRows * kMmaChannels * sizeof(scalar_t);
   static constexpr size_t kSharedBytes = kStageBytes + kTile * kDotStride * sizeof(float);
 
-  // norms: squared norms of the item's tokens.
+  // norms: of the item's tokens from its centre.
   template <class F>
   static __device__ __forceinline__ void run(const Rows<scalar_t>& rows, int64_t entry, const Item& item, bool aligned, const float* norms,
-                                             const SweepPoints& points, int first_tile, int tile_step, const F& f) {
+                                             const scalar_t* centre, const SweepPoints& points, int first_tile, int tile_step, const F& f) {
     STS_DYNAMIC_SHARED(unsigned char, shared);
     scalar_t* const stages = reinterpret_cast<scalar_t*>(shared);
     const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, count = points.count;
@@ -132,6 +132,7 @@ struct MmaSweep {
           const int64_t token = points.token[tid / 8 < count ? tid / 8 : 0];
           cp_async_16(staged(points_of(ahead), tid / 8, chunk), rows.row(entry, item.first + token) + c, c < rows.channels);
         }
+        if (tid < 8) cp_async_16(staged(tokens_of(ahead), kStageRows - 1, chunk), centre + c, c < rows.channels);
       }
       cp_async_commit();  // empty past the end, so that every wait below counts the same
       advance(ahead);
@@ -158,6 +159,9 @@ struct MmaSweep {
         uint32_t a[4], b[4];
         ldmatrix_x4(a, staged(tokens_of(now), warp * 16 + lane % 16, k * 2 + lane / 16));
         ldmatrix_x4(b, staged(points_of(now), lane % 8 + lane / 16 * 8, k * 2 + lane / 8 % 2));
+        const CentrePairs<scalar_t> common(tokens_of(now), kStageRows - 1, k);
+        common.leave_by_halves(a);
+        common.leave_in_turns(b);
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
           const uint32_t columns[2] = {b[n * 2], b[n * 2 + 1]};

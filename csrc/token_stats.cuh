@@ -1,6 +1,6 @@
-// What a selection needs to know of each token before its distances to others: whether it is finite, how far it is from the mean
-// of its item's finite tokens (the nearest is the default anchor), and its squared norm. Sums run over fixed chunks of tokens in
-// fixed order.
+// What a selection needs to know of its tokens before their distances: whether each is finite, how far it is from the mean of its
+// item's finite tokens (the nearest is the default anchor), and for tensor cores the item's centre and each token's squared norm
+// from there. Sums run over fixed chunks of tokens in fixed order.
 #pragma once
 #include "rows.cuh"
 
@@ -18,12 +18,30 @@ STS_HOST_DEVICE int64_t all_chunks(const Items& items) { return first_chunk(item
 
 struct TokenStats {
   float* mean_sqdist;  // (all tokens): distance to the mean, or 0 where items have anchors; infinite for a token that is not finite
-  float* norms;        // (all tokens): squared norms, or null
-  // Scratch, null where items have anchors.
+  float* norms;        // (all tokens): squared distance to the centre, or null
+  uint16_t* centre;    // (items, channels): elements of the features' type, or null
+  // Scratch. Null where items have anchors:
   float* sums;    // (all chunks, channels)
   float* counts;  // (all chunks): finite tokens
   float* mean;    // (items, channels)
+  // Null where there is no centre:
+  float *lows, *highs;  // (all chunks, channels): of the finite tokens
 };
+
+// A value whose difference to every element in [low, high] is an element itself, so that nothing is rounded: it is at least half
+// and at most twice of each of them. Zero where there is none, and the values are not all much alike.
+template <class scalar_t>
+__host__ __device__ __forceinline__ scalar_t exact_centre(float low, float high) {
+  scalar_t centre;
+  const bool negative = high < 0.f;
+  const float least = negative ? -high : low, most = negative ? -low : high;  // in magnitude
+  float value = least * 2.f < (least + most) / 2.f ? least * 2.f : (least + most) / 2.f;
+  from_float(value, centre);
+  value = to_float(centre);
+  const bool exact = least > 0.f && value >= most / 2.f && value <= least * 2.f;
+  from_float(!exact ? 0.f : negative ? -value : value, centre);
+  return centre;
+}
 
 template <class scalar_t>
 __global__ void __launch_bounds__(kStatsThreads)
@@ -41,40 +59,43 @@ __global__ void __launch_bounds__(kStatsThreads)
     for (int t = warp; t < count; t += kStatsThreads / 32) {
       const scalar_t* row = rows.row(entry, first + t);
       bool good = true;
-      float norm = 0.f;
       for (int c = lane * kVec; c < rows.channels; c += 32 * kVec) {
         const Chunk<scalar_t> x = load_channels(row, c, rows.channels, aligned);
 #pragma unroll
-        for (int i = 0; i < kVec; ++i) {
-          good = good && x[i] - x[i] == 0.f;
-          norm = fmaf(x[i], x[i], norm);
-        }
+        for (int i = 0; i < kVec; ++i) good = good && x[i] - x[i] == 0.f;
       }
       good = __all_sync(kFullWarp, good);
-      norm = warp_sum(norm);
       if (lane == 0) {
-        const int64_t token = entry * items.tokens + first + t;
         finite[t] = good;
-        stats.mean_sqdist[token] = good ? 0.f : kInfinity;
-        if (stats.norms) stats.norms[token] = norm;
+        stats.mean_sqdist[entry * items.tokens + first + t] = good ? 0.f : kInfinity;
       }
     }
     __syncthreads();
-    if (stats.sums) {
-      const int64_t chunk = first_chunk(items, b, item.first) + blockIdx.x;
+    const int64_t chunk = first_chunk(items, b, item.first) + blockIdx.x;
+    if (stats.sums || stats.lows) {
       for (int c = threadIdx.x * kVec; c < rows.channels; c += kStatsThreads * kVec) {
-        float sum[kVec] = {};
+        float sum[kVec] = {}, low[kVec], high[kVec];
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) low[i] = kInfinity, high[i] = -kInfinity;
         for (int t = 0; t < count; ++t) {
           if (!finite[t]) continue;
           const Chunk<scalar_t> x = load_channels(rows.row(entry, first + t), c, rows.channels, aligned);
 #pragma unroll
-          for (int i = 0; i < kVec; ++i) sum[i] += x[i];
+          for (int i = 0; i < kVec; ++i) {
+            sum[i] += x[i];
+            low[i] = fminf(low[i], x[i]);
+            high[i] = fmaxf(high[i], x[i]);
+          }
         }
 #pragma unroll
-        for (int i = 0; i < kVec; ++i)
-          if (c + i < rows.channels) stats.sums[chunk * rows.channels + c + i] = sum[i];
+        for (int i = 0; i < kVec; ++i) {
+          if (c + i >= rows.channels) continue;
+          const int64_t at = chunk * rows.channels + c + i;
+          if (stats.sums) stats.sums[at] = sum[i];
+          if (stats.lows) stats.lows[at] = low[i], stats.highs[at] = high[i];
+        }
       }
-      if (threadIdx.x == 0) {
+      if (stats.sums && threadIdx.x == 0) {
         int good = 0;
         for (int t = 0; t < count; ++t) good += finite[t];
         stats.counts[chunk] = static_cast<float>(good);
@@ -84,21 +105,36 @@ __global__ void __launch_bounds__(kStatsThreads)
   }
 }
 
-static __global__ void __launch_bounds__(kStatsThreads) mean_kernel(Items items, int channels, TokenStats stats) {
+// The mean and the centre of each item.
+template <class scalar_t>
+__global__ void __launch_bounds__(kStatsThreads) mean_kernel(Items items, int channels, TokenStats stats) {
   for (int64_t b = blockIdx.y; b < items.count; b += gridDim.y) {
     const Item item = items[b];
     const int c = blockIdx.x * kStatsThreads + threadIdx.x;
     if (c >= channels) continue;
     const int64_t begin = first_chunk(items, b, item.first), chunks = ceil_div(item.tokens, kStatsChunk);
-    float sum = 0.f, count = 0.f;
-    for (int64_t chunk = begin; chunk < begin + chunks; ++chunk) {
-      sum += stats.sums[chunk * channels + c];
-      count += stats.counts[chunk];
+    if (stats.sums) {
+      float sum = 0.f, count = 0.f;
+      for (int64_t chunk = begin; chunk < begin + chunks; ++chunk) {
+        sum += stats.sums[chunk * channels + c];
+        count += stats.counts[chunk];
+      }
+      stats.mean[b * channels + c] = count > 0.f ? sum / count : 0.f;
     }
-    stats.mean[b * channels + c] = count > 0.f ? sum / count : 0.f;
+    if constexpr (sizeof(scalar_t) == 2) {
+      if (!stats.centre) continue;
+      float low = kInfinity, high = -kInfinity;
+      for (int64_t chunk = begin; chunk < begin + chunks; ++chunk) {
+        low = fminf(low, stats.lows[chunk * channels + c]);
+        high = fmaxf(high, stats.highs[chunk * channels + c]);
+      }
+      const scalar_t centre = exact_centre<scalar_t>(low, high);
+      memcpy(stats.centre + b * channels + c, &centre, 2);
+    }
   }
 }
 
+// How far each token is from the mean and from the centre of its item.
 template <class scalar_t>
 __global__ void __launch_bounds__(kStatsThreads) mean_sqdist_kernel(Rows<scalar_t> rows, Items items, bool aligned, TokenStats stats) {
   constexpr int kVec = Chunk<scalar_t>::size, kWarps = kStatsThreads / 32;
@@ -108,24 +144,32 @@ __global__ void __launch_bounds__(kStatsThreads) mean_sqdist_kernel(Rows<scalar_
     const Item item = items[b];
     if (i >= item.tokens) continue;
     const int64_t entry = items.packed() ? 0 : b;
-    float* result = stats.mean_sqdist + entry * items.tokens + item.first + i;
-    if (*result != 0.f) continue;  // not finite
+    const int64_t token = entry * items.tokens + item.first + i;
+    if (stats.mean_sqdist[token] != 0.f) {  // not finite
+      if (stats.norms && lane == 0) stats.norms[token] = kInfinity;
+      continue;
+    }
     const scalar_t* row = rows.row(entry, item.first + i);
-    const float* mean = stats.mean + b * rows.channels;
-    float sum = 0.f;
+    const float* mean = stats.mean ? stats.mean + b * rows.channels : nullptr;
+    const scalar_t* centre = stats.centre ? reinterpret_cast<const scalar_t*>(stats.centre + b * rows.channels) : nullptr;
+    float sum = 0.f, norm = 0.f;
     for (int c = lane * kVec; c < rows.channels; c += 32 * kVec) {
       const Chunk<scalar_t> x = load_channels(row, c, rows.channels, aligned);
 #pragma unroll
       for (int v = 0; v < kVec; ++v) {
         if (c + v >= rows.channels) continue;
-        const float difference = x[v] - mean[c + v];
-        sum = fmaf(difference, difference, sum);
+        const float from_mean = mean ? x[v] - mean[c + v] : 0.f, from_centre = centre ? x[v] - to_float(centre[c + v]) : 0.f;
+        sum = fmaf(from_mean, from_mean, sum);
+        norm = fmaf(from_centre, from_centre, norm);
       }
     }
     sum = warp_sum(sum);
-    __syncwarp();  // every lane has read *result before one writes it
+    norm = warp_sum(norm);
+    __syncwarp();  // every lane has read the distance before one writes it
+    if (lane != 0) continue;
     // Beyond float32's range (or a mean that is): after all others, yet before the tokens that are not finite.
-    if (lane == 0) *result = sum < kLastResort ? sum : kLastResort;
+    stats.mean_sqdist[token] = sum < kLastResort ? sum : kLastResort;
+    if (stats.norms) stats.norms[token] = norm;
   }
 }
 
@@ -135,11 +179,24 @@ cudaError_t launch_token_stats(const Rows<scalar_t>& rows, const Items& items, c
   const auto depth = static_cast<unsigned>(items.count < 65535 ? items.count : 65535);
   const auto shape = [&](int64_t blocks) { return Launch{dim3(static_cast<unsigned>(blocks), depth), dim3(kStatsThreads), 0, 1, false, stream}; };
   cudaError_t error = launch(sum_chunks_kernel<scalar_t>, shape(ceil_div(items.tokens, kStatsChunk)), rows, items, aligned, stats);
-  if (error != cudaSuccess || !stats.sums) return error;
-  error = launch(mean_kernel, shape(ceil_div(rows.channels, kStatsThreads)), items, rows.channels, stats);
+  if (error != cudaSuccess || !(stats.sums || stats.norms)) return error;
+  error = launch(mean_kernel<scalar_t>, shape(ceil_div(rows.channels, kStatsThreads)), items, rows.channels, stats);
   if (error != cudaSuccess) return error;
   return launch(mean_sqdist_kernel<scalar_t>, shape(ceil_div(items.tokens, kStatsThreads / 32)), rows, items, aligned, stats);
 }
+
+#ifdef STS_KERNEL_TABLE
+template <class scalar_t>
+int64_t exact_centre_bits(float low, float high) {
+  const scalar_t centre = exact_centre<scalar_t>(low, high);
+  uint16_t bits;
+  memcpy(&bits, &centre, 2);
+  return bits;
+}
+#endif
+
+STS_KERNEL(exact_centre_float16, exact_centre_bits<__half>);
+STS_KERNEL(exact_centre_bfloat16, exact_centre_bits<__nv_bfloat16>);
 
 // The first pick: the anchor, else the finite token nearest the mean, else the first token.
 __device__ __forceinline__ int64_t first_pick(const Item& item, Key nearest) {

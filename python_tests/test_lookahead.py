@@ -183,8 +183,8 @@ def test_emulated_cuda_kernel_in_sweeps_makes_several_picks_a_sweep(emulated, dt
     x = uniform(torch.Generator().manual_seed(10), 1, 1000, 64).to(dtype)
     barriers = {}
     for lookahead in (1, 16):
-        *_, arrivals, _ = emulated(x, 161, lookahead, arrivals=np.zeros(1, np.uint32))
-        barriers[lookahead] = arrivals[0] / 4  # blocks
+        *_, notes, _ = emulated(x, 161, lookahead, notes=np.zeros(1, np.uint32))
+        barriers[lookahead] = notes[0] / 4  # blocks
     assert barriers[1] == 1 + 2 * 160
     assert barriers[16] <= 1 + 3 * 160 / 10
 

@@ -169,6 +169,12 @@ MUTANTS = (
         ("__syncthreads();  // also: no thread is still", "// also: no thread is still"),
         says=RACE,
     ),
+    mutant(
+        "the centre is left out of the columns",
+        "repulsion_select",
+        "sqdist_mma.cuh",
+        ("          common.leave_in_turns(b[n]);\n", ""),
+    ),
     # A step.
     mutant(
         "a lane writes what others have yet to read",
@@ -208,7 +214,7 @@ MUTANTS = (
         "no barrier after the finite tokens are noted",
         "repulsion_select",
         "token_stats.cuh",
-        ("    __syncthreads();\n    if (stats.sums) {", "    if (stats.sums) {"),
+        ("    __syncthreads();\n    const int64_t chunk = ", "    const int64_t chunk = "),
     ),
     # A selection over stored weights.
     mutant(
@@ -299,6 +305,12 @@ MUTANTS = (
         "repulsion_select",
         "sqdist_sweep.cuh",
         ("      __syncwarp();\n      const int64_t first", "      const int64_t first"),
+    ),
+    mutant(
+        "the centre is left out of the points",
+        "repulsion_select",
+        "sqdist_sweep.cuh",
+        ("        common.leave_in_turns(b);\n", ""),
     ),
     mutant(
         "the distance of a marked pair goes to the next token",

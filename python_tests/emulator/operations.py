@@ -101,11 +101,11 @@ def _select(
     matrix_tokens,
     lookahead,
     judge,
-    arrivals=None,
+    notes=None,
 ):
     """`matrix_tokens`: up to so many tokens the weights of all pairs are stored, and fetched ahead where `lookahead`
-    is above 1. Above, a sweep makes `lookahead` picks at the most. `arrivals`: an array for how often blocks came
-    to a barrier."""
+    is above 1. Above, a sweep makes `lookahead` picks at the most. `notes`: an array for what is noted on the
+    way (launch_repulsion_select)."""
     packed = cu_seqlens is not None
     tokens, channels = rows.shape[-2:]
     args = (
@@ -122,7 +122,7 @@ def _select(
         index(cu_budgets),
         matrix_tokens,
         lookahead,
-        arrivals,
+        notes,
         np.full((k,) if packed else (batch, k), PAD, np.int64),
     )
     way = "stored" if tokens <= matrix_tokens else "swept"
@@ -135,14 +135,14 @@ def _select(
 
 
 def repulsion_select(
-    name, features, k, eps, anchor=None, num_tokens=None, matrix_tokens=8192, lookahead=16, arrivals=None
+    name, features, k, eps, anchor=None, num_tokens=None, matrix_tokens=8192, lookahead=16, notes=None
 ):
     def judge(picks):
         oracle.check_select(picks, features, k, eps, anchor, num_tokens)
 
     rows = channels_contiguous(features)
     return _select(
-        name, rows, len(rows), k, eps, anchor, num_tokens, None, None, matrix_tokens, lookahead, judge, arrivals
+        name, rows, len(rows), k, eps, anchor, num_tokens, None, None, matrix_tokens, lookahead, judge, notes
     )
 
 
@@ -214,6 +214,7 @@ PATHS = (
         "stages", 1, 70, 328, 12, cases.near_duplicates
     ),  # on tensor cores every buffer is used again; some pairs repaired
     Case("large_tiles", 3, 140, 72, 10, cases.near_duplicates),  # on tensor cores, enough of them for the large ones
+    Case("offset", 2, 70, 72, 12, cases.common_offset),  # on tensor cores there is a centre
     Case("blocks", 1, 700, 3, 12),  # several blocks agree on each pick
     Case("ties", 1, 450, 3, 100, cases.none_finite),  # within a thread, too; the lowest index first
     Case("groups", 3, 300, 5, 7),  # several groups of blocks
@@ -228,7 +229,7 @@ PATHS = (
 def quick() -> list[Call]:
     calls = []
     for i, case in enumerate(PATHS):
-        for dtype in cases.FLOATING if case.name in ("stages", "large_tiles") else (cases.FLOATING[i % 3],):
+        for dtype in cases.FLOATING if case.name in ("stages", "large_tiles", "offset") else (cases.FLOATING[i % 3],):
             calls += of_case(case, dtype)
     return calls
 
