@@ -19,7 +19,7 @@ STS_HOST_DEVICE int64_t all_chunks(const Items& items) { return first_chunk(item
 struct TokenStats {
   float* mean_sqdist;  // (all tokens): distance to the mean, or 0 where items have anchors; infinite for a token that is not finite
   float* norms;        // (all tokens): squared distance to the centre, or null
-  uint16_t* centre;    // (items, channels): elements of the features' type, or null
+  uint16_t* centre;    // (items, channels): elements of the features' type, 16-byte aligned; or null
   // Scratch. Null where items have anchors:
   float* sums;    // (all chunks, channels)
   float* counts;  // (all chunks): finite tokens
@@ -113,21 +113,30 @@ __global__ void __launch_bounds__(kStatsThreads) mean_kernel(Items items, int ch
     const int c = blockIdx.x * kStatsThreads + threadIdx.x;
     if (c >= channels) continue;
     const int64_t begin = first_chunk(items, b, item.first), chunks = ceil_div(item.tokens, kStatsChunk);
-    if (stats.sums) {
-      float sum = 0.f, count = 0.f;
-      for (int64_t chunk = begin; chunk < begin + chunks; ++chunk) {
-        sum += stats.sums[chunk * channels + c];
-        count += stats.counts[chunk];
+    float sum = 0.f, count = 0.f, low = kInfinity, high = -kInfinity;
+    constexpr int kUnroll = 8;  // chunks whose loads are under way together
+    for (int64_t chunk = begin; chunk < begin + chunks; chunk += kUnroll) {
+      float sums[kUnroll], counts[kUnroll], lows[kUnroll], highs[kUnroll];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const bool inside = chunk + u < begin + chunks;
+        const int64_t at = (chunk + u) * channels + c;
+        sums[u] = inside && stats.sums ? stats.sums[at] : 0.f;
+        counts[u] = inside && stats.sums ? stats.counts[chunk + u] : 0.f;
+        lows[u] = inside && stats.lows ? stats.lows[at] : kInfinity;
+        highs[u] = inside && stats.lows ? stats.highs[at] : -kInfinity;
       }
-      stats.mean[b * channels + c] = count > 0.f ? sum / count : 0.f;
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        sum += sums[u];
+        count += counts[u];
+        low = fminf(low, lows[u]);
+        high = fmaxf(high, highs[u]);
+      }
     }
+    if (stats.mean) stats.mean[b * channels + c] = count > 0.f ? sum / count : 0.f;
     if constexpr (sizeof(scalar_t) == 2) {
       if (!stats.centre) continue;
-      float low = kInfinity, high = -kInfinity;
-      for (int64_t chunk = begin; chunk < begin + chunks; ++chunk) {
-        low = fminf(low, stats.lows[chunk * channels + c]);
-        high = fmaxf(high, stats.highs[chunk * channels + c]);
-      }
       const scalar_t centre = exact_centre<scalar_t>(low, high);
       memcpy(stats.centre + b * channels + c, &centre, 2);
     }
@@ -155,10 +164,12 @@ __global__ void __launch_bounds__(kStatsThreads) mean_sqdist_kernel(Rows<scalar_
     float sum = 0.f, norm = 0.f;
     for (int c = lane * kVec; c < rows.channels; c += 32 * kVec) {
       const Chunk<scalar_t> x = load_channels(row, c, rows.channels, aligned);
+      Chunk<scalar_t> common{};
+      if (centre) common = load_channels(centre, c, rows.channels, true);
 #pragma unroll
       for (int v = 0; v < kVec; ++v) {
         if (c + v >= rows.channels) continue;
-        const float from_mean = mean ? x[v] - mean[c + v] : 0.f, from_centre = centre ? x[v] - to_float(centre[c + v]) : 0.f;
+        const float from_mean = mean ? x[v] - mean[c + v] : 0.f, from_centre = x[v] - common[v];
         sum = fmaf(from_mean, from_mean, sum);
         norm = fmaf(from_centre, from_centre, norm);
       }
