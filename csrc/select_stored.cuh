@@ -6,8 +6,8 @@
 
 namespace sts {
 
-constexpr int kStoredTokens = 16;      // that a thread of select_stored_kernel holds at the most
-constexpr int kStoredMaxThreads = 17 * 32;  // of kMatrixTokens, and the warp that looks ahead
+constexpr int kStoredTokens = 16;           // that a thread holds at the most
+constexpr int kStoredMaxThreads = 17 * 32;  // for kMatrixTokens, and the warp that looks ahead
 
 // Tokens that a thread holds: more of them are a longer chain, more warps take longer to agree on the lowest.
 inline int64_t stored_tokens_per_thread(int64_t tokens) {
@@ -20,7 +20,8 @@ inline int64_t stored_tokens_per_thread(int64_t tokens) {
 // tokens [32 * kTokens * w, 32 * kTokens * (w + 1)).
 template <class Rule, int kTokens>
 __global__ void __launch_bounds__(kStoredMaxThreads)
-    select_stored_kernel(Items items, int64_t first_item, bool look_ahead, const float* weights, const float* mean_sqdist, Rule rule, int64_t* out) {
+    select_stored_kernel(Items items, int64_t first_item, bool look_ahead, const float* weights, const float* mean_sqdist, Rule rule,
+                         int64_t* out) {
   __shared__ Key partial[2][32];
   const int64_t b = first_item + blockIdx.x;
   const Item item = items[b];

@@ -152,8 +152,8 @@ __device__ __forceinline__ void guess_picks(const Key (&candidate)[kCandidates],
 // entry. weights: (lookahead, all tokens). keys, floats: a SweepExchange for every group. arrived: a zero for every group.
 template <class Sweep, class scalar_t, class Rule>
 __global__ void __launch_bounds__(kSweepThreads, 2)
-    select_swept_kernel(Rows<scalar_t> rows, Items items, bool aligned, int group_blocks, int lookahead, Rule rule, const float* norms, const scalar_t* centre,
-                        float* potential, float* weights, Key* keys, float* floats, unsigned* arrived, int64_t* out) {
+    select_swept_kernel(Rows<scalar_t> rows, Items items, bool aligned, int group_blocks, int lookahead, Rule rule, const float* norms,
+                        const scalar_t* centre, float* potential, float* weights, Key* keys, float* floats, unsigned* arrived, int64_t* out) {
   __shared__ Key candidate[kCandidates], lowest[kSweepWarps][kSweepPoints], next[kSweepPoints];
   __shared__ SweepPoints guess;
   const int group = blockIdx.x / group_blocks, groups = gridDim.x / group_blocks, rank = blockIdx.x % group_blocks;
@@ -233,8 +233,9 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
 
       const int count = guess.count;
       Key best = kNoKey;  // of this warp's tokens, after pick `lane`
-      Sweep::run(rows, entry, item, aligned, norms ? norms + first_row : nullptr, centre ? centre + b * rows.channels : nullptr, guess, rank, group_blocks,
-                 [&](int64_t i, const float* sqdist) {
+      const float* item_norms = norms ? norms + first_row : nullptr;
+      const scalar_t* item_centre = centre ? centre + b * rows.channels : nullptr;
+      Sweep::run(rows, entry, item, aligned, item_norms, item_centre, guess, rank, group_blocks, [&](int64_t i, const float* sqdist) {
         float value = i < item.tokens ? mine[i] : kInfinity;
 #pragma unroll
         for (int p = 0; p < kSweepPoints; ++p) {

@@ -60,7 +60,8 @@ struct CentrePairs {
   }
 };
 
-// norms: (batch, tokens). centre: (batch, channels). marks: (entries, mark_tiles, mark_tiles), of which a block writes its own: whether it marked a pair.
+// norms: (batch, tokens). centre: (batch, channels). marks: (entries, mark_tiles, mark_tiles), of which a block writes its own: whether
+// it marked a pair.
 template <class scalar_t, int kTile, class Store>
 __global__ void __launch_bounds__(kMmaThreads<kTile>)
     sqdist_mma_kernel(Rows<scalar_t> rows, int64_t tokens, int64_t first_entry, int64_t entries, const float* norms,

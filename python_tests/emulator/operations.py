@@ -216,7 +216,7 @@ PATHS = (
     Case("large_tiles", 3, 140, 72, 10, cases.near_duplicates),  # on tensor cores, enough of them for the large ones
     Case("offset", 2, 70, 72, 12, cases.common_offset),  # on tensor cores there is a centre
     Case("blocks", 1, 700, 3, 12),  # several blocks agree on each pick
-    Case("ties", 1, 450, 3, 100, cases.none_finite),  # within a thread, too; the lowest index first
+    Case("ties", 1, 450, 3, 4, cases.none_finite),  # within a thread, too; the lowest index first
     Case("groups", 3, 300, 5, 7),  # several groups of blocks
     Case("items", 11, 33, 9, 5),  # more items than groups
     Case("odd", 2, 45, 13, 45, cases.not_finite, cases.channel_slice),
