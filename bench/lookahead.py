@@ -89,7 +89,7 @@ def replay(x, k, policy):
 
 def replay_stored(x, k, cache_bytes=192 * 1024):
     """(share of picks whose row is in a multiprocessor's cache, and of those fetched right before)"""
-    tokens, held = len(x), 1
+    tokens, held = len(x), 1  # held: by a thread, as stored_tokens_per_thread has it
     while held < 16 and math.ceil(tokens / (32 * held)) > 12:
         held *= 2
     weights = 1 / (pairwise_sqdist(x[None])[0] + 1e-6)

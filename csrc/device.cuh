@@ -12,6 +12,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 // STS_KERNEL(name, launcher), at the end of a .cuh, offers a launcher to the tests under `name`. The product ignores it.
 #ifdef STS_KERNEL_TABLE
@@ -117,15 +118,9 @@ inline uint32_t subtract_pairs(uint32_t a, uint32_t b, T) {
   return a;
 }
 #else
-__device__ __forceinline__ uint32_t subtract_pairs(uint32_t a, uint32_t b, __half) {
-  __half2 x, y;
-  memcpy(&x, &a, 4), memcpy(&y, &b, 4);
-  x = __hsub2(x, y);
-  memcpy(&a, &x, 4);
-  return a;
-}
-__device__ __forceinline__ uint32_t subtract_pairs(uint32_t a, uint32_t b, __nv_bfloat16) {
-  __nv_bfloat162 x, y;
+template <class T>
+__device__ __forceinline__ uint32_t subtract_pairs(uint32_t a, uint32_t b, T) {
+  std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162> x, y;
   memcpy(&x, &a, 4), memcpy(&y, &b, 4);
   x = __hsub2(x, y);
   memcpy(&a, &x, 4);

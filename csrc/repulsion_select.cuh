@@ -113,7 +113,8 @@ cudaError_t launch_selection(const Rows<scalar_t>& rows, const Items& items, con
     return with_swept_kernel<scalar_t, Rule>(plan.mma_tile, [&](auto* kernel, size_t shared_bytes) {
       const Launch shape{dim3(plan.groups * plan.group_blocks), dim3(kSweepThreads), shared_bytes, 1, true, stream};
       return launch(kernel, shape, rows, items, rows_aligned(rows), plan.group_blocks, plan.lookahead, rule, scratch.stats.norms,
-                    reinterpret_cast<const scalar_t*>(scratch.stats.centre), scratch.stats.mean_sqdist, scratch.weights, scratch.keys, scratch.floats, scratch.arrived, out);
+                    reinterpret_cast<const scalar_t*>(scratch.stats.centre), scratch.stats.mean_sqdist, scratch.weights, scratch.keys,
+                    scratch.floats, scratch.arrived, out);
     });
   }
   const auto weigh = [&](int64_t first, int64_t entries) {
@@ -171,9 +172,9 @@ cudaError_t launch_repulsion_select(const scalar_t* features, int64_t batch, int
   });
   cudaError_t error = launch_selection(rows, items, plan, scratch, Repulsion{eps}, out, stream);
   if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
-  const int64_t marked = scratch.marks ? plan.entries * mark_tiles(tokens) * mark_tiles(tokens) : 0;
-  if (const unsigned* noted = scratch.marks ? scratch.marks : scratch.arrived; error == cudaSuccess && notes && noted)
-    error = cudaMemcpy(notes, noted, (marked ? marked : 1) * sizeof *notes, cudaMemcpyDeviceToDevice);
+  const unsigned* noted = scratch.marks ? scratch.marks : scratch.arrived;
+  const int64_t num_noted = scratch.marks ? plan.entries * mark_tiles(tokens) * mark_tiles(tokens) : 1;
+  if (error == cudaSuccess && notes && noted) error = cudaMemcpy(notes, noted, num_noted * sizeof *notes, cudaMemcpyDeviceToDevice);
   while (count) cudaFree(parts[--count]);
   return error;
 }

@@ -1,7 +1,5 @@
 // What the kernels share: reading token rows, and the lowest (value, index) of a warp or block.
 #pragma once
-#include <type_traits>
-
 #include "device.cuh"
 #include "items.h"
 
