@@ -50,6 +50,35 @@ cudaError_t allow_shared(void (*kernel)(Params...), size_t bytes) {
                               static_cast<int>(bytes));
 }
 
+#ifndef STS_EMULATE
+// A launch as the runtime wants it described.
+struct RuntimeLaunch {
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config{};
+
+  explicit RuntimeLaunch(const Launch& shape) {
+    config.gridDim = shape.grid;
+    config.blockDim = shape.block;
+    config.dynamicSmemBytes = shape.shared_bytes;
+    config.stream = shape.stream;
+    config.attrs = attributes;
+    if (shape.cluster > 1) {
+      cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+      attribute.id = cudaLaunchAttributeClusterDimension;
+      attribute.val.clusterDim.x = shape.cluster;
+      attribute.val.clusterDim.y = 1;
+      attribute.val.clusterDim.z = 1;
+    }
+    if (shape.cooperative) {
+      cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+      attribute.id = cudaLaunchAttributeCooperative;
+      attribute.val.cooperative = 1;
+    }
+  }
+  RuntimeLaunch(const RuntimeLaunch&) = delete;  // config points to attributes
+};
+#endif
+
 template <class... Params, class... Args>
 cudaError_t launch(void (*kernel)(Params...), const Launch& shape, Args... args) {
   if (const cudaError_t error = allow_shared(kernel, shape.shared_bytes); error != cudaSuccess) return error;
@@ -57,28 +86,8 @@ cudaError_t launch(void (*kernel)(Params...), const Launch& shape, Args... args)
   return emulator::launch(shape.grid, shape.block, shape.shared_bytes, shape.cluster, shape.cooperative,
                           [=] { kernel(static_cast<Params>(args)...); });
 #else
-  cudaLaunchAttribute attributes[2];
-  unsigned count = 0;
-  if (shape.cluster > 1) {
-    attributes[count].id = cudaLaunchAttributeClusterDimension;
-    attributes[count].val.clusterDim.x = shape.cluster;
-    attributes[count].val.clusterDim.y = 1;
-    attributes[count].val.clusterDim.z = 1;
-    ++count;
-  }
-  if (shape.cooperative) {
-    attributes[count].id = cudaLaunchAttributeCooperative;
-    attributes[count].val.cooperative = 1;
-    ++count;
-  }
-  cudaLaunchConfig_t config{};
-  config.gridDim = shape.grid;
-  config.blockDim = shape.block;
-  config.dynamicSmemBytes = shape.shared_bytes;
-  config.stream = shape.stream;
-  config.attrs = attributes;
-  config.numAttrs = count;
-  return cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
+  const RuntimeLaunch runtime(shape);
+  return cudaLaunchKernelEx(&runtime.config, kernel, static_cast<Params>(args)...);
 #endif
 }
 
@@ -97,6 +106,22 @@ int max_resident_blocks(void (*kernel)(Params...), int threads, size_t shared_by
   if (allow_shared(kernel, shared_bytes) != cudaSuccess) return 0;
   if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, threads, shared_bytes) != cudaSuccess) return 0;
   return per_sm * device_sm_count();
+}
+
+// Whether the current device can run a launch of `kernel` in clusters, and its code was compiled for devices that can.
+template <class... Params>
+bool clusters_fit(void (*kernel)(Params...), const Launch& shape) {
+#ifdef STS_EMULATE
+  return emulator::clusters_fit(shape.cluster);
+#else
+  cudaFuncAttributes attributes;
+  int resident = 0;
+  const bool fit = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)) == cudaSuccess &&
+                   attributes.ptxVersion >= 90 && allow_shared(kernel, shape.shared_bytes) == cudaSuccess &&
+                   cudaOccupancyMaxActiveClusters(&resident, kernel, &RuntimeLaunch(shape).config) == cudaSuccess && resident > 0;
+  if (!fit) cudaGetLastError();  // a refusal is an answer here
+  return fit;
+#endif
 }
 
 // ---- device: elements ----
@@ -182,6 +207,72 @@ class GroupBarrier {
   unsigned blocks_;
   unsigned target_ = 0;
 };
+
+// ---- device: messages between the blocks of a cluster (sm_90) ----
+
+// Counts, in the shared memory of the block that receives, what has come. A phase ends, and the next begins, when one thread of the
+// block has said how many bytes it expects in it and so many have come. A sender has to know that the phase before has ended.
+using Arrivals = unsigned long long;
+
+// By one thread, before the cluster synchronises for the first time.
+__device__ __forceinline__ void init_arrivals(Arrivals* arrivals) {
+#ifdef STS_EMULATE
+  emulator::init_arrivals(arrivals);
+#else
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\n\tfence.mbarrier_init.release.cluster;" ::"r"(
+                   static_cast<unsigned>(__cvta_generic_to_shared(arrivals)))
+               : "memory");
+#endif
+}
+
+// By one thread in every phase.
+__device__ __forceinline__ void expect_arrivals(Arrivals* arrivals, unsigned bytes) {
+#ifdef STS_EMULATE
+  emulator::expect_arrivals(arrivals, bytes);
+#else
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(arrivals))),
+               "r"(bytes)
+               : "memory");
+#endif
+}
+
+// Waits for the end of a phase; they are counted from zero, and may be waited for until the next has ended. What was sent in it is then there.
+__device__ __forceinline__ void await_arrivals(Arrivals* arrivals, int phase) {
+#ifdef STS_EMULATE
+  emulator::await_arrivals(arrivals, phase);
+#else
+  unsigned ended = 0;
+  while (!ended)
+    asm volatile(
+        "{\n\t.reg .pred ended;\n\tmbarrier.try_wait.parity.shared::cta.b64 ended, [%1], %2;\n\tselp.u32 %0, 1, 0, ended;\n\t}"
+        : "=r"(ended)
+        : "r"(static_cast<unsigned>(__cvta_generic_to_shared(arrivals))), "r"(phase & 1)
+        : "memory");
+#endif
+}
+
+// Writes 4 or 16 aligned bytes to the place in the shared memory of block `rank` of the cluster that `address` is in this block's, in the
+// background, and counts them among its `arrivals`.
+template <class T>
+__device__ __forceinline__ void send(T* address, const T& value, Arrivals* arrivals, int rank) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 16, "4 or 16 bytes");
+#ifdef STS_EMULATE
+  const auto cluster = cooperative_groups::this_cluster();
+  emulator::send(cluster.map_shared_rank(address, rank), value, cluster.map_shared_rank(arrivals, rank));
+#else
+  unsigned there, count_there, word[sizeof(T) / 4];
+  memcpy(word, &value, sizeof(T));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(static_cast<unsigned>(__cvta_generic_to_shared(address))), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(count_there) : "r"(static_cast<unsigned>(__cvta_generic_to_shared(arrivals))), "r"(rank));
+  if constexpr (sizeof(T) == 4)
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(there), "r"(word[0]), "r"(count_there)
+                 : "memory");
+  else
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(there), "r"(word[0]),
+                 "r"(word[1]), "r"(word[2]), "r"(word[3]), "r"(count_there)
+                 : "memory");
+#endif
+}
 
 // ---- device: caches ----
 

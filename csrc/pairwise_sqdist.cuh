@@ -6,8 +6,9 @@
 
 namespace sts {
 
-// What is stored for a pair: the distance, exactly zero on the diagonal.
+// What is stored for a pair: the distance, exactly zero on the diagonal. The smallest of a row is not asked for.
 struct StoreSqdist {
+  static constexpr uint32_t* least = nullptr;
   __device__ float operator()(float sqdist, bool diagonal) const { return diagonal ? 0.f : sqdist; }
 };
 
@@ -15,6 +16,24 @@ constexpr int kSmallTile = 32, kLargeTile = 64;
 
 // Stands in a matrix for a pair whose distance is still to be computed. No distance or weight is negative.
 constexpr float kMarked = -1.f;
+
+// The smallest stored values that a thread has of some rows of a tile.
+template <int kRows>
+struct RowsLeast {
+  float value[kRows];
+  __device__ __forceinline__ RowsLeast() {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) value[r] = kInfinity;
+  }
+  __device__ __forceinline__ void take(int r, float stored) { value[r] = fminf(value[r], stored); }
+  // Lowers least[i], the ordered bits of the smallest of row i, to row r of the lanes from kFrom up to kEnd (lanes_lowest).
+  template <int kFrom, int kEnd>
+  __device__ __forceinline__ void note(int r, uint32_t* least, int64_t i) const {
+    const float lowest = lanes_lowest<kFrom, kEnd>(value[r]);
+    const int others = (kEnd - 1) & ~(kFrom - 1);  // the bits in which those lanes differ
+    if ((threadIdx.x & others) == 0 && lowest < kInfinity) atomicMin(least + i, ordered_bits(lowest));
+  }
+};
 
 // Tokens of two tiles that share no item (packed batches) need no distance.
 __device__ __forceinline__ bool tiles_share_item(const Items& items, int64_t low_end, int64_t high_begin) {
@@ -96,6 +115,7 @@ __global__ void __launch_bounds__(kTile* kTile / 16, kTile == kLargeTile ? 2 : 4
       }
     }
     float* matrix = out + entry * tokens * tokens;
+    RowsLeast<4> rows_least, columns_least;
 #pragma unroll
     for (int s = 0; s < 4; ++s)
 #pragma unroll
@@ -106,7 +126,18 @@ __global__ void __launch_bounds__(kTile* kTile / 16, kTile == kLargeTile ? 2 : 4
         const float value = store(sum[s][t], i == j);
         matrix[i * tokens + j] = value;
         if (marks || i0 != j0) matrix[j * tokens + i] = value;
+        if (i == j) continue;
+        rows_least.take(s, value);
+        columns_least.take(t, value);
       }
+    if (store.least) {
+      uint32_t* const least = store.least + (first_entry + entry) * tokens;
+#pragma unroll
+      for (int s = 0; s < 4; ++s) {
+        rows_least.template note<1, kTile / 4>(s, least, i0 + ti + s);
+        columns_least.template note<kTile / 4, 32>(s, least, j0 + tj + s);
+      }
+    }
   }
 }
 

@@ -1,8 +1,10 @@
 // Stage 1 of STS: all picks of all items in one launch, after their distances.
-//   up to kMatrixTokens tokens: the weights of all pairs are stored once, and one block per item runs the picks (select_stored.cuh);
+//   up to kMatrixTokens tokens: the weights of all pairs are stored once, and one block per item runs the picks (select_stored.cuh), or
+//     a cluster of blocks where items are large and few (select_cluster.cuh);
 //   above, and from half as many tokens on where few are picked: nothing N x N is stored, and all blocks work on one item, or a few
 //     (select_swept.cuh).
 #pragma once
+#include "select_cluster.cuh"
 #include "select_stored.cuh"
 #include "select_swept.cuh"
 #include "selection_plan.h"
@@ -10,13 +12,16 @@
 namespace sts {
 
 constexpr int64_t kMatrixFloats = int64_t(1) << 26;  // weights held at a time: 256 MiB, one item of kMatrixTokens
-constexpr int64_t kFewPicks = 64;  // few: less than one of so many tokens
+constexpr int64_t kFewPicks = 64;        // few: less than one of so many tokens
+constexpr int64_t kClusterFrom = 1024;   // items of more tokens are shared by a cluster
 
-// What is stored for a pair of tokens by the rule; the diagonal is never read.
+// What is stored for a pair of tokens by the rule; on the diagonal what a token that is picked has for a potential. least: null, or for all
+// tokens the ordered bits of the smallest in each row.
 template <class Rule>
 struct StoreWeight {
   Rule rule;
-  __device__ float operator()(float sqdist, bool) const { return rule.weight(sqdist); }
+  uint32_t* least;
+  __device__ float operator()(float sqdist, bool diagonal) const { return diagonal ? kInfinity : rule.weight(sqdist); }
 };
 
 // ---- plan and launch ----
@@ -26,8 +31,9 @@ struct SelectionPlan {
   bool stored;          // weights of all pairs in memory
   int mma_tile;         // tokens in a tile on tensor cores, or 0 where differences are taken
   int64_t entries;      // stored: batch entries whose weights are held at a time
+  int item_blocks;      // stored: blocks that share an item, a cluster if more than one
   int groups, group_blocks;  // swept: blocks of the cooperative launch
-  int lookahead;             // swept: picks in a sweep at the most; stored: 1, or more if rows are fetched ahead
+  int lookahead;             // picks in a sweep at the most; where a block has an item: 1, or more if rows are fetched ahead
 };
 
 // f(kernel, its shared memory) for the kernel that sweeps.
@@ -37,6 +43,34 @@ auto with_swept_kernel(bool mma, const F& f) {
     if (mma) return f(select_swept_kernel<MmaSweep<scalar_t>, scalar_t, Rule>, MmaSweep<scalar_t>::kSharedBytes);
   }
   return f(select_swept_kernel<DifferenceSweep<scalar_t>, scalar_t, Rule>, DifferenceSweep<scalar_t>::kSharedBytes);
+}
+
+// f(kernel) for the kernel that shares items of `tokens` among a cluster.
+template <class Rule, class F>
+auto with_cluster_kernel(int64_t tokens, const F& f) {
+  if (tokens <= 32 * kClusterWarps * 2) return f(select_cluster_kernel<Rule, 2>);
+  if (tokens <= 32 * kClusterWarps * 4) return f(select_cluster_kernel<Rule, 4>);
+  return f(select_cluster_kernel<Rule, kClusterTokens>);
+}
+
+// `count` items, each shared by a cluster of `blocks`, a power of two.
+inline Launch cluster_launch(int64_t tokens, int64_t count, int blocks, cudaStream_t stream) {
+  int warps = 1;
+  while (warps < kClusterWarps / blocks && 32 * warps * blocks < tokens) warps *= 2;
+  return {dim3(static_cast<unsigned>(count * blocks)), dim3(static_cast<unsigned>(32 * warps)), sizeof(ClusterBoard),
+          static_cast<unsigned>(blocks), false, stream};
+}
+
+// Blocks that share each item, of which `at_once` are under way: as many as there are multiprocessors for, if items are large.
+template <class Rule>
+int stored_item_blocks(const Items& items, int64_t at_once) {
+  if (items.tokens <= kClusterFrom * (items.packed() ? items.count : 1)) return 1;  // on average where packed
+  for (int blocks = 8; blocks >= 4; blocks /= 2) {
+    if (at_once * blocks > device_sm_count()) continue;
+    const Launch shape = cluster_launch(items.tokens, at_once, blocks, nullptr);
+    if (with_cluster_kernel<Rule>(items.tokens, [&](auto* kernel) { return clusters_fit(kernel, shape); })) return blocks;
+  }
+  return 1;
 }
 
 template <class scalar_t, class Rule>
@@ -50,7 +84,8 @@ SelectionPlan plan_selection(const Rows<scalar_t>& rows, const Items& items, int
   if (items.tokens <= (few ? matrix_tokens / 2 : matrix_tokens)) {
     const int64_t fit = kMatrixFloats / (items.tokens * items.tokens);
     const int64_t held = entries < fit ? entries : fit;
-    return {true, mma ? mma_tile(items.tokens, held) : 0, held, 0, 0, lookahead};
+    const int64_t at_once = items.packed() ? items.count : held;
+    return {true, mma ? mma_tile(items.tokens, held) : 0, held, lookahead > 1 ? stored_item_blocks<Rule>(items, at_once) : 1, 0, 0, lookahead};
   }
   const int resident = with_swept_kernel<scalar_t, Rule>(
       mma, [](auto* kernel, size_t shared_bytes) { return max_resident_blocks(kernel, kSweepThreads, shared_bytes); });
@@ -62,7 +97,7 @@ SelectionPlan plan_selection(const Rows<scalar_t>& rows, const Items& items, int
   // The weights of a sweep take no more memory than the features, unless those are narrow.
   const int64_t affordable = rows.channels * sizeof(scalar_t) / sizeof(float);
   const int most = affordable > kSweepPoints ? kSweepPoints : affordable < 4 ? 4 : static_cast<int>(affordable);
-  return {false, mma ? tile : 0, 0, groups, blocks, lookahead < most ? lookahead : most};
+  return {false, mma ? tile : 0, 0, 0, groups, blocks, lookahead < most ? lookahead : most};
 }
 
 // Device memory of one selection besides its input and output. `allocate(bytes)` is called once for each part in use; parts that
@@ -71,6 +106,7 @@ struct SelectionScratch {
   TokenStats stats{};
   float* weights = nullptr;     // stored: (entries, tokens, tokens); swept: (lookahead, all tokens)
   unsigned* marks = nullptr;    // stored on tensor cores: (entries, tiles, tiles)
+  uint32_t* least = nullptr;    // stored, with items shared by clusters: the smallest weight of every row (all tokens)
   Key* keys = nullptr;          // swept: a SweepExchange for every group
   float* floats = nullptr;      // swept: the same
   unsigned* arrived = nullptr;  // swept: (groups)
@@ -91,6 +127,7 @@ struct SelectionScratch {
     take(stats.highs, plan.mma_tile ? chunks * channels : 0);
     take(weights, plan.stored ? plan.entries * items.tokens * items.tokens : plan.lookahead * all_tokens(items));
     take(marks, plan.stored && plan.mma_tile ? plan.entries * tiles * tiles : 0);
+    take(least, plan.item_blocks > 1 ? all_tokens(items) : 0);
     take(keys, plan.groups * SweepExchange::keys(plan.group_blocks));
     take(floats, plan.groups * SweepExchange::floats());
     take(arrived, plan.groups);
@@ -103,6 +140,7 @@ cudaError_t launch_selection(const Rows<scalar_t>& rows, const Items& items, con
   cudaError_t error = cudaSuccess;
   // Places that no item's budget covers would otherwise stay unwritten; -1 is all bits set.
   if (items.packed()) error = cudaMemsetAsync(out, 0xff, items.picks * sizeof(int64_t), stream);
+  if (error == cudaSuccess && scratch.least) error = cudaMemsetAsync(scratch.least, 0xff, all_tokens(items) * sizeof(uint32_t), stream);
   if (error == cudaSuccess) error = launch_token_stats(rows, items, scratch.stats, stream);
   if (error != cudaSuccess) return error;
 
@@ -118,19 +156,27 @@ cudaError_t launch_selection(const Rows<scalar_t>& rows, const Items& items, con
     });
   }
   const auto weigh = [&](int64_t first, int64_t entries) {
-    const StoreWeight<Rule> store{rule};
+    const StoreWeight<Rule> store{rule, scratch.least};
     if constexpr (sizeof(scalar_t) == 2) {
       if (plan.mma_tile)
         return launch_sqdist_mma(rows, items, first, entries, plan.mma_tile, scratch.stats, store, scratch.marks, scratch.weights, stream);
     }
     return launch_sqdist_tiles(rows, items, first, entries, store, scratch.weights, stream);
   };
-  const int64_t tokens_per_thread = stored_tokens_per_thread(items.tokens);
-  const bool look_ahead = plan.lookahead > 1;
-  const auto select = [&](auto kernel, int64_t first, int64_t count) {
+  const auto select = [&](int64_t first, int64_t count) {
+    if (plan.item_blocks > 1) {
+      const Launch shape = cluster_launch(items.tokens, count, plan.item_blocks, stream);
+      return with_cluster_kernel<Rule>(items.tokens, [&](auto* kernel) {
+        return launch(kernel, shape, items, first, plan.lookahead, scratch.weights, scratch.least, scratch.stats.mean_sqdist, rule, out);
+      });
+    }
+    const bool look_ahead = plan.lookahead > 1;
+    const int64_t tokens_per_thread = stored_tokens_per_thread(items.tokens);
     const int64_t warps = ceil_div(items.tokens, 32 * tokens_per_thread) + look_ahead;
     const Launch shape{dim3(static_cast<unsigned>(count)), dim3(static_cast<unsigned>(32 * warps)), 0, 1, false, stream};
-    return launch(kernel, shape, items, first, look_ahead, scratch.weights, scratch.stats.mean_sqdist, rule, out);
+    return with_stored_kernel<Rule>(tokens_per_thread, [&](auto* kernel) {
+      return launch(kernel, shape, items, first, look_ahead, scratch.weights, scratch.stats.mean_sqdist, rule, out);
+    });
   };
   const int64_t entries = items.packed() ? 1 : items.count;
   for (int64_t first = 0; first < entries; first += plan.entries) {
@@ -138,13 +184,7 @@ cudaError_t launch_selection(const Rows<scalar_t>& rows, const Items& items, con
     const int64_t count = items.packed() ? items.count : held;
     error = weigh(first, held);
     if (error != cudaSuccess) return error;
-    switch (tokens_per_thread) {
-      case 1: error = select(select_stored_kernel<Rule, 1>, first, count); break;
-      case 2: error = select(select_stored_kernel<Rule, 2>, first, count); break;
-      case 4: error = select(select_stored_kernel<Rule, 4>, first, count); break;
-      case 8: error = select(select_stored_kernel<Rule, 8>, first, count); break;
-      default: error = select(select_stored_kernel<Rule, kStoredTokens>, first, count);
-    }
+    error = select(first, count);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
@@ -152,17 +192,18 @@ cudaError_t launch_selection(const Rows<scalar_t>& rows, const Items& items, con
 
 #ifdef STS_KERNEL_TABLE
 // For tests: padded where cu_seqlens is null, else packed with tokens = T and k = total_k. Items of at most matrix_tokens tokens go
-// through stored weights. Every part of the scratch is an allocation of its own, filled with NaN. notes, if not null, is given
-// what is noted on the way: of stored weights on tensor cores the marks (SelectionScratch), of sweeps how often the blocks of the first
-// group have come to a barrier.
+// through stored weights, shared by item_blocks blocks each (0: as planned). Every part of the scratch is an allocation of its own,
+// filled with NaN. notes, if not null, is given what is noted on the way: where blocks share an item the least weights, else of stored
+// weights on tensor cores the marks (SelectionScratch), of sweeps how often the blocks of the first group have come to a barrier.
 template <class scalar_t>
 cudaError_t launch_repulsion_select(const scalar_t* features, int64_t batch, int64_t tokens, int64_t channels, int64_t batch_stride,
                                     int64_t row_stride, int64_t k, float eps, const int64_t* anchor, const int64_t* num_tokens,
-                                    const int64_t* cu_seqlens, const int64_t* cu_budgets, int64_t matrix_tokens, int lookahead,
-                                    unsigned* notes, int64_t* out, cudaStream_t stream) {
+                                    const int64_t* cu_seqlens, const int64_t* cu_budgets, int64_t matrix_tokens, int item_blocks,
+                                    int lookahead, unsigned* notes, int64_t* out, cudaStream_t stream) {
   const Rows<scalar_t> rows{features, batch_stride, row_stride, static_cast<int>(channels)};
   const Items items{batch, tokens, k, num_tokens, cu_seqlens, cu_budgets, anchor};
-  const SelectionPlan plan = plan_selection<scalar_t, Repulsion>(rows, items, matrix_tokens, lookahead);
+  SelectionPlan plan = plan_selection<scalar_t, Repulsion>(rows, items, matrix_tokens, lookahead);
+  if (plan.stored && item_blocks) plan.item_blocks = item_blocks;
   void* parts[16];
   int count = 0;
   const SelectionScratch scratch(plan, items, channels, [&](int64_t bytes) -> void* {
@@ -172,8 +213,8 @@ cudaError_t launch_repulsion_select(const scalar_t* features, int64_t batch, int
   });
   cudaError_t error = launch_selection(rows, items, plan, scratch, Repulsion{eps}, out, stream);
   if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
-  const unsigned* noted = scratch.marks ? scratch.marks : scratch.arrived;
-  const int64_t num_noted = scratch.marks ? plan.entries * mark_tiles(tokens) * mark_tiles(tokens) : 1;
+  const unsigned* noted = scratch.least ? scratch.least : scratch.marks ? scratch.marks : scratch.arrived;
+  const int64_t num_noted = scratch.least ? all_tokens(items) : scratch.marks ? plan.entries * mark_tiles(tokens) * mark_tiles(tokens) : 1;
   if (error == cudaSuccess && notes && noted) error = cudaMemcpy(notes, noted, num_noted * sizeof *notes, cudaMemcpyDeviceToDevice);
   while (count) cudaFree(parts[--count]);
   return error;
@@ -185,7 +226,7 @@ int64_t selection_plan(int64_t batch, int64_t tokens, int64_t channels, int64_t 
   const Rows<scalar_t> rows{nullptr, tokens * channels, channels, static_cast<int>(channels)};
   const Items items{batch, tokens, picks, nullptr, packed ? offsets : nullptr, nullptr, nullptr};
   const SelectionPlan plan = plan_selection<scalar_t, Repulsion>(rows, items);
-  const int64_t fields[] = {plan.stored, plan.mma_tile, plan.entries, plan.groups, plan.group_blocks, plan.lookahead};
+  const int64_t fields[] = {plan.stored, plan.mma_tile, plan.entries, plan.item_blocks, plan.groups, plan.group_blocks, plan.lookahead};
   return fields[field];
 }
 // A field of the plan on a CPU.

@@ -8,7 +8,6 @@ namespace sts {
 constexpr unsigned kFullWarp = 0xffffffffu;
 constexpr float kInfinity = __builtin_huge_valf();
 
-
 // Whether every row can be read 16 bytes at a time.
 template <class scalar_t>
 bool rows_aligned(const Rows<scalar_t>& rows) {
@@ -60,20 +59,22 @@ __device__ __forceinline__ Chunk<scalar_t> load_channels(const scalar_t* row, in
   return out;
 }
 
-// Orders like (value, index) as an unsigned number; a NaN comes after every number.
+// Orders like the float as an unsigned number; a NaN comes after every number.
+__device__ __forceinline__ uint32_t ordered_bits(float value) {
+  const uint32_t bits = __float_as_uint(value);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+__device__ __forceinline__ float from_ordered_bits(uint32_t ordered) {
+  return __uint_as_float(ordered & 0x80000000u ? ordered & 0x7fffffffu : ~ordered);
+}
+
+// Orders like (value, index) as an unsigned number.
 using Key = unsigned long long;
 constexpr Key kNoKey = ~0ull;
 
-__device__ __forceinline__ Key make_key(float value, uint32_t index) {
-  const uint32_t bits = __float_as_uint(value);
-  const uint32_t ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-  return static_cast<Key>(ordered) << 32 | index;
-}
+__device__ __forceinline__ Key make_key(float value, uint32_t index) { return static_cast<Key>(ordered_bits(value)) << 32 | index; }
 __device__ __forceinline__ uint32_t key_index(Key key) { return static_cast<uint32_t>(key); }
-__device__ __forceinline__ float key_value(Key key) {
-  const uint32_t ordered = static_cast<uint32_t>(key >> 32);
-  return __uint_as_float(ordered & 0x80000000u ? ordered & 0x7fffffffu : ~ordered);
-}
+__device__ __forceinline__ float key_value(Key key) { return from_ordered_bits(static_cast<uint32_t>(key >> 32)); }
 __device__ __forceinline__ Key lower(Key a, Key b) { return a < b ? a : b; }
 
 __device__ __forceinline__ Key warp_lowest(Key key) {
@@ -91,6 +92,14 @@ __device__ __forceinline__ Key block_lowest(Key key, Key (*partial)[32], int tur
   if (lane == 0) partial[turn & 1][warp] = key;
   __syncthreads();
   return warp_lowest(lane < warps ? partial[turn & 1][lane] : kNoKey);
+}
+
+// The smallest of the lanes that differ in the bits of their number from kFrom up to, and without, kEnd.
+template <int kFrom, int kEnd>
+__device__ __forceinline__ float lanes_lowest(float value) {
+#pragma unroll
+  for (int offset = kFrom; offset < kEnd; offset *= 2) value = fminf(value, __shfl_xor_sync(kFullWarp, value, offset));
+  return value;
 }
 
 __device__ __forceinline__ float warp_sum(float value) {

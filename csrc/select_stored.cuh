@@ -74,10 +74,22 @@ __global__ void __launch_bounds__(kStoredMaxThreads)
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {
       const int j = first + 32 * t;
-      potential[t] = j == pick ? kInfinity : Rule::add(potential[t], weight[t]);
+      potential[t] = Rule::add(potential[t], weight[t]);  // the picked one's is infinite
       if (potential[t] < low) low = potential[t], low_token = j;
     }
     pick = static_cast<int>(key_index(block_lowest(make_key(low, low_token), partial, step + 1)));
+  }
+}
+
+// f(kernel) for the kernel whose threads hold so many tokens.
+template <class Rule, class F>
+auto with_stored_kernel(int64_t tokens_per_thread, const F& f) {
+  switch (tokens_per_thread) {
+    case 1: return f(select_stored_kernel<Rule, 1>);
+    case 2: return f(select_stored_kernel<Rule, 2>);
+    case 4: return f(select_stored_kernel<Rule, 4>);
+    case 8: return f(select_stored_kernel<Rule, 8>);
+    default: return f(select_stored_kernel<Rule, kStoredTokens>);
   }
 }
 

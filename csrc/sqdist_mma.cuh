@@ -148,6 +148,8 @@ __global__ void __launch_bounds__(kMmaThreads<kTile>)
     float* matrix = out + entry * tokens * tokens;
     const float* norm = norms + (first_entry + entry) * tokens;
     bool marked = false;
+    RowsLeast<kRows / 8> rows_least;
+    RowsLeast<kColumns / 4> columns_least;
 #pragma unroll
     for (int m = 0; m < kRows / 16; ++m)
 #pragma unroll
@@ -163,8 +165,19 @@ __global__ void __launch_bounds__(kMmaThreads<kTile>)
           const float norms_of_pair = norm[i] + norm[j], sqdist = norms_of_pair - 2.f * dot[m][n][e];
           const bool kept = sqdist >= kCancellation * norms_of_pair;  // false for a NaN too
           marked = marked || !kept;
-          matrix[i * tokens + j] = matrix[j * tokens + i] = kept ? store(sqdist, false) : kMarked;
+          const float value = kept ? store(sqdist, false) : kMarked;
+          matrix[i * tokens + j] = matrix[j * tokens + i] = value;
+          if (!kept) continue;
+          rows_least.take(m * 2 + e / 2, value);
+          columns_least.take(n * 2 + e % 2, value);
         }
+    if (store.least) {
+      uint32_t* const least = store.least + (first_entry + entry) * tokens;
+#pragma unroll
+      for (int r = 0; r < kRows / 8; ++r) rows_least.template note<1, 4>(r, least, i0 + wi + r * 8 + lane / 4);
+#pragma unroll
+      for (int c = 0; c < kColumns / 4; ++c) columns_least.template note<4, 32>(c, least, j0 + wj + c / 2 * 8 + lane % 4 * 2 + c % 2);
+    }
     marked = __any_sync(kFullWarp, marked);
     if (lane == 0) warp_marked[warp_i][warp_j] = marked;
     __syncthreads();  // also: no thread is still reading the stages when the next entry's arrive

@@ -150,6 +150,52 @@ def test_emulated_cuda_kernel_with_stored_weights(emulated, make, dtype):
 
 @pytest.mark.parametrize("make", MAKES, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_emulated_cuda_kernel_by_clusters(emulated, make, dtype):
+    """Blocks that share an item, with 1 to 8 tokens a thread, of which few or all are candidates."""
+    g = torch.Generator().manual_seed(13)
+    shapes = [
+        (8, 1, 3, 1),
+        (8, 2, 1, 2),
+        (64, 7, 2, 7),
+        (64, 19, 5, 15),
+        (64, 40, 8, 40),
+        (8, 150, 8, 80),
+        (2, 600, 3, 100),
+    ]
+    if make is uniform:
+        shapes += [(1, 2100, 2, 60), (1, 4200, 1, 60)]
+    for batch, tokens, channels, k in shapes:
+        x = make(g, batch, tokens, channels).to(dtype)
+        plain = emulated(x, k, 1, matrix_tokens=tokens)[-1]
+        for blocks, lookahead in ((4, 8), (8, 3)):
+            assert (emulated(x, k, lookahead, matrix_tokens=tokens, item_blocks=blocks)[-1] == plain).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_emulated_cuda_kernel_by_clusters_makes_several_picks_an_exchange(emulated, dtype):
+    x = uniform(torch.Generator().manual_seed(10), 1, 1000, 64).to(dtype)
+    before = build.module().run("phases_begun")
+    emulated(x, 161, 8, matrix_tokens=1000, item_blocks=8)
+    exchanges = (build.module().run("phases_begun") - before) / 8  # blocks
+    assert 161 / 8 <= exchanges <= 161 / 2.5
+
+
+@pytest.mark.parametrize("make", [uniform, repeated, far_away, adversary], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_emulated_cuda_kernels_note_the_smallest_weight_of_every_row(emulated, make, dtype):
+    """Of large tiles and of small ones, on tensor cores and by differences, and of pairs computed again."""
+    for batch, tokens in ((1, 90), (3, 140), (2, 300)):
+        x = make(torch.Generator().manual_seed(14), batch, tokens, 72).to(dtype)
+        notes = np.zeros((batch, tokens), np.uint32)
+        *_, notes, _ = emulated(x, 2, 8, matrix_tokens=tokens, item_blocks=4, notes=notes)
+        least = (notes & 0x7FFFFFFF).view(np.float32)  # ordered bits of positive numbers
+        sqdist = torch.cdist(x.double(), x.double(), compute_mode="donot_use_mm_for_euclid_dist") ** 2
+        weight = (1 / (sqdist + 1e-6)).diagonal_scatter(torch.full((batch, tokens), torch.inf), dim1=1, dim2=2)
+        np.testing.assert_allclose(least, weight.min(-1).values, rtol=1e-3)
+
+
+@pytest.mark.parametrize("make", MAKES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_emulated_cuda_kernel_in_sweeps(emulated, make, dtype, monkeypatch):
     """The kernel for more tokens than are stored, on as many blocks as its items fill."""
     monkeypatch.setenv("STS_EMULATE_SMS", "1")
@@ -190,11 +236,12 @@ def test_emulated_cuda_kernel_in_sweeps_makes_several_picks_a_sweep(emulated, dt
 
 
 @pytest.mark.parametrize(
-    ("tokens", "k"), [(576, 192), (1500, 400), (2880, 480), (8192, 100), (8192, 300), (20_000, 300)]
+    ("tokens", "k"), [(576, 192), (1500, 400), (1500, 1500), (2880, 480), (8192, 100), (8192, 300), (20_000, 300)]
 )
+@pytest.mark.parametrize("make", MAKES, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_cuda_kernels(cuda, tokens, k, dtype, monkeypatch):
-    x = uniform(torch.Generator().manual_seed(7), 1, tokens, 64).to("cuda", dtype)
+def test_cuda_kernels(cuda, tokens, k, make, dtype, monkeypatch):
+    x = make(torch.Generator().manual_seed(7), 2, tokens, 64).to("cuda", dtype)
     for plain, ahead in plain_and_ahead(monkeypatch, lambda: sts_kernels.repulsion_select(x, k)):
         assert torch.equal(ahead, plain)
 

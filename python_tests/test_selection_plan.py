@@ -3,7 +3,7 @@
 import pytest
 from emulator import build
 
-FIELDS = ("stored", "mma_tile", "entries", "groups", "group_blocks", "lookahead")
+FIELDS = ("stored", "mma_tile", "entries", "item_blocks", "groups", "group_blocks", "lookahead")
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,24 @@ def test_large_tiles_where_there_are_two_for_every_multiprocessor(plan, monkeypa
     monkeypatch.setenv("STS_EMULATE_SMS", "132")
     assert [plan(batch, 576, 1024)["mma_tile"] for batch in (1, 17, 18, 64)] == [64, 64, 128, 128]  # 15 tiles an item
     assert [plan(1, tokens, 1024)["mma_tile"] for tokens in (2688, 2816, 2880)] == [64, 64, 128]  # 231, 253, 276 tiles
+
+
+def test_blocks_share_large_items_where_there_are_multiprocessors_for_it(plan, monkeypatch):
+    monkeypatch.setenv("STS_EMULATE_SMS", "132")
+
+    def item_blocks(batch, tokens, **rest):
+        return plan(batch, tokens, 64, **rest)["item_blocks"]
+
+    assert [item_blocks(1, tokens) for tokens in (1, 576, 1024, 1025, 2880, 8192)] == [1, 1, 1, 8, 8, 8]
+    assert [item_blocks(batch, 1100) for batch in (1, 16, 17, 33, 34)] == [8, 8, 4, 4, 1]
+    assert item_blocks(64, 2880) == 8  # eight at a time
+    assert item_blocks(1, 2880, dtype="float32") == 8
+    # Packed tokens are those of all items.
+    assert [item_blocks(batch, 2880, packed=True) for batch in (1, 2, 3)] == [8, 8, 1]
+    monkeypatch.setenv("STS_EMULATE_SMS", "7")
+    assert [item_blocks(batch, 1500) for batch in (1, 2)] == [4, 1]
+    monkeypatch.setenv("STS_EMULATE_SMS", "3")
+    assert item_blocks(1, 2880) == 1
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 4, 132])

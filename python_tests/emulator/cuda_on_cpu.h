@@ -2,6 +2,7 @@
 // kernels here do not use is left out; what is here accepts no more than nvcc does.
 #pragma once
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <cfloat>
 #include <cmath>
@@ -97,6 +98,11 @@ inline int resident_blocks(unsigned threads, size_t shared_bytes) {
   const size_t by_shared = kSharedOfMultiprocessor / (shared_bytes + kSharedOfSystem), by_threads = kMaxResidentThreads / threads;
   const size_t asked = static_cast<size_t>(Settings::from_environment().blocks_per_multiprocessor);
   return static_cast<int>(std::min({by_shared, by_threads, asked}));
+}
+
+inline bool clusters_fit(unsigned cluster) {
+  const Settings settings = Settings::from_environment();
+  return cluster <= kMaxClusters && cluster <= static_cast<unsigned>(settings.multiprocessors);
 }
 
 inline cudaError_t launch(dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster, bool cooperative,
@@ -462,9 +468,64 @@ struct cluster_group {
     const emulator::Cluster& cluster = *block.cluster;
     const bool dynamic = byte >= block.dynamic.get() && byte < block.dynamic.get() + block.grid->shared_bytes;
     const auto& bases = dynamic ? cluster.dynamics : cluster.statics;
+    if (!bases[static_cast<size_t>(rank)]) emulator::fail("map_shared_rank: that block has not started");
     return reinterpret_cast<T*>(bases[static_cast<size_t>(rank)] + (byte - bases[block.rank]));
   }
 };
 inline cluster_group this_cluster() { return {}; }
 
 }  // namespace cooperative_groups
+
+// ---- messages between the blocks of a cluster ----
+
+namespace emulator {
+
+inline std::atomic<int64_t> phases_begun{0};  // by all blocks of all launches: what a kernel's exchanges are counted by
+
+// As an mbarrier of one arrival has it: bytes that are still to come, negative where more have come than were announced; whether they
+// have been announced; the number of the phase.
+struct ArrivalsState {
+  int32_t bytes;
+  uint16_t announced, phase;
+};
+
+// What an update makes of the state. A phase's clock carries what came in it to those who wait for its end.
+template <class Update>
+void update_arrivals(unsigned long long* arrivals, const char* what, Update update) {
+  check_aligned(arrivals, what);
+  const Unchecked unchecked;
+  for (unsigned long long old = __atomic_load_n(arrivals, __ATOMIC_RELAXED);;) {
+    auto state = std::bit_cast<ArrivalsState>(old);
+    release(reinterpret_cast<char*>(arrivals) + (state.phase & 1));
+    update(state);
+    if (state.announced && state.bytes < 0) fail(std::string(what) + ": more bytes have come than were expected");
+    if (state.announced && state.bytes == 0) state = {0, 0, static_cast<uint16_t>(state.phase + 1)};
+    if (__atomic_compare_exchange_n(arrivals, &old, std::bit_cast<unsigned long long>(state), false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) return;
+  }
+}
+
+inline void init_arrivals(unsigned long long* arrivals) {
+  check_aligned(arrivals, "init_arrivals");
+  *arrivals = 0;
+}
+inline void expect_arrivals(unsigned long long* arrivals, unsigned bytes) {
+  phases_begun.fetch_add(1, std::memory_order_relaxed);
+  update_arrivals(arrivals, "expect_arrivals", [bytes](ArrivalsState& state) {
+    if (state.announced) fail("expect_arrivals: twice in a phase");
+    state.announced = 1;
+    state.bytes += static_cast<int32_t>(bytes);
+  });
+}
+inline void await_arrivals(unsigned long long* arrivals, int phase) {
+  check_aligned(arrivals, "await_arrivals");
+  while ((std::bit_cast<ArrivalsState>(__atomic_load_n(arrivals, __ATOMIC_RELAXED)).phase & 1) == (phase & 1)) spin_pause();
+  acquire(reinterpret_cast<char*>(arrivals) + (phase & 1));
+}
+template <class T>
+void send(T* there, const T& value, unsigned long long* arrivals) {
+  if (reinterpret_cast<uintptr_t>(there) % sizeof(T)) fail("send: misaligned address");
+  *there = value;
+  update_arrivals(arrivals, "send", [](ArrivalsState& state) { state.bytes -= static_cast<int32_t>(sizeof(T)); });
+}
+
+}  // namespace emulator

@@ -226,8 +226,8 @@ MUTANTS = (
     mutant(
         "a picked token can be picked again",
         "repulsion_select",
-        "select_stored.cuh",
-        ("j == pick ? kInfinity : Rule::add(potential[t], weight[t]);", "Rule::add(potential[t], weight[t]);"),
+        "repulsion_select.cuh",
+        ("return diagonal ? kInfinity : rule.weight(sqdist);", "return rule.weight(sqdist);"),
     ),
     mutant(
         "more of a row is fetched than there is",
@@ -235,6 +235,67 @@ MUTANTS = (
         "select_stored.cuh",
         ("next_row + (j < tokens ? j : tokens - 1)", "next_row + j"),
         says=OVERRUN,
+    ),
+    # A selection by a cluster.
+    mutant(
+        "no wait for the reports",
+        "repulsion_select",
+        "select_cluster.cuh",
+        ("await_arrivals(arrivals, sweep / 2);", ""),
+        says="more bytes have come than were expected",
+    ),
+    mutant(
+        "one buffer of reports",
+        "repulsion_select",
+        "select_cluster.cuh",
+        ("send(&board->report[sweep & 1][warp]", "send(&board->report[0][warp]"),
+        ("board->report[sweep & 1][lane] :", "board->report[0][lane] :"),
+        says=RACE,
+    ),
+    mutant(
+        "a report while lanes are busy with the sweep before",
+        "repulsion_select",
+        "select_cluster.cuh",
+        ("__syncwarp();  // all lanes are done", "// all lanes are done"),
+        says=RACE,
+    ),
+    mutant(
+        "rows come unannounced",
+        "repulsion_select",
+        "select_cluster.cuh",
+        (" + rows_sent * kAllCandidates * sizeof(float));", ");"),
+        says="more bytes have come than were expected",
+    ),
+    mutant(
+        "nothing is bounded",
+        "repulsion_select",
+        "select_cluster.cuh",
+        ("float bound = key_value(outside);", "float bound = kInfinity;"),
+    ),
+    mutant(
+        "a tie with the bound",
+        "repulsion_select",
+        "select_cluster.cuh",
+        ("!(key_value(best) < bound)", "!(key_value(best) <= bound)"),
+    ),
+    mutant(
+        "the weights of the row that came first",
+        "repulsion_select",
+        "select_cluster.cuh",
+        ("candidate[h].came() > chosen.came()", "candidate[h].came() < chosen.came()"),
+    ),
+    mutant(
+        "a row is read before it is there",
+        "repulsion_select",
+        "select_cluster.cuh",
+        (".token(), h, 0);", ".token(), h, sweep);"),
+        says=RACE,
+    ),
+    mutant(
+        "a candidate that has left is forgotten",
+        "repulsion_select",
+        "select_cluster.cuh",
+        ("is_candidate &= ~(1u << t);", ";"),
     ),
     # A selection in sweeps.
     mutant(

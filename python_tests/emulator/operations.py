@@ -99,12 +99,14 @@ def _select(
     cu_seqlens,
     cu_budgets,
     matrix_tokens,
+    item_blocks,
     lookahead,
     judge,
     notes=None,
 ):
-    """`matrix_tokens`: up to so many tokens the weights of all pairs are stored, and fetched ahead where `lookahead`
-    is above 1. Above, a sweep makes `lookahead` picks at the most. `notes`: an array for what is noted on the
+    """`matrix_tokens`: up to so many tokens the weights of all pairs are stored, and `item_blocks` blocks share an item
+    (0: as planned); one alone fetches rows ahead where `lookahead` is above 1. Else a sweep makes `lookahead` picks at
+    the most. `notes`: an array for what is noted on the
     way (launch_repulsion_select)."""
     packed = cu_seqlens is not None
     tokens, channels = rows.shape[-2:]
@@ -121,11 +123,12 @@ def _select(
         index(cu_seqlens),
         index(cu_budgets),
         matrix_tokens,
+        item_blocks,
         lookahead,
         notes,
         np.full((k,) if packed else (batch, k), PAD, np.int64),
     )
-    way = "stored" if tokens <= matrix_tokens else "swept"
+    way = "swept" if tokens > matrix_tokens else "cluster" if item_blocks > 1 else "stored"
     return Call(
         f"{name}-{way}{lookahead}",
         f"repulsion_select_{SUFFIX[rows.dtype]}",
@@ -135,27 +138,34 @@ def _select(
 
 
 def repulsion_select(
-    name, features, k, eps, anchor=None, num_tokens=None, matrix_tokens=8192, lookahead=16, notes=None
+    name,
+    features,
+    k,
+    eps,
+    anchor=None,
+    num_tokens=None,
+    matrix_tokens=8192,
+    item_blocks=0,
+    lookahead=16,
+    notes=None,
 ):
     def judge(picks):
         oracle.check_select(picks, features, k, eps, anchor, num_tokens)
 
     rows = channels_contiguous(features)
-    return _select(
-        name, rows, len(rows), k, eps, anchor, num_tokens, None, None, matrix_tokens, lookahead, judge, notes
-    )
+    way = matrix_tokens, item_blocks, lookahead
+    return _select(name, rows, len(rows), k, eps, anchor, num_tokens, None, None, *way, judge, notes)
 
 
 def repulsion_select_varlen(
-    name, features, cu_seqlens, cu_budgets, total_k, eps, anchor=None, matrix_tokens=8192, lookahead=16
+    name, features, cu_seqlens, cu_budgets, total_k, eps, anchor=None, matrix_tokens=8192, item_blocks=0, lookahead=16
 ):
     def judge(picks):
         oracle.check_select_varlen(picks, features, cu_seqlens, cu_budgets, total_k, eps, anchor)
 
     rows, batch = channels_contiguous(features), len(cu_seqlens) - 1
-    return _select(
-        name, rows, batch, total_k, eps, anchor, None, cu_seqlens, cu_budgets, matrix_tokens, lookahead, judge
-    )
+    way = matrix_tokens, item_blocks, lookahead
+    return _select(name, rows, batch, total_k, eps, anchor, None, cu_seqlens, cu_budgets, *way, judge)
 
 
 # ---- Calls from the table of cases -------------------------------------------------------------------------------
@@ -168,7 +178,12 @@ def work(case) -> int:
     return case.batch * case.tokens**2 * case.channels
 
 
-WAYS = tuple({"matrix_tokens": m, "lookahead": n} for m, n in ((8192, 16), (0, 16), (0, 1)))  # to select
+WAYS = (  # to select
+    {"matrix_tokens": 8192, "lookahead": 16},
+    {"matrix_tokens": 8192, "item_blocks": 4, "lookahead": 8},
+    {"matrix_tokens": 0, "lookahead": 16},
+    {"matrix_tokens": 0, "lookahead": 1},
+)
 
 
 def of_case(case, dtype) -> list[Call]:

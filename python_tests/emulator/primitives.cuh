@@ -163,4 +163,50 @@ inline cudaError_t launch_cluster(const float* values, float* sums, int clusters
 }
 STS_KERNEL(primitive_cluster, launch_cluster);
 
+// The blocks of a cluster send each other letters, of 4 and of 16 bytes: in every turn each warp hands its values on to that warp of the next
+// block, and tells all blocks their sum modulo 8, which goes to each value. A warp that has the letters of all others knows that they have
+// read those before. sm_90.
+struct alignas(16) Letter {
+  float sum;
+  int block, warp, turn;
+};
+__global__ void __launch_bounds__(64) letters_kernel(const float* values, float* out, int turns) {
+#if defined(STS_EMULATE) || __CUDA_ARCH__ >= 900
+  __shared__ Arrivals arrivals[2];
+  __shared__ float handed[2][64];
+  __shared__ Letter letters[2][kCluster][2];
+  const auto cluster = cooperative_groups::this_cluster();
+  const int rank = static_cast<int>(cluster.block_rank()), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  if (threadIdx.x < 2) init_arrivals(&arrivals[threadIdx.x]);
+  cluster.sync();
+  float value = values[blockIdx.x * 64 + threadIdx.x];
+  for (int turn = 0; turn < turns; ++turn) {
+    Arrivals* const now = &arrivals[turn & 1];
+    if (threadIdx.x == 0) expect_arrivals(now, sizeof handed[0] + sizeof letters[0]);
+    const float sum = fmodf(warp_sum(value), 8);
+    __syncwarp();  // all lanes have read what came in the turn before
+    send(&handed[turn & 1][threadIdx.x], value, now, (rank + 1) % kCluster);
+    if (lane < kCluster) send(&letters[turn & 1][rank][warp], {sum, rank, warp, turn}, now, lane);
+    await_arrivals(now, turn / 2);
+    value = handed[turn & 1][threadIdx.x];
+    for (int block = 0; block < kCluster; ++block)
+      for (int other = 0; other < 2; ++other) {
+        const Letter letter = letters[turn & 1][block][other];
+        value += letter.block == block && letter.warp == other && letter.turn == turn ? letter.sum : kInfinity;
+      }
+  }
+  out[blockIdx.x * 64 + threadIdx.x] = value;
+#endif
+}
+inline cudaError_t launch_letters(const float* values, float* out, int clusters, int turns, cudaStream_t stream) {
+  return launch(letters_kernel, {dim3(clusters * kCluster), dim3(64), 0, kCluster, false, stream}, values, out, turns);
+}
+STS_KERNEL(primitive_letters, launch_letters);
+
+// How many phases of arrivals blocks have begun so far: by it tests count a kernel's exchanges.
+#ifdef STS_EMULATE
+inline int64_t phases_begun() { return emulator::phases_begun; }
+STS_KERNEL(phases_begun, phases_begun);
+#endif
+
 }  // namespace sts

@@ -115,6 +115,14 @@ def clusters():
     values = np.random.default_rng(RNG_SEED).integers(-100, 100, (3, 4 * 32)).astype(np.float32)
     args = (values, np.zeros(3, np.float32), 3)
     yield Call("3", "primitive_cluster", args, _equal(values.sum(1)))
+    for turns in (1, 2, 7):
+        values = np.random.default_rng(RNG_SEED).integers(-3, 4, (3, 4, 64)).astype(np.float32)
+        expected = values
+        for _ in range(turns):
+            told = np.fmod(expected.reshape(3, 8, 32).sum(2), 8).sum(1)
+            expected = np.roll(expected, 1, axis=1) + told[:, None, None]
+        args = (values, np.zeros_like(values), 3, turns)
+        yield Call(str(turns), "primitive_letters", args, _equal(expected))
 
 
 def calls():

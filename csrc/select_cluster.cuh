@@ -1,0 +1,232 @@
+// Selection over the stored weights of all pairs of a large item: its tokens are spread over the blocks of a cluster, each of which
+// reads its share of a row. All warps hear from each other once a sweep, which makes several picks:
+//   Candidates are a few tokens of low potential of each warp. Every warp keeps the same account of all of them, one lane for each
+//     warp's: their exact potentials in registers, the weights of their pairs in shared memory.
+//   All other tokens are above a bound: the lowest potential that the warps have said is theirs, and with every pick the smallest weight
+//     in its row more. Floating-point addition is monotone, so that this holds to the bit.
+//   Picks are made among the candidates for as long as they are below the bound. Then all threads add the rows of the picks, in
+//     order, and say which token is now their lowest: it becomes a candidate, but for the sweep after the next, when its weights
+//     have come.
+// So the picks are the plain loop's, bit for bit. Clusters need compute capability 9.0.
+#pragma once
+#include "token_stats.cuh"
+
+namespace sts {
+
+constexpr int kClusterWarps = 32;      // of an item at the most: a lane keeps account of each
+constexpr int kClusterTokens = 8;      // that a thread holds at the most
+constexpr int kClusterThreads = 256;   // of a block at the most: a quarter of the warps
+constexpr int kWarpCandidates = 4;
+constexpr int kAllCandidates = kWarpCandidates * kClusterWarps;  // place h * 32 + w: candidate h of warp w
+constexpr int kClusterPicks = 8;       // in a sweep at the most
+
+// What a warp says to all blocks before a sweep.
+struct alignas(16) WarpReport {
+  Key lowest;       // of its tokens that are no candidates
+  float potential;  // of the token that has become a candidate last
+};
+
+// In every block of the cluster, written by all of them. Nobody waits for those who read it: a warp that has everyone's reports on a sweep
+// knows that they are done with the one before.
+struct ClusterBoard {
+  Arrivals arrivals[2];  // in turns: some warps may be a sweep ahead
+  WarpReport report[2][kClusterWarps];
+  // A candidate's row is written when it comes, and has the weights to those that are there then; so of two candidates' rows that of
+  // the later has the pair's. At its own place: the smallest weight to any token. With a float more a column's elements are on
+  // different banks.
+  float weight[kAllCandidates][kAllCandidates + 1];
+};
+
+// What orders candidates of equal potential: their token. Below it are which candidate of its warp it is, and in which sweep it came: 0
+// before its row is there.
+struct Candidate {
+  uint32_t bits;
+  __device__ __forceinline__ static Candidate make(int token, int which, int came) {
+    return {static_cast<uint32_t>(token) << 15 | static_cast<uint32_t>(which) << 13 | static_cast<uint32_t>(came)};
+  }
+  __device__ __forceinline__ int token() const { return static_cast<int>(bits >> 15); }
+  __device__ __forceinline__ int came() const { return static_cast<int>(bits & 8191); }
+  // warps: of the item, a power of two.
+  __device__ __forceinline__ int place(int warps) const { return static_cast<int>(bits >> 13 & 3) * 32 + (token() / 32 & (warps - 1)); }
+};
+static_assert(kWarpCandidates == 4 && kClusterTokens * kClusterWarps * 32 == 1 << 13, "2, and 13 bits for tokens as for sweeps");
+
+// A cluster per item from `first_item` on. Token t of a thread is the item's token (t * warps of the cluster + its warp) * 32 + its lane.
+// On the diagonal weights are infinite, and so is the potential of a token that has been picked. least: (all tokens), the ordered bits of
+// the smallest weight in each token's row.
+template <class Rule, int kTokens>
+__global__ void __launch_bounds__(kClusterThreads, 1)
+    select_cluster_kernel(Items items, int64_t first_item, int lookahead, const float* weights, const uint32_t* least,
+                          const float* mean_sqdist, Rule rule, int64_t* out) {
+#if defined(STS_EMULATE) || __CUDA_ARCH__ >= 900
+  STS_DYNAMIC_SHARED(ClusterBoard, board);
+  const auto cluster = cooperative_groups::this_cluster();
+  if (threadIdx.x < 2) init_arrivals(&board->arrivals[threadIdx.x]);
+  const int blocks = static_cast<int>(cluster.num_blocks()), lane = threadIdx.x % 32;
+  const int warps = blocks * (blockDim.x / 32), warp = cluster.block_rank() * (blockDim.x / 32) + threadIdx.x / 32;
+  const int64_t launched = blockIdx.x / blocks, b = first_item + launched;
+  const Item item = items[b];
+  const int tokens = static_cast<int>(item.tokens), first = warp * 32 + lane, step = warps * 32;
+  const int64_t stride = items.tokens, first_row = items.packed() ? item.first : b * stride;  // among all tokens
+  // A packed batch has one matrix, whose diagonal blocks are the items'.
+  const float* matrix = weights + (items.packed() ? item.first * (stride + 1) : launched * stride * stride);
+  int64_t* picked = out + item.out;
+
+  const int64_t picks = item.picks < tokens ? item.picks : tokens;
+  for (int64_t i = picks + first; i < item.picks; i += step) picked[i] = -1;
+  if (picks == 0) return;
+  cluster.sync();  // nothing may be sent to a block that has not started
+
+  const Key nothing = make_key(kInfinity, ~0u);
+  uint32_t column[kTokens];  // this thread's tokens; past the end the last one, whose weights an infinite potential does not feel
+  float potential[kTokens];
+  Key lowest = nothing;
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t) {
+    const int j = first + t * step;
+    column[t] = static_cast<uint32_t>(j < tokens ? j : tokens - 1);
+    potential[t] = kInfinity;
+    if (j >= tokens) continue;
+    const float distance = mean_sqdist[first_row + j];
+    potential[t] = distance < kInfinity ? Rule::start() : kLastResort;
+    lowest = lower(lowest, make_key(distance, Candidate::make(j, 0, 0).bits));
+  }
+  unsigned is_candidate = 0;  // bit t: token t of this thread
+  float newest_potential = 0.f;
+
+  // The account of the candidates of warp `lane`. Without a token, or with one whose row is still to come, the potential is infinite.
+  Candidate candidate[kWarpCandidates];
+  float value[kWarpCandidates];
+#pragma unroll
+  for (int h = 0; h < kWarpCandidates; ++h) candidate[h] = Candidate::make(0, h, 0), value[h] = kInfinity;
+  int newest = -1;  // the one that came last, for one sweep
+  const auto lowest_candidate = [&] {
+    float low = value[0];
+#pragma unroll
+    for (int h = 1; h < kWarpCandidates; ++h) low = fminf(low, value[h]);
+    const uint32_t lowest_bits = __reduce_min_sync(kFullWarp, ordered_bits(low));
+    low = from_ordered_bits(lowest_bits);
+    uint32_t which = ~0u;
+#pragma unroll
+    for (int h = 0; h < kWarpCandidates; ++h) which = min(which, value[h] == low ? candidate[h].bits : ~0u);
+    return static_cast<Key>(lowest_bits) << 32 | __reduce_min_sync(kFullWarp, which);
+  };
+
+  for (int sweep = 0, done = 0, rows_sent = 0;; ++sweep) {
+    Arrivals* const arrivals = &board->arrivals[sweep & 1];
+    if (threadIdx.x == 0) expect_arrivals(arrivals, warps * sizeof(WarpReport) + rows_sent * kAllCandidates * sizeof(float));
+    lowest = warp_lowest(lowest);
+    __syncwarp();  // all lanes are done with the sweep before
+    if (lane < blocks) send(&board->report[sweep & 1][warp], {lowest, newest_potential}, arrivals, lane);
+    await_arrivals(arrivals, sweep / 2);
+    const WarpReport report = lane < warps ? board->report[sweep & 1][lane] : WarpReport{nothing, kInfinity};
+    const Key outside = warp_lowest(report.lowest);  // the lowest of all tokens but the candidates
+
+    // The lowest of a warp takes the place of its highest candidate, if that is higher, or an empty one.
+    int highest = 0;
+    float highest_value = -kInfinity;
+#pragma unroll
+    for (int h = 0; h < kWarpCandidates; ++h) {
+      if (h == newest) value[h] = report.potential, candidate[h].bits |= static_cast<uint32_t>(sweep - 1);
+      if (value[h] > highest_value) highest = h, highest_value = value[h];
+    }
+    newest = sweep > 0 && key_value(report.lowest) < highest_value ? highest : -1;
+    int gone = -1;
+#pragma unroll
+    for (int h = 0; h < kWarpCandidates; ++h) {
+      if (h != newest) continue;
+      gone = candidate[h].token();
+      candidate[h] = Candidate::make(Candidate{key_index(report.lowest)}.token(), h, 0);
+      value[h] = kInfinity;
+    }
+    rows_sent = __popc(__ballot_sync(kFullWarp, newest >= 0));
+
+    // If it is this warp's: which of its tokens are candidates now, and the row of the one that has come.
+    const int come = __shfl_sync(kFullWarp, newest < 0 ? -1 : Candidate{key_index(report.lowest)}.token(), warp);
+    const int place_of_come = __shfl_sync(kFullWarp, newest, warp) * 32 + warp;
+    gone = __shfl_sync(kFullWarp, gone, warp);
+    float row_of_come[kWarpCandidates];
+    if (come >= 0) {
+#pragma unroll
+      for (int t = 0; t < kTokens; ++t) {
+        if (first + t * step == gone) is_candidate &= ~(1u << t);
+        if (first + t * step == come) is_candidate |= 1u << t;
+      }
+#pragma unroll
+      for (int h = 0; h < kWarpCandidates; ++h) {
+        const bool itself = h * 32 + lane == place_of_come;
+        row_of_come[h] = itself ? from_ordered_bits(least[first_row + come]) : __ldg(matrix + come * stride + candidate[h].token());
+      }
+    }
+
+    // The picks of this sweep, and this thread's share of their rows.
+    float row[kClusterPicks][kTokens];
+    const auto take = [&](int p, int token) {
+      if (first == 0) picked[done + p] = token;
+      const uint32_t begin = static_cast<uint32_t>(token) * static_cast<uint32_t>(stride);  // below 2^26
+#pragma unroll
+      for (int t = 0; t < kTokens; ++t) row[p][t] = __ldg(matrix + (begin + column[t]));
+    };
+    const int wanted = static_cast<int>(picks - done < lookahead ? picks - done : lookahead);
+    int count = 0;
+    Key best = lowest_candidate();
+    if (key_value(best) < kInfinity && best < outside) {
+      float bound = key_value(outside);
+#pragma unroll
+      for (int p = 0; p < kClusterPicks; ++p) {
+        if (p > 0 && (p >= wanted || !(key_value(best) < bound))) break;
+        const Candidate chosen{key_index(best)};
+        const int place = chosen.place(warps);
+        bound = Rule::add(bound, board->weight[place][place]);
+        take(p, chosen.token());
+#pragma unroll
+        for (int h = 0; h < kWarpCandidates; ++h) {
+          // Where there is no potential nothing changes, and what is read has been there before.
+          const int its = h * 32 + lane;
+          const float weight = candidate[h].came() > chosen.came() ? board->weight[its][place] : board->weight[place][its];
+          value[h] = its == place ? kInfinity : Rule::add(value[h], weight);
+        }
+        best = lowest_candidate();
+        count = p + 1;
+      }
+    } else {
+      const Candidate other{key_index(outside)};
+      const int token = static_cast<int>(sweep == 0 ? first_pick(item, make_key(key_value(outside), other.token())) : other.token());
+      take(0, token);
+#pragma unroll
+      for (int h = 0; h < kWarpCandidates; ++h)
+        if (value[h] < kInfinity) value[h] = Rule::add(value[h], __ldg(matrix + token * stride + candidate[h].token()));
+      count = 1;
+    }
+    done += count;
+    if (done == picks) return;
+
+    float low = kInfinity;
+    int low_token = 0;
+#pragma unroll
+    for (int p = 0; p < kClusterPicks; ++p) {
+      if (p >= count) break;
+#pragma unroll
+      for (int t = 0; t < kTokens; ++t) potential[t] = Rule::add(potential[t], row[p][t]);
+    }
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+      const int j = first + t * step;
+      if (j == come) newest_potential = potential[t];
+      if (!(is_candidate >> t & 1) && potential[t] < low) low = potential[t], low_token = j;
+    }
+    lowest = low < kInfinity ? make_key(low, Candidate::make(low_token, 0, 0).bits) : nothing;
+    if (come < 0) continue;
+    newest_potential = __shfl_sync(kFullWarp, newest_potential, come % 32);
+    Arrivals* const next_arrivals = &board->arrivals[(sweep + 1) & 1];
+    for (int block = 0; block < blocks; ++block)
+#pragma unroll
+      for (int h = 0; h < kWarpCandidates; ++h)
+        send(&board->weight[place_of_come][h * 32 + lane], row_of_come[h], next_arrivals, block);
+  }
+#else
+  __trap();
+#endif
+}
+
+}  // namespace sts
