@@ -114,11 +114,12 @@ bool clusters_fit(void (*kernel)(Params...), const Launch& shape) {
 #ifdef STS_EMULATE
   return emulator::clusters_fit(shape.cluster);
 #else
+  const RuntimeLaunch runtime(shape);
   cudaFuncAttributes attributes;
   int resident = 0;
   const bool fit = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)) == cudaSuccess &&
                    attributes.ptxVersion >= 90 && allow_shared(kernel, shape.shared_bytes) == cudaSuccess &&
-                   cudaOccupancyMaxActiveClusters(&resident, kernel, &RuntimeLaunch(shape).config) == cudaSuccess && resident > 0;
+                   cudaOccupancyMaxActiveClusters(&resident, kernel, &runtime.config) == cudaSuccess && resident > 0;
   if (!fit) cudaGetLastError();  // a refusal is an answer here
   return fit;
 #endif

@@ -184,10 +184,10 @@ def test_emulated_cuda_kernel_by_clusters_makes_several_picks_an_exchange(emulat
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_emulated_cuda_kernels_note_the_smallest_weight_of_every_row(emulated, make, dtype):
     """Of large tiles and of small ones, on tensor cores and by differences, and of pairs computed again."""
-    for batch, tokens in ((1, 90), (3, 140), (2, 300)):
-        x = make(torch.Generator().manual_seed(14), batch, tokens, 72).to(dtype)
+    for batch, tokens in ((1, 90), (3, 140)):
+        x = make(torch.Generator().manual_seed(14), batch, tokens, 24).to(dtype)
         notes = np.zeros((batch, tokens), np.uint32)
-        *_, notes, _ = emulated(x, 2, 8, matrix_tokens=tokens, item_blocks=4, notes=notes)
+        *_, notes, _ = emulated(x, 10, 8, matrix_tokens=tokens, item_blocks=4, notes=notes)
         least = (notes & 0x7FFFFFFF).view(np.float32)  # ordered bits of positive numbers
         sqdist = torch.cdist(x.double(), x.double(), compute_mode="donot_use_mm_for_euclid_dist") ** 2
         weight = (1 / (sqdist + 1e-6)).diagonal_scatter(torch.full((batch, tokens), torch.inf), dim1=1, dim2=2)
