@@ -2,9 +2,9 @@
 
 Runs the plain loop of Algorithm 1 and replays beside it the guesses of the CPU kernel (csrc/repulsion_select.cpp) and
 of the CUDA kernel for many tokens (csrc/select_swept.cuh), which both run the plain loop among a few candidates: picks
-per pass over the features, and rows of weights computed per row used. Of the CUDA kernel for stored weights
-(csrc/select_stored.cuh): how many picks find their row in cache. Needs no timing, so it says the same on every
-machine.
+per pass over the features, and rows of weights computed per row used. Of the CUDA kernels for stored weights: how many
+picks find their row in cache (csrc/select_stored.cuh), and how many a cluster makes each time that its warps hear from
+each other (csrc/select_cluster.cuh). Needs no timing, so it says the same on every machine.
 """
 
 import math
@@ -116,6 +116,46 @@ def replay_stored(x, k, cache_bytes=192 * 1024):
     return found / (k - 1), late / (k - 1)
 
 
+def replay_cluster(x, k, warps=32, of_warp=4, most=8):
+    """(picks per exchange between the warps, candidates that come per exchange)"""
+    weights = 1 / (pairwise_sqdist(x[None])[0] + 1e-6)
+    least = weights.fill_diagonal_(math.inf).min(1).values.tolist()
+    potential = weights[(x - x.mean(0)).square().sum(1).argmin()].clone()  # of the first pick: its own is infinite
+    warp_of = torch.arange(len(x)) // 32 % warps
+    ready, coming = {}, {}  # candidates and their warps
+    made, exchanges, came = 1, 1, 0
+    while made < k:
+        ready.update(coming)
+        coming, offers = {}, []
+        for warp in range(warps):
+            mine = [token for token in ready if ready[token] == warp]
+            others = potential.where(warp_of == warp, math.inf).index_fill(
+                0, torch.tensor(mine, dtype=torch.long), math.inf
+            )
+            low, token = float(others.min()), int(others.argmin())
+            offers.append((low, token))
+            highest = max(mine, key=lambda i: potential[i], default=None)
+            if len(mine) == of_warp and low < potential[highest]:
+                del ready[highest]
+            if low < math.inf and (len(mine) < of_warp or highest not in ready):
+                coming[token] = warp
+        bound, outsider = min(offers)
+        picks = 0
+        while picks < min(most, k - made):
+            best = min(((float(potential[i]), i) for i in ready), default=(math.inf, -1))
+            if picks and not best[0] < bound:
+                break
+            alone = not picks and not best < (bound, outsider)
+            pick = outsider if alone else best[1]
+            potential, bound, picks = potential + weights[pick], bound + least[pick], picks + 1
+            ready.pop(pick, None)
+            coming.pop(pick, None)
+            if alone:
+                break
+        made, exchanges, came = made + picks, exchanges + 1, came + len(coming)
+    return made / exchanges, came / exchanges
+
+
 def photograph(size):
     """Patches of 14 x 14 pixels of the demo's picture, whose shorter side is `size` pixels."""
     picture = demo.load_picture(demo.default_picture()).convert("RGB").resize((size, size))
@@ -151,6 +191,12 @@ def main():
         if len(x) <= 8192:
             found, late = replay_stored(x, k)
             print(f"| {name} | {k} | {found:.0%} | {late:.0%} |")
+
+    print("\n| tokens | K | picks an exchange | candidates that come |\n" + "|---" * 4 + "|")
+    for name, x, k in [*kinds, ("gaussian, 8192", inputs.features(1, 8192, 256, torch.float32, device)[0], 640)]:
+        if 1024 < len(x) <= 8192:
+            picks, came = replay_cluster(x, k)
+            print(f"| {name} | {k} | {picks:.1f} | {came:.0f} |")
 
 
 if __name__ == "__main__":
