@@ -45,22 +45,6 @@ auto with_swept_kernel(bool mma, const F& f) {
   return f(select_swept_kernel<DifferenceSweep<scalar_t>, scalar_t, Rule>, DifferenceSweep<scalar_t>::kSharedBytes);
 }
 
-// f(kernel) for the kernel that shares items of `tokens` among a cluster.
-template <class Rule, class F>
-auto with_cluster_kernel(int64_t tokens, const F& f) {
-  if (tokens <= 32 * kClusterWarps * 2) return f(select_cluster_kernel<Rule, 2>);
-  if (tokens <= 32 * kClusterWarps * 4) return f(select_cluster_kernel<Rule, 4>);
-  return f(select_cluster_kernel<Rule, kClusterTokens>);
-}
-
-// `count` items, each shared by a cluster of `blocks`, a power of two.
-inline Launch cluster_launch(int64_t tokens, int64_t count, int blocks, cudaStream_t stream) {
-  int warps = 1;
-  while (warps < kClusterWarps / blocks && 32 * warps * blocks < tokens) warps *= 2;
-  return {dim3(static_cast<unsigned>(count * blocks)), dim3(static_cast<unsigned>(32 * warps)), sizeof(ClusterBoard),
-          static_cast<unsigned>(blocks), false, stream};
-}
-
 // Blocks that share each item, of which `at_once` are under way: as many as there are multiprocessors for, if items are large.
 template <class Rule>
 int stored_item_blocks(const Items& items, int64_t at_once) {
