@@ -7,6 +7,7 @@ picks find their row in cache (csrc/select_stored.cuh), and how many a cluster m
 each other (csrc/select_cluster.cuh). Needs no timing, so it says the same on every machine.
 """
 
+import argparse
 import math
 from dataclasses import dataclass
 
@@ -156,15 +157,52 @@ def replay_cluster(x, k, warps=32, of_warp=4, most=8):
     return made / exchanges, came / exchanges
 
 
-def photograph(size):
-    """Patches of 14 x 14 pixels of the demo's picture, whose shorter side is `size` pixels."""
+def pixels(size):
+    """(3, size, size) of the demo's picture, from 0 to 1."""
     picture = demo.load_picture(demo.default_picture()).convert("RGB").resize((size, size))
-    values = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(size, size, 3) / 255
+    return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1) / 255
+
+
+def photograph(size):
+    """Patches of 14 x 14 pixels."""
     side = size // 14
-    return values.view(side, 14, side, 14, 3).permute(0, 2, 1, 3, 4).reshape(side * side, -1)
+    return pixels(size).view(3, side, 14, side, 14).permute(1, 3, 2, 4, 0).reshape(side * side, -1)
+
+
+def random_vit(size):
+    """What a CLIP vision model of the size of L/14 makes of the patches, with random weights."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=size,
+        patch_size=14,
+    )
+    model = transformers.CLIPVisionModel(config).eval()
+    mean, std = (
+        torch.tensor(transformers.CLIPImageProcessor().image_mean),
+        torch.tensor(transformers.CLIPImageProcessor().image_std),
+    )
+    values = (pixels(size) - mean[:, None, None]) / std[:, None, None]
+    with torch.inference_mode():
+        return model(values[None], output_hidden_states=True).hidden_states[-2][0, 1:].clone()
 
 
 def main():
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.lookahead", description=__doc__.split("\n")[0].split(": ")[1]
+    )
+    parser.add_argument(
+        "--vit", action="store_true", help="tokens of a ViT with random weights, too; needs transformers"
+    )
+    parser.add_argument(
+        "--features", help="tokens of this vision model, too: a local directory or hub id, as in the demo"
+    )
+    options = parser.parse_args()
     device = torch.device("cpu")
     kinds = [
         ("photograph, 576", photograph(336), 192),
@@ -177,6 +215,11 @@ def main():
         ("smooth, 2880", inputs.features(1, 2880, 256, torch.float32, device, "smooth")[0], 640),
         ("smooth, 9216", inputs.features(1, 9216, 256, torch.float32, device, "smooth")[0], 640),
     ]
+    if options.vit:
+        kinds += [("random ViT, 576", random_vit(336), 192), ("random ViT, 2304", random_vit(672), 480)]
+    if options.features:
+        x = demo.model_tokens(demo.load_picture(demo.default_picture()), options.features, device).features
+        kinds.append((f"{options.features}, {len(x)}", x, len(x) // 3))
     print("| tokens | K | policy | lookahead | picks a pass | rows computed / used |\n" + "|---" * 6 + "|")
     for name, x, k in kinds:
         for policy in (CPU(8), CPU(16), CUDA(8), CUDA(16)):

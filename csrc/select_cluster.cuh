@@ -131,31 +131,31 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
       if (value[h] > highest_value) highest = h, highest_value = value[h];
     }
     newest = sweep > 0 && key_value(report.lowest) < highest_value ? highest : -1;
-    int gone = -1;
+    int leaver = -1;
 #pragma unroll
     for (int h = 0; h < kWarpCandidates; ++h) {
       if (h != newest) continue;
-      gone = candidate[h].token();
+      leaver = value[h] < kInfinity ? candidate[h].token() : -1;
       candidate[h] = Candidate::make(Candidate{key_index(report.lowest)}.token(), h, 0);
       value[h] = kInfinity;
     }
     rows_sent = __popc(__ballot_sync(kFullWarp, newest >= 0));
 
-    // If it is this warp's: which of its tokens are candidates now, and the row of the one that has come.
-    const int come = __shfl_sync(kFullWarp, newest < 0 ? -1 : Candidate{key_index(report.lowest)}.token(), warp);
-    const int place_of_come = __shfl_sync(kFullWarp, newest, warp) * 32 + warp;
-    gone = __shfl_sync(kFullWarp, gone, warp);
-    float row_of_come[kWarpCandidates];
-    if (come >= 0) {
+    // Of the newcomer of this warp, if there is one: which of its tokens are candidates now, and the row.
+    const int newcomer = __shfl_sync(kFullWarp, newest < 0 ? -1 : Candidate{key_index(report.lowest)}.token(), warp);
+    const int newcomer_place = __shfl_sync(kFullWarp, newest, warp) * 32 + warp;
+    leaver = __shfl_sync(kFullWarp, leaver, warp);
+    float newcomer_row[kWarpCandidates];
+    if (newcomer >= 0) {
 #pragma unroll
       for (int t = 0; t < kTokens; ++t) {
-        if (first + t * step == gone) is_candidate &= ~(1u << t);
-        if (first + t * step == come) is_candidate |= 1u << t;
+        if (first + t * step == leaver) is_candidate &= ~(1u << t);
+        if (first + t * step == newcomer) is_candidate |= 1u << t;
       }
 #pragma unroll
       for (int h = 0; h < kWarpCandidates; ++h) {
-        const bool itself = h * 32 + lane == place_of_come;
-        row_of_come[h] = itself ? from_ordered_bits(least[first_row + come]) : __ldg(matrix + come * stride + candidate[h].token());
+        const bool itself = h * 32 + lane == newcomer_place;
+        newcomer_row[h] = itself ? from_ordered_bits(least[first_row + newcomer]) : __ldg(matrix + newcomer * stride + candidate[h].token());
       }
     }
 
@@ -212,17 +212,17 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {
       const int j = first + t * step;
-      if (j == come) newest_potential = potential[t];
+      if (j == newcomer) newest_potential = potential[t];
       if (!(is_candidate >> t & 1) && potential[t] < low) low = potential[t], low_token = j;
     }
     lowest = low < kInfinity ? make_key(low, Candidate::make(low_token, 0, 0).bits) : nothing;
-    if (come < 0) continue;
-    newest_potential = __shfl_sync(kFullWarp, newest_potential, come % 32);
+    if (newcomer < 0) continue;
+    newest_potential = __shfl_sync(kFullWarp, newest_potential, newcomer % 32);
     Arrivals* const next_arrivals = &board->arrivals[(sweep + 1) & 1];
     for (int block = 0; block < blocks; ++block)
 #pragma unroll
       for (int h = 0; h < kWarpCandidates; ++h)
-        send(&board->weight[place_of_come][h * 32 + lane], row_of_come[h], next_arrivals, block);
+        send(&board->weight[newcomer_place][h * 32 + lane], newcomer_row[h], next_arrivals, block);
   }
 #else
   __trap();

@@ -231,6 +231,7 @@ def test_cuda_graph_replays_with_new_values(cuda):
         return (
             sts_kernels.repulsion_select(features, 20),
             sts_kernels.repulsion_select(features, 20, 1e-6, anchor, num_tokens),
+            sts_kernels.repulsion_select(features[:2].repeat(1, 20, 1), 70),  # shared by clusters
             sts_kernels.repulsion_select_varlen(flat, cu_seqlens, cu_budgets, 30),
             sts_kernels.pairwise_sqdist(features),
             sts_kernels.repulsion_step_(potential, features, anchor),
@@ -293,9 +294,10 @@ def test_ops_run_on_the_current_stream(cuda):
         assert torch.equal(following, want[0][:, 1])
 
 
-def test_two_streams_at_once(cuda):
+def test_several_streams_at_once(cuda):
     """Calls in flight together share no scratch."""
-    cases = [by_name(name).inputs(seed=2, device=cuda) for name in ("1x577x1024_k64", "2x257x1000_k33")]
+    names = "1x577x1024_k64", "1x1225x64_k1225", "2x257x1000_k33"
+    cases = [by_name(name).inputs(seed=2, device=cuda) for name in names]
     want = [sts_kernels.repulsion_select(**inputs) for inputs in cases]
     streams = [torch.cuda.Stream() for _ in cases]
     torch.cuda.synchronize()
@@ -306,7 +308,7 @@ def test_two_streams_at_once(cuda):
                 got.append(sts_kernels.repulsion_select(**inputs))
     torch.cuda.synchronize()
     for i, picks in enumerate(got):
-        assert torch.equal(picks, want[i % 2])
+        assert torch.equal(picks, want[i % len(want)])
 
 
 def test_the_device_of_the_tensors_is_used(cuda):

@@ -2,7 +2,7 @@
 #pragma once
 #include <type_traits>
 
-#include "device.cuh"
+#include "rows.cuh"
 
 namespace sts {
 
