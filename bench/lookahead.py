@@ -172,6 +172,7 @@ def photograph(size):
 def random_vit(size):
     """What a CLIP vision model of the size of L/14 makes of the patches, with random weights."""
     import transformers
+    from transformers import image_utils
 
     torch.manual_seed(0)
     config = transformers.CLIPVisionConfig(
@@ -183,13 +184,9 @@ def random_vit(size):
         patch_size=14,
     )
     model = transformers.CLIPVisionModel(config).eval()
-    mean, std = (
-        torch.tensor(transformers.CLIPImageProcessor().image_mean),
-        torch.tensor(transformers.CLIPImageProcessor().image_std),
-    )
-    values = (pixels(size) - mean[:, None, None]) / std[:, None, None]
+    mean, std = (torch.tensor(of)[:, None, None] for of in (image_utils.OPENAI_CLIP_MEAN, image_utils.OPENAI_CLIP_STD))
     with torch.inference_mode():
-        return model(values[None], output_hidden_states=True).hidden_states[-2][0, 1:].clone()
+        return model(((pixels(size) - mean) / std)[None], output_hidden_states=True).hidden_states[-2][0, 1:].clone()
 
 
 def main():
