@@ -264,7 +264,7 @@ MUTANTS = (
         "repulsion_select",
         "select_cluster.cuh",
         (" + rows_sent * kAllCandidates * sizeof(float));", ");"),
-        says="more bytes have come than were expected",
+        says=RACE,
     ),
     mutant(
         "nothing is bounded",
@@ -310,7 +310,7 @@ MUTANTS = (
         "repulsion_select",
         "select_swept.cuh",
         ("      barrier.sync();\n      for (int p = warp;", "      for (int p = warp;"),
-        says="wait at __syncthreads",  # blocks that do not agree go different ways
+        says=RACE,
     ),
     mutant(
         "no barrier between the distances of the candidates and the guess",
