@@ -211,6 +211,11 @@ class GroupBarrier {
 
 // ---- device: messages between the blocks of a cluster (sm_90) ----
 
+#ifndef STS_EMULATE
+// As instructions on shared memory take it.
+__device__ __forceinline__ unsigned shared_address(const void* address) { return static_cast<unsigned>(__cvta_generic_to_shared(address)); }
+#endif
+
 // Counts, in the shared memory of the block that receives, what has come. A phase ends, and the next begins, when one thread of the
 // block has said how many bytes it expects in it and so many have come. A sender has to know that the phase before has ended.
 using Arrivals = unsigned long long;
@@ -220,9 +225,7 @@ __device__ __forceinline__ void init_arrivals(Arrivals* arrivals) {
 #ifdef STS_EMULATE
   emulator::init_arrivals(arrivals);
 #else
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\n\tfence.mbarrier_init.release.cluster;" ::"r"(
-                   static_cast<unsigned>(__cvta_generic_to_shared(arrivals)))
-               : "memory");
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\n\tfence.mbarrier_init.release.cluster;" ::"r"(shared_address(arrivals)) : "memory");
 #endif
 }
 
@@ -231,13 +234,12 @@ __device__ __forceinline__ void expect_arrivals(Arrivals* arrivals, unsigned byt
 #ifdef STS_EMULATE
   emulator::expect_arrivals(arrivals, bytes);
 #else
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(arrivals))),
-               "r"(bytes)
-               : "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(arrivals)), "r"(bytes) : "memory");
 #endif
 }
 
-// Waits for the end of a phase; they are counted from zero, and may be waited for until the next has ended. What was sent in it is then there.
+// Waits for the end of a phase; they are counted from zero, and may be waited for until the next has ended. What was sent in it is
+// then there.
 __device__ __forceinline__ void await_arrivals(Arrivals* arrivals, int phase) {
 #ifdef STS_EMULATE
   emulator::await_arrivals(arrivals, phase);
@@ -247,7 +249,7 @@ __device__ __forceinline__ void await_arrivals(Arrivals* arrivals, int phase) {
     asm volatile(
         "{\n\t.reg .pred ended;\n\tmbarrier.try_wait.parity.shared::cta.b64 ended, [%1], %2;\n\tselp.u32 %0, 1, 0, ended;\n\t}"
         : "=r"(ended)
-        : "r"(static_cast<unsigned>(__cvta_generic_to_shared(arrivals))), "r"(phase & 1)
+        : "r"(shared_address(arrivals)), "r"(phase & 1)
         : "memory");
 #endif
 }
@@ -263,8 +265,8 @@ __device__ __forceinline__ void send(T* address, const T& value, Arrivals* arriv
 #else
   unsigned there, count_there, word[sizeof(T) / 4];
   memcpy(word, &value, sizeof(T));
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(static_cast<unsigned>(__cvta_generic_to_shared(address))), "r"(rank));
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(count_there) : "r"(static_cast<unsigned>(__cvta_generic_to_shared(arrivals))), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(address)), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(count_there) : "r"(shared_address(arrivals)), "r"(rank));
   if constexpr (sizeof(T) == 4)
     asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(there), "r"(word[0]), "r"(count_there)
                  : "memory");
@@ -294,7 +296,7 @@ __device__ __forceinline__ void cp_async_16(void* destination, const void* sourc
 #ifdef STS_EMULATE
   emulator::cp_async_16(destination, source, predicate);
 #else
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(destination))),
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(destination)),
                "l"(source), "r"(predicate ? 16 : 0)
                : "memory");
 #endif
@@ -326,7 +328,7 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* shared
 #else
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(static_cast<unsigned>(__cvta_generic_to_shared(shared_row)))
+               : "r"(shared_address(shared_row))
                : "memory");
 #endif
 }

@@ -12,8 +12,8 @@
 namespace sts {
 
 constexpr int64_t kMatrixFloats = int64_t(1) << 26;  // weights held at a time: 256 MiB, one item of kMatrixTokens
-constexpr int64_t kFewPicks = 64;        // few: less than one of so many tokens
-constexpr int64_t kClusterFrom = 1024;   // items of more tokens are shared by a cluster
+constexpr int64_t kFewPicks = 64;  // few: less than one of so many tokens
+constexpr int64_t kClusterFrom = 1024;  // items of more tokens are shared by a cluster
 
 // What is stored for a pair of tokens by the rule; on the diagonal what a token that is picked has for a potential. least: null, or for all
 // tokens the ordered bits of the smallest in each row.
@@ -49,8 +49,9 @@ auto with_swept_kernel(bool mma, const F& f) {
 template <class Rule>
 int stored_item_blocks(const Items& items, int64_t at_once) {
   if (items.tokens <= kClusterFrom * (items.packed() ? items.count : 1)) return 1;  // on average where packed
+  const int multiprocessors = device_sm_count();
   for (int blocks = 8; blocks >= 4; blocks /= 2) {
-    if (at_once * blocks > device_sm_count()) continue;
+    if (at_once * blocks > multiprocessors) continue;
     const Launch shape = cluster_launch(items.tokens, at_once, blocks, nullptr);
     if (with_cluster_kernel<Rule>(items.tokens, [&](auto* kernel) { return clusters_fit(kernel, shape); })) return blocks;
   }

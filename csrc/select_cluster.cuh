@@ -9,16 +9,16 @@
 //     have come.
 // So the picks are the plain loop's, bit for bit. Clusters need compute capability 9.0.
 #pragma once
-#include "token_stats.cuh"
+#include "select_stored.cuh"
 
 namespace sts {
 
-constexpr int kClusterWarps = 32;      // of an item at the most: a lane keeps account of each
-constexpr int kClusterTokens = 8;      // that a thread holds at the most
-constexpr int kClusterThreads = 256;   // of a block at the most: a quarter of the warps
+constexpr int kClusterWarps = 32;  // of an item at the most: a lane keeps account of each
+constexpr int kClusterTokens = 8;  // that a thread holds at the most
+constexpr int kClusterThreads = kClusterWarps / 4 * 32;  // of a block at the most: clusters are of four or eight
 constexpr int kWarpCandidates = 4;
 constexpr int kAllCandidates = kWarpCandidates * kClusterWarps;  // place h * 32 + w: candidate h of warp w
-constexpr int kClusterPicks = 8;       // in a sweep at the most
+constexpr int kClusterPicks = 8;  // in a sweep at the most
 
 // What a warp says to all blocks before a sweep.
 struct alignas(16) WarpReport {
@@ -64,12 +64,11 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
   if (threadIdx.x < 2) init_arrivals(&board->arrivals[threadIdx.x]);
   const int blocks = static_cast<int>(cluster.num_blocks()), lane = threadIdx.x % 32;
   const int warps = blocks * (blockDim.x / 32), warp = cluster.block_rank() * (blockDim.x / 32) + threadIdx.x / 32;
-  const int64_t launched = blockIdx.x / blocks, b = first_item + launched;
+  const int64_t b = first_item + blockIdx.x / blocks;
   const Item item = items[b];
   const int tokens = static_cast<int>(item.tokens), first = warp * 32 + lane, step = warps * 32;
   const int64_t stride = items.tokens, first_row = items.packed() ? item.first : b * stride;  // among all tokens
-  // A packed batch has one matrix, whose diagonal blocks are the items'.
-  const float* matrix = weights + (items.packed() ? item.first * (stride + 1) : launched * stride * stride);
+  const float* matrix = stored_weights(items, item, blockIdx.x / blocks, weights);
   int64_t* picked = out + item.out;
 
   const int64_t picks = item.picks < tokens ? item.picks : tokens;
@@ -130,19 +129,20 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
       if (h == newest) value[h] = report.potential, candidate[h].bits |= static_cast<uint32_t>(sweep - 1);
       if (value[h] > highest_value) highest = h, highest_value = value[h];
     }
+    const int offered = Candidate{key_index(report.lowest)}.token();
     newest = sweep > 0 && key_value(report.lowest) < highest_value ? highest : -1;
     int leaver = -1;
 #pragma unroll
     for (int h = 0; h < kWarpCandidates; ++h) {
       if (h != newest) continue;
       leaver = value[h] < kInfinity ? candidate[h].token() : -1;
-      candidate[h] = Candidate::make(Candidate{key_index(report.lowest)}.token(), h, 0);
+      candidate[h] = Candidate::make(offered, h, 0);
       value[h] = kInfinity;
     }
     rows_sent = __popc(__ballot_sync(kFullWarp, newest >= 0));
 
     // Of the newcomer of this warp, if there is one: which of its tokens are candidates now, and the row.
-    const int newcomer = __shfl_sync(kFullWarp, newest < 0 ? -1 : Candidate{key_index(report.lowest)}.token(), warp);
+    const int newcomer = __shfl_sync(kFullWarp, newest < 0 ? -1 : offered, warp);
     const int newcomer_place = __shfl_sync(kFullWarp, newest, warp) * 32 + warp;
     leaver = __shfl_sync(kFullWarp, leaver, warp);
     float newcomer_row[kWarpCandidates];

@@ -16,6 +16,11 @@ inline int64_t stored_tokens_per_thread(int64_t tokens) {
   return held;
 }
 
+// The weights of item number `launched` of those that are held. A packed batch has one matrix, whose diagonal blocks are the items'.
+__device__ __forceinline__ const float* stored_weights(const Items& items, const Item& item, int64_t launched, const float* weights) {
+  return weights + (items.packed() ? item.first * (items.tokens + 1) : launched * items.tokens * items.tokens);
+}
+
 // One block per item of [first_item, first_item + gridDim.x), with a warp more than its tokens need to look ahead. Warp w holds
 // tokens [32 * kTokens * w, 32 * kTokens * (w + 1)).
 template <class Rule, int kTokens>
@@ -27,8 +32,7 @@ __global__ void __launch_bounds__(kStoredMaxThreads)
   const Item item = items[b];
   const int tokens = static_cast<int>(item.tokens), tid = threadIdx.x, lane = tid % 32, warp = tid / 32, warps = blockDim.x / 32;
   const int64_t stride = items.tokens;
-  // A packed batch has one matrix, whose diagonal blocks are the items'.
-  const float* matrix = weights + (items.packed() ? item.first * (stride + 1) : blockIdx.x * stride * stride);
+  const float* matrix = stored_weights(items, item, blockIdx.x, weights);
   const float* from_mean = mean_sqdist + (items.packed() ? item.first : b * stride);
   int64_t* picked = out + item.out;
 

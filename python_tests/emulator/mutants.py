@@ -288,7 +288,7 @@ MUTANTS = (
         "a row is read before it is there",
         "repulsion_select",
         "select_cluster.cuh",
-        (".token(), h, 0);", ".token(), h, sweep);"),
+        ("make(offered, h, 0);", "make(offered, h, sweep);"),
         says=RACE,
     ),
     mutant(

@@ -163,9 +163,9 @@ inline cudaError_t launch_cluster(const float* values, float* sums, int clusters
 }
 STS_KERNEL(primitive_cluster, launch_cluster);
 
-// The blocks of a cluster send each other letters, of 4 and of 16 bytes: in every turn each warp hands its values on to that warp of the next
-// block, and tells all blocks their sum modulo 8, which goes to each value. A warp that has the letters of all others knows that they have
-// read those before. sm_90.
+// The blocks of a cluster send each other letters, of 4 and of 16 bytes: in every turn each warp hands its values on to that warp of
+// the next block, and tells all blocks their sum modulo 8, which goes to each value. A warp that has the letters of all others knows
+// that they have read those before. sm_90.
 struct alignas(16) Letter {
   float sum;
   int block, warp, turn;
