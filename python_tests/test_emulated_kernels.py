@@ -120,7 +120,7 @@ def test_settings_that_make_no_sense(emulated, monkeypatch):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("sanitizer", "schedule"),
-    [("address", "fwd"), ("address", "1"), ("thread", "fwd"), ("thread", "2")],
+    [("address", "fwd"), ("address", "1"), ("thread", "fwd"), ("thread", "rev"), ("thread", "2")],
 )
 def test_sanitizer(sanitizer, schedule, tmp_path):
     program = build.program(sanitizer)

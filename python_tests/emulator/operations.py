@@ -182,18 +182,15 @@ WAYS = (  # to select
     {"matrix_tokens": 8192, "lookahead": 16},
     {"matrix_tokens": 8192, "item_blocks": 4, "lookahead": 8},
     {"matrix_tokens": 0, "lookahead": 16},
+    {"matrix_tokens": 0, "lookahead": 1},
 )
-PLAIN = {
-    "matrix_tokens": 0,
-    "lookahead": 1,
-}  # and the plain loop, for the few: test_lookahead.py holds its picks to the others'
 
 
-def of_case(case, dtype, ways=WAYS) -> list[Call]:
-    """Every kernel that serves `case`, in each of the `ways` to select."""
+def of_case(case, dtype) -> list[Call]:
+    """Every kernel that serves `case`, every way it can be made to."""
     inputs = case.inputs(dtype=dtype)
     if isinstance(case, cases.VarlenCase):
-        return [repulsion_select_varlen(case.name, **inputs, **way) for way in ways]
+        return [repulsion_select_varlen(case.name, **inputs, **way) for way in WAYS]
     if case.batch == 0:
         return []  # nothing is launched
     features, anchor = inputs["features"], inputs["anchor"]
@@ -201,7 +198,7 @@ def of_case(case, dtype, ways=WAYS) -> list[Call]:
     return [
         pairwise_sqdist(case.name, features),
         repulsion_step(case.name, features, picked, case.eps, gap=case.batch % 2),
-        *(repulsion_select(case.name, **inputs, **way) for way in ways),
+        *(repulsion_select(case.name, **inputs, **way) for way in WAYS),
     ]
 
 
@@ -248,7 +245,7 @@ def quick() -> list[Call]:
     calls = []
     for i, case in enumerate(PATHS):
         for dtype in cases.FLOATING if case.name in ("stages", "large_tiles", "offset") else (cases.FLOATING[i % 3],):
-            calls += of_case(case, dtype, (*WAYS, PLAIN))
+            calls += of_case(case, dtype)
     return calls
 
 
@@ -280,7 +277,7 @@ def nonsense() -> list[Call]:
         return replace(call, judge=judge)
 
     top, far = 2**63 - 1, 2**62
-    for way in (*WAYS, PLAIN):
+    for way in WAYS:
         made.append(selected("anchor", wild == 3, wild, everything, way))
         counts = torch.where(wild == tokens, tokens + 1, wild)
         made.append(selected("num_tokens", wild == 3, torch.zeros_like(wild), counts, way))
