@@ -266,8 +266,20 @@ def batch(model, prompts: list[Prompt], side: str = "left") -> dict:
     return {name: value.to(device) for name, value in inputs.items()}
 
 
-def model_arguments(model) -> set[str]:
+# transformers 5.24 renamed the cache, in arguments and outputs.
+CACHE = next(
+    name
+    for name in ("cache", "past_key_values")
+    if name in inspect.signature(transformers.LlavaForConditionalGeneration.forward).parameters
+)
 
+
+def output_cache(output):
+    return output[CACHE]
+
+
+def model_arguments(model) -> set[str]:
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # an adapter's wrapper
     return set(inspect.signature(model.forward).parameters)
 
 

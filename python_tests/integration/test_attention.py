@@ -9,6 +9,7 @@ from sts_kernels import STSConfig
 from sts_kernels.integrations.transformers import apply_sts, masks
 
 from . import flash, models
+from .models import CACHE, output_cache
 
 CONFIG = STSConfig(keep=10, keep_after=4, prune_layer=3)
 
@@ -136,7 +137,7 @@ def test_decoding_reads_nothing_back(family, attention):
                             input_ids=torch.full((len(prompts), 1), 5),
                             attention_mask=mask,
                             position_ids=torch.full((len(prompts), 1), length + step),
-                            past_key_values=out.past_key_values,
+                            **{CACHE: output_cache(out)},
                             use_cache=True,
                         )
                 counts.append(len(readbacks.found))
@@ -159,10 +160,10 @@ def test_decoding_does_not_sync(family, attention, cuda):
             positions = torch.full((len(prompts), 1), length, device=cuda)
             try:
                 with torch.no_grad():
-                    cache = model(**inputs, use_cache=True).past_key_values
+                    cache = output_cache(model(**inputs, use_cache=True))
                     torch.cuda.synchronize()
                     torch.cuda.set_sync_debug_mode("error")
-                    model(input_ids=token, position_ids=positions, past_key_values=cache, use_cache=True)
+                    model(input_ids=token, position_ids=positions, **{CACHE: cache}, use_cache=True)
             except RuntimeError as error:
                 if pruned or "synchroniz" not in str(error):
                     raise

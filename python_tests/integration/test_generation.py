@@ -9,6 +9,7 @@ from sts_kernels import STSConfig
 from sts_kernels.integrations.transformers import apply_sts
 
 from . import models
+from .models import CACHE, output_cache
 from .oracle import expect
 
 KEEP, AFTER, LAYER = 10, 4, 3
@@ -117,7 +118,7 @@ def test_a_second_turn_on_the_returned_cache(family, attention, device):
         inputs = {k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask", "mm_token_type_ids")}
         second = model.generate(
             **inputs,
-            past_key_values=first.past_key_values,
+            **{CACHE: output_cache(first)},
             max_new_tokens=3,
             do_sample=False,
             output_logits=True,
@@ -141,11 +142,11 @@ def test_a_manual_loop(family, attention, device):
         for _ in range(3):
             logits.append(out.logits[0, -1])
             answer.append(int(logits[-1].argmax()))
-            step = {"input_ids": torch.tensor([answer[-1:]], device=device), "past_key_values": out.past_key_values}
+            step = {"input_ids": torch.tensor([answer[-1:]], device=device), CACHE: output_cache(out)}
             if "cache_position" in models.model_arguments(model):  # before 5.x Qwen has no positions without it
                 step["cache_position"] = torch.tensor([len(prompt.ids) + len(answer) - 1], device=device)
             out = model(**step, use_cache=True)
-        assert out.past_key_values.get_seq_length() == len(prompt.ids) + 3
+        assert output_cache(out).get_seq_length() == len(prompt.ids) + 3
     close(torch.stack(logits), expect(model, prompt, answer, KEEP, AFTER, LAYER).logits)
 
 
@@ -181,7 +182,7 @@ def test_a_ragged_second_turn(device):
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions + shift,
-            past_key_values=out.past_key_values,
+            **{CACHE: output_cache(out)},
             use_cache=True,
         )
         logits.append(out.logits[:, -1])
@@ -191,7 +192,7 @@ def test_a_ragged_second_turn(device):
             input_ids=step,
             attention_mask=mask,
             position_ids=positions[:, -1:] + 1 + shift,
-            past_key_values=out.past_key_values,
+            **{CACHE: output_cache(out)},
         )
         logits.append(out.logits[:, -1])
     for row, (prompt, turn) in enumerate(zip(prompts, turns, strict=True)):
@@ -252,11 +253,11 @@ def test_a_reset_cache_starts_over():
     cache = models.transformers.DynamicCache()
     with apply_sts(model, CONFIG):
         fresh = models.logits_of(models.generate(model, prompts[1:]))
-        models.generate(model, prompts[:1], past_key_values=cache)
+        models.generate(model, prompts[:1], **{CACHE: cache})
         cache.reset()
         if cache.layers and cache.layers[0].get_seq_length():
             pytest.skip("this version's reset() keeps the length of the tensors")
-        again = models.logits_of(models.generate(model, prompts[1:], past_key_values=cache))
+        again = models.logits_of(models.generate(model, prompts[1:], **{CACHE: cache}))
     assert torch.equal(fresh, again)
 
 
@@ -266,12 +267,12 @@ def test_a_copied_cache_continues():
     prompts = batches("llava")[:2]
     with apply_sts(model, CONFIG), torch.no_grad():
         inputs = models.batch(model, prompts)
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = output_cache(model(**inputs, use_cache=True))
         twin = copy.deepcopy(cache)
         mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.long)], dim=1)
         step = {"input_ids": torch.tensor([[5], [6]]), "attention_mask": mask, "use_cache": True}
-        one = model(**step, past_key_values=cache).logits
-        assert torch.equal(one, model(**step, past_key_values=twin).logits)
+        one = model(**step, **{CACHE: cache}).logits
+        assert torch.equal(one, model(**step, **{CACHE: twin}).logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -1,5 +1,7 @@
 """Where nothing is to be pruned nothing changes, to the bit; and removing the handle restores the model."""
 
+import functools
+
 import pytest
 import torch
 
@@ -73,15 +75,23 @@ def test_remove_restores_the_model(family):
     assert torch.equal(models.logits_of(plain), models.logits_of(models.generate(model, prompts)))
 
 
-def test_another_override_of_generate_survives():
+@pytest.mark.parametrize("name", ["generate", "get_image_features"])
+def test_another_override_survives(name):
     model = models.build("llava")
-    original = model.generate
-    model.generate = lambda *args, **kwargs: original(*args, **kwargs)
-    mine = model.generate
-    with apply_sts(model, STSConfig(keep=6)):
-        assert model.generate is not mine
+    target = model if name == "generate" else model.model
+    original, calls = getattr(target, name), []
+
+    @functools.wraps(original)
+    def mine(*args, **kwargs):
+        calls.append(name)
+        return original(*args, **kwargs)
+
+    setattr(target, name, mine)
+    with apply_sts(model, STSConfig(keep=6)) as sts:
         models.generate(model, [models.prompt_of("llava", 1)])
-    assert model.generate is mine
+        assert calls
+        assert sts.report.rows[0].after_stage1 == 6
+    assert getattr(target, name) is mine
 
 
 def test_an_error_in_a_forward_leaves_nothing_behind():
@@ -89,6 +99,7 @@ def test_an_error_in_a_forward_leaves_nothing_behind():
     prompt = models.prompt_of("llava", 1, seed=1)
     with apply_sts(model, STSConfig(keep=8, keep_after=3, prune_layer=3)):
         good = models.logits_of(models.generate(model, [prompt]))
+        before = footprint(model)
         broken = models.batch(model, [prompt])
         broken["input_ids"][0, 1] = models.IMAGE  # one placeholder too many
         with pytest.raises(ValueError, match="do not match"):
@@ -104,8 +115,7 @@ def test_an_error_in_a_forward_leaves_nothing_behind():
             with pytest.raises(RuntimeError, match="boom"):
                 models.generate(model, [prompt])
             hook.remove()
-        text = model.model.language_model
-        assert all(layer.self_attn.config is text.config for layer in text.layers)
+        assert footprint(model) == before
         assert torch.equal(models.logits_of(models.generate(model, [prompt])), good)
 
 

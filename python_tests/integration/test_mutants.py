@@ -9,10 +9,21 @@ import pytest
 import torch
 
 from sts_kernels import STSConfig
-from sts_kernels.integrations.transformers import apply_sts, cache, families, handle, masks, prompt, stage1, stage2
+from sts_kernels.integrations.transformers import (
+    apply_sts,
+    cache,
+    families,
+    handle,
+    marks,
+    masks,
+    prompt,
+    stage1,
+    stage2,
+)
 from sts_kernels.pruning import config as sts_config
 
 from . import flash, models
+from .models import CACHE, output_cache
 from .oracle import expect
 
 BUDGET, KEEP, AFTER, LAYER = 7, 10, 4, 3  # 7 = (3 * 10 + 3 * 4) / 6 with rho = 0.4
@@ -77,7 +88,7 @@ def forced(model, prompts: list[models.Prompt]) -> torch.Tensor:
             mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
             step = {"input_ids": torch.full((len(prompts), 1), token), "attention_mask": mask}
             step["position_ids"] = seen[0][..., -1:] + 1 + index
-            out = model(**step, past_key_values=out.past_key_values, use_cache=True)
+            out = model(**step, **{CACHE: output_cache(out)}, use_cache=True)
             logits.append(out.logits[:, -1])
     return torch.stack(logits, dim=1)
 
@@ -140,7 +151,7 @@ MUTANTS = {
     ),
     "least important tokens": ("llava", stage2, "_chosen(run.scores", "_chosen(-run.scores"),
     "images of a batch as one": ("llava", stage1, "groups.append(units + start)", "groups.append(units)"),
-    "rows restored in order": ("qwen2_5_vl", stage1, "full[rows] = projected", "full[: len(rows)] = projected"),
+    "rows restored in order": ("qwen2_5_vl", marks, "full[rows] = projected", "full[: len(rows)] = projected"),
     "first token as anchor": ("llava", stage1, 'kind == "mean"', 'kind == "saliency"'),
     "newlines pruned by stage 2": ("llava_next", prompt, "item.unit_of_token < 0", "item.unit_of_token < -1"),
     "tokens lost to unpadding": ("llava_next", families, "packed[0][:, 0].long())", "None)"),
@@ -189,7 +200,7 @@ def test_a_cache_that_tells_its_physical_length_is_caught():
         with apply_sts(model, CONFIG):
             first = models.generate(model, [row])
             talk = models.Prompt([*first.sequences[0].tolist(), 5, 6])
-            return models.logits_of(models.generate(model, [talk], past_key_values=first.past_key_values))
+            return models.logits_of(models.generate(model, [talk], **{CACHE: output_cache(first)}))
 
     right = second_turn()
     with mutated(cache, "held + self._sts_prompt.hidden if held else 0", "held"):

@@ -7,6 +7,7 @@ from sts_kernels import STSConfig
 from sts_kernels.integrations.transformers import apply_sts
 
 from . import models
+from .models import output_cache
 from .oracle import expect
 
 CONFIGS = {
@@ -56,7 +57,7 @@ def test_generation_is_the_oracles(family, config, device):
         expected = expect(model, prompt, answer, keep, after, layer)
         close(models.logits_of(one)[0], expected.logits)
         close(models.logits_of(together)[row], expected.logits)
-        held = [layer.keys.shape[2] for layer in one.past_key_values.layers]
+        held = [layer.keys.shape[2] for layer in output_cache(one).layers]
         lengths = [len(expected.kept[0]), len(expected.kept[1])]
         assert held == [n + STEPS - 1 for n in [lengths[0]] * layer_count(layer) + [lengths[1]] * layer_count(-layer)]
         assert rows[row].tokens - rows[row].after_stage1 == len(expected.dropped)

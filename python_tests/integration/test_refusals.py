@@ -9,6 +9,7 @@ from sts_kernels import STSConfig
 from sts_kernels.integrations.transformers import apply_sts
 
 from . import models
+from .models import CACHE, output_cache
 
 CONFIG = STSConfig(keep=8, keep_after=3, prune_layer=3)
 
@@ -62,7 +63,6 @@ def test_deepstack_layers():
         ("sliding_window", 16, "a sliding window of 16"),
         ("_attn_implementation_internal", "flex_attention", "attention 'flex_attention' is not supported"),
         ("_attn_implementation_internal", "paged|flash_attention_2", "only eager, sdpa and flash_attention_2/3 are"),
-        ("head_dim", 60, "head dimension"),
     ],
 )
 def test_settings_of_the_model(setting, value, match):
@@ -126,7 +126,7 @@ def test_a_static_cache_in_forward():
     inputs = models.batch(model, [models.prompt_of("llava", 1)])
     cache = models.transformers.StaticCache(config=model.config.text_config, max_cache_len=64)
     with apply_sts(model, CONFIG), pytest.raises(NotImplementedError, match="a static cache is not supported") as e:
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **{CACHE: cache})
     one_sentence(e)
 
 
@@ -139,10 +139,10 @@ def test_new_images_on_a_cache():
             talk = models.Prompt(out.sequences[0].tolist(), images=list(prompt.images))
             talk.ids += [*[models.IMAGE] * 36, 5]
             with pytest.raises(NotImplementedError, match="new images on a non-empty cache") as e:
-                models.generate(model, [talk], past_key_values=out.past_key_values)
+                models.generate(model, [talk], **{CACHE: output_cache(out)})
             one_sentence(e)
             with pytest.raises(NotImplementedError, match="new images on a non-empty cache"):
-                model(**models.batch(model, [prompt]), past_key_values=out.past_key_values)
+                model(**models.batch(model, [prompt]), **{CACHE: output_cache(out)})
 
 
 def test_training():
@@ -176,9 +176,9 @@ def test_a_pruned_cache_outside_the_handle():
     prompt = models.prompt_of("llava", 1)
     with apply_sts(model, CONFIG):
         out = models.generate(model, [prompt])
-    assert out.past_key_values.get_seq_length() == out.sequences.shape[1] - 1  # looking is allowed
+    assert output_cache(out).get_seq_length() == out.sequences.shape[1] - 1  # looking is allowed
     with pytest.raises(RuntimeError, match="only while apply_sts is active"), torch.no_grad():
-        model(input_ids=torch.tensor([[5]]), past_key_values=out.past_key_values)
+        model(input_ids=torch.tensor([[5]]), **{CACHE: output_cache(out)})
 
 
 def test_features_of_another_batch():

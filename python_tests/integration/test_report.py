@@ -8,6 +8,7 @@ from sts_kernels.integrations.transformers import apply_sts
 from sts_kernels.integrations.transformers.report import LLMSize
 
 from . import models
+from .models import output_cache
 
 KEEP, AFTER, LAYER = 10, 4, 3
 CONFIG = STSConfig(keep=KEEP, keep_after=AFTER, prune_layer=LAYER)
@@ -22,14 +23,14 @@ def test_counts(family, device):
         assert sts.report is None
         out = models.generate(model, prompts, 1)
         picture, text = sts.report.rows
-    lengths = [layer.keys.shape[2] for layer in out.past_key_values.layers]
+    lengths = [layer.keys.shape[2] for layer in output_cache(out).layers]
     assert picture.prompt - picture.tokens + picture.after_stage1 == lengths[0]
     assert picture.prompt - picture.tokens + picture.after_stage2 == lengths[-1]
     assert picture.average == pytest.approx((LAYER * picture.after_stage1 + 3 * AFTER) / models.LAYERS)
     assert picture.after_stage2 == AFTER
     assert (text.tokens, text.after_stage1, text.after_stage2, text.images) == (0, 0, 0, [])
     assert text.kv_mb[0] == text.kv_mb[1]
-    bytes_held = sum(2 * layer.keys[0].nbytes for layer in out.past_key_values.layers)
+    bytes_held = sum(2 * layer.keys[0].nbytes for layer in output_cache(out).layers)
     assert picture.kv_mb[1] == pytest.approx(bytes_held / 2**20)
     assert [image.kind for image in picture.images] == ["image"] * 2 + ["video"] * clips
     assert sum(len(image.after_stage2) for image in picture.images) == AFTER

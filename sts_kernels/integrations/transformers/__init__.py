@@ -13,8 +13,8 @@ if tuple(map(int, transformers.__version__.split(".")[:2])) < (4, 57):
     )
 
 from .families import FAMILIES, Family
-from .handle import STSHandle, apply_sts
+from .handle import STSHandle, apply_sts, remove_sts
 from .images import VisualItem
 from .report import Report
 
-__all__ = ["FAMILIES", "Family", "Report", "STSHandle", "VisualItem", "apply_sts"]
+__all__ = ["FAMILIES", "Family", "Report", "STSHandle", "VisualItem", "apply_sts", "remove_sts"]

@@ -27,9 +27,10 @@ class EncodeCall:
 class Family:
     """
     model_types: `config.model_type` of the models it serves.
-    projector: base model -> (first module, last module) of what turns features into LLM tokens, row by row. The first
-        one's input is what stage 1 selects from.
-    layout: (base model, call, shape of the first module's input) -> the images in that input, in order.
+    projector: base model -> the module that turns features into LLM tokens, each from rows of its own.
+    features: (the projector, its input) -> what stage 1 selects from, one row for each token; the rows of the input
+        that make up a token follow one another.
+    layout: (base model, call, shape of those features) -> the images in them, in order.
     vision_attention, saliency: for anchor="saliency": (base model, kind) -> the attention module that tells it;
         (base model, its (query, key, scale) calls, shape as above) -> (rows of that shape,) saliency.
     prune_layer: default of STSConfig.prune_layer; None: half the layers.
@@ -42,13 +43,14 @@ class Family:
     vision_attention: Callable
     saliency: Callable
     prune_layer: int | None = None
+    features: Callable = lambda projector, x: x
 
 
 # --- LLaVA ------------------------------------------------------------------------------------------------------------
 
 
 def _multi_modal_projector(base):
-    return base.multi_modal_projector, base.multi_modal_projector
+    return base.multi_modal_projector
 
 
 def _tower_attention(tower, layer: int):
@@ -95,20 +97,19 @@ def _llava_next_layout(base, call, shape):
     survive unpadding, and where newlines go, from the model's own packing of their numbers."""
     config, tokens = base.config, shape[1]
     crops_of = sys.modules[type(base).__module__].image_size_to_num_patches
-    sizes = torch.as_tensor(call.arguments["image_sizes"]).cpu()
+    sizes = torch.as_tensor(call.arguments["image_sizes"], device="cpu")
     strategy = call.arguments.get("vision_feature_select_strategy") or config.vision_feature_select_strategy
     items = []
     for size in sizes:
         crops = crops_of(
             image_size=size, grid_pinpoints=config.image_grid_pinpoints, patch_size=config.vision_config.image_size
         )
-        numbers = torch.arange(crops * tokens, dtype=torch.float64).view(crops, tokens, 1)
-        packed, _ = base.pack_image_features(
-            [numbers],
-            size[None],
-            vision_feature_select_strategy=strategy,
-            image_newline=torch.tensor([-1.0], dtype=torch.float64),
-        )
+        numbers = torch.arange(crops * tokens, dtype=torch.float64, device="cpu").view(crops, tokens, 1)
+        newline = torch.tensor([-1.0], dtype=torch.float64, device="cpu")
+        with torch.device("cpu"):  # whatever the default device
+            packed, _ = base.pack_image_features(
+                [numbers], size[None], vision_feature_select_strategy=strategy, image_newline=newline
+            )
         items.append(VisualItem("image", [tokens] * crops, [square(tokens)] * crops, packed[0][:, 0].long()))
     return items
 
@@ -181,11 +182,17 @@ INTERNVL = Family(
 
 def _merger_mlp(base):
     """Behind the merger's norm: its input is the normalised patches of a 2x2 group side by side."""
-    return base.visual.merger.mlp, base.visual.merger.mlp
+    return base.visual.merger.mlp
 
 
-def _merger_linears(base):
-    return base.visual.merger.linear_fc1, base.visual.merger.linear_fc2
+def _merger(base):
+    """The whole of it: an adapter wraps the linear layers inside, and would not see which rows a hook on them drops."""
+    return base.visual.merger
+
+
+def _merged_patches(merger, x):
+    """What its linear layers get: as the input of Qwen2.5-VL's MLP."""
+    return merger.norm(x).view(-1, merger.hidden_size)
 
 
 def _qwen_layout(base, call, shape):
@@ -211,7 +218,9 @@ def _qwen_saliency(base, calls, shape):
 
 QWEN2_VL = Family("Qwen2-VL", ("qwen2_vl",), _merger_mlp, _qwen_layout, _qwen_attention, _qwen_saliency)
 QWEN2_5_VL = Family("Qwen2.5-VL", ("qwen2_5_vl",), _merger_mlp, _qwen_layout, _qwen_attention, _qwen_saliency, 14)
-QWEN3_VL = Family("Qwen3-VL", ("qwen3_vl",), _merger_linears, _qwen_layout, _qwen_attention, _qwen_saliency)
+QWEN3_VL = Family(
+    "Qwen3-VL", ("qwen3_vl",), _merger, _qwen_layout, _qwen_attention, _qwen_saliency, features=_merged_patches
+)
 
 
 FAMILIES = (LLAVA, LLAVA_NEXT, VIDEO_LLAVA, QWEN2_VL, QWEN2_5_VL, QWEN3_VL, INTERNVL)

@@ -37,7 +37,7 @@ class VisualItem:
         """For each part, the units that become tokens, in order; those that the model would discard are left out."""
         bounds = list(itertools.pairwise(itertools.accumulate(self.parts, initial=0)))
         if self.unit_of_token is None:
-            return [torch.arange(a, b) for a, b in bounds]
+            return [torch.arange(a, b, device="cpu") for a, b in bounds]
         used = self.unit_of_token[self.unit_of_token >= 0].sort().values
         return [used[(used >= a) & (used < b)] for a, b in bounds]
 
@@ -48,7 +48,7 @@ class VisualItem:
         for part, (count, (height, width)) in enumerate(zip(self.parts, self.grids, strict=True)):
             extra = count - height * width
             rows += [(part, -1, -1)] * extra + [(part, y, x) for y in range(height) for x in range(width)]
-        table = torch.tensor([*rows, (-1, -1, -1)])
+        table = torch.tensor([*rows, (-1, -1, -1)], device="cpu")
         return table[:-1] if self.unit_of_token is None else table[self.unit_of_token]
 
 

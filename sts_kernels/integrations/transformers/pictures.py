@@ -51,7 +51,9 @@ def _parts(inputs: dict, index: int, image, counts: list[int], processor) -> lis
         return [image]
     pixels = inputs["pixel_values"].detach().float().cpu()
     pixels = pixels[index, : counts[index]] if pixels.ndim == 5 else pixels[sum(counts[:index]) :][: counts[index]]
-    mean, std = (torch.tensor(getattr(processor.image_processor, f"image_{name}")) for name in ("mean", "std"))
+    mean, std = (
+        torch.tensor(getattr(processor.image_processor, f"image_{name}"), device="cpu") for name in ("mean", "std")
+    )
     colours = (pixels * std[:, None, None] + mean[:, None, None]).clamp(0, 1).mul(255).round().to(torch.uint8)
     return [
         Image.frombytes("RGB", (part.shape[2], part.shape[1]), part.permute(1, 2, 0).contiguous().numpy().tobytes())

@@ -114,7 +114,9 @@ def structure(found: torch.Tensor, rows: list[Row]) -> torch.Tensor | None:
     mask = torch.zeros_like(found, dtype=torch.bool)
     for index, kind in enumerate(KINDS):
         flags = [
-            torch.zeros(item.tokens, dtype=torch.bool) if item.unit_of_token is None else item.unit_of_token < 0
+            torch.zeros(item.tokens, dtype=torch.bool, device="cpu")
+            if item.unit_of_token is None
+            else item.unit_of_token < 0
             for row in rows
             for item in row.images
             if item.kind == kind

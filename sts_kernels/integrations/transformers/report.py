@@ -5,6 +5,7 @@ from functools import cached_property
 
 import torch
 
+from .marks import marked
 from .prompt import KINDS, Row
 
 MB = 2**20
@@ -110,7 +111,7 @@ class Report:
         alive2 = alive1
         if self._left is not None:
             columns, slots = (t.cpu() for t in self._left)
-            alive2 = torch.zeros(found.shape[0], found.shape[1] + 1, dtype=torch.bool)
+            alive2 = alive1.new_zeros(found.shape[0], found.shape[1] + 1)
             alive2 = alive2.scatter(1, columns.masked_fill(~slots, found.shape[1]), True)[:, :-1] & alive1
         return [self._row(row, found[i], alive1[i], alive2[i]) for i, row in enumerate(self._rows)]
 
@@ -184,5 +185,5 @@ class Report:
 def describe(plan, config, rows: list[Row], found: torch.Tensor, embeds: torch.Tensor, extra: int) -> Report:
     """Starts the report of a prompt, whose last `extra` columns are not the prompt's; nothing is read back."""
     report = Report(plan.prune_layer, LLMSize.of(config, embeds.dtype))
-    report._rows, report._extra, report._found, report._dropped = rows, extra, found, embeds[..., 0].isnan()
+    report._rows, report._extra, report._found, report._dropped = rows, extra, found, marked(embeds)
     return report

@@ -47,11 +47,15 @@ def select(
         picks = repulsion_select(pool.unflatten(0, (len(groups), lengths[0])), keeps[0], config.eps, anchor)
         picks = picks.flatten()
     else:
-        cu_seqlens = torch.tensor([*starts, sum(lengths)], dtype=torch.int32).to(pool.device)
-        cu_budgets = torch.tensor([*_offsets(keeps), sum(keeps)], dtype=torch.int32).to(pool.device)
+        cu_seqlens = _cpu([*starts, sum(lengths)], torch.int32).to(pool.device)
+        cu_budgets = _cpu([*_offsets(keeps), sum(keeps)], torch.int32).to(pool.device)
         picks = repulsion_select_varlen(pool, cu_seqlens, cu_budgets, sum(keeps), config.eps, anchor)
-    first = torch.tensor(starts).repeat_interleave(torch.tensor(keeps)).to(pool.device)
+    first = _cpu(starts).repeat_interleave(_cpu(keeps)).to(pool.device)
     return order[picks + first].sort().values
+
+
+def _cpu(values: list[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    return torch.tensor(values, dtype=dtype, device="cpu")  # whatever the default device
 
 
 def _offsets(lengths: Sequence[int]) -> list[int]:
@@ -67,15 +71,3 @@ def _anchors(kind: str, pool, lengths, saliency) -> torch.Tensor | None:
         raise RuntimeError('apply_sts: anchor="saliency" saw no attention in the vision encoder; use another anchor')
     parts = saliency.to(pool.device).split(lengths)
     return torch.stack([part.argmax() if len(part) else part.new_zeros((), dtype=torch.int64) for part in parts])
-
-
-def restore(projected: torch.Tensor, rows: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """Puts the projected rows back at their places of `shape`. Rows that were dropped are NaN: a mark that survives
-    whatever the model does to features on their way into the prompt, and that cannot go unnoticed.
-
-    A NaN of the projector's own becomes infinite, so that it still spoils the output as it would in the plain model.
-    """
-    projected = torch.where(projected.isnan(), torch.inf, projected)
-    full = projected.new_full((shape[:-1].numel(), projected.shape[-1]), torch.nan)
-    full[rows] = projected
-    return full.view(*shape[:-1], projected.shape[-1])

@@ -12,8 +12,10 @@ import torch
 
 from ... import last_query_scores
 from ...pruning import keep_top
-from . import masks, refusals, tap
+from . import masks, refusals
 from .cache import PrunedPrompt, attach, held
+from .compat import output_cache
+from .marks import marked
 from .prompt import Row, structure
 
 
@@ -36,16 +38,15 @@ class Pass:
 
 
 class LateShrink:
-    """What the hooks of one text model do."""
+    """What the hooks of one text model do. It holds no state: that of a forward is its Pass."""
 
     def __init__(self, text, prune_layer: int):
         self.text = text
         self.prune_layer = prune_layer
-        self.now: Pass | None = None
 
     # --- entry: keyword arguments of the text model in, changed ones out ---
 
-    def prefill(self, kwargs: dict, found: torch.Tensor, rows: list[Row], extra: int) -> dict | None:
+    def prefill(self, kwargs: dict, found: torch.Tensor, rows: list[Row], extra: int) -> tuple[Pass, dict] | None:
         """Starts a prompt; None where nothing is dropped, and then nothing is touched."""
         if all(row.after == row.before for row in rows):
             return None
@@ -62,7 +63,7 @@ class LateShrink:
         columns, width = None, length
         if any(row.kept < row.before for row in rows):
             width = max(lengths)
-            dropped = embeds[..., 0].isnan()
+            dropped = marked(embeds)
             columns, valid_slots = masks.compact(valid & ~dropped, width)
             # Pad slots hold dropped rows: a zero stays one, a NaN would spread through the values of the attention.
             kwargs["inputs_embeds"] = masks.take(embeds, columns).masked_fill(~valid_slots[..., None], 0)
@@ -76,10 +77,9 @@ class LateShrink:
             run.candidates, run.after = candidates, [row.after for row in rows]
             run.lengths = [n - row.kept + row.after for n, row in zip(lengths, rows, strict=True)]
             run.width = max(run.lengths)
-        self.now = run
-        return kwargs
+        return run, kwargs
 
-    def resume(self, kwargs: dict, cache, prompt: PrunedPrompt) -> dict:
+    def resume(self, kwargs: dict, cache, prompt: PrunedPrompt) -> tuple[Pass, dict]:
         """Continues a pruned prompt: one token at a time, drafts, or the next turn of a conversation."""
         attention = refusals.attention_of(self.text)
         embeds = kwargs["inputs_embeds"]
@@ -93,9 +93,7 @@ class LateShrink:
         for group in (0, 1):
             valid = _joined(prompt.valid[group], later, (batch, prompt.lengths[group], new), embeds.device)
             run.masks.append(masks.attention_mask(attention, valid, queries, past[group], embeds))
-        prompt.running = True
-        self.now = run
-        return self._own_positions(kwargs, batch, queries, past[0] + prompt.hidden)
+        return run, self._own_positions(kwargs, batch, queries, past[0] + prompt.hidden)
 
     @staticmethod
     def _own_positions(kwargs: dict, batch: int, length: int, past: int) -> dict:
@@ -109,10 +107,12 @@ class LateShrink:
 
     # --- decoder layers ---
 
-    def before_layer(self, layer: int, args: tuple, kwargs: dict):
-        run = self.now
-        if run is None:
-            return None
+    @staticmethod
+    def needs_layers(run: Pass, kwargs: dict) -> bool:
+        """Whether any layer of this forward is to get other arguments than the first one got."""
+        return run.prefill or kwargs.get("attention_mask") is not None or any(mask is not None for mask in run.masks)
+
+    def before_layer(self, run: Pass, layer: int, args: tuple, kwargs: dict):
         deep = layer >= run.prompt.prune_layer
         if run.prefill:
             # FlashAttention would take the gaps in the positions for the seams of packed sequences.
@@ -129,19 +129,17 @@ class LateShrink:
             mask = mask.to(_hidden(args, kwargs).device)
         return args, dict(kwargs, attention_mask=mask)
 
-    def before_attention(self, module) -> None:
-        """In layer prune_layer - 1: listen to the prompt's query and keys."""
-        if self.now is not None and self.now.prefill and self.now.candidates is not None:
-            tap.arm(module, self._score)
-
-    def _score(self, module, query, key, kwargs) -> None:
-        run = self.now
+    @staticmethod
+    def score(run: Pass, query: torch.Tensor, key: torch.Tensor, scale: float | None) -> None:
+        """Of the prompt, in layer prune_layer - 1."""
+        if not run.prefill or run.candidates is None:
+            return
         column = torch.arange(key.shape[2], device=key.device)
         slots = run.slots.to(key.device)
         last = torch.where(slots & (column < key.shape[2] - run.extra), column, 0).argmax(1)
         row = query.gather(2, last[:, None, None, None].expand(-1, query.shape[1], 1, query.shape[3]))[:, :, 0]
         seen = slots & (column <= last[:, None])  # drafts and earlier answers follow the query
-        run.scores = last_query_scores(row, key.transpose(1, 2), kwargs.get("scaling"), seen)
+        run.scores = last_query_scores(row, key.transpose(1, 2), scale, seen)
 
     def _cut(self, run: Pass, args: tuple, kwargs: dict):
         hidden = _hidden(args, kwargs)
@@ -158,11 +156,9 @@ class LateShrink:
 
     # --- exit ---
 
-    def leave(self, output) -> None:
+    @staticmethod
+    def leave(run: Pass, output) -> None:
         """The callers get their length back, and the cache learns what it holds."""
-        run, self.now = self.now, None
-        if run is None:
-            return
         run.prompt.running = False
         if output is None or not run.prefill:
             return
@@ -172,9 +168,9 @@ class LateShrink:
             home = run.columns.to(hidden.device).masked_fill(~run.slots.to(hidden.device), spare)
             full = hidden.new_zeros(hidden.shape[0], spare + 1, hidden.shape[2])
             output.last_hidden_state = full.scatter(1, home[..., None].expand_as(hidden), hidden)[:, :spare]
-        if output.past_key_values is not None:
+        if (cache := output_cache(output)) is not None:
             run.prompt.trim(run.extra)
-            attach(output.past_key_values, run.prompt)
+            attach(cache, run.prompt)
 
 
 def _hidden(args: tuple, kwargs: dict) -> torch.Tensor:

@@ -1,0 +1,72 @@
+"""What differs between versions of transformers: the name of the cache. And a check of the forwards that hooks sit on.
+
+The cache is `past_key_values` up to transformers 5.23 and `cache` from 5.24 on; a caller may use either name.
+"""
+
+import functools
+import inspect
+import warnings
+
+import torch
+import transformers
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+OLDEST, NEWEST = (4, 57), (5, 24)  # minor versions that the tests run on
+CACHE_NAMES = ("cache", "past_key_values")
+CACHE = next(name for name in CACHE_NAMES if name in BaseModelOutputWithPast.__dataclass_fields__)
+
+# What the hooks read or replace, by the module that gets it.
+TEXT_ARGUMENTS = ("inputs_embeds", "attention_mask", "position_ids", CACHE_NAMES)
+LAYER_ARGUMENTS = ("hidden_states", "attention_mask", "position_ids", "position_embeddings", CACHE_NAMES)
+BASE_ARGUMENTS = ("input_ids", "inputs_embeds", CACHE_NAMES)
+
+
+def version() -> tuple[int, ...]:
+    return tuple(map(int, transformers.__version__.split(".")[:2]))
+
+
+def cache_of(arguments: dict):
+    """The cache among the arguments of a forward, by either name."""
+    return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
+
+
+def output_cache(output):
+    """The cache in the output of a forward."""
+    return getattr(output, CACHE, None)
+
+
+def parameters(module: torch.nn.Module) -> list[str]:
+    return list(inspect.signature(module.forward).parameters)
+
+
+def named(names: list[str], args: tuple, kwargs: dict) -> dict:
+    """Arguments of a forward by name, also those given by position."""
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def check_model(base: torch.nn.Module, text: torch.nn.Module) -> None:
+    """Refuses forwards without the arguments that the hooks work on, before a prompt meets them."""
+    for module, wanted in ((base, BASE_ARGUMENTS), (text, TEXT_ARGUMENTS), (text.layers[0], LAYER_ARGUMENTS)):
+        have = parameters(module)
+        for names in wanted:
+            names = (names,) if isinstance(names, str) else names
+            if not set(names) & set(have):
+                raise NotImplementedError(
+                    f"apply_sts: {type(module).__name__}.forward of transformers {transformers.__version__} has no "
+                    f"argument {' or '.join(names)}, which pruning works on (tested: {tested()}); it has {', '.join(have)}"
+                )
+    if version() > NEWEST:
+        _warn_untested()
+
+
+def tested() -> str:
+    return f"transformers {'.'.join(map(str, OLDEST))} to {'.'.join(map(str, NEWEST))}"
+
+
+@functools.cache
+def _warn_untested() -> None:
+    warnings.warn(
+        f"apply_sts is tested on {tested()}, not on {transformers.__version__}: compare an answer under "
+        "STSConfig(budget=1.0) with the plain model's",
+        stacklevel=2,
+    )

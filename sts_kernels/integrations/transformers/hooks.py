@@ -1,0 +1,106 @@
+"""Hooks and shadowed methods on a model, taken off again whatever happened in between.
+
+Every place is noted before it is changed, and taking off looks at the places, so that an interrupt at any point leaves
+nothing that `remove` misses. A deep copy of the model gets its own plain methods, and hooks that do not keep the
+original alive.
+"""
+
+import copy
+import functools
+import weakref
+from collections.abc import Callable
+
+import torch
+
+PICKLING = (
+    "apply_sts: a model with STS active cannot be pickled; call remove() on its handle first, or use save_pretrained()"
+)
+
+
+class Hooks:
+    def __init__(self):
+        self._modules: list[torch.nn.Module] = []
+        self._shadowed: list[tuple] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._modules or self._shadowed)
+
+    def before(self, module: torch.nn.Module, method: Callable, *first) -> None:
+        """Calls the bound `method(*first, module, args, kwargs)` before the module's forward."""
+        self._modules.append(module)
+        module.register_forward_pre_hook(_Hook(self, method, first), with_kwargs=True)
+
+    def after(self, module: torch.nn.Module, method: Callable) -> None:
+        """Calls the bound `method(module, args, kwargs, output)` after it; `output` is None where an error ended it."""
+        self._modules.append(module)
+        module.register_forward_hook(_Hook(self, method), with_kwargs=True, always_call=True)
+
+    def shadow(self, target, name: str, replacement: Callable) -> None:
+        """Shadows a method on this instance; `replacement` gets the original as its first argument."""
+        method = _Shadow(getattr(target, name), replacement)
+        self._shadowed.append((target, name, method, target.__dict__.get(name)))
+        target.__dict__[name] = method
+
+    def remove(self) -> None:
+        """Safe to call twice, and to call again after an interrupt."""
+        for module in self._modules:
+            for table in (module._forward_pre_hooks, module._forward_hooks):
+                for key in [key for key, hook in table.items() if getattr(hook, "owner", None) is self]:
+                    for options in (
+                        module._forward_pre_hooks_with_kwargs,
+                        module._forward_hooks_with_kwargs,
+                        module._forward_hooks_always_called,
+                        table,
+                    ):
+                        options.pop(key, None)
+        for target, name, method, before in reversed(self._shadowed):
+            if target.__dict__.get(name) is method:
+                if before is None:
+                    del target.__dict__[name]
+                else:
+                    target.__dict__[name] = before
+        self._modules.clear()
+        self._shadowed.clear()
+
+
+class _Hook:
+    def __init__(self, owner: Hooks | None, method: Callable, first: tuple = ()):
+        self.owner, self.method, self.first = owner, method, first
+        self.run = torch.compiler.disable(functools.partial(method, *first) if first else method)
+
+    def __call__(self, *args):
+        return self.run(*args)
+
+    def __deepcopy__(self, memo) -> "_Hook":
+        """A part of the model that an adapter copies is still pruned; a copy of the model is no part of it."""
+        weak = self.method if isinstance(self.method, _Weak) else _Weak(self.method)
+        return _Hook(None, weak, self.first)
+
+    def __reduce__(self):
+        raise TypeError(PICKLING)
+
+
+class _Weak:
+    """A bound method that does not keep its object alive, and does nothing once that is gone."""
+
+    def __init__(self, method: Callable):
+        self.method = weakref.WeakMethod(method)
+
+    def __call__(self, *args):
+        method = self.method()
+        return None if method is None else method(*args)
+
+
+class _Shadow:
+    def __init__(self, original: Callable, replacement: Callable):
+        self.original, self.replacement = original, replacement
+        functools.update_wrapper(self, original)
+
+    def __call__(self, *args, **kwargs):
+        return self.replacement(self.original, *args, **kwargs)
+
+    def __deepcopy__(self, memo) -> Callable:
+        return copy.deepcopy(self.original, memo)  # bound to the copy
+
+    def __reduce__(self):
+        raise TypeError(PICKLING)

@@ -1,0 +1,47 @@
+"""What the call stack tells of the forward under way: which generate() it is part of, and so where its prompt ends.
+
+The model given to apply_sts need not be the one whose generate() is called: it may be wrapped, or a part of it.
+"""
+
+import sys
+from dataclasses import dataclass, field
+
+import torch
+from transformers import GenerationMixin
+
+
+@dataclass
+class Caller:
+    """Who called: a forward of the base model, a generate(), both or neither."""
+
+    forward: bool = False
+    model: GenerationMixin | None = None  # whose generate() it is
+    options: dict = field(default_factory=dict)  # of generate()
+
+    @property
+    def ids(self) -> torch.Tensor | None:
+        ids = self.options.get("input_ids", self.options.get("inputs"))
+        return ids if isinstance(ids, torch.Tensor) and not ids.is_floating_point() else None
+
+    @property
+    def prompt_length(self) -> int | None:
+        """Columns of the prompt that generate() was given; None outside of it."""
+        given = [self.options.get(name) for name in ("inputs_embeds", "input_ids", "inputs")]
+        return next((x.shape[1] for x in given if isinstance(x, torch.Tensor) and x.ndim > 1), None)
+
+
+def caller_of(base: torch.nn.Module) -> Caller:
+    """The innermost generate() of a model that holds `base`, among the callers of this function."""
+    caller, frame = Caller(), sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_name
+        if name == "forward" and not caller.forward:
+            caller.forward = frame.f_locals.get("self") is base
+        elif name == "generate":
+            values = frame.f_locals
+            model = values.get("self")
+            if isinstance(model, GenerationMixin) and any(module is base for module in model.modules()):
+                named = {name: values.get(name) for name in ("inputs", "generation_config")}
+                return Caller(caller.forward, model, {**named, **values.get("kwargs", {})})
+        frame = frame.f_back
+    return caller
