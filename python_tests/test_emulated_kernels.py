@@ -175,7 +175,7 @@ def test_mutant_is_up_to_date(mutant, tmp_path):
 @pytest.mark.parametrize("number", [1, 2])
 def test_smoke_calls_of_each_kernel(number):
     """What racecheck runs: few calls, and yet every kernel and algorithm of the whole list."""
-    every, few = smoke.smoke_calls(2e4), smoke.smoke_calls(2e4, number)
+    every, few = smoke.smoke_calls(6e4), smoke.smoke_calls(6e4, number)
     groups = Counter((call.kernel, call.way) for call in every)
     assert groups.keys() == {(call.kernel, call.way) for call in smoke.smoke_calls(3e6)}
     assert Counter((call.kernel, call.way) for call in few) == {g: min(n, number) for g, n in groups.items()}
