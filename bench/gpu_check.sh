@@ -6,9 +6,11 @@
 #
 # Leaves in OUTDIR a log per section, the benchmarks' rows and plot, and summary.txt, which is also printed last. Installs
 # the package into the environment of python3, which must have torch, pytest, cmake and ninja; asks no registry.
-# Exit status: 0, 1 if a section failed, 2 wrong use, 3 no GPU.
+# Exit status: 0, 1 if a section failed, 2 wrong use, 3 no GPU, 4 the reference would be timed, not the compiled library
+# (with build: the sections bench and models fail).
 #
-#     STS_CHECK_SECTIONS   which of "build tests sanitize bench models", all by default; without build the installed package is used
+#     STS_CHECK_SECTIONS   which of "build tests sanitize bench models", all by default; without build, tests use the installed
+#                          package, and bench and models the checkout, which must have its library
 #     STS_CHECK_SECONDS    time for everything, 560 by default; a section that runs over is stopped, the others still run
 #     STS_CHECK_QUICK=1    few samples, only the main shapes, only memcheck
 #     STS_CHECK_COMMIT     what to record as commit where there is no git checkout
@@ -39,6 +41,9 @@ print("GPU:", torch.cuda.get_device_name() if found else f"none: torch {torch.__
 sys.exit(not found)'; then
   echo "gpu_check.sh checks what needs a GPU; .ci/run checks the rest." >&2
   exit 3
+fi
+if [[ " ${sections[*]} " != *" build "* && " ${sections[*]} " =~ \ (bench|models)\  ]]; then
+  python3 -m bench.backends --device cuda
 fi
 BUILD=$PWD/build/gpu_check
 mkdir -p "$BUILD"
@@ -93,6 +98,7 @@ sanitize() {
 bench() {
   local end=$((SECONDS + SECONDS_LEFT - 20)) status=0 common=(--csv "$OUT/bench.csv")
   if [ -n "${STS_CHECK_COMMIT:-}" ]; then common+=(--commit "$STS_CHECK_COMMIT"); fi
+  python3 -m bench.backends --device cuda || return 1
   python3 -m bench.overhead "${common[@]}" || status=1
   local device=(--device cuda)
   if [ -n "${STS_CHECK_QUICK:-}" ]; then device+=(--quick); fi
@@ -123,6 +129,7 @@ models() { # whole models of true size, with random weights
     echo "left out: transformers is not installed"
     return
   fi
+  python3 -m bench.backends --device cuda || return 1
   local options=(--csv "$OUT/prefill.csv" --seconds $((SECONDS_LEFT - 40)))
   if [ -n "${STS_CHECK_COMMIT:-}" ]; then options+=(--commit "$STS_CHECK_COMMIT"); fi
   if [ -n "${STS_CHECK_QUICK:-}" ]; then options+=(--model llava-1.5-7b --samples 5); fi

@@ -24,7 +24,7 @@ import torch
 
 from sts_kernels import STSConfig
 
-from . import record, timing
+from . import backends, record, timing
 
 COLUMNS = (
     *("timestamp", "commit", "model", "budget", "dtype", "attention", "prompt", "visual", "keep", "keep_after"),
@@ -40,6 +40,7 @@ COLUMNS = (
     *("stage1_ms", "stage2_ms", "share_percent", "decode_ms", "plain_decode_ms", "hooks_percent"),
     *("peak_gb", "weights_gb", "kv_mb", "tflops", "device", "threads", "torch", "transformers"),
 )
+OPS_TIMED = ("repulsion_select", "repulsion_select_varlen", "last_query_scores")
 BUDGETS = {
     "tiny": (32, 16),
     "llava-1.5-7b": (128, 64, 32),
@@ -240,10 +241,12 @@ def main(argv=None) -> int:
     parser.add_argument("--seconds", type=float, help="start no further model or budget after so many")
     parser.add_argument("--csv", type=Path, help="default: bench/results/prefill.csv")
     parser.add_argument("--commit", help="what to record as commit where there is no git checkout")
+    backends.add_argument(parser)
     args = parser.parse_args(argv)
     if args.device.type == "cuda" and not cuda:
         parser.error(f"--device {args.device}: torch {torch.__version__} sees no CUDA GPU")
     args.dtype = args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32")
+    backends.stop_unless_compiled(args.device, OPS_TIMED, args.allow_reference)
     path, begun = args.csv or record.RESULTS / "prefill.csv", time.monotonic()
     for name in args.model or (list(BUDGETS)[1:] if args.device.type == "cuda" else ["tiny"]):
         print(f"building {name} with random weights", file=sys.stderr, flush=True)

@@ -11,7 +11,7 @@ from . import prefill
 
 def test_rows(tmp_path, capsys):
     path = tmp_path / "prefill.csv"
-    common = ["--model", "tiny", "--device", "cpu", "--samples", "2", "--csv", str(path)]
+    common = ["--model", "tiny", "--device", "cpu", "--samples", "2", "--csv", str(path), "--allow-reference"]
     assert prefill.main([*common, "--budget", "32"]) == 0
     assert prefill.main([*common, "--budget", "16", "--seconds", "0.001"]) == 0
     with path.open(newline="") as file:
