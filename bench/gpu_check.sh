@@ -17,7 +17,7 @@
 #     TORCH_CUDA_ARCH_LIST as for every build; 9.0 alone saves time on an H100 or H200
 set -euo pipefail
 exec </dev/null
-declare -A WEIGHT=([build]=15 [tests]=14 [sanitize]=15 [bench]=14 [models]=14)  # shares of the time
+declare -A WEIGHT=([build]=15 [tests]=14 [sanitize]=15 [bench]=14 [models]=20)  # shares of the time
 
 if [ $# -ne 1 ]; then
   sed -n '2,/^set /{/^set /!s/^# \{0,1\}//p}' "$0" >&2
@@ -124,16 +124,19 @@ bench() {
   return $status
 }
 
-models() { # whole models of true size, with random weights
+models() { # what decides about cuDNN attention; whole models of true size, with random weights
   if ! python3 -c 'import transformers' 2>/dev/null; then
     echo "left out: transformers is not installed"
     return
   fi
   python3 -m bench.backends --device cuda || return 1
-  local options=(--csv "$OUT/prefill.csv" --seconds $((SECONDS_LEFT - 40)))
+  local end=$((SECONDS + SECONDS_LEFT - 40)) status=0
+  timeout 80 python3 -m bench.decode_plans || status=1
+  local options=(--csv "$OUT/prefill.csv" --seconds $((end - SECONDS)))
   if [ -n "${STS_CHECK_COMMIT:-}" ]; then options+=(--commit "$STS_CHECK_COMMIT"); fi
   if [ -n "${STS_CHECK_QUICK:-}" ]; then options+=(--model llava-1.5-7b --samples 5); fi
-  python3 -m bench.prefill "${options[@]}"
+  python3 -m bench.prefill "${options[@]}" || status=1
+  return $status
 }
 
 key_timings() { # the rows people ask for

@@ -127,10 +127,12 @@ def settings(asked: str | None, backend: str) -> list[bool | None]:
     return {None: [None], "on": [True], "off": [False], "both": [True, False]}[asked]
 
 
-def pruning(model, config: STSConfig, **options):
-    """apply_sts, which leaves cuDNN's attention as this benchmark sets it."""
+def pruning(model, config: STSConfig | None, **options):
+    """apply_sts, which leaves cuDNN's attention as this benchmark sets it; nothing where there is no config."""
     from sts_kernels.integrations.transformers import apply_sts
 
+    if config is None:
+        return contextlib.nullcontext()
     if "cudnn_attention" in inspect.signature(apply_sts).parameters:
         options["cudnn_attention"] = True
     return apply_sts(model, config, **options)
@@ -251,7 +253,7 @@ def generation(model, inputs: dict, row: dict, config: STSConfig | None, device:
     text = row["prompt"] - row["visual"]
     lengths = {text + row["keep"], text + row["keep_after"]} if config else {row["prompt"]}
     longer = lengthened(inputs, unmet(lengths, met))
-    with pruning(model, config) if config else contextlib.nullcontext():
+    with pruning(model, config):
         fresh, again = per_token(model, longer, device)
     return {"fresh_ms": round(fresh, 3), "again_ms": round(again, 3)}
 

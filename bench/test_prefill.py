@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 from sts_kernels import STSConfig
 from sts_kernels.integrations import transformers as integration
 
-from . import prefill, record
+from . import decode_plans, prefill, record
 
 CPU = torch.device("cpu")
 
@@ -95,13 +95,32 @@ def test_cudnn_attention_is_put_back():
 
 def test_the_benchmark_decides_about_cudnn(monkeypatch):
     monkeypatch.setattr(integration, "apply_sts", lambda model, config, cudnn_attention=False: cudnn_attention)
-    assert prefill.pruning(None, None) is True
+    assert prefill.pruning(None, STSConfig(budget=32)) is True
     monkeypatch.setattr(integration, "apply_sts", lambda model, config: "no such option")
-    assert prefill.pruning(None, None) == "no such option"
+    assert prefill.pruning(None, STSConfig(budget=32)) == "no such option"
 
 
 def test_sdpa_backend(tiny):
     assert prefill.sdpa_backend(tiny[0], CPU, torch.float32) in ("flash", "math")
+
+
+def test_decode_plans(builds, monkeypatch, capsys):
+    """With attention that builds a plan for every length: who meets it first pays, with hooks or without."""
+    monkeypatch.setattr(decode_plans, "elapsed_ms", prefill.elapsed_ms)
+    monkeypatch.setattr(decode_plans, "LAYERS", 2)
+    monkeypatch.setattr(prefill, "STEPS", 4)
+    assert decode_plans.main(["--device", "cpu", "--allow-reference"]) == 0
+    lines = capsys.readouterr().out.splitlines()[3:]
+    once = [
+        "A 32 / 32 heads, flash_attention      first call    2.000 ms  second    1.000 ms",
+        "A 28 / 4  heads, flash_attention      first call    2.000 ms  second    1.000 ms",
+        "B plain 2.00 ms a step, then plain 1.00 ms a step",
+        "C hooks 2.00 ms a step, then plain 1.00 ms a step",
+        "C plain 2.00 ms a step, then hooks 1.00 ms a step",
+        "D plain 1.00 ms a token, again 0.00 ms",
+        "D pruned 2.00 ms a token, again 0.00 ms",
+    ]
+    assert lines == ["cuDNN attention on", *once, "cuDNN attention off", *once]
 
 
 def test_cudnn_is_for_gpus(capsys):
