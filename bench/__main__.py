@@ -123,6 +123,9 @@ def main(argv=None) -> int:
     compiled_wanted = not args.providers or {"native", "triton"} & set(args.providers)
     names = dict.fromkeys(bench.op for bench, _ in work)
     backends.stop_unless_compiled(args.device, names, allowed=args.allow_reference or not compiled_wanted)
+    offered = dict.fromkeys(p.name for bench, _ in work for p in bench.providers(args.device))
+    if unknown := [name for name in args.providers or () if name not in offered]:
+        parser.error(f"--providers: no {', '.join(unknown)} on {args.device}; there are {', '.join(offered)}")
     begun = time.monotonic()
     effort = harness.QUICK if args.quick else harness.NORMAL
     run, rows = harness.start(args.device, effort, {case.dtype for _, case in work}, args.commit)

@@ -186,6 +186,10 @@ def test_dry_run_measures_nothing(tmp_path, capsys):
     [
         (["--op", "nonsense"], "no op nonsense"),
         (["--shapes", "N=7"], "nothing to time"),
+        (
+            ["--op", "last_query_scores", "--providers", "triton", "--device", "cpu"],
+            "no triton on cpu; there are reference",
+        ),
         (["--device", "tpu9"], "expected cpu or cuda"),
         (["--device", "meta"], "expected cpu or cuda"),
     ],
@@ -281,16 +285,19 @@ def test_the_reference_is_not_timed_unasked(tmp_path, capsys, providers):
     assert printed.err.startswith("stopped: the reference of repulsion_step_ would be timed")
     assert not path.exists()
     assert cli.main([*arguments, "--providers", "reference"]) == 0
-    assert cli.main([*arguments, *providers, "--allow-reference"]) == 0
+    assert cli.main([*arguments, "--allow-reference"]) == 0
     assert {row["provider"] for row in record.read(path)} >= {"reference"}
 
 
-@pytest.mark.parametrize("module", ["overhead", "breakdown", "backends", "prefill"])
-def test_every_benchmark_stops(module, shadowed, capsys, monkeypatch):
+@pytest.mark.parametrize("module", ["overhead", "breakdown", "backends", "prefill", "decode_plans"])
+def test_every_benchmark_stops(module, shadowed, tmp_path, capsys, monkeypatch):
     main = importlib.import_module(f"bench.{module}").main
+    arguments = [] if module == "overhead" else ["--device", "cpu"]
+    if module in ("overhead", "prefill"):
+        arguments += ["--csv", str(tmp_path / "rows.csv")]
     monkeypatch.setattr(shutil, "which", lambda name: name)
     with pytest.raises(SystemExit) as exit_:
-        main(["--device", "cpu"] if module != "overhead" else [])
+        main(arguments)
     assert exit_.value.code == backends.STATUS
     printed = capsys.readouterr()
     assert printed.out.startswith("times sts_kernels ")
