@@ -17,7 +17,7 @@
 #     TORCH_CUDA_ARCH_LIST as for every build; 9.0 alone saves time on an H100 or H200
 set -euo pipefail
 exec </dev/null
-declare -A WEIGHT=([build]=15 [tests]=14 [sanitize]=15 [bench]=14 [models]=20)  # shares of the time
+declare -A WEIGHT=([build]=16 [tests]=15 [sanitize]=14 [bench]=13 [models]=17)  # shares of the time
 
 if [ $# -ne 1 ]; then
   sed -n '2,/^set /{/^set /!s/^# \{0,1\}//p}' "$0" >&2
@@ -84,8 +84,8 @@ sanitize() {
     if [ "$tool" = racecheck ]; then calls=(--work 6e4 --per-kernel 1); fi
     printf '\n==== %s\n' "${under:-no tool}"
     : >"$log"
-    # What a run leaves of its share of the time goes to the next ones.
-    timeout -k 5 $(((end - SECONDS) / left + 1)) python3 -m python_tests.emulator.smoke \
+    # The last run, racecheck, has a double share; what a run leaves of its own goes to the next ones.
+    timeout -k 5 $(((end - SECONDS) / (left + (left > 1)) + 1)) python3 -m python_tests.emulator.smoke \
       --binary "$BUILD/sts_kernels_smoke" --out "$BUILD/run" "${calls[@]}" --under "$under" &&
       verdicts+=("$tool ok") || { verdicts+=("$tool FAILED"); status=1; }
     tail -c 1000000 "$log"
