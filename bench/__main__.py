@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from . import harness, record
+from . import backends, harness, record
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -33,6 +33,7 @@ def parse(argv=None):
     parser.add_argument("--csv", type=Path, help="append rows here (default: bench/results/<device>.csv)")
     parser.add_argument("--commit", help="what to record as commit where there is no git checkout")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the rows of --csv instead of measuring")
+    backends.add_argument(parser)
     args = parser.parse_args(argv)
     try:
         args.device = torch.device(args.device)
@@ -119,6 +120,12 @@ def main(argv=None) -> int:
             print(f"{bench.op}  {case}\n    {cost.bytes:.4g} bytes, {cost.flops:.4g} flops: {' | '.join(names)}")
         return 0
 
+    compiled_wanted = not args.providers or {"native", "triton"} & set(args.providers)
+    names = dict.fromkeys(bench.op for bench, _ in work)
+    backends.stop_unless_compiled(args.device, names, allowed=args.allow_reference or not compiled_wanted)
+    offered = dict.fromkeys(p.name for bench, _ in work for p in bench.providers(args.device))
+    if unknown := [name for name in args.providers or () if name not in offered]:
+        parser.error(f"--providers: no {', '.join(unknown)} on {args.device}; there are {', '.join(offered)}")
     begun = time.monotonic()
     effort = harness.QUICK if args.quick else harness.NORMAL
     run, rows = harness.start(args.device, effort, {case.dtype for _, case in work}, args.commit)

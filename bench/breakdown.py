@@ -17,7 +17,7 @@ import torch
 
 import sts_kernels
 
-from . import inputs, timing
+from . import backends, inputs, timing
 
 SHAPES = [(576, 192), (2880, 480)]
 LIBRARY = "libsts_kernels.so"
@@ -80,13 +80,14 @@ def on_cpu(tokens, picks, dtype):
     return total, parts
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m bench.breakdown", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "float16", "bfloat16"))
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--loop", nargs=3, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    backends.add_argument(parser)
+    args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.loop:
@@ -99,6 +100,7 @@ def main():
     if args.device == "cpu" and not shutil.which("perf"):
         parser.error("needs perf: install linux-perf (Debian), linux-tools (Ubuntu) or perf (Fedora)")
 
+    backends.stop_unless_compiled(torch.device(args.device), ["repulsion_select"], args.allow_reference)
     measure = on_cuda if args.device == "cuda" else on_cpu
     columns = [measure(*shape, getattr(torch, args.dtype)) for shape in SHAPES]
     names = dict.fromkeys(name for _, parts in columns for name, _ in parts.most_common())

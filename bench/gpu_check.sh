@@ -6,16 +6,18 @@
 #
 # Leaves in OUTDIR a log per section, the benchmarks' rows and plot, and summary.txt, which is also printed last. Installs
 # the package into the environment of python3, which must have torch, pytest, cmake and ninja; asks no registry.
-# Exit status: 0, 1 if a section failed, 2 wrong use, 3 no GPU.
+# Exit status: 0, 1 if a section failed, 2 wrong use, 3 no GPU, 4 the reference would be timed, not the compiled library
+# (with build: the sections bench and models fail).
 #
-#     STS_CHECK_SECTIONS   which of "build tests sanitize bench models", all by default; without build the installed package is used
+#     STS_CHECK_SECTIONS   which of "build tests sanitize bench models", all by default; without build, tests use the installed
+#                          package, and bench and models the checkout, which must have its library
 #     STS_CHECK_SECONDS    time for everything, 560 by default; a section that runs over is stopped, the others still run
 #     STS_CHECK_QUICK=1    few samples, only the main shapes, only memcheck
 #     STS_CHECK_COMMIT     what to record as commit where there is no git checkout
 #     TORCH_CUDA_ARCH_LIST as for every build; 9.0 alone saves time on an H100 or H200
 set -euo pipefail
 exec </dev/null
-declare -A WEIGHT=([build]=16 [tests]=15 [sanitize]=10 [bench]=15 [models]=14)  # shares of the time
+declare -A WEIGHT=([build]=16 [tests]=15 [sanitize]=14 [bench]=13 [models]=17)  # shares of the time
 
 if [ $# -ne 1 ]; then
   sed -n '2,/^set /{/^set /!s/^# \{0,1\}//p}' "$0" >&2
@@ -39,6 +41,9 @@ print("GPU:", torch.cuda.get_device_name() if found else f"none: torch {torch.__
 sys.exit(not found)'; then
   echo "gpu_check.sh checks what needs a GPU; .ci/run checks the rest." >&2
   exit 3
+fi
+if [[ " ${sections[*]} " != *" build "* && " ${sections[*]} " =~ \ (bench|models)\  ]]; then
+  python3 -m bench.backends --device cuda
 fi
 BUILD=$PWD/build/gpu_check
 mkdir -p "$BUILD"
@@ -66,19 +71,22 @@ tests() {
 }
 
 sanitize() {
-  local end=$((SECONDS + SECONDS_LEFT - 15)) status=0 runs=(none memcheck racecheck synccheck initcheck)
+  local end=$((SECONDS + SECONDS_LEFT - 15)) status=0 runs=(none memcheck synccheck initcheck racecheck)
   if [ -n "${STS_CHECK_QUICK:-}" ]; then runs=(none memcheck); fi
-  local left=${#runs[@]} tool log under verdicts=()
+  local left=${#runs[@]} tool log under calls verdicts=()
   for tool in "${runs[@]}"; do
-    log=$BUILD/$tool.log under=
+    log=$BUILD/$tool.log under= calls=()
     if [ "$tool" != none ]; then
       under="compute-sanitizer --tool $tool --error-exitcode 9 --print-limit 20 --log-file $log"
+      calls=(--work 2e4) # 251 calls, of 1145
     fi
-    printf '\n==== %s\n' "$under"
+    # racecheck did not finish these in 40 s on an H200. One call of each kernel and algorithm, of several warps: 29.
+    if [ "$tool" = racecheck ]; then calls=(--work 6e4 --per-kernel 1); fi
+    printf '\n==== %s\n' "${under:-no tool}"
     : >"$log"
-    # What a run leaves of its share of the time goes to the next ones.
-    timeout -k 5 $(((end - SECONDS) / left + 1)) python3 -m python_tests.emulator.smoke \
-      --binary "$BUILD/sts_kernels_smoke" --out "$BUILD/run" --under "$under" &&
+    # The last run, racecheck, has a double share; what a run leaves of its own goes to the next ones.
+    timeout -k 5 $(((end - SECONDS) / (left + (left > 1)) + 1)) python3 -m python_tests.emulator.smoke \
+      --binary "$BUILD/sts_kernels_smoke" --out "$BUILD/run" "${calls[@]}" --under "$under" &&
       verdicts+=("$tool ok") || { verdicts+=("$tool FAILED"); status=1; }
     tail -c 1000000 "$log"
     left=$((left - 1))
@@ -90,6 +98,7 @@ sanitize() {
 bench() {
   local end=$((SECONDS + SECONDS_LEFT - 20)) status=0 common=(--csv "$OUT/bench.csv")
   if [ -n "${STS_CHECK_COMMIT:-}" ]; then common+=(--commit "$STS_CHECK_COMMIT"); fi
+  python3 -m bench.backends --device cuda || return 1
   python3 -m bench.overhead "${common[@]}" || status=1
   local device=(--device cuda)
   if [ -n "${STS_CHECK_QUICK:-}" ]; then device+=(--quick); fi
@@ -115,15 +124,19 @@ bench() {
   return $status
 }
 
-models() { # whole models of true size, with random weights
+models() { # what decides about cuDNN attention; whole models of true size, with random weights
   if ! python3 -c 'import transformers' 2>/dev/null; then
     echo "left out: transformers is not installed"
     return
   fi
-  local options=(--csv "$OUT/prefill.csv" --seconds $((SECONDS_LEFT - 40)))
+  python3 -m bench.backends --device cuda || return 1
+  local end=$((SECONDS + SECONDS_LEFT - 40)) status=0
+  timeout 80 python3 -m bench.decode_plans || status=1
+  local options=(--csv "$OUT/prefill.csv" --seconds $((end - SECONDS)))
   if [ -n "${STS_CHECK_COMMIT:-}" ]; then options+=(--commit "$STS_CHECK_COMMIT"); fi
   if [ -n "${STS_CHECK_QUICK:-}" ]; then options+=(--model llava-1.5-7b --samples 5); fi
-  python3 -m bench.prefill "${options[@]}"
+  python3 -m bench.prefill "${options[@]}" || status=1
+  return $status
 }
 
 key_timings() { # the rows people ask for

@@ -13,7 +13,7 @@ import torch
 
 import sts_kernels
 
-from . import record, timing
+from . import backends, record, timing
 
 ITEMS = 257
 TRIALS = 7
@@ -83,8 +83,10 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.overhead", description=__doc__.splitlines()[0])
     parser.add_argument("--csv", type=Path, help="append rows here (default: bench/results/<device>.csv)")
     parser.add_argument("--commit", help="what to record as commit where there is no git checkout")
+    backends.add_argument(parser)
     args = parser.parse_args(argv)
     device = torch.device("cpu")
+    backends.stop_unless_compiled(device, ["repulsion_select"], args.allow_reference)
     times, unwanted = import_time()
     samples = tiny_calls() | {"import beyond torch": times}
     backend = sts_kernels._registry.OPS["repulsion_select"].backend("CPU")

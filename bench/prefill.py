@@ -1,19 +1,24 @@
 """`python -m bench.prefill`: what pruning saves in whole models, and what it costs.
 
 True sizes with random weights: times, memory and shapes are those of the real models, answers mean nothing. A GPU runs
-the 7B models at the paper's budgets, the CPU the tiny one. One row a model and budget, appended to a CSV of its own.
+the 7B models at the paper's budgets, the CPU the tiny one. One row a model, budget and setting of cuDNN attention.
 
 prefill   the LLM's forward over the prompt: until its logits are there, on an idle device
 encode    vision encoder, stage 1 and projector, likewise
 stages    how long stage 1 (selection) and stage 2 (scores, top K', cutting) take alone, between syncs, in runs of their
           own; the share is theirs of encode and prefill together
 hooks     a decode step with the hooks on, against one of the plain model on a text prompt with as many cached tokens
-          in every layer (rho = 1), taking turns
+          in every layer (rho = 1), alternating, at one length of keys that both have met before
+fresh     ms a token of generate() with the real rho (budget "all": of the plain model) at lengths of keys that no
+          decode step of this process has met before; "again": the same lengths once more
+
+cuDNN's attention builds an execution plan for every new length of keys, in tens of ms. Where torch prefers it, all is
+measured with it and without (--cudnn). Compare rows of one setting: else pruning gets the credit for torch's default.
 """
 
 import argparse
 import contextlib
-import csv
+import inspect
 import statistics
 import sys
 import time
@@ -21,10 +26,11 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from torch.nn.attention import SDPBackend
 
 from sts_kernels import STSConfig
 
-from . import record, timing
+from . import backends, record, timing
 
 COLUMNS = (
     *("timestamp", "commit", "model", "budget", "dtype", "attention", "prompt", "visual", "keep", "keep_after"),
@@ -39,7 +45,10 @@ COLUMNS = (
     ),
     *("stage1_ms", "stage2_ms", "share_percent", "decode_ms", "plain_decode_ms", "hooks_percent"),
     *("peak_gb", "weights_gb", "kv_mb", "tflops", "device", "threads", "torch", "transformers"),
+    *("decode_lengths", "fresh_ms", "again_ms", "cudnn_attention", "sdpa_backend"),
 )
+STEPS = 16  # decode steps of a generate() that is timed
+OPS_TIMED = ("repulsion_select", "repulsion_select_varlen", "last_query_scores")
 BUDGETS = {
     "tiny": (32, 16),
     "llava-1.5-7b": (128, 64, 32),
@@ -90,12 +99,51 @@ def prefill(model, inputs):
         return model(**inputs, use_cache=True, logits_to_keep=1)
 
 
+@contextlib.contextmanager
+def cudnn_attention(allowed: bool | None):
+    """Lets SDPA take cuDNN's kernels, or does not, in the whole process; None: as it is."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(before if allowed is None else allowed)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def sdpa_backend(model, device: torch.device, dtype: torch.dtype) -> str:
+    """What SDPA runs a decode step of `model` on: "cudnn", "flash", "efficient" or "math"."""
+    text = model.config.get_text_config()
+    heads, size = text.num_attention_heads, getattr(text, "head_dim", None)
+    key_heads = getattr(text, "num_key_value_heads", None) or heads
+    size = size or text.hidden_size // heads
+    query, key = (torch.empty(1, h, n, size, device=device, dtype=dtype) for h, n in ((heads, 1), (key_heads, 200)))
+    choice = torch._fused_sdp_choice(query, key, key, enable_gqa=key_heads != heads)
+    return SDPBackend(choice).name.removesuffix("_ATTENTION").lower()
+
+
+def settings(asked: str | None, backend: str) -> list[bool | None]:
+    """Whether cuDNN's attention is allowed, pass by pass; None: as it is. `backend`: SDPA's choice, "" off the GPU."""
+    asked = asked or ("both" if backend == "cudnn" else None)
+    return {None: [None], "on": [True], "off": [False], "both": [True, False]}[asked]
+
+
+def pruning(model, config: STSConfig | None, **options):
+    """apply_sts, which leaves cuDNN's attention as this benchmark sets it; nothing where there is no config."""
+    from sts_kernels.integrations.transformers import apply_sts
+
+    if config is None:
+        return contextlib.nullcontext()
+    if "cudnn_attention" in inspect.signature(apply_sts).parameters:
+        options["cudnn_attention"] = True
+    return apply_sts(model, config, **options)
+
+
 def measure(model, inputs, config: STSConfig, device: torch.device, samples: int) -> dict:
     """One row's numbers, from `samples` runs after two to warm up."""
-    from sts_kernels.integrations.transformers import apply_sts, stage1, stage2
+    from sts_kernels.integrations.transformers import stage1, stage2
 
     times = {"encode": [], "prefill": []}
-    with apply_sts(model, config, measure=True) as sts:
+    with pruning(model, config, measure=True) as sts:
         for run in range(samples + 2):
             prefill(model, inputs)
             if run >= 2:
@@ -108,7 +156,7 @@ def measure(model, inputs, config: STSConfig, device: torch.device, samples: int
         for percent, value in zip((20, 50, 80), timing.percentiles(taken), strict=True):
             out[f"{name}_p{percent}_ms"] = round(value, 3)
 
-    with apply_sts(model, config):
+    with pruning(model, config):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             prefill(model, inputs)
@@ -131,15 +179,12 @@ def measure(model, inputs, config: STSConfig, device: torch.device, samples: int
     return out
 
 
-def decode(model, inputs, config: STSConfig, device: torch.device, steps: int) -> dict:
-    """A decode step on a pruned prompt against the same step without hooks, at equal cache lengths."""
-    from sts_kernels.integrations.transformers import apply_sts
-
+def decode(model, inputs, config: STSConfig, device: torch.device, steps: int, met: set[int]) -> dict:
+    """A decode step on a pruned prompt against the same step without hooks, at one length of keys."""
     uniform = STSConfig(budget=config.budget, rho=1.0, prune_layer=config.prune_layer)
     token = torch.full((1, 1), 5, device=device)
-    handle = apply_sts(model, uniform)
-    pruned = prefill(model, inputs).past_key_values
-    handle.remove()
+    with pruning(model, uniform):
+        pruned = prefill(model, inputs).past_key_values
     length = pruned.layers[0].keys.shape[2]
     plain = prefill(model, {"input_ids": torch.full((1, length), 5, device=device)}).past_key_values
 
@@ -147,13 +192,19 @@ def decode(model, inputs, config: STSConfig, device: torch.device, steps: int) -
         with torch.inference_mode():
             model(input_ids=token, past_key_values=cache, use_cache=True)
 
+    def second(cache):
+        """The second of two steps at one length: the first meets it, and follows the hooks' (un)installation."""
+        for _ in range(2):
+            taken = elapsed_ms(lambda: step(cache), device)
+            cache.crop(-1)
+        return taken
+
+    met.add(length + 1)
     times = {"decode": [], "plain_decode": []}
-    for turn in range(steps + 3):  # in turns, so that the machine's mood hits both
-        with apply_sts(model, uniform):
-            step(pruned)  # of both pairs the second step counts: the first follows the hooks' (un)installation
-            mine = elapsed_ms(lambda: step(pruned), device)
-        step(plain)
-        theirs = elapsed_ms(lambda: step(plain), device)
+    for turn in range(steps + 3):  # alternating, so that the machine's mood hits both
+        with pruning(model, uniform):
+            mine = second(pruned)
+        theirs = second(plain)
         if turn >= 3:
             times["decode"].append(mine)
             times["plain_decode"].append(theirs)
@@ -162,7 +213,49 @@ def decode(model, inputs, config: STSConfig, device: torch.device, steps: int) -
         "decode_ms": round(mine, 3),
         "plain_decode_ms": round(theirs, 3),
         "hooks_percent": round(100 * (mine / theirs - 1), 2),
+        "decode_lengths": "met",
     }
+
+
+def unmet(lengths: set[int], met: set[int]) -> int:
+    """Tokens to add to a prompt so that STEPS decode steps after it meet no length of keys again. `lengths`: of its
+    cache. What the steps meet is added to `met`."""
+    extra = 0
+    while met & (steps := {length + extra + step for length in lengths for step in range(1, STEPS + 1)}):
+        extra += 1
+    met |= steps
+    return extra
+
+
+def lengthened(inputs: dict, extra: int) -> dict:
+    """The prompt with `extra` tokens of text behind it."""
+    shape, fill = inputs["input_ids"].shape, {"input_ids": 5, "attention_mask": 1}
+    return {
+        name: torch.nn.functional.pad(value, (0, extra), value=fill.get(name, 0)) if value.shape == shape else value
+        for name, value in inputs.items()
+    }
+
+
+def per_token(model, inputs: dict, device: torch.device) -> tuple[float, float]:
+    """ms a token of generate() after the first one: at lengths of keys as they come, and at the same lengths again."""
+
+    def run(tokens):
+        with torch.inference_mode():
+            model.generate(**inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+
+    run(1)
+    first, fresh, again = (elapsed_ms(lambda n=n: run(n), device) for n in (1, STEPS + 1, STEPS + 1))
+    return (fresh - first) / STEPS, (again - first) / STEPS
+
+
+def generation(model, inputs: dict, row: dict, config: STSConfig | None, device: torch.device, met: set[int]) -> dict:
+    """ms a token of the plain model (no config), or the pruned one, whose cache lengths `row` tells."""
+    text = row["prompt"] - row["visual"]
+    lengths = {text + row["keep"], text + row["keep_after"]} if config else {row["prompt"]}
+    longer = lengthened(inputs, unmet(lengths, met))
+    with pruning(model, config):
+        fresh, again = per_token(model, longer, device)
+    return {"fresh_ms": round(fresh, 3), "again_ms": round(again, 3)}
 
 
 def picture(size: tuple[int, int]):
@@ -174,8 +267,9 @@ def picture(size: tuple[int, int]):
     return small.resize(size, Image.Resampling.BICUBIC)
 
 
-def rows(name: str, args):
-    """Yields a row for the full model and one for each budget."""
+def rows(name: str, args, met: set[int]):
+    """Yields a row for the full model and one for each budget, for every setting of cuDNN's attention. `met`: lengths
+    of keys that decode steps of this process have met."""
     import transformers
 
     from sts_kernels.generate import prepare
@@ -188,26 +282,25 @@ def rows(name: str, args):
     shared = {**record.environment(args.device, args.commit), "transformers": transformers.__version__}
     shared |= {"model": name, "dtype": args.dtype, "attention": args.attn}
     shared["weights_gb"] = round(sum(p.nbytes for p in model.parameters()) / 1e9, 3)
-    for budget in (1.0, *(args.budget or BUDGETS[name])):
-        config = STSConfig(budget=budget)
-        row = {**shared, "budget": "all" if budget == 1.0 else budget}
-        row |= measure(model, inputs, config, args.device, args.samples)
-        if budget != 1.0:
-            row |= decode(model, inputs, config, args.device, args.samples * 2)
-        yield {column: row.get(column, "") for column in COLUMNS}
+    on_gpu = args.device.type == "cuda" and args.attn == "sdpa"
+    for allowed in settings(args.cudnn, sdpa_backend(model, args.device, dtype) if on_gpu else ""):
+        with cudnn_attention(allowed):
+            if on_gpu:
+                shared["cudnn_attention"] = "on" if torch.backends.cuda.cudnn_sdp_enabled() else "off"
+                shared["sdpa_backend"] = sdpa_backend(model, args.device, dtype)
+            for budget in (1.0, *(args.budget or BUDGETS[name])):
+                config = STSConfig(budget=budget)
+                row = {**shared, "budget": "all" if budget == 1.0 else budget}
+                row |= measure(model, inputs, config, args.device, args.samples)
+                if budget == 1.0:
+                    row |= generation(model, inputs, row, None, args.device, met)
+                else:
+                    row |= decode(model, inputs, config, args.device, args.samples * 2, met)
+                    row |= generation(model, inputs, row, config, args.device, met)
+                yield {column: row.get(column, "") for column in COLUMNS}
     del model
     if args.device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def append(path: Path, row: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists() or not path.stat().st_size
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 def show(row: dict, full: dict) -> None:
@@ -219,7 +312,8 @@ def show(row: dict, full: dict) -> None:
         f"{row['model']:<14} {row['budget']!s:>6} {row['visual']:>6} -> {row['keep']:>5} -> {row['keep_after']:>5}  "
         f"encode {row['encode_p50_ms']:>8.4g} ms  prefill {against('prefill_p50_ms')} ms  KV {against('kv_mb')} MB  "
         f"{against('tflops')} TFLOP  peak {row['peak_gb'] or '-'!s:>6} GB  pruning {row['stage1_ms']:.3g} + "
-        f"{row['stage2_ms']:.3g} ms, {row['share_percent']} %  hooks {row['hooks_percent'] or '-'} %",
+        f"{row['stage2_ms']:.3g} ms, {row['share_percent']} %  hooks {row['hooks_percent'] or '-'} %  "
+        f"token {row['fresh_ms']:.4g} ms, again {row['again_ms']:.4g} ms  cuDNN {row['cudnn_attention'] or '-'}",
         flush=True,
     )
 
@@ -236,21 +330,30 @@ def main(argv=None) -> int:
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda" if cuda else "cpu"))
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"))
     parser.add_argument("--attn", default="sdpa", help="attention implementation (default: sdpa)")
+    parser.add_argument(
+        "--cudnn",
+        choices=("on", "off", "both"),
+        help="let torch take cuDNN's attention, or not (default: both where torch would take it, else as it is)",
+    )
     parser.add_argument("--samples", type=int, default=20, help="prefills a row (default: 20)")
     parser.add_argument("--seconds", type=float, help="start no further model or budget after so many")
     parser.add_argument("--csv", type=Path, help="default: bench/results/prefill.csv")
     parser.add_argument("--commit", help="what to record as commit where there is no git checkout")
+    backends.add_argument(parser)
     args = parser.parse_args(argv)
     if args.device.type == "cuda" and not cuda:
         parser.error(f"--device {args.device}: torch {torch.__version__} sees no CUDA GPU")
+    if args.cudnn and (args.device.type != "cuda" or args.attn != "sdpa"):
+        parser.error(f"--cudnn is about --attn sdpa on a GPU, got --attn {args.attn} on {args.device.type}")
     args.dtype = args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32")
-    path, begun = args.csv or record.RESULTS / "prefill.csv", time.monotonic()
+    backends.stop_unless_compiled(args.device, OPS_TIMED, args.allow_reference)
+    path, begun, met = args.csv or record.RESULTS / "prefill.csv", time.monotonic(), set()
     for name in args.model or (list(BUDGETS)[1:] if args.device.type == "cuda" else ["tiny"]):
         print(f"building {name} with random weights", file=sys.stderr, flush=True)
         full = None
-        for row in rows(name, args):
-            full = full or row
-            append(path, row)
+        for row in rows(name, args, met):
+            full = row if row["budget"] == "all" else full
+            record.append(path, [row], COLUMNS)
             show(row, full)
             if args.seconds and time.monotonic() - begun > args.seconds:
                 print(f"{args.seconds:g} s are over, the rest is left out")

@@ -60,16 +60,16 @@ def environment(device: torch.device, commit_name: str | None = None) -> dict:
     }
 
 
-def append(path: Path, rows: list[dict]) -> None:
+def append(path: Path, rows: list[dict], columns: tuple[str, ...] = COLUMNS) -> None:
     """Adds rows at the end of the CSV; a new file gets a header. Never rewrites what is there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and path.stat().st_size:
         with path.open(newline="") as file:
             header = tuple(next(csv.reader(file)))
-        if header != COLUMNS:
+        if header != columns:
             raise ValueError(f"{path} has other columns than this version writes; give another file with --csv")
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         if file.tell() == 0:
             writer.writeheader()
         writer.writerows(rows)

@@ -2,7 +2,9 @@
 itself: what it writes and what it refuses."""
 
 import csv
+import importlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from sts_kernels._registry import OPS as OPS_TABLE
+
 from . import __main__ as cli
-from . import breakdown, harness, inputs, plot, record, timing
+from . import backends, breakdown, harness, inputs, plot, prefill, record, timing
 
 BENCHES = {name: bench for name, bench in harness.discover().items() if bench}
 SMALL = {"B": 2, "N": 96, "C": 64, "K": 12, "S": 50, "Hq": 4, "Hkv": 2, "D": 64}
@@ -98,6 +102,7 @@ ARGS = [
     "float32",
     "--device",
     "cpu",
+    "--allow-reference",
 ]
 
 
@@ -137,6 +142,30 @@ def test_a_wrong_provider_is_not_timed(tmp_path, monkeypatch, capsys):
     assert "1 FAILED" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("path", sorted(record.RESULTS.glob("*.csv")), ids=lambda path: path.name)
+def test_recorded_rows_have_the_columns_of_new_ones(path):
+    """Else the next run could not be appended."""
+    assert tuple(record.read(path)[0]) == (prefill.COLUMNS if path.name == "prefill.csv" else record.COLUMNS)
+
+
+def test_gpu_numbers_of_the_readme_are_rows():
+    """Its table of the H200: op and Gram loop, each as a CUDA graph and eager, with a cold L2 cache."""
+    rows = {
+        (row["B"], row["N"], row["K"], row["provider"], row["mode"]): float(row["p50_us"])
+        for row in record.read(record.RESULTS / "nvidia-h200.csv")
+        if (row["op"], row["C"], row["dtype"], row["data"]) == ("repulsion_select", "1024", "bfloat16", "gaussian")
+        and row["cold_l2"] == "1"
+    }
+    table = (record.ROOT / "README.md").read_text().split("| B x N / K |")[1].split("\n\n")[0].splitlines()[2:]
+    assert table
+    for line in table:
+        shape, *said = (cell.strip() for cell in line.strip("|").split("|"))
+        *batch, tokens = shape.split(" / ")[0].split(" x ")
+        key = (batch or ["1"])[0], tokens, shape.split(" / ")[1]
+        ways = [(provider, mode) for provider in ("native", "gram loop") for mode in ("graph", "eager")]
+        assert said == [str(round(rows[(*key, *way)])) for way in ways], shape
+
+
 def test_a_file_with_other_columns_is_left_alone(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("some,other,table\n")
@@ -157,6 +186,10 @@ def test_dry_run_measures_nothing(tmp_path, capsys):
     [
         (["--op", "nonsense"], "no op nonsense"),
         (["--shapes", "N=7"], "nothing to time"),
+        (
+            ["--op", "last_query_scores", "--providers", "triton", "--device", "cpu"],
+            "no triton on cpu; there are reference",
+        ),
         (["--device", "tpu9"], "expected cpu or cuda"),
         (["--device", "meta"], "expected cpu or cuda"),
     ],
@@ -196,6 +229,109 @@ def test_plot(tmp_path, capsys):
     assert not (tmp_path / "none.png").exists()
 
 
+OPS = ["repulsion_select", "last_query_scores"]
+
+
+@pytest.fixture
+def shadowed(tmp_path, monkeypatch):
+    """The imported package has no library and comes before an installed one that has."""
+    installed = tmp_path / "site packages" / "sts_kernels"
+    installed.mkdir(parents=True)
+    (installed / "libsts_kernels.so").touch()
+    (installed / "build_info.json").write_text('{"cuda": "13.0", "commit": "abc"}')
+    monkeypatch.syspath_prepend(installed.parent)
+    monkeypatch.setattr(backends._native, "LIBRARY", tmp_path / "libsts_kernels.so")
+    monkeypatch.setattr(type(OPS_TABLE["repulsion_select"]), "backend", lambda op, key: "reference")
+    monkeypatch.delenv("STS_KERNELS_DISABLE", raising=False)
+    return installed
+
+
+@pytest.mark.parametrize(
+    ("commit", "remedy"),
+    [
+        ("abc", "`cp '{0}/libsts_kernels.so' '{0}/build_info.json' {1}` copies that library"),
+        ("unknown", "`cp '{0}/libsts_kernels.so' '{0}/build_info.json' {1}` copies that library"),
+        ("def", "pip install --no-deps .` compiles one and copies it here"),  # never another commit's library
+    ],
+)
+def test_a_shadowed_library_is_named(shadowed, monkeypatch, commit, remedy):
+    monkeypatch.setattr(record, "commit", lambda: commit)
+    why = backends.shortfall(torch.device("cpu"), OPS)
+    assert why.startswith("stopped: the reference of repulsion_select would be timed: ")  # a Triton op has no other
+    assert f"shadows {shadowed}, which has one (commit abc); " in why
+    assert remedy.format(shadowed, backends.PACKAGE) in why
+    assert why.endswith(", or --allow-reference")
+    assert "\n" not in why
+
+
+def test_only_a_library_that_serves_the_device_is_named(shadowed):
+    assert backends.elsewhere("CUDA") == shadowed
+    (shadowed / "build_info.json").write_text('{"cuda": ""}')
+    assert backends.elsewhere("CUDA") is None
+    assert backends.elsewhere("CPU") == shadowed
+
+
+@pytest.mark.usefixtures("shadowed", "small_peaks")
+@pytest.mark.parametrize("providers", [[], ["--providers", "native", "reference"]])
+def test_the_reference_is_not_timed_unasked(tmp_path, capsys, providers):
+    path = tmp_path / "rows.csv"
+    arguments = [*(argument for argument in ARGS if argument != "--allow-reference"), "--csv", str(path)]
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([*arguments, *providers])
+    assert exit_.value.code == backends.STATUS
+    printed = capsys.readouterr()
+    assert f"in {backends.PACKAGE}, " in printed.out
+    assert "CPU: repulsion_step_ reference" in printed.out
+    assert printed.err.startswith("stopped: the reference of repulsion_step_ would be timed")
+    assert not path.exists()
+    assert cli.main([*arguments, "--providers", "reference"]) == 0
+    assert cli.main([*arguments, "--allow-reference"]) == 0
+    assert {row["provider"] for row in record.read(path)} >= {"reference"}
+
+
+@pytest.mark.parametrize("module", ["overhead", "breakdown", "backends", "prefill", "decode_plans"])
+def test_every_benchmark_stops(module, shadowed, tmp_path, capsys, monkeypatch):
+    main = importlib.import_module(f"bench.{module}").main
+    arguments = [] if module == "overhead" else ["--device", "cpu"]
+    if module in ("overhead", "prefill"):
+        arguments += ["--csv", str(tmp_path / "rows.csv")]
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == backends.STATUS
+    printed = capsys.readouterr()
+    assert printed.out.startswith("times sts_kernels ")
+    assert printed.err.startswith("stopped: the reference of ")
+
+
+def test_without_triton(monkeypatch):
+    monkeypatch.setattr(type(OPS_TABLE["last_query_scores"]), "backend", lambda op, key: "reference")
+    why = backends.shortfall(torch.device("cuda"), ["last_query_scores"])
+    assert "triton is not installed; `pip install triton`, or --allow-reference" in why
+    assert backends.shortfall(torch.device("cpu"), ["last_query_scores"]) == ""
+
+
+def test_a_checkout_shadows_the_installed_package(tmp_path):
+    """In a process of its own: what Python really imports."""
+    checkout, installed = tmp_path / "checkout", tmp_path / "installed" / "sts_kernels"
+    skip = shutil.ignore_patterns("*.so", "build_info.json", "__pycache__", "results")
+    for name in ("bench", "sts_kernels"):
+        shutil.copytree(record.ROOT / name, checkout / name, ignore=skip)
+    installed.mkdir(parents=True)
+    (installed / "libsts_kernels.so").touch()
+    environment = {k: v for k, v in os.environ.items() if k != "STS_KERNELS_DISABLE"}
+    run = subprocess.run(
+        [sys.executable, "-m", "bench.backends", "--device", "cpu"],
+        cwd=checkout,
+        env={**environment, "PYTHONPATH": str(installed.parent)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == backends.STATUS, run.stderr
+    assert f"in {checkout}/sts_kernels, no library loaded" in run.stdout
+    assert f"`cp {installed}/libsts_kernels.so {installed}/build_info.json {checkout}/sts_kernels`" in run.stderr
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_gpu_check_without_a_gpu(tmp_path):
     script = record.ROOT / "bench" / "gpu_check.sh"
@@ -204,6 +340,21 @@ def test_gpu_check_without_a_gpu(tmp_path):
     assert run.returncode == 3
     assert "sees no CUDA GPU" in run.stdout
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("section", ["bench", "models"])
+def test_gpu_check_stops_where_the_reference_would_be_timed(tmp_path, section):
+    """Before anything else, where it is not going to build. Python is a stand-in that sees a GPU, and no library."""
+    python = tmp_path / "bin" / "python3"
+    python.parent.mkdir()
+    python.write_text('#!/bin/sh\necho "$*" >>"$CALLS"\n[ "$1" = -c ] || exit 4\n')
+    python.chmod(0o755)
+    environment = {"PATH": f"{python.parent}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls")}
+    script = ["bash", record.ROOT / "bench" / "gpu_check.sh", tmp_path / "out"]
+    run = subprocess.run(script, env={**os.environ, **environment, "STS_CHECK_SECTIONS": section}, capture_output=True)
+    assert run.returncode == backends.STATUS
+    assert (tmp_path / "calls").read_text().endswith("\n-m bench.backends --device cuda\n")
+    assert not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize("data", ["gaussian", "smooth"])
@@ -225,7 +376,6 @@ def test_breakdown_needs_perf_and_knows_the_parts(monkeypatch, capsys):
     for name, part in names.items():
         assert breakdown.part_of(name) == part
     monkeypatch.setenv("PATH", "")
-    monkeypatch.setattr(sys, "argv", ["bench.breakdown", "--device", "cpu"])
     with pytest.raises(SystemExit):
-        breakdown.main()
+        breakdown.main(["--device", "cpu"])
     assert "needs perf: install linux-perf" in capsys.readouterr().err

@@ -1,17 +1,142 @@
 """bench.prefill measures the tiny model, and its rows say what they should."""
 
+import contextlib
 import csv
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 
-from . import prefill
+from sts_kernels import STSConfig
+from sts_kernels.integrations import transformers as integration
+
+from . import decode_plans, prefill, record
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def builds(monkeypatch):
+    """A call takes 1 ms, and 1 ms for every new length of keys: attention that builds a plan for each."""
+    plans, attend = set(), torch.nn.functional.scaled_dot_product_attention
+
+    def planned(query, key, *args, **kwargs):
+        if query.shape[2] == 1:
+            plans.add(key.shape[2])
+        return attend(query, key, *args, **kwargs)
+
+    def elapsed(call, device):
+        before = len(plans)
+        call()
+        return 1.0 + len(plans) - before
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", planned)
+    monkeypatch.setattr(prefill, "elapsed_ms", elapsed)
+    return plans
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    from sts_kernels.generate import prepare
+    from sts_kernels.integrations.transformers.random_models import build
+
+    model, processor = build("tiny", CPU, torch.float32)
+    return model, dict(prepare(processor, [prefill.picture((336, 336))], "What is in this picture?"))
+
+
+def test_neither_side_of_the_decode_step_meets_a_new_length(builds, tiny):
+    met = set()
+    row = prefill.decode(*tiny, STSConfig(budget=32), CPU, 3, met)
+    assert row == {"decode_ms": 1.0, "plain_decode_ms": 1.0, "hooks_percent": 0.0, "decode_lengths": "met"}
+    assert met == builds
+
+
+def test_fresh_lengths_are_fresh(builds, tiny):
+    """The plain model builds one plan a token, the pruned one two, and both none at lengths met before."""
+    met = set()
+    row = {"prompt": 179, "visual": 144, "keep": 48, "keep_after": 16}
+    for _ in range(2):
+        assert prefill.generation(*tiny, row, None, CPU, met) == {"fresh_ms": 1.0, "again_ms": 0.0}
+        assert prefill.generation(*tiny, row, STSConfig(budget=32), CPU, met) == {"fresh_ms": 2.0, "again_ms": 0.0}
+        assert met == builds
+
+
+def test_unmet():
+    met = {11}
+    assert prefill.unmet({10, 20}, met) == 1  # 11 is met
+    assert met == {11, *range(12, 28), *range(22, 38)}
+    assert prefill.unmet({11}, met) == 26
+
+
+@pytest.mark.parametrize(
+    ("asked", "backend", "passes"),
+    [
+        (None, "", [None]),
+        (None, "flash", [None]),
+        (None, "cudnn", [True, False]),
+        ("on", "cudnn", [True]),
+        ("off", "cudnn", [False]),
+        ("both", "flash", [True, False]),
+    ],
+)
+def test_settings(asked, backend, passes):
+    assert prefill.settings(asked, backend) == passes
+
+
+def test_cudnn_attention_is_put_back():
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    for allowed in (True, False, None):
+        with contextlib.suppress(KeyError), prefill.cudnn_attention(allowed):
+            assert torch.backends.cuda.cudnn_sdp_enabled() == (before if allowed is None else allowed)
+            raise KeyError
+        assert torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
+def test_the_benchmark_decides_about_cudnn(monkeypatch):
+    monkeypatch.setattr(integration, "apply_sts", lambda model, config, cudnn_attention=False: cudnn_attention)
+    assert prefill.pruning(None, STSConfig(budget=32)) is True
+    monkeypatch.setattr(integration, "apply_sts", lambda model, config: "no such option")
+    assert prefill.pruning(None, STSConfig(budget=32)) == "no such option"
+
+
+def test_sdpa_backend(tiny):
+    assert prefill.sdpa_backend(tiny[0], CPU, torch.float32) in ("flash", "math")
+
+
+def test_decode_plans(builds, monkeypatch, capsys):
+    """With attention that builds a plan for every length: who meets it first pays, with hooks or without."""
+    monkeypatch.setattr(decode_plans, "elapsed_ms", prefill.elapsed_ms)
+    monkeypatch.setattr(decode_plans, "LAYERS", 2)
+    monkeypatch.setattr(prefill, "STEPS", 4)
+    assert decode_plans.main(["--device", "cpu", "--allow-reference"]) == 0
+    lines = capsys.readouterr().out.splitlines()[3:]
+    once = [
+        "A 32 / 32 heads, flash_attention      first call    2.000 ms  second    1.000 ms",
+        "A 28 / 4  heads, flash_attention      first call    2.000 ms  second    1.000 ms",
+        "B plain 2.00 ms a step, then plain 1.00 ms a step",
+        "C hooks 2.00 ms a step, then plain 1.00 ms a step",
+        "C plain 2.00 ms a step, then hooks 1.00 ms a step",
+        "D plain 1.00 ms a token, again 0.00 ms",
+        "D pruned 2.00 ms a token, again 0.00 ms",
+    ]
+    assert lines == ["cuDNN attention on", *once, "cuDNN attention off", *once]
+
+
+def test_cudnn_is_for_gpus(capsys):
+    with pytest.raises(SystemExit):
+        prefill.main(["--device", "cpu", "--cudnn", "on"])
+    assert "--cudnn is about --attn sdpa on a GPU, got --attn sdpa on cpu" in capsys.readouterr().err
+
+
+def test_recorded_decode_steps_say_which_lengths_they_met():
+    rows = record.read(record.RESULTS / "prefill.csv")
+    assert all(row["decode_lengths"] in (("new", "met") if row["decode_ms"] else ("",)) for row in rows)
 
 
 def test_rows(tmp_path, capsys):
     path = tmp_path / "prefill.csv"
-    common = ["--model", "tiny", "--device", "cpu", "--samples", "2", "--csv", str(path)]
+    common = ["--model", "tiny", "--device", "cpu", "--samples", "2", "--csv", str(path), "--allow-reference"]
     assert prefill.main([*common, "--budget", "32"]) == 0
     assert prefill.main([*common, "--budget", "16", "--seconds", "0.001"]) == 0
     with path.open(newline="") as file:
@@ -25,6 +150,9 @@ def test_rows(tmp_path, capsys):
         assert row["samples"] == "2"
     assert float(pruned["kv_mb"]) < float(full["kv_mb"])
     assert float(pruned["decode_ms"]) > 0
+    assert [row["decode_lengths"] for row in (full, pruned)] == ["", "met"]
+    assert all(row["fresh_ms"] and row["again_ms"] for row in (full, pruned))
+    assert not full["cudnn_attention"] + full["sdpa_backend"]  # of a GPU only
     out = capsys.readouterr().out
     assert out.count("tiny") == 3
     assert "the rest is left out" in out

@@ -5,6 +5,7 @@ that must be seen.
 
 import queue
 import re
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -169,6 +170,24 @@ def test_mutant_is_up_to_date(mutant, tmp_path):
 
 
 # ---- The smoke program -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_smoke_calls_of_each_kernel(number):
+    """What racecheck runs: few calls, and yet every kernel and algorithm of the whole list."""
+    every, few = smoke.smoke_calls(6e4), smoke.smoke_calls(6e4, number)
+    groups = Counter((call.kernel, call.way) for call in every)
+    assert groups.keys() == {(call.kernel, call.way) for call in smoke.smoke_calls(3e6)}
+    assert Counter((call.kernel, call.way) for call in few) == {g: min(n, number) for g, n in groups.items()}
+    assert sum(way.startswith("cluster") for _, way in groups) == 3  # one a dtype
+    assert len(few) < len(every) / 4
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "many"])
+def test_smoke_refuses_fewer_than_one_call(tmp_path, capsys, text):
+    with pytest.raises(SystemExit, match="2"):
+        smoke.main(["--binary", __file__, "--out", str(tmp_path), "--per-kernel", text])
+    assert f"--per-kernel: invalid positive value: '{text}'" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -28,6 +28,7 @@ class Call:
     kernel: str
     args: tuple  # int, float, None, NumPy array or At, as the launcher takes them
     judge: Callable[..., None]  # of the arguments after the call, arrays only; asserts
+    way: str = ""  # which of the kernel's algorithms runs, where the arguments choose one
 
     def __str__(self):
         return f"{self.kernel}-{self.name}"

@@ -134,6 +134,7 @@ def _select(
         f"repulsion_select_{SUFFIX[rows.dtype]}",
         args,
         lambda *arrays: judge(torch.from_numpy(arrays[-1])),
+        f"{way}{lookahead}",
     )
 
 
@@ -203,10 +204,10 @@ def of_case(case, dtype) -> list[Call]:
 
 
 def calls(most_work: float) -> list[Call]:
-    """Of every case that costs at most `most_work`, in each of its dtypes."""
+    """Of every case that costs at most `most_work`, in each of its dtypes; the cheapest case first."""
     return [
         call
-        for case in (*cases.CASES, *cases.VARLEN_CASES)
+        for case in sorted((*cases.CASES, *cases.VARLEN_CASES), key=work)
         if work(case) <= most_work
         for dtype in case.dtypes
         for call in of_case(case, dtype)
