@@ -47,5 +47,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    _process.end_on_interrupt()
     sys.exit(_process.run(main))

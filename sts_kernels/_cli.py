@@ -37,11 +37,6 @@ def to_rgb(image):
     upright = ImageOps.exif_transpose(image)
     if image.mode.partition(";")[0] in ("I", "F"):
         upright = scale_grey(upright, white_of(image))
-    elif image.mode == "LAB":
-        from PIL import ImageCms
-
-        profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        upright = ImageCms.profileToProfile(upright, *profiles, outputMode="RGB")
     elif image.mode in ("La", "RGBa"):  # colours multiplied by alpha, which convert("RGB") does not know
         upright = upright.convert(image.mode.upper())
     if upright.has_transparency_data:
