@@ -533,10 +533,12 @@ def test_greys_that_are_not_finite_are_refused(tmp_path, capsys):
 def test_dark_16_bit_pictures_stay_dark(tmp_path):
     """Their mode says where white is, whatever the brightest value is."""
     dark = np.full((16, 16), 200, dtype="<u2")
-    Image.fromarray(dark).save(tmp_path / "dark.tiff")
-    Image.fromarray(dark).save(tmp_path / "dark.png", transparency=771)  # a value that 8 bits do not have
     for name in ("dark.tiff", "dark.png"):
+        Image.fromarray(dark).save(tmp_path / name)
         assert np.asarray(_cli.load_picture(tmp_path / name)).max() == 1
+    picture = Image.fromarray(dark)
+    picture.info["transparency"] = 1  # one of 65536 values, and not 1 of 256
+    assert np.asarray(_cli.to_rgb(picture)).max() == 1
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGB", "1", "LA", "RGBA", "PA", "La", "RGBa"])
