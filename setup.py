@@ -46,21 +46,19 @@ def interpreters() -> Iterator[tuple[str, dict]]:
     A wrong guess does no harm: the library is built against the stable ABI, so any torch from TORCH_FLOOR on has the
     same headers for it.
     """
-    environment = dict(os.environ)
-    yield sys.executable, environment  # without build isolation, or with torch as an extra build requirement
-    for name in ("PYTHONPATH", "PYTHONNOUSERSITE"):  # pip isolates a build by these two variables alone
-        environment.pop(name, None)
-    yield sys.executable, environment
+    yield sys.executable, dict(os.environ)  # without build isolation, or with torch as an extra build requirement
+    # pip isolates a build by these two variables alone.
+    outside = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
+    yield sys.executable, outside
     # uv and `python -m build` isolate by a virtual environment of their own, ahead on PATH. uv installs into the active
     # environment, else into the nearest .venv.
     here = Path(os.environ.get("PWD") or ROOT)
-    environments = [folder / ".venv" for start in (here, ROOT) for folder in (start, *start.parents)]
-    folders = [*os.get_exec_path(), *(str(environment / "bin") for environment in environments)]
+    local = (str(folder / ".venv/bin") for start in (here, ROOT) for folder in (start, *start.parents))
     own = {Path(sys.prefix, "bin"), Path(sys.executable).parent}
-    for folder in dict.fromkeys(folders):
+    for folder in dict.fromkeys([*os.get_exec_path(), *local]):
         python = shutil.which("python3", path=folder) or shutil.which("python", path=folder)
         if python and Path(folder) not in own:
-            yield python, environment
+            yield python, outside
 
 
 def installed_torches() -> Iterator[Path]:
@@ -74,7 +72,7 @@ def installed_torches() -> Iterator[Path]:
         except (OSError, subprocess.TimeoutExpired):
             continue
         if run.returncode == 0 and run.stdout.strip():
-            yield Path(run.stdout.strip())
+            yield Path(run.stdout.strip().splitlines()[-1])  # a sitecustomize may print too
 
 
 def headers_version(include: Path) -> tuple[int, ...] | None:
