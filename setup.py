@@ -2,21 +2,28 @@
 
 Environment:
     STS_KERNELS_CUDA=auto|0|1       CUDA kernels: where there is an nvcc (default), never, or fail without one
-    STS_KERNELS_NATIVE=auto|0|1     the compiled library: where torch's headers and a compiler are (default), never, or
-                                    fail without them
-    STS_KERNELS_TORCH_INCLUDE=DIR   the torch/include folder to compile against, instead of the installed torch's
+    STS_KERNELS_NATIVE=auto|0|1     the compiled library: on Linux, or fail (default); never; on any system, or fail
+    STS_KERNELS_TORCH_INCLUDE=DIR   the torch/include folder to compile against, instead of an installed torch's
     TORCH_CUDA_ARCH_LIST, CUDA_HOME, CUDACXX, CXX, MAX_JOBS    as in other CUDA extensions
 """
 
+import functools
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import setuptools
+
+if int(setuptools.__version__.partition(".")[0]) < 77:  # only without build isolation
+    raise SystemExit(f'setuptools 77 or newer is needed, found {setuptools.__version__}: pip install "setuptools>=77"')
+
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 
@@ -33,16 +40,39 @@ def switch(name: str) -> str:
     return value
 
 
-def installed_torch() -> Path | None:
-    """The folder of the installed torch, found without importing it, also from inside pip's isolated environment."""
-    # pip isolates a build by these two variables, so without them Python sees the environment that pip was called in.
+def interpreters() -> Iterator[tuple[str, dict]]:
+    """Pythons that may have torch, with the environment to run each in; first those that are certain, then guesses.
+
+    A wrong guess does no harm: the library is built against the stable ABI, so any torch from TORCH_FLOOR on has the
+    same headers for it.
+    """
+    yield sys.executable, dict(os.environ)  # without build isolation, or with torch as an extra build requirement
+    # pip isolates a build by these two variables alone.
     outside = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
+    yield sys.executable, outside
+    # uv and `python -m build` isolate by a virtual environment of their own, ahead on PATH. uv installs into the active
+    # environment, else into the nearest .venv.
+    here = Path(os.environ.get("PWD") or ROOT)
+    local = (str(folder / ".venv/bin") for start in (here, ROOT) for folder in (start, *start.parents))
+    own = {Path(sys.prefix, "bin"), Path(sys.executable).parent}
+    for folder in dict.fromkeys([*os.get_exec_path(), *local]):
+        python = shutil.which("python3", path=folder) or shutil.which("python", path=folder)
+        if python and Path(folder) not in own:
+            yield python, outside
+
+
+def installed_torches() -> Iterator[Path]:
+    """Folders of installed torches, found without importing them."""
     probe = "import importlib.util as u; s = u.find_spec('torch'); print(s.submodule_search_locations[0] if s else '')"
-    for env in (None, outside):
-        run = subprocess.run([sys.executable, "-c", probe], env=env, cwd=sys.prefix, capture_output=True, text=True)
-        if run.stdout.strip():
-            return Path(run.stdout.strip())
-    return None
+    for python, environment in interpreters():
+        try:
+            run = subprocess.run(
+                [python, "-c", probe], env=environment, cwd=sys.prefix, capture_output=True, text=True, timeout=60
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            continue
+        if run.returncode == 0 and run.stdout.strip():
+            yield Path(run.stdout.strip().splitlines()[-1])  # a sitecustomize may print too
 
 
 def headers_version(include: Path) -> tuple[int, ...] | None:
@@ -54,33 +84,70 @@ def headers_version(include: Path) -> tuple[int, ...] | None:
     return tuple(int(re.search(rf"TORCH_VERSION_{part}\s+(\d+)", text)[1]) for part in ("MAJOR", "MINOR", "PATCH"))
 
 
-def torch_headers() -> tuple[Path | None, str]:
-    """torch/include, or None and why there is none that serves."""
+WITHOUT_TORCH = """
+Install PyTorch first, with one of:
+    pip install "torch>=2.10" && pip install .
+    uv pip install {requires} && uv pip install --no-build-isolation .
+    pip install build {requires} && python -m build --wheel --no-isolation
+Or name the headers of a torch that is elsewhere:
+    STS_KERNELS_TORCH_INCLUDE=<site-packages>/torch/include pip install .
+Or go without the library, on the PyTorch reference, which does the same and is far slower:
+    STS_KERNELS_NATIVE=0 pip install .
+""".format(requires='"torch>=2.10" "setuptools>=77" "cmake>=3.25" ninja')
+WITHOUT_COMPILER = """
+Install g++ (`apt-get install g++`, `dnf install gcc-c++`, `conda install -c conda-forge gxx`), or name one in CXX.
+Or go without the library, on the PyTorch reference, which does the same and is far slower:
+    STS_KERNELS_NATIVE=0 pip install .
+"""
+
+
+class Plan(NamedTuple):
+    include: Path | None  # the torch headers to compile against; None: there will be no library
+    reason: str = ""  # why none
+    remedy: str = ""  # what to type
+
+
+def torch_headers() -> Plan:
+    """The torch/include folder to compile against, or why there is none that serves."""
     floor = ".".join(map(str, TORCH_FLOOR))
     if given := os.environ.get("STS_KERNELS_TORCH_INCLUDE"):
-        include, source = Path(given), f"STS_KERNELS_TORCH_INCLUDE={given}"
-        if not include.is_dir():
-            raise SystemExit(f"{source} is not a folder; it must be the torch/include folder of torch {floor} or newer")
-    elif torch := installed_torch():
-        include, source = torch / "include", f"the torch in {torch.parent}"
+        if not Path(given).is_dir():
+            raise SystemExit(
+                f"STS_KERNELS_TORCH_INCLUDE={given} is not a folder; it must be the torch/include folder of torch "
+                f"{floor} or newer"
+            )
+        found = [(Path(given), f"STS_KERNELS_TORCH_INCLUDE={given}")]
     else:
-        return None, "torch is not installed in the environment of this build"
-    version = headers_version(include)
-    if version is None or version[:2] < TORCH_FLOOR:
-        found = "is older or has no headers" if version is None else f"is {'.'.join(map(str, version))}"
-        return None, f"torch {floor} or newer is needed, and {source} {found}"
-    return include.resolve(), ""
+        found = ((torch / "include", f"the torch in {torch.parent}") for torch in installed_torches())
+    reason = f"torch {floor} or newer was not found in this Python, on PATH or in .venv"
+    for number, (include, source) in enumerate(found):
+        version = headers_version(include)
+        if version and version[:2] >= TORCH_FLOOR:
+            return Plan(include.resolve())
+        if number == 0:
+            what = f"is {'.'.join(map(str, version))}" if version else "is older or has no headers"
+            reason = f"torch {floor} or newer is needed, and {source} {what}"
+    return Plan(None, reason, WITHOUT_TORCH)
 
 
-def plan() -> tuple[Path | None, str]:
-    """The torch headers to compile against, or None and why no library is built."""
+@functools.cache
+def plan() -> Plan:
     if switch("STS_KERNELS_NATIVE") == "0":
-        return None, "STS_KERNELS_NATIVE=0"
+        return Plan(None, "STS_KERNELS_NATIVE=0")
     if sys.platform != "linux":
-        return None, f"the compiled library is for Linux, and this is {sys.platform}"
-    if not any(shutil.which(name) for name in (os.environ.get("CXX") or "c++", "g++", "clang++")):
-        return None, "no C++ compiler was found (install g++, or set CXX)"
+        return Plan(None, f"the compiled library is for Linux, and this is {sys.platform}")
+    compilers = shlex.split(os.environ.get("CXX", ""))[:1] or ["c++", "g++", "clang++"]
+    if not any(map(shutil.which, compilers)):
+        return Plan(None, f"no C++ compiler was found (looked for {', '.join(compilers)})", WITHOUT_COMPILER)
     return torch_headers()
+
+
+def demanded() -> str:
+    """What makes a missing library an error; "" where the reference alone is what was asked for."""
+    for name in ("STS_KERNELS_NATIVE", "STS_KERNELS_CUDA"):
+        if switch(name) == "1":
+            return f"{name}=1, but "
+    return "sts_kernels: " if sys.platform == "linux" and switch("STS_KERNELS_NATIVE") == "auto" else ""
 
 
 def tool(name: str) -> str:
@@ -108,12 +175,14 @@ CACHED = "STS_KERNELS_CUDA TORCH_CUDA_ARCH_LIST CUDA_HOME CUDA_PATH CUDACXX CUDA
 
 def compile_library(include: Path, out: Path) -> None:
     """Configures, compiles and installs into `out`/sts_kernels, rebuilding only what changed since the last time."""
+    version = headers_version(include)
+    print(f"sts_kernels: headers of torch {'.'.join(map(str, version))} in {include}", flush=True)
     tree = ROOT / "build" / "cmake"
     tree.mkdir(parents=True, exist_ok=True)
     settings = {name: os.environ.get(name) for name in CACHED.split()} | {
         name: shutil.which(name) for name in ("c++", "nvcc")
     }
-    settings = json.dumps(settings | {"torch": [str(include), headers_version(include)]}, indent=1)
+    settings = json.dumps(settings | {"torch": [str(include), version]}, indent=1)
     remembered = tree / "settings.json"
     fresh = not remembered.exists() or remembered.read_text() != settings
     remembered.unlink(missing_ok=True)
@@ -138,11 +207,8 @@ def run(command: list) -> None:
         )
 
 
-INCLUDE, REASON = plan()
-
-
 class BuildLibrary(setuptools.Command):
-    """Builds the library, or says why not; always leaves a build_info.json that tells the same."""
+    """Builds the library, or fails; without one on purpose or elsewhere than on Linux. Leaves a build_info.json."""
 
     description = "build sts_kernels/libsts_kernels.so with CMake"
     user_options = []  # noqa: RUF012
@@ -155,63 +221,47 @@ class BuildLibrary(setuptools.Command):
         self.set_undefined_options("build", ("build_lib", "build_lib"))
 
     def run(self):
+        include, reason, remedy = plan()
+        if not include and (demand := demanded()):
+            raise SystemExit(f"\n{demand}the library cannot be built: {reason}.\n{remedy}")
         package = (ROOT if self.editable_mode else Path(self.build_lib)) / "sts_kernels"
         package.mkdir(parents=True, exist_ok=True)
-        if INCLUDE:
-            compile_library(INCLUDE, package.parent)
+        if include:
+            compile_library(include, package.parent)
             if not self.editable_mode:  # `python -m sts_kernels` in a checkout imports from there, installed or not
                 for name in PRODUCTS:
                     (ROOT / "sts_kernels" / name).unlink(missing_ok=True)  # never into a file that is in use
                     shutil.copy2(package / name, ROOT / "sts_kernels" / name)
         else:
-            self.without_library(package)
+            self.without_library(package, reason)
         info = json.loads((package / "build_info.json").read_text())
         print(f"sts_kernels {info['version']}: built {info['summary']}", flush=True)
 
-    def without_library(self, package):
-        demanded = [name for name in ("STS_KERNELS_NATIVE", "STS_KERNELS_CUDA") if switch(name) == "1"]
-        if demanded:
-            raise SystemExit(f"{demanded[0]}=1, but no library can be built: {REASON}")
+    def without_library(self, package, reason):
         (package / "libsts_kernels.so").unlink(missing_ok=True)  # of an earlier build
         info = {
             "version": self.distribution.get_version(),
-            "summary": f"no compiled library ({REASON})",
+            "summary": f"no compiled library ({reason})",
             "library": False,
-            "reason": REASON,
+            "reason": reason,
             "cuda": "",
         }
         (package / "build_info.json").write_text(json.dumps(info, indent=2) + "\n")
-        if switch("STS_KERNELS_NATIVE") == "auto":
-            print(WITHOUT_LIBRARY.format(reason=REASON), file=sys.stderr, flush=True)
 
     def get_source_files(self):
         return ["CMakeLists.txt", *(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.is_file())]
 
     def get_outputs(self):
-        names = PRODUCTS if INCLUDE else PRODUCTS[1:]
+        names = PRODUCTS if plan().include else PRODUCTS[1:]
         return [] if self.editable_mode else [str(Path(self.build_lib, "sts_kernels", name)) for name in names]
 
     def get_output_mapping(self):
         return {}
 
 
-WITHOUT_LIBRARY = """
-************************************************************************************************
-  sts_kernels is being installed WITHOUT its compiled library:
-  {reason}.
-
-  Everything works, but on the PyTorch reference, which is far slower. For the kernels:
-      pip install "torch>=2.10"        first, and have g++ (and nvcc for CUDA), then
-      pip install --no-deps .          again
-  Where the build environment cannot see torch (uv, `python -m build`), point it to the headers:
-      STS_KERNELS_TORCH_INCLUDE=.../site-packages/torch/include
-  STS_KERNELS_NATIVE=1 makes this an error, STS_KERNELS_NATIVE=0 silences it.
-************************************************************************************************
-"""
-
-
 class Build(build):
-    sub_commands = [*build.sub_commands, ("build_library", None)]  # noqa: RUF012
+    # The library first: what stops it is then all there is to read.
+    sub_commands = [("build_library", None), *build.sub_commands]  # noqa: RUF012
 
 
 class Wheel(bdist_wheel):
@@ -222,7 +272,7 @@ class Wheel(bdist_wheel):
 
 class Distribution(setuptools.Distribution):
     def has_ext_modules(self):
-        return INCLUDE is not None
+        return plan().include is not None
 
 
 setuptools.setup(

@@ -207,29 +207,146 @@ def python_without_torch(tmp_path_factory) -> Path:
     return venv / "bin/python"
 
 
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory, python_without_torch) -> dict:
+    """`build` with no torch to be found: that Python, a PATH with a C++ compiler only, a folder without .venv."""
+    if shutil.which("c++") is None:
+        pytest.skip("needs a C++ compiler")
+    folder = tmp_path_factory.mktemp("path")
+    (folder / "c++").symlink_to(shutil.which("c++"))
+    return {"python": python_without_torch, "PATH": str(folder), "PWD": str(folder)}
+
+
+def headers(folder: Path, version: str) -> Path:
+    """A torch of which there is only what the search looks at."""
+    file = folder / "torch/include/torch/headeronly/version.h"
+    file.parent.mkdir(parents=True)
+    parts = zip(("MAJOR", "MINOR", "PATCH"), version.split("."), strict=True)
+    file.write_text("".join(f"#define TORCH_VERSION_{name} {number}\n" for name, number in parts))
+    (folder / "torch/__init__.py").touch()
+    return folder / "torch/include"
+
+
+def environment_with(folder: Path, torch: str) -> Path:
+    """The bin folder of a virtual environment with a torch of that version."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    headers(packages, torch)
+    return folder / "bin"
+
+
 @pytest.mark.slow
-def test_without_torch_it_says_so_and_goes_on(tree, python_without_torch):
-    run = build(tree, "build", python=python_without_torch)
-    assert run.returncode == 0, run.stderr
-    assert "WITHOUT its compiled library:\n  torch is not installed in the environment of this build" in run.stderr
-    assert 'pip install "torch>=2.10"' in run.stderr
-    assert "STS_KERNELS_TORCH_INCLUDE" in run.stderr
-    assert info(tree)["library"] is False
-    assert not info(tree)["cuda"]
-    for switch in ("STS_KERNELS_NATIVE", "STS_KERNELS_CUDA"):
-        run = build(tree, "build", python=python_without_torch, **{switch: "1"})
+@pytest.mark.parametrize("command", ["build", "bdist_wheel"])
+def test_without_torch_the_build_fails_and_says_what_to_type(tree, bare, command):
+    run = build(tree, command, **bare)
+    assert run.returncode != 0
+    assert "Traceback" not in run.stderr
+    message = run.stderr[run.stderr.index("sts_kernels: ") :]
+    reason = "torch 2.10 or newer was not found in this Python, on PATH or in .venv"
+    assert message.startswith(f"sts_kernels: the library cannot be built: {reason}.\n")
+    assert len(message.splitlines()) <= 12
+    requires = re.findall(
+        r'"([^"]+)"', re.search(r"^requires = \[(.*)\]", (ROOT / "pyproject.toml").read_text(), re.M)[1]
+    )
+    quoted = " ".join(r if r.isalpha() else f'"{r}"' for r in requires)
+    for line in (
+        'pip install "torch>=2.10" && pip install .',
+        f'uv pip install "torch>=2.10" {quoted} && uv pip install --no-build-isolation .',
+        f'pip install build "torch>=2.10" {quoted} && python -m build --wheel --no-isolation',
+        "STS_KERNELS_TORCH_INCLUDE=<site-packages>/torch/include pip install .",
+        "STS_KERNELS_NATIVE=0 pip install .",
+    ):
+        assert f"\n    {line}\n" in message
+    assert not list(tree.glob("build/lib*/sts_kernels/libsts_kernels.so"))
+
+
+@pytest.mark.slow
+def test_metadata_needs_no_torch(tree, bare, tmp_path):
+    for command in (["egg_info"], ["dist_info", "--output-dir", str(tmp_path)], ["sdist", "--dist-dir", str(tmp_path)]):
+        run = build(tree, *command, **bare)
+        assert run.returncode == 0, run.stderr
+    assert (tmp_path / f"sts_kernels-{sts_kernels.__version__}.tar.gz").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("switch", ["STS_KERNELS_NATIVE", "STS_KERNELS_CUDA"])
+def test_a_demand_that_cannot_be_met_is_named(tree, bare, switch):
+    run = build(tree, "build", **bare, **{switch: "1"})
+    assert run.returncode != 0
+    assert f"{switch}=1, but the library cannot be built: torch 2.10 or newer was not found" in run.stderr
+    if switch == "STS_KERNELS_CUDA":
+        run = build(tree, "build", STS_KERNELS_CUDA="1", STS_KERNELS_NATIVE="0")
+        assert run.stderr.strip() == "STS_KERNELS_CUDA=1, but the library cannot be built: STS_KERNELS_NATIVE=0."
+
+
+@pytest.mark.slow
+def test_without_a_compiler_the_build_fails_and_says_what_to_type(tree, tmp_path):
+    for environment in ({"PATH": str(tmp_path), "CXX": ""}, {"CXX": "/nowhere/g++ -m64"}):
+        run = build(tree, "build", **environment)
         assert run.returncode != 0
-        assert f"{switch}=1, but no library can be built: torch is not installed" in run.stderr
+        assert "sts_kernels: the library cannot be built: no C++ compiler was found (looked for " in run.stderr
+        assert "apt-get install g++" in run.stderr
+        assert "STS_KERNELS_NATIVE=0 pip install ." in run.stderr
+
+
+@pytest.mark.slow
+def test_elsewhere_than_on_linux_there_is_only_the_reference(tree, python_without_torch):
+    program = (
+        "import sys, setuptools, setuptools.command.bdist_wheel; sys.platform = 'darwin'; __file__ = 'setup.py'; "
+        "sys.argv = 'setup.py -q build --build-lib mac'.split(); exec(open('setup.py').read())"
+    )
+    run = subprocess.run([python_without_torch, "-c", program], cwd=tree, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    recorded = json.loads((tree / "mac/sts_kernels/build_info.json").read_text())
+    assert recorded["reason"] == "the compiled library is for Linux, and this is darwin"
+
+
+@pytest.mark.slow
+def test_torch_is_found_in_the_environment_that_is_installed_into(tree, bare, tmp_path):
+    """uv and `python -m build` give a build another Python: the active environment is on PATH, or uv takes a .venv."""
+    (tmp_path / "project/below").mkdir(parents=True)
+    active = environment_with(tmp_path / "active", torch="2.98.0")
+    local = environment_with(tmp_path / "project/.venv", torch="2.97.0")
+    old = environment_with(tmp_path / "old", torch="2.9.1")
+    ahead = f"{bare['python'].parent}{os.pathsep}{old}{os.pathsep}{active}{os.pathsep}{bare['PATH']}"
+    for changes, found in (
+        ({"PATH": ahead}, active),  # an older torch, and the build's own Python, are passed over
+        ({"PWD": str(tmp_path / "project/below")}, local),
+    ):
+        run = build(tree, "build_library", **bare | changes)
+        (packages,) = found.parent.glob("lib/python*/site-packages")
+        version = "2.98.0" if found == active else "2.97.0"
+        assert f"headers of torch {version} in {packages}/torch/include\n" in run.stdout
+        assert "cmake was not found" in run.stderr  # so it was about to build
+    run = build(tree, "build_library", **bare | {"PATH": f"{old}{os.pathsep}{bare['PATH']}"})
+    assert re.search(r"torch 2.10 or newer is needed, and the torch in \S+/old/lib/\S+ is 2.9.1\.$", run.stderr, re.M)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("python", ["#!/bin/sh\nexit 3\n", "#!/bin/sh\necho /nowhere/torch\n", "no program\n"])
+def test_a_wrong_guess_breaks_nothing(tree, bare, tmp_path, python):
+    (tmp_path / "python3").write_text(python)
+    (tmp_path / "python3").chmod(0o755)
+    good = environment_with(tmp_path / "good", torch="2.98.0")
+    run = build(tree, "build_library", **bare | {"PATH": os.pathsep.join([str(tmp_path), str(good), bare["PATH"]])})
+    assert "headers of torch 2.98.0 in " in run.stdout
 
 
 @pytest.mark.slow
 def test_old_torch_is_named(tree, tmp_path):
-    header = tmp_path / "torch/headeronly/version.h"
-    header.parent.mkdir(parents=True)
-    header.write_text("#define TORCH_VERSION_MAJOR 2\n#define TORCH_VERSION_MINOR 9\n#define TORCH_VERSION_PATCH 1\n")
-    run = build(tree, "build_library", STS_KERNELS_TORCH_INCLUDE=str(tmp_path), STS_KERNELS_NATIVE="1")
-    assert run.returncode != 0
-    assert f"torch 2.10 or newer is needed, and STS_KERNELS_TORCH_INCLUDE={tmp_path} is 2.9.1" in run.stderr
+    include = headers(tmp_path, "2.9.1")
+    for environment in ({}, {"STS_KERNELS_NATIVE": "1"}):
+        run = build(tree, "build_library", STS_KERNELS_TORCH_INCLUDE=str(include), **environment)
+        assert run.returncode != 0
+        assert f"torch 2.10 or newer is needed, and STS_KERNELS_TORCH_INCLUDE={include} is 2.9.1" in run.stderr
+
+
+@pytest.mark.slow
+def test_old_setuptools_is_named(tree, tmp_path):
+    (tmp_path / "setuptools.py").write_text("__version__ = '65.5.0'")
+    program = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); __file__ = 'setup.py'; exec(open('setup.py').read())"
+    run = subprocess.run([sys.executable, "-c", program], cwd=tree, capture_output=True, text=True)
+    assert run.stderr == 'setuptools 77 or newer is needed, found 65.5.0: pip install "setuptools>=77"\n'
 
 
 def wheel(tree: Path, out: Path, **environment) -> zipfile.ZipFile:
@@ -251,7 +368,7 @@ def test_wheel_serves_every_python(tree, tmp_path):
         assert {n for n in names if n.endswith(".py")} == python_files(tree)
         binary = {n for n in names if not n.endswith(".py") and ".dist-info/" not in n}
         pictures = {n for n in binary if n.startswith("sts_kernels/pictures/")}
-        assert binary - pictures == {"sts_kernels/libsts_kernels.so", "sts_kernels/build_info.json"}
+        assert binary - pictures == {f"sts_kernels/{n}" for n in ("libsts_kernels.so", "build_info.json", "py.typed")}
         assert pictures
         archive.extractall(tmp_path / "site")
     program = """
@@ -286,3 +403,8 @@ def test_torch_is_no_build_requirement():
     text = (ROOT / "pyproject.toml").read_text()
     requires = re.search(r"^requires = \[(.*)\]", text, re.M)[1]
     assert sorted(re.findall(r'"(\w+)', requires)) == ["cmake", "ninja", "setuptools"]
+
+
+def test_the_version_stands_in_two_places():
+    """Static in pyproject.toml for uv, and in the package for a checkout."""
+    assert re.search(r'^version = "(.+?)"', (ROOT / "pyproject.toml").read_text(), re.M)[1] == sts_kernels.__version__

@@ -1,7 +1,10 @@
 """The command line: what `info` and `demo` print, draw and refuse."""
 
+import importlib.util
+import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,25 +16,28 @@ from oracle import check_select
 from PIL import Image
 
 import sts_kernels
-from sts_kernels import _native, demo, info
+from sts_kernels import _cli, _errors, _native, demo, info
 from sts_kernels.__main__ import COMMANDS, main
 from sts_kernels._registry import OPS, Op
 
 SIDE, PATCH = 24, 14
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 LABELS = ["package", "torch", "triton", "transformers", "python", "gpu", "build", "environment"]
+NAME = "python -m sts_kernels"
 
 
-def python(*arguments, **environment):
+def start(*arguments, **environment) -> subprocess.Popen:
     root = str(Path(sts_kernels.__file__).parents[1])
     path = os.pathsep.join([environment.pop("first", root), root])
-    return subprocess.run(
-        [sys.executable, *arguments],
-        env={**os.environ, "PYTHONPATH": path, **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    environment = {**os.environ, "PYTHONPATH": path, **environment}
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, *arguments], env=environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def python(*arguments, **environment) -> subprocess.CompletedProcess:
+    process = start(*arguments, **environment)
+    out, err = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
 
 # ---- info --------------------------------------------------------------------------------------------------------
@@ -130,12 +136,12 @@ def boom(*args, **kwargs):
 )
 def test_a_failing_probe_is_printed_in_its_place(monkeypatch, capsys, owner, name, label):
     monkeypatch.setattr(owner, name, boom)
-    assert main(["info"]) == 0
+    assert main(["info"]) == (1 if name == "backends" else 0)
     out = capsys.readouterr().out
     assert "failed: RuntimeError: boom" in out
     assert "second line" not in out
     labels = re.findall(r"^([a-z]+) ", out.split("\n\n")[1], re.MULTILINE)
-    assert labels == LABELS
+    assert [label for label in labels if label != "to"] == LABELS  # "to fix it" comes last
     if label:
         assert re.search(rf"^{label} +failed: RuntimeError: boom$", out, re.MULTILINE)
 
@@ -150,22 +156,49 @@ def test_info_where_the_library_is_disabled():
     assert "STS_KERNELS_DISABLE=1" in facts["environment"]
 
 
+def test_info_as_json(monkeypatch, capsys):
+    monkeypatch.setenv("STS_KERNELS_NOTE", "é")
+    assert main(["info", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert list(data) == ["version", "ops", "error", *LABELS, "library", "remedies"]
+    assert data["version"] == sts_kernels.__version__
+    for name, op in OPS.items():
+        assert data["ops"][name] == {key: {"backend": op.backend(key), "why": op.why(key)} for key in ("CPU", "CUDA")}
+    status = _native.status()
+    assert data["library"] == {"loaded": status.loaded, "reason": status.reason, "build": status.build}
+    assert data["environment"]["STS_KERNELS_NOTE"] == "é"
+    assert data["remedies"] == status.remedies()
+    _, _, facts = parse(info.report(data))
+    assert all(facts[label] == " ".join(data[label].split()) for label in LABELS if label != "environment")
+
+
+def test_info_shows_what_to_type_unwrapped(monkeypatch):
+    command = "pip install " + "x" * 120
+    monkeypatch.setattr(_native, "status", lambda: _native.Status(False, "gone", {}, command))
+    assert info.report().splitlines()[-1] == f"to fix it     {command}"
+
+
 def test_info_prints_where_torch_does_not_import(tmp_path):
     (tmp_path / "torch.py").write_text("raise ImportError('libtorch is broken')")
     run = python("-m", "sts_kernels", "info", first=str(tmp_path))
-    assert (run.returncode, run.stderr) == (0, "")
+    assert (run.returncode, run.stderr) == (1, "")
     assert run.stdout.startswith(
         "no op works, for the package does not load: failed: ImportError: libtorch is broken\n"
     )
     assert re.search(r"^torch +failed: ImportError: libtorch is broken$", run.stdout, re.MULTILINE)
     assert re.search(r"^python +3\.", run.stdout, re.MULTILINE)
+    message = "sts_kernels needs PyTorch 2.10 or newer, and `import torch` failed: libtorch is broken"
     run = python("-m", "sts_kernels", "demo", first=str(tmp_path))
-    assert (run.returncode, run.stderr) == (2, "python -m sts_kernels demo: libtorch is broken\n")
+    assert (run.returncode, run.stderr) == (2, f"{NAME} demo: {message}\n")
+    data = json.loads(python("-m", "sts_kernels", "info", "--json", first=str(tmp_path)).stdout)
+    assert (data["ops"], data["error"]) == ({}, "failed: ImportError: libtorch is broken")
     run = python("-c", "import sts_kernels", first=str(tmp_path))
     assert run.returncode == 1
-    assert run.stderr.splitlines()[-1] == (
-        "ImportError: sts_kernels needs PyTorch 2.10 or newer, and `import torch` failed: libtorch is broken"
-    )
+    assert run.stderr.splitlines()[-1] == f"ImportError: {message}"
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('No module named torch', name='torch')")
+    run = python("-m", "sts_kernels", "demo", first=str(tmp_path))
+    assert run.stderr == f"{NAME} demo: sts_kernels needs torch: {_errors.install('torch>=2.10')}\n"
+    assert python("-m", "sts_kernels", "--version", first=str(tmp_path)).stdout == "sts_kernels 0.1.0\n"
 
 
 def test_info_prints_what_the_terminal_cannot_encode():
@@ -202,11 +235,83 @@ def refusal(capsys, *argv) -> str:
     assert out == ""
     assert err.endswith("\n")
     assert err.count("\n") == 1
-    assert err.startswith("python -m sts_kernels")
+    assert err.startswith(NAME)
     return err
 
 
-@pytest.mark.parametrize("argv", [[], ["dance"], ["info", "--loud"], ["demo", "--keep", "many"], ["demo", "a", "b"]])
+def test_without_a_command_it_prints_help(capsys):
+    assert main([]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert all(name in err for name in COMMANDS)
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"sts_kernels {sts_kernels.__version__}\n"
+
+
+@pytest.mark.parametrize("package", ["torch", "PIL"])  # imported before main, and by a command that runs
+def test_an_interrupt_is_one_line(tmp_path, package):
+    """Also where an import would catch it."""
+    code = "import time; print('ready', flush=True)\ntry: time.sleep(60)\nexcept BaseException: print('caught')\n"
+    (tmp_path / f"{package}.py").write_text(code)
+    process = start("-m", "sts_kernels", "demo", first=str(tmp_path))
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "", f"{NAME}: interrupted\n")
+
+
+@pytest.mark.parametrize("argv", [["info"], ["--help"], ["info", "--json"]])
+def test_a_closed_pipe_is_silent(argv):
+    process = start("-m", "sts_kernels", *argv, PYTHONUNBUFFERED="")
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(60) == 128 + signal.SIGPIPE
+
+
+def test_a_closed_or_full_output():
+    def info_to(where):
+        command = f"PYTHONUNBUFFERED= {sys.executable} -m sts_kernels info >{where}"
+        root = Path(sts_kernels.__file__).parents[1]
+        run = subprocess.run(command, shell=True, cwd=root, stderr=subprocess.PIPE, text=True)
+        return run.returncode, run.stderr
+
+    assert info_to("&-") == (0, "")
+    if not os.path.exists("/dev/full"):
+        pytest.skip("needs /dev/full")
+    assert info_to("/dev/full") == (2, f"{NAME}: cannot write the output: No space left on device\n")
+
+
+def test_no_word_of_numpy_where_there_is_none(tmp_path):
+    (tmp_path / "numpy.py").write_text("raise ModuleNotFoundError(\"No module named 'numpy'\", name='numpy')")
+    if "NumPy" not in python("-c", "import torch", first=str(tmp_path)).stderr:
+        pytest.skip("this torch does not warn")
+    run = python("-m", "sts_kernels", "info", first=str(tmp_path))
+    assert (run.returncode, run.stderr) == (0, "")
+    code = "import warnings; before = list(warnings.filters); import sts_kernels; print(before == warnings.filters)"
+    assert python("-c", f"import torch; {code}").stdout == "True\n"
+
+
+def test_what_is_missing_comes_with_a_command_for_this_environment(monkeypatch):
+    monkeypatch.setattr(_errors.shutil, "which", lambda name: sys.executable)
+    assert _errors.needs("pillow") == "pillow: python -m pip install 'pillow>=10.1'"
+    assert _errors.needs("transformers", "pillow") == (
+        "transformers and pillow: python -m pip install 'transformers>=4.57' 'pillow>=10.1'"
+    )
+    monkeypatch.setattr(_errors.importlib.util, "find_spec", lambda name: None)
+    assert _errors.install("x") == "uv pip install x"
+    monkeypatch.setattr(_errors.shutil, "which", lambda name: "/usr/bin/python")
+    assert _errors.install("x") == f"uv pip install --python {sys.executable} x"
+    monkeypatch.undo()
+    monkeypatch.setattr(_errors.shutil, "which", lambda name: None)
+    assert _errors.install("x").startswith("uv" if importlib.util.find_spec("pip") is None else sys.executable)
+
+
+@pytest.mark.parametrize("argv", [["dance"], ["info", "--loud"], ["demo", "--keep", "many"], ["demo", "a", "b"]])
 def test_wrong_usage_is_one_line(capsys, argv):
     assert refusal(capsys, *argv)
 
@@ -290,10 +395,8 @@ def test_demo_end_to_end(tmp_path, capsys, device, shape, keep):
     for (mean, largest), tokens in zip(table.values(), shown, strict=True):
         assert (mean, largest) == pytest.approx(coverage(features, tokens), rel=1e-3, abs=1e-3)
 
-    assert facts["tokens"] == f"24 x 24 = 576 of the centre crop, {keep} kept"
-    assert facts["features"] == (
-        "normalised RGB values of 14 x 14 patches: pixels, not a model's features, C = 588, float32"
-    )
+    assert facts["tokens"] == f"24 x 24 = 576 patches of 14 x 14 pixels in the centre crop, {keep} kept"
+    assert facts["features"] == "normalised RGB values: pixels, not a model's features, C = 588, float32"
     assert facts["backend"].startswith(f"{OPS['repulsion_select'].backend(device.type.upper())}, on ")
     assert re.fullmatch(r"\S+ ms; the direct PyTorch loop takes \S+ ms, \S+x \(medians\)", facts["time"])
     assert facts["picture"].startswith(f"{out}: ")
@@ -304,7 +407,7 @@ def test_demo_of_the_photograph_that_ships(tmp_path, capsys):
     assert main(["demo", "--out", str(out), "--device", "cpu"]) == 0
     _, table = printed(capsys.readouterr().out)
     assert Image.open(out).size == (1056, 376)
-    assert Image.open(demo.default_picture()).size == (600, 400)
+    assert Image.open(_cli.default_picture()).size == (600, 400)
     assert table["repulsion_select"][1] < table["uniform grid"][1]  # no dropped token is as badly covered
 
 
@@ -324,14 +427,154 @@ def test_demo_turns_a_photograph_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 3  # Orientation: upside down
     photo.save(tmp_path / "photo.png", exif=exif)
-    assert (np.asarray(demo.load_picture(tmp_path / "photo.png")) == np.asarray(photo)[::-1, ::-1]).all()
+    assert (np.asarray(_cli.load_picture(tmp_path / "photo.png")) == np.asarray(photo)[::-1, ::-1]).all()
 
 
-def test_demo_takes_any_colour_mode(tmp_path, capsys):
-    for mode in ("L", "RGBA", "P", "1", "CMYK", "LA"):
-        path = tmp_path / ("photo.tif" if mode == "CMYK" else "photo.png")
-        Image.fromarray(noise(60, 60)).convert(mode).save(path)
-        assert main(["demo", str(path), "--out", str(tmp_path / "kept.png"), "--device", "cpu"]) == 0
+# ---- pictures ----------------------------------------------------------------------------------------------------
+
+RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
+
+
+DEEP = ("I", "I;16", "I;16L", "I;16B", "F")
+
+
+def grey_picture(mode: str) -> Image.Image:
+    """A ramp of all 256 greys in that mode, from black to the mode's white."""
+    ramp = Image.fromarray(RAMP)
+    deep = RAMP.astype(np.uint32) * 257
+    match mode:
+        case "I;16":
+            return Image.fromarray(deep.astype("<u2"))
+        case "I;16L" | "I;16B":
+            return Image.frombytes(mode, (16, 16), deep.astype("<u2" if mode == "I;16L" else ">u2").tobytes())
+        case "I":
+            return Image.fromarray(deep.astype(np.int32))
+        case "F":
+            return Image.fromarray(RAMP.astype(np.float32) / 255)
+        case "La" | "RGBa":
+            return ramp.convert(mode.upper()).convert(mode)
+        case "LAB":
+            lightness = Image.fromarray(RAMP)
+            return Image.merge("LAB", [lightness, Image.new("L", (16, 16), 128), Image.new("L", (16, 16), 128)])
+        case _:
+            return ramp.convert(mode)
+
+
+def check_greys(picture: Image.Image, mode: str):
+    assert picture.mode == "RGB"
+    values = np.asarray(picture).astype(int)
+    if mode == "1":  # dithered
+        return
+    if mode == "LAB":  # lightness is no linear grey
+        assert values[0, 0].max() <= 1
+        assert values[-1, -1].min() >= 254
+        assert (np.diff(values.mean(2).reshape(-1)) >= 0).all()
+        return
+    assert np.abs(values - RAMP[..., None]).max() <= (2 if mode in ("YCbCr", "HSV") else 0)
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [*("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"), *DEEP],
+)
+def test_pictures_of_any_mode_keep_their_greys(mode):
+    check_greys(_cli.to_rgb(grey_picture(mode)), mode)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "modes"),
+    [
+        ("png", "1 L LA P RGB RGBA I;16"),
+        ("tiff", "1 L LA P PA RGB RGBA RGBX CMYK I I;16 F"),
+        ("webp", "1 L LA P RGB RGBA RGBX"),
+        ("gif", "1 L P"),
+        ("bmp", "1 L P RGB RGBA"),
+        ("ppm", "1 L RGB I I;16"),
+        ("pfm", "F"),
+    ],
+)
+def test_picture_files_keep_their_greys(tmp_path, suffix, modes):
+    for mode in modes.split():
+        path = tmp_path / f"{mode.replace(';', '')}.{suffix}"
+        try:
+            grey_picture(mode).save(path, **({"lossless": True} if suffix == "webp" else {}))
+        except (OSError, ValueError):
+            continue  # an older Pillow
+        check_greys(_cli.load_picture(path), mode)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "white"),
+    [
+        (np.int32, (0, 255), 255),
+        (np.int32, (0, 256), 65535),
+        (np.int32, (0, 10**6), 10**6),
+        (np.float32, (0, 1), 1),
+        (np.float32, (0, 200), 255),
+        (np.float32, (0, 70000), 70000),
+    ],
+)
+def test_white_is_the_smallest_usual_one_that_holds_all_values(kind, values, white):
+    shown = np.asarray(_cli.to_rgb(Image.fromarray(np.array([values], dtype=kind))))[0, :, 0]
+    assert shown.tolist() == [0, round(255 * values[1] / white)]
+
+
+def test_greys_below_zero_take_their_own_range():
+    values = np.array([[-3.0, 0.0, 3.0]], dtype=np.float32)
+    assert np.asarray(_cli.to_rgb(Image.fromarray(values)))[0, :, 0].tolist() == [0, 128, 255]
+    assert np.asarray(_cli.to_rgb(Image.fromarray(0 * values - 7)))[0, :, 0].tolist() == [0, 0, 0]
+
+
+def test_greys_that_are_not_finite_are_refused(tmp_path, capsys):
+    Image.fromarray(np.array([[1.0, np.inf]], dtype=np.float32)).save(tmp_path / "x.tiff")
+    assert "it has values that are not finite" in refusal(capsys, "demo", str(tmp_path / "x.tiff"))
+
+
+def test_dark_16_bit_pictures_stay_dark(tmp_path):
+    """Their mode says where white is, whatever the brightest value is."""
+    dark = np.full((16, 16), 200, dtype="<u2")
+    for name in ("dark.tiff", "dark.png"):
+        Image.fromarray(dark).save(tmp_path / name)
+        assert np.asarray(_cli.load_picture(tmp_path / name)).max() == 1
+    picture = Image.fromarray(dark)
+    picture.info["transparency"] = 1  # one of 65536 values, and not 1 of 256
+    assert np.asarray(_cli.to_rgb(picture)).max() == 1
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGB", "1", "LA", "RGBA", "PA", "La", "RGBa"])
+def test_transparent_is_white(tmp_path, mode):
+    """A black picture whose left half shows nothing."""
+    if mode in ("L", "P", "RGB", "1"):
+        black = Image.new("RGB", (4, 2), "black")
+        black.paste("red" if mode in ("P", "RGB") else "white", (0, 0, 2, 2))
+        picture = black.convert(mode)
+        transparent = picture.getpixel((0, 0))
+        picture.save(tmp_path / "x.png", transparency=transparent)
+        shown = _cli.load_picture(tmp_path / "x.png")
+    else:
+        opaque = Image.new("L", (4, 2), 255)
+        opaque.paste(0, (0, 0, 2, 2))
+        picture = Image.new({"LA": "L", "PA": "P", "RGBA": "RGB"}[mode.upper()], (4, 2))
+        picture.putalpha(opaque)
+        shown = _cli.to_rgb(picture.convert(mode))
+    assert np.asarray(shown)[:, :, 1].tolist() == [[255, 255, 0, 0]] * 2
+
+
+def test_half_transparent_is_half_white():
+    assert _cli.to_rgb(Image.new("RGBA", (1, 1), (0, 0, 0, 127))).getpixel((0, 0)) == (128, 128, 128)
+
+
+def test_of_an_animation_the_first_frame_is_taken(tmp_path):
+    frames = [Image.new("L", (4, 4), value) for value in (10, 200)]
+    frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
+    assert _cli.load_picture(tmp_path / "x.gif").getpixel((0, 0)) == (10, 10, 10)
+
+
+def test_demo_takes_pictures_of_other_modes(tmp_path, capsys):
+    for mode in ("I;16", "P"):
+        Image.fromarray(noise(60, 60)).convert("L").convert(mode).save(tmp_path / "photo.png")
+        argv = [str(tmp_path / "photo.png"), "--out", str(tmp_path / "kept.png"), "--device", "cpu"]
+        assert main(["demo", *argv]) == 0
     capsys.readouterr()
 
 
@@ -385,7 +628,7 @@ def test_median_ms_runs_often_enough_and_not_longer(monkeypatch, lengths, runs, 
 
 def test_demo_refuses_what_is_no_picture(tmp_path, capsys):
     (tmp_path / "text.jpg").write_text("not a picture")
-    (tmp_path / "cut.jpg").write_bytes(demo.default_picture().read_bytes()[:30000])
+    (tmp_path / "cut.jpg").write_bytes(_cli.default_picture().read_bytes()[:30000])
     (tmp_path / "empty.png").write_bytes(b"")
     for name in ("missing.png", "text.jpg", "cut.jpg", "empty.png", "."):
         out = tmp_path / "kept.png"
@@ -427,10 +670,12 @@ def test_demo_refuses_a_picture_it_cannot_write(tmp_path, capsys, name):
     assert f"cannot write the picture {out}: " in refusal(capsys, "demo", "--out", str(out))
 
 
-@pytest.mark.parametrize(("package", "extra"), [("PIL", "demo"), ("transformers", "hf")])
-def test_demo_names_the_extra_that_is_missing(monkeypatch, capsys, package, extra):
-    monkeypatch.setitem(sys.modules, package, None)
-    assert f"pip install 'sts-kernels[{extra}]'" in refusal(capsys, "demo", "--features", "some/model")
+@pytest.mark.parametrize(("module", "needs"), [("PIL", ["pillow"]), ("transformers", ["transformers", "pillow"])])
+def test_demo_names_what_is_missing(monkeypatch, capsys, module, needs):
+    monkeypatch.setitem(sys.modules, module, None)
+    assert f"need {_errors.needs(*needs)}\n" in refusal(capsys, "demo", "--features", "some/model").replace(
+        "needs", "need"
+    )
 
 
 # ---- demo: a vision model's features -----------------------------------------------------------------------------
@@ -440,7 +685,7 @@ SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "nu
 
 @pytest.fixture
 def transformers():
-    return pytest.importorskip("transformers", reason="needs transformers: pip install 'sts-kernels[hf]'")
+    return pytest.importorskip("transformers", reason='needs transformers: pip install ".[hf]"')
 
 
 def save_model(transformers, folder, kind, size):
@@ -505,7 +750,7 @@ def test_demo_with_a_vision_model(tmp_path, capsys, transformers, kind, size):
     for (mean_distance, largest), tokens in zip(table.values(), choices, strict=True):
         expected = coverage(features.double().numpy(), tokens)
         assert (mean_distance, largest) == pytest.approx(expected, rel=1e-3)
-    assert facts["tokens"] == "4 x 4 = 16 of the centre crop, 6 kept"
+    assert facts["tokens"] == "4 x 4 = 16 patches of 14 x 14 pixels in the centre crop, 6 kept"
     assert facts["features"] == f"penultimate layer of {folder}, C = 32, float32"
 
     argv[argv.index("6")] = "17"

@@ -11,6 +11,7 @@ from sts_kernels._registry import OPS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PYPROJECT = (ROOT / "pyproject.toml").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -74,3 +75,20 @@ def test_readme_names_every_variable_the_code_reads():
     read = set(re.findall(r"""(?:environ\.get\(|environ\[|switch\(|getenv\()["'](STS_KERNELS_\w+)""", text))
     assert len(read) >= 5
     assert read == {name for name in re.findall(r"^\| `(STS_KERNELS_\w+)", README, re.MULTILINE)} & read
+
+
+def test_extras_are_those_of_pyproject():
+    """And are named as of a checkout: the package is not on PyPI."""
+    known = re.findall(
+        r"^(\w+) = \[", PYPROJECT.split("[project.optional-dependencies]", 1)[1].split("\n[", 1)[0], re.M
+    )
+    files = [*PAGES, *(ROOT / "sts_kernels").rglob("*.py"), *(ROOT / "python_tests").rglob("*.py")]
+    text = "\n".join(file.read_text() for file in files)
+    assert set(re.findall(r'"\.\[(\w+)\]"', text)) <= set(known)
+    assert not re.findall(r"sts[-_]kernels\[[a-z]+\]", text)
+
+
+def test_the_commands_for_installers_name_the_build_requirements():
+    requires = re.findall(r'"([^"]+)"', re.search(r"^requires = \[(.*)\]", PYPROJECT, re.M)[1])
+    quoted = " ".join(r if r.isalpha() else f'"{r}"' for r in requires)
+    assert README.count(f" torch {quoted} && ") == 2

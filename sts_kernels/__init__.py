@@ -1,20 +1,37 @@
 """Visual-token pruning kernels for vision-language models. `python -m sts_kernels info` shows what serves each op."""
 
-import sys
+import warnings
+
+from . import _process
 
 __version__ = "0.1.0"
 __all__ = ["__version__"]
 
+_torch_error = ""  # why torch cannot be imported; only `python -m sts_kernels info` gets to see it
+if _process.starts_here():
+    _process.end_on_interrupt()  # importing torch takes seconds
+
+# torch warns where NumPy is not installed. Nothing here needs it.
+warnings.filterwarnings("ignore", "Failed to initialize NumPy: No module named 'numpy'", UserWarning)
+_filter = warnings.filters[0]
 try:
     import torch  # noqa: F401
 except Exception as error:
-    # `python -m sts_kernels info` goes on and reports it. While Python looks for what -m names, argv[0] is "-m".
-    if sys.argv[:1] != ["-m"] or "sts_kernels" not in sys.orig_argv:
-        raise ImportError(f"sts_kernels needs PyTorch 2.10 or newer, and `import torch` failed: {error}") from error
+    _torch_error = f"sts_kernels needs PyTorch 2.10 or newer, and `import torch` failed: {error}"
+    if isinstance(error, ModuleNotFoundError) and error.name == "torch":
+        from ._errors import needs
+
+        _torch_error = f"sts_kernels needs {needs('torch')}"
+    if not _process.starts_here():
+        raise ImportError(_torch_error) from error
 else:
     from . import _native, ops, pruning
     from .ops import *  # noqa: F403
     from .pruning import *  # noqa: F403
 
-    __all__ += [*ops.__all__, *pruning.__all__]
+    __all__ += ops.__all__
+    __all__ += pruning.__all__
     _native.status()  # loads the compiled library, now that the schemas exist
+finally:
+    if _filter in warnings.filters:
+        warnings.filters.remove(_filter)

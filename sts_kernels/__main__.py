@@ -4,6 +4,7 @@ import argparse
 import importlib
 import sys
 
+from . import __version__, _process, _torch_error
 from ._errors import UserError
 
 # Each command is a module of this package with add_arguments(parser) and run(args), imported only when it is asked for.
@@ -21,18 +22,24 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    parser = Parser(prog="python -m sts_kernels", description="Visual-token pruning for vision-language models.")
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser = Parser(prog=_process.NAME, description="Visual-token pruning for vision-language models.")
+    parser.add_argument("--version", action="version", version=f"sts_kernels {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
     command = None
     for name, summary in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=summary, description=f"{summary.capitalize()}.")
         if argv[:1] == [name]:
+            if _torch_error and name != "info":
+                subparser.error(_torch_error)
             try:
                 command = importlib.import_module(f".{name}", __package__)
             except ImportError as error:
                 subparser.error(str(error))
             command.add_arguments(subparser)
     args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help(sys.stderr)
+        return 2
     try:
         return command.run(args)
     except UserError as error:
@@ -40,4 +47,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_process.run(main))

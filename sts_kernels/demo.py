@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from . import repulsion_select
-from ._errors import UserError
+from ._cli import default_picture, describe, find_device, first_line, load_picture, save
+from ._errors import UserError, needs
 from ._registry import OPS
 
 PATCH_SIZE, PATCH_GRID = 14, 24  # 336 pixels a side, as CLIP ViT-L/14 at 336 pixels sees a picture
@@ -23,6 +24,7 @@ VISION_MODELS = {
     "siglip": "SiglipVisionModel",
     "siglip_vision_model": "SiglipVisionModel",
 }
+PATCHES = "{side} x {side} = {count} patches of {size} x {size} pixels"
 DIMMED = 0.25  # brightness of a dropped patch
 PANEL, MARGIN, CAPTION = 336, 12, 28  # pixels
 
@@ -38,16 +40,26 @@ class Tokens:
     def count(self) -> int:
         return self.features.shape[0]
 
+    @property
+    def patches(self) -> str:
+        return PATCHES.format(side=self.side, count=self.count, size=self.picture.width // self.side)
+
 
 def add_arguments(parser) -> None:
-    parser.add_argument("image", nargs="?", metavar="IMAGE", help="a photograph (default: the one that ships)")
+    patches = PATCHES.format(side=PATCH_GRID, count=PATCH_GRID**2, size=PATCH_SIZE)
+    parser.add_argument(
+        "image",
+        nargs="?",
+        metavar="IMAGE",
+        help="a photograph (default: the one that ships); what is transparent in it is taken as white",
+    )
     parser.add_argument("--keep", type=int, default=64, metavar="K", help="tokens to keep (default: %(default)s)")
     parser.add_argument(
         "--features",
         default="patches",
         metavar="patches|MODEL",
-        help="patches: normalised RGB values of 24 x 24 patches (default); else a local directory or hub id of a CLIP "
-        "or SigLIP vision model, whose penultimate layer is taken",
+        help=f"patches: normalised RGB values of {patches} (default); else a local directory or hub id of a CLIP or "
+        "SigLIP vision model, whose penultimate layer is taken",
     )
     parser.add_argument("--out", default="kept.png", metavar="FILE", help="picture to write (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random choice (default: %(default)s)")
@@ -76,7 +88,7 @@ def run(args) -> int:
     ours = median_ms(lambda: repulsion_select(batch, args.keep), device)
     loop = median_ms(lambda: pytorch_loop(tokens.features, args.keep), device)
     backend = OPS["repulsion_select"].backend(device.type.upper())
-    print(f"tokens    {tokens.side} x {tokens.side} = {tokens.count} of the centre crop, {args.keep} kept")
+    print(f"tokens    {tokens.patches} in the centre crop, {args.keep} kept")
     print(f"features  {tokens.what}, C = {tokens.features.shape[1]}, float32")
     print(f"backend   {backend}, on {describe(device)}")
     print(f"time      {ours:.4g} ms; the direct PyTorch loop takes {loop:.4g} ms, {loop / ours:.1f}x (medians)")
@@ -87,40 +99,6 @@ def run(args) -> int:
         print(f"  {name:<54}{mean:>10.4g}{largest:>10.4g}")
     print(f"\npicture   {args.out}: kept tokens bright, dropped ones dimmed")
     return 0
-
-
-def find_device(name: str | None) -> torch.device:
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device).item()
-    except Exception as error:
-        raise UserError(f"--device {name} cannot be used: {first_line(error)}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device must be cpu or cuda, got {name}")
-    return device
-
-
-def describe(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-
-
-def default_picture() -> Path:
-    """The photograph that ships: beside this file once installed, in examples/ of a checkout."""
-    installed = Path(__file__).with_name("pictures") / "coffee.jpg"
-    return installed if installed.exists() else Path(__file__).parents[1] / "examples" / "pictures" / "coffee.jpg"
-
-
-def load_picture(path):
-    """The picture at `path`, upright, in RGB."""
-    try:
-        from PIL import Image, ImageOps
-    except ImportError as error:
-        raise UserError("the demo needs Pillow: pip install 'sts-kernels[demo]'") from error
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except Exception as error:  # Pillow's decoders raise many kinds
-        raise UserError(f"cannot read the image {path}: {first_line(error)}") from error
 
 
 def centre_crop(picture, size: int, side: int):
@@ -144,8 +122,7 @@ def patch_tokens(picture, device: torch.device) -> Tokens:
     pixels = torch.frombuffer(bytearray(crop.tobytes()), dtype=torch.uint8).view(side, patch, side, patch, 3).to(device)
     values = (pixels / 255 - torch.tensor(CLIP_MEAN, device=device)) / torch.tensor(CLIP_STD, device=device)
     features = values.transpose(1, 2).reshape(side * side, -1)
-    what = f"normalised RGB values of {patch} x {patch} patches: pixels, not a model's features"
-    return Tokens(features, crop, side, what)
+    return Tokens(features, crop, side, "normalised RGB values: pixels, not a model's features")
 
 
 def model_tokens(picture, name: str, device: torch.device) -> Tokens:
@@ -153,7 +130,7 @@ def model_tokens(picture, name: str, device: torch.device) -> Tokens:
     try:
         import transformers
     except ImportError as error:
-        raise UserError("--features MODEL needs transformers: pip install 'sts-kernels[hf]'") from error
+        raise UserError(f"--features MODEL needs {needs('transformers', 'pillow')}") from error
     if Path(name).is_dir() and not Path(name, "config.json").exists():
         raise UserError(f"cannot load the model {name}: the folder has no config.json")
     try:
@@ -265,14 +242,3 @@ def draw(tokens: Tokens, choices: dict[str, torch.Tensor]):
         mask = mask.resize((panel, panel), Image.Resampling.NEAREST)
         canvas.paste(Image.composite(bright, dark, mask), (left, CAPTION))
     return canvas
-
-
-def save(picture, path: str) -> None:
-    try:
-        picture.save(path)
-    except Exception as error:
-        raise UserError(f"cannot write the picture {path}: {first_line(error)}") from error
-
-
-def first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

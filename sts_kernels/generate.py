@@ -5,8 +5,8 @@ import time
 
 import torch
 
+from ._cli import describe, find_device, first_line, load_picture, save
 from ._errors import UserError
-from .demo import describe, find_device, first_line, load_picture, save
 from .pruning import STSConfig
 
 RANDOM_NAMES = ("tiny", "llava-1.5-7b", "llava-next-7b", "qwen2.5-vl-7b")

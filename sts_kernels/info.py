@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
 import re
@@ -9,42 +10,69 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from . import __version__
 
 KEYS = ("CPU", "CUDA")
+LABELS = ("package", "torch", "triton", "transformers", "python", "gpu", "build", "environment")
+NO_OPS = "no op works, for the package does not load: {}"
 INDENT = 14
 VARIABLES = ("TORCH_CUDA_ARCH_LIST", "CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")
 
 
 def add_arguments(parser) -> None:
-    pass
+    parser.add_argument("--json", action="store_true", help="print it as one JSON object")
 
 
 def run(args) -> int:
-    encoding = sys.stdout.encoding or "utf-8"
-    print(report().encode(encoding, "backslashreplace").decode(encoding))
-    return 0
+    """Status 1 where no op works."""
+    data = collect()
+    if sys.stdout is not None:  # closed
+        encoding = sys.stdout.encoding or "utf-8"
+        text = json.dumps(data, indent=2, default=str) if args.json else report(data)
+        print(text.encode(encoding, "backslashreplace").decode(encoding))
+    return 0 if data["ops"] else 1
 
 
-def report() -> str:
-    probes = {
-        "package": package,
-        "torch": torch_build,
-        "triton": lambda: distribution("triton"),
-        "transformers": lambda: distribution("transformers"),
-        "python": lambda: f"{platform.python_version()}, {platform.platform()}",
-        "gpu": gpus,
-        "build": build,
-        "environment": environment,
+def collect() -> dict:
+    """All that `info` shows. The keys stay; the strings are for people."""
+    data = {"version": __version__, "ops": {}, "error": ""}
+    try:
+        data["ops"] = backends()
+    except Exception as error:
+        data["error"] = failure(error)
+    data |= {
+        "package": probe(package),
+        "torch": probe(torch_build),
+        "triton": probe(distribution, "triton"),
+        "transformers": probe(distribution, "transformers"),
+        "python": probe(lambda: f"{platform.python_version()}, {platform.platform()}"),
+        "gpu": probe(gpus),
+        "build": probe(build),
+        "environment": probe(environment),
+        "library": probe(library),
+        "remedies": probe(remedies),
     }
-    lines = [f"{name:<{INDENT}}{probe(function)}" for name, function in probes.items()]
-    return "\n".join([probe(backends), "", *map(wrap, lines)])
+    return data
+
+
+def report(data: dict | None = None) -> str:
+    data = collect() if data is None else data
+    facts = data | {"environment": variables(data["environment"])}
+    lines = [wrap(f"{name:<{INDENT}}{facts[name]}") for name in LABELS]
+    remedies = data["remedies"]
+    for remedy in [remedies] if isinstance(remedies, str) else remedies:  # a command is never wrapped
+        lines.append(f"{'to fix it':<{INDENT}}{remedy}")
+    return "\n".join([table(data["ops"]) if data["ops"] else NO_OPS.format(data["error"]), "", *lines])
 
 
 def wrap(line: str) -> str:
     return textwrap.fill(line, 110, subsequent_indent=" " * INDENT, break_long_words=False, break_on_hyphens=False)
 
 
-def probe(function: Callable[..., str], *args) -> str:
+def probe(function: Callable[..., Any], *args) -> Any:
+    """What `function` returns, or as text why it failed."""
     try:
         return function(*args)
     except Exception as error:
@@ -56,30 +84,33 @@ def failure(error: Exception) -> str:
     return f"failed: {type(error).__name__}{': ' + message[0] if message else ''}"
 
 
-def backends() -> str:
-    """The table of ops, then what explains each backend in it."""
-    try:
-        from ._registry import OPS
-    except Exception as error:
-        return f"no op works, for the package does not load: {failure(error)}"
-    width = max(map(len, OPS), default=0) + 2
+def backends() -> dict:
+    """Of each op and dispatch key the backend, and why that one."""
+    from ._registry import OPS
+
+    return {
+        name: {key: {"backend": probe(op.backend, key), "why": probe(op.why, key)} for key in KEYS}
+        for name, op in OPS.items()
+    }
+
+
+def table(ops: dict) -> str:
+    """The backends of each op, then what explains them."""
+    width = max(map(len, ops)) + 2
     rows = [f"{'op':<{width}}" + "".join(f"{key:<11}" for key in KEYS).rstrip()]
     reasons: dict[tuple[str, str], dict[str, list[str]]] = {}
-    for name, op in OPS.items():
-        chosen = {key: probe(op.backend, key) for key in KEYS}
-        rows.append(f"{name:<{width}}" + "".join(f"{chosen[key]:<11}" for key in KEYS).rstrip())
+    for name, chosen in ops.items():
+        rows.append(f"{name:<{width}}" + "".join(f"{chosen[key]['backend']:<11}" for key in KEYS).rstrip())
         for key in KEYS:
-            reasons.setdefault((key, chosen[key]), {}).setdefault(probe(op.why, key), []).append(name)
-    for (key, backend), ops in sorted(reasons.items()):
-        for why, names in ops.items():
-            which = f" ({', '.join(names)})" if len(ops) > 1 else ""
+            reasons.setdefault((key, chosen[key]["backend"]), {}).setdefault(chosen[key]["why"], []).append(name)
+    for (key, backend), whys in sorted(reasons.items()):
+        for why, names in whys.items():
+            which = f" ({', '.join(names)})" if len(whys) > 1 else ""
             rows.append(f"{key} {backend}: {why}{which}")
     return "\n".join(rows)
 
 
 def package() -> str:
-    from . import __version__
-
     return f"sts_kernels {__version__} in {Path(__file__).parent}"
 
 
@@ -119,6 +150,29 @@ def build() -> str:
     return f"{facts['summary']}; commit {facts.get('commit') or 'unknown'}" if facts else "nothing recorded: not built"
 
 
-def environment() -> str:
+def environment() -> dict[str, str]:
     names = sorted(name for name in os.environ if name.startswith("STS_KERNELS_")) + list(VARIABLES)
-    return ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ) or "nothing set"
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
+def variables(environment: dict[str, str] | str) -> str:
+    if isinstance(environment, str):  # why it cannot be read
+        return environment
+    return ", ".join(f"{name}={value}" for name, value in environment.items()) or "nothing set"
+
+
+def library() -> dict:
+    from . import _native
+
+    status = _native.status()
+    return {"loaded": status.loaded, "reason": status.reason, "build": status.build}
+
+
+def remedies() -> list[str]:
+    from . import _errors, _torch_error
+
+    if _torch_error:
+        return [_errors.install(_errors.REQUIREMENTS["torch"])]
+    from . import _native
+
+    return _native.status().remedies()

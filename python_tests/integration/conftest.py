@@ -6,7 +6,7 @@ import torch
 
 def pytest_pycollect_makemodule():
     """Called before a module of this folder is imported: without transformers none can be."""
-    pytest.importorskip("transformers", reason="needs transformers: pip install 'sts-kernels[hf]'")
+    pytest.importorskip("transformers", reason='needs transformers: pip install ".[hf]"')
 
 
 @pytest.fixture(autouse=True, scope="package")

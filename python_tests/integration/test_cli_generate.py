@@ -9,7 +9,7 @@ from PIL import Image
 
 from sts_kernels import generate
 from sts_kernels.__main__ import main
-from sts_kernels.demo import default_picture
+from sts_kernels._cli import default_picture
 from sts_kernels.integrations.transformers import random_models
 
 PHOTO = str(default_picture())
@@ -106,11 +106,11 @@ def test_without_transformers(capsys, monkeypatch):
 
     def missing(name, globals=None, locals=None, fromlist=(), level=0):
         if level and "transformers" in (fromlist or ()):
-            raise ImportError("needs the transformers package: pip install 'sts-kernels[hf]'")
+            raise ImportError("needs the transformers package: pip install it")
         return original(name, globals, locals, fromlist, level)
 
     monkeypatch.setattr(builtins, "__import__", missing)
-    assert "pip install 'sts-kernels[hf]'" in fails(capsys, *ASK, "--random", "tiny")
+    assert "needs the transformers package: pip install it" in fails(capsys, *ASK, "--random", "tiny")
 
 
 def test_a_checkpoint_from_disk(capsys, tmp_path):

@@ -4,7 +4,7 @@ try:
     import transformers
 except ImportError as error:
     raise ImportError(
-        "sts_kernels.integrations.transformers needs the transformers package: pip install 'sts-kernels[hf]'"
+        "sts_kernels.integrations.transformers needs the transformers package: pip install 'transformers>=4.57'"
     ) from error
 
 if tuple(map(int, transformers.__version__.split(".")[:2])) < (4, 57):

@@ -1,0 +1,95 @@
+"""What the commands share: pictures, devices, and one line for an error."""
+
+import math
+from pathlib import Path
+
+import torch
+
+from ._errors import UserError, needs
+
+# What full white may be where a mode does not say it: the smallest that holds all values.
+WHITES = {"I": (255, 65535), "F": (1, 255, 65535)}
+
+
+def default_picture() -> Path:
+    """The photograph that ships: beside this file once installed, in examples/ of a checkout."""
+    installed = Path(__file__).with_name("pictures") / "coffee.jpg"
+    return installed if installed.exists() else Path(__file__).parents[1] / "examples" / "pictures" / "coffee.jpg"
+
+
+def load_picture(path):
+    """The picture at `path` (its first frame), upright, in RGB, on white where it is transparent."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise UserError(f"pictures need {needs('pillow')}") from error
+    try:
+        with Image.open(path) as image:
+            return to_rgb(image)
+    except Exception as error:  # Pillow's decoders raise many kinds
+        raise UserError(f"cannot read the image {path}: {first_line(error)}") from error
+
+
+def to_rgb(image):
+    """`image` of any mode as RGB, with its greys: what is deeper than 8 bits is scaled, where Pillow would clip it."""
+    from PIL import Image, ImageOps
+
+    upright = ImageOps.exif_transpose(image)
+    if image.mode.partition(";")[0] in ("I", "F"):
+        upright = scale_grey(upright, white_of(image))
+    elif image.mode in ("La", "RGBa"):  # colours multiplied by alpha, which convert("RGB") does not know
+        upright = upright.convert(image.mode.upper())
+    if upright.has_transparency_data:
+        white = Image.new("RGBA", upright.size, "white")
+        upright = Image.alpha_composite(white, upright.convert("RGBA"))
+    return upright.convert("RGB")
+
+
+def white_of(image) -> int | None:
+    """The value of full white in a grey picture of mode I, I;16 or F, where that is known."""
+    if image.mode.startswith("I;16"):
+        bits = getattr(image, "tag_v2", {}).get(258, 16)  # BitsPerSample of a TIFF: 12-bit ones have this mode too
+        return 2 ** (bits[0] if isinstance(bits, tuple) else bits) - 1
+    return 65535 if image.mode == "I" and image.format in ("PNG", "PPM") else None  # so Pillow opens 16 bits
+
+
+def scale_grey(image, white: int | None):
+    """A grey picture of mode I, I;16 or F as L: from 0 to `white`, to the next usual white, or else its own range."""
+    grey, black = image.convert("F"), 0
+    low, high = grey.getextrema()
+    if not math.isfinite(low) or not math.isfinite(high):
+        raise ValueError("it has values that are not finite")
+    if white is None and low >= 0:
+        white = next((w for w in WHITES.get(image.mode, ()) if high <= w), None)
+    if white is None:
+        black, white = low, high
+    scale = 255 / max(white - black, 1e-30)
+    grey = grey.point(lambda value: value * scale + (0.5 - black * scale)).convert("L")
+    grey.info.pop("transparency", None)  # one of the values before
+    return grey
+
+
+def save(picture, path: str) -> None:
+    try:
+        picture.save(path)
+    except Exception as error:
+        raise UserError(f"cannot write the picture {path}: {first_line(error)}") from error
+
+
+def find_device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device).item()
+    except Exception as error:
+        raise UserError(f"--device {name} cannot be used: {first_line(error)}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device must be cpu or cuda, got {name}")
+    return device
+
+
+def describe(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
