@@ -65,7 +65,7 @@ def thin_llava(device, dtype):
 def alternate(sides, model, inputs, device, met):
     """B and C: all sides step through the same lengths of keys, each length first met by the first side."""
     with prefill.pruning(model, UNIFORM):
-        length = prefill.prefill(model, inputs).past_key_values.layers[0].keys.shape[2]
+        length = prefill.cache_of(model, inputs).layers[0].keys.shape[2]
     extra = prefill.unmet({length}, met)
     text = {"input_ids": torch.full((1, length + extra), 5, device=device)}
     token = torch.full((1, 1), 5, device=device)
@@ -73,11 +73,11 @@ def alternate(sides, model, inputs, device, met):
     for config in sides:
         prompt = prefill.lengthened(inputs, extra) if config else text
         with prefill.pruning(model, config):
-            caches.append(prefill.prefill(model, prompt).past_key_values)
+            caches.append(prefill.cache_of(model, prompt))
     for _ in range(prefill.STEPS // 2):
         for config, cache, taken in zip(sides, caches, times, strict=True):
-            step = partial(model, input_ids=token, past_key_values=cache, use_cache=True)
-            with prefill.pruning(model, config), torch.inference_mode():
+            step = partial(prefill.decode_step, model, token, cache)
+            with prefill.pruning(model, config):
                 step()  # follows the hooks' (un)installation
                 taken.append(elapsed_ms(step, device))
     results = [

@@ -18,7 +18,6 @@ measured with it and without (--cudnn). Compare rows of one setting: else prunin
 
 import argparse
 import contextlib
-import inspect
 import statistics
 import sys
 import time
@@ -133,9 +132,21 @@ def pruning(model, config: STSConfig | None, **options):
 
     if config is None:
         return contextlib.nullcontext()
-    if "cudnn_attention" in inspect.signature(apply_sts).parameters:
-        options["cudnn_attention"] = True
-    return apply_sts(model, config, **options)
+    return apply_sts(model, config, cudnn_attention=True, **options)
+
+
+def cache_of(model, inputs):
+    """The cache of a prompt."""
+    from sts_kernels.integrations.transformers.compat import output_cache
+
+    return output_cache(prefill(model, inputs))
+
+
+def decode_step(model, token: torch.Tensor, cache) -> None:
+    from sts_kernels.integrations.transformers.compat import CACHE
+
+    with torch.inference_mode():
+        model(input_ids=token, use_cache=True, **{CACHE: cache})
 
 
 def measure(model, inputs, config: STSConfig, device: torch.device, samples: int) -> dict:
@@ -184,18 +195,14 @@ def decode(model, inputs, config: STSConfig, device: torch.device, steps: int, m
     uniform = STSConfig(budget=config.budget, rho=1.0, prune_layer=config.prune_layer)
     token = torch.full((1, 1), 5, device=device)
     with pruning(model, uniform):
-        pruned = prefill(model, inputs).past_key_values
+        pruned = cache_of(model, inputs)
     length = pruned.layers[0].keys.shape[2]
-    plain = prefill(model, {"input_ids": torch.full((1, length), 5, device=device)}).past_key_values
-
-    def step(cache):
-        with torch.inference_mode():
-            model(input_ids=token, past_key_values=cache, use_cache=True)
+    plain = cache_of(model, {"input_ids": torch.full((1, length), 5, device=device)})
 
     def second(cache):
         """The second of two steps at one length: the first meets it, and follows the hooks' (un)installation."""
         for _ in range(2):
-            taken = elapsed_ms(lambda: step(cache), device)
+            taken = elapsed_ms(lambda: decode_step(model, token, cache), device)
             cache.crop(-1)
         return taken
 

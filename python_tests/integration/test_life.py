@@ -1,4 +1,4 @@
-"""The whole life of a handle: construction, interrupts, threads, copies and adapters. A model is never left half changed."""
+"""The whole life of a handle: construction, interrupts, threads, copies, adapters. No model is left half changed."""
 
 import copy
 import gc

@@ -53,7 +53,8 @@ def check_model(base: torch.nn.Module, text: torch.nn.Module) -> None:
             if not set(names) & set(have):
                 raise NotImplementedError(
                     f"apply_sts: {type(module).__name__}.forward of transformers {transformers.__version__} has no "
-                    f"argument {' or '.join(names)}, which pruning works on (tested: {tested()}); it has {', '.join(have)}"
+                    f"argument {' or '.join(names)}, which pruning works on ({tested()} are tested); it has "
+                    f"{', '.join(have)}"
                 )
     if version() > NEWEST:
         _warn_untested()

@@ -138,7 +138,7 @@ class STSHandle:
         self.remove()
 
     def remove(self) -> None:
-        """Restores the model: every hook and attribute set here is gone, also after an interrupt. Safe to call twice."""
+        """Restores the model: no hook or attribute set here is left, also after an interrupt. Safe to call twice."""
         if self.active:
             _forget_graphs()
         with self._lock:

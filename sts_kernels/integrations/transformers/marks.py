@@ -42,8 +42,8 @@ def _nested(features) -> bool:
 def find(embeds: torch.Tensor, encoded: dict[str, tuple[list[VisualItem], torch.Tensor]]) -> torch.Tensor | None:
     """Placeholders, as `prompt.placeholders` finds them, of embeddings that a caller merged with encoded features.
 
-    encoded: by kind, the items that the caller encoded last and the marks in their features. The marks of each item must
-    stand in the prompt as they stood there. None: no mark. Reads back from the device.
+    encoded: by kind, the items that the caller encoded last and the marks in their features. The marks of each item
+    must stand in the prompt as they stood there. None: no mark. Reads back from the device.
     """
     marks = marked(embeds).cpu()
     if not marks.any():
