@@ -89,6 +89,11 @@ class LateShrink:
         past = [held(cache, 0), held(cache, prompt.prune_layer)]
         new = past[0] - prompt.lengths[0] + queries
         later = mask[:, prompt.length : prompt.length + new].bool() if prompt.ragged and mask is not None else None
+        if later is not None and later.shape[1] != new:
+            raise ValueError(
+                f"apply_sts: attention_mask must cover the {prompt.length + new} columns of the cache and the new tokens, "
+                f"got {mask.shape[1]}"
+            )
         run = Pass(prompt)
         for group in (0, 1):
             valid = _joined(prompt.valid[group], later, (batch, prompt.lengths[group], new), embeds.device)
