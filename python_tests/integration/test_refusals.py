@@ -175,7 +175,7 @@ def test_a_mask_that_is_too_short_for_a_later_turn():
     inputs = models.batch(model, [models.prompt_of("llava", n, seed=n) for n in (1, 2)])
     with apply_sts(model, CONFIG), torch.no_grad():
         cache = output_cache(model(**inputs, use_cache=True))
-        with pytest.raises(ValueError, match="attention_mask must cover the [0-9]+ columns") as e:
+        with pytest.raises(ValueError, match=r"attention_mask must cover the [0-9]+ columns") as e:
             model(input_ids=torch.full((2, 3), 5), attention_mask=inputs["attention_mask"], **{CACHE: cache})
         one_sentence(e)
 

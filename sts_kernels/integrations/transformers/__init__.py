@@ -1,15 +1,16 @@
 """STS for stock Hugging Face vision-language models: see `apply_sts`. Needs transformers 4.57 or newer."""
 
+from ..._errors import REQUIREMENTS, install, needs
+
 try:
     import transformers
 except ImportError as error:
-    raise ImportError(
-        "sts_kernels.integrations.transformers needs the transformers package: pip install 'transformers>=4.57'"
-    ) from error
+    raise ImportError(f"sts_kernels.integrations.transformers needs {needs('transformers')}") from error
 
 if tuple(map(int, transformers.__version__.split(".")[:2])) < (4, 57):
     raise ImportError(
-        "sts_kernels.integrations.transformers needs transformers 4.57 or newer, found " + transformers.__version__
+        f"sts_kernels.integrations.transformers needs transformers 4.57 or newer, found {transformers.__version__}: "
+        f"{install('--upgrade', REQUIREMENTS['transformers'])}"
     )
 
 from .families import FAMILIES, Family

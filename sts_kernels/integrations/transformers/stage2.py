@@ -91,8 +91,8 @@ class LateShrink:
         later = mask[:, prompt.length : prompt.length + new].bool() if prompt.ragged and mask is not None else None
         if later is not None and later.shape[1] != new:
             raise ValueError(
-                f"apply_sts: attention_mask must cover the {prompt.length + new} columns of the cache and the new tokens, "
-                f"got {mask.shape[1]}"
+                f"apply_sts: attention_mask must cover the {prompt.length + new} columns of the cache and of the new "
+                f"tokens, got {mask.shape[1]}"
             )
         run = Pass(prompt)
         for group in (0, 1):
