@@ -62,7 +62,6 @@ def test_deepstack_layers():
         ("sliding_window", 16, "a sliding window of 16"),
         ("_attn_implementation_internal", "flex_attention", "attention 'flex_attention' is not supported"),
         ("_attn_implementation_internal", "paged|flash_attention_2", "only eager, sdpa and flash_attention_2/3 are"),
-        ("head_dim", 60, "head dimension"),
     ],
 )
 def test_settings_of_the_model(setting, value, match):

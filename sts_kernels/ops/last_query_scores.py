@@ -7,7 +7,6 @@ import torch
 from .. import _checks
 from .._registry import define_op
 
-HEAD_DIMS = (64, 72, 80, 96, 112, 128, 192, 256)
 CHUNK = 1 << 18  # elements of a 16-bit cache that the reference widens to float32 at a time: stays in the CPU's cache
 
 
@@ -19,14 +18,14 @@ def check(op, query, key, scale, key_shape="(B, S, Hkv, D)"):
         raise TypeError(f"{op}: key must have the dtype of query, {query.dtype}, got {key.dtype}".replace("torch.", ""))
     _checks.same_device(op, "key", key, query, "query")
     (_, heads, dim), (kv_heads, key_dim) = query.shape, key.shape[-2:]
-    if dim not in HEAD_DIMS:
-        raise ValueError(f"{op}: the head dimension of query must be one of {HEAD_DIMS}, got {dim}")
+    if dim < 1:
+        raise ValueError(f"{op}: the head dimension of query must be at least 1, got {dim}")
     if key_dim != dim:
         raise ValueError(f"{op}: key must have the head dimension of query, {dim}, got {key_dim}")
     if kv_heads < 1 or heads < 1 or heads % kv_heads:
         raise ValueError(f"{op}: the heads of query must be a multiple of the heads of key, got {heads} and {kv_heads}")
     for name, value in (("query", query), ("key", key)):
-        if value.stride(-1) != 1:
+        if dim > 1 and value.stride(-1) != 1:
             raise ValueError(
                 f"{op}: {name} must be contiguous in its last dimension, got strides {tuple(value.stride())}; "
                 f"give a view that keeps D last, or {name}.contiguous()"
@@ -101,8 +100,8 @@ def last_query_scores(
     and scaled_dot_product_attention never write down, at the price of reading the keys once.
 
     Args:
-        query: (B, Hq, D) float32, float16 or bfloat16: the row of the token that asks, after rotary embedding. D is 64,
-            72, 80, 96, 112, 128, 192 or 256.
+        query: (B, Hq, D) float32, float16 or bfloat16: the row of the token that asks, after rotary embedding. D is at
+            least 1.
         key: (B, S, Hkv, D) of the same dtype, FlashAttention's layout, after rotary embedding. Hkv divides Hq; query
             head h reads key head h // (Hq // Hkv). Any strides, only D must be contiguous: a Hugging Face cache
             (B, Hkv, S, D) goes in as ``cache.transpose(1, 2)``, without a copy. S is at least 1; tested to 131072.

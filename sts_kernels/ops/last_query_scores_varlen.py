@@ -71,7 +71,6 @@ def last_query_scores_varlen(
 
     Args:
         query: (B, Hq, D) float32, float16 or bfloat16, one row per item, after rotary embedding.
-            D is 64, 72, 80, 96, 112, 128, 192 or 256.
         key: (T, Hkv, D) of the same dtype, the keys of all items one after another, after rotary embedding. Hkv divides
             Hq. Any strides, only D must be contiguous.
         cu_seqlens: (B+1,) int32 or int64, FlashAttention's prefix sums: item b is rows cu_seqlens[b] to

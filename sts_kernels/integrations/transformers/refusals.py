@@ -2,8 +2,6 @@
 
 import torch
 
-from ...ops.last_query_scores import HEAD_DIMS
-
 STATIC_CACHES = ("static", "offloaded_static", "hybrid", "hybrid_chunked", "offloaded_hybrid", "sliding_window")
 ATTENTIONS = "eager, sdpa and flash_attention_2/3"
 
@@ -31,9 +29,6 @@ def refuse_model(model, base, text, prune_layer: int) -> None:
         raise NotImplementedError(
             "apply_sts: tensor parallel models are not supported: each rank would keep other tokens"
         )
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if dim not in HEAD_DIMS:
-        raise NotImplementedError(f"apply_sts: the LLM's head dimension must be one of {HEAD_DIMS}, got {dim}")
     deepstack = len(getattr(getattr(base, "visual", None), "deepstack_merger_list", ()))
     if prune_layer < deepstack:
         raise NotImplementedError(
