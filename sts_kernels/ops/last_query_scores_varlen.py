@@ -85,7 +85,7 @@ def last_query_scores_varlen(
     Raises:
         TypeError, ValueError: wrong dtype, shape, device, strides or scale; offsets that do not rise from 0 to T or an
         item longer than max_seqlen where that can be read: on the CPU. On a GPU a token of no item scores 0, as does an
-        item that does not fit, those that overlap are unspecified, and nothing out of bounds is touched;
+        item that does not fit, tokens of several items hold anything, and nothing out of bounds is touched;
         STS_KERNELS_CHECK=1 makes all of it an error at the price of a sync.
 
     Cost:

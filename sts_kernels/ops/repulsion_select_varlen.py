@@ -99,9 +99,11 @@ def repulsion_select_varlen(
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, device, total_k or eps; offsets, budgets or anchors that do not fit
-        where they can be read: on the CPU. On a GPU an item that does not fit comes out as -1 throughout, and items
-        that overlap because offsets fall get picks without a meaning, within their bounds; STS_KERNELS_CHECK=1 makes
-        both an error at the price of a sync. The reference reads the offsets on every device.
+        where they can be read: on the CPU. On a GPU an item that does not fit comes out as -1 throughout. Items whose
+        rows or places in the result overlap, because offsets fall, disturb each other: each of their picks is -1 or an
+        index within the item, may repeat, need not repel, and may differ from run to run; the other items come out
+        right. STS_KERNELS_CHECK=1 makes both an error at the price of a sync. The reference reads the offsets on every
+        device.
 
     Cost:
         as `repulsion_select` for each item; one kernel launch runs all items.
