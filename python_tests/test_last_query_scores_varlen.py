@@ -174,7 +174,15 @@ def test_errors(device):
     fails(ValueError, r"cu_seqlens must have shape \(B\+1,\), got", query, key, cu[None], 4)
     fails(TypeError, "max_seqlen must be an int, got float", query, key, cu, 4.0)
     fails(ValueError, "max_seqlen must be at least 0, got -1", query, key, cu, -1)
-    fails(ValueError, "scale must be finite, got inf", query, key, cu, 4, float("inf"))
+    fails(
+        ValueError,
+        "max_seqlen must be between 0 and 9223372036854775807, got 9223372036854775808",
+        query,
+        key,
+        cu,
+        2**63,
+    )
+    fails(ValueError, "scale must be finite in float32, got inf", query, key, cu, 4, float("inf"))
     fails(ValueError, "cu_seqlens must be on the device of query, .*, got meta", query, key, cu.to("meta"), 4)
 
 

@@ -33,8 +33,7 @@ def check(op, query, key, scale, key_shape="(B, S, Hkv, D)"):
     if scale is not None:
         if isinstance(scale, bool) or not isinstance(scale, int | float | torch.SymFloat):
             raise TypeError(f"{op}: scale must be a float or None, got {type(scale).__name__}")
-        if not -math.inf < scale < math.inf:
-            raise ValueError(f"{op}: scale must be finite, got {scale}")
+        _checks.in_float32(op, "scale", scale)
 
 
 def _check(query, key, scale, key_mask):

@@ -97,7 +97,7 @@ def repulsion_select(
         features: (B, N, C) float32, float16 or bfloat16, N and C at least 1. Any strides; unless the channels are
             contiguous a contiguous copy is made. Squared distances beyond float32's range count as infinite.
         k: tokens to keep, 1 <= k <= N.
-        eps: at least 1e-30, in units of features squared; the repulsion of a duplicate is 1 / eps.
+        eps: 1e-30 to 1e30, in units of features squared; the repulsion of a duplicate is 1 / eps.
         anchor: (B,) int64 or int32, the first pick of each item. None: the token nearest the mean of the item's
             finite tokens.
         num_tokens: (B,) int64 or int32, 0 to N: only the first num_tokens[b] rows of item b count. None: all do.

@@ -89,7 +89,7 @@ def repulsion_select_varlen(
             cu_seqlens[b+1]. Items may be empty.
         cu_budgets: (B+1,) int32 or int64, prefix sums of the tokens each item keeps, at most its length; may be 0.
         total_k: cu_budgets[-1], which the host must know to size the result without a sync.
-        eps: at least 1e-30, in units of features squared.
+        eps: 1e-30 to 1e30, in units of features squared.
         anchor: (B,) int64 or int32, the first pick of each item, counted within the item. None: the token nearest the
             mean of the item's finite tokens. Ignored for items with no budget.
 

@@ -35,6 +35,7 @@ def _check(potential, features, picked, eps):
     _checks.same_device(op, "potential", potential, features)
     _checks.index_vector(op, "picked", picked, features.shape[0], "(B,)", features)
     _checks.eps(op, eps)
+    _checks.writable(op, "potential", potential, features=features, picked=picked)
 
 
 def _check_values(features, picked):
@@ -87,7 +88,7 @@ def repulsion_step_(
             contiguous a contiguous copy is made.
         picked: (B,) int64 or int32. -1 leaves an item as it is. Other values outside [0, N) are an error on the CPU;
             on a GPU they act as -1, and STS_KERNELS_CHECK=1 makes them an error at the price of a sync.
-        eps: at least 1e-30, in units of features squared; the repulsion of a duplicate is 1 / eps.
+        eps: 1e-30 to 1e30, in units of features squared; the repulsion of a duplicate is 1 / eps.
 
     Returns:
         (B,) int64: the token of smallest potential, the lowest index among equals, -1 when every token is picked.
