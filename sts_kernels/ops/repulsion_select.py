@@ -22,9 +22,10 @@ def _check(features, k, eps, anchor, num_tokens):
 
 
 def _check_values(features, anchor, num_tokens):
-    batch, tokens, _ = features.shape
-    counts = [tokens] * batch
-    if num_tokens is not None and _checks.values_readable(num_tokens):
+    tokens, counts = features.shape[1], None
+    if num_tokens is not None:
+        if not _checks.values_readable(num_tokens):
+            return
         counts = num_tokens.tolist()
         for item, count in enumerate(counts):
             if not 0 <= count <= tokens:
@@ -32,7 +33,8 @@ def _check_values(features, anchor, num_tokens):
                     f"repulsion_select: num_tokens[{item}] must be between 0 and {tokens}, its tokens, got {count}"
                 )
     if anchor is not None and _checks.values_readable(anchor):
-        for item, (value, count) in enumerate(zip(anchor.tolist(), counts, strict=True)):
+        for item, value in enumerate(anchor.tolist()):
+            count = tokens if counts is None else counts[item]
             if count and not 0 <= value < count:
                 raise ValueError(f"repulsion_select: anchor[{item}] must be between 0 and {count - 1}, got {value}")
 
