@@ -6,6 +6,7 @@ import torch
 
 from .. import _checks
 from .._registry import define_op
+from .._transforms import fold
 
 CHUNK = 1 << 18  # elements of a 16-bit cache that the reference widens to float32 at a time: stays in the CPU's cache
 
@@ -25,7 +26,7 @@ def check(op, query, key, scale, key_shape="(B, S, Hkv, D)"):
     if kv_heads < 1 or heads < 1 or heads % kv_heads:
         raise ValueError(f"{op}: the heads of query must be a multiple of the heads of key, got {heads} and {kv_heads}")
     for name, value in (("query", query), ("key", key)):
-        if dim > 1 and value.stride(-1) != 1:
+        if dim > 1 and value.stride(-1) != 1 and not torch._C._functorch.is_functorch_wrapped_tensor(value):
             raise ValueError(
                 f"{op}: {name} must be contiguous in its last dimension, got strides {tuple(value.stride())}; "
                 f"give a view that keeps D last, or {name}.contiguous()"
@@ -34,6 +35,11 @@ def check(op, query, key, scale, key_shape="(B, S, Hkv, D)"):
         if isinstance(scale, bool) or not isinstance(scale, int | float | torch.SymFloat):
             raise TypeError(f"{op}: scale must be a float or None, got {type(scale).__name__}")
         _checks.in_float32(op, "scale", scale)
+
+
+def in_rows(value):
+    """With contiguous rows, which vmap may have taken apart."""
+    return value if value.stride(-1) == 1 else value.contiguous()
 
 
 def _check(query, key, scale, key_mask):
@@ -81,6 +87,7 @@ def item_scores(query, key, scale, allowed=None):
     "last_query_scores(Tensor query, Tensor key, float? scale=None, Tensor? key_mask=None) -> Tensor",
     fake=_fake,
     triton=_triton,
+    vmap=fold(lambda query, key, *rest: last_query_scores(in_rows(query), in_rows(key), *rest)),
 )
 def last_query_scores_reference(query, key, scale=None, key_mask=None):
     _check(query, key, scale, key_mask)
@@ -110,10 +117,12 @@ def last_query_scores(
     Returns:
         (B, S) float32. Keys that are masked out score 0, whatever they hold; the others of a row sum to 1. Where none
         is allowed the row is 0. A NaN or infinity in `query` or in an allowed key may make all allowed scores of its
-        row NaN. The same input gives the same output, bit for bit, whatever else is in the batch. No gradient.
+        row NaN. The same input gives the same output, bit for bit, whatever else is in the batch. requires_grad is
+        False: the scores have no derivative.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, device, strides or scale.
+        NotImplementedError: forward-mode AD or torch.func differentiates `query` or `key`.
 
     Cost:
         reads the keys once: B S Hkv D elements, for 2 B S Hq D flops. Scratch of B S Hq floats, none proportional to D.

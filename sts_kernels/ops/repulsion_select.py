@@ -6,6 +6,7 @@ import torch
 
 from .. import _checks
 from .._registry import define_op
+from .._transforms import fold
 from .repulsion_step import LAST_RESORT, pick, weight
 
 
@@ -57,6 +58,8 @@ def nearest_to_mean(x: torch.Tensor, usable: torch.Tensor) -> torch.Tensor:
     "repulsion_select(Tensor features, SymInt k, float eps=1e-6, Tensor? anchor=None, Tensor? num_tokens=None) "
     "-> Tensor",
     fake=_fake,
+    vmap=fold(lambda *arguments: repulsion_select(*arguments)),
+    discrete=True,
 )
 def repulsion_select_reference(features, k, eps=1e-6, anchor=None, num_tokens=None):
     _check(features, k, eps, anchor, num_tokens)
@@ -108,7 +111,7 @@ def repulsion_select(
         (B, k) int64 token indices, distinct, in the order picked; the first k' of them are the result for k'. Positions
         past num_tokens[b] are -1. Equal potentials go to the lowest index. A token with a NaN or infinity is picked
         only when no finite one is left, and repels none. The same input gives the same output, bit for bit, whatever
-        else is in the batch. No gradient.
+        else is in the batch. Indices have no gradient, as those of argmax: requires_grad is False.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, device, k or eps; values of `anchor` or `num_tokens` out of range

@@ -6,6 +6,7 @@ import torch
 
 from .. import _checks
 from .._registry import define_op
+from .._transforms import stack_offsets
 from .repulsion_select import repulsion_select_reference
 
 _OP = "repulsion_select_varlen"
@@ -33,7 +34,7 @@ def _offsets(name, values, total, what):
 
 
 def _check_values(features, cu_seqlens, cu_budgets, total_k, anchor):
-    if not _checks.values_readable(cu_seqlens):
+    if not all(_checks.values_readable(v) for v in (cu_seqlens, cu_budgets, anchor) if v is not None):
         return
     starts, budgets = cu_seqlens.tolist(), cu_budgets.tolist()
     _offsets("cu_seqlens", starts, features.shape[0], "the number of tokens")
@@ -52,10 +53,24 @@ def _fake(features, cu_seqlens, cu_budgets, total_k, eps=1e-6, anchor=None):
     return features.new_empty((total_k,), dtype=torch.int64)
 
 
+def _vmap(features, cu_seqlens, cu_budgets, total_k, eps=1e-6, anchor=None):
+    lanes, tokens = features.shape[:2]
+    for lane in range(lanes):
+        first = None if anchor is None else anchor[lane]
+        _check_values(features[lane], cu_seqlens[lane], cu_budgets[lane], total_k, first)
+    if anchor is not None:
+        anchor = torch.nn.functional.pad(anchor, (0, 1)).flatten()[:-1]  # one per item between lanes
+    packed = stack_offsets(cu_seqlens, tokens), stack_offsets(cu_budgets, total_k)
+    out = repulsion_select_varlen(features.flatten(0, 1), *packed, total_k * lanes, eps, anchor)
+    return out.unflatten(0, (lanes, total_k))
+
+
 @define_op(
     "repulsion_select_varlen(Tensor features, Tensor cu_seqlens, Tensor cu_budgets, SymInt total_k, float eps=1e-6, "
     "Tensor? anchor=None) -> Tensor",
     fake=_fake,
+    vmap=_vmap,
+    discrete=True,
 )
 def repulsion_select_varlen_reference(features, cu_seqlens, cu_budgets, total_k, eps=1e-6, anchor=None):
     _check(features, cu_seqlens, cu_budgets, total_k, eps, anchor)
