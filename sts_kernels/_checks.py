@@ -50,7 +50,7 @@ def features(op: str, value, shape: str = "(B, N, C)") -> None:
 
 
 def index_vector(op: str, name: str, value, length: int, shape: str, like: torch.Tensor) -> None:
-    """An integer vector of `length` on the device of the features; its values are `in_range`'s business."""
+    """An integer vector of `length` on the device of the features. Its values are checked elsewhere."""
     tensor(op, name, value, INTEGER, shape, 1)
     if value.shape[0] != length:
         raise ValueError(f"{op}: {name} must have shape {shape} = ({length},), got {tuple(value.shape)}")
@@ -141,7 +141,8 @@ def _share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
     # Views of one buffer, which may still lie between each other: compared by the pieces both are made of.
     piece = math.gcd(a.element_size(), b.element_size())
     pieces = [
-        (t.data_ptr() + _offsets(t) * t.element_size())[:, None] + torch.arange(0, t.element_size(), piece)
+        (t.data_ptr() + _offsets(t) * t.element_size())[:, None]
+        + torch.arange(0, t.element_size(), piece, device="cpu")
         for t in (a, b)
     ]
     return torch.isin(*pieces).any().item()
@@ -157,9 +158,9 @@ def _extent(value: torch.Tensor) -> int:
 
 def _offsets(value: torch.Tensor) -> torch.Tensor:
     """Where each element lies after the first, in elements."""
-    offsets = torch.zeros(1, dtype=torch.int64)
+    offsets = torch.zeros(1, dtype=torch.int64, device="cpu")
     for stride, size in zip(value.stride(), value.shape, strict=True):
-        offsets = (offsets[:, None] + stride * torch.arange(size)).flatten()
+        offsets = (offsets[:, None] + stride * torch.arange(size, device="cpu")).flatten()
     return offsets
 
 
