@@ -96,6 +96,14 @@ def test_strides_that_interleave_are_fine(device, raw):
     assert torch.equal(woven, plain)
 
 
+def test_the_default_device_does_not_matter(device, raw):
+    arguments = sized("repulsion_step_", 0, device)
+    buffer = torch.zeros(*arguments["features"].shape[:2], 6, device=device)
+    with torch.device("meta"):
+        call("repulsion_step_", raw, {**arguments, "features": buffer[..., :5], "potential": buffer[..., 5]})
+    assert buffer[..., 5].isinf().sum() == len(buffer)
+
+
 def test_memory_shared_with_what_is_read(device, raw):
     """Refused where an element is both, and only there."""
     if raw:
