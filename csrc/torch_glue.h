@@ -8,10 +8,12 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
+#include <numeric>
 #include <optional>
 
 #include "items.h"
@@ -34,8 +36,9 @@ inline Tensor checked_features(const char* op, const Tensor& features, int64_t d
   return features.stride(dim - 1) == 1 || features.size(dim - 1) == 1 ? features : torch::stable::contiguous(features);
 }
 
+// The same bounds as _checks.py's.
 inline float checked_eps(const char* op, double eps) {
-  STD_TORCH_CHECK(eps >= 1e-30 && eps <= 3.4e38, "sts_kernels::", op, ": eps must be a finite number of at least 1e-30, got ", eps);
+  STD_TORCH_CHECK(eps >= 1e-30 && eps <= 1e30, "sts_kernels::", op, ": eps must be between 1e-30 and 1e30, got ", eps);
   return static_cast<float>(eps);
 }
 
@@ -87,6 +90,12 @@ inline Tensor new_floats(const Tensor& like, std::initializer_list<int64_t> size
 }
 inline Tensor new_indices(const Tensor& like, std::initializer_list<int64_t> sizes) {
   return new_tensor(like, sizes, aoti_torch_dtype_int64());
+}
+
+// Whether two elements of a matrix have one address: `a` rows further is `b` columns back where a * row = b * column.
+inline bool overlaps_itself(const Tensor& matrix) {
+  const int64_t row = matrix.stride(0), column = matrix.stride(1), step = std::max<int64_t>(std::gcd(row, column), 1);
+  return matrix.numel() > 1 && column / step < matrix.size(0) && row / step < matrix.size(1);
 }
 
 // Calls f with a null pointer of the element type: float, or what the caller's side of the compiler has for the 16-bit types.
@@ -177,6 +186,7 @@ struct Step {
     STD_TORCH_CHECK(potential.scalar_type() == ScalarType::Float && potential.dim() == 2 && potential.size(0) == features.size(0) &&
                         potential.size(1) == features.size(1),
                     "sts_kernels::repulsion_step_: potential must be float32 of shape (", features.size(0), ", ", features.size(1), ")");
+    STD_TORCH_CHECK(!overlaps_itself(potential), "sts_kernels::repulsion_step_: potential must have memory of its own for every element");
     STD_TORCH_CHECK(potential.is_cuda() == features.is_cuda() && potential.get_device_index() == features.get_device_index(),
                     "sts_kernels::repulsion_step_: potential must be on the device of features");
   }

@@ -43,6 +43,7 @@ def good(op, device="cpu"):
 
 OPS = ["pairwise_sqdist", "repulsion_step_", "repulsion_select", "repulsion_select_varlen"]
 DENSE = ["pairwise_sqdist", "repulsion_step_", "repulsion_select"]
+INTS = [("repulsion_select", "k"), ("repulsion_select_varlen", "total_k")]
 EPS = ["repulsion_step_", "repulsion_select", "repulsion_select_varlen"]
 
 
@@ -67,7 +68,13 @@ BAD = [
     ("repulsion_select_varlen", "features", torch.zeros(2, 6, 4), ValueError, "(2, 6, 4)"),
     ("repulsion_select_varlen", "features", torch.zeros(0, 4), ValueError, "(0, 4)"),
     ("repulsion_select_varlen", "features", torch.zeros(12, 0), ValueError, "(12, 0)"),
-    *((op, "eps", value, ValueError, str(value)) for op in EPS for value in (0.0, -1e-6, 1e-31, INF, -INF, NAN)),
+    *(
+        (op, "eps", value, ValueError, str(value))
+        for op in EPS
+        for value in (0.0, -1e-6, 1e-31, 1.1e30, 3.4e38, 1e300, 0, -1, 10**31, INF, -INF, NAN)
+    ),
+    *((op, "eps", 10**5000, ValueError, "an int of more than 400 digits") for op in EPS),
+    *((op, name, 10**5000, ValueError, "an int of more than 400 digits") for op, name in INTS),
     *((op, "eps", "small", TypeError, "str") for op in EPS),
     *((op, "eps", None, TypeError, "NoneType") for op in EPS),
     *((op, "eps", torch.tensor(1e-6), TypeError, "Tensor") for op in EPS),
@@ -131,6 +138,8 @@ BAD = [
 
 
 def describe(value):
+    if isinstance(value, int) and value > 10**400:
+        return "huge"
     if isinstance(value, torch.Tensor):
         small = value.dtype in (torch.int64, torch.int32) and value.ndim == 1
         return str(value.tolist()) if small else f"{value.dtype}{tuple(value.shape)}"
@@ -169,6 +178,23 @@ def test_raw_op_raises_too(op, name, value, error, came):
     arguments = {**good(op), name: value}
     with pytest.raises((RuntimeError, ValueError, TypeError)):
         getattr(torch.ops.sts_kernels, op)(**arguments)
+
+
+@pytest.mark.parametrize("op", EPS)
+@pytest.mark.parametrize("value", [1e-30, 1e30, 1, 10**30])
+def test_bounds_of_eps(device, op, value):
+    """Both ends are in, and one step beyond is out, also past the Python checks: csrc/torch_glue.h has them too."""
+    for namespace in (sts_kernels, torch.ops.sts_kernels):
+        getattr(namespace, op)(**{**good(op, device), "eps": value})
+        for beyond in (math.nextafter(1e-30, 0), math.nextafter(1e30, INF)):
+            with pytest.raises((ValueError, RuntimeError), match="eps must be between 1e-30 and 1e"):
+                getattr(namespace, op)(**{**good(op, device), "eps": beyond})
+
+
+def test_the_largest_eps_still_tells_distances_apart(device):
+    """Above its bound, distance + eps overflows, and everything ties."""
+    x = torch.tensor([0.0, 1e15, 3e15, -2e15], device=device)[None, :, None]
+    assert sts_kernels.repulsion_select(x, 3, 1e30, torch.tensor([0], device=device)).tolist() == [[0, 2, 3]]
 
 
 def budget_over_length():

@@ -5,7 +5,6 @@ import runpy
 import subprocess
 import sys
 import textwrap
-import warnings
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,6 +33,7 @@ SHAPES = [  # B, S, Hq, Hkv, D: key heads shared by none, by some and by all; ev
     (1, 500, 34, 2, 64),  # 17 query heads to a key head: no power of two, and more than a tile holds in float32
     (1, 130, 96, 1, 128),
     (3, 4100, 4, 2, 64),
+    *((2, 75, 4, 2, dim) for dim in (1, 2, 8, 16, 32, 33, 48, 100, 160, 257, 512, 576)),
 ]
 
 
@@ -311,14 +311,6 @@ def test_compiled_by_inductor(device):
     torch.testing.assert_close(got, last_query_scores(query * 2, key) + 1, rtol=0, atol=ATOL)
 
 
-def test_no_gradient(device):
-    query, key = inputs(1, 9, 4, 2, 64, device=device)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what PyTorch says to this depends on its version
-        last_query_scores(query.requires_grad_(), key).sum().backward()
-    assert query.grad is None
-
-
 def test_cuda_graph(cuda):
     for keys in (40, 5000):
         query, key = inputs(2, keys, 8, 2, 128, torch.bfloat16, cuda)
@@ -420,7 +412,7 @@ def test_errors(device):
     fails(ValueError, "multiple of the heads of key, got 3 and 2", query[:, :3], key)
     fails(ValueError, "multiple of the heads of key, got 4 and 0", query, key[:, :, :0])
     fails(ValueError, "multiple of the heads of key, got 0 and 2", query[:, :0], key)
-    fails(ValueError, "must be one of .*, got 40", query[..., :40], key[..., :40])
+    fails(ValueError, "head dimension of query must be at least 1, got 0", query[..., :0], key[..., :0])
     fails(ValueError, "key must have the head dimension of query, 64, got 32", query, key[..., :32])
     fails(ValueError, r"at least one position, got shape \(2, 0, 2, 64\)", query, key[:, :0])
     fails(ValueError, "query must be contiguous in its last dimension", query.mT.contiguous().mT, key)
@@ -428,8 +420,8 @@ def test_errors(device):
     fails(TypeError, "key_mask must be bool, got int64", query, key, None, mask.long())
     fails(ValueError, r"key_mask must have shape \(B, S\), got", query, key, None, mask[0])
     fails(ValueError, r"key_mask must have shape \(B, S\) = \(2, 7\), got \(2, 6\)", query, key, None, mask[:, 1:])
-    fails(ValueError, "scale must be finite, got nan", query, key, float("nan"))
-    fails(ValueError, "scale must be finite, got inf", query, key, float("inf"))
+    for scale in (float("nan"), float("inf"), 1e39, 10**400):
+        fails(ValueError, "scale must be finite in float32, got", query, key, scale)
     other = torch.device("meta")
     fails(ValueError, "key must be on the device of query, .*, got meta", query, key.to(other))
     fails(ValueError, "key_mask must be on the device of query, .*, got meta", query, key, None, mask.to(other))

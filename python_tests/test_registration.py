@@ -437,29 +437,23 @@ class PretendCuda(torch.Tensor):
 @pytest.fixture
 def fallback(monkeypatch):
     """What define_op registers for an op without a CUDA kernel, and the calls that reached the reference."""
-    registered, calls = {}, []
-
-    class Recorder:
-        def define(self, schema, tags=()):
-            pass
-
-        def impl(self, name, function, key):
-            registered[key] = function
-
-    monkeypatch.setattr(_registry, "_library", Recorder())
+    calls = []
     monkeypatch.setattr(_registry, "OPS", {})
-    monkeypatch.setattr(torch.library, "register_fake", lambda *args, **kwargs: None)
     monkeypatch.setattr(
         torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda op, key: key == "CPU" and _native.status().loaded
     )
+    with torch.library._scoped_library("sts_kernels_pretend", "DEF") as library:
+        registrations = _registry._Registrations(library)
+        monkeypatch.setattr(_registry, "NAMESPACE", "sts_kernels_pretend")
+        monkeypatch.setattr(_registry, "_registrations", registrations)
 
-    @_registry.define_op("pretend(Tensor x, Tensor? y=None) -> Tensor", fake=None)
-    def reference(x, y=None):
-        calls.append((x, y))
-        return x
+        @_registry.define_op("pretend(Tensor x, Tensor? y=None) -> Tensor", fake=None, vmap=None)
+        def reference(x, y=None):
+            calls.append((x, y))
+            return x
 
-    _registry._warn_fallback.cache_clear()
-    yield registered["CompositeExplicitAutograd"], calls
+        _registry._warn_fallback.cache_clear()
+        yield registrations.kernels["pretend"]["CompositeExplicitAutograd"], calls
     _registry._warn_fallback.cache_clear()
 
 
@@ -478,7 +472,7 @@ def test_fallback_on_cuda_tensors_warns_once(fallback, position):
         call(*arguments)
     messages = [str(w.message) for w in caught]
     assert len(messages) == 1, messages
-    assert "sts_kernels::pretend runs on its slow PyTorch reference for CUDA tensors: " in messages[0]
+    assert "sts_kernels_pretend::pretend runs on its slow PyTorch reference for CUDA tensors: " in messages[0]
     assert _native.status().why("CUDA") in messages[0]
     assert "python -m sts_kernels info" in messages[0]
     assert len(calls) == 4

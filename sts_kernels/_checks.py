@@ -6,20 +6,40 @@ import os
 import warnings
 
 import torch
+from torch._C import _functorch
+from torch._subclasses import FakeTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16)
 INTEGER = (torch.int64, torch.int32)
-MIN_EPS = 1e-30  # 1/eps summed over 131072 duplicates stays finite in float32
+# Also in csrc/torch_glue.h. Below, 1/eps summed over 131072 duplicates overflows float32; above, distance + eps may.
+MIN_EPS, MAX_EPS = 1e-30, 1e30
+MAX_FLOAT32 = torch.finfo(torch.float32).max
+MAX_INT = 2**63 - 1
 
 
 def tensor(op: str, name: str, value, dtypes: tuple, shape: str, ndim: int) -> None:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{op}: {name} must be a tensor of shape {shape}, got {type(value).__name__}")
+    _dense(op, name, value)
     if value.dtype not in dtypes:
         names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{op}: {name} must be {names}, got {str(value.dtype).removeprefix('torch.')}")
     if value.ndim != ndim:
         raise ValueError(f"{op}: {name} must have shape {shape}, got {tuple(value.shape)}")
+
+
+def _dense(op: str, name: str, value: torch.Tensor) -> None:
+    if value.is_nested:
+        raise TypeError(
+            f"{op}: {name} must be a dense tensor, got a nested one; pad it with torch.nested.to_padded_tensor, or "
+            f"pack its values and call a varlen op"
+        )
+    if value.layout is not torch.strided:
+        layout = str(value.layout).removeprefix("torch.").removeprefix("_")
+        raise TypeError(f"{op}: {name} must be a dense tensor, got layout {layout}; give {name}.to_dense()")
+    if value.is_quantized:
+        raise TypeError(f"{op}: {name} must be a dense tensor, got a quantized one; give {name}.dequantize()")
 
 
 def features(op: str, value, shape: str = "(B, N, C)") -> None:
@@ -30,7 +50,7 @@ def features(op: str, value, shape: str = "(B, N, C)") -> None:
 
 
 def index_vector(op: str, name: str, value, length: int, shape: str, like: torch.Tensor) -> None:
-    """An integer vector of `length` on the device of the features; its values are `in_range`'s business."""
+    """An integer vector of `length` on the device of the features. Its values are checked elsewhere."""
     tensor(op, name, value, INTEGER, shape, 1)
     if value.shape[0] != length:
         raise ValueError(f"{op}: {name} must have shape {shape} = ({length},), got {tuple(value.shape)}")
@@ -42,24 +62,44 @@ def same_device(op: str, name: str, value: torch.Tensor, like: torch.Tensor, oth
         raise ValueError(f"{op}: {name} must be on the device of {other}, {like.device}, got {value.device}")
 
 
+def _shown(value) -> str:
+    """Python refuses to write out the longest ints."""
+    return str(value) if not isinstance(value, int) or abs(value) < 10**400 else "an int of more than 400 digits"
+
+
 def integer(op: str, name: str, value, low: int, high=None, why: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
         raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
-    if value < low or (high is not None and value > high):
-        span = f"at least {low}" if high is None else f"between {low} and {high}{why}"
-        raise ValueError(f"{op}: {name} must be {span}, got {value}")
+    highest = MAX_INT if high is None else high
+    if not low <= value <= highest:
+        span = f"at least {low}" if high is None and value < low else f"between {low} and {highest}{why}"
+        raise ValueError(f"{op}: {name} must be {span}, got {_shown(value)}")
 
 
 def eps(op: str, value) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat):
         raise TypeError(f"{op}: eps must be a float, got {type(value).__name__}")
-    if not (MIN_EPS <= value < math.inf):
-        raise ValueError(f"{op}: eps must be a finite number of at least {MIN_EPS}, got {value}")
+    if not MIN_EPS <= value <= MAX_EPS:
+        raise ValueError(f"{op}: eps must be between {MIN_EPS} and {MAX_EPS}, got {_shown(value)}")
+
+
+def in_float32(op: str, name: str, value) -> None:
+    if not -MAX_FLOAT32 <= value <= MAX_FLOAT32:
+        raise ValueError(f"{op}: {name} must be finite in float32, got {_shown(value)}")
+
+
+def _concrete(value: torch.Tensor) -> bool:
+    """Whether `value` has memory of its own: not where it is traced, wrapped, or a tensor of torch.func or vmap."""
+    if torch.compiler.is_compiling():
+        return False
+    if type(value) is not torch.Tensor and (isinstance(value, FakeTensor) or is_traceable_wrapper_subclass(value)):
+        return False
+    return not (torch._C._are_functorch_transforms_active() and _functorch.is_functorch_wrapped_tensor(value))
 
 
 def values_readable(value: torch.Tensor) -> bool:
     """Whether the numbers inside `value` may be looked at: free on the CPU, elsewhere a sync (STS_KERNELS_CHECK=1)."""
-    if torch.compiler.is_compiling() or isinstance(value, torch._subclasses.FakeTensor) or value.is_meta:
+    if not _concrete(value) or value.is_meta:
         return False
     if value.device.type == "cpu":
         return True
@@ -67,6 +107,61 @@ def values_readable(value: torch.Tensor) -> bool:
         return False
     _warn_sync()
     return True
+
+
+def writable(op: str, name: str, value: torch.Tensor, **read: torch.Tensor) -> None:
+    """No element of `value` lies in the memory of another one, or of the tensors that are read meanwhile."""
+    if not _concrete(value) or value.is_meta:
+        return
+    if not value.is_contiguous() and _overlaps_itself(value):
+        raise ValueError(
+            f"{op}: {name} must have memory of its own for every element, for it is written to, got strides "
+            f"{value.stride()} for shape {tuple(value.shape)}; give {name}.clone()"
+        )
+    storage = value.untyped_storage()._cdata
+    for other, tensor in read.items():
+        if _concrete(tensor) and tensor.untyped_storage()._cdata == storage and _share_memory(value, tensor):
+            raise ValueError(f"{op}: {name} must not share memory with {other}, for it is written to; clone one")
+
+
+def _overlaps_itself(value: torch.Tensor) -> bool:
+    reach = 0
+    for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
+        if size > 1 and stride <= reach:  # true of every overlap, and of few other layouts
+            offsets = _offsets(value)
+            return offsets.unique().numel() < offsets.numel()
+        reach += stride * (size - 1)
+    return False
+
+
+def _share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    start_a, start_b = a.data_ptr(), b.data_ptr()
+    if not (start_a < start_b + _extent(b) and start_b < start_a + _extent(a)):
+        return False
+    # Views of one buffer, which may still lie between each other: compared by the pieces both are made of.
+    piece = math.gcd(a.element_size(), b.element_size())
+    pieces = [
+        (t.data_ptr() + _offsets(t) * t.element_size())[:, None]
+        + torch.arange(0, t.element_size(), piece, device="cpu")
+        for t in (a, b)
+    ]
+    return torch.isin(*pieces).any().item()
+
+
+def _extent(value: torch.Tensor) -> int:
+    """Bytes from the first element to the end of the last."""
+    if value.numel() == 0:
+        return 0
+    last = sum(stride * (size - 1) for stride, size in zip(value.stride(), value.shape, strict=True))
+    return (last + 1) * value.element_size()
+
+
+def _offsets(value: torch.Tensor) -> torch.Tensor:
+    """Where each element lies after the first, in elements."""
+    offsets = torch.zeros(1, dtype=torch.int64, device="cpu")
+    for stride, size in zip(value.stride(), value.shape, strict=True):
+        offsets = (offsets[:, None] + stride * torch.arange(size, device="cpu")).flatten()
+    return offsets
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""The one place that talks to torch.library: an op is a schema, a reference and a fake, registered together.
+"""The one place that talks to torch.library: an op is a schema, a reference, a fake and a vmap rule, in one call.
 
 The reference is registered as CompositeExplicitAutograd and so serves every device; the compiled library and the Triton
 launchers only override the CPU and CUDA keys. Adding an op never touches this file.
@@ -12,10 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-from . import _native
+from . import _native, _transforms
 
 NAMESPACE = "sts_kernels"
-_library = torch.library.Library(NAMESPACE, "DEF")
 
 
 @dataclass(frozen=True)
@@ -44,26 +43,89 @@ class Op:
 OPS: dict[str, Op] = {}
 
 
-def define_op(schema: str, *, fake: Callable, triton: Callable | None = None):
-    """Decorates an op's reference: defines `schema` and registers reference, fake and, if given, Triton launcher."""
+class _Registrations:
+    """What torch holds of the ops, by name and dispatch key.
+
+    torch takes a namespace once per process, and compiled graphs keep its ops. So this object lives on torch.ops, the
+    ops are defined once, and a kernel is looked up when it is called: importing the package again only replaces it.
+    """
+
+    def __init__(self, library: torch.library.Library):
+        self.library = library
+        self.schemas: dict[str, str] = {}
+        self.kernels: dict[str, dict[str, Callable]] = {}
+
+    @staticmethod
+    def of_this_process() -> "_Registrations":
+        namespace = getattr(torch.ops, NAMESPACE)
+        if "_registrations" not in vars(namespace):
+            namespace._registrations = _Registrations(torch.library.Library(NAMESPACE, "DEF"))
+        return namespace._registrations
+
+    def define(self, name: str, schema: str) -> bool:
+        """False where the op is there already."""
+        if name in self.schemas:
+            if self.schemas[name] != schema:
+                raise ImportError(f"{NAMESPACE}::{name} changed its schema since it was first imported; restart Python")
+            return False
+        self.library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        self.schemas[name] = schema
+        return True
+
+    def put(self, name: str, key: str, kernel: Callable) -> Callable:
+        kernels = self.kernels.setdefault(name, {})
+        kernels[key] = kernel
+        return lambda *args, **kwargs: kernels[key](*args, **kwargs)
+
+
+_registrations = _Registrations.of_this_process()
+
+
+def define_op(
+    schema: str,
+    *,
+    fake: Callable,
+    vmap: Callable,
+    triton: Callable | None = None,
+    discrete: bool = False,
+    derivative: "_transforms.Derivative | None" = None,
+):
+    """Decorates an op's reference: defines `schema` and registers all that serves it.
+
+    Args:
+        fake: allocates what the op returns.
+        vmap: takes the op's arguments with the mapped axis in front of every tensor, returns the output likewise;
+            `_transforms.fold` makes it for an op whose tensors all begin with the batch.
+        triton: launcher for CUDA tensors, with the signature of the reference.
+        discrete: the op returns indices and writes to nothing, so there is no gradient to lose.
+        derivative: None refuses to be differentiated where that would pass without a word.
+    """
     name = schema[: schema.index("(")]
 
     def register(reference: Callable) -> Callable:
-        has_triton = triton is not None
-        op = Op(name, schema, reference, has_triton)
+        op = Op(name, schema, reference, triton is not None)
 
         @functools.wraps(reference)
-        def fallback(*args, **kwargs):
+        def fallback(*args):
             if any(isinstance(a, torch.Tensor) and a.is_cuda for a in args):
                 _warn_fallback(op)
-            with torch.no_grad():  # as the compiled kernels: no op has a gradient
-                return reference(*args, **kwargs)
+            with torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():  # as in a compiled kernel
+                return reference(*args)
 
-        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _library.impl(name, fallback, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
-        if has_triton and importlib.util.find_spec("triton") is not None:
-            _library.impl(name, triton, "CUDA")
+        first = _registrations.define(name, schema)
+        overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+        kernels = {"CompositeExplicitAutograd": fallback, **_transforms.autograd(overload, discrete, derivative)}
+        if triton is not None and importlib.util.find_spec("triton") is not None:
+            kernels["CUDA"] = triton
+        for key, kernel in kernels.items():
+            kernel = kernel if kernel is torch.library.fallthrough_kernel else _registrations.put(name, key, kernel)
+            if first:
+                _registrations.library.impl(name, kernel, key, with_keyset=key in _transforms.KEYS)
+        fake_kernel = _registrations.put(name, "fake", fake)
+        vmap_kernel = _registrations.put(name, "vmap", _transforms.vmap(overload, vmap))
+        if first:
+            torch.library.register_fake(f"{NAMESPACE}::{name}", fake_kernel, lib=_registrations.library)
+            torch.library.register_vmap(f"{NAMESPACE}::{name}", vmap_kernel, lib=_registrations.library)
         OPS[name] = op
         return reference
 

@@ -9,20 +9,15 @@ fixed order, without atomics. Logits are in base 2.
 
 import functools
 import math
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-INTERPRETED = triton.knobs.runtime.interpret
+from ._last_query_scores_plan import Plan, columns
 
-WHOLE_BYTES = 128 << 10  # one launch up to here: keys of an item in bytes
-WHOLE_TILE_BYTES = 32 << 10  # and up to here: one key head of them, as padded in the tile
-TILE_BYTES = 16 << 10  # of keys a program of split_kernel works on at a time
-PROGRAMS_PER_MULTIPROCESSOR = 4  # of split_kernel: with the tiles in flight they fill the shared memory
-MAX_SPLITS = 128  # every program of mean_kernel reads the sums of all splits
+INTERPRETED = triton.knobs.runtime.interpret
 
 
 @triton.jit
@@ -64,10 +59,29 @@ def _queries(
 
 
 @triton.jit
+def _add_columns(
+    x, query, stride_head, row, inside, column, HEADS: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr,
+    WIDTH: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """x + the products of CHUNK columns."""
+    d = column + tl.arange(0, CHUNK)
+    keys = tl.load(
+        row + d[None, :], mask=inside[:, None] & (d < DIM)[None, :], other=0.0, eviction_policy="evict_first"
+    )
+    if UPCAST:
+        keys = keys.to(tl.float32)
+    part = query
+    if CHUNK != WIDTH:
+        part = _queries(query, stride_head, column, HEADS, PADDED, DIM, CHUNK, UPCAST)
+    return tl.dot(keys, part, x, input_precision=PRECISION)
+
+
+@triton.jit
 def _logits(
     query, stride_head, key, stride_token, key_mask, stride_mask, start, end, scale,
     HEADS: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr, ALIGN: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr, ALIGN: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """(BLOCK, PADDED) logits of keys start to start + BLOCK; -inf where a key is past `end` or masked out."""
     s = start + tl.arange(0, BLOCK)
@@ -77,17 +91,16 @@ def _logits(
         allowed = inside & (tl.load(key_mask + s.to(tl.int64) * stride_mask, mask=inside, other=0) != 0)
     row = key + s.to(tl.int64)[:, None] * (stride_token.to(tl.int64) * ALIGN)
     x = tl.zeros((BLOCK, PADDED), tl.float32)
-    for column in tl.static_range(0, WIDTH, CHUNK):
-        d = column + tl.arange(0, CHUNK)
-        keys = tl.load(
-            row + d[None, :], mask=inside[:, None] & (d < DIM)[None, :], other=0.0, eviction_policy="evict_first"
-        )
-        if UPCAST:
-            keys = keys.to(tl.float32)
-        part = query
-        if CHUNK != WIDTH:
-            part = _queries(query, stride_head, column, HEADS, PADDED, DIM, CHUNK, UPCAST)
-        x = tl.dot(keys, part, x, input_precision=PRECISION)
+    if WIDTH <= 256:
+        for column in tl.static_range(0, WIDTH, CHUNK):
+            x = _add_columns(
+                x, query, stride_head, row, inside, column, HEADS, PADDED, DIM, WIDTH, CHUNK, PRECISION, UPCAST
+            )
+    else:  # as many tiles as the columns fill would not fit the shared memory together
+        for column in tl.range(0, WIDTH, CHUNK, num_stages=STAGES):
+            x = _add_columns(
+                x, query, stride_head, row, inside, column, HEADS, PADDED, DIM, WIDTH, CHUNK, PRECISION, UPCAST
+            )
     return tl.where(allowed[:, None], x * scale, float("-inf"))
 
 
@@ -146,7 +159,7 @@ def split_kernel(
     for start in tl.range(split * span, stop, BLOCK, num_stages=STAGES, disable_licm=CHUNK != WIDTH):
         x = _logits(
             query, query_stride_head, key, key_stride_token, key_mask, mask_stride_token, start, length, scale,
-            HEADS, PADDED, DIM, WIDTH, CHUNK, BLOCK, ALIGN, MASKED, PRECISION, UPCAST,
+            HEADS, PADDED, DIM, WIDTH, CHUNK, BLOCK, STAGES, ALIGN, MASKED, PRECISION, UPCAST,
         )  # fmt: skip
         s = start + tl.arange(0, BLOCK)
         tl.store(row[None, :] + s[:, None], x, mask=(s < length)[:, None] & mine[None, :])
@@ -215,7 +228,7 @@ def whole_kernel(
         x = _logits(
             at, query_stride_head, key + kv_head * (key_stride_head.to(tl.int64) * ALIGN), key_stride_token,
             key_mask, mask_stride_token, 0, length, scale,
-            HEADS, PADDED, DIM, WIDTH, CHUNK, BLOCK, ALIGN, MASKED, PRECISION, UPCAST,
+            HEADS, PADDED, DIM, WIDTH, CHUNK, BLOCK, STAGES, ALIGN, MASKED, PRECISION, UPCAST,
         )  # fmt: skip
         weight = tl.exp2(x - _finite(tl.max(x, 0))[None, :])
         share = tl.where(h < HEADS, _share(tl.sum(weight, 0), KV_HEADS * GROUP), 0.0)
@@ -225,34 +238,6 @@ def whole_kernel(
         allowed = tl.load(key_mask + s.to(tl.int64) * mask_stride_token, mask=s < length, other=0) != 0
         mean = tl.where(allowed, mean, 0.0)
     tl.store(scores + first + s, mean, mask=s < length)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How the work on one item is cut up. It does not look at the batch, so neither does an item's result."""
-
-    whole: bool  # one launch
-    tiles: int  # of the query heads that read one key head
-    heads: int  # query heads in a tile
-    block: int  # keys a program works on at a time
-    span: int  # keys of a split
-    splits: int
-
-    @staticmethod
-    @functools.lru_cache(maxsize=1024)
-    def of(kv_heads: int, group: int, keys: int, dim: int, itemsize: int, multiprocessors: int) -> "Plan":
-        most = 32 if itemsize == 2 else 8  # what the registers hold; float32 comes in three parts
-        heads = max(n for n in range(1, min(group, most) + 1) if group % n == 0)
-        tiles = group // heads
-        row = triton.next_power_of_2(dim) * itemsize
-        block = max(16, triton.next_power_of_2(keys))
-        if heads <= 16 and keys * kv_heads * dim * itemsize <= WHOLE_BYTES and block * row <= WHOLE_TILE_BYTES:
-            return Plan(True, tiles, heads, block, keys, 1)
-        block = min(max(TILE_BYTES // row, 32), 64 if heads > 16 else 128)
-        blocks = triton.cdiv(keys, block)
-        wanted = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // (kv_heads * tiles)
-        blocks_per_split = triton.cdiv(blocks, min(max(wanted, 1), MAX_SPLITS))
-        return Plan(False, tiles, heads, block, block * blocks_per_split, triton.cdiv(blocks, blocks_per_split))
 
 
 @functools.cache
@@ -289,6 +274,7 @@ def _run(out, query, key, key_strides, key_mask, cu_seqlens, longest, scale, pla
     group = all_heads // kv_heads
     multiprocessors, overlap = _device(query.get_device()) if query.is_cuda else (1, False)
     plan = plan or Plan.of(kv_heads, group, longest, dim, key.element_size(), multiprocessors)
+    width, chunk = columns(dim, key.element_size())
     align = math.gcd(16 // key.element_size(), *key_strides)
     common = {"cu_seqlens": cu_seqlens, "tokens": out.numel(), "longest": longest, "VARLEN": cu_seqlens is not None}
     arguments = {
@@ -310,8 +296,8 @@ def _run(out, query, key, key_strides, key_mask, cu_seqlens, longest, scale, pla
         "HEADS": plan.heads,
         "PADDED": max(16, triton.next_power_of_2(plan.heads)),
         "DIM": dim,
-        "WIDTH": triton.next_power_of_2(dim),
-        "CHUNK": triton.next_power_of_2(dim) if key.element_size() == 2 else 32,
+        "WIDTH": width,
+        "CHUNK": chunk,
         "BLOCK": plan.block,
         "STAGES": 3,
         "ALIGN": align,

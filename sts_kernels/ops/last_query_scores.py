@@ -6,8 +6,8 @@ import torch
 
 from .. import _checks
 from .._registry import define_op
+from .._transforms import fold
 
-HEAD_DIMS = (64, 72, 80, 96, 112, 128, 192, 256)
 CHUNK = 1 << 18  # elements of a 16-bit cache that the reference widens to float32 at a time: stays in the CPU's cache
 
 
@@ -19,14 +19,14 @@ def check(op, query, key, scale, key_shape="(B, S, Hkv, D)"):
         raise TypeError(f"{op}: key must have the dtype of query, {query.dtype}, got {key.dtype}".replace("torch.", ""))
     _checks.same_device(op, "key", key, query, "query")
     (_, heads, dim), (kv_heads, key_dim) = query.shape, key.shape[-2:]
-    if dim not in HEAD_DIMS:
-        raise ValueError(f"{op}: the head dimension of query must be one of {HEAD_DIMS}, got {dim}")
+    if dim < 1:
+        raise ValueError(f"{op}: the head dimension of query must be at least 1, got {dim}")
     if key_dim != dim:
         raise ValueError(f"{op}: key must have the head dimension of query, {dim}, got {key_dim}")
     if kv_heads < 1 or heads < 1 or heads % kv_heads:
         raise ValueError(f"{op}: the heads of query must be a multiple of the heads of key, got {heads} and {kv_heads}")
     for name, value in (("query", query), ("key", key)):
-        if value.stride(-1) != 1:
+        if dim > 1 and value.stride(-1) != 1 and not torch._C._functorch.is_functorch_wrapped_tensor(value):
             raise ValueError(
                 f"{op}: {name} must be contiguous in its last dimension, got strides {tuple(value.stride())}; "
                 f"give a view that keeps D last, or {name}.contiguous()"
@@ -34,8 +34,12 @@ def check(op, query, key, scale, key_shape="(B, S, Hkv, D)"):
     if scale is not None:
         if isinstance(scale, bool) or not isinstance(scale, int | float | torch.SymFloat):
             raise TypeError(f"{op}: scale must be a float or None, got {type(scale).__name__}")
-        if not -math.inf < scale < math.inf:
-            raise ValueError(f"{op}: scale must be finite, got {scale}")
+        _checks.in_float32(op, "scale", scale)
+
+
+def in_rows(value):
+    """With contiguous rows, which vmap may have taken apart."""
+    return value if value.stride(-1) == 1 else value.contiguous()
 
 
 def _check(query, key, scale, key_mask):
@@ -83,6 +87,7 @@ def item_scores(query, key, scale, allowed=None):
     "last_query_scores(Tensor query, Tensor key, float? scale=None, Tensor? key_mask=None) -> Tensor",
     fake=_fake,
     triton=_triton,
+    vmap=fold(lambda query, key, *rest: last_query_scores(in_rows(query), in_rows(key), *rest)),
 )
 def last_query_scores_reference(query, key, scale=None, key_mask=None):
     _check(query, key, scale, key_mask)
@@ -101,8 +106,8 @@ def last_query_scores(
     and scaled_dot_product_attention never write down, at the price of reading the keys once.
 
     Args:
-        query: (B, Hq, D) float32, float16 or bfloat16: the row of the token that asks, after rotary embedding. D is 64,
-            72, 80, 96, 112, 128, 192 or 256.
+        query: (B, Hq, D) float32, float16 or bfloat16: the row of the token that asks, after rotary embedding. D is at
+            least 1.
         key: (B, S, Hkv, D) of the same dtype, FlashAttention's layout, after rotary embedding. Hkv divides Hq; query
             head h reads key head h // (Hq // Hkv). Any strides, only D must be contiguous: a Hugging Face cache
             (B, Hkv, S, D) goes in as ``cache.transpose(1, 2)``, without a copy. S is at least 1; tested to 131072.
@@ -112,10 +117,12 @@ def last_query_scores(
     Returns:
         (B, S) float32. Keys that are masked out score 0, whatever they hold; the others of a row sum to 1. Where none
         is allowed the row is 0. A NaN or infinity in `query` or in an allowed key may make all allowed scores of its
-        row NaN. The same input gives the same output, bit for bit, whatever else is in the batch. No gradient.
+        row NaN. The same input gives the same output, bit for bit, whatever else is in the batch. requires_grad is
+        False: the scores have no derivative.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, device, strides or scale.
+        NotImplementedError: forward-mode AD or torch.func differentiates `query` or `key`.
 
     Cost:
         reads the keys once: B S Hkv D elements, for 2 B S Hq D flops. Scratch of B S Hq floats, none proportional to D.

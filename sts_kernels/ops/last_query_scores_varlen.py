@@ -6,7 +6,8 @@ import torch
 
 from .. import _checks
 from .._registry import define_op
-from .last_query_scores import check, item_scores
+from .._transforms import stack_offsets
+from .last_query_scores import check, in_rows, item_scores
 
 _OP = "last_query_scores_varlen"
 
@@ -38,6 +39,17 @@ def _fake(query, key, cu_seqlens, max_seqlen, scale=None):
     return query.new_empty((key.shape[0],), dtype=torch.float32)
 
 
+def _vmap(query, key, cu_seqlens, max_seqlen, *scale):
+    lanes, tokens = key.shape[:2]
+    for offsets in cu_seqlens.unbind():
+        if _checks.values_readable(offsets):
+            _check_values(key[0], offsets, max_seqlen)
+    query = torch.nn.functional.pad(query, (0, 0, 0, 0, 0, 1)).flatten(0, 1)[:-1]  # a row per item between lanes
+    packed = stack_offsets(cu_seqlens, tokens)
+    out = last_query_scores_varlen(in_rows(query), in_rows(key.flatten(0, 1)), packed, max_seqlen, *scale)
+    return out.unflatten(0, (lanes, tokens))
+
+
 def _triton(query, key, cu_seqlens, max_seqlen, scale=None):
     from . import _last_query_scores_triton as kernels
 
@@ -50,6 +62,7 @@ def _triton(query, key, cu_seqlens, max_seqlen, scale=None):
     "-> Tensor",
     fake=_fake,
     triton=_triton,
+    vmap=_vmap,
 )
 def last_query_scores_varlen_reference(query, key, cu_seqlens, max_seqlen, scale=None):
     _check(query, key, cu_seqlens, max_seqlen, scale)
@@ -71,7 +84,6 @@ def last_query_scores_varlen(
 
     Args:
         query: (B, Hq, D) float32, float16 or bfloat16, one row per item, after rotary embedding.
-            D is 64, 72, 80, 96, 112, 128, 192 or 256.
         key: (T, Hkv, D) of the same dtype, the keys of all items one after another, after rotary embedding. Hkv divides
             Hq. Any strides, only D must be contiguous.
         cu_seqlens: (B+1,) int32 or int64, FlashAttention's prefix sums: item b is rows cu_seqlens[b] to
@@ -86,8 +98,9 @@ def last_query_scores_varlen(
     Raises:
         TypeError, ValueError: wrong dtype, shape, device, strides or scale; offsets that do not rise from 0 to T or an
         item longer than max_seqlen where that can be read: on the CPU. On a GPU a token of no item scores 0, as does an
-        item that does not fit, those that overlap are unspecified, and nothing out of bounds is touched;
+        item that does not fit, tokens of several items hold anything, and nothing out of bounds is touched;
         STS_KERNELS_CHECK=1 makes all of it an error at the price of a sync.
+        NotImplementedError: forward-mode AD or torch.func differentiates `query` or `key`.
 
     Cost:
         as `last_query_scores`, with T for B S.

@@ -6,6 +6,7 @@ import torch
 
 from .. import _checks
 from .._registry import define_op
+from .._transforms import fold
 from .repulsion_step import LAST_RESORT, pick, weight
 
 
@@ -22,9 +23,10 @@ def _check(features, k, eps, anchor, num_tokens):
 
 
 def _check_values(features, anchor, num_tokens):
-    batch, tokens, _ = features.shape
-    counts = [tokens] * batch
-    if num_tokens is not None and _checks.values_readable(num_tokens):
+    tokens, counts = features.shape[1], None
+    if num_tokens is not None:
+        if not _checks.values_readable(num_tokens):
+            return
         counts = num_tokens.tolist()
         for item, count in enumerate(counts):
             if not 0 <= count <= tokens:
@@ -32,7 +34,8 @@ def _check_values(features, anchor, num_tokens):
                     f"repulsion_select: num_tokens[{item}] must be between 0 and {tokens}, its tokens, got {count}"
                 )
     if anchor is not None and _checks.values_readable(anchor):
-        for item, (value, count) in enumerate(zip(anchor.tolist(), counts, strict=True)):
+        for item, value in enumerate(anchor.tolist()):
+            count = tokens if counts is None else counts[item]
             if count and not 0 <= value < count:
                 raise ValueError(f"repulsion_select: anchor[{item}] must be between 0 and {count - 1}, got {value}")
 
@@ -55,6 +58,8 @@ def nearest_to_mean(x: torch.Tensor, usable: torch.Tensor) -> torch.Tensor:
     "repulsion_select(Tensor features, SymInt k, float eps=1e-6, Tensor? anchor=None, Tensor? num_tokens=None) "
     "-> Tensor",
     fake=_fake,
+    vmap=fold(lambda *arguments: repulsion_select(*arguments)),
+    discrete=True,
 )
 def repulsion_select_reference(features, k, eps=1e-6, anchor=None, num_tokens=None):
     _check(features, k, eps, anchor, num_tokens)
@@ -97,7 +102,7 @@ def repulsion_select(
         features: (B, N, C) float32, float16 or bfloat16, N and C at least 1. Any strides; unless the channels are
             contiguous a contiguous copy is made. Squared distances beyond float32's range count as infinite.
         k: tokens to keep, 1 <= k <= N.
-        eps: at least 1e-30, in units of features squared; the repulsion of a duplicate is 1 / eps.
+        eps: 1e-30 to 1e30, in units of features squared; the repulsion of a duplicate is 1 / eps.
         anchor: (B,) int64 or int32, the first pick of each item. None: the token nearest the mean of the item's
             finite tokens.
         num_tokens: (B,) int64 or int32, 0 to N: only the first num_tokens[b] rows of item b count. None: all do.
@@ -106,7 +111,7 @@ def repulsion_select(
         (B, k) int64 token indices, distinct, in the order picked; the first k' of them are the result for k'. Positions
         past num_tokens[b] are -1. Equal potentials go to the lowest index. A token with a NaN or infinity is picked
         only when no finite one is left, and repels none. The same input gives the same output, bit for bit, whatever
-        else is in the batch. No gradient.
+        else is in the batch. Indices have no gradient, as those of argmax: requires_grad is False.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, device, k or eps; values of `anchor` or `num_tokens` out of range

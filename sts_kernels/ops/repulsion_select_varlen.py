@@ -6,6 +6,7 @@ import torch
 
 from .. import _checks
 from .._registry import define_op
+from .._transforms import stack_offsets
 from .repulsion_select import repulsion_select_reference
 
 _OP = "repulsion_select_varlen"
@@ -33,7 +34,7 @@ def _offsets(name, values, total, what):
 
 
 def _check_values(features, cu_seqlens, cu_budgets, total_k, anchor):
-    if not _checks.values_readable(cu_seqlens):
+    if not all(_checks.values_readable(v) for v in (cu_seqlens, cu_budgets, anchor) if v is not None):
         return
     starts, budgets = cu_seqlens.tolist(), cu_budgets.tolist()
     _offsets("cu_seqlens", starts, features.shape[0], "the number of tokens")
@@ -52,10 +53,24 @@ def _fake(features, cu_seqlens, cu_budgets, total_k, eps=1e-6, anchor=None):
     return features.new_empty((total_k,), dtype=torch.int64)
 
 
+def _vmap(features, cu_seqlens, cu_budgets, total_k, eps=1e-6, anchor=None):
+    lanes, tokens = features.shape[:2]
+    for lane in range(lanes):
+        first = None if anchor is None else anchor[lane]
+        _check_values(features[lane], cu_seqlens[lane], cu_budgets[lane], total_k, first)
+    if anchor is not None:
+        anchor = torch.nn.functional.pad(anchor, (0, 1)).flatten()[:-1]  # one per item between lanes
+    packed = stack_offsets(cu_seqlens, tokens), stack_offsets(cu_budgets, total_k)
+    out = repulsion_select_varlen(features.flatten(0, 1), *packed, total_k * lanes, eps, anchor)
+    return out.unflatten(0, (lanes, total_k))
+
+
 @define_op(
     "repulsion_select_varlen(Tensor features, Tensor cu_seqlens, Tensor cu_budgets, SymInt total_k, float eps=1e-6, "
     "Tensor? anchor=None) -> Tensor",
     fake=_fake,
+    vmap=_vmap,
+    discrete=True,
 )
 def repulsion_select_varlen_reference(features, cu_seqlens, cu_budgets, total_k, eps=1e-6, anchor=None):
     _check(features, cu_seqlens, cu_budgets, total_k, eps, anchor)
@@ -89,7 +104,7 @@ def repulsion_select_varlen(
             cu_seqlens[b+1]. Items may be empty.
         cu_budgets: (B+1,) int32 or int64, prefix sums of the tokens each item keeps, at most its length; may be 0.
         total_k: cu_budgets[-1], which the host must know to size the result without a sync.
-        eps: at least 1e-30, in units of features squared.
+        eps: 1e-30 to 1e30, in units of features squared.
         anchor: (B,) int64 or int32, the first pick of each item, counted within the item. None: the token nearest the
             mean of the item's finite tokens. Ignored for items with no budget.
 
@@ -99,9 +114,11 @@ def repulsion_select_varlen(
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, device, total_k or eps; offsets, budgets or anchors that do not fit
-        where they can be read: on the CPU. On a GPU an item that does not fit comes out as -1 throughout, and items
-        that overlap because offsets fall get picks without a meaning, within their bounds; STS_KERNELS_CHECK=1 makes
-        both an error at the price of a sync. The reference reads the offsets on every device.
+        where they can be read: on the CPU. On a GPU an item that does not fit comes out as -1 throughout. Items whose
+        rows or places in the result overlap, because offsets fall, disturb each other: each of their picks is -1 or an
+        index within the item, may repeat, need not repel, and may differ from run to run; the other items come out
+        right. STS_KERNELS_CHECK=1 makes both an error at the price of a sync. The reference reads the offsets on every
+        device.
 
     Cost:
         as `repulsion_select` for each item; one kernel launch runs all items.

@@ -6,6 +6,7 @@ import torch
 
 from .. import _checks
 from .._registry import define_op
+from .._transforms import fold
 
 # Potentials are finite and far below this for finite tokens; a token with a NaN or infinity holds it, so that it is
 # picked after every finite one and before none. A picked token holds +inf.
@@ -35,6 +36,7 @@ def _check(potential, features, picked, eps):
     _checks.same_device(op, "potential", potential, features)
     _checks.index_vector(op, "picked", picked, features.shape[0], "(B,)", features)
     _checks.eps(op, eps)
+    _checks.writable(op, "potential", potential, features=features, picked=picked)
 
 
 def _check_values(features, picked):
@@ -51,8 +53,18 @@ def _fake(potential, features, picked, eps=1e-6):
     return features.new_empty((features.shape[0],), dtype=torch.int64)
 
 
+def _vmap(potential, features, picked, *eps):
+    _checks.writable("repulsion_step_", "potential", potential)
+    folded = potential.flatten(0, 1).clone()
+    token = fold(lambda x, *arguments: repulsion_step_(folded, x, *arguments))(features, picked, *eps)
+    potential.copy_(folded.view_as(potential))
+    return token
+
+
 @define_op(
-    "repulsion_step_(Tensor(a!) potential, Tensor features, Tensor picked, float eps=1e-6) -> Tensor", fake=_fake
+    "repulsion_step_(Tensor(a!) potential, Tensor features, Tensor picked, float eps=1e-6) -> Tensor",
+    fake=_fake,
+    vmap=_vmap,
 )
 def repulsion_step_reference(potential, features, picked, eps=1e-6):
     _check(potential, features, picked, eps)
@@ -81,20 +93,24 @@ def repulsion_step_(
         return potential.argmin(1)
 
     Args:
-        potential: (B, N) float32, updated in place; any strides. Tokens holding +inf are never picked, so a ragged
-            batch starts with +inf on its padding.
+        potential: (B, N) float32, updated in place. Any strides that give each element memory of its own, which
+            `features` and `picked` do not share. Under torch.no_grad() it may require grad. Tokens holding +inf are
+            never picked, so a ragged batch starts with +inf on its padding.
         features: (B, N, C) float32, float16 or bfloat16, on the same device. Any strides; unless the channels are
             contiguous a contiguous copy is made.
         picked: (B,) int64 or int32. -1 leaves an item as it is. Other values outside [0, N) are an error on the CPU;
             on a GPU they act as -1, and STS_KERNELS_CHECK=1 makes them an error at the price of a sync.
-        eps: at least 1e-30, in units of features squared; the repulsion of a duplicate is 1 / eps.
+        eps: 1e-30 to 1e30, in units of features squared; the repulsion of a duplicate is 1 / eps.
 
     Returns:
         (B,) int64: the token of smallest potential, the lowest index among equals, -1 when every token is picked.
-        A token with a NaN or infinity is returned only when no finite one is left, and repels none. No gradient.
+        A token with a NaN or infinity is returned only when no finite one is left, and repels none. requires_grad is
+        False, and the potential takes no gradient from the features.
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape, device or eps; `picked` out of range where it can be read.
+        TypeError, ValueError: wrong dtype, shape, device or eps; a potential that may not be written to; `picked` out
+        of range where it can be read. Nothing is written then.
+        NotImplementedError: forward-mode AD or torch.func differentiates `potential` or `features`.
 
     Cost:
         one read of the features, 3 B N C flops.

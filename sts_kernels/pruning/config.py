@@ -52,7 +52,7 @@ class STSConfig:
         prune_layer: layers 0 .. prune_layer - 1 run on all that stage 1 kept; the score is taken in layer
             prune_layer - 1; layers from prune_layer on run on what stage 2 left. None: the model family's default.
         rho: share of stage 1's tokens that stage 2 leaves, where `keep_after` does not say.
-        eps: of `repulsion_select`, in units of features squared.
+        eps: of `repulsion_select`, 1e-30 to 1e30, in units of features squared.
         anchor: stage 1's first pick: the token nearest the mean ("mean"), token 0 ("first"), or the one that the
             vision encoder pays most attention ("saliency").
         scope: what tokens repel each other: all of an image or clip ("image"), or the crops, tiles or frames of an

@@ -1,0 +1,168 @@
+"""What an op gives to autograd, forward-mode AD, torch.func and vmap. Only _registry calls it."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch._C import _functorch
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
+from torch.autograd.graph import increment_version
+from torch.library import fallthrough_kernel
+
+KEYS = ("Autograd", "ADInplaceOrView")  # dispatch keys whose kernels pass the call on, and so take the keyset
+
+
+class Derivative(NamedTuple):
+    """Of an op whose arguments are all tensors. Both are differentiable themselves, and see no autocast."""
+
+    vjp: Callable  # (grad of the output, *arguments) -> a gradient per argument
+    jvp: Callable  # (*tangents, *arguments) -> the tangent of the output
+
+
+def autograd(overload, discrete: bool, derivative: Derivative | None) -> dict[str, Callable]:
+    """The op's kernels above its backends, by dispatch key."""
+    if derivative is not None:
+        return {"Autograd": _differentiable(overload, derivative)}
+    written = _written(overload)
+    if written is not None:  # also in inference mode, which leaves out the Autograd key
+        return {"Autograd": fallthrough_kernel, "ADInplaceOrView": _in_place(overload, written)}
+    return {"Autograd": fallthrough_kernel if discrete else _not_differentiable(overload)}
+
+
+def _written(overload) -> int | None:
+    """Position of the argument that the op writes to."""
+    return next((i for i, a in enumerate(overload._schema.arguments) if a.alias_info and a.alias_info.is_write), None)
+
+
+def _below_autograd(overload, keyset, arguments):
+    with torch._C._AutoDispatchBelowAutograd():
+        return overload.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+
+
+def _transformed() -> bool:
+    """Whether forward-mode AD or torch.func is at work: cheap to ask, and mostly not."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def _unpack_dual(value: torch.Tensor):
+    """As forward_ad.unpack_dual, which does not know of a level that a compiled graph has entered."""
+    return torch._VF._unpack_dual(value, level=0)
+
+
+def _has_tangent(value: torch.Tensor) -> bool:
+    return _unpack_dual(value).tangent is not None
+
+
+def _refuse_lost_derivatives(overload, arguments) -> None:
+    """Reverse mode outside torch.func needs none of it: there the output says requires_grad=False."""
+    for argument, value in zip(overload._schema.arguments, arguments, strict=False):
+        if not isinstance(value, torch.Tensor):
+            continue
+        if _has_tangent(value) or (_functorch.is_gradtrackingtensor(value) and value.requires_grad):
+            raise NotImplementedError(
+                f"{overload._opname}: {argument.name} is being differentiated, and the op has no derivative; "
+                f"give {argument.name}.detach()"
+            )
+
+
+def _not_differentiable(overload):
+    def kernel(keyset, *arguments):
+        if _transformed():
+            _refuse_lost_derivatives(overload, arguments)
+        return _below_autograd(overload, keyset, arguments)
+
+    return kernel
+
+
+def _in_place(overload, written: int):
+    name = overload._schema.arguments[written].name
+
+    def kernel(keyset, *arguments):
+        if _transformed():
+            _refuse_lost_derivatives(overload, arguments)
+        target = arguments[written]
+        if target.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{overload._opname}: {name} must not require grad, for it is written to without a derivative; "
+                f"give {name}.detach() or call it under torch.no_grad()"
+            )
+        if target.is_inference() and not torch.is_inference_mode_enabled():  # torch's rule for its own ops
+            raise RuntimeError(
+                f"{overload._opname}: {name} is an inference tensor, which is not to be written to outside inference "
+                f"mode; give {name}.clone()"
+            )
+        increment_version(target)
+        return overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *arguments)
+
+    return kernel
+
+
+def _differentiable(overload, derivative: Derivative):
+    class Function(_SingleLevelFunction):  # torch.func calls the Autograd key at each of its levels
+        @staticmethod
+        def forward(ctx, keyset, *arguments):
+            ctx.save_for_backward(*arguments)  # not the output, which may be written to before backward
+            ctx.save_for_forward(*arguments)
+            # An autograd.Function switches both modes off; torch.func's outer levels need them.
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+                return _below_autograd(overload, keyset, arguments)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return None, *derivative.vjp(grad, *ctx.saved_tensors)
+
+        @staticmethod
+        def jvp(ctx, keyset, *tangents):
+            with forward_ad._set_fwd_grad_enabled(True):
+                primals = (_unpack_dual(a).primal for a in ctx.saved_for_forward)
+                return derivative.jvp(*tangents, *primals)
+
+    def kernel(keyset, *arguments):
+        backward = torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
+        if backward or (_transformed() and any(map(_has_tangent, arguments))):
+            with enable_single_level_autograd_function():
+                return Function.apply(keyset, *arguments)
+        return _below_autograd(overload, keyset, arguments)
+
+    return kernel
+
+
+def vmap(overload, rule: Callable):
+    """`rule` as torch.library.register_vmap wants it: the mapped axis comes first, in every tensor."""
+    written = _written(overload)
+
+    def kernel(info, in_dims, *arguments):
+        if written is not None and in_dims[written] is None:
+            name = overload._schema.arguments[written].name
+            raise ValueError(f"{overload._opname}: {name} is written to, so vmap must map it where it maps any tensor")
+        return rule(*(_in_front(info.batch_size, *pair) for pair in zip(arguments, in_dims, strict=True))), 0
+
+    return kernel
+
+
+def _in_front(lanes: int, value, dim: int | None):
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.expand(lanes, *value.shape) if dim is None else value.movedim(dim, 0)
+
+
+def fold(call: Callable) -> Callable:
+    """The vmap rule of an op whose tensors all begin with the batch: the mapped axis makes a larger batch."""
+
+    def rule(*arguments):
+        lanes, batch = arguments[0].shape[:2]
+        out = call(*(a.flatten(0, 1) if isinstance(a, torch.Tensor) else a for a in arguments))
+        return out.unflatten(0, (lanes, batch))
+
+    return rule
+
+
+def stack_offsets(offsets: torch.Tensor, length: int) -> torch.Tensor:
+    """Prefix sums (lanes, B+1) of packed tensors of `length` rows, as those of the tensors one after another.
+
+    Between two lanes this leaves an item, empty where each lane's offsets end at `length`.
+    """
+    shift = torch.arange(offsets.shape[0], device=offsets.device) * length
+    return (offsets + shift[:, None]).flatten()
