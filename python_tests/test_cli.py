@@ -1,6 +1,5 @@
 """The command line: what `info` and `demo` print, draw and refuse."""
 
-import importlib.util
 import json
 import os
 import re
@@ -31,7 +30,14 @@ def start(*arguments, **environment) -> subprocess.Popen:
     path = os.pathsep.join([environment.pop("first", root), root])
     environment = {**os.environ, "PYTHONPATH": path, **environment}
     pipe = subprocess.PIPE
-    return subprocess.Popen([sys.executable, *arguments], env=environment, stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        env=environment,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell ignores Ctrl-C
+    )
 
 
 def python(*arguments, **environment) -> subprocess.CompletedProcess:
@@ -302,13 +308,13 @@ def test_what_is_missing_comes_with_a_command_for_this_environment(monkeypatch):
     assert _errors.needs("transformers", "pillow") == (
         "transformers and pillow: python -m pip install 'transformers>=4.57' 'pillow>=10.1'"
     )
-    monkeypatch.setattr(_errors.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(_errors, "has_pip", lambda: False)
     assert _errors.install("x") == "uv pip install x"
     monkeypatch.setattr(_errors.shutil, "which", lambda name: "/usr/bin/python")
     assert _errors.install("x") == f"uv pip install --python {sys.executable} x"
     monkeypatch.undo()
     monkeypatch.setattr(_errors.shutil, "which", lambda name: None)
-    assert _errors.install("x").startswith("uv" if importlib.util.find_spec("pip") is None else sys.executable)
+    assert _errors.install("x").startswith(sys.executable if _errors.has_pip() else "uv")
 
 
 @pytest.mark.parametrize("argv", [["dance"], ["info", "--loud"], ["demo", "--keep", "many"], ["demo", "a", "b"]])

@@ -37,7 +37,7 @@ def site(tmp_path, monkeypatch):
     monkeypatch.setattr(_native.importlib.metadata, "distributions", lambda name: [])
     monkeypatch.setattr(_native.importlib.metadata, "distribution", direct_url())
     monkeypatch.setattr(_errors.shutil, "which", lambda name: sys.executable)
-    monkeypatch.setattr(_errors.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(_errors, "has_pip", lambda: True)
     return package.parent
 
 
@@ -160,7 +160,7 @@ def test_it_is_built_again_from_where_it_was_installed_from(site, tmp_path, monk
 
 
 def test_uv_is_told_where_torch_is(site, monkeypatch):
-    monkeypatch.setattr(_errors.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(_errors, "has_pip", lambda: False)
     assert _native.rebuild() == "in a checkout, uv pip install --no-deps --force-reinstall ."
     monkeypatch.setattr(_errors.shutil, "which", lambda name: None)
     include = Path(torch.__file__).parent / "include"
@@ -190,3 +190,10 @@ def test_the_requirements_are_those_of_the_package():
     text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
     for requirement in _errors.REQUIREMENTS.values():
         assert f'"{requirement}' in text
+
+
+def test_looking_for_pip_leaves_distutils_alone():
+    """Before Python 3.12 setuptools gives up its distutils once somebody looks for pip. torch.compile needs it."""
+    code = "import setuptools, sts_kernels; from sts_kernels import _errors; _errors.install('x'); "
+    code += "import _distutils_hack; _distutils_hack.do_override()"
+    subprocess.run([sys.executable, "-c", code], check=True)

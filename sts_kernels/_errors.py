@@ -1,6 +1,6 @@
 """Errors that end a command, and what to type against them."""
 
-import importlib.util
+import importlib.metadata
 import shlex
 import shutil
 import sys
@@ -17,10 +17,19 @@ def needs(*packages: str) -> str:
     return f"{' and '.join(packages)}: {install(*(REQUIREMENTS[package] for package in packages))}"
 
 
+def has_pip() -> bool:
+    """Not by find_spec: before Python 3.12 setuptools then gives up its own distutils, which torch.compile needs."""
+    try:
+        importlib.metadata.version("pip")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
 def install(*arguments: str) -> str:
     """The command that installs into this environment, as one types it: with pip, or uv where there is no pip."""
     active = shutil.which("python") == sys.executable
-    if importlib.util.find_spec("pip") is not None:
+    if has_pip():
         command = ["python" if active else sys.executable, "-m", "pip", "install"]
     else:
         command = ["uv", "pip", "install", *([] if active else ["--python", sys.executable])]
