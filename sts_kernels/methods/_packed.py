@@ -1,0 +1,106 @@
+"""Selections of packed items: groups of equal length and budget run as padded batches without padding."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from ._pool import ARGUMENTS, SCORES, Pool
+
+
+def host(values: Sequence[int], device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """Host ints on `device`, whatever the default device is. A copy to the device; nothing comes back."""
+    return torch.tensor(values, dtype=dtype, device="cpu").to(device)
+
+
+def offsets(lengths: Sequence[int]) -> list[int]:
+    """Prefix sums: where each item starts, and where the last one ends."""
+    starts = [0]
+    for length in lengths:
+        starts.append(starts[-1] + length)
+    return starts
+
+
+def check(op: str, signals, lengths, budgets, features, scores, text, keys) -> torch.device:
+    """Checks the arguments of `Method.select_packed`, and returns the device of its tensors."""
+    for name, values in (("lengths", lengths), ("budgets", budgets)):
+        if not isinstance(values, Sequence):
+            raise TypeError(f"{op}: {name} must be a list of ints, got {type(values).__name__}")
+        for value in values:
+            _checks.integer(op, name, value, 0)
+    if len(lengths) != len(budgets):
+        raise ValueError(f"{op}: budgets must have one number for each of the {len(lengths)} items, got {len(budgets)}")
+    for item, (length, budget) in enumerate(zip(lengths, budgets, strict=True)):
+        if budget > length:
+            raise ValueError(f"{op}: budgets[{item}] must be at most {length}, the item's tokens, got {budget}")
+    given = {"features": features, "scores": scores, "keys": keys, "text": text}
+    shapes = {"features": "(T, C)", "scores": "(T,)", "keys": "(T, D)", "text": "(items, M, C)"}
+    for signal in sorted(signals):
+        name = ARGUMENTS[signal]
+        if given[name] is None:
+            raise ValueError(f"{op}: {name} must be a tensor of shape {shapes[name]}, got None")
+    like = None
+    for name, value in given.items():
+        if value is None:
+            continue
+        dtypes = SCORES if name == "scores" else _checks.FLOATING
+        _checks.tensor(op, name, value, dtypes, shapes[name], shapes[name].count(",") + (name != "scores"))
+        rows, what = (len(lengths), "items") if name == "text" else (sum(lengths), "sum of lengths")
+        if value.shape[0] != rows:
+            raise ValueError(f"{op}: {name} must have {rows} rows, the {what}, got {tuple(value.shape)}")
+        if like is not None:
+            _checks.same_device(op, name, value, like[1], like[0])
+        like = like or (name, value)
+    return torch.device("cpu") if like is None else like[1].device
+
+
+def groups(lengths: Sequence[int], budgets: Sequence[int]) -> dict[tuple[int, int], list[int]]:
+    """Items by (length, budget), without those that keep nothing."""
+    found: dict[tuple[int, int], list[int]] = {}
+    for item, shape in enumerate(zip(lengths, budgets, strict=True)):
+        if shape[1]:
+            found.setdefault(shape, []).append(item)
+    return found
+
+
+def places(items: Sequence[int], starts: Sequence[int], length: int) -> list[int]:
+    """Packed places of all tokens (or slots) of `items`, each of `length`."""
+    return [place for item in items for place in range(starts[item], starts[item] + length)]
+
+
+def select(method, lengths, budgets, features, scores, text, keys):
+    """`Method.select_packed` by groups."""
+    from .base import Selection
+
+    device = check(method.name, method.signals, lengths, budgets, features, scores, text, keys)
+    starts, slots = offsets(lengths), offsets(budgets)
+    order = torch.full((slots[-1],), -1, dtype=torch.int64, device=device)
+    assignment = weight = None
+    for (length, budget), items in groups(lengths, budgets).items():
+        rows = host(places(items, starts, length), device)
+        shape = (len(items), length)
+
+        def batched(value, rows=rows, shape=shape):
+            return None if value is None else value[rows].unflatten(0, shape)
+
+        pool = Pool.sized(
+            budget,
+            *shape,
+            device,
+            features=batched(features),
+            scores=batched(scores),
+            keys=batched(keys),
+            text=None if text is None else text[host(items, device)],
+        )
+        picked = method.selection(pool)
+        order[host(places(items, slots, budget), device)] = picked.order.flatten()
+        if picked.assignment is not None:
+            if assignment is None:
+                assignment = torch.full((starts[-1],), -1, dtype=torch.int64, device=device)
+            assignment[rows] = picked.assignment.flatten()
+        if picked.weight is not None:
+            if weight is None:
+                weight = torch.zeros(starts[-1], dtype=torch.float32, device=device)
+            weight[rows] = picked.weight.flatten()
+    return Selection(order, assignment, weight, method)
