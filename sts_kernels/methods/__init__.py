@@ -5,6 +5,7 @@ import importlib
 import pkgutil
 from dataclasses import MISSING, fields
 
+import torch
 from torch import Tensor
 
 from .. import _checks
@@ -137,17 +138,16 @@ def merge_packed(features: Tensor, selection: Selection, lengths: list[int], bud
         raise ValueError(
             f"{op}: selection must have {slots[-1]} picks, the sum of budgets, got {selection.order.shape[0]}"
         )
-    out = features.new_zeros((slots[-1], features.shape[1]))
+    parts: list = [None] * len(lengths)
     for (length, budget), items in _packed.groups(lengths, budgets).items():
-        rows = _packed.host(_packed.places(items, starts, length), features.device)
-        places = _packed.host(_packed.places(items, slots, budget), features.device)
         part = Selection(
-            selection.order[places].unflatten(0, (len(items), budget)),
-            *(
-                None if value is None else value[rows].unflatten(0, (len(items), length))
-                for value in (selection.assignment, selection.weight)
-            ),
+            _packed.batch(selection.order, items, slots, budget),
+            _packed.batch(selection.assignment, items, starts, length),
+            _packed.batch(selection.weight, items, starts, length),
             selection.method,
         )
-        out[places] = _merge_rows(features[rows].unflatten(0, (len(items), length)), part).flatten(0, 1)
-    return out
+        rows = _merge_rows(_packed.batch(features, items, starts, length), part)
+        for i, item in enumerate(items):
+            parts[item] = rows[i]
+    kept = [part for part in parts if part is not None]
+    return torch.cat(kept) if kept else features.new_empty((0, features.shape[1]))

@@ -36,4 +36,4 @@ def farthest(distance: Callable[[Tensor], Tensor], first: Tensor, usable: Tensor
 def usable_rows(features: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
     """Features (B, N, C) in float32, and usable (B, N): present, no NaN or infinity. Rows of the others are zero."""
     usable = present & features.isfinite().all(-1)
-    return torch.where(usable[..., None], features, 0).float(), usable
+    return torch.where(usable[..., None], features, 0).float().contiguous(), usable

@@ -11,7 +11,7 @@ from ._pool import ARGUMENTS, SCORES, Pool
 
 def host(values: Sequence[int], device, dtype: torch.dtype = torch.int64) -> Tensor:
     """Host ints on `device`, whatever the default device is. A copy to the device; nothing comes back."""
-    return torch.tensor(values, dtype=dtype, device="cpu").to(device)
+    return torch.tensor(values, dtype=dtype, device="cpu").to(device, non_blocking=True)
 
 
 def offsets(lengths: Sequence[int]) -> list[int]:
@@ -64,9 +64,9 @@ def groups(lengths: Sequence[int], budgets: Sequence[int]) -> dict[tuple[int, in
     return found
 
 
-def places(items: Sequence[int], starts: Sequence[int], length: int) -> list[int]:
-    """Packed places of all tokens (or slots) of `items`, each of `length`."""
-    return [place for item in items for place in range(starts[item], starts[item] + length)]
+def batch(value: Tensor | None, items: Sequence[int], starts: Sequence[int], length: int) -> Tensor | None:
+    """(items, length, ...): the rows of `items` of a packed value, each from its start on."""
+    return None if value is None else torch.stack([value[starts[i] : starts[i] + length] for i in items])
 
 
 def select(method, lengths, budgets, features, scores, text, keys):
@@ -74,33 +74,32 @@ def select(method, lengths, budgets, features, scores, text, keys):
     from .base import Selection
 
     device = check(method.name, method.signals, lengths, budgets, features, scores, text, keys)
-    starts, slots = offsets(lengths), offsets(budgets)
-    order = torch.full((slots[-1],), -1, dtype=torch.int64, device=device)
-    assignment = weight = None
+    starts = offsets(lengths)
+    parts: list = [None] * len(lengths)  # of each item: order, assignment, weight
     for (length, budget), items in groups(lengths, budgets).items():
-        rows = host(places(items, starts, length), device)
-        shape = (len(items), length)
-
-        def batched(value, rows=rows, shape=shape):
-            return None if value is None else value[rows].unflatten(0, shape)
-
-        pool = Pool.sized(
-            budget,
-            *shape,
-            device,
-            features=batched(features),
-            scores=batched(scores),
-            keys=batched(keys),
-            text=None if text is None else text[host(items, device)],
-        )
+        signals = {
+            name: batch(value, items, starts, length)
+            for name, value in (("features", features), ("scores", scores), ("keys", keys))
+        }
+        pool = Pool.sized(budget, len(items), length, device, text=batch_text(text, items), **signals)
         picked = method.selection(pool)
-        order[host(places(items, slots, budget), device)] = picked.order.flatten()
-        if picked.assignment is not None:
-            if assignment is None:
-                assignment = torch.full((starts[-1],), -1, dtype=torch.int64, device=device)
-            assignment[rows] = picked.assignment.flatten()
-        if picked.weight is not None:
-            if weight is None:
-                weight = torch.zeros(starts[-1], dtype=torch.float32, device=device)
-            weight[rows] = picked.weight.flatten()
-    return Selection(order, assignment, weight, method)
+        for i, item in enumerate(items):
+            parts[item] = [None if v is None else v[i] for v in (picked.order, picked.assignment, picked.weight)]
+    some = next((part for part in parts if part), [None] * 3)
+    nothing = (0, torch.int64), (-1, torch.int64), (0, torch.float32)  # of an item that keeps nothing
+    packed = []
+    for column, (fill, dtype) in enumerate(nothing):
+        if column and some[column] is None:
+            packed.append(None)
+            continue
+        empty = [0] * len(lengths) if column == 0 else lengths
+        rows = [
+            part[column] if part else torch.full((empty[item],), fill, dtype=dtype, device=device)
+            for item, part in enumerate(parts)
+        ]
+        packed.append(torch.cat(rows) if rows else torch.empty(0, dtype=dtype, device=device))
+    return Selection(*packed, method)
+
+
+def batch_text(text: Tensor | None, items: Sequence[int]) -> Tensor | None:
+    return None if text is None else torch.stack([text[item] for item in items])

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from .. import _checks
 from . import _merge, _packed
-from ._budget import Budget, everything, take
+from ._budget import Budget, take
 from ._pool import Pool
 
 __all__ = ["Budget", "Cut", "Method", "Plan", "Pool", "Selection", "option"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Selection:
     """Tokens that a method keeps, of a padded batch or of packed items.
 
@@ -32,7 +32,7 @@ class Selection:
     order: Tensor
     assignment: Tensor | None = None
     weight: Tensor | None = None
-    method: "Method | None" = field(default=None, repr=False, compare=False)
+    method: "Method | None" = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Method:
         amount = budget.keep if budget.budget is None else budget.budget
         if amount is None:
             raise ValueError(f"{self.name}: give budget or keep, for example budget=128")
-        return Plan(layers, everything if amount == 1.0 and isinstance(amount, float) else partial(take, amount))
+        return Plan(layers, partial(take, amount))
 
     def select(
         self,

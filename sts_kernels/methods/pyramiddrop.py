@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
-from ._budget import Budget, check_share, everything, prompt_total, shares_of, take
+from ._budget import Budget, check_share, everything, prompt_total, take
 from .base import Cut, Method, Plan, option
 
 
@@ -43,7 +43,7 @@ class PyramidDrop(Method):
                 f"got {len(budget.ratios)}"
             )
         if budget.ratios is not None:
-            keeps = shares_of(budget.ratios)
+            keeps = [partial(floor_share, ratio) for ratio in budget.ratios]
         elif budget.budget is None:
             keeps = [partial(floor_share, float(self.ratio) ** (i + 1)) for i in range(len(places))]
         else:
@@ -59,9 +59,9 @@ def quarters(layers: int) -> tuple[int, ...]:
     return tuple(sorted({max(1, layers * i // 4) for i in (1, 2, 3)}))
 
 
-def floor_share(share: float, tokens: int) -> int:
-    """The official code's int(N ratio), at least one token of an image that has any."""
-    return min(tokens, max(1, math.floor(share * tokens + 1e-9)))
+def floor_share(share: float | int, tokens: int) -> int:
+    """The official code's int(N ratio), at least one token of an image that has any. An int is a number of tokens."""
+    return take(share, tokens) if isinstance(share, int) or not share else min(tokens, max(1, int(share * tokens)))
 
 
 def common_ratio(share: float, places: Sequence[int], layers: int) -> float:

@@ -4,10 +4,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from .. import _checks
-from ._rank import descending
 from .base import Method, Pool, Selection, option
 
 _MASK = 0xFFFFFFFF  # 32-bit arithmetic in int64: products wrap at 2^64, their low 32 bits are right
@@ -34,12 +32,7 @@ class Random(Method):
         _checks.integer(self.name, "seed", self.seed, 0, 2**63 - 1)
 
     def pick(self, pool: Pool) -> Selection:
-        return Selection(
-            descending(self._keys(pool.tokens, pool.device).expand_as(pool.present), pool.present)[:, : pool.k]
-        )
-
-    def _keys(self, tokens: int, device) -> Tensor:
-        """(N,) float64, distinct: 32 bits are exact, and the sort is stable besides."""
-        low, high = _scramble(self.seed & _MASK), _scramble((self.seed >> 32) + 0x9E3779B9 & _MASK)
-        position = torch.arange(tokens, device=device)
-        return _scramble(_scramble(position ^ low) ^ high).double()
+        low, high = _scramble(self.seed & _MASK), _scramble((self.seed >> 32) + 1)
+        position = torch.arange(pool.tokens, device=pool.device)
+        drawn = _scramble(_scramble(position ^ low) ^ high).expand_as(pool.present)
+        return Selection(drawn.masked_fill(~pool.present, -1).sort(dim=1, descending=True).indices[:, : pool.k])

@@ -208,6 +208,8 @@ class STS(Method):
         layer = self.prune_layer if budget.layers is None else budget.layers[0]
         with _named(self.name):
             layer = self._config(keep=1.0, prune_layer=layer).plan(layers, default_layer).prune_layer
+        if budget.ratios is not None and self.keep_after is not None:
+            raise ValueError(f"{self.name}: give either ratios or keep_after, both say what stage 2 leaves")
         if budget.ratios is not None:
             return self._staged(budget, layers, layer)
         if self.llm_only and budget.budget is not None:
@@ -215,7 +217,8 @@ class STS(Method):
             keep = partial(_solved, self.name, budget.budget, layer, layers)
             return Plan(layers, everything, (Cut(layer, keep),))
         if budget.budget is None and budget.keep is None and self.keep_after is None:
-            raise ValueError(f"{self.name}: give budget or keep, for example budget=128")
+            other = "layers and ratios" if self.llm_only else "keep"
+            raise ValueError(f"{self.name}: give budget or {other}, for example budget=128")
         with _named(self.name):
             solved = self._config(budget=budget.budget, keep=budget.keep, prune_layer=layer).plan(layers)
         alone = self.keep_after == 1.0 if isinstance(self.keep_after, float) else self.rho == 1 and not self.keep_after
