@@ -1,7 +1,7 @@
 """What a pruning method is: the tokens it selects before the LLM, and the numbers that it leaves inside it."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -221,4 +221,4 @@ class Method:
 
     def options(self) -> dict[str, Any]:
         """Its options and their values."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {own.name: getattr(self, own.name) for own in fields(self)}
