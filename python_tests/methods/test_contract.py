@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from sts_kernels import _native, methods
+from sts_kernels import _checks, _native, methods
 from sts_kernels.methods import Method
 
 from .contract import ARGUMENTS, COUNTS, ITEM, SELECTING, alone, packed, parts, signals
@@ -211,6 +211,18 @@ def test_the_gpu_picks_what_the_cpu_picks(name, cuda):
     got = method.select(k=16, num_tokens=counts.to(cuda), **{n: v.to(cuda) for n, v in given.items()}).order.cpu()
     want[[1, 2]] = -1
     assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("name", [name for name in SELECTING if name != "sts"])
+def test_counts_out_of_range_that_nobody_reads(name, monkeypatch):
+    """As on a GPU: such an item comes out as -1 throughout, the others as ever. The ops have tests of their own."""
+    method = methods.create(name)
+    given, counts = signals(method), torch.tensor(COUNTS)
+    want = method.select(k=16, num_tokens=counts, **given).order
+    counts[1], counts[2] = -1, ITEM + 1
+    want[[1, 2]] = -1
+    monkeypatch.setattr(_checks, "values_readable", lambda value: False)
+    assert torch.equal(method.select(k=16, num_tokens=counts, **given).order, want)
 
 
 @pytest.mark.parametrize("name", SELECTING)

@@ -72,6 +72,17 @@ def test_a_zero_row_has_cosine_0(device):
     check(x, DIVPRUNE.select(k=16, features=x[None].to(device)).order[0].cpu())
 
 
+def test_tokens_that_do_not_count_are_nobodys_neighbours(device):
+    """At 0, 100 and 225 degrees all cosines are negative: a NaN or a padded token at cosine 0 would be the nearest."""
+    angle = torch.tensor([0.0, 100.0, 225.0], device=device).deg2rad()
+    x = torch.stack([angle.cos(), angle.sin()], 1)
+    spoiled = torch.cat([torch.full((1, 2), math.nan, device=device), x])
+    assert DIVPRUNE.select(k=4, features=spoiled[None]).order.tolist() == [[3, 1, 2, 0]]
+    padded = torch.cat([x, torch.zeros(2, 2, device=device)])
+    count = torch.tensor([3], device=device)
+    assert DIVPRUNE.select(k=4, features=padded[None], num_tokens=count).order.tolist() == [[2, 0, 1, -1]]
+
+
 def test_nothing_n_by_n(monkeypatch):
     """No tensor of N x N numbers at N = 3000, where BLOCK allows fewer."""
     from sts_kernels.methods import divprune

@@ -47,6 +47,7 @@ def test_its_own_schedule():
     ]
     assert (plan.keep(576), plan.average([576]), method.positions, method.site) == (576, 270, "contiguous", None)
     assert [c.keep([576, 10]) for c in plan.cuts] == [293, 146, 73]  # int(N ratio) of each image
+    assert [c.keep([7]) for c in plan.cuts] == [3, 1, 1]
     assert [quarters(n) for n in (2, 3, 4, 28, 40)] == [(1,), (1, 2), (1, 2, 3), (7, 14, 21), (10, 20, 30)]
 
 

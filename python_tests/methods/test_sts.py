@@ -41,7 +41,7 @@ def calls(monkeypatch):
 def test_one_launch_for_all_items(calls, device, anchor):
     rng = torch.Generator().manual_seed(0)
     x, scores = torch.randn(60, 8, generator=rng).to(device), torch.rand(60, generator=rng).to(device)
-    method = methods.create("sts", anchor=anchor, eps=1e-3)
+    method = methods.create("sts", anchor=anchor, eps=100.0)
     anchors = {"mean": lambda lengths: None, "first": lambda lengths: [0] * len(lengths)}
     anchors["saliency"] = lambda lengths: [int(part.argmax()) if len(part) else 0 for part in scores.split(lengths)]
     for lengths, budgets in (([20, 20, 20], [7, 7, 7]), ([20, 20, 20], [7, 7, 6]), ([33, 0, 27], [5, 0, 27])):
@@ -49,10 +49,15 @@ def test_one_launch_for_all_items(calls, device, anchor):
         first = None if first is None else torch.tensor(first, device=device)
         order = method.select_packed(lengths, budgets, features=x, scores=scores).order
         cu = [torch.tensor([0, *itertools.accumulate(v)], dtype=torch.int32, device=device) for v in (lengths, budgets)]
-        assert torch.equal(order, repulsion_select_varlen(x, *cu, sum(budgets), 1e-3, first))
+        assert torch.equal(order, repulsion_select_varlen(x, *cu, sum(budgets), 100.0, first))
         if len({*lengths}) == len({*budgets}) == 1:
-            batched = repulsion_select(x.unflatten(0, (3, 20)), 7, 1e-3, first)
+            batched = repulsion_select(x.unflatten(0, (3, 20)), 7, 100.0, first)
             assert torch.equal(order, batched.flatten())
+            padded = method.select(k=7, features=x.unflatten(0, (3, 20)), scores=scores.unflatten(0, (3, 20)))
+            assert torch.equal(order, padded.order.flatten())
+            default = methods.create("sts", anchor=anchor).select_packed(lengths, budgets, features=x, scores=scores)
+            assert not torch.equal(order, default.order)
+            calls[:] = ["repulsion_select"]
     assert calls == ["repulsion_select", "repulsion_select_varlen", "repulsion_select_varlen"]
     assert method.select_packed([3], [0], features=x[:3], scores=scores[:3]).order.shape == (0,)
 

@@ -40,7 +40,7 @@ class DivPrune(Method):
             picked = x.gather(1, token[:, None, None].expand(-1, 1, x.shape[2]))
             return 1 - cosine(x, picked)[..., 0]
 
-        return Selection(farthest(distance, loneliest(x, usable), usable, pool.present, pool.k))
+        return Selection(farthest(distance, loneliest(x, usable), usable, pool.k))
 
 
 def unit(x: Tensor) -> Tensor:

@@ -34,4 +34,4 @@ class FPS(Method):
             return (x - centre).square_().sum(-1)
 
         first = torch.full((pool.batch,), self.anchor if self.anchor < pool.tokens else 0, device=pool.device)
-        return Selection(farthest(distance, first, usable, pool.present, pool.k))
+        return Selection(farthest(distance, first, usable, pool.k))
