@@ -85,19 +85,17 @@ def select(method, lengths, budgets, features, scores, text, keys):
         picked = method.selection(pool)
         for i, item in enumerate(items):
             parts[item] = [None if v is None else v[i] for v in (picked.order, picked.assignment, picked.weight)]
-    some = next((part for part in parts if part), [None] * 3)
-    nothing = (0, torch.int64), (-1, torch.int64), (0, torch.float32)  # of an item that keeps nothing
+    nothing = ((0, torch.int64), (-1, torch.int64), (0, torch.float32))  # the rows of an item without a budget
     packed = []
     for column, (fill, dtype) in enumerate(nothing):
-        if column and some[column] is None:
+        if column and not any(part and part[column] is not None for part in parts):
             packed.append(None)
             continue
-        empty = [0] * len(lengths) if column == 0 else lengths
-        rows = [
-            part[column] if part else torch.full((empty[item],), fill, dtype=dtype, device=device)
-            for item, part in enumerate(parts)
-        ]
-        packed.append(torch.cat(rows) if rows else torch.empty(0, dtype=dtype, device=device))
+        rows = [torch.empty(0, dtype=dtype, device=device)]
+        for length, part in zip(lengths, parts, strict=True):
+            without = (length if column else 0,)
+            rows.append(part[column] if part else torch.full(without, fill, dtype=dtype, device=device))
+        packed.append(torch.cat(rows))
     return Selection(*packed, method)
 
 
