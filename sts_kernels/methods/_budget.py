@@ -149,6 +149,11 @@ def solve_after(method: str, budget: int | float, layer: int, layers: int, token
     return left
 
 
+def prompt_after(method: str, budget: int | float, layer: int, layers: int, images: Sequence[int]) -> int:
+    """`solve_after` over the images of a prompt."""
+    return sum(solve_after(method, budget, layer, layers, tokens) for tokens in images)
+
+
 def check_after(method: str, budget: int | float, layer: int, layers: int) -> None:
     """Refuses a share that no image can meet, before there is an image."""
     if isinstance(budget, float) and budget <= layer / layers:

@@ -1,12 +1,11 @@
 """FastV: the tokens that the prompt's last token attends to early in the LLM."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
 from .. import _checks
-from ._budget import Budget, check_after, check_layer, check_share, everything, prompt_total, shares_of, solve_after
+from ._budget import Budget, check_after, check_layer, check_share, everything, prompt_after, prompt_total, shares_of
 from .base import Cut, Method, Plan, option
 
 
@@ -43,9 +42,5 @@ class FastV(Method):
             keep = partial(prompt_total, shares_of(budget.ratios or [float(self.ratio)]))
         else:
             check_after(self.name, budget.budget, named[0], layers)
-            keep = partial(_solved, self.name, budget.budget, named[0], layers)
+            keep = partial(prompt_after, self.name, budget.budget, named[0], layers)
         return Plan(layers, everything, (Cut(named[0], keep),))
-
-
-def _solved(method: str, budget: int | float, layer: int, layers: int, images: Sequence[int]) -> int:
-    return sum(solve_after(method, budget, layer, layers, tokens) for tokens in images)

@@ -19,10 +19,10 @@ from ._budget import (
     check_layer,
     check_share,
     everything,
+    prompt_after,
     prompt_total,
     round_half_up,
     shares_of,
-    solve_after,
     take,
 )
 from .base import Cut, Method, Plan, Pool, Selection, option
@@ -214,7 +214,7 @@ class STS(Method):
             return self._staged(budget, layers, layer)
         if self.llm_only and budget.budget is not None:
             check_after(self.name, budget.budget, layer, layers)
-            keep = partial(_solved, self.name, budget.budget, layer, layers)
+            keep = partial(prompt_after, self.name, budget.budget, layer, layers)
             return Plan(layers, everything, (Cut(layer, keep),))
         if budget.budget is None and budget.keep is None and self.keep_after is None:
             other = "layers and ratios" if self.llm_only else "keep"
@@ -275,7 +275,3 @@ class STS(Method):
 def _most_salient(scores: Tensor, present: Tensor) -> Tensor:
     """(B,) int64: the token of largest finite score."""
     return scores.masked_fill(~(present & scores.isfinite()), -torch.inf).argmax(1)
-
-
-def _solved(method: str, budget: int | float, layer: int, layers: int, images: Sequence[int]) -> int:
-    return sum(solve_after(method, budget, layer, layers, tokens) for tokens in images)
