@@ -1,0 +1,153 @@
+"""Visual-token pruning methods as plain tensor code. `names()` lists them; each is the file of its name."""
+
+import functools
+import importlib
+import pkgutil
+from dataclasses import MISSING, fields
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from . import _merge, _packed
+from ._budget import split_evenly
+from .base import Budget, Cut, Method, Plan, Selection
+
+__all__ = [
+    "Budget",
+    "Cut",
+    "Method",
+    "Plan",
+    "Selection",
+    "create",
+    "describe",
+    "merge",
+    "merge_packed",
+    "names",
+    "split_evenly",
+]
+
+
+def names() -> list[str]:
+    """The names of all methods, sorted: the files of this folder, except base.py and those that start with _."""
+    found = (module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(name for name in found if not name.startswith("_") and name != "base")
+
+
+@functools.cache
+def _class(name: str) -> type[Method]:
+    module = importlib.import_module(f".{name}", __name__)
+    for value in vars(module).values():
+        if isinstance(value, type) and issubclass(value, Method) and vars(value).get("name") == name:
+            return value
+    raise TypeError(f"methods: {name}.py must define a Method whose name is {name!r}")
+
+
+def _known(name) -> type[Method]:
+    if not isinstance(name, str):
+        raise TypeError(f"methods: name must be a str, got {type(name).__name__}")
+    if name not in names():
+        raise ValueError(f"methods: name must be one of {', '.join(names())}, got {name!r}")
+    return _class(name)
+
+
+def create(name: str, **options) -> Method:
+    """The method `name` with its own options; `describe(name)` lists them.
+
+    Raises:
+        TypeError, ValueError: no such method or option, or a bad value; the message names it and what is allowed.
+    """
+    kind = _known(name)
+    allowed = [field.name for field in fields(kind)]
+    for option in options:
+        if option not in allowed:
+            takes = f"it takes {', '.join(allowed)}" if allowed else "it takes none"
+            raise TypeError(f"{name}: {option} is not an option of this method, {takes}")
+    return kind(**options)
+
+
+def describe(name: str) -> dict:
+    """What `name` is: name, paper, site, signals, scope, positions, takes (of Budget), cuts (in an LLM of 32 layers,
+    with a family's default layer of 16) and options, each with its default and documentation."""
+    kind = _known(name)
+    cuts = kind().plan(Budget(budget=0.5), 32, 16).cuts
+    return {
+        "name": kind.name,
+        "paper": kind.paper,
+        "site": kind.site,
+        "signals": sorted(kind.signals),
+        "scope": kind.scope,
+        "positions": kind.positions,
+        "takes": list(kind.takes),
+        "cuts": [{"layer": cut.layer, "queries": cut.queries, "score_from": cut.score_from} for cut in cuts],
+        "options": {
+            field.name: {
+                "default": None if field.default is MISSING else field.default,
+                "doc": field.metadata.get("doc", ""),
+            }
+            for field in fields(kind)
+        },
+    }
+
+
+def _check_merge(op: str, features, selection, ndim: int) -> None:
+    if not isinstance(selection, Selection):
+        raise TypeError(f"{op}: selection must be a Selection, got {type(selection).__name__}")
+    _checks.features(op, features, "(B, N, C)" if ndim == 3 else "(T, C)")
+    if selection.order.ndim != ndim - 1:
+        raise ValueError(f"{op}: selection must have an order of {ndim - 1} dimensions, got {selection.order.ndim}")
+    for name in ("assignment", "weight"):
+        value = getattr(selection, name)
+        if value is not None and value.shape != features.shape[:-1]:
+            raise ValueError(
+                f"{op}: selection.{name} must have shape {tuple(features.shape[:-1])}, got {tuple(value.shape)}"
+            )
+    _checks.same_device(op, "selection", selection.order, features)
+
+
+def _merge_rows(features: Tensor, selection: Selection) -> Tensor:
+    if selection.assignment is None:
+        return _merge.rows(features, selection.order)
+    if selection.method is not None:
+        return selection.method.merge(features, selection)
+    return _merge.weighted_mean(features, selection.order, selection.assignment, selection.weight)
+
+
+def merge(features: Tensor, selection: Selection) -> Tensor:
+    """The rows that go on: features (B, N, C) at selection.order, with the tokens merged into them.
+
+    Returns:
+        (B, k, C) in the dtype of `features`, zero where the order is -1. Where the selection has an assignment the
+        method merges in its own way, by default to the weighted mean; float32 or more inside, deterministic.
+    """
+    _check_merge("merge", features, selection, 3)
+    if selection.order.shape[0] != features.shape[0]:
+        raise ValueError(
+            f"merge: selection must have the {features.shape[0]} items of features, got {selection.order.shape[0]}"
+        )
+    return _merge_rows(features, selection)
+
+
+def merge_packed(features: Tensor, selection: Selection, lengths: list[int], budgets: list[int]) -> Tensor:
+    """`merge` of a packed selection: features (T, C) to (sum of budgets, C), item after item in the order picked."""
+    op = "merge_packed"
+    _check_merge(op, features, selection, 2)
+    _packed.check(op, (), lengths, budgets, features, None, None, None)
+    starts, slots = _packed.offsets(lengths), _packed.offsets(budgets)
+    if selection.order.shape[0] != slots[-1]:
+        raise ValueError(
+            f"{op}: selection must have {slots[-1]} picks, the sum of budgets, got {selection.order.shape[0]}"
+        )
+    parts: list = [None] * len(lengths)
+    for (length, budget), items in _packed.groups(lengths, budgets).items():
+        part = Selection(
+            _packed.batch(selection.order, items, slots, budget),
+            _packed.batch(selection.assignment, items, starts, length),
+            _packed.batch(selection.weight, items, starts, length),
+            selection.method,
+        )
+        rows = _merge_rows(_packed.batch(features, items, starts, length), part)
+        for i, item in enumerate(items):
+            parts[item] = rows[i]
+    kept = [part for part in parts if part is not None]
+    return torch.cat(kept) if kept else features.new_empty((0, features.shape[1]))

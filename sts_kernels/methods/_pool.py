@@ -1,0 +1,95 @@
+"""Checked input of one selection."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+
+SCORES = (*_checks.FLOATING, torch.float64)
+ARGUMENTS = {"features": "features", "attention": "scores", "keys": "keys", "text": "text"}  # of each signal
+SHAPES = {"features": "(B, N, C)", "scores": "(B, N)", "keys": "(B, N, D)", "text": "(B, M, C)"}
+
+
+@dataclass(frozen=True)
+class Pool:
+    """B items of N tokens each that compete for k slots. Values of absent tokens (padding) may be anything.
+
+    Attributes:
+        count: (B,) int64, tokens of each item.
+        present: (B, N) bool, the first count[b] of each.
+        num_tokens: as given, None where all items have N tokens.
+    """
+
+    k: int
+    count: Tensor
+    present: Tensor
+    num_tokens: Tensor | None = None
+    features: Tensor | None = None
+    scores: Tensor | None = None
+    text: Tensor | None = None
+    keys: Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.present.device
+
+    @property
+    def batch(self) -> int:
+        return self.present.shape[0]
+
+    @property
+    def tokens(self) -> int:
+        return self.present.shape[1]
+
+    @staticmethod
+    def of(op: str, signals: frozenset[str], k, features, scores, text, keys, num_tokens) -> "Pool":
+        """Checks the arguments of `Method.select` of method `op`."""
+        given = {"features": features, "scores": scores, "keys": keys, "text": text}
+        for signal in sorted(signals):
+            name = ARGUMENTS[signal]
+            if given[name] is None:
+                raise ValueError(f"{op}: {name} must be a tensor of shape {SHAPES[name]}, got None")
+        if features is not None:
+            _checks.features(op, features)
+        if scores is not None:
+            _checks.tensor(op, "scores", scores, SCORES, "(B, N)", 2)
+        for name, value in (("keys", keys), ("text", text)):
+            if value is not None:
+                _checks.tensor(op, name, value, _checks.FLOATING, SHAPES[name], 3)
+        sizes = [(name, given[name]) for name in ("features", "scores", "keys") if given[name] is not None]
+        if not sizes:
+            raise ValueError(f"{op}: give features, scores or keys, their shape says how many tokens there are")
+        first, like = sizes[0]
+        for name, value in [*sizes[1:], *([] if text is None else [("text", text)])]:
+            _checks.same_device(op, name, value, like, first)
+            equal = 1 if name == "text" else 2
+            if value.shape[:equal] != like.shape[:equal]:
+                expected = f"{SHAPES[name]} with {'B, N'[: 3 * equal - 2]} = {tuple(like.shape[:equal])} as {first} has"
+                raise ValueError(f"{op}: {name} must have shape {expected}, got {tuple(value.shape)}")
+        batch, tokens = like.shape[:2]
+        _checks.integer(op, "k", k, 1, tokens, " (the number of tokens)")
+        if num_tokens is not None:
+            _checks.index_vector(op, "num_tokens", num_tokens, batch, "(B,)", like)
+            _check_counts(op, num_tokens, tokens)
+        return Pool.sized(k, batch, tokens, like.device, num_tokens, **given)
+
+    @staticmethod
+    def sized(k: int, batch: int, tokens: int, device, num_tokens: Tensor | None = None, **signals) -> "Pool":
+        """A pool of `batch` items of `tokens` tokens, for input that is checked."""
+        if num_tokens is None:
+            count = torch.full((batch,), tokens, dtype=torch.int64, device=device)
+        else:
+            count = num_tokens.long()
+            count = torch.where((count >= 0) & (count <= tokens), count, 0)
+        present = torch.arange(tokens, device=device) < count[:, None]
+        return Pool(k, count, present, num_tokens, **signals)
+
+
+def _check_counts(op: str, num_tokens: Tensor, tokens: int) -> None:
+    if not _checks.values_readable(num_tokens):
+        return
+    for item, count in enumerate(num_tokens.tolist()):
+        if not 0 <= count <= tokens:
+            raise ValueError(f"{op}: num_tokens[{item}] must be between 0 and {tokens}, its tokens, got {count}")

@@ -1,0 +1,101 @@
+"""PyramidDrop: fewer visual tokens the deeper the layer."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+from ._budget import Budget, check_share, everything, prompt_total, take
+from .base import Cut, Method, Plan, option
+
+
+@dataclass(frozen=True)
+class PyramidDrop(Method):
+    """Behind each of several layers the visual tokens stay to which the prompt's last token pays most attention, by
+    query and key of the next layer. Positions are numbered anew.
+
+    Without `layers` it prunes behind each quarter of the LLM (8, 16, 24 of 32). Without `ratios` the i-th prune layer
+    leaves ratio^i of the original tokens, rounded down; with a budget, the ratio is solved for it.
+    """
+
+    name: ClassVar[str] = "pyramiddrop"
+    paper: ClassVar[str] = (
+        "PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy Reduction, "
+        "arXiv 2410.17247"
+    )
+    site: ClassVar[None] = None
+    positions: ClassVar[str] = "contiguous"
+    takes: ClassVar[tuple[str, ...]] = ("budget", "layers", "ratios")
+
+    ratio: float = option(0.5, "share of its tokens that each prune layer leaves, without a budget or ratios (lambda)")
+
+    def __post_init__(self):
+        check_share(self.name, "ratio", self.ratio)
+
+    def make_plan(self, budget: Budget, layers: int, default_layer: int | None) -> Plan:
+        if layers < 2:
+            raise ValueError(f"{self.name}: layers of the LLM must be at least 2, got {layers}")
+        places = quarters(layers) if budget.layers is None else tuple(budget.layers)
+        if budget.ratios is not None and len(budget.ratios) != len(places):
+            raise ValueError(
+                f"{self.name}: ratios must have one number for each of the layers {list(places)}, "
+                f"got {len(budget.ratios)}"
+            )
+        if budget.ratios is not None:
+            keeps = [partial(floor_share, ratio) for ratio in budget.ratios]
+        elif budget.budget is None:
+            keeps = [partial(floor_share, float(self.ratio) ** (i + 1)) for i in range(len(places))]
+        else:
+            if isinstance(budget.budget, float):
+                common_ratio(budget.budget, places, layers)  # refuses what no image can meet
+            keeps = [partial(solved_share, budget.budget, places, layers, i) for i in range(len(places))]
+        cuts = (Cut(layer, partial(prompt_total, keeps[: i + 1]), score_from="next") for i, layer in enumerate(places))
+        return Plan(layers, everything, tuple(cuts))
+
+
+def quarters(layers: int) -> tuple[int, ...]:
+    """The layers behind the first three quarters of `layers`, without repeats."""
+    return tuple(sorted({max(1, layers * i // 4) for i in (1, 2, 3)}))
+
+
+def floor_share(share: float | int, tokens: int) -> int:
+    """The official code's int(N ratio), at least one token of an image that has any. An int is a number of tokens."""
+    return take(share, tokens) if isinstance(share, int) or not share else min(tokens, max(1, int(share * tokens)))
+
+
+def common_ratio(share: float, places: Sequence[int], layers: int) -> float:
+    """The ratio r in (0, 1] with which an LLM that leaves r^i of the tokens behind its i-th prune layer runs on `share`
+    of them, averaged over its layers.
+
+    Raises:
+        ValueError: the layers before the first prune layer alone use up the share.
+    """
+    if share <= places[0] / layers:
+        raise ValueError(
+            f"{PyramidDrop.name}: budget must be above {places[0] / layers:.3g} of the tokens, {places[0]} of {layers} "
+            f"layers run on all of them, got {share:.3g}"
+        )
+    ends = [*places[1:], layers]
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        ratio = (low + high) / 2
+        average = places[0] + sum(ratio ** (i + 1) * (e - p) for i, (p, e) in enumerate(zip(places, ends, strict=True)))
+        low, high = (ratio, high) if average < share * layers else (low, ratio)
+    return high
+
+
+def solved_share(budget: int | float, places: Sequence[int], layers: int, stage: int, tokens: int) -> int:
+    """Tokens of an image of `tokens` that prune layer `stage` leaves under `budget`."""
+    if not tokens:
+        return 0
+    wanted = take(budget, tokens)
+    try:
+        ratio = common_ratio(wanted / tokens, places, layers)
+    except ValueError:
+        least = math.floor(places[0] * tokens / layers) + 1
+        raise ValueError(
+            f"{PyramidDrop.name}: budget must be at least {least} of an image's {tokens} tokens, {places[0]} of "
+            f"{layers} layers run on all of them, got {budget}"
+        ) from None
+    return take(ratio ** (stage + 1), tokens)
