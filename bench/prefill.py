@@ -151,7 +151,7 @@ def decode_step(model, token: torch.Tensor, cache) -> None:
 
 def measure(model, inputs, config: STSConfig, device: torch.device, samples: int) -> dict:
     """One row's numbers, from `samples` runs after two to warm up."""
-    from sts_kernels.integrations.transformers import stage1, stage2
+    from sts_kernels.integrations.transformers import layer_pruning, vision_pruning
 
     times = {"encode": [], "prefill": []}
     with pruning(model, config, measure=True) as sts:
@@ -160,7 +160,7 @@ def measure(model, inputs, config: STSConfig, device: torch.device, samples: int
             if run >= 2:
                 for name, taken in times.items():
                     taken.append(sts.report.measured[name])
-        row, plan = sts.report.rows[0], sts.plan
+        row = sts.report.rows[0]
     out = {"prompt": row.prompt, "visual": row.tokens, "keep": row.after_stage1, "keep_after": row.after_stage2}
     out |= {"kv_mb": round(row.kv_mb[1], 1), "tflops": float(f"{row.prefill_tflops[1]:.4g}"), "samples": samples}
     for name, taken in times.items():
@@ -173,9 +173,9 @@ def measure(model, inputs, config: STSConfig, device: torch.device, samples: int
             prefill(model, inputs)
             out["peak_gb"] = round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
         targets = {
-            "stage1": (stage1, "select"),
-            "score": (stage2, "last_query_scores"),
-            "cut": (stage2.LateShrink, "_cut"),
+            "stage1": (vision_pruning, "select"),
+            "score": (layer_pruning, "last_query_scores"),
+            "cut": (layer_pruning.LayerPruner, "_cut"),
         }
         spent = []
         for _ in range(max(3, samples // 4)):
@@ -186,7 +186,6 @@ def measure(model, inputs, config: STSConfig, device: torch.device, samples: int
     out["stage2_ms"] = round(statistics.median(s["score"] + s["cut"] for s in spent), 3)
     whole = out["encode_p50_ms"] + out["prefill_p50_ms"]
     out["share_percent"] = round(100 * (out["stage1_ms"] + out["stage2_ms"]) / whole, 2)
-    out["prune_layer"] = plan.prune_layer
     return out
 
 

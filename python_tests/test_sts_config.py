@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from sts_kernels import STSConfig
-from sts_kernels.pruning.config import split_evenly
+from sts_kernels.methods import split_evenly
 
 
 @pytest.mark.parametrize(

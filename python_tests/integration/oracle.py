@@ -7,7 +7,9 @@ its positions. Which feature became which token it finds by comparing them.
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -23,7 +25,7 @@ class NearTie(Exception):
 @dataclass
 class Expected:
     logits: torch.Tensor  # (steps, V) float64
-    kept: list[list[int]]  # columns of the prompt that layers before and from prune_layer on see
+    kept: list[list[int]]  # columns of the prompt that the LLM's layers see: at first, and after each cut
     dropped: list[int]
 
 
@@ -130,7 +132,28 @@ class Recording:
         self.calls.append({name: kwargs.get(name) for name in ("inputs_embeds", "deepstack_visual_embeds")})
 
 
-@torch.no_grad()
+class Cut(NamedTuple):
+    """Pruning inside the LLM, before `layer`: `left` visual tokens of the prompt stay."""
+
+    layer: int
+    left: int
+    score_from: str = "layer"
+    raters: bool = False  # all text behind the last visual token, each alike; else the prompt's last token
+
+
+def repulsion(eps: float = 1e-6, anchor: str = "mean") -> Callable:
+    return lambda pool, keep: repel(pool.features, keep, eps, anchor)
+
+
+@dataclass
+class Pool:
+    """What a method selects from at once: candidates of an image, or of a crop of it."""
+
+    features: torch.Tensor  # (N, C) as the projector gets them
+    projected: torch.Tensor  # (N, C) as the LLM gets them
+    attention: torch.Tensor | None  # (N,) what the encoder pays them
+
+
 def expect(
     model,
     prompt,
@@ -142,7 +165,28 @@ def expect(
     anchor: str = "mean",
     scope: str = "image",
 ) -> Expected:
-    """The logits that predict answer[0], answer[1], ...: `keep` tokens of each image, `keep_after` of the prompt."""
+    """STS: `keep` tokens of each image, `keep_after` of the prompt."""
+    return expect_method(
+        model, prompt, answer, keep, repulsion(eps, anchor), [Cut(prune_layer, keep_after)], scope=scope
+    )
+
+
+@torch.no_grad()
+def expect_method(
+    model,
+    prompt,
+    answer: list[int],
+    keep: int,
+    choose: Callable[[Pool, int], list[int]],
+    cuts: list[Cut],
+    scope: str = "image",
+    contiguous: bool = False,
+    attention: dict[str, torch.Tensor] | None = None,
+) -> Expected:
+    """The logits that predict answer[0], answer[1], ...
+
+    keep, choose: tokens of each image that enter the LLM, and which of a pool. attention: by kind, of all features.
+    """
     recording = Recording(model, prompt, max(2, len(answer)))
     ids = torch.tensor(prompt.ids)
     embeds = recording.embeds.cpu().double()
@@ -169,35 +213,54 @@ def expect(
             else:
                 quota = _even(total, [len(group) for group in groups])
             for group, count in zip(groups, quota, strict=True):
-                picks = repel(features.cpu()[group], count, eps, anchor) if count < len(group) else range(len(group))
+                scores = None if attention is None else attention[kind][group]
+                pool = Pool(features.cpu()[group], produced[group], scores)
+                picks = choose(pool, count) if count < len(group) else range(len(group))
                 kept = {group[i] for i in picks}
+                assert len(kept) == count
                 dropped |= {unit_column[u] for u in group if u not in kept}
             tokens.update({(kind, u): c for u, c in unit_column.items()})
-    visual = set(tokens.values()) - dropped
     text = _double_text(model)
     alive = [c for c in range(len(ids)) if c not in dropped]
     positions = torch.cat(recording.positions, dim=1)
     logits, kept = [], None
     for step in range(len(answer)):
+        visual = set(tokens.values()) - dropped
         columns = alive + list(range(len(ids), len(ids) + step))
         tail = text["embed"](torch.tensor(answer[:step], dtype=torch.long))
-        hidden = torch.cat([embeds[alive], tail])
+        hidden, kept, weights = torch.cat([embeds[alive], tail]), [alive], None
         for index, layer in enumerate(text["layers"]):
-            hidden, weights = run_layer(layer, text["config"], hidden, positions[:, columns])
+            for cut in cuts:
+                if cut.layer == index and cut.left < len(visual):
+                    if cut.score_from == "next":
+                        where = _positions(positions, columns, contiguous)
+                        _, weights = run_layer(layer, text["config"], hidden, where)
+                    first = max(columns.index(c) for c in visual) + 1 if cut.raters else columns.index(len(ids) - 1)
+                    asking = weights[first : columns.index(len(ids) - 1) + 1]
+                    rows = _left(asking.mean(0), columns, visual, cut.left)
+                    columns, hidden = [columns[i] for i in rows], hidden[rows]
+                    visual &= set(columns)
+                    kept.append([c for c in columns if c < len(ids)])
+            hidden, weights = run_layer(layer, text["config"], hidden, _positions(positions, columns, contiguous))
             if recording.deep is not None and index < len(recording.deep):
                 hidden = _add_deep(hidden, columns, recording.deep[index].cpu().double(), ids)
-            if index == prune_layer - 1 and keep_after < len(visual):
-                query = columns.index(len(ids) - 1)
-                score = {c: float(weights[query, i]) for i, c in enumerate(columns) if c in visual}
-                ranked = sorted(score, key=lambda c: (-score[c], c))
-                if score[ranked[keep_after - 1]] - score[ranked[keep_after]] < MARGIN * score[ranked[keep_after]]:
-                    raise NearTie("scores")
-                chosen = set(ranked[:keep_after])
-                rows = [i for i, c in enumerate(columns) if c not in visual or c in chosen]
-                columns, hidden = [columns[i] for i in rows], hidden[rows]
-        kept = [alive, [c for c in columns if c < len(ids)]]
+        kept = kept if len(kept) > 1 else [alive, alive]
         logits.append(text["head"](text["norm"](hidden[-1:]))[0])
     return Expected(torch.stack(logits), kept, sorted(dropped))
+
+
+def _positions(positions: torch.Tensor, columns: list[int], contiguous: bool) -> torch.Tensor:
+    return torch.arange(len(columns)).expand(3, -1) if contiguous else positions[:, columns]
+
+
+def _left(weights: torch.Tensor, columns: list[int], visual: set[int], count: int) -> list[int]:
+    """Rows that stay: all but the visual tokens that are not among the `count` of largest weight."""
+    score = {c: float(weights[i]) for i, c in enumerate(columns) if c in visual}
+    ranked = sorted(score, key=lambda c: (-score[c], c))
+    if count and score[ranked[count - 1]] - score[ranked[count]] < MARGIN * score[ranked[count]]:
+        raise NearTie("scores")
+    chosen = set(ranked[:count])
+    return [i for i, c in enumerate(columns) if c not in visual or c in chosen]
 
 
 def _columns(ids: torch.Tensor, kind: str) -> list[int]:

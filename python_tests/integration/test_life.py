@@ -14,7 +14,7 @@ import torch
 
 from sts_kernels import STSConfig
 from sts_kernels.integrations import transformers as integration
-from sts_kernels.integrations.transformers import apply_sts, cudnn, hooks, remove_sts, tap
+from sts_kernels.integrations.transformers import apply_sts, attention_capture, cudnn, hooks, remove_pruning
 
 from . import flash, models
 from .test_identity import footprint
@@ -39,7 +39,7 @@ def rows(family: str) -> list[models.Prompt]:
 # --- construction and interrupts ---
 
 
-@pytest.mark.parametrize("module", [hooks.Hooks, tap], ids=["hooks", "taps"])
+@pytest.mark.parametrize("module", [hooks.Hooks, attention_capture], ids=["hooks", "captures"])
 @pytest.mark.parametrize("error", [RuntimeError, Interrupt])
 def test_construction_that_fails_half_way(module, error, monkeypatch):
     model, name = models.shared("qwen3_vl"), "before" if module is hooks.Hooks else "attach"
@@ -109,7 +109,7 @@ def test_an_interrupt_at_any_line(family, anchor, monkeypatch):
         if handles:
             handles[0].remove()
         else:
-            remove_sts(model)
+            remove_pruning(model)
         assert footprint(model) == before, f"interrupted at line {at} of {total}"
         assert torch.backends.cuda.cudnn_sdp_enabled(), f"interrupted at line {at} of {total}"
     assert torch.equal(logits(model, prompts), plain)
@@ -163,11 +163,11 @@ def test_a_lost_handle():
     model = models.build("llava")
     before = footprint(model)
     apply_sts(model, CONFIG)
-    with pytest.raises(ValueError, match=r"remove_sts\(model\)"):
+    with pytest.raises(ValueError, match=r"remove_pruning\(model\)"):
         apply_sts(model, CONFIG)
-    assert remove_sts(model)
-    assert not remove_sts(model)
-    assert not remove_sts(torch.nn.Linear(2, 2))
+    assert remove_pruning(model)
+    assert not remove_pruning(model)
+    assert not remove_pruning(torch.nn.Linear(2, 2))
     assert footprint(model) == before
 
 
@@ -245,7 +245,7 @@ def test_removal_while_another_thread_decodes():
     thread.join()
     assert footprint(model) == before
     assert isinstance(outcome[0], RuntimeError)
-    assert "only while apply_sts is active" in str(outcome[0])
+    assert "only while the pruning" in str(outcome[0])
 
 
 # --- copies ---
@@ -262,7 +262,7 @@ def test_a_deep_copy_is_a_plain_model(family):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(-1)
-        with pytest.warns(UserWarning, match="copy of one that STS is active on"):
+        with pytest.warns(UserWarning, match="copy of one that is pruned"):
             assert torch.equal(logits(twin, prompts), plain)
         with torch.no_grad():
             for parameter in model.parameters():

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from sts_kernels import STSConfig
-from sts_kernels.integrations.transformers import apply_sts, marks
-from sts_kernels.integrations.transformers.images import VisualItem
+from sts_kernels.integrations.transformers import VisualItem, apply_sts, dropped
 
 from . import models
 from .test_refusals import one_sentence
@@ -76,9 +75,9 @@ def test_marks_of_other_images_are_refused():
                 given["inputs_embeds"] = inputs["inputs_embeds"].clone()
                 given["inputs_embeds"][0, -1] = torch.nan
             if change == "an image left out":
-                marked = marks.marked(inputs["inputs_embeds"])[0].nonzero()[:, 0]
+                marked = dropped.is_dropped(inputs["inputs_embeds"])[0].nonzero()[:, 0]
                 given = {name: value[:, : marked[20]] for name, value in inputs.items()}
-            with pytest.raises(ValueError, match="NaN rows, which mark the visual tokens that STS dropped") as e:
+            with pytest.raises(ValueError, match="NaN rows, which mark the visual tokens that were dropped") as e:
                 model(**given)
             one_sentence(e)
 
@@ -97,15 +96,13 @@ def test_other_embeddings_run_as_they_are():
 def test_find_by_hand():
     """Two items of 3 and 4 tokens, one with a newline, in three rows."""
     items = [VisualItem("image", [3], [(1, 3)]), VisualItem("image", [3], [(1, 3)], torch.tensor([0, 1, -1, 2]))]
-    dropped = torch.tensor(
-        [1, 0, 1, 1, 0, 0, 0]
-    ).bool()  # token 0 and 2 of the first are dropped, token 0 of the second
+    marks = torch.tensor([1, 0, 1, 1, 0, 0, 0]).bool()  # tokens 0 and 2 of the first are dropped, 0 of the second
     embeds = torch.zeros(3, 6, 2)
     embeds[0, [1, 3]] = torch.nan
     embeds[2, 2] = torch.nan
-    found = marks.find(embeds, {"image": (items, dropped)})
+    found = dropped.find(embeds, {"image": (items, marks)})
     assert found.tolist() == [[0, 1, 1, 1, 0, 0], [0] * 6, [0, 0, 1, 1, 1, 1]]
-    assert marks.find(torch.zeros(1, 2, 2), {"image": (items, dropped)}) is None
-    assert marks.find(embeds.repeat_interleave(2, 0), {"image": (items, dropped)}).tolist() == [
+    assert dropped.find(torch.zeros(1, 2, 2), {"image": (items, marks)}) is None
+    assert dropped.find(embeds.repeat_interleave(2, 0), {"image": (items, marks)}).tolist() == [
         row for row in found.tolist() for _ in range(2)
     ]

@@ -17,13 +17,13 @@ CONFIG = STSConfig(keep=8, keep_after=3, prune_layer=3)
 def one_sentence(error) -> None:
     text = str(error.value)
     assert "\n" not in text
-    assert "apply_sts" in text
+    assert text.startswith(("sts_kernels: ", "apply_sts: ", "prune: "))
 
 
 def test_a_model_of_no_family():
     config = models.transformers.LlamaConfig(**models._text())
     with pytest.raises(
-        ValueError, match=r"LlamaForCausalLM \(model_type 'llama'\) is not of a supported family: LLaVA-1.5"
+        ValueError, match=r"LlamaForCausalLM \(model_type 'llama'\) is not of a supported family: .*LLaVA-1.5"
     ) as e:
         apply_sts(models.transformers.LlamaForCausalLM(config), CONFIG)
     one_sentence(e)
@@ -187,7 +187,7 @@ def test_a_pruned_cache_outside_the_handle():
     with apply_sts(model, CONFIG):
         out = models.generate(model, [prompt])
     assert output_cache(out).get_seq_length() == out.sequences.shape[1] - 1  # looking is allowed
-    with pytest.raises(RuntimeError, match="only while apply_sts is active"), torch.no_grad():
+    with pytest.raises(RuntimeError, match="only while the pruning"), torch.no_grad():
         model(input_ids=torch.tensor([[5]]), **{CACHE: output_cache(out)})
 
 

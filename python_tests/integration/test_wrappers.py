@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sts_kernels import STSConfig
-from sts_kernels.integrations.transformers import apply_sts
+from sts_kernels.integrations.transformers import apply_sts, prune
 
 from . import models
 
@@ -63,6 +63,25 @@ def test_offload(family, order, device):
     out = model.generate(**inputs, max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True)
     handle.remove()
     assert torch.equal(models.logits_of(out), expected)
+
+
+@pytest.mark.parametrize("method", ["pyramiddrop", "fastervlm", "divprune"])
+def test_offload_of_other_methods(method, device):
+    """A cut by the next layer's attention stops that layer's forward half way."""
+    accelerate = pytest.importorskip("accelerate")
+    model = models.build("llava", "sdpa", device)
+    prompts = [models.prompt_of("llava", n, seed=n) for n in (1, 2)]
+    options = {} if method == "pyramiddrop" else {"budget": 8}
+    with prune(model, method, **options):
+        expected = models.logits_of(models.generate(model, prompts))
+    inputs = models.batch(model, prompts)
+    accelerate.cpu_offload(model, execution_device=device)
+    with prune(model, method, **options):
+        for _ in range(2):
+            out = model.generate(
+                **inputs, max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True
+            )
+            assert torch.equal(models.logits_of(out), expected)
 
 
 class Wrapper(torch.nn.Module):

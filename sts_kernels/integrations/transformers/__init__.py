@@ -1,4 +1,4 @@
-"""STS for stock Hugging Face vision-language models: see `apply_sts`. Needs transformers 4.57 or newer."""
+"""Visual-token pruning for stock Hugging Face models: `prune`, and `apply_sts`. Needs transformers 4.57 or newer."""
 
 from ..._errors import REQUIREMENTS, install, needs
 
@@ -13,9 +13,10 @@ if tuple(map(int, transformers.__version__.split(".")[:2])) < (4, 57):
         f"{install('--upgrade', REQUIREMENTS['transformers'])}"
     )
 
-from .families import FAMILIES, Family
-from .handle import STSHandle, apply_sts, remove_sts
-from .images import VisualItem
+from .adapters import ADAPTERS, ModelAdapter
+from .handle import PruningHandle
+from .prune import apply_sts, prune, remove_pruning
 from .report import Report
+from .visual_item import VisualItem
 
-__all__ = ["FAMILIES", "Family", "Report", "STSHandle", "VisualItem", "apply_sts", "remove_sts"]
+__all__ = ["ADAPTERS", "ModelAdapter", "PruningHandle", "Report", "VisualItem", "apply_sts", "prune", "remove_pruning"]

@@ -52,7 +52,7 @@ def check_model(base: torch.nn.Module, text: torch.nn.Module) -> None:
             names = (names,) if isinstance(names, str) else names
             if not set(names) & set(have):
                 raise NotImplementedError(
-                    f"apply_sts: {type(module).__name__}.forward of transformers {transformers.__version__} has no "
+                    f"sts_kernels: {type(module).__name__}.forward of transformers {transformers.__version__} has no "
                     f"argument {' or '.join(names)}, which pruning works on ({tested()} are tested); it has "
                     f"{', '.join(have)}"
                 )
@@ -67,7 +67,7 @@ def tested() -> str:
 @functools.cache
 def _warn_untested() -> None:
     warnings.warn(
-        f"apply_sts is tested on {tested()}, not on {transformers.__version__}: compare an answer under "
+        f"sts_kernels: pruning is tested on {tested()}, not on {transformers.__version__}: compare an answer under "
         "STSConfig(budget=1.0) with the plain model's",
         stacklevel=2,
     )

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 PICKLING = (
-    "apply_sts: a model with STS active cannot be pickled; call remove() on its handle first, or use save_pretrained()"
+    "sts_kernels: a model that is pruned cannot be pickled; call remove() on its handle first, or use save_pretrained()"
 )
 
 

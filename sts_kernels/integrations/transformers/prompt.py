@@ -1,11 +1,11 @@
 """Where the visual tokens of a batch of prompts are, and which images they belong to."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-from ...pruning.config import STSPlan
-from .images import VisualItem
+from ...methods import Plan
+from .visual_item import VisualItem
 
 KINDS = ("image", "video")
 
@@ -22,19 +22,20 @@ def token_ids(config) -> dict[str, int]:
 
 
 def placeholders(base, ids: dict[str, int], input_ids, inputs_embeds) -> torch.Tensor | None:
-    """(B, S) int8: 0 for text, 1 + index in KINDS for a placeholder. Embeddings are compared, as the model does."""
+    """Modality ids (B, S) int8: 0 for text, 1 + index in KINDS for a placeholder. Embeddings are compared, as the model
+    does."""
     source = input_ids if input_ids is not None else inputs_embeds
     if source is None:
         return None
-    found = torch.zeros(source.shape[:2], dtype=torch.int8, device=source.device)
+    modality = torch.zeros(source.shape[:2], dtype=torch.int8, device=source.device)
     for kind, token in ids.items():
         if input_ids is not None:
             hit = input_ids == token
         else:
             embedding = base.get_input_embeddings()
             hit = (inputs_embeds == embedding(torch.full((), token, dtype=torch.long, device=source.device))).all(-1)
-        found.masked_fill_(hit, 1 + KINDS.index(kind))
-    return found
+        modality.masked_fill_(hit, 1 + KINDS.index(kind))
+    return modality
 
 
 def runs(input_ids: torch.Tensor | None, token: int) -> list[int]:
@@ -57,70 +58,96 @@ def runs(input_ids: torch.Tensor | None, token: int) -> list[int]:
 class Row:
     """One prompt of the batch."""
 
-    images: list[VisualItem]  # images first, then clips
+    items: list[VisualItem]  # images first, then clips
     length: int  # tokens, padding not counted
-    after: int = 0  # visual tokens that stage 2 leaves, structure not counted
+    left: list[int] = field(default_factory=list)  # visual tokens after each cut of the plan, separators not counted
 
     @property
-    def before(self) -> int:
-        return sum(item.candidates for item in self.images)
+    def num_visual(self) -> int:
+        return sum(item.num_visual for item in self.items)
 
     @property
-    def kept(self) -> int:
-        return sum(item.kept for item in self.images)
+    def num_kept(self) -> int:
+        return sum(item.kept for item in self.items)
 
 
 def read_rows(
-    found: torch.Tensor, valid: torch.Tensor | None, items: dict[str, list[VisualItem]], plan: STSPlan
+    modality: torch.Tensor, valid: torch.Tensor | None, items: dict[str, list[VisualItem]], plan: Plan
 ) -> list[Row]:
-    """Deals the encoded images out to the prompts, by their numbers of placeholders. The one read-back of a prompt.
+    """Assigns the encoded images to the prompts, by their numbers of placeholders. The one read-back of a prompt.
 
     Rows that generate() repeated for beams or several answers share the images of the prompt they repeat.
     """
-    tokens = valid if valid is not None else torch.ones_like(found, dtype=torch.bool)
-    counts = torch.stack([tokens.sum(1), *((found == 1 + index).sum(1) for index in range(len(KINDS)))]).tolist()
+    tokens = valid if valid is not None else torch.ones_like(modality, dtype=torch.bool)
+    counts = torch.stack([tokens.sum(1), *((modality == 1 + index).sum(1) for index in range(len(KINDS)))]).tolist()
     rows = [Row([], length) for length in counts[0]]
     for kind, wanted in zip(KINDS, counts[1:], strict=True):
         if sum(wanted):
-            _deal(kind, wanted, items.get(kind, []), rows)
+            _assign(kind, wanted, items.get(kind, []), rows)
     for row in rows:
-        row.after = plan.keep_after([item.candidates for item in row.images])
+        left = row.num_kept
+        for cut in plan.cuts:
+            left = min(left, cut.keep([item.num_visual for item in row.items]))
+            row.left.append(left)
     return rows
 
 
-def _deal(kind: str, wanted: list[int], items: list[VisualItem], rows: list[Row]) -> None:
-    total = sum(item.tokens for item in items)
+def _assign(kind: str, wanted: list[int], items: list[VisualItem], rows: list[Row]) -> None:
+    total = sum(item.num_tokens for item in items)
     repeats = sum(wanted) // total if total else 0
     queue, fits = iter(items), bool(repeats) and repeats * total == sum(wanted) and len(rows) % repeats == 0
     for start in range(0, len(rows), repeats or 1) if fits else ():
         missing, mine = wanted[start], []
         while missing > 0 and (item := next(queue, None)) is not None:
             mine.append(item)
-            missing -= item.tokens
+            missing -= item.num_tokens
         fits = fits and missing == 0 and len(set(wanted[start : start + repeats])) == 1
         for row in rows[start : start + repeats]:
-            row.images += mine
+            row.items += mine
     if not fits:
         raise RuntimeError(
-            f"apply_sts: the prompts have {wanted} {kind} placeholders, but the {kind}s encoded last have "
-            f"{[item.tokens for item in items]} tokens; encode and run one batch at a time"
+            f"sts_kernels: the prompts have {wanted} {kind} placeholders, but the {kind}s encoded last have "
+            f"{[item.num_tokens for item in items]} tokens; encode and run one batch at a time"
         )
 
 
-def structure(found: torch.Tensor, rows: list[Row]) -> torch.Tensor | None:
-    """(B, S) bool: placeholders that stand for structure, not for a piece of an image. None: there are none."""
-    if not any(item.candidates != item.tokens for row in rows for item in row.images):
+def texts(
+    base, ids: dict[str, int], kind: str, input_ids: torch.Tensor | None, mask: torch.Tensor | None, items
+) -> list[torch.Tensor]:
+    """Of each item, the embeddings (M, C) of the text tokens of its prompt. Reads back from the device."""
+    if input_ids is None or (mask is not None and mask.shape != input_ids.shape):
+        raise NotImplementedError(
+            "sts_kernels: this method looks at the text of the prompt, and images are encoded without the prompt's ids "
+            "here; pass ids and pixel values to the model together"
+        )
+    text = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
+    for token in ids.values():
+        text = text & (input_ids != token)
+    rows = [Row([], 0) for _ in input_ids]
+    _assign(kind, (input_ids == ids[kind]).sum(1).tolist(), items, rows)
+    first = {}
+    for index, row in enumerate(rows):
+        for item in row.items:
+            first.setdefault(id(item), index)
+    embedding = base.get_input_embeddings()
+    by_row = {index: embedding(input_ids[index][text[index]]).detach() for index in set(first.values())}
+    return [by_row[first[id(item)]] for item in items]
+
+
+def separators(modality: torch.Tensor, rows: list[Row]) -> torch.Tensor | None:
+    """(B, S) bool: placeholders that stand for no piece of an image, as newlines. None: there are none."""
+    if not any(item.num_visual != item.num_tokens for row in rows for item in row.items):
         return None
-    mask = torch.zeros_like(found, dtype=torch.bool)
+    mask = torch.zeros_like(modality, dtype=torch.bool)
     for index, kind in enumerate(KINDS):
         flags = [
-            torch.zeros(item.tokens, dtype=torch.bool, device="cpu")
-            if item.unit_of_token is None
-            else item.unit_of_token < 0
+            torch.zeros(item.num_tokens, dtype=torch.bool, device="cpu")
+            if item.feature_of_token is None
+            else item.feature_of_token < 0
             for row in rows
-            for item in row.images
+            for item in row.items
             if item.kind == kind
         ]
         if flags:
-            mask = mask.masked_scatter(found == 1 + index, torch.cat(flags).to(found.device))
+            mask = mask.masked_scatter(modality == 1 + index, torch.cat(flags).to(modality.device))
     return mask

@@ -1,11 +1,14 @@
-"""What a prompt kept and what that saved: the content of the paper's Table 3, for the last prompt."""
+"""What a prompt kept, and what that saves: counts, patches, key/value cache, FLOPs."""
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 
-from .marks import marked
+from ...methods import Plan
+from .dropped import is_dropped
 from .prompt import KINDS, Row
 
 MB = 2**20
@@ -13,12 +16,12 @@ MB = 2**20
 
 @dataclass(frozen=True)
 class LLMSize:
-    """The numbers of an LLM that its cost follows from."""
+    """The sizes that cache and FLOPs depend on."""
 
     layers: int
     hidden: int
-    query: int  # heads times head dimension
-    key: int
+    query: int  # width of all query heads
+    key: int  # width of all key heads
     mlp: int
     bytes: int  # of one cached number
 
@@ -50,23 +53,31 @@ class LLMSize:
 
 @dataclass(frozen=True)
 class ImageReport:
-    """One image or clip. The patches are (n, 3) int64 on the CPU: part (crop, tile or frame), row and column in its
-    grid."""
+    """One image or clip. Patches are (n, 3) int64 on the CPU: crop (tile or frame), row and column in its grid.
+
+    kept[0]: those that entered the LLM; kept[i]: those left by the i-th cut inside it.
+    """
 
     kind: str
     tokens: int
     grids: list[tuple[int, int]]
-    after_stage1: torch.Tensor
-    after_stage2: torch.Tensor
+    kept: list[torch.Tensor]
+
+    @property
+    def after_stage1(self) -> torch.Tensor:
+        return self.kept[0]
+
+    @property
+    def after_stage2(self) -> torch.Tensor:
+        return self.kept[-1]
 
 
 @dataclass(frozen=True)
 class RowReport:
-    """One prompt of the batch. Visual tokens do not count structure such as newlines; those are never pruned."""
+    """One prompt of the batch. Visual tokens do not count separators such as newlines; those are never pruned."""
 
     tokens: int  # visual tokens before pruning
-    after_stage1: int
-    after_stage2: int
+    kept: list[int]  # those that entered the LLM, and those left by each cut inside it
     average: float  # over the layers
     prompt: int  # all tokens of the prompt before pruning
     kv_mb: tuple[float, float]  # cache of the prompt: without and with pruning
@@ -74,116 +85,108 @@ class RowReport:
     prefill_tflops: tuple[float, float]  # of the LLM's layers, without and with pruning
     images: list[ImageReport]
 
+    @property
+    def after_stage1(self) -> int:
+        return self.kept[0]
+
+    @property
+    def after_stage2(self) -> int:
+        return self.kept[-1]
+
 
 @dataclass
 class Report:
     """Of the last prompt with images. `print` it for a table; the positions are read from the device when asked for."""
 
-    prune_layer: int
+    prune_layers: list[int]
     size: LLMSize
-    measured: dict[str, float] = field(default_factory=dict)  # ms by "encode" and "prefill", with measure=True
+    measured: dict[str, float] = field(default_factory=dict)  # ms by "encode" and "prefill", with profile=True
     pending: bool = True
     _rows: list[Row] = field(default_factory=list, repr=False)
-    _extra: int = field(default=0, repr=False)
-    _found: torch.Tensor | None = field(default=None, repr=False)
+    _trailing: int = field(default=0, repr=False)
+    _modality: torch.Tensor | None = field(default=None, repr=False)
     _dropped: torch.Tensor | None = field(default=None, repr=False)
-    _left: tuple | None = field(default=None, repr=False)
+    _left: dict[int, tuple] = field(default_factory=dict, repr=False)  # by prune layer: columns and slots
 
-    def finish(self, run, measured: dict[str, float]) -> None:
-        """Once the prompt went through: what is left of it after stage 2."""
-        self.pending, self.measured = False, measured
-        if run is not None and run.prefill and run.candidates is not None and run.scores is not None:
-            self._left = (run.columns, run.slots)
+    def finish(self, left: dict[int, tuple], measured: dict[str, float]) -> None:
+        """Once the prompt went through: what each cut left of it."""
+        self.pending, self.measured, self._left = False, measured, left
 
     @property
     def encode_ms(self) -> float | None:
-        """Vision encoder, stage 1 and projector."""
+        """Vision encoder, pruning before the LLM, and projector."""
         return self.measured.get("encode")
 
     @property
     def prefill_ms(self) -> float | None:
-        """The LLM's forward over the prompt, stage 2 included."""
+        """The LLM's forward over the prompt, its cuts included."""
         return self.measured.get("prefill")
 
     @cached_property
     def rows(self) -> list[RowReport]:
-        found, alive1 = self._found.cpu(), ~self._dropped.cpu()
-        alive2 = alive1
-        if self._left is not None:
-            columns, slots = (t.cpu() for t in self._left)
-            alive2 = alive1.new_zeros(found.shape[0], found.shape[1] + 1)
-            alive2 = alive2.scatter(1, columns.masked_fill(~slots, found.shape[1]), True)[:, :-1] & alive1
-        return [self._row(row, found[i], alive1[i], alive2[i]) for i, row in enumerate(self._rows)]
+        modality = self._modality.cpu()
+        kept = [~self._dropped.cpu()]
+        for layer in self.prune_layers:
+            mask = kept[-1]
+            if layer in self._left:
+                columns, slots = (t.cpu() for t in self._left[layer])
+                mask = mask.new_zeros(modality.shape[0], modality.shape[1] + 1)
+                mask = mask.scatter(1, columns.masked_fill(~slots, modality.shape[1]), True)[:, :-1] & kept[-1]
+            kept.append(mask)
+        return [self._row(row, modality[i], [mask[i] for mask in kept]) for i, row in enumerate(self._rows)]
 
-    def _row(self, row: Row, found, alive1, alive2) -> RowReport:
-        images, seen = [], {kind: 0 for kind in KINDS}
-        for item in row.images:
-            columns = (found == 1 + KINDS.index(item.kind)).nonzero()[:, 0]
-            columns = columns[seen[item.kind] : seen[item.kind] + item.tokens]
-            seen[item.kind] += item.tokens
+    def _row(self, row: Row, modality: torch.Tensor, kept: Sequence[torch.Tensor]) -> RowReport:
+        images, seen = [], dict.fromkeys(KINDS, 0)
+        for item in row.items:
+            columns = (modality == 1 + KINDS.index(item.kind)).nonzero()[:, 0]
+            columns = columns[seen[item.kind] : seen[item.kind] + item.num_tokens]
+            seen[item.kind] += item.num_tokens
             patches = item.patches()
             piece = patches[:, 0] >= 0
             images.append(
-                ImageReport(
-                    item.kind,
-                    item.candidates,
-                    item.grids,
-                    patches[piece & alive1[columns]],
-                    patches[piece & alive2[columns]],
-                )
+                ImageReport(item.kind, item.num_visual, item.grids, [patches[piece & mask[columns]] for mask in kept])
             )
-        before, kept, after = (
-            row.before,
-            sum(len(i.after_stage1) for i in images),
-            sum(len(i.after_stage2) for i in images),
-        )
-        size, shallow = self.size, self.prune_layer
-        length = row.length - self._extra
-        deep, other = size.layers - shallow, length - before
-        visual = (size.layers * before, shallow * kept + deep * after)
-        whole = tuple(v + size.layers * other for v in visual)
+        size, length, tokens = self.size, row.length - self._trailing, row.num_visual
+        counts = [sum(len(image.kept[i]) for image in images) for i in range(len(kept))]
+        starts = [0, *self.prune_layers, size.layers]
+        depth = [after - start for start, after in itertools.pairwise(starts)]
+        other = length - tokens
+        visual = (size.layers * tokens, sum(n * layers for n, layers in zip(counts, depth, strict=True)))
         flops = (
             size.layers * size.layer_flops(length),
-            shallow * size.layer_flops(other + kept) + deep * size.layer_flops(other + after),
+            sum(layers * size.layer_flops(other + n) for n, layers in zip(counts, depth, strict=True)),
         )
         return RowReport(
-            before,
-            kept,
-            after,
+            tokens,
+            counts,
             visual[1] / size.layers,
             length,
-            tuple(map(size.kv_mb, whole)),
+            tuple(size.kv_mb(v + size.layers * other) for v in visual),
             tuple(map(size.kv_mb, visual)),
             tuple(f / 1e12 for f in flops),
             images,
         )
 
     def __str__(self) -> str:
-        head = [
-            "row",
-            "images",
-            "visual tokens",
-            "stage 1",
-            "stage 2",
-            "average",
-            "KV cache MB",
-            "of it visual",
-            "TFLOPs",
-        ]
-        table = [head]
+        head = ["row", "images", "visual tokens", "into the LLM", *(f"from layer {n}" for n in self.prune_layers)]
+        table = [[*head, "average", "KV cache MB", "of it visual", "TFLOPs"]]
         for index, row in enumerate(self.rows):
             pairs = (f"{a:.4g} -> {b:.4g}" for a, b in (row.kv_mb, row.visual_kv_mb, row.prefill_tflops))
-            counts = (row.tokens, row.after_stage1, row.after_stage2)
-            table.append([str(index), str(len(row.images)), *map(str, counts), f"{row.average:.1f}", *pairs])
+            counts = map(str, (row.tokens, *row.kept))
+            table.append([str(index), str(len(row.images)), *counts, f"{row.average:.1f}", *pairs])
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in table]
         times = [f"{name} {ms:.1f} ms" for name, ms in self.measured.items()]
-        foot = f"stage 2 before layer {self.prune_layer} of {self.size.layers}; TFLOPs: prefill of the LLM's layers"
-        return "\n".join([*lines, "; ".join([foot, *times])])
+        cuts = " and ".join(f"layer {n} of {self.size.layers}" for n in self.prune_layers)
+        foot = [f"pruned before {cuts}"] if cuts else []
+        return "\n".join([*lines, "; ".join([*foot, "TFLOPs: prefill of the LLM's layers", *times])])
 
 
-def describe(plan, config, rows: list[Row], found: torch.Tensor, embeds: torch.Tensor, extra: int) -> Report:
-    """Starts the report of a prompt, whose last `extra` columns are not the prompt's; nothing is read back."""
-    report = Report(plan.prune_layer, LLMSize.of(config, embeds.dtype))
-    report._rows, report._extra, report._found, report._dropped = rows, extra, found, marked(embeds)
+def describe(
+    plan: Plan, config, rows: list[Row], modality: torch.Tensor, embeds: torch.Tensor, trailing: int
+) -> Report:
+    """Starts the report of a prompt, whose last `trailing` columns are not the prompt's; nothing is read back."""
+    report = Report([cut.layer for cut in plan.cuts], LLMSize.of(config, embeds.dtype))
+    report._rows, report._trailing, report._modality = rows, trailing, modality
+    report._dropped = is_dropped(embeds)
     return report

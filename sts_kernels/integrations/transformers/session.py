@@ -1,35 +1,48 @@
-"""What one thread is doing with a pruned model: it encodes images, prefills a prompt, or decodes."""
+"""What one thread is doing with a pruned model, phase by phase: it encodes images, places them, prefills, decodes."""
 
 import threading
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 
-from .families import EncodeCall
-from .images import VisualItem
+from .adapters import EncodeCall
+from .layer_pruning import Forward
 from .report import Report
 from .stack import Caller
-from .stage2 import Pass
+from .visual_item import VisualItem
+
+
+@dataclass
+class Encoding:
+    """A call of get_image_features or get_video_features under way."""
+
+    call: EncodeCall
+    texts: Callable[[list[VisualItem]], list[torch.Tensor]]  # of items, the embeddings of the text beside each
+    attention: list[tuple] = field(default_factory=list)  # query, key and scale of the encoder's attention
+    dropping: tuple | None = None  # rows of the features that stay, the values merged there, the features' shape
+
+
+@dataclass
+class Placed:
+    """A forward of the base model, before it enters the LLM."""
+
+    ids: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    by_embeds: bool = False  # the caller gave embeddings, which may hold encoded features
+    caller: Caller | None = None  # of a prompt with images
+    modality: torch.Tensor | None = None  # (B, S) int8 placeholders of a prompt with images
 
 
 @dataclass(eq=False)
 class Session:
-    # encoding
-    call: EncodeCall | None = None
-    dropping: tuple | None = None  # rows that the projector gets, and the shape of its input
-    saliency: list[tuple] = field(default_factory=list)  # query, key and scale of the vision encoder's attention
-    items: dict[str, list[VisualItem]] = field(default_factory=dict)  # encoded last, by kind
+    encoding: Encoding | None = None
+    encoded: dict[str, list[VisualItem]] = field(default_factory=dict)  # last, by kind
     handed_out: dict[str, tuple] = field(default_factory=dict)  # to a caller: items, and the marks in their features
-    # one forward of the base model
-    prompt_ids: torch.Tensor | None = None
-    caller: Caller | None = None  # of a prompt with images
-    found: torch.Tensor | None = None  # placeholders of a prompt with images
-    by_ids: bool = False  # the prompt came as ids: no embeddings of the caller's
-    # one forward of the text model
-    run: Pass | None = None
+    placed: Placed | None = None
+    forward: Forward | None = None  # Prefill or Decoding: inside the LLM
     report: Report | None = None  # of the prompt under way
-    # measure=True
     clock: dict[str, float] = field(default_factory=dict)
 
 

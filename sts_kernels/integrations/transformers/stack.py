@@ -1,6 +1,6 @@
 """What the call stack tells of the forward under way: which generate() it is part of, and so where its prompt ends.
 
-The model given to apply_sts need not be the one whose generate() is called: it may be wrapped, or a part of it.
+The model that is pruned need not be the one whose generate() is called: it may be wrapped, or a part of it.
 """
 
 import sys
@@ -17,6 +17,10 @@ class Caller:
     forward: bool = False
     model: GenerationMixin | None = None  # whose generate() it is
     options: dict = field(default_factory=dict)  # of generate()
+
+    @property
+    def outside(self) -> bool:
+        return not self.forward and self.model is None
 
     @property
     def ids(self) -> torch.Tensor | None:

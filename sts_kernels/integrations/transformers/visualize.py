@@ -1,4 +1,4 @@
-"""Pictures of the tokens that each stage left."""
+"""Pictures of the tokens that each step of a pruning left."""
 
 import torch
 
@@ -9,7 +9,7 @@ SIDE, MARGIN, CAPTION = 336, 10, 22  # pixels
 
 
 def draw(report: Report, inputs: dict, images: list, processor):
-    """One row a picture: what stage 1 left and what stage 2 left of each, the dropped tokens dimmed.
+    """One row a picture: what entered the LLM, and what each cut inside it left, the dropped tokens dimmed.
 
     Args:
         report: of a prompt with these images, batch size 1.
@@ -23,11 +23,13 @@ def draw(report: Report, inputs: dict, images: list, processor):
     rows = []
     for index, (image, seen) in enumerate(zip(images, reports, strict=True)):
         parts = _parts(inputs, index, image, [len(r.grids) for r in reports], processor)
-        kept = (
-            (f"{len(k)} of {seen.tokens} tokens after stage {n}", k)
-            for n, k in ((1, seen.after_stage1), (2, seen.after_stage2))
+        places = ["into the LLM", *(f"from layer {layer}" for layer in report.prune_layers)]
+        rows.append(
+            [
+                (f"{len(kept)} of {seen.tokens} tokens {place}", _panel(parts, seen.grids, kept))
+                for place, kept in zip(places, seen.kept, strict=True)
+            ]
         )
-        rows.append([(caption, _panel(parts, seen.grids, k)) for caption, k in kept])
     width = max(sum(panel.width + MARGIN for _, panel in row) for row in rows) + MARGIN
     height = sum(row[0][1].height + CAPTION + MARGIN for row in rows) + MARGIN
     sheet = Image.new("RGB", (width, height), "white")

@@ -1,29 +1,36 @@
-"""How much attention the vision encoder pays each of its tokens, for STSConfig(anchor="saliency")."""
+"""How much attention the vision encoder pays each of its tokens."""
 
 import itertools
 import math
 
 import torch
 
-from ... import last_query_scores
+from ...ops import last_query_scores
 
 CHUNK = 1 << 24  # attention weights held at a time
 
 
-def of_class_token(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
+def cls_attention(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
     """What [CLS], token 0, pays each token: query and key (n, heads, tokens, D) -> (n, tokens) float32."""
     return last_query_scores(query[:, :, 0].contiguous(), key.transpose(1, 2), scale)
 
 
-def of_all_tokens(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
+def mean_attention(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
     """What all tokens pay each token on average, for encoders without [CLS]: -> (n, tokens) float32."""
     items, heads, tokens, _ = query.shape
-    received = torch.zeros(items, tokens, device=query.device)
+    received = torch.zeros(items, tokens, dtype=torch.float32, device=query.device)
     rows = max(1, CHUNK // (items * heads * tokens))
-    for chunk in query.split(rows, dim=2):
-        weights = (chunk.float() * scale) @ key.float().transpose(-1, -2)
-        received += weights.softmax(-1).sum((1, 2))
+    with torch.autocast(query.device.type, enabled=False):
+        for chunk in query.split(rows, dim=2):
+            weights = (chunk.float() * scale) @ key.float().transpose(-1, -2)
+            received += weights.softmax(-1).sum((1, 2))
     return received / (heads * tokens)
+
+
+def received(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
+    """By [CLS] where there is one: 1 + n^2 tokens of a square picture. -> (n, tokens) float32."""
+    has_class_token = math.isqrt(query.shape[2] - 1) ** 2 == query.shape[2] - 1
+    return (cls_attention if has_class_token else mean_attention)(query, key, scale)
 
 
 def calls_of(query: torch.Tensor, key: torch.Tensor, kwargs: dict) -> list[tuple]:
@@ -35,11 +42,3 @@ def calls_of(query: torch.Tensor, key: torch.Tensor, kwargs: dict) -> list[tuple
         return [(query, key, scale)]
     bounds = bounds.tolist()
     return [(query[:, :, a:b], key[:, :, a:b], scale) for a, b in itertools.pairwise(bounds)]
-
-
-def of_square_images(calls: list[tuple]) -> torch.Tensor:
-    """Encoders with one square image a row -> (n, patches or 1 + patches): by [CLS] if there is one."""
-    (query, key, scale) = calls[0]
-    tokens = query.shape[2]
-    has_class_token = math.isqrt(tokens - 1) ** 2 == tokens - 1
-    return (of_class_token if has_class_token else of_all_tokens)(query, key, scale)

@@ -6,8 +6,8 @@ cannot go unnoticed. No NaN enters the LLM: at the entrance marked rows are take
 
 import torch
 
-from .images import VisualItem
 from .prompt import KINDS
+from .visual_item import VisualItem
 
 
 def mark(projected: torch.Tensor, rows: torch.Tensor, shape: torch.Size) -> torch.Tensor:
@@ -21,7 +21,7 @@ def mark(projected: torch.Tensor, rows: torch.Tensor, shape: torch.Size) -> torc
     return full.view(*shape[:-1], projected.shape[-1])
 
 
-def marked(embeds: torch.Tensor) -> torch.Tensor:
+def is_dropped(embeds: torch.Tensor) -> torch.Tensor:
     """(B, S) bool: which tokens of a prompt were dropped."""
     return embeds[..., 0].isnan()
 
@@ -32,7 +32,7 @@ def of_output(output) -> torch.Tensor:
     if isinstance(features, list | tuple):
         # Before transformers 5 Qwen3-VL returns its deepstack features beside them.
         features = torch.cat([x.flatten(0, -2) for x in (features[0] if _nested(features) else features)])
-    return marked(features).flatten()
+    return is_dropped(features).flatten()
 
 
 def _nested(features) -> bool:
@@ -45,21 +45,21 @@ def find(embeds: torch.Tensor, encoded: dict[str, tuple[list[VisualItem], torch.
     encoded: by kind, the items that the caller encoded last and the marks in their features. The marks of each item
     must stand in the prompt as they stood there. None: no mark. Reads back from the device.
     """
-    marks = marked(embeds).cpu()
+    marks = is_dropped(embeds).cpu()
     if not marks.any():
         return None
     patterns = []
     for kind in KINDS:
         items, mine = encoded.get(kind, ([], embeds.new_empty(0)))
-        patterns += [(kind, pattern) for pattern in mine.cpu().split([item.tokens for item in items])]
+        patterns += [(kind, pattern) for pattern in mine.cpu().split([item.num_tokens for item in items])]
     for repeats in (n for n in range(1, len(marks) + 1) if len(marks) % n == 0):  # beams repeat a row
         rows = marks[::repeats]
         found = _place(rows, patterns)
         if found is not None and torch.equal(rows.repeat_interleave(repeats, 0), marks):
             return found.repeat_interleave(repeats, 0).to(embeds.device)
     raise ValueError(
-        "apply_sts: inputs_embeds hold NaN rows, which mark the visual tokens that STS dropped, but not those of the "
-        "images encoded last; merge whole features of one get_image_features() call, or pass the model pixel values"
+        "sts_kernels: inputs_embeds hold NaN rows, which mark the visual tokens that were dropped, but not those of "
+        "the images encoded last; merge whole features of one get_image_features() call, or pass the model pixel values"
     )
 
 

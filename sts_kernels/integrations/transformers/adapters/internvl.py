@@ -1,0 +1,30 @@
+"""InternVL: an image is one or several tiles, whose patches a pixel shuffle joins four by four."""
+
+import math
+
+from ..visual_item import VisualItem, square
+from . import base
+
+
+def layout(model, call, shape):
+    """(tiles of all images, tokens, C). The model is not told which tiles are one image, but the prompt shows it: an
+    image is one run of placeholders. Features encoded without a prompt count each tile as an image."""
+    tiles, tokens = shape[0], shape[1]
+    runs = call.placeholder_runs("image")
+    if sum(runs) != tiles * tokens or any(run % tokens for run in runs):
+        runs = [tokens] * tiles
+    return [VisualItem("image", [tokens] * (run // tokens), [square(tokens)] * (run // tokens)) for run in runs]
+
+
+def shuffled(model, values, shape):
+    """The mean over the patches that make up a feature."""
+    count, depth = values.shape[1:]
+    side = math.isqrt(count)
+    patches = values[:, count - side * side :].reshape(-1, side, side, depth)
+    joined = model.pixel_shuffle(patches, scale_factor=model.config.downsample_ratio)
+    return joined.flatten(0, 2).unflatten(-1, (-1, depth)).mean(1)
+
+
+ADAPTERS = [
+    base.ModelAdapter("InternVL", ("internvl",), base.multi_modal_projector, layout, base.llava_attention, shuffled)
+]

@@ -1,0 +1,95 @@
+"""The one way to see attention inputs: a module's query and key are shown to a callback before its own kernel runs.
+
+While it is attached, the module's `config` is a stand-in that names a wrapper as the attention implementation. The
+wrapper hands the rotated query and key on and calls the implementation that the module was set to. So eager, SDPA and
+FlashAttention layers stay as they are, and `output_attentions` is not needed. Nothing changes during a forward: several
+threads may run one, and an interrupt leaves nothing behind.
+"""
+
+import contextlib
+import copy
+import sys
+import threading
+from collections.abc import Callable
+
+import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+_state = threading.local()
+_PREFIX = "sts_capture_"  # the implementation's name follows, as the library looks for "flash" in it
+
+
+class _CapturingConfig:
+    """Stands in for `config`: it differs in the name of the attention implementation."""
+
+    def __init__(self, config, callback: Callable):
+        self.__dict__.update(_sts_config=config, _sts_callback=callback)
+
+    @property
+    def _attn_implementation(self) -> str:
+        name = _PREFIX + (self._sts_config._attn_implementation or "eager")
+        if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():  # set_attn_implementation may come while it is attached
+            AttentionInterface.register(name, _wrapper(name.removeprefix(_PREFIX)))
+        return name
+
+    def __getattr__(self, name: str):
+        return getattr(self.__dict__["_sts_config"], name)
+
+    def __setattr__(self, name: str, value) -> None:
+        setattr(self._sts_config, name, value)
+
+    def __deepcopy__(self, memo):
+        return copy.deepcopy(self._sts_config, memo)  # a copy of the model captures nothing
+
+    def __reduce__(self):
+        return _same, (self._sts_config,)
+
+
+def _same(config):
+    return config
+
+
+def _wrapper(implementation: str) -> Callable:
+    def capturing(module, query, key, *args, **kwargs):
+        config = module.config
+        if isinstance(config, _CapturingConfig):
+            config._sts_callback(module, query, key, kwargs)
+            if getattr(_state, "stopped", False):
+                raise _Stop
+            if "flash" in implementation:  # reads the implementation from module.config again
+                module = copy.copy(module)
+                module.config = config._sts_config
+        if implementation == "eager":
+            run = sys.modules[type(module).__module__].eager_attention_forward
+        else:
+            run = ALL_ATTENTION_FUNCTIONS[implementation]
+        return run(module, query, key, *args, **kwargs)
+
+    return capturing
+
+
+class _Stop(Exception):
+    pass
+
+
+@contextlib.contextmanager
+def stopped():
+    """Ends an attention module's forward once its query and key were shown."""
+    _state.stopped = True
+    try:
+        yield
+    except _Stop:
+        pass
+    finally:
+        _state.stopped = False
+
+
+def attach(module: torch.nn.Module, callback: Callable) -> None:
+    """Until `detach`, calls `callback(module, query, key, kwargs)` whenever this module attends to something."""
+    module.config = _CapturingConfig(module.config, torch.compiler.disable(callback))
+
+
+def detach(module: torch.nn.Module) -> None:
+    """Safe to call twice."""
+    if isinstance(module.config, _CapturingConfig):
+        module.config = module.config._sts_config

@@ -1,0 +1,102 @@
+"""Hooks around the vision encoder and the projector: they find a method's signals, and drop features."""
+
+import functools
+import inspect
+
+import torch
+
+from ...methods import Method, Plan
+from . import dropped, prompt, vision_attention, vision_pruning
+from .adapters import EncodeCall, ModelAdapter
+from .session import Encoding, Sessions
+from .stack import Caller
+from .timer import Timer
+
+
+class EncoderHooks:
+    def __init__(self, adapter: ModelAdapter, base, method: Method, plan: Plan, scope: str, sessions: Sessions):
+        self.adapter, self.base, self.method, self.plan, self.scope = adapter, base, method, plan, scope
+        self.sessions = sessions
+        self.token_ids = prompt.token_ids(base.config)
+
+    def encode(self, kind: str, caller: Caller, timer: Timer, original, args: tuple, kwargs: dict):
+        """Around get_image_features and get_video_features."""
+        session = self.sessions.now
+        if caller.forward and session.placed is not None:
+            ids, mask = session.placed.ids, session.placed.mask
+        else:
+            ids, mask = caller.ids, caller.options.get("attention_mask")
+        arguments = inspect.signature(original).bind_partial(*args, **kwargs).arguments
+        arguments = {**arguments.pop("kwargs", {}), **arguments}
+        runs = lambda which: prompt.runs(ids, self.token_ids[which])  # noqa: E731
+        texts = functools.partial(prompt.texts, self.base, self.token_ids, kind, ids, mask)
+        session.encoding = Encoding(EncodeCall(kind, arguments, runs), texts)
+        try:
+            with timer(session, "encode"):
+                out = original(*args, **kwargs)
+        finally:
+            session.encoding = None
+        if caller.outside:
+            session.handed_out[kind] = (session.encoded[kind], dropped.of_output(out))
+        return out
+
+    def capture(self, module, query, key, kwargs) -> None:
+        """The encoder's attention, where the method asks for it."""
+        encoding = self.sessions.now.encoding
+        if encoding is not None:
+            encoding.attention += vision_attention.calls_of(query, key, kwargs)
+
+    def before_projector(self, module, args, kwargs):
+        session = self.sessions.now
+        encoding = session.encoding
+        if encoding is None:
+            return None
+        encoding.dropping = None
+        features = self.adapter.features(module, args[0])
+        items = self.adapter.layout(self.base, encoding.call, features.shape)
+        items = session.encoded[encoding.call.kind] = vision_pruning.with_budgets(items, self.plan)
+        if self.method.site != "encoder":
+            encoding.dropping = (items, features.shape)
+            return None
+        kept = self._select(encoding, features, features.shape, items)
+        if kept is None:
+            return None
+        encoding.dropping = (kept.rows, features.shape)
+        x = args[0]
+        x = x.reshape(features.shape[:-1].numel(), -1)[kept.rows].view(-1, x.shape[-1])
+        return (x if kept.values is None else self._merged(x, kept.values), *args[1:]), kwargs
+
+    def after_projector(self, module, args, kwargs, output):
+        encoding = self.sessions.now.encoding
+        if encoding is None or encoding.dropping is None or output is None:
+            return None
+        (what, shape), encoding.dropping = encoding.dropping, None
+        if self.method.site == "encoder":
+            return dropped.mark(output, what, shape)
+        kept = self._select(encoding, output, shape, what) if self.method.site == "projected" else None
+        if kept is None:
+            return None
+        flat = output.reshape(shape[:-1].numel(), output.shape[-1])
+        values = flat[kept.rows] if kept.values is None else kept.values.to(flat.dtype)
+        return dropped.mark(values, kept.rows, shape[:-1] + output.shape[-1:]).view(output.shape)
+
+    def _merged(self, x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        if x.shape != values.shape:
+            raise NotImplementedError(
+                f"sts_kernels: {self.method.name} merges features before the projector, which {self.adapter.name} does "
+                "not allow: its features are made of several rows"
+            )
+        return values.to(x.dtype)
+
+    def _select(self, encoding: Encoding, features: torch.Tensor, shape: torch.Size, items):
+        """features: (..., C), what the method selects from; shape: of what the projector gets."""
+        signals, (calls, encoding.attention) = {}, (encoding.attention, [])
+        for name, find in (("attention", self.adapter.attention), ("keys", self.adapter.keys)):
+            if name in self.method.signals:
+                if not calls:
+                    raise RuntimeError(f"sts_kernels: {self.method.name} saw no attention in the vision encoder")
+                signals[name] = find(self.base, calls, shape)
+        if "text" in self.method.signals:
+            signals["texts"] = encoding.texts(items)
+        flat = features.reshape(shape[:-1].numel(), features.shape[-1])
+        return vision_pruning.select(self.method, self.scope, flat, items, **signals)

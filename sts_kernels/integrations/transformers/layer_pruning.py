@@ -1,0 +1,287 @@
+"""Pruning inside the LLM: there the prompt is shorter than its callers know.
+
+Around the text model nothing changes: generate(), ids, masks, positions and logits have their full length. On entry the
+prompt loses what was dropped before the LLM, and before the layer of each cut what that one drops; on exit the hidden
+states go back to their columns. In later forwards only the masks differ, segment by segment, and the positions where a
+segment numbers its tokens anew.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from ...methods import Cut, Method
+from ...methods._keep_top import keep_top
+from ...ops import last_query_scores
+from . import attention_capture, masks, unsupported
+from .cache import attach_state, layer_length
+from .compat import output_cache
+from .dropped import is_dropped
+from .prompt import Row, separators
+from .segments import PrunedPrompt, Segment
+
+
+@dataclass
+class PlannedCut:
+    """A cut of the plan that drops something of this batch."""
+
+    cut: Cut
+    left: list[int]  # visual tokens of each row that it leaves
+    lengths: list[int]  # all tokens of each row from here on
+
+
+@dataclass
+class Forward:
+    """One forward of the text model over a pruned prompt (prefill), or after one (decoding)."""
+
+    prompt: PrunedPrompt
+    masks: list = field(default_factory=list)  # one for each segment
+    rotary: list = field(default_factory=list)  # cos and sin of each segment; None: those that the layers are given
+
+
+@dataclass
+class Decoding(Forward):
+    pass
+
+
+@dataclass
+class Prefill(Forward):
+    trailing: int = 0  # columns at the end that follow the prompt: drafts, or earlier answers (use_cache=False)
+    columns: torch.Tensor | None = None  # (B, P) column of the full prompt in each slot; None: all in order
+    slots: torch.Tensor | None = None  # (B, P) bool: tokens, not padding
+    candidates: torch.Tensor | None = None  # (B, P) bool: visual tokens, which cuts may drop
+    cuts: list[PlannedCut] = field(default_factory=list)  # cuts[i] is made on entry to segment i + 1
+    raters: torch.Tensor | None = None  # (B, P) float32: how much each token's attention counts, where a cut asks
+    scores: torch.Tensor | None = None  # (B, P) of the next cut
+    left: list[tuple] = field(default_factory=list)  # columns and slots after each cut made so far
+
+
+class LayerPruner:
+    """What the hooks of one text model do. It holds no state: that of a forward is its Forward."""
+
+    def __init__(self, text, method: Method, contiguous: bool):
+        self.text = text
+        self.method = method
+        self.contiguous = contiguous
+
+    # --- entry: keyword arguments of the text model in, changed ones out ---
+
+    def prefill(self, kwargs: dict, modality: torch.Tensor, rows: list[Row], cuts: tuple[Cut, ...], trailing: int):
+        """Starts a prompt -> Prefill and the arguments; None where nothing is dropped, and then nothing is touched."""
+        planned, lengths = [], [row.length - row.num_visual + row.num_kept for row in rows]
+        before = [row.num_kept for row in rows]
+        for index, cut in enumerate(cuts):
+            left = [row.left[index] for row in rows]
+            if left != before:
+                lengths_here = [n - row.num_kept + mine for n, row, mine in zip(lengths, rows, left, strict=True)]
+                planned.append(PlannedCut(cut, left, lengths_here))
+            before = left
+        if not planned and all(row.num_kept == row.num_visual for row in rows):
+            return None
+        embeds = kwargs["inputs_embeds"]
+        batch, length = embeds.shape[:2]
+        mask = unsupported.plain_mask(kwargs.get("attention_mask"))
+        valid = torch.ones_like(modality, dtype=torch.bool) if mask is None else mask.bool()
+        modality, valid = modality.to(embeds.device), valid.to(embeds.device)
+        fixed = separators(modality, rows)
+        candidates = (modality > 0) & valid if fixed is None else (modality > 0) & valid & ~fixed
+        kwargs = self._full_positions(kwargs, batch, length, 0)
+        columns, width = None, length
+        if any(row.num_kept < row.num_visual for row in rows):
+            width = max(lengths)
+            dropped = is_dropped(embeds)
+            columns, slots = masks.compact(valid & ~dropped, width)
+            # Pad slots hold dropped rows: a zero stays one, a NaN would spread through the values of the attention.
+            kwargs["inputs_embeds"] = masks.take(embeds, columns).masked_fill(~slots[..., None], 0)
+            kwargs["position_ids"] = masks.take_positions(kwargs["position_ids"], columns)
+            _shrink_deepstack(kwargs, dropped, columns, slots)
+            candidates, valid = candidates.gather(1, columns) & slots, slots
+        if self.contiguous:
+            kwargs["position_ids"] = masks.contiguous_positions(valid)
+        first = Segment(0, width, _padding(valid, lengths, width))
+        prompt = PrunedPrompt(length, [first], self.contiguous)
+        run = Prefill(prompt, trailing=trailing, columns=columns, slots=valid, candidates=candidates, cuts=planned)
+        run.masks = [self._mask(first.valid, width, 0, kwargs["inputs_embeds"])]
+        run.rotary = [None]
+        if any(planned_cut.cut.queries == "raters" for planned_cut in planned):
+            entering = kwargs["inputs_embeds"]
+            text = valid & ~candidates & masks.behind(candidates, trailing)
+            run.raters = self.method.raters(entering, entering, candidates, text)
+        return run, kwargs
+
+    def resume(self, kwargs: dict, cache, prompt: PrunedPrompt) -> tuple[Decoding, dict]:
+        """Continues a pruned prompt: one token at a time, drafts, or the next turn of a conversation."""
+        embeds = kwargs["inputs_embeds"]
+        batch, queries = embeds.shape[:2]
+        mask = unsupported.plain_mask(kwargs.get("attention_mask"))
+        prompt.ragged |= queries > 1 and mask is not None
+        past = layer_length(cache, 0)
+        new = past - prompt.segments[0].length + queries
+        later = mask[:, prompt.length : prompt.length + new].bool() if prompt.ragged and mask is not None else None
+        if later is not None and later.shape[1] != new:
+            raise ValueError(
+                f"sts_kernels: attention_mask must cover the {prompt.length + new} columns of the cache and of the new "
+                f"tokens, got {mask.shape[1]}"
+            )
+        run = Decoding(prompt)
+        kwargs = self._full_positions(kwargs, batch, queries, past + prompt.hidden)
+        for segment in prompt.segments:
+            held = layer_length(cache, segment.start)
+            valid = _joined(segment.valid, later, (batch, segment.length, new), embeds.device)
+            run.masks.append(self._mask(valid, queries, held, embeds))
+            run.rotary.append(None)
+            if prompt.contiguous:
+                positions = masks.later_positions(valid, (batch, held + queries), queries, embeds.device)
+                if segment.start == 0:
+                    kwargs["position_ids"] = positions
+                else:
+                    run.rotary[-1] = self.text.rotary_emb(embeds, positions)
+        return run, kwargs
+
+    def _mask(self, valid, queries: int, past: int, like: torch.Tensor):
+        return masks.attention_mask(unsupported.attention_of(self.text), valid, queries, past, like)
+
+    @staticmethod
+    def _full_positions(kwargs: dict, batch: int, length: int, past: int) -> dict:
+        """Positions are those of the full prompt. The library's mask is made for one cache length and is not used."""
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = torch.arange(past, past + length, device=kwargs["inputs_embeds"].device)[None]
+        kwargs = dict(kwargs, attention_mask=None, position_ids=positions.expand(*positions.shape[:-2], batch, length))
+        kwargs.pop("cache_position", None)
+        return kwargs
+
+    # --- decoder layers ---
+
+    @staticmethod
+    def needs_layers(run: Forward, kwargs: dict) -> bool:
+        """Whether any layer of this forward is to get other arguments than the first one got."""
+        changed = kwargs.get("attention_mask") is not None or any(mask is not None for mask in run.masks)
+        return changed or isinstance(run, Prefill) or any(rotary is not None for rotary in run.rotary)
+
+    def before_layer(self, run: Forward, index: int, layer, args: tuple, kwargs: dict):
+        """The layer's arguments, changed; None: as they are."""
+        segment = run.prompt.segment_of(index)
+        if isinstance(run, Prefill):
+            # FlashAttention would take the gaps in the positions for the seams of packed sequences.
+            kwargs = dict(kwargs, position_ids=None)
+            made = len(run.prompt.segments) - 1
+            if made < len(run.cuts) and index == run.cuts[made].cut.layer:
+                args, kwargs = self._cut(run, run.cuts[made], layer, args, kwargs)
+                segment += 1
+        mask, rotary = run.masks[segment], run.rotary[segment]
+        if mask is None and rotary is None and kwargs.get("attention_mask") is None and not isinstance(run, Prefill):
+            return None
+        device = _hidden(args, kwargs).device
+        if rotary is not None:
+            kwargs = dict(kwargs, position_embeddings=tuple(table.to(device) for table in rotary))
+        return args, dict(kwargs, attention_mask=None if mask is None else mask.to(device))
+
+    def score(self, run: Forward, layer: int, query: torch.Tensor, key: torch.Tensor, scale: float | None) -> None:
+        """What the next cut goes by, from the attention of the layer before it, or of its own."""
+        if not isinstance(run, Prefill) or len(run.prompt.segments) > len(run.cuts):
+            return
+        cut = run.cuts[len(run.prompt.segments) - 1].cut
+        if layer != (cut.layer if cut.score_from == "next" else cut.layer - 1):
+            return
+        column = torch.arange(key.shape[2], device=key.device)
+        slots = run.slots.to(key.device)
+        if cut.queries == "raters":
+            run.scores = masks.weighted_attention(query, key, run.raters.to(key.device), slots, scale)
+            return
+        last = torch.where(slots & (column < key.shape[2] - run.trailing), column, 0).argmax(1)
+        row = query.gather(2, last[:, None, None, None].expand(-1, query.shape[1], 1, query.shape[3]))[:, :, 0]
+        seen = slots & (column <= last[:, None])  # drafts and earlier answers follow the query
+        run.scores = last_query_scores(row, key.transpose(1, 2), scale, seen)
+
+    def _cut(self, run: Prefill, planned: PlannedCut, layer, args: tuple, kwargs: dict):
+        hidden = _hidden(args, kwargs)
+        if planned.cut.score_from == "next":
+            self._look_ahead(run, layer, hidden, kwargs)
+        slots, candidates = run.slots.to(hidden.device), run.candidates.to(hidden.device)
+        chosen = _chosen(run.scores.to(hidden.device), candidates, planned.left)
+        width = max(planned.lengths)
+        columns, run.slots = masks.compact(slots & (chosen | ~candidates), width)
+        run.candidates = candidates.gather(1, columns) & run.slots
+        run.raters = None if run.raters is None else run.raters.to(columns.device).gather(1, columns)
+        run.columns = columns if run.columns is None else run.columns.to(columns.device).gather(1, columns)
+        run.left.append((run.columns, run.slots))
+        hidden = masks.take(hidden, columns)
+        if self.contiguous:
+            rotary = self.text.rotary_emb(hidden, masks.contiguous_positions(run.slots))
+        else:
+            before = run.rotary[-1] or kwargs["position_embeddings"]
+            rotary = tuple(masks.take_rotary(table.to(columns.device), columns) for table in before)
+        segment = Segment(planned.cut.layer, width, _padding(run.slots, planned.lengths, width))
+        run.prompt.segments.append(segment)
+        run.masks.append(self._mask(segment.valid, width, 0, hidden))
+        run.rotary.append(rotary)
+        return ((hidden, *args[1:]), kwargs) if args else (args, dict(kwargs, hidden_states=hidden))
+
+    def _look_ahead(self, run: Prefill, layer, hidden: torch.Tensor, kwargs: dict) -> None:
+        """Scores by the layer's own query and key on the tokens as they still are. Its attention does not run."""
+        tables = run.rotary[-1] or kwargs["position_embeddings"]
+        rotary = tuple(table.to(hidden.device) for table in tables)
+        with attention_capture.stopped():
+            layer.self_attn(
+                hidden_states=layer.input_layernorm(hidden), position_embeddings=rotary, attention_mask=None
+            )
+
+    # --- exit ---
+
+    @staticmethod
+    def finish(run: Forward, output) -> None:
+        """The callers get their length back, and the cache learns what it holds."""
+        run.prompt.running = False
+        if output is None or not isinstance(run, Prefill):
+            return
+        if run.columns is not None:
+            hidden = output.last_hidden_state
+            spare = run.prompt.length  # pad slots go to a column of their own, cut off again
+            home = run.columns.to(hidden.device).masked_fill(~run.slots.to(hidden.device), spare)
+            full = hidden.new_zeros(hidden.shape[0], spare + 1, hidden.shape[2])
+            output.last_hidden_state = full.scatter(1, home[..., None].expand_as(hidden), hidden)[:, :spare]
+        if (cache := output_cache(output)) is not None:
+            run.prompt.trim(run.trailing)
+            attach_state(cache, run.prompt)
+
+
+def _hidden(args: tuple, kwargs: dict) -> torch.Tensor:
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def _padding(slots: torch.Tensor, lengths: list[int], width: int) -> torch.Tensor | None:
+    """`slots`, or None where the lengths say that no row has padding."""
+    return None if all(length == width for length in lengths) else slots
+
+
+def _joined(prompt, later, shape: tuple[int, int, int], device) -> torch.Tensor | None:
+    """Which cached columns are tokens: those of the prompt and those after it."""
+    if prompt is None and later is None:
+        return None
+    batch, held_columns, new = shape
+    ones = torch.ones(1, 1, dtype=torch.bool, device=device)
+    parts = (
+        ones.expand(batch, held_columns) if prompt is None else prompt.to(device),
+        ones.expand(batch, new) if later is None else later.to(device),
+    )
+    return torch.cat(parts, dim=1)
+
+
+def _chosen(scores: torch.Tensor, candidates: torch.Tensor, left: list[int]) -> torch.Tensor:
+    """(B, P) bool: the `left[b]` best scored candidates of each row."""
+    chosen = torch.zeros_like(candidates)
+    for count in sorted(set(left) - {0}):
+        rows = torch.tensor([row for row, wanted in enumerate(left) if wanted == count], device=scores.device)
+        positions, _ = keep_top(scores[rows], candidates[rows], count)
+        chosen[rows[:, None], positions] = True
+    return chosen
+
+
+def _shrink_deepstack(kwargs: dict, dropped, columns, slots) -> None:
+    """Qwen3-VL adds visual features to the first layers too, at the placeholders."""
+    where = kwargs.get("visual_pos_masks")
+    if where is not None:
+        left = ~dropped[where]
+        kwargs["deepstack_visual_embeds"] = [f[left.to(f.device)] for f in kwargs["deepstack_visual_embeds"]]
+        kwargs["visual_pos_masks"] = where.gather(1, columns.to(where.device)) & slots.to(where.device)

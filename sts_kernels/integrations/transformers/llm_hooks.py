@@ -1,0 +1,168 @@
+"""Hooks around the LLM and its layers: they route a prompt to the LayerPruner, and hold what a forward needs."""
+
+import functools
+import sys
+import threading
+import weakref
+
+import torch
+
+from ...methods import Method, Plan
+from . import compat, cudnn, dropped, prompt, unsupported
+from .cache import pruned_state
+from .hooks import Hooks
+from .layer_pruning import LayerPruner, Prefill
+from .report import Report, describe
+from .session import Placed, Session
+
+
+class LLMHooks:
+    def __init__(
+        self, base, text, method: Method, plan: Plan, contiguous: bool, cudnn_attention: bool, sessions, timer
+    ):
+        self.base, self.text, self.plan, self.sessions, self.timer = base, text, plan, sessions, timer
+        self.pruner = LayerPruner(text, method, contiguous)
+        self.prompt_length: int | None = None
+        self.cudnn_attention = cudnn_attention
+        self.report: Report | None = None
+        self.handed_out = False  # whether a caller has features with marks in them
+        self.active = True
+        self._arguments = compat.parameters(text)
+        self._layer_hooks = Hooks()
+        self._layer_users: weakref.WeakSet[Session] = weakref.WeakSet()  # forwards that need hooks on every layer
+        self._layers_stay, self._lock = False, threading.RLock()
+
+    def install(self, hooks: Hooks) -> None:
+        hooks.before(self.text, self._before_text)
+        hooks.after(self.text, self._after_text)
+        hooks.before(self.text.layers[0], self._before_first_layer)
+
+    def captured(self) -> dict[int, "functools.partial"]:
+        """Layers whose attention the cuts go by, with what to call."""
+        layers = {cut.layer if cut.score_from == "next" else cut.layer - 1 for cut in self.plan.cuts}
+        return {layer: functools.partial(self._score, layer) for layer in layers}
+
+    def remove(self) -> None:
+        with self._lock:
+            self.active = False
+            self._layer_hooks.remove()
+
+    def _find_handed_out(self, embeds: torch.Tensor, cache) -> Placed | None:
+        """Of a prompt that the caller merged with encoded features."""
+        session = self.sessions.now
+        modality = dropped.find(embeds, session.handed_out)
+        if modality is None:
+            return None
+        unsupported.check_gradients(self.base)
+        unsupported.check_cache(cache)
+        session.encoded.update({kind: items for kind, (items, _) in session.handed_out.items()})
+        return Placed(caller=unsupported.checked_caller(self.base), modality=modality)
+
+    # --- the text model ---
+
+    def _before_text(self, module, args, kwargs):
+        if module is not self.text:
+            return None
+        session = self.sessions.now
+        self.close(session)  # an interrupt may have ended the last forward
+        placed, session.placed = session.placed, None
+        given = compat.named(self._arguments, args, kwargs)
+        cache, embeds = compat.cache_of(given), given.get("inputs_embeds")
+        if embeds is not None and self.handed_out and (placed is None or placed.by_embeds):
+            placed = self._find_handed_out(embeds, cache) or placed
+        state = pruned_state(cache)
+        if state is not None:
+            started = self.pruner.resume(given, cache, state)
+        elif placed is None or placed.modality is None or embeds is None or placed.modality.shape != embeds.shape[:2]:
+            return None
+        else:
+            started = self._prefill(session, given, placed)
+        if started is None:
+            return None
+        session.forward, changed = started
+        session.forward.prompt.running = True
+        if not self.cudnn_attention and cudnn.concerns(embeds):
+            cudnn.turn_off(session)
+        return (), changed
+
+    def _prefill(self, session: Session, kwargs: dict, placed: Placed):
+        embeds, mask = kwargs["inputs_embeds"], unsupported.plain_mask(kwargs.get("attention_mask"))
+        valid = None if mask is None else mask.bool()
+        rows = prompt.read_rows(placed.modality, valid, session.encoded, self.plan)
+        if not any(row.items for row in rows):
+            return None
+        prompt_length = placed.caller.prompt_length if self.prompt_length is None else self.prompt_length
+        trailing = 0 if prompt_length is None else max(0, embeds.shape[1] - prompt_length)
+        started = self.pruner.prefill(kwargs, placed.modality, rows, self.plan.cuts, trailing)
+        self.report = describe(self.plan, self.text.config, rows, placed.modality, embeds, trailing)
+        session.report = self.report
+        self.timer.start(session)
+        return started
+
+    def _after_text(self, module, args, kwargs, output) -> None:
+        if module is not self.text:
+            return
+        session = self.sessions.now
+        forward, report = session.forward, session.report
+        try:
+            if forward is not None:
+                self.pruner.finish(forward, output)
+            if report is not None:
+                self.timer.stop(session, "prefill")
+                left = {}
+                if isinstance(forward, Prefill):
+                    left = {c.cut.layer: slots for c, slots in zip(forward.cuts, forward.left, strict=False)}
+                report.finish(left, dict(session.clock))
+        finally:
+            self.close(session)
+
+    def close(self, session: Session) -> None:
+        """Ends what a forward of the text model holds."""
+        if session.forward is None and session.report is None:
+            return
+        if session.forward is not None:
+            session.forward.prompt.running = False
+        cudnn.turn_on(session)
+        self._release_layers(session)
+        session.forward = session.report = None
+
+    # --- decoder layers ---
+
+    def _before_first_layer(self, module, args, kwargs):
+        """All layers are called with what the first one gets: it tells whether they need hooks in this forward."""
+        session = self.sessions.now
+        if session.forward is None:
+            return None
+        if self.pruner.needs_layers(session.forward, kwargs):
+            self._hold_layers(session)
+        return self.pruner.before_layer(session.forward, 0, module, args, kwargs)
+
+    def _before_layer(self, index, module, args, kwargs):
+        forward = self.sessions.now.forward
+        return None if forward is None else self.pruner.before_layer(forward, index, module, args, kwargs)
+
+    def _score(self, layer, module, query, key, kwargs) -> None:
+        forward = self.sessions.now.forward
+        if forward is not None:
+            self.pruner.score(forward, layer, query, key, kwargs.get("scaling"))
+
+    def _hold_layers(self, session: Session) -> None:
+        with self._lock:
+            self._layer_users.add(session)
+            if self._layer_hooks or not self.active:
+                return
+            self._layers_stay = compiled()  # compiled code does not see hooks come and go
+            for index, layer in enumerate(self.text.layers):
+                if index:
+                    self._layer_hooks.before(layer, self._before_layer, index)
+
+    def _release_layers(self, session: Session) -> None:
+        with self._lock:
+            self._layer_users.discard(session)
+            if not self._layer_users and not self._layers_stay:
+                self._layer_hooks.remove()
+
+
+def compiled() -> bool:
+    dynamo = sys.modules.get("torch._dynamo")
+    return dynamo is not None and bool(dynamo.utils.counters["frames"])

@@ -1,0 +1,124 @@
+"""prune() and apply_sts(): a method on a stock transformers model, and off again."""
+
+from dataclasses import replace
+
+from ... import methods
+from ...methods import Budget, Method
+from ...methods.sts import STS, STSConfig
+from .handle import PruningHandle, active_handle, supported
+
+SCOPES, POSITIONS, SCORE_FROM = ("image", "crop"), ("original", "contiguous"), ("layer", "next")
+
+
+def prune(
+    model,
+    method: str | Method,
+    *,
+    profile: bool = False,
+    budget: int | float | None = None,
+    keep: int | float | None = None,
+    layers=None,
+    ratios=None,
+    scope: str | None = None,
+    positions: str | None = None,
+    score_from: str | None = None,
+    cudnn_attention: bool = False,
+    **options,
+) -> PruningHandle:
+    """Prunes visual tokens of a stock transformers model with `method`, until the handle is removed.
+
+    ::
+
+        with prune(model, "divprune", budget=128) as pruning:
+            ids = model.generate(**inputs, max_new_tokens=64)
+        print(pruning.report)
+
+    Nothing of the model is replaced: forward hooks drop features before the LLM and hidden states inside it. Prompts
+    without images, and budgets that keep every token, run bit for bit as without it. Callers keep full-length ids,
+    masks, positions and logits (logits at dropped columns come from zero hidden states); a returned cache may be
+    continued while the handle is active. While it is, get_image_features() returns NaN rows for dropped tokens, and
+    `hidden_states` and `attentions` have the lengths the layers ran on. Several threads may run prompts at once where
+    the model itself allows it. A deep copy of the model is a plain model.
+
+    Args:
+        model: LlavaForConditionalGeneration and the like, its base model, or a wrapper; docs/transformers.md lists the
+            families.
+        method: a name (`sts_kernels.methods.names()`), or an object from `sts_kernels.methods.create`.
+        profile: time encoding and prefill of each prompt, at the price of device syncs; see `report`.
+        budget, keep, layers, ratios: how many tokens, and where; see `sts_kernels.methods.Budget`.
+        scope: "image" or "crop": what is selected from at once. None: the method's own way.
+        positions: "original": tokens keep their positions; "contiguous": they are numbered anew. None: the method's own
+            way, or "original" where the model's positions have three axes.
+        score_from: "layer": scores inside the LLM come from the layer before the cut; "next": from the query and key of
+            the layer behind it. None: the method's own way.
+        cudnn_attention: let torch choose cuDNN's attention for pruned prompts. It plans every new length of the keys
+            anew, which takes tens of milliseconds; False keeps it off, for the whole process, while a pruned prompt is
+            inside the LLM.
+        options: of the method, where it is given by name.
+
+    Returns:
+        a handle: a context manager, or call `remove()`; `remove_pruning(model)` does the same without it.
+
+    Raises:
+        TypeError, ValueError: no such method, option or layer, not a supported family, or pruning is active already.
+        NotImplementedError: what the family, the model's settings or the version of transformers do not allow, in one
+            sentence.
+    """
+    for name, value, allowed in (
+        ("scope", scope, SCOPES),
+        ("positions", positions, POSITIONS),
+        ("score_from", score_from, SCORE_FROM),
+    ):
+        if value is not None and value not in allowed:
+            raise ValueError(f"prune: {name} must be one of {', '.join(allowed)}, got {value!r}")
+    if isinstance(method, str):
+        method = methods.create(method, **options)
+    elif not isinstance(method, Method):
+        raise TypeError(f"prune: method must be a name or a Method, got {type(method).__name__}")
+    elif options:
+        raise TypeError(f"prune: options {', '.join(options)} belong to the method; give them to methods.create")
+    base, adapter = supported(model)
+    plan = method.plan(Budget(budget, keep, layers, ratios), len(base.language_model.layers), adapter.prune_layer)
+    if scope is not None and method.site is None:
+        raise ValueError(f"prune: scope is not an option of {method.name}, which selects nothing before the LLM")
+    if score_from is not None and not plan.cuts:
+        raise ValueError(f"prune: score_from is not an option of {method.name}, which drops nothing inside the LLM")
+    if score_from is not None:
+        plan = replace(plan, cuts=tuple(replace(cut, score_from=score_from) for cut in plan.cuts))
+    if positions is None:
+        positions = "original" if hasattr(base, "rope_deltas") else method.positions
+    return PruningHandle(model, base, adapter, method, plan, scope or method.scope, positions, profile, cudnn_attention)
+
+
+def apply_sts(model, config: STSConfig, measure: bool = False, cudnn_attention: bool = False) -> PruningHandle:
+    """Prunes visual tokens of a stock transformers model with STS, until the handle is removed.
+
+    ::
+
+        with apply_sts(model, STSConfig(budget=128)) as sts:
+            ids = model.generate(**inputs, max_new_tokens=64)
+        print(sts.report)
+
+    It is `prune` with the method "sts" and a configuration: features are dropped before the projector, hidden states
+    before layer `prune_layer`.
+
+    Args:
+        model, cudnn_attention: as for `prune`.
+        config: what to keep.
+        measure: `profile` of `prune`.
+    """
+    if not isinstance(config, STSConfig):
+        raise TypeError(f"apply_sts: config must be an STSConfig, got {type(config).__name__}")
+    base, adapter = supported(model)
+    method, budget = STS.of(config)
+    plan = method.plan(budget, len(base.language_model.layers), adapter.prune_layer)
+    return PruningHandle(model, base, adapter, method, plan, config.scope, "original", measure, cudnn_attention)
+
+
+def remove_pruning(model) -> bool:
+    """Takes pruning off a model whose handle is lost. False: it was not active."""
+    handle = active_handle(model)
+    if handle is None:
+        return False
+    handle.remove()
+    return True

@@ -1,0 +1,52 @@
+"""Segments: runs of decoder layers that hold the same columns of a pruned prompt."""
+
+import bisect
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class Segment:
+    """Layers from `start` on, up to the next segment."""
+
+    start: int
+    length: int  # columns of the prompt that these layers hold
+    valid: torch.Tensor | None = None  # (B, length) bool: tokens, not pad slots. None: all are tokens
+
+
+class PrunedPrompt:
+    """What a cache holds of a prompt of `length` columns, segment by segment."""
+
+    def __init__(self, length: int, segments: list[Segment], contiguous: bool):
+        self.length = length
+        self.segments = segments
+        self.contiguous = contiguous  # whether each segment numbers its tokens anew
+        self.ragged = False  # whether a later turn came with an attention mask, which may hold padding
+        self.running = False  # whether the hooks are around the text model right now
+
+    @property
+    def hidden(self) -> int:
+        """Columns that callers count and layer 0 does not hold."""
+        return self.length - self.segments[0].length
+
+    def segment_of(self, layer: int) -> int:
+        return bisect.bisect_right([segment.start for segment in self.segments], layer) - 1
+
+    def trim(self, columns: int) -> None:
+        """Forgets the last columns: they follow the prompt, and may be taken back."""
+        self.length -= columns
+        for segment in self.segments:
+            segment.length -= columns
+            if segment.valid is not None:
+                segment.valid = segment.valid[:, : segment.length]
+
+    def select_rows(self, index: torch.Tensor) -> None:
+        for segment in self.segments:
+            if segment.valid is not None:
+                segment.valid = segment.valid.index_select(0, index.to(segment.valid.device))
+
+    def repeat_rows(self, repeats: int) -> None:
+        for segment in self.segments:
+            if segment.valid is not None:
+                segment.valid = segment.valid.repeat_interleave(repeats, dim=0)

@@ -1,0 +1,36 @@
+"""Times of a prompt's phases, for profile=True."""
+
+import contextlib
+import time
+
+import torch
+
+from .session import Session
+
+
+class Timer:
+    """`with timer(session, name)` times what a session does; without `on` it does nothing."""
+
+    def __init__(self, module: torch.nn.Module, on: bool):
+        self.module, self.on = module, on
+
+    def start(self, session: Session) -> None:
+        if self.on:
+            session.clock["start"] = self._now()
+
+    def stop(self, session: Session, name: str) -> None:
+        if self.on and "start" in session.clock:
+            session.clock[name] = 1e3 * (self._now() - session.clock.pop("start"))
+
+    @contextlib.contextmanager
+    def __call__(self, session: Session, name: str):
+        self.start(session)
+        try:
+            yield
+        finally:
+            self.stop(session, name)
+
+    def _now(self) -> float:
+        if any(parameter.is_cuda for parameter in self.module.parameters()):
+            torch.cuda.synchronize()
+        return time.perf_counter()

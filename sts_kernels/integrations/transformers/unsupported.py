@@ -1,0 +1,110 @@
+"""What pruning does not support, said in one sentence before anything runs."""
+
+import torch
+
+from . import compat
+from .stack import Caller, caller_of
+
+STATIC_CACHES = ("static", "offloaded_static", "hybrid", "hybrid_chunked", "offloaded_hybrid", "sliding_window")
+ATTENTIONS = "eager, sdpa and flash_attention_2/3"
+
+
+def attention_of(text) -> str:
+    """The text model's attention implementation, if pruning can serve it."""
+    name = text.config._attn_implementation or "eager"
+    if name not in ("eager", "sdpa") and ("flash" not in name or "paged" in name):
+        raise NotImplementedError(f"sts_kernels: attention {name!r} is not supported, only {ATTENTIONS} are")
+    return name
+
+
+def check_model(model, base, text, prune_layers: list[int], contiguous: bool) -> None:
+    """Models that would be pruned wrongly."""
+    config = text.config
+    attention_of(text)
+    kinds = set(getattr(config, "layer_types", None) or ())
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if kinds - {"full_attention"} or (not kinds and window is not None):
+        raise NotImplementedError(
+            f"sts_kernels: layers that do not attend to the whole prompt are not supported, and the LLM has "
+            f"{', '.join(sorted(kinds - {'full_attention'})) or f'a sliding window of {window}'}"
+        )
+    if any(getattr(part, "_tp_size", None) not in (None, 1) for part in (model, base, text)):
+        raise NotImplementedError(
+            "sts_kernels: tensor parallel models are not supported: each rank would keep other tokens"
+        )
+    deepstack = len(getattr(getattr(base, "visual", None), "deepstack_merger_list", ()))
+    if prune_layers and min(prune_layers) < deepstack:
+        raise NotImplementedError(
+            f"sts_kernels: prune_layer must be at least {deepstack} for this model, whose first {deepstack} layers add "
+            f"visual features to all tokens, got {min(prune_layers)}"
+        )
+    if contiguous and hasattr(base, "rope_deltas"):
+        raise NotImplementedError(
+            f'sts_kernels: positions="contiguous" is not supported for {type(base).__name__}, whose rotary positions '
+            'have three axes; use positions="original"'
+        )
+
+
+def check_gradients(base) -> None:
+    if base.training and torch.is_grad_enabled():
+        raise NotImplementedError(
+            "sts_kernels: pruning is for inference: call model.eval(), or run under torch.no_grad()"
+        )
+
+
+def check_threads(base, others: set[int]) -> None:
+    """generate() in several threads, on models that keep state of a prompt on the model itself."""
+    if others and hasattr(base, "rope_deltas"):
+        raise RuntimeError(
+            f"sts_kernels: {type(base).__name__} keeps the rotary positions of its last prompt on the model, so that "
+            "several threads get wrong answers from it, pruned or not; run one generate() at a time"
+        )
+
+
+def check_cache(cache) -> None:
+    """Caches that a prompt with images may not come with."""
+    if cache is None:
+        return
+    if getattr(cache, "is_compileable", False):
+        raise NotImplementedError("sts_kernels: a static cache is not supported, its layers all have the same length")
+    if cache.get_seq_length() > 0:
+        raise NotImplementedError(
+            "sts_kernels: new images on a non-empty cache are not supported; leave out the pixel values of images that "
+            "it holds already, or start a new cache with the whole conversation"
+        )
+
+
+def plain_mask(mask):
+    """The attention mask of a pruned prompt, if it is one of padding."""
+    if mask is not None and (not isinstance(mask, torch.Tensor) or mask.ndim != 2):
+        raise NotImplementedError(
+            "sts_kernels: only attention masks of shape (batch, length) that mark padding are supported"
+        )
+    return mask
+
+
+def check_generation(model, options: dict, cache) -> None:
+    """Options of generate() for a prompt with images that would be pruned wrongly."""
+    given = options.get("generation_config") or model.generation_config
+
+    def option(name):
+        return options[name] if name in options else getattr(given, name, None)
+
+    if option("cache_implementation") in STATIC_CACHES:
+        raise NotImplementedError(
+            f"sts_kernels: cache_implementation={option('cache_implementation')!r} is not supported, its layers all "
+            "have the same length; leave it out"
+        )
+    if option("prefill_chunk_size"):
+        raise NotImplementedError(
+            "sts_kernels: prefill_chunk_size is not supported, the whole prompt must be in one forward; leave it out"
+        )
+    check_cache(cache)
+
+
+def checked_caller(base) -> Caller:
+    """Who called, and an error where that is a generate() with such options."""
+    caller = caller_of(base)
+    if caller.model is not None:
+        check_generation(caller.model, caller.options, compat.cache_of(caller.options))
+    return caller

@@ -1,0 +1,100 @@
+"""Pruning before the LLM: which features of each image become tokens, and what is merged into them."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from ... import methods
+from ...methods import Method, Plan, Selection, split_evenly
+from .visual_item import VisualItem
+
+
+@dataclass(frozen=True)
+class Kept:
+    rows: torch.Tensor  # of the features, ascending
+    values: torch.Tensor | None = None  # what a method that merges puts there; None: the features themselves
+
+
+def with_budgets(items: Sequence[VisualItem], plan: Plan) -> list[VisualItem]:
+    return [replace(item, kept=plan.keep(item.num_visual)) for item in items]
+
+
+def select(
+    method: Method,
+    scope: str,
+    features: torch.Tensor,
+    items: Sequence[VisualItem],
+    attention: torch.Tensor | None = None,
+    keys: torch.Tensor | None = None,
+    texts: list[torch.Tensor] | None = None,
+) -> Kept | None:
+    """What of features (features of all items, C) becomes tokens; None: all of them, as they are.
+
+    attention (features,), keys (features, D) and texts, for each item (M, C), where the method asks for them. Costs one
+    call of the method's kernel (one for each length of text) and, on a GPU, small copies to the device; nothing is read
+    back.
+    """
+    if sum(item.num_features for item in items) != features.shape[0]:
+        raise RuntimeError(
+            f"sts_kernels: expected the features of {sum(item.num_features for item in items)} patches or groups, got "
+            f"{features.shape[0]}"
+        )
+    if all(item.kept == item.num_visual for item in items):
+        return None
+    pools, budgets, owners = [], [], []
+    starts = itertools.accumulate((item.num_features for item in items), initial=0)
+    for index, (item, start) in enumerate(zip(items, starts, strict=False)):
+        crops = item.candidates()
+        mine = [item.kept] if scope == "image" else split_evenly(item.kept, [len(crop) for crop in crops])
+        pools += [pool + start for pool in ([torch.cat(crops)] if scope == "image" else crops)]
+        budgets += mine
+        owners += [index] * len(mine)
+    lengths = [len(pool) for pool in pools]
+    order = torch.cat(pools).to(features.device)
+    everything = len(order) == features.shape[0]
+
+    def pooled(x):
+        return x if x is None or everything else x[order]
+
+    pool = pooled(features)
+    signals = {"features": pool, "scores": pooled(attention), "keys": pooled(keys)}
+    if texts is None:
+        picked = method.select_packed(lengths, budgets, **signals)
+    else:
+        picked = _beside_text(method, lengths, budgets, signals, [texts[owner] for owner in owners])
+    first = _starts(lengths).repeat_interleave(_cpu(budgets)).to(features.device)
+    rows, ascending = order[picked.order + first].sort()
+    if picked.assignment is None:
+        return Kept(rows)
+    merged = methods.merge_packed(pool, picked, lengths, budgets)
+    return Kept(rows, merged[ascending])
+
+
+def _beside_text(
+    method: Method, lengths: list[int], budgets: list[int], signals: dict, texts: list[torch.Tensor]
+) -> Selection:
+    """`select_packed` of pools with a text each: those with texts of one length at a time."""
+    parts: list = [None] * len(lengths)
+    for size in sorted({len(text) for text in texts}):
+        mine = [i for i, text in enumerate(texts) if len(text) == size]
+        given = {
+            name: None if x is None else torch.cat([x.split(lengths)[i] for i in mine]) for name, x in signals.items()
+        }
+        sizes, counts = [lengths[i] for i in mine], [budgets[i] for i in mine]
+        picked = method.select_packed(sizes, counts, **given, text=torch.stack([texts[i] for i in mine]))
+        columns = zip((picked.order, picked.assignment, picked.weight), (counts, sizes, sizes), strict=True)
+        columns = [[None] * len(mine) if x is None else x.split(n) for x, n in columns]
+        for index, part in zip(mine, zip(*columns, strict=True), strict=True):
+            parts[index] = part
+    joined = [None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)]
+    return Selection(*joined, method)
+
+
+def _cpu(values: list[int]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int64, device="cpu")  # whatever the default device
+
+
+def _starts(lengths: list[int]) -> torch.Tensor:
+    return _cpu(list(itertools.accumulate(lengths, initial=0))[:-1])
