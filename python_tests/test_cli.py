@@ -15,7 +15,7 @@ from oracle import check_select
 from PIL import Image
 
 import sts_kernels
-from sts_kernels import _cli, _errors, _native, demo, info
+from sts_kernels import _cli, _errors, _native, demo, info, methods
 from sts_kernels.__main__ import COMMANDS, main
 from sts_kernels._registry import OPS, Op
 
@@ -250,6 +250,21 @@ def test_without_a_command_it_prints_help(capsys):
     out, err = capsys.readouterr()
     assert out == ""
     assert all(name in err for name in COMMANDS)
+
+
+def test_methods_are_listed(capsys):
+    assert main(["methods"]) == 0
+    out = capsys.readouterr().out
+    for name in methods.names():
+        assert f"\n\n{name}\n" in f"\n\n{out}"
+    assert "behind layer 16 of 32 by the attention of the prompt's last token" in out
+    assert "anchor       mean: first pick" in out
+    assert main(["methods", "--json"]) == 0
+    described = json.loads(capsys.readouterr().out)
+    assert sorted(described) == methods.names()
+    assert described["divprune"]["site"] == "projected"
+    assert described["pyramiddrop"]["cuts"][1] == {"layer": 16, "queries": "last", "score_from": "next"}
+    assert described["random"]["options"]["seed"]["default"] == 0
 
 
 def test_version(capsys):

@@ -11,8 +11,10 @@ from ._errors import UserError
 COMMANDS = {
     "info": "show which backend serves each op and why, versions and build",
     "demo": "choose visual tokens of a photograph and draw them",
+    "methods": "list the pruning methods, where each acts, and its options",
     "generate": "ask a vision-language model about pictures, with pruned visual tokens",
 }
+MODULES = {"methods": "list_methods"}  # where it is not the command's name
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
             if _torch_error and name != "info":
                 subparser.error(_torch_error)
             try:
-                command = importlib.import_module(f".{name}", __package__)
+                command = importlib.import_module(f".{MODULES.get(name, name)}", __package__)
             except ImportError as error:
                 subparser.error(str(error))
             command.add_arguments(subparser)

@@ -1,5 +1,6 @@
-"""`python -m sts_kernels generate`: asks a vision-language model about pictures, with visual tokens pruned by STS."""
+"""`python -m sts_kernels generate`: asks a vision-language model about pictures, with pruned visual tokens."""
 
+import ast
 import sys
 import time
 
@@ -7,7 +8,7 @@ import torch
 
 from ._cli import describe, find_device, first_line, load_picture, save
 from ._errors import UserError
-from .pruning import STSConfig
+from .methods import Budget, Method, create, names
 
 RANDOM_NAMES = ("tiny", "llava-1.5-7b", "llava-next-7b", "qwen2.5-vl-7b")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -17,6 +18,25 @@ ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
 def amount(text: str) -> int | float:
     """A number of tokens, or (with a point in it) a share of them."""
     return float(text) if "." in text else int(text)
+
+
+def amounts(text: str) -> list[int | float]:
+    return [amount(part) for part in text.split(",")]
+
+
+def layers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def option(text: str) -> tuple[str, object]:
+    """NAME=VALUE; a value that is no Python literal is text."""
+    name, found, value = text.partition("=")
+    if not found:
+        raise ValueError(text)
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
 
 
 def add_arguments(parser) -> None:
@@ -29,13 +49,31 @@ def add_arguments(parser) -> None:
     )
     parser.add_argument("--image", action="append", required=True, metavar="FILE", help="a picture; may be repeated")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to ask")
+    parser.add_argument(
+        "--method", choices=names(), default="sts", help="`python -m sts_kernels methods` tells of them (default: sts)"
+    )
     for name, what in (
-        ("budget", "visual tokens of an image, averaged over the LLM's layers (default: 0.2)"),
-        ("keep", "visual tokens of each image that stage 1 keeps, instead of --budget"),
-        ("keep-after", "visual tokens of the prompt that stage 2 leaves"),
+        (
+            "budget",
+            "visual tokens of an image, averaged over the LLM's layers (default: 0.2, where the method takes it)",
+        ),
+        ("keep", "visual tokens of each image that enter the LLM, instead of --budget"),
+        ("keep-after", "of sts: visual tokens of the prompt that stage 2 leaves"),
     ):
         parser.add_argument(f"--{name}", type=amount, metavar="N", help=f"{what}; a number, or a share like 0.2")
-    parser.add_argument("--prune-layer", type=int, metavar="N", help="first layer without the tokens stage 2 drops")
+    parser.add_argument(
+        "--prune-layer", type=int, metavar="N", help="of sts and fastv: layers before the pruning in the LLM"
+    )
+    parser.add_argument("--layers", type=layers, metavar="N,N,..", help="layers before each pruning in the LLM")
+    parser.add_argument("--ratios", type=amounts, metavar="N,N,..", help="what each of them leaves; numbers or shares")
+    parser.add_argument(
+        "--option",
+        type=option,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of the method; may be repeated",
+    )
     parser.add_argument(
         "--max-new-tokens", type=int, default=64, metavar="N", help="length of the answer (default: 64)"
     )
@@ -48,7 +86,7 @@ def add_arguments(parser) -> None:
 
 def run(args) -> int:
     images = [load_picture(path) for path in args.image]
-    device, config = find_device(args.device), configure(args)
+    device, (method, amounts) = find_device(args.device), configure(args)
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     try:
         from .integrations import transformers as integration
@@ -62,9 +100,10 @@ def run(args) -> int:
     answers = {}
     try:
         if args.compare:
-            answers["full"] = ask(integration, model, processor, inputs, STSConfig(budget=1.0), args.max_new_tokens)
-        answers["pruned"] = ask(integration, model, processor, inputs, config, args.max_new_tokens)
-    except (NotImplementedError, ValueError) as error:
+            everything = create("uniform"), {"budget": 1.0}
+            answers["full"] = ask(integration, model, processor, inputs, *everything, args.max_new_tokens)
+        answers["pruned"] = ask(integration, model, processor, inputs, method, amounts, args.max_new_tokens)
+    except (NotImplementedError, TypeError, ValueError) as error:
         raise UserError(first_line(error)) from error
 
     what = args.model or f"{args.random} with random weights: the answer means nothing"
@@ -77,21 +116,26 @@ def run(args) -> int:
     _, report, _ = answers["pruned"]
     print(f"\n{report}")
     if args.tokens:
-        from .integrations.transformers.pictures import draw
+        from .integrations.transformers.visualize import draw
 
         save(draw(report, inputs, images, processor), args.tokens)
         print(f"\npicture   {args.tokens}: tokens that are left bright, dropped ones dimmed")
     return 0
 
 
-def configure(args) -> STSConfig:
-    given = {name: getattr(args, name) for name in ("budget", "keep", "keep_after", "prune_layer")}
-    if given["budget"] is None and given["keep"] is None and given["keep_after"] is None:
-        given["budget"] = 0.2
+def configure(args) -> tuple[Method, dict]:
+    """The method, and how many tokens, checked as far as that goes without a model."""
+    options = dict(args.option)
+    options |= {n: v for n in ("keep_after", "prune_layer") if (v := getattr(args, n)) is not None}
+    amounts = {name: getattr(args, name) for name in ("budget", "keep", "layers", "ratios")}
     try:
-        return STSConfig(**given)
+        method = create(args.method, **options)
+        if "keep" in method.takes and all(v is None for v in amounts.values()) and "keep_after" not in options:
+            amounts["budget"] = 0.2
+        Budget(**amounts).check(method.name, method.takes, sys.maxsize)
+        return method, amounts
     except (TypeError, ValueError) as error:
-        raise UserError(str(error).replace("STSConfig: ", "")) from error
+        raise UserError(str(error)) from error
 
 
 def load(args, device: torch.device, dtype: torch.dtype):
@@ -128,10 +172,10 @@ def prepare(processor, images: list, prompt: str):
         ) from error
 
 
-def ask(integration, model, processor, inputs, config: STSConfig, new_tokens: int):
+def ask(integration, model, processor, inputs, method: Method, amounts: dict, new_tokens: int):
     """-> the answer, the report, seconds."""
-    with integration.apply_sts(model, config, measure=True) as sts:
+    with integration.prune(model, method, profile=True, **amounts) as pruning:
         start = time.perf_counter()
         ids = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
         answer = ids[0, inputs["input_ids"].shape[1] :].tolist()
-        return processor.decode(answer, skip_special_tokens=True).strip(), sts.report, time.perf_counter() - start
+        return processor.decode(answer, skip_special_tokens=True).strip(), pruning.report, time.perf_counter() - start

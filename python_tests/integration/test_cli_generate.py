@@ -62,6 +62,23 @@ def test_full_budget_answers_as_the_plain_model(capsys):
     assert answers[0] == answers[1]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "counts"),
+    [
+        (["--method", "divprune", "--budget", "16"], ["144", "16", "16.0"]),
+        (["--method", "fastervlm"], ["144", "29", "29.0"]),  # a fifth
+        (["--method", "fastv", "--layers", "2", "--ratios", "0.25"], ["144", "144", "36", "90.0"]),
+        (["--method", "pyramiddrop"], ["144", "144", "72", "36", "18", "67.5"]),
+        (["--method", "random", "--keep", "9", "--option", "seed=3"], ["144", "9", "9.0"]),
+        (["--keep", "12", "--option", "anchor=first", "--option", "rho=0.5"], ["144", "12", "6", "9.0"]),
+    ],
+)
+def test_methods(capsys, arguments, counts):
+    assert main(["generate", *ASK, "--random", "tiny", "--max-new-tokens", "1", *arguments]) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if re.match(r"\s+0\s+1\s", line)).split()
+    assert row[2 : 2 + len(counts)] == counts
+
+
 def test_several_images(capsys, tmp_path):
     small = tmp_path / "small.png"
     Image.new("RGB", (40, 30), "red").save(small)
@@ -76,10 +93,19 @@ def test_several_images(capsys, tmp_path):
     [
         (["--image", "nowhere.png", "--prompt", "x", "--random", "tiny"], "cannot read the image nowhere.png"),
         ([*ASK, "--random", "tiny", "--budget", "0"], "budget must be at least 1 token, got 0"),
-        ([*ASK, "--random", "tiny", "--budget", "9", "--keep", "3"], "give either budget, or keep"),
+        ([*ASK, "--random", "tiny", "--budget", "9", "--keep", "3"], "give either budget or keep"),
         ([*ASK, "--random", "tiny", "--prune-layer", "4"], "prune_layer must be at most 3"),
         ([*ASK, "--random", "tiny", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
         ([*ASK, "--random", "huge"], "invalid choice: 'huge'"),
+        ([*ASK, "--random", "tiny", "--method", "magic"], "invalid choice: 'magic'"),
+        ([*ASK, "--random", "tiny", "--method", "uniform", "--option", "seed=1"], "uniform: seed is not an option"),
+        (
+            [*ASK, "--random", "tiny", "--method", "uniform", "--prune-layer", "2"],
+            "uniform: prune_layer is not an option",
+        ),
+        ([*ASK, "--random", "tiny", "--option", "seed"], "invalid option value: 'seed'"),
+        ([*ASK, "--random", "tiny", "--layers", "2,x"], "invalid layers value: '2,x'"),
+        ([*ASK, "--random", "tiny", "--method", "fastv", "--ratios", "2.5"], "ratios as a share must be above 0"),
         ([*ASK, "--random", "tiny", "--budget", "many"], "invalid amount value: 'many'"),
         ([*ASK], "one of the arguments --model --random is required"),
         ([*ASK, "--model", "/nowhere/at/all"], "cannot load /nowhere/at/all"),
@@ -98,7 +124,7 @@ def test_a_model_of_no_family(capsys, monkeypatch):
         return Unknown(1, 1), random_models.build("tiny", "cpu", torch.float32)[1]
 
     monkeypatch.setattr(generate, "load", load)
-    assert "Unknown (model_type 'llama') is not of a supported family: LLaVA-1.5" in fails(capsys, *ASK, "--model", "x")
+    assert "Unknown (model_type 'llama') is not of a supported family: " in fails(capsys, *ASK, "--model", "x")
 
 
 def test_without_transformers(capsys, monkeypatch):

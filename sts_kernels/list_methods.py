@@ -1,0 +1,45 @@
+"""`python -m sts_kernels methods`: the pruning methods, where each acts, what it looks at, and its options."""
+
+import json
+import sys
+
+from . import methods
+
+SITES = {"encoder": "before the projector", "projected": "after the projector"}
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("--json", action="store_true", help="print it as one JSON object")
+
+
+def run(args) -> int:
+    described = [methods.describe(name) for name in methods.names()]
+    if args.json:
+        json.dump({entry["name"]: entry for entry in described}, sys.stdout, indent=2, default=str)
+        print()
+        return 0
+    print("\n\n".join(map(text, described)))
+    return 0
+
+
+def text(entry: dict) -> str:
+    lines = [entry["name"], f"  paper      {entry['paper']}", f"  acts       {'; '.join(places(entry))}"]
+    if entry["signals"]:
+        lines.append(f"  looks at   {', '.join(entry['signals'])} of the visual tokens")
+    lines.append(f"  takes      {', '.join(entry['takes'])}")
+    if entry["site"]:
+        lines.append(f"  selects    from one {entry['scope']} at once")
+    width = max(map(len, entry["options"]), default=0)
+    for index, (name, option) in enumerate(entry["options"].items()):
+        label = "options" if not index else ""
+        lines.append(f"  {label:<9}  {name:<{width}}  {option['default']}: {option['doc']}")
+    return "\n".join(lines)
+
+
+def places(entry: dict) -> list[str]:
+    """Where it acts, in an LLM of 32 layers."""
+    found = [SITES[entry["site"]]] if entry["site"] else []
+    for cut in entry["cuts"]:
+        whose = "the prompt's last token" if cut["queries"] == "last" else "rater tokens"
+        found.append(f"behind layer {cut['layer']} of 32 by the attention of {whose}")
+    return found
