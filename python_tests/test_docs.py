@@ -1,11 +1,13 @@
 """What README.md and docs/ quote is in the tree."""
 
+import inspect
 import re
 from pathlib import Path
 
 import pytest
 import torch
 
+from sts_kernels import methods
 from sts_kernels.__main__ import COMMANDS
 from sts_kernels._registry import OPS
 
@@ -92,3 +94,44 @@ def test_the_commands_for_installers_name_the_build_requirements():
     requires = re.findall(r'"([^"]+)"', re.search(r"^requires = \[(.*)\]", PYPROJECT, re.M)[1])
     quoted = " ".join(r if r.isalpha() else f'"{r}"' for r in requires)
     assert README.count(f" torch {quoted} && ") == 2
+
+
+SITES = {"encoder": "before the projector", "projected": "after the projector"}
+TRANSFORMERS = (ROOT / "docs" / "transformers.md").read_text()
+
+
+def method_row(name: str) -> str:
+    """The row of a method in docs/transformers.md."""
+    entry = methods.describe(name)
+    layers = [str(cut["layer"]) for cut in entry["cuts"]]
+    acts = [SITES[entry["site"]]] if entry["site"] else []
+    acts += [f"layer {', '.join(layers)}"] if layers else []
+    signals = list(entry["signals"])
+    for cut in entry["cuts"][:1]:
+        signals.append("last token" + (" (next)" if cut["score_from"] == "next" else ""))
+    takes = ", ".join(f"`{option}`" for option in entry["takes"])
+    scope = entry["scope"] if entry["site"] else "-"
+    return f"| `{name}` | {'; '.join(acts)} | {', '.join(signals) or '-'} | {takes} | {scope} | {entry['positions']} |"
+
+
+def test_the_table_of_methods_is_that_of_the_code():
+    section = TRANSFORMERS.split("\n## Methods\n", 1)[1].split("\n## ", 1)[0]
+    rows = [line for line in section.splitlines() if line.startswith("| `")]
+    assert rows == [method_row(name) for name in methods.names()]
+
+
+def test_the_table_of_families_is_that_of_the_code():
+    adapters = pytest.importorskip("sts_kernels.integrations.transformers").ADAPTERS
+    section = TRANSFORMERS.split("\n## Families\n", 1)[1].split("\n## ", 1)[0].split("\n|---", 1)[1]
+    rows = re.findall(r"^\| ([^|]+) \| (`[^|]+`) \|", section, re.MULTILINE)
+    known = {(adapter.name, ", ".join(f"`{t}`" for t in adapter.model_types)) for adapter in adapters}
+    assert len(rows) == len(known)
+    assert set(rows) == known
+
+
+def test_the_options_of_prune_are_in_the_table():
+    integration = pytest.importorskip("sts_kernels.integrations.transformers")
+    section = TRANSFORMERS.split("\n## Options of prune\n", 1)[1].split("\n## ", 1)[0]
+    options = re.findall(r"^\| `(\w+)=", section, re.MULTILINE)
+    named = inspect.signature(integration.prune).parameters.values()
+    assert sorted(options) == sorted(p.name for p in named if p.kind is p.KEYWORD_ONLY)
