@@ -1,4 +1,4 @@
-"""The one table of inputs: op tests, emulated-kernel tests and benchmarks all draw from it.
+"""Inputs of the selection ops and of pairwise_sqdist: op tests and emulated-kernel tests draw from this table.
 
 Values are drawn on the CPU in float32 from a seed, rounded to the dtype, then laid out on the device, so every backend
 sees the same numbers.
