@@ -1,4 +1,7 @@
-"""Picks are judged before they are timed, by the float64 oracle of the tests."""
+"""Picks are judged before they are timed, by the float64 oracle of the tests.
+
+The tests are no package, so that pytest runs them against an installed one as well; so their folder goes on the path.
+"""
 
 import sys
 

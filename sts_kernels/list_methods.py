@@ -29,6 +29,8 @@ def text(entry: dict) -> str:
     lines.append(f"  takes      {', '.join(entry['takes'])}")
     if entry["site"]:
         lines.append(f"  selects    from one {entry['scope']} at once")
+    if entry["positions"] == "contiguous":
+        lines.append("  positions  numbered anew")
     width = max(map(len, entry["options"]), default=0)
     for index, (name, option) in enumerate(entry["options"].items()):
         label = "options" if not index else ""
@@ -39,7 +41,9 @@ def text(entry: dict) -> str:
 def places(entry: dict) -> list[str]:
     """Where it acts, in an LLM of 32 layers."""
     found = [SITES[entry["site"]]] if entry["site"] else []
-    for cut in entry["cuts"]:
-        whose = "the prompt's last token" if cut["queries"] == "last" else "rater tokens"
-        found.append(f"behind layer {cut['layer']} of 32 by the attention of {whose}")
+    if cuts := entry["cuts"]:
+        layers = ", ".join(str(cut["layer"]) for cut in cuts)
+        whose = "the prompt's last token" if cuts[0]["queries"] == "last" else "rater tokens"
+        ahead = ", by the next layer's query and key" if cuts[0]["score_from"] == "next" else ""
+        found.append(f"behind layer {layers} of 32 by the attention of {whose}{ahead}")
     return found

@@ -1,9 +1,9 @@
 """cuDNN's attention, off while a pruned prompt is inside the LLM.
 
 torch sends scaled_dot_product_attention on Hopper to cuDNN (torch 2.11 with cuDNN newer than 9.15), and cuDNN builds an
-execution plan for every new length of the keys, tens of milliseconds of host time each. A pruned prompt has two lengths
-a step, so it would pay twice what the plain model pays. FlashAttention and the memory-efficient kernel need no plan.
-The switch is torch's, for the whole process.
+execution plan for every new length of the keys, tens of milliseconds of host time each. A prompt pruned inside the LLM
+has a length for each segment of layers, so a step would pay twice what the plain model pays, or more. FlashAttention
+and the memory-efficient kernel need no plan. The switch is torch's, for the whole process.
 """
 
 import threading

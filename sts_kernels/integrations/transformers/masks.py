@@ -1,4 +1,4 @@
-"""Tensor helpers of the late shrink: compacting rows, gathering along them, attention masks of any length."""
+"""Tensor helpers of pruning inside the LLM: rows compacted and gathered, masks and positions of any length."""
 
 import torch
 

@@ -21,7 +21,7 @@ class Encoding:
     call: EncodeCall
     texts: Callable[[list[VisualItem]], list[torch.Tensor]]  # of items, the embeddings of the text beside each
     attention: list[tuple] = field(default_factory=list)  # query, key and scale of the encoder's attention
-    dropping: tuple | None = None  # rows of the features that stay, the values merged there, the features' shape
+    dropping: tuple | None = None  # rows that stay (for methods behind the projector: the items), the features' shape
 
 
 @dataclass
