@@ -35,8 +35,8 @@ def check_model(model, base, text, prune_layers: list[int], contiguous: bool) ->
     deepstack = len(getattr(getattr(base, "visual", None), "deepstack_merger_list", ()))
     if prune_layers and min(prune_layers) < deepstack:
         raise NotImplementedError(
-            f"sts_kernels: prune_layer must be at least {deepstack} for this model, and so must the first of layers: its "
-            f"first {deepstack} layers add visual features to all tokens; got {min(prune_layers)}"
+            f"sts_kernels: prune_layer must be at least {deepstack} for this model, and so must the first of layers: "
+            f"its first {deepstack} layers add visual features to all tokens; got {min(prune_layers)}"
         )
     if contiguous and hasattr(base, "rope_deltas"):
         raise NotImplementedError(
