@@ -239,7 +239,8 @@ def shadowed(tmp_path, monkeypatch):
     installed.mkdir(parents=True)
     (installed / "libsts_kernels.so").touch()
     (installed / "build_info.json").write_text('{"cuda": "13.0", "commit": "abc"}')
-    monkeypatch.syspath_prepend(installed.parent)
+    others = [entry for entry in sys.path if not Path(entry or ".", "sts_kernels").exists()]
+    monkeypatch.setattr(sys, "path", [str(installed.parent), *others])  # the tests' own environment may have one
     monkeypatch.setattr(backends._native, "LIBRARY", tmp_path / "libsts_kernels.so")
     monkeypatch.setattr(type(OPS_TABLE["repulsion_select"]), "backend", lambda op, key: "reference")
     monkeypatch.delenv("STS_KERNELS_DISABLE", raising=False)
