@@ -247,6 +247,8 @@ class BuildLibrary(setuptools.Command):
             "cuda": "",
         }
         (package / "build_info.json").write_text(json.dumps(info, indent=2) + "\n")
+        for name in PRODUCTS if package != ROOT / "sts_kernels" else ():  # an earlier build's, in the checkout
+            (ROOT / "sts_kernels" / name).unlink(missing_ok=True)
 
     def get_source_files(self):
         return ["CMakeLists.txt", *(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.is_file())]

@@ -55,7 +55,7 @@ def add_arguments(parser) -> None:
     for name, what in (
         (
             "budget",
-            "visual tokens of an image, averaged over the LLM's layers (default: 0.2, where the method takes it)",
+            "visual tokens of an image, averaged over the LLM's layers (default: 0.2 before the LLM)",
         ),
         ("keep", "visual tokens of each image that enter the LLM, instead of --budget"),
         ("keep-after", "of sts: visual tokens of the prompt that stage 2 leaves"),
@@ -130,7 +130,8 @@ def configure(args) -> tuple[Method, dict]:
     amounts = {name: getattr(args, name) for name in ("budget", "keep", "layers", "ratios")}
     try:
         method = create(args.method, **options)
-        if "keep" in method.takes and all(v is None for v in amounts.values()) and "keep_after" not in options:
+        given = [v for name, v in amounts.items() if name != "layers" and v is not None]
+        if "keep" in method.takes and not given and not {"keep_after", "llm_only"} & set(options):
             amounts["budget"] = 0.2
         Budget(**amounts).check(method.name, method.takes, sys.maxsize)
         return method, amounts

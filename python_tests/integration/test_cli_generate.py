@@ -68,6 +68,8 @@ def test_full_budget_answers_as_the_plain_model(capsys):
         (["--method", "divprune", "--budget", "16"], ["144", "16", "16.0"]),
         (["--method", "fastervlm"], ["144", "29", "29.0"]),  # a fifth
         (["--method", "fastv", "--layers", "2", "--ratios", "0.25"], ["144", "144", "36", "90.0"]),
+        (["--option", "llm_only=True", "--layers", "2", "--ratios", "0.25"], ["144", "144", "36", "90.0"]),
+        (["--layers", "1"], ["144", "58", "19", "28.8"]),
         (["--method", "pyramiddrop"], ["144", "144", "72", "36", "18", "67.5"]),
         (["--method", "random", "--keep", "9", "--option", "seed=3"], ["144", "9", "9.0"]),
         (["--keep", "12", "--option", "anchor=first", "--option", "rho=0.5"], ["144", "12", "6", "9.0"]),

@@ -332,3 +332,43 @@ def test_saliency_is_the_attention_of_the_class_token(attention):
     with apply_sts(model, STSConfig(keep=1, keep_after=1.0, anchor="saliency")) as sts:
         models.generate(model, [models.prompt_of("llava", 1, seed=1)], 1)
         assert sts.report.rows[0].images[0].after_stage1.tolist() == [[0, best // 6, best % 6]]
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_answers_of_different_lengths(family, device):
+    """Prompt and answer in one forward, padded on the right: a row's query and logits are those of the row alone."""
+    model = models.shared(family, "sdpa", device)
+    prompt, answers = models.prompt_of(family, 1, seed=4), [models.words(6, 9), models.words(2, 10)]
+    rows = [copy.copy(prompt) for _ in answers]
+    for row, answer in zip(rows, answers, strict=True):
+        row.ids = prompt.ids + answer
+    start, reports = len(prompt.ids) - 1, []
+    with apply_sts(model, CONFIG) as sts, torch.no_grad():
+        sts.prompt_length = len(prompt.ids)
+        together = model(**models.batch(model, rows, side="right")).logits
+        reports += [(row.kept, row.prompt) for row in sts.report.rows]
+        alone = []
+        for row in rows:
+            alone.append(model(**models.batch(model, [row])).logits[0])
+            reports.append((sts.report.rows[0].kept, sts.report.rows[0].prompt))
+    assert reports == [([KEEP, AFTER], len(prompt.ids))] * 4
+    for index, answer in enumerate(answers):
+        end = start + 1 + len(answer)
+        close(together[index, start:end], alone[index][start:])
+        close(alone[index][start:end], expect(model, prompt, [*answer, 0], KEEP, AFTER, LAYER).logits)
+
+
+def test_a_ragged_second_turn_token_by_token(device):
+    """A loop by hand whose mask leaves out a new column."""
+    model = models.shared("llava", "sdpa", device)
+    prompt = batches("llava")[0]
+    inputs = models.batch(model, [prompt])
+    length = len(prompt.ids)
+    with apply_sts(model, CONFIG), torch.no_grad():
+        cache, mask = output_cache(model(**inputs, use_cache=True)), inputs["attention_mask"]
+        for index, (token, valid) in enumerate([(7, 0), (8, 1), (9, 1)]):
+            mask = torch.cat([mask, mask.new_full((1, 1), valid)], 1)
+            step = {"input_ids": torch.tensor([[token]], device=device), "attention_mask": mask}
+            step["position_ids"] = torch.tensor([[length + max(0, index - 1)]], device=device)
+            logits = model(**step, **{CACHE: cache}, use_cache=True).logits[0, -1]
+    close(logits, expect(model, prompt, [8, 9, 0], KEEP, AFTER, LAYER).logits[-1])

@@ -414,3 +414,35 @@ def test_default_device_and_dtype(family, scope):
                 assert str(sts.report) == table
         finally:
             torch.set_default_dtype(torch.float32)
+
+
+def test_a_hook_that_another_thread_takes_off():
+    """torch then calls it as one that wants no keyword arguments."""
+    with apply_sts(models.shared("llava"), CONFIG):
+        layer = models.shared("llava").model.language_model.layers[0]
+        (hook,) = layer._forward_pre_hooks.values()
+        assert hook(layer, ()) is None
+
+
+def test_a_failed_prompt_frees_its_pixels():
+    model = models.build("llava")
+    inputs = models.batch(model, rows("llava"))
+    inputs["input_ids"][0, -1] = models.IMAGE  # one placeholder too many
+    pixels = weakref.ref(inputs["pixel_values"])
+    with apply_sts(model, CONFIG):
+        with pytest.raises(ValueError, match="do not match"):
+            model.generate(**inputs, max_new_tokens=2)
+        del inputs
+        gc.collect()
+        assert pixels() is None
+
+
+def test_a_wrapper_that_calls_the_model_its_language_model():
+    class Outer(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.language_model = inner
+
+    model = models.build("llava")
+    with apply_sts(Outer(model), CONFIG) as sts:
+        assert sts.base is model.model

@@ -171,7 +171,12 @@ MUTANTS = {
     ),
     "least important tokens": ("llava", layer_pruning, "_chosen(run.scores", "_chosen(-run.scores"),
     "images of a batch as one": ("llava", vision_pruning, "pool + start for pool", "pool for pool"),
-    "rows restored in order": ("qwen2_5_vl", dropped, "full[rows] = projected", "full[: len(rows)] = projected"),
+    "rows restored in order": (
+        "qwen2_5_vl",
+        dropped,
+        "full[rows.to(full.device)] = projected",
+        "full[: len(rows)] = projected",
+    ),
     "first token as anchor": ("llava", sts, 'self.anchor == "mean"', 'self.anchor == "none"'),
     "newlines pruned by stage 2": ("llava_next", prompt, "item.feature_of_token < 0", "item.feature_of_token < -1"),
     "tokens lost to unpadding": ("llava_next", llava_next, "packed[0][:, 0].long())", "None)"),

@@ -50,7 +50,7 @@ def test_layers_that_are_not_there():
 
 
 def test_deepstack_layers():
-    with pytest.raises(NotImplementedError, match="prune_layer must be at least 2") as e:
+    with pytest.raises(NotImplementedError, match="must be at least 2 for this model") as e:
         apply_sts(models.shared("qwen3_vl"), STSConfig(keep=8, prune_layer=1))
     one_sentence(e)
     apply_sts(models.shared("qwen3_vl"), STSConfig(keep=8, prune_layer=2)).remove()
@@ -202,3 +202,72 @@ def test_features_of_another_batch():
         models.generate(model, [one])
         with pytest.raises(RuntimeError, match="encode and run one batch at a time"):
             model(**inputs, mm_encoder_outputs={"image": encoded})
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next", "video_llava", "internvl"])  # Qwen-VL itself refuses it
+def test_a_mask_with_holes_in_an_image(family):
+    """The count of a prompt's tokens would be wrong, and tokens of the text would be cut off."""
+    model = models.shared(family)
+    inputs = models.batch(model, [models.prompt_of(family, 1, seed=1)])
+    first = int((inputs["input_ids"][0] == models.IMAGE).int().argmax())
+    inputs["attention_mask"][0, first : first + 2] = 0
+    with apply_sts(model, CONFIG), torch.no_grad(), pytest.raises(ValueError, match="must be 1 at every visual") as e:
+        model(**inputs)
+    one_sentence(e)
+
+
+def test_features_encoded_without_the_pruning():
+    model = models.shared("llava")
+    if "mm_encoder_outputs" not in models.model_arguments(model):
+        pytest.skip(f"transformers {models.transformers.__version__} takes no mm_encoder_outputs")
+    inputs = models.batch(model, [models.prompt_of("llava", 1, seed=1)])
+    pixels = inputs.pop("pixel_values")
+    with torch.no_grad():
+        encoded = {"plain": model.model.get_image_features(pixels, return_dict=True)}
+        with apply_sts(model, STSConfig(keep=12)):
+            encoded["other"] = model.model.get_image_features(pixels, return_dict=True)
+        with apply_sts(model, CONFIG):
+            models.generate(model, [models.prompt_of("llava", 1, seed=1)])
+            for features in encoded.values():
+                with pytest.raises(RuntimeError, match="encoded without it or with other options") as e:
+                    model(**inputs, mm_encoder_outputs={"image": features})
+                one_sentence(e)
+
+
+@pytest.mark.parametrize("columns", [0, -4, 2.0, True])
+def test_a_prompt_length_that_is_none(columns):
+    with (
+        apply_sts(models.shared("llava"), CONFIG) as sts,
+        pytest.raises(ValueError, match="prompt_length must be") as e,
+    ):
+        sts.prompt_length = columns
+    one_sentence(e)
+
+
+def test_a_prompt_length_before_the_image():
+    model = models.shared("llava")
+    inputs = models.batch(model, [models.prompt_of("llava", 1, seed=1)])
+    with apply_sts(model, CONFIG) as sts, torch.no_grad():
+        sts.prompt_length = 7
+        with pytest.raises(ValueError, match="prompt_length must lie behind the last visual token") as e:
+            model(**inputs)
+    one_sentence(e)
+
+
+def test_a_cache_cropped_into_its_prompt():
+    model = models.shared("llava")
+    inputs = models.batch(model, [models.prompt_of("llava", 1, seed=1)])
+    length = inputs["input_ids"].shape[1]
+    with apply_sts(model, CONFIG), torch.no_grad():
+        want = model(**inputs).logits
+        cache = output_cache(model(**inputs, use_cache=True))
+        with pytest.raises(
+            NotImplementedError, match=f"its pruned prompt of {length} columns, got {length - 3} to"
+        ) as e:
+            cache.crop(-3)
+        one_sentence(e)
+        model(input_ids=torch.tensor([[5, 6]]), **{CACHE: cache})
+        cache.crop(-1)
+        assert cache.get_seq_length() == length + 1
+        cache.crop(-length - 1)  # all of it
+        assert torch.equal(model(**inputs, **{CACHE: cache}).logits, want)

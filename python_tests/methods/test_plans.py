@@ -112,3 +112,10 @@ def test_a_file_is_a_method(tmp_path, monkeypatch):
 def test_raters_are_refused_where_no_cut_asks_for_them():
     with pytest.raises(NotImplementedError, match="fastv: no cut of this method asks for raters"):
         methods.create("fastv").raters(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3))
+
+
+@pytest.mark.parametrize("name", ["fastv", "sts"])
+def test_one_name_for_the_layer(name):
+    method = methods.create(name, prune_layer=3)
+    with pytest.raises(ValueError, match=f"{name}: give either prune_layer or layers"):
+        method.plan(methods.Budget(layers=[5], ratios=[0.5]), 32)

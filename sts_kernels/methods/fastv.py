@@ -33,6 +33,8 @@ class FastV(Method):
         check_share(self.name, "ratio", self.ratio)
 
     def make_plan(self, budget: Budget, layers: int, default_layer: int | None) -> Plan:
+        if budget.layers is not None and self.prune_layer != 2:
+            raise ValueError(f"{self.name}: give either prune_layer or layers, both name the layer")
         if budget.layers is None:
             check_layer(self.name, "prune_layer", self.prune_layer, layers)
         named = (self.prune_layer,) if budget.layers is None else tuple(budget.layers)

@@ -205,6 +205,8 @@ class STS(Method):
             raise ValueError(f"{self.name}: layers must come with ratios where they are several, got {budget.layers}")
         if self.llm_only and budget.keep is not None:
             raise ValueError(f"{self.name}: keep must be left out with llm_only, all tokens enter the LLM")
+        if budget.layers is not None and self.prune_layer is not None:
+            raise ValueError(f"{self.name}: give either prune_layer or layers, both name the layer")
         layer = self.prune_layer if budget.layers is None else budget.layers[0]
         with _named(self.name):
             layer = self._config(keep=1.0, prune_layer=layer).plan(layers, default_layer).prune_layer

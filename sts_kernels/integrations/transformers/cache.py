@@ -26,12 +26,19 @@ class PrunedCache:
             )
         return super().update(*args, **kwargs)
 
-    def crop(self, tokens: int):
+    def crop(self, *args, **kwargs):
         """Takes a negative number of columns to remove or, as before transformers 5, the length to leave."""
-        remove = tokens if tokens <= 0 else tokens - self.get_seq_length()
+        (tokens,) = (*args, *kwargs.values())  # its name depends on the version
+        length = self.get_seq_length()
+        remove = max(tokens if tokens <= 0 else tokens - length, -length)
+        if -length < remove < self._sts_prompt.length - length:
+            raise NotImplementedError(
+                f"sts_kernels: a cache cannot be cropped into its pruned prompt of {self._sts_prompt.length} columns, "
+                f"got {length + remove} to leave; start from an empty cache"
+            )
         if remove < 0:
             for layer in self.layers:
-                layer.crop(remove)
+                layer.crop(remove if remove > -length else -layer.get_seq_length())
 
     def reorder_cache(self, beam_idx):
         self._sts_prompt.select_rows(beam_idx)
@@ -59,11 +66,11 @@ def attach_state(cache: Cache, prompt: PrunedPrompt) -> None:
 
 
 def pruned_state(cache: Cache | None) -> PrunedPrompt | None:
-    """The pruned prompt in `cache`. A cache that was reset, or cropped into its prompt, becomes a plain one again."""
+    """The pruned prompt in `cache`. A cache that was emptied becomes a plain one again."""
     prompt = getattr(cache, _STATE, None)
     if prompt is None:
         return None
-    if layer_length(cache, 0) < prompt.segments[0].length:
+    if not layer_length(cache, 0):
         delattr(cache, _STATE)
         cache.__class__ = type(cache).__mro__[2]
         return None

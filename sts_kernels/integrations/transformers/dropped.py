@@ -17,7 +17,7 @@ def mark(projected: torch.Tensor, rows: torch.Tensor, shape: torch.Size) -> torc
     """
     projected = torch.where(projected.isnan(), torch.inf, projected)
     full = projected.new_full((shape[:-1].numel(), projected.shape[-1]), torch.nan)
-    full[rows] = projected
+    full[rows.to(full.device)] = projected
     return full.view(*shape[:-1], projected.shape[-1])
 
 

@@ -63,7 +63,7 @@ class EncoderHooks:
             return None
         encoding.dropping = (kept.rows, features.shape)
         x = args[0]
-        x = x.reshape(features.shape[:-1].numel(), -1)[kept.rows].view(-1, x.shape[-1])
+        x = x.reshape(features.shape[:-1].numel(), -1)[kept.rows.to(x.device)].view(-1, x.shape[-1])
         return (x if kept.values is None else self._merged(x, kept.values), *args[1:]), kwargs
 
     def after_projector(self, module, args, kwargs, output):

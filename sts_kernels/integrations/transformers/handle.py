@@ -26,7 +26,9 @@ _handles: "weakref.WeakKeyDictionary[torch.nn.Module, weakref.ref[PruningHandle]
 def base_model(model) -> torch.nn.Module:
     """The module that joins vision encoder, projector and LLM, however deep it is wrapped."""
     modules = model.modules() if isinstance(model, torch.nn.Module) else ()
-    return next((module for module in modules if "language_model" in module._modules), model)
+    found = [module for module in modules if "language_model" in module._modules]
+    known = (module for module in found if adapter_of(getattr(getattr(module, "config", None), "model_type", None)))
+    return next(known, found[0] if found else model)  # a wrapper may call the whole model its language_model
 
 
 def active_handle(model) -> "PruningHandle | None":
@@ -88,7 +90,6 @@ class PruningHandle:
         self._encoder = EncoderHooks(adapter, base, method, plan, scope, self._sessions)
         self._llm = LLMHooks(base, self.text, method, plan, contiguous, cudnn_attention, self._sessions, self._timer)
         self._hooks, self._captured = Hooks(), []
-        self._generating: set[int] = set()  # threads
         self._lock = threading.RLock()
         try:
             self._forget_graphs()
@@ -116,6 +117,7 @@ class PruningHandle:
             attention_capture.detach(module)
         for session in list(self._known):
             self._llm.close(session)
+            session.placed = None
         if active_handle(self.base) is self:
             del _handles[self.base]
 
@@ -132,6 +134,8 @@ class PruningHandle:
 
     @prompt_length.setter
     def prompt_length(self, columns: int | None) -> None:
+        if columns is not None and (isinstance(columns, bool) or not isinstance(columns, int) or columns < 1):
+            raise ValueError(f"sts_kernels: prompt_length must be an int of at least 1, or None, got {columns!r}")
         self._llm.prompt_length = columns
 
     def _install(self) -> None:
@@ -171,14 +175,14 @@ class PruningHandle:
             unsupported.check_generation(module, kwargs, compat.cache_of(kwargs))
         me = threading.get_ident()
         with self._lock:
-            unsupported.check_threads(self.base, self._generating - {me})
-            inner = me in self._generating
-            self._generating.add(me)
+            unsupported.check_threads(self.base, self._llm.generating - {me})
+            inner = me in self._llm.generating
+            self._llm.generating.add(me)
         try:
             return original(*args, **kwargs)
         finally:
             if not inner:
-                self._generating.discard(me)
+                self._llm.generating.discard(me)
 
     def _encode(self, kind: str, original, *args, **kwargs):
         session = self._sessions.now
@@ -200,7 +204,7 @@ class PruningHandle:
         if _has_images(given):
             unsupported.check_gradients(self.base)
             unsupported.check_cache(compat.cache_of(given))
-            placed.caller = unsupported.checked_caller(self.base)
+            placed.prompt_length = unsupported.checked_caller(self.base).prompt_length
             placed.modality = prompt.placeholders(self.base, self._encoder.token_ids, ids, embeds)
 
 

@@ -28,12 +28,12 @@ class Hooks:
     def before(self, module: torch.nn.Module, method: Callable, *first) -> None:
         """Calls the bound `method(*first, module, args, kwargs)` before the module's forward."""
         self._modules.append(module)
-        module.register_forward_pre_hook(_Hook(self, method, first), with_kwargs=True)
+        module.register_forward_pre_hook(_Hook(self, method, 3, first), with_kwargs=True)
 
     def after(self, module: torch.nn.Module, method: Callable) -> None:
         """Calls the bound `method(module, args, kwargs, output)` after it; `output` is None where an error ended it."""
         self._modules.append(module)
-        module.register_forward_hook(_Hook(self, method), with_kwargs=True, always_call=True)
+        module.register_forward_hook(_Hook(self, method, 4), with_kwargs=True, always_call=True)
 
     def shadow(self, target, name: str, replacement: Callable) -> None:
         """Shadows a method on this instance; `replacement` gets the original as its first argument."""
@@ -64,17 +64,19 @@ class Hooks:
 
 
 class _Hook:
-    def __init__(self, owner: Hooks | None, method: Callable, first: tuple = ()):
-        self.owner, self.method, self.first = owner, method, first
+    def __init__(self, owner: Hooks | None, method: Callable, count: int, first: tuple = ()):
+        self.owner, self.method, self.count, self.first = owner, method, count, first
         self.run = torch.compiler.disable(functools.partial(method, *first) if first else method)
 
     def __call__(self, *args):
+        if len(args) < self.count:  # another thread is taking it off: without kwargs, as for a hook that wants none
+            return None
         return self.run(*args)
 
     def __deepcopy__(self, memo) -> "_Hook":
         """A part of the model that an adapter copies is still pruned; a copy of the model is no part of it."""
         weak = self.method if isinstance(self.method, _Weak) else _Weak(self.method)
-        return _Hook(None, weak, self.first)
+        return _Hook(None, weak, self.count, self.first)
 
     def __reduce__(self):
         raise TypeError(PICKLING)

@@ -47,6 +47,7 @@ class Decoding(Forward):
 @dataclass
 class Prefill(Forward):
     trailing: int = 0  # columns at the end that follow the prompt: drafts, or earlier answers (use_cache=False)
+    ragged: bool = False  # whether some of these are padding
     columns: torch.Tensor | None = None  # (B, P) column of the full prompt in each slot; None: all in order
     slots: torch.Tensor | None = None  # (B, P) bool: tokens, not padding
     candidates: torch.Tensor | None = None  # (B, P) bool: visual tokens, which cuts may drop
@@ -68,7 +69,7 @@ class LayerPruner:
 
     def prefill(self, kwargs: dict, modality: torch.Tensor, rows: list[Row], cuts: tuple[Cut, ...], trailing: int):
         """Starts a prompt -> Prefill and the arguments; None where nothing is dropped, and then nothing is touched."""
-        planned, lengths = [], [row.length - row.num_visual + row.num_kept for row in rows]
+        planned, lengths = [], [row.length + trailing - row.num_visual + row.num_kept for row in rows]
         before = [row.num_kept for row in rows]
         for index, cut in enumerate(cuts):
             left = [row.left[index] for row in rows]
@@ -90,7 +91,8 @@ class LayerPruner:
         if any(row.num_kept < row.num_visual for row in rows):
             width = max(lengths)
             dropped = is_dropped(embeds)
-            columns, slots = masks.compact(valid & ~dropped, width)
+            columns, slots = masks.compact(valid & ~dropped, width, trailing)
+            slots &= valid.gather(1, columns)
             # Pad slots hold dropped rows: a zero stays one, a NaN would spread through the values of the attention.
             kwargs["inputs_embeds"] = masks.take(embeds, columns).masked_fill(~slots[..., None], 0)
             kwargs["position_ids"] = masks.take_positions(kwargs["position_ids"], columns)
@@ -98,9 +100,12 @@ class LayerPruner:
             candidates, valid = candidates.gather(1, columns) & slots, slots
         if self.contiguous:
             kwargs["position_ids"] = masks.contiguous_positions(valid)
-        first = Segment(0, width, _padding(valid, lengths, width))
+        ragged = any(row.tail < trailing for row in rows)
+        first = Segment(0, width, _padding(valid, lengths, width, ragged))
         prompt = PrunedPrompt(length, [first], self.contiguous)
-        run = Prefill(prompt, trailing=trailing, columns=columns, slots=valid, candidates=candidates, cuts=planned)
+        run = Prefill(
+            prompt, trailing=trailing, ragged=ragged, columns=columns, slots=valid, candidates=candidates, cuts=planned
+        )
         run.masks = [self._mask(first.valid, width, 0, kwargs["inputs_embeds"])]
         run.rotary = [None]
         if any(planned_cut.cut.queries == "raters" for planned_cut in planned):
@@ -109,12 +114,15 @@ class LayerPruner:
             run.raters = self.method.raters(entering, entering, candidates, text)
         return run, kwargs
 
-    def resume(self, kwargs: dict, cache, prompt: PrunedPrompt) -> tuple[Decoding, dict]:
-        """Continues a pruned prompt: one token at a time, drafts, or the next turn of a conversation."""
+    def resume(self, kwargs: dict, cache, prompt: PrunedPrompt, by_hand: bool) -> tuple[Decoding, dict]:
+        """Continues a pruned prompt: one token at a time, drafts, or the next turn of a conversation.
+
+        by_hand: not in generate(), whose masks hold no padding in the columns of an answer.
+        """
         embeds = kwargs["inputs_embeds"]
         batch, queries = embeds.shape[:2]
         mask = unsupported.plain_mask(kwargs.get("attention_mask"))
-        prompt.ragged |= queries > 1 and mask is not None
+        prompt.ragged |= mask is not None and (queries > 1 or by_hand)
         past = layer_length(cache, 0)
         new = past - prompt.segments[0].length + queries
         later = mask[:, prompt.length : prompt.length + new].bool() if prompt.ragged and mask is not None else None
@@ -201,7 +209,8 @@ class LayerPruner:
         slots, candidates = run.slots.to(hidden.device), run.candidates.to(hidden.device)
         chosen = _chosen(run.scores.to(hidden.device), candidates, planned.left)
         width = max(planned.lengths)
-        columns, run.slots = masks.compact(slots & (chosen | ~candidates), width)
+        columns, kept = masks.compact(slots & (chosen | ~candidates), width, run.trailing)
+        run.slots = kept & slots.gather(1, columns)
         run.candidates = candidates.gather(1, columns) & run.slots
         run.raters = None if run.raters is None else run.raters.to(columns.device).gather(1, columns)
         run.columns = columns if run.columns is None else run.columns.to(columns.device).gather(1, columns)
@@ -212,7 +221,7 @@ class LayerPruner:
         else:
             before = run.rotary[-1] or kwargs["position_embeddings"]
             rotary = tuple(masks.take_rotary(table.to(columns.device), columns) for table in before)
-        segment = Segment(planned.cut.layer, width, _padding(run.slots, planned.lengths, width))
+        segment = Segment(planned.cut.layer, width, _padding(run.slots, planned.lengths, width, run.ragged))
         run.prompt.segments.append(segment)
         run.masks.append(self._mask(segment.valid, width, 0, hidden))
         run.rotary.append(rotary)
@@ -250,9 +259,9 @@ def _hidden(args: tuple, kwargs: dict) -> torch.Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 
-def _padding(slots: torch.Tensor, lengths: list[int], width: int) -> torch.Tensor | None:
+def _padding(slots: torch.Tensor, lengths: list[int], width: int, ragged: bool) -> torch.Tensor | None:
     """`slots`, or None where the lengths say that no row has padding."""
-    return None if all(length == width for length in lengths) else slots
+    return None if all(length == width for length in lengths) and not ragged else slots
 
 
 def _joined(prompt, later, shape: tuple[int, int, int], device) -> torch.Tensor | None:
@@ -272,8 +281,10 @@ def _chosen(scores: torch.Tensor, candidates: torch.Tensor, left: list[int]) -> 
     """(B, P) bool: the `left[b]` best scored candidates of each row."""
     chosen = torch.zeros_like(candidates)
     for count in sorted(set(left) - {0}):
-        rows = torch.tensor([row for row, wanted in enumerate(left) if wanted == count], device=scores.device)
-        positions, _ = keep_top(scores[rows], candidates[rows], count)
+        mine = [row for row, wanted in enumerate(left) if wanted == count]
+        rows = torch.tensor(mine, device="cpu").to(scores.device, non_blocking=True)  # no sync in the middle of the LLM
+        everyone = len(mine) == len(left)
+        positions, _ = keep_top(*((scores, candidates) if everyone else (scores[rows], candidates[rows])), count)
         chosen[rows[:, None], positions] = True
     return chosen
 

@@ -25,6 +25,7 @@ class LLMHooks:
         self.prompt_length: int | None = None
         self.cudnn_attention = cudnn_attention
         self.report: Report | None = None
+        self.generating: set[int] = set()  # threads inside a generate()
         self.handed_out = False  # whether a caller has features with marks in them
         self.active = True
         self._arguments = compat.parameters(text)
@@ -56,7 +57,7 @@ class LLMHooks:
         unsupported.check_gradients(self.base)
         unsupported.check_cache(cache)
         session.encoded.update({kind: items for kind, (items, _) in session.handed_out.items()})
-        return Placed(caller=unsupported.checked_caller(self.base), modality=modality)
+        return Placed(prompt_length=unsupported.checked_caller(self.base).prompt_length, modality=modality)
 
     # --- the text model ---
 
@@ -72,7 +73,8 @@ class LLMHooks:
             placed = self._find_handed_out(embeds, cache) or placed
         state = pruned_state(cache)
         if state is not None:
-            started = self.pruner.resume(given, cache, state)
+            by_hand = threading.get_ident() not in self.generating
+            started = self.pruner.resume(given, cache, state, by_hand)
         elif placed is None or placed.modality is None or embeds is None or placed.modality.shape != embeds.shape[:2]:
             return None
         else:
@@ -88,13 +90,14 @@ class LLMHooks:
     def _prefill(self, session: Session, kwargs: dict, placed: Placed):
         embeds, mask = kwargs["inputs_embeds"], unsupported.plain_mask(kwargs.get("attention_mask"))
         valid = None if mask is None else mask.bool()
-        rows = prompt.read_rows(placed.modality, valid, session.encoded, self.plan)
+        prompt_length = placed.prompt_length if self.prompt_length is None else self.prompt_length
+        trailing = 0 if prompt_length is None else max(0, embeds.shape[1] - prompt_length)
+        modality, marks = placed.modality, dropped.is_dropped(embeds).to(placed.modality.device)
+        rows = prompt.read_rows(modality, valid, marks, trailing, session.encoded, self.plan)
         if not any(row.items for row in rows):
             return None
-        prompt_length = placed.caller.prompt_length if self.prompt_length is None else self.prompt_length
-        trailing = 0 if prompt_length is None else max(0, embeds.shape[1] - prompt_length)
-        started = self.pruner.prefill(kwargs, placed.modality, rows, self.plan.cuts, trailing)
-        self.report = describe(self.plan, self.text.config, rows, placed.modality, embeds, trailing)
+        started = self.pruner.prefill(kwargs, modality, rows, self.plan.cuts, trailing)
+        self.report = describe(self.plan, self.text.config, rows, modality, embeds)
         session.report = self.report
         self.timer.start(session)
         return started
@@ -107,7 +110,7 @@ class LLMHooks:
         try:
             if forward is not None:
                 self.pruner.finish(forward, output)
-            if report is not None:
+            if report is not None and output is not None:
                 self.timer.stop(session, "prefill")
                 left = {}
                 if isinstance(forward, Prefill):

@@ -5,12 +5,15 @@ import torch
 ATTENTION_CHUNK = 1 << 24  # attention weights held at a time
 
 
-def compact(keep: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The kept columns of each row in order, padded on the left to `width`.
+def compact(keep: torch.Tensor, width: int, trailing: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kept columns of each row in order, padded on the left to `width`. The last `trailing` columns all stay.
 
-    keep (B, S) bool with at most `width` True a row -> columns (B, width) int64 and valid (B, width) bool. Pad slots
+    keep (B, S) bool with at most `width` True a row -> columns (B, width) int64 and kept (B, width) bool. Pad slots
     name columns that were dropped.
     """
+    if trailing:
+        column = torch.arange(keep.shape[1], device=keep.device)
+        keep = keep | (column >= keep.shape[1] - trailing)
     columns = torch.argsort(keep.to(torch.int8), dim=1, stable=True)[:, keep.shape[1] - width :]
     return columns, keep.gather(1, columns)
 

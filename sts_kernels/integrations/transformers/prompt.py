@@ -59,7 +59,8 @@ class Row:
     """One prompt of the batch."""
 
     items: list[VisualItem]  # images first, then clips
-    length: int  # tokens, padding not counted
+    length: int  # tokens, padding and what follows the prompt not counted
+    tail: int = 0  # tokens that follow the prompt
     left: list[int] = field(default_factory=list)  # visual tokens after each cut of the plan, separators not counted
 
     @property
@@ -72,18 +73,51 @@ class Row:
 
 
 def read_rows(
-    modality: torch.Tensor, valid: torch.Tensor | None, items: dict[str, list[VisualItem]], plan: Plan
+    modality: torch.Tensor,
+    valid: torch.Tensor | None,
+    dropped: torch.Tensor,
+    trailing: int,
+    items: dict[str, list[VisualItem]],
+    plan: Plan,
 ) -> list[Row]:
     """Assigns the encoded images to the prompts, by their numbers of placeholders. The one read-back of a prompt.
 
     Rows that generate() repeated for beams or several answers share the images of the prompt they repeat.
+
+    Args:
+        valid, dropped: (B, S) bool, tokens that are no padding (None: all), and those that are marked as dropped.
+        trailing: columns at the end that follow the prompt.
+
+    Raises:
+        RuntimeError, ValueError: what the prompt holds is not what was encoded last under this pruning.
     """
     tokens = valid if valid is not None else torch.ones_like(modality, dtype=torch.bool)
-    counts = torch.stack([tokens.sum(1), *((modality == 1 + index).sum(1) for index in range(len(KINDS)))]).tolist()
-    rows = [Row([], length) for length in counts[0]]
-    for kind, wanted in zip(KINDS, counts[1:], strict=True):
+    visual, end = modality > 0, modality.shape[1] - trailing
+    found = [tokens[:, :end], tokens[:, end:], visual & tokens, visual[:, end:], dropped & tokens]
+    found += [modality == 1 + index for index in range(len(KINDS))]
+    lengths, tails, seen, late, marks, *kinds = torch.stack([x.sum(1) for x in found]).tolist()
+    rows = [Row([], length, tail) for length, tail in zip(lengths, tails, strict=True)]
+    for kind, wanted in zip(KINDS, kinds, strict=True):
         if sum(wanted):
             _assign(kind, wanted, items.get(kind, []), rows)
+    for index, row in enumerate(rows):
+        placeholders = sum(item.num_tokens for item in row.items)
+        if seen[index] != placeholders:
+            raise ValueError(
+                f"sts_kernels: attention_mask must be 1 at every visual token, row {index} has {seen[index]} of "
+                f"{placeholders}"
+            )
+        if late[index]:
+            raise ValueError(
+                f"sts_kernels: prompt_length must lie behind the last visual token, row {index} has {late[index]} "
+                "visual tokens that follow its prompt"
+            )
+        if marks[index] != row.num_visual - row.num_kept:
+            raise RuntimeError(
+                f"sts_kernels: the features of row {index} have {marks[index]} dropped tokens where this pruning drops "
+                f"{row.num_visual - row.num_kept}; they were encoded without it or with other options: encode them "
+                "again, or pass pixel values"
+            )
     for row in rows:
         left = row.num_kept
         for cut in plan.cuts:
@@ -107,7 +141,7 @@ def _assign(kind: str, wanted: list[int], items: list[VisualItem], rows: list[Ro
     if not fits:
         raise RuntimeError(
             f"sts_kernels: the prompts have {wanted} {kind} placeholders, but the {kind}s encoded last have "
-            f"{[item.num_tokens for item in items]} tokens; encode and run one batch at a time"
+            f"{[item.num_tokens for item in items]} tokens; encode and run one batch at a time, under this pruning"
         )
 
 

@@ -103,7 +103,6 @@ class Report:
     measured: dict[str, float] = field(default_factory=dict)  # ms by "encode" and "prefill", with profile=True
     pending: bool = True
     _rows: list[Row] = field(default_factory=list, repr=False)
-    _trailing: int = field(default=0, repr=False)
     _modality: torch.Tensor | None = field(default=None, repr=False)
     _dropped: torch.Tensor | None = field(default=None, repr=False)
     _left: dict[int, tuple] = field(default_factory=dict, repr=False)  # by prune layer: columns and slots
@@ -146,7 +145,7 @@ class Report:
             images.append(
                 ImageReport(item.kind, item.num_visual, item.grids, [patches[piece & mask[columns]] for mask in kept])
             )
-        size, length, tokens = self.size, row.length - self._trailing, row.num_visual
+        size, length, tokens = self.size, row.length, row.num_visual
         counts = [sum(len(image.kept[i]) for image in images) for i in range(len(kept))]
         starts = [0, *self.prune_layers, size.layers]
         depth = [after - start for start, after in itertools.pairwise(starts)]
@@ -182,11 +181,9 @@ class Report:
         return "\n".join([*lines, "; ".join([*foot, "TFLOPs: prefill of the LLM's layers", *times])])
 
 
-def describe(
-    plan: Plan, config, rows: list[Row], modality: torch.Tensor, embeds: torch.Tensor, trailing: int
-) -> Report:
-    """Starts the report of a prompt, whose last `trailing` columns are not the prompt's; nothing is read back."""
+def describe(plan: Plan, config, rows: list[Row], modality: torch.Tensor, embeds: torch.Tensor) -> Report:
+    """Starts the report of a prompt; nothing is read back."""
     report = Report([cut.layer for cut in plan.cuts], LLMSize.of(config, embeds.dtype))
-    report._rows, report._trailing, report._modality = rows, trailing, modality
+    report._rows, report._modality = rows, modality
     report._dropped = is_dropped(embeds)
     return report

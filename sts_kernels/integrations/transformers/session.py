@@ -10,7 +10,6 @@ import torch
 from .adapters import EncodeCall
 from .layer_pruning import Forward
 from .report import Report
-from .stack import Caller
 from .visual_item import VisualItem
 
 
@@ -31,7 +30,7 @@ class Placed:
     ids: torch.Tensor | None = None
     mask: torch.Tensor | None = None
     by_embeds: bool = False  # the caller gave embeddings, which may hold encoded features
-    caller: Caller | None = None  # of a prompt with images
+    prompt_length: int | None = None  # columns of a prompt with images that generate() was given
     modality: torch.Tensor | None = None  # (B, S) int8 placeholders of a prompt with images
 
 

@@ -35,7 +35,7 @@ def check_model(model, base, text, prune_layers: list[int], contiguous: bool) ->
     deepstack = len(getattr(getattr(base, "visual", None), "deepstack_merger_list", ()))
     if prune_layers and min(prune_layers) < deepstack:
         raise NotImplementedError(
-            f"sts_kernels: prune_layer must be at least {deepstack} for this model, and so must the first of layers: "
+            f"sts_kernels: the first prune layer (prune_layer, layers) must be at least {deepstack} for this model: "
             f"its first {deepstack} layers add visual features to all tokens; got {min(prune_layers)}"
         )
     if contiguous and hasattr(base, "rope_deltas"):

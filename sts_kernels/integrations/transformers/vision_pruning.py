@@ -56,6 +56,7 @@ def select(
     everything = len(order) == features.shape[0]
 
     def pooled(x):
+        x = None if x is None else x.to(features.device)
         return x if x is None or everything else x[order]
 
     pool = pooled(features)
