@@ -304,3 +304,14 @@ def logits_of(output) -> torch.Tensor:
 def shared(family: str, attention: str = "sdpa", device="cpu"):
     """A model that tests share; handles leave no trace on it."""
     return build(family, attention, device)
+
+
+class Wrapper(torch.nn.Module):
+    """As an adapter library wraps a model."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, **inputs):
+        return self.inner(**inputs)

@@ -312,15 +312,6 @@ def test_data_parallel_replicas_are_refused():
 # --- other objects than the one given ---
 
 
-class Wrapper(torch.nn.Module):
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, **inputs):
-        return self.inner(**inputs)
-
-
 def lora(model):
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
@@ -339,7 +330,7 @@ def test_the_prompt_ends_where_generate_says(given, options):
     prompt = models.prompt_of("llava", 1, seed=5)
     prompt.ids += models.words(3, 7) * 4
     adapted = lora(model) if "adapter" in given else model
-    target = {"base model": model.model, "wrapper": Wrapper(model), "adapter": adapted}.get(given, model)
+    target = {"base model": model.model, "wrapper": models.Wrapper(model), "adapter": adapted}.get(given, model)
     with apply_sts(model, CONFIG):
         want = models.generate(model, [prompt], 6, eos_token_id=[99]).sequences
     with apply_sts(target, CONFIG):

@@ -84,22 +84,11 @@ def test_offload_of_other_methods(method, device):
             assert torch.equal(models.logits_of(out), expected)
 
 
-class Wrapper(torch.nn.Module):
-    """As an adapter library wraps a model."""
-
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, **inputs):
-        return self.inner(**inputs)
-
-
 @pytest.mark.parametrize("part", ["wrapper", "base model"])
 def test_parts_and_wrappers(part):
     model = models.shared("llava")
     inputs = models.batch(model, [models.prompt_of("llava", n, seed=n) for n in (1, 2)])
-    target = model.model if part == "base model" else Wrapper(Wrapper(model))
+    target = model.model if part == "base model" else models.Wrapper(models.Wrapper(model))
     with torch.no_grad():
         plain = model(**inputs).logits[:, -1]
         with apply_sts(model, CONFIG):

@@ -12,6 +12,7 @@ import torch
 
 from ...methods import Cut, Method
 from ...methods._keep_top import keep_top
+from ...methods._packed import host
 from ...ops import last_query_scores
 from . import attention_capture, masks, unsupported
 from .cache import attach_state, layer_length
@@ -282,7 +283,7 @@ def _chosen(scores: torch.Tensor, candidates: torch.Tensor, left: list[int]) -> 
     chosen = torch.zeros_like(candidates)
     for count in sorted(set(left) - {0}):
         mine = [row for row, wanted in enumerate(left) if wanted == count]
-        rows = torch.tensor(mine, device="cpu").to(scores.device, non_blocking=True)  # no sync in the middle of the LLM
+        rows = host(mine, scores.device)  # no sync in the middle of the LLM
         everyone = len(mine) == len(left)
         positions, _ = keep_top(*((scores, candidates) if everyone else (scores[rows], candidates[rows])), count)
         chosen[rows[:, None], positions] = True

@@ -1,6 +1,5 @@
 """Pruning before the LLM: which features of each image become tokens, and what is merged into them."""
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -8,6 +7,7 @@ import torch
 
 from ... import methods
 from ...methods import Method, Plan, Selection, split_evenly
+from ...methods._packed import host, offsets
 from .visual_item import VisualItem
 
 
@@ -44,8 +44,8 @@ def select(
     if all(item.kept == item.num_visual for item in items):
         return None
     pools, budgets, owners = [], [], []
-    starts = itertools.accumulate((item.num_features for item in items), initial=0)
-    for index, (item, start) in enumerate(zip(items, starts, strict=False)):
+    starts = offsets([item.num_features for item in items])[:-1]
+    for index, (item, start) in enumerate(zip(items, starts, strict=True)):
         crops = item.candidates()
         mine = [item.kept] if scope == "image" else split_evenly(item.kept, [len(crop) for crop in crops])
         pools += [pool + start for pool in ([torch.cat(crops)] if scope == "image" else crops)]
@@ -65,7 +65,7 @@ def select(
         picked = method.select_packed(lengths, budgets, **signals)
     else:
         picked = _beside_text(method, lengths, budgets, signals, [texts[owner] for owner in owners])
-    first = _starts(lengths).repeat_interleave(_cpu(budgets)).to(features.device)
+    first = host(offsets(lengths)[:-1], "cpu").repeat_interleave(host(budgets, "cpu")).to(features.device)
     rows, ascending = order[picked.order + first].sort()
     if picked.assignment is None:
         return Kept(rows)
@@ -91,11 +91,3 @@ def _beside_text(
             parts[index] = part
     joined = [None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)]
     return Selection(*joined, method)
-
-
-def _cpu(values: list[int]) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int64, device="cpu")  # whatever the default device
-
-
-def _starts(lengths: list[int]) -> torch.Tensor:
-    return _cpu(list(itertools.accumulate(lengths, initial=0))[:-1])
