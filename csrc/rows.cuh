@@ -59,6 +59,21 @@ __device__ __forceinline__ Chunk<scalar_t> load_channels(const scalar_t* row, in
   return out;
 }
 
+// The same. kWhole: the row is whole chunks that can be read 16 bytes at a time, so that loads in a loop need not wait for a branch.
+template <bool kWhole, class scalar_t>
+__device__ __forceinline__ Chunk<scalar_t> load_chunk(const scalar_t* row, int c, int channels, bool aligned) {
+  if constexpr (kWhole) {
+    Chunk<scalar_t> out{};
+    if (c < channels) {
+      const uint4 bits = __ldg(reinterpret_cast<const uint4*>(row + c));
+      out.word[0] = bits.x, out.word[1] = bits.y, out.word[2] = bits.z, out.word[3] = bits.w;
+    }
+    return out;
+  } else {
+    return load_channels(row, c, channels, aligned);
+  }
+}
+
 // Orders like the float as an unsigned number; a NaN comes after every number.
 __device__ __forceinline__ uint32_t ordered_bits(float value) {
   const uint32_t bits = __float_as_uint(value);

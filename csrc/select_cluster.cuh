@@ -154,8 +154,10 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
       }
 #pragma unroll
       for (int h = 0; h < kWarpCandidates; ++h) {
+        // As it was loaded: what is done with it would wait for it, and it is not needed before it is sent.
         const bool itself = h * 32 + lane == newcomer_place;
-        newcomer_row[h] = itself ? from_ordered_bits(least[first_row + newcomer]) : __ldg(matrix + newcomer * stride + candidate[h].token());
+        newcomer_row[h] = __ldg(itself ? reinterpret_cast<const float*>(least) + (first_row + newcomer)
+                                       : matrix + newcomer * stride + candidate[h].token());
       }
     }
 
@@ -218,6 +220,9 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
     lowest = low < kInfinity ? make_key(low, Candidate::make(low_token, 0, 0).bits) : nothing;
     if (newcomer < 0) continue;
     newest_potential = __shfl_sync(kFullWarp, newest_potential, newcomer % 32);
+#pragma unroll
+    for (int h = 0; h < kWarpCandidates; ++h)
+      if (h * 32 + lane == newcomer_place) newcomer_row[h] = from_ordered_bits(__float_as_uint(newcomer_row[h]));
     Arrivals* const next_arrivals = &board->arrivals[(sweep + 1) & 1];
     for (int block = 0; block < blocks; ++block)
 #pragma unroll

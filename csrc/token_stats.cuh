@@ -43,11 +43,13 @@ __host__ __device__ __forceinline__ scalar_t exact_centre(float low, float high)
   return centre;
 }
 
-template <class scalar_t>
+// kWhole: every row is whole chunks that can be read 16 bytes at a time.
+template <class scalar_t, bool kWhole>
 __global__ void __launch_bounds__(kStatsThreads)
     sum_chunks_kernel(Rows<scalar_t> rows, Items items, bool aligned, TokenStats stats) {
   __shared__ bool finite[kStatsChunk];
   constexpr int kVec = Chunk<scalar_t>::size;
+  constexpr int kUnroll = 8;  // loads under way together
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   for (int64_t b = blockIdx.y; b < items.count; b += gridDim.y) {
     const Item item = items[b];
@@ -58,13 +60,17 @@ __global__ void __launch_bounds__(kStatsThreads)
     const int64_t first = item.first + begin;
     for (int t = warp; t < count; t += kStatsThreads / 32) {
       const scalar_t* row = rows.row(entry, first + t);
-      bool good = true;
-      for (int c = lane * kVec; c < rows.channels; c += 32 * kVec) {
-        const Chunk<scalar_t> x = load_channels(row, c, rows.channels, aligned);
+      float zero = 0.f;  // NaN once a channel is not finite: no branch an element
+      for (int first_c = lane * kVec; first_c < rows.channels; first_c += kUnroll * 32 * kVec) {
+        Chunk<scalar_t> x[kUnroll];
 #pragma unroll
-        for (int i = 0; i < kVec; ++i) good = good && x[i] - x[i] == 0.f;
+        for (int u = 0; u < kUnroll; ++u) x[u] = load_chunk<kWhole>(row, first_c + u * 32 * kVec, rows.channels, aligned);
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u)
+#pragma unroll
+          for (int i = 0; i < kVec; ++i) zero += x[u][i] - x[u][i];
       }
-      good = __all_sync(kFullWarp, good);
+      const bool good = __all_sync(kFullWarp, zero == 0.f);
       if (lane == 0) {
         finite[t] = good;
         stats.mean_sqdist[entry * items.tokens + first + t] = good ? 0.f : kInfinity;
@@ -77,14 +83,20 @@ __global__ void __launch_bounds__(kStatsThreads)
         float sum[kVec] = {}, low[kVec], high[kVec];
 #pragma unroll
         for (int i = 0; i < kVec; ++i) low[i] = kInfinity, high[i] = -kInfinity;
-        for (int t = 0; t < count; ++t) {
-          if (!finite[t]) continue;
-          const Chunk<scalar_t> x = load_channels(rows.row(entry, first + t), c, rows.channels, aligned);
+        for (int t = 0; t < count; t += kUnroll) {
+          Chunk<scalar_t> x[kUnroll];
 #pragma unroll
-          for (int i = 0; i < kVec; ++i) {
-            sum[i] += x[i];
-            low[i] = fminf(low[i], x[i]);
-            high[i] = fmaxf(high[i], x[i]);
+          for (int u = 0; u < kUnroll; ++u)
+            x[u] = load_chunk<kWhole>(rows.row(entry, first + (t + u < count ? t + u : t)), c, rows.channels, aligned);
+#pragma unroll
+          for (int u = 0; u < kUnroll; ++u) {
+            const bool used = t + u < count && finite[t + u < count ? t + u : t];  // no branch: loads would wait behind it
+#pragma unroll
+            for (int i = 0; i < kVec; ++i) {
+              sum[i] += used ? x[u][i] : 0.f;
+              low[i] = fminf(low[i], used ? x[u][i] : kInfinity);
+              high[i] = fmaxf(high[i], used ? x[u][i] : -kInfinity);
+            }
           }
         }
 #pragma unroll
@@ -144,9 +156,10 @@ __global__ void __launch_bounds__(kStatsThreads) mean_kernel(Items items, int ch
 }
 
 // How far each token is from the mean and from the centre of its item.
-template <class scalar_t>
+template <class scalar_t, bool kWhole>
 __global__ void __launch_bounds__(kStatsThreads) mean_sqdist_kernel(Rows<scalar_t> rows, Items items, bool aligned, TokenStats stats) {
   constexpr int kVec = Chunk<scalar_t>::size, kWarps = kStatsThreads / 32;
+  constexpr int kUnroll = 4, kParts = kVec / Chunk<float>::size;  // loads under way together; chunks of the mean for one of the row
   const int lane = threadIdx.x % 32;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   for (int64_t b = blockIdx.y; b < items.count; b += gridDim.y) {
@@ -162,16 +175,27 @@ __global__ void __launch_bounds__(kStatsThreads) mean_sqdist_kernel(Rows<scalar_
     const float* mean = stats.mean ? stats.mean + b * rows.channels : nullptr;
     const scalar_t* centre = stats.centre ? reinterpret_cast<const scalar_t*>(stats.centre + b * rows.channels) : nullptr;
     float sum = 0.f, norm = 0.f;
-    for (int c = lane * kVec; c < rows.channels; c += 32 * kVec) {
-      const Chunk<scalar_t> x = load_channels(row, c, rows.channels, aligned);
-      Chunk<scalar_t> common{};
-      if (centre) common = load_channels(centre, c, rows.channels, true);
+    for (int first_c = lane * kVec; first_c < rows.channels; first_c += kUnroll * 32 * kVec) {
+      Chunk<scalar_t> x[kUnroll], common[kUnroll]{};
+      Chunk<float> around[kUnroll][kParts]{};
 #pragma unroll
-      for (int v = 0; v < kVec; ++v) {
-        if (c + v >= rows.channels) continue;
-        const float from_mean = mean ? x[v] - mean[c + v] : 0.f, from_centre = x[v] - common[v];
-        sum = fmaf(from_mean, from_mean, sum);
-        norm = fmaf(from_centre, from_centre, norm);
+      for (int u = 0; u < kUnroll; ++u) {
+        const int c = first_c + u * 32 * kVec;
+        x[u] = load_chunk<kWhole>(row, c, rows.channels, aligned);
+        if (centre) common[u] = load_chunk<kWhole>(centre, c, rows.channels, true);
+        if (!mean) continue;
+#pragma unroll
+        for (int p = 0; p < kParts; ++p) around[u][p] = load_chunk<kWhole>(mean, c + p * 4, rows.channels, rows.channels % 4 == 0);
+      }
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+#pragma unroll
+        for (int v = 0; v < kVec; ++v) {
+          if (first_c + u * 32 * kVec + v >= rows.channels) continue;
+          const float from_mean = mean ? x[u][v] - around[u][v / 4][v % 4] : 0.f, from_centre = x[u][v] - common[u][v];
+          sum = fmaf(from_mean, from_mean, sum);
+          norm = fmaf(from_centre, from_centre, norm);
+        }
       }
     }
     sum = warp_sum(sum);
@@ -189,11 +213,14 @@ cudaError_t launch_token_stats(const Rows<scalar_t>& rows, const Items& items, c
   const bool aligned = rows_aligned(rows);
   const auto depth = static_cast<unsigned>(items.count < 65535 ? items.count : 65535);
   const auto shape = [&](int64_t blocks) { return Launch{dim3(static_cast<unsigned>(blocks), depth), dim3(kStatsThreads), 0, 1, false, stream}; };
-  cudaError_t error = launch(sum_chunks_kernel<scalar_t>, shape(ceil_div(items.tokens, kStatsChunk)), rows, items, aligned, stats);
+  const bool whole = aligned && rows.channels % Chunk<scalar_t>::size == 0;
+  cudaError_t error = launch(whole ? sum_chunks_kernel<scalar_t, true> : sum_chunks_kernel<scalar_t, false>,
+                             shape(ceil_div(items.tokens, kStatsChunk)), rows, items, aligned, stats);
   if (error != cudaSuccess || !(stats.sums || stats.norms)) return error;
   error = launch(mean_kernel<scalar_t>, shape(ceil_div(rows.channels, kStatsThreads)), items, rows.channels, stats);
   if (error != cudaSuccess) return error;
-  return launch(mean_sqdist_kernel<scalar_t>, shape(ceil_div(items.tokens, kStatsThreads / 32)), rows, items, aligned, stats);
+  return launch(whole ? mean_sqdist_kernel<scalar_t, true> : mean_sqdist_kernel<scalar_t, false>,
+                shape(ceil_div(items.tokens, kStatsThreads / 32)), rows, items, aligned, stats);
 }
 
 #ifdef STS_KERNEL_TABLE
