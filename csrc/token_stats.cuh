@@ -45,11 +45,11 @@ __host__ __device__ __forceinline__ scalar_t exact_centre(float low, float high)
 
 // kWhole: every row is whole chunks that can be read 16 bytes at a time.
 template <class scalar_t, bool kWhole>
-__global__ void __launch_bounds__(kStatsThreads)
+__global__ void __launch_bounds__(kStatsThreads, 1)
     sum_chunks_kernel(Rows<scalar_t> rows, Items items, bool aligned, TokenStats stats) {
   __shared__ bool finite[kStatsChunk];
   constexpr int kVec = Chunk<scalar_t>::size;
-  constexpr int kUnroll = 8;  // loads under way together
+  constexpr int kUnroll = 8, kRows = 8;  // loads under way together: of a row, of a column
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   for (int64_t b = blockIdx.y; b < items.count; b += gridDim.y) {
     const Item item = items[b];
@@ -77,20 +77,25 @@ __global__ void __launch_bounds__(kStatsThreads)
       }
     }
     __syncthreads();
+    static_assert(kStatsChunk == 32, "a bit of a word for each token");
+    const unsigned usable = __ballot_sync(kFullWarp, lane < count && finite[lane]);
     const int64_t chunk = first_chunk(items, b, item.first) + blockIdx.x;
     if (stats.sums || stats.lows) {
       for (int c = threadIdx.x * kVec; c < rows.channels; c += kStatsThreads * kVec) {
         float sum[kVec] = {}, low[kVec], high[kVec];
 #pragma unroll
         for (int i = 0; i < kVec; ++i) low[i] = kInfinity, high[i] = -kInfinity;
-        for (int t = 0; t < count; t += kUnroll) {
-          Chunk<scalar_t> x[kUnroll];
+        const scalar_t* row = rows.row(entry, first);
+        for (int t = 0; t < count; t += kRows) {
+          Chunk<scalar_t> x[kRows];
 #pragma unroll
-          for (int u = 0; u < kUnroll; ++u)
-            x[u] = load_chunk<kWhole>(rows.row(entry, first + (t + u < count ? t + u : t)), c, rows.channels, aligned);
+          for (int u = 0; u < kRows; ++u) {
+            x[u] = load_chunk<kWhole>(row, c, rows.channels, aligned);
+            if (t + u + 1 < count) row += rows.row_stride;
+          }
 #pragma unroll
-          for (int u = 0; u < kUnroll; ++u) {
-            const bool used = t + u < count && finite[t + u < count ? t + u : t];  // no branch: loads would wait behind it
+          for (int u = 0; u < kRows; ++u) {
+            const bool used = usable >> (t + u) & 1;  // no branch: the loads would be moved behind it
 #pragma unroll
             for (int i = 0; i < kVec; ++i) {
               sum[i] += used ? x[u][i] : 0.f;
@@ -107,11 +112,7 @@ __global__ void __launch_bounds__(kStatsThreads)
           if (stats.lows) stats.lows[at] = low[i], stats.highs[at] = high[i];
         }
       }
-      if (stats.sums && threadIdx.x == 0) {
-        int good = 0;
-        for (int t = 0; t < count; ++t) good += finite[t];
-        stats.counts[chunk] = static_cast<float>(good);
-      }
+      if (stats.sums && threadIdx.x == 0) stats.counts[chunk] = static_cast<float>(__popc(usable));
     }
     __syncthreads();
   }
