@@ -288,6 +288,14 @@ __device__ __forceinline__ void prefetch_l1(const void* address) {
 #endif
 }
 
+// The same value, of which the compiler knows nothing: what follows from it is not computed ahead of a loop and kept in registers.
+__device__ __forceinline__ int opaque(int value) {
+#ifndef STS_EMULATE
+  asm volatile("" : "+r"(value));
+#endif
+  return value;
+}
+
 // ---- device: asynchronous copies and tensor cores (sm_80) ----
 
 // Starts a copy of 16 aligned bytes from global to shared memory, or of 16 zero bytes where `predicate` is false (then

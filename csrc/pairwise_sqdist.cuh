@@ -14,8 +14,10 @@ struct StoreSqdist {
 
 constexpr int kSmallTile = 32, kLargeTile = 64;
 
-// Stands in a matrix for a pair whose distance is still to be computed. No distance or weight is negative.
-constexpr float kMarked = -1.f;
+// Stands in a matrix for a pair whose distance is still to be computed: a NaN that arithmetic does not make.
+constexpr uint32_t kMarkedBits = 0xffc0feedu;
+__device__ __forceinline__ float marked_pair() { return __uint_as_float(kMarkedBits); }
+__device__ __forceinline__ bool is_marked(float stored) { return __float_as_uint(stored) == kMarkedBits; }
 
 // The smallest stored values that a thread has of some rows of a tile.
 template <int kRows>
@@ -25,7 +27,7 @@ struct RowsLeast {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) value[r] = kInfinity;
   }
-  __device__ __forceinline__ void take(int r, float stored) { value[r] = fminf(value[r], stored); }
+  __device__ __forceinline__ void take(int r, float stored) { value[r] = fminf(value[r], stored); }  // of a marked pair: no change
   // Lowers least[i], the ordered bits of the smallest of row i, to row r of the lanes from kFrom up to kEnd (lanes_lowest).
   template <int kFrom, int kEnd>
   __device__ __forceinline__ void note(int r, uint32_t* least, int64_t i) const {
@@ -122,7 +124,7 @@ __global__ void __launch_bounds__(kTile* kTile / 16, kTile == kLargeTile ? 2 : 4
       for (int t = 0; t < 4; ++t) {
         const int64_t i = i0 + ti + s, j = j0 + tj + t;
         if (i >= tokens || j >= tokens) continue;
-        if (marks && (i > j || matrix[i * tokens + j] != kMarked)) continue;
+        if (marks && (i > j || !is_marked(matrix[i * tokens + j]))) continue;
         const float value = store(sum[s][t], i == j);
         matrix[i * tokens + j] = value;
         if (marks || i0 != j0) matrix[j * tokens + i] = value;

@@ -14,12 +14,24 @@ namespace sts {
 // Above every potential: a token with a NaN or infinity, picked after all finite ones.
 constexpr float kLastResort = 3.402823466e+38f;
 
+// 1 / x, correctly rounded, for x of at least 2^-126. CUDA's own division branches for values that do not occur here.
+STS_HOST_DEVICE float reciprocal(float x) {
+#ifdef __CUDA_ARCH__
+  float guess;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(guess) : "f"(x));
+  const float refined = __fmaf_rn(guess, __fmaf_rn(-x, guess, 1.f), guess);
+  return x < 0x1p126f ? refined : guess;  // above, the result is a subnormal number, and counts as 0
+#else
+  return 1.f / x;
+#endif
+}
+
 // STS Eq. 4: the sum of 1 / (squared distance + eps) over the picks.
 struct Repulsion {
   float eps;
   STS_HOST_DEVICE static float start() { return 0.f; }
   // A distance that is not a number comes from a token that repels none.
-  STS_HOST_DEVICE float weight(float sqdist) const { return sqdist == sqdist ? 1.f / (sqdist + eps) : 0.f; }
+  STS_HOST_DEVICE float weight(float sqdist) const { return sqdist == sqdist ? reciprocal(sqdist + eps) : 0.f; }
   STS_HOST_DEVICE static float add(float potential, float weight) { return potential + weight; }
 };
 

@@ -31,23 +31,22 @@ constexpr size_t kMmaSharedBytes = size_t(kMmaStages) * kMmaStageRows<kTile> * k
 
 template <class scalar_t>
 bool mma_fits(const Rows<scalar_t>& rows, const Items& items) {
-  return sizeof(scalar_t) == 2 && !items.packed() && rows_aligned(rows) && rows.channels % 8 == 0;
+  const bool reachable = rows.row_stride / 8 <= 0xffffffffll / items.tokens;  // by TileCopy
+  return sizeof(scalar_t) == 2 && !items.packed() && rows_aligned(rows) && rows.channels % 8 == 0 && reachable;
 }
 
-// 16-byte chunk `chunk` of row `row` of a stage. Rows lie 128 bytes apart, all on the same banks: chunks are permuted by row.
-template <class scalar_t>
-__device__ __forceinline__ scalar_t* staged(scalar_t* stage, int row, int chunk) {
-  return stage + row * kMmaChannels + (chunk ^ (row & 7)) * 8;
-}
+// Where 16-byte chunk `chunk` of row `row` of a stage is, in elements. Rows lie 128 bytes apart, all on the same banks: chunks are
+// swizzled by row, with a period of 8 rows.
+__device__ __forceinline__ int staged(int row, int chunk) { return row * kMmaChannels + (chunk ^ (row & 7)) * 8; }
 
 // The centre's elements that belong to what ldmatrix gives a lane of 16 channels: of the first eight, and of the others.
 template <class scalar_t>
 struct CentrePairs {
   uint32_t low, high;
   // `row`: of a stage that holds the centre; k: which 16 of its channels.
-  __device__ __forceinline__ CentrePairs(scalar_t* stage, int row, int k) {
-    memcpy(&low, staged(stage, row, k * 2) + threadIdx.x % 4 * 2, 4);
-    memcpy(&high, staged(stage, row, k * 2 + 1) + threadIdx.x % 4 * 2, 4);
+  __device__ __forceinline__ CentrePairs(const scalar_t* stage, int row, int k) {
+    memcpy(&low, stage + staged(row, k * 2) + threadIdx.x % 4 * 2, 4);
+    memcpy(&high, stage + staged(row, k * 2 + 1) + threadIdx.x % 4 * 2, 4);
   }
   // Matrices of the first eight channels and of the others in turns, or two by two.
   __device__ __forceinline__ void leave_in_turns(uint32_t (&r)[4]) const {
@@ -60,6 +59,33 @@ struct CentrePairs {
   }
 };
 
+// A thread's share of the copies of one side of a tile: one chunk of every kStride-th row, a stage at a time. Rows are known by 32-bit
+// numbers of chunks: computing addresses anew took longer than the tensor cores, and pointers take registers that a large tile lacks.
+template <class scalar_t, int kTile, int kThreads>
+class TileCopy {
+ public:
+  static constexpr int kStride = kThreads / 8, kCopies = kTile / kStride;
+  static_assert(kStride % 8 == 0, "all copies of a thread are swizzled alike");
+
+  // Rows past the end repeat the last one; their pairs are not stored.
+  __device__ __forceinline__ TileCopy(const Rows<scalar_t>& rows, int64_t first, int64_t tokens) {
+#pragma unroll
+    for (int u = 0; u < kCopies; ++u) {
+      const int64_t row = first + threadIdx.x / 8 + u * kStride;
+      offset_[u] = static_cast<uint32_t>((row < tokens ? row : tokens - 1) * rows.row_stride / 8);
+    }
+  }
+  // chunk: this thread's of the first row.
+  __device__ __forceinline__ void start(scalar_t* side, const scalar_t* chunk, bool inside) const {
+    scalar_t* const mine = side + staged(threadIdx.x / 8, threadIdx.x % 8);
+#pragma unroll
+    for (int u = 0; u < kCopies; ++u) cp_async_16(mine + u * kStride * kMmaChannels, chunk + uint64_t(offset_[u]) * 8, inside);
+  }
+
+ private:
+  uint32_t offset_[kCopies];
+};
+
 // norms: (batch, tokens). centre: (batch, channels). marks: (entries, mark_tiles, mark_tiles), of which a block writes its own: whether
 // it marked a pair.
 template <class scalar_t, int kTile, class Store>
@@ -69,30 +95,34 @@ __global__ void __launch_bounds__(kMmaThreads<kTile>)
   constexpr int kRows = kWarpRows<kTile>, kColumns = kWarpColumns, kThreads = kMmaThreads<kTile>, kMarks = kTile / kMarkTile;
   STS_DYNAMIC_SHARED(scalar_t, shared);
   __shared__ bool warp_marked[kTile / kRows][kTile / kColumns];
-  const int64_t i0 = static_cast<int64_t>(blockIdx.y) * kTile, j0 = static_cast<int64_t>(blockIdx.x) * kTile;
+  const int i0 = static_cast<int>(blockIdx.y) * kTile, j0 = static_cast<int>(blockIdx.x) * kTile, width = static_cast<int>(tokens);
   if (i0 > j0) return;
   // Warps 0 to 3, one on each quarter of the multiprocessor, have the first half of a large tile's columns, and 4 to 7 the second: in
   // the last tiles of a row that half may be past the end, and each quarter has half of the work.
   const int tid = threadIdx.x, lane = tid % 32, warp_i = tid / 32 % (kTile / kRows), warp_j = tid / 32 / (kTile / kRows);
   const int wi = warp_i * kRows, wj = warp_j * kColumns;
-  const bool has_pairs = j0 + wj < tokens && i0 + wi < j0 + wj + kColumns;  // before the end, and not all below the diagonal
+  const bool has_pairs = j0 + wj < width && i0 + wi < j0 + wj + kColumns;  // before the end, and not all below the diagonal
   const int steps = static_cast<int>(ceil_div(rows.channels, kMmaChannels));
-  const auto stage_a = [&](int step) { return shared + (step % kMmaStages) * kMmaStageRows<kTile> * kMmaChannels; };
-  const auto stage_b = [&](int step) { return stage_a(step) + (i0 == j0 ? 0 : kTile * kMmaChannels); };  // a diagonal tile reads once
+  constexpr int kStage = kMmaStageRows<kTile> * kMmaChannels, kRing = kMmaStages * kStage;
+  const int side_b = i0 == j0 ? 0 : kTile * kMmaChannels;  // a diagonal tile reads once
+  const TileCopy<scalar_t, kTile, kThreads> copy_a(rows, i0, tokens), copy_b(rows, j0, tokens);
+  // The row and the half of 16 channels whose address this lane gives ldmatrix. The swizzle turns 16 channels further into an exclusive or.
+  const int at_a = staged(wi + lane % 16, lane / 16), at_b = side_b + staged(wj + lane % 8 + lane / 16 * 8, lane / 8 % 2);
 
-  for (int64_t entry = blockIdx.z; entry < entries; entry += gridDim.z) {
-    const auto fetch = [&](int step) {
-      if (step < steps) {
-        const int chunk = tid % 8, c = step * kMmaChannels + chunk * 8;
-#pragma unroll
-        for (int r = tid / 8; r < kTile; r += kThreads / 8) {
-          // Rows past the end repeat the last one; their pairs are not stored.
-          const int64_t i = i0 + r < tokens ? i0 + r : tokens - 1, j = j0 + r < tokens ? j0 + r : tokens - 1;
-          cp_async_16(staged(stage_a(step), r, chunk), rows.row(first_entry + entry, i) + c, c < rows.channels);
-          if (i0 != j0) cp_async_16(staged(stage_b(step), r, chunk), rows.row(first_entry + entry, j) + c, c < rows.channels);
-        }
-        if (tid < 8)
-          cp_async_16(staged(stage_a(step), 2 * kTile, chunk), centre + (first_entry + entry) * rows.channels + c, c < rows.channels);
+  for (int entry = blockIdx.z; entry < static_cast<int>(entries); entry += gridDim.z) {
+    const scalar_t* chunk = rows.row(first_entry + entry, 0) + tid % 8 * 8;
+    const scalar_t* centre_chunk = centre + (first_entry + entry) * rows.channels + tid % 8 * 8;
+    int left = rows.channels - tid % 8 * 8;  // channels from this thread's next chunk on
+    int filled = 0;                          // the stage to fill next, in elements
+    const auto fetch = [&] {
+      if (left > -(tid % 8 * 8)) {
+        scalar_t* const stage = shared + filled;
+        copy_a.start(stage, chunk, left > 0);
+        if (side_b) copy_b.start(stage + side_b, chunk, left > 0);
+        if (tid < 8) cp_async_16(stage + staged(2 * kTile, tid), centre_chunk, left > 0);
+        chunk += kMmaChannels, centre_chunk += kMmaChannels;
+        left -= kMmaChannels;
+        filled = filled + kStage == kRing ? 0 : filled + kStage;
       }
       cp_async_commit();  // empty past the end, so that every wait below counts the same
     };
@@ -110,26 +140,25 @@ __global__ void __launch_bounds__(kMmaThreads<kTile>)
           }
     };
 #pragma unroll
-    for (int step = 0; step < kMmaStages - 1; ++step) fetch(step);
-    for (int step = 0; step < steps; ++step) {
+    for (int step = 0; step < kMmaStages - 1; ++step) fetch();
+    const scalar_t* stage = shared;
+    for (int step = 0; step < steps; ++step, stage = stage + kStage == shared + kRing ? shared : stage + kStage) {
       cp_async_wait<kMmaStages - 2>();
       __syncthreads();  // this stage has arrived for all threads, and all are done with the one before, which `fetch` overwrites
-      fetch(step + kMmaStages - 1);
+      fetch();
       if (!has_pairs) continue;
 #pragma unroll
       for (int k = 0; k < kMmaChannels / 16; ++k) {
         uint32_t a[kRows / 16][4], b[2][4];
-        const CentrePairs<scalar_t> common(stage_a(step), 2 * kTile, k);
+        const CentrePairs<scalar_t> common(stage, 2 * kTile, k);
 #pragma unroll
         for (int m = 0; m < kRows / 16; ++m) {
-          const int row = wi + m * 16 + lane % 16, chunk = k * 2 + lane / 16;
-          ldmatrix_x4(a[m], staged(stage_a(step), row, chunk));
+          ldmatrix_x4(a[m], stage + (at_a ^ k * 16) + m * 16 * kMmaChannels);
           common.leave_by_halves(a[m]);
         }
 #pragma unroll
         for (int n = 0; n < 2; ++n) {  // 16 columns at a time
-          const int row = wj + n * 16 + lane % 8 + lane / 16 * 8, chunk = k * 2 + lane / 8 % 2;
-          ldmatrix_x4(b[n], staged(stage_b(step), row, chunk));
+          ldmatrix_x4(b[n], stage + (at_b ^ k * 16) + n * 16 * kMmaChannels);
           common.leave_in_turns(b[n]);
         }
 #pragma unroll
@@ -145,38 +174,54 @@ __global__ void __launch_bounds__(kMmaThreads<kTile>)
     close_run();
     cp_async_wait<0>();
 
-    float* matrix = out + entry * tokens * tokens;
+    // Epilogue. Stored matrices have at most kMatrixTokens tokens, so offsets in them have 32 bits.
+    const int i = opaque(i0 + wi + lane / 4), j = opaque(j0 + wj + lane % 4 * 2);
+    float* const matrix = out + static_cast<int64_t>(entry) * width * width;
+    float *const upper = matrix + i * width + j, *const lower = matrix + j * width + i;
     const float* norm = norms + (first_entry + entry) * tokens;
+    uint32_t* const least = store.least ? store.least + (first_entry + entry) * tokens : nullptr;
+    float column_norm[kColumns / 4];
+#pragma unroll
+    for (int c = 0; c < kColumns / 4; ++c) column_norm[c] = j + c / 2 * 8 + c % 2 < width ? norm[j + c / 2 * 8 + c % 2] : 0.f;
     bool marked = false;
-    RowsLeast<kRows / 8> rows_least;
     RowsLeast<kColumns / 4> columns_least;
+    const auto finish = [&](auto all_inside) {
+      constexpr bool inside = decltype(all_inside)::value;  // all pairs of the warp are above the diagonal and before the end
 #pragma unroll
-    for (int m = 0; m < kRows / 16; ++m)
+      for (int r = 0; r < kRows / 8; ++r) {
+        const float row_norm = inside || i + r * 8 < width ? norm[i + r * 8] : 0.f;
+        RowsLeast<1> row_least;
 #pragma unroll
-      for (int n = 0; n < 4; ++n)
+        for (int n = 0; n < kColumns / 8; ++n) {
+          float value[2];
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int64_t i = i0 + wi + m * 16 + lane / 4 + e / 2 * 8, j = j0 + wj + n * 8 + lane % 4 * 2 + e % 2;
-          if (i > j || j >= tokens) continue;
-          if (i == j) {
-            matrix[i * tokens + i] = store(0.f, true);
-            continue;
+          for (int e = 0; e < 2; ++e) {
+            const int row = i + r * 8, column = j + n * 8 + e;
+            const bool diagonal = !inside && row == column;
+            const float norms_of_pair = row_norm + column_norm[n * 2 + e], sqdist = norms_of_pair - 2.f * dot[r / 2][n][r % 2 * 2 + e];
+            const bool kept = sqdist >= kCancellation * norms_of_pair;  // false for a NaN too
+            value[e] = diagonal ? store(0.f, true) : kept ? store(sqdist, false) : marked_pair();
+            if (!inside && (row > column || column >= width)) continue;
+            lower[(n * 8 + e) * width + r * 8] = value[e];
+            if (!inside) upper[r * 8 * width + n * 8 + e] = value[e];
+            if (diagonal) continue;
+            marked = marked || !kept;
+            row_least.take(0, value[e]);
+            columns_least.take(n * 2 + e, value[e]);
           }
-          const float norms_of_pair = norm[i] + norm[j], sqdist = norms_of_pair - 2.f * dot[m][n][e];
-          const bool kept = sqdist >= kCancellation * norms_of_pair;  // false for a NaN too
-          marked = marked || !kept;
-          const float value = kept ? store(sqdist, false) : kMarked;
-          matrix[i * tokens + j] = matrix[j * tokens + i] = value;
-          if (!kept) continue;
-          rows_least.take(m * 2 + e / 2, value);
-          columns_least.take(n * 2 + e % 2, value);
+          if (!inside) continue;
+          float* const pair = upper + r * 8 * width + n * 8;
+          if (width % 2 == 0) *reinterpret_cast<float2*>(pair) = make_float2(value[0], value[1]);
+          else pair[0] = value[0], pair[1] = value[1];
         }
-    if (store.least) {
-      uint32_t* const least = store.least + (first_entry + entry) * tokens;
+        if (least) row_least.template note<1, 4>(0, least, i + r * 8);
+      }
+    };
+    if (i0 + wi + kRows <= j0 + wj && j0 + wj + kColumns <= width) finish(std::true_type());
+    else if (has_pairs) finish(std::false_type());
+    if (least && has_pairs) {
 #pragma unroll
-      for (int r = 0; r < kRows / 8; ++r) rows_least.template note<1, 4>(r, least, i0 + wi + r * 8 + lane / 4);
-#pragma unroll
-      for (int c = 0; c < kColumns / 4; ++c) columns_least.template note<4, 32>(c, least, j0 + wj + c / 2 * 8 + lane % 4 * 2 + c % 2);
+      for (int c = 0; c < kColumns / 4; ++c) columns_least.template note<4, 32>(c, least, j + c / 2 * 8 + c % 2);
     }
     marked = __any_sync(kFullWarp, marked);
     if (lane == 0) warp_marked[warp_i][warp_j] = marked;
@@ -187,7 +232,7 @@ __global__ void __launch_bounds__(kMmaThreads<kTile>)
       unsigned any = 0;
       for (int wr = mi * kMarkTile / kRows; wr < (mi + 1) * kMarkTile / kRows; ++wr)
         for (int wc = mj * kMarkTile / kColumns; wc < (mj + 1) * kMarkTile / kColumns; ++wc) any |= warp_marked[wr][wc];
-      if (tile_i < mark_tiles && tile_j < mark_tiles) marks[(entry * mark_tiles + tile_i) * mark_tiles + tile_j] = any;
+      if (tile_i < mark_tiles && tile_j < mark_tiles) marks[(static_cast<int64_t>(entry) * mark_tiles + tile_i) * mark_tiles + tile_j] = any;
     }
   }
 }

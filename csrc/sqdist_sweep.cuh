@@ -126,13 +126,13 @@ struct MmaSweep {
         for (int r = tid / 8; r < kTile; r += kSweepThreads / 8) {
           // Rows past the end repeat the last one, points past `count` the first.
           const int64_t i = ahead.first + r < item.tokens ? ahead.first + r : item.tokens - 1;
-          cp_async_16(staged(tokens_of(ahead), r, chunk), rows.row(entry, item.first + i) + c, c < rows.channels);
+          cp_async_16(tokens_of(ahead) + staged(r, chunk), rows.row(entry, item.first + i) + c, c < rows.channels);
         }
         if (tid / 8 < kSweepPoints) {
           const int64_t token = points.token[tid / 8 < count ? tid / 8 : 0];
-          cp_async_16(staged(points_of(ahead), tid / 8, chunk), rows.row(entry, item.first + token) + c, c < rows.channels);
+          cp_async_16(points_of(ahead) + staged(tid / 8, chunk), rows.row(entry, item.first + token) + c, c < rows.channels);
         }
-        if (tid < 8) cp_async_16(staged(tokens_of(ahead), kStageRows - 1, chunk), centre + c, c < rows.channels);
+        if (tid < 8) cp_async_16(tokens_of(ahead) + staged(kStageRows - 1, chunk), centre + c, c < rows.channels);
       }
       cp_async_commit();  // empty past the end, so that every wait below counts the same
       advance(ahead);
@@ -157,8 +157,8 @@ struct MmaSweep {
 #pragma unroll
       for (int k = 0; k < kMmaChannels / 16; ++k) {
         uint32_t a[4], b[4];
-        ldmatrix_x4(a, staged(tokens_of(now), warp * 16 + lane % 16, k * 2 + lane / 16));
-        ldmatrix_x4(b, staged(points_of(now), lane % 8 + lane / 16 * 8, k * 2 + lane / 8 % 2));
+        ldmatrix_x4(a, tokens_of(now) + staged(warp * 16 + lane % 16, k * 2 + lane / 16));
+        ldmatrix_x4(b, points_of(now) + staged(lane % 8 + lane / 16 * 8, k * 2 + lane / 8 % 2));
         const CentrePairs<scalar_t> common(tokens_of(now), kStageRows - 1, k);
         common.leave_by_halves(a);
         common.leave_in_turns(b);

@@ -214,7 +214,7 @@ MUTANTS = (
         "no barrier after the finite tokens are noted",
         "repulsion_select",
         "token_stats.cuh",
-        ("    __syncthreads();\n    const int64_t chunk = ", "    const int64_t chunk = "),
+        ("    __syncthreads();\n    static_assert(kStatsChunk == 32", "    static_assert(kStatsChunk == 32"),
     ),
     # A selection over stored weights.
     mutant(
