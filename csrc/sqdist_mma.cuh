@@ -65,7 +65,7 @@ struct CentrePairs {
 template <class scalar_t, int kTile, class Store>
 __global__ void __launch_bounds__(kMmaThreads<kTile>)
     sqdist_mma_kernel(Rows<scalar_t> rows, int64_t tokens, int64_t first_entry, int64_t entries, const float* norms,
-                      const scalar_t* centre, Store store, unsigned* marks, int64_t mark_tiles, float* out) {
+                      const scalar_t* centre, Store store, unsigned* marks, int64_t mark_tiles, int64_t pitch, float* out) {
   constexpr int kRows = kWarpRows<kTile>, kColumns = kWarpColumns, kThreads = kMmaThreads<kTile>, kMarks = kTile / kMarkTile;
   STS_DYNAMIC_SHARED(scalar_t, shared);
   __shared__ bool warp_marked[kTile / kRows][kTile / kColumns];
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(kMmaThreads<kTile>)
     close_run();
     cp_async_wait<0>();
 
-    float* matrix = out + entry * tokens * tokens;
+    float* matrix = out + entry * tokens * pitch;
     const float* norm = norms + (first_entry + entry) * tokens;
     bool marked = false;
     RowsLeast<kRows / 8> rows_least;
@@ -159,14 +159,14 @@ __global__ void __launch_bounds__(kMmaThreads<kTile>)
           const int64_t i = i0 + wi + m * 16 + lane / 4 + e / 2 * 8, j = j0 + wj + n * 8 + lane % 4 * 2 + e % 2;
           if (i > j || j >= tokens) continue;
           if (i == j) {
-            matrix[i * tokens + i] = store(0.f, true);
+            matrix[i * pitch + i] = store(0.f, true);
             continue;
           }
           const float norms_of_pair = norm[i] + norm[j], sqdist = norms_of_pair - 2.f * dot[m][n][e];
           const bool kept = sqdist >= kCancellation * norms_of_pair;  // false for a NaN too
           marked = marked || !kept;
           const float value = kept ? store(sqdist, false) : kMarked;
-          matrix[i * tokens + j] = matrix[j * tokens + i] = value;
+          matrix[i * pitch + j] = matrix[j * pitch + i] = value;
           if (!kept) continue;
           rows_least.take(m * 2 + e / 2, value);
           columns_least.take(n * 2 + e % 2, value);
@@ -202,23 +202,23 @@ inline int mma_tile(int64_t tokens, int64_t entries) {
 
 template <int kTile, class scalar_t, class Store>
 cudaError_t launch_sqdist_mma_of(const Rows<scalar_t>& rows, const Items& items, int64_t first_entry, int64_t entries,
-                                 const TokenStats& stats, Store store, unsigned* marks, float* out, cudaStream_t stream) {
+                                 const TokenStats& stats, Store store, unsigned* marks, int64_t pitch, float* out, cudaStream_t stream) {
   const auto tiles = static_cast<unsigned>(ceil_div(items.tokens, kTile));
   const dim3 grid(tiles, tiles, static_cast<unsigned>(entries < 65535 ? entries : 65535));
   const Launch shape{grid, dim3(kMmaThreads<kTile>), kMmaSharedBytes<kTile>, 1, false, stream};
   return launch(sqdist_mma_kernel<scalar_t, kTile, Store>, shape, rows, items.tokens, first_entry, entries, stats.norms,
-                reinterpret_cast<const scalar_t*>(stats.centre), store, marks, mark_tiles(items.tokens), out);
+                reinterpret_cast<const scalar_t*>(stats.centre), store, marks, mark_tiles(items.tokens), pitch, out);
 }
 
 // As launch_sqdist_tiles, for 16-bit rows that mma_fits, with tiles of `tile`. marks: (entries, mark_tiles, mark_tiles).
 template <class scalar_t, class Store>
 cudaError_t launch_sqdist_mma(const Rows<scalar_t>& rows, const Items& items, int64_t first_entry, int64_t entries, int tile,
-                              const TokenStats& stats, Store store, unsigned* marks, float* out, cudaStream_t stream) {
+                              const TokenStats& stats, Store store, unsigned* marks, int64_t pitch, float* out, cudaStream_t stream) {
   const cudaError_t error =
-      tile == kLargeMmaTile ? launch_sqdist_mma_of<kLargeMmaTile>(rows, items, first_entry, entries, stats, store, marks, out, stream)
-                            : launch_sqdist_mma_of<kSmallMmaTile>(rows, items, first_entry, entries, stats, store, marks, out, stream);
+      tile == kLargeMmaTile ? launch_sqdist_mma_of<kLargeMmaTile>(rows, items, first_entry, entries, stats, store, marks, pitch, out, stream)
+                            : launch_sqdist_mma_of<kSmallMmaTile>(rows, items, first_entry, entries, stats, store, marks, pitch, out, stream);
   if (error != cudaSuccess) return error;
-  return launch_sqdist_repair(rows, items, first_entry, entries, store, marks, out, stream);
+  return launch_sqdist_repair(rows, items, first_entry, entries, store, marks, pitch, out, stream);
 }
 
 }  // namespace sts
