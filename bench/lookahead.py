@@ -2,9 +2,8 @@
 
 Runs the plain loop of Algorithm 1 and replays beside it the guesses of the CPU kernel (csrc/repulsion_select.cpp) and
 of the CUDA kernel for many tokens (csrc/select_swept.cuh), which both run the plain loop among a few candidates: picks
-per pass over the features, and rows of weights computed per row used. Of the CUDA kernels for stored weights: how many
-picks find their row in cache (csrc/select_stored.cuh), and how many a cluster makes each time that its warps hear from
-each other (csrc/select_cluster.cuh). Needs no timing, so it says the same on every machine.
+per pass over the features, and rows of weights computed per row used. Of the CUDA kernel for clusters: picks per
+exchange between the warps (csrc/select_cluster.cuh). Needs no timing, so it says the same on every machine.
 """
 
 import argparse
@@ -86,35 +85,6 @@ def replay(x, k, policy):
         if not policy.kept and rows and pick != rows[0]:
             rows = []
     return (k - 1) / passes, computed / (k - 1)
-
-
-def replay_stored(x, k, cache_bytes=192 * 1024):
-    """(share of picks whose row is in a multiprocessor's cache, and of those fetched right before)"""
-    tokens, held = len(x), 1  # held: by a thread, as stored_tokens_per_thread has it
-    while held < 16 and math.ceil(tokens / (32 * held)) > 12:
-        held *= 2
-    weights = 1 / (pairwise_sqdist(x[None])[0] + 1e-6)
-    potential, padding = torch.zeros(tokens), -tokens % (32 * held)
-    pick, offers, fetched = int((x - x.mean(0)).square().sum(1).argmin()), [], {}
-    cached = {}  # token: the step that its row came at, the one used last at the end
-    found = late = 0
-    for step in range(k - 1):
-        found, late = found + (pick in cached), late + (cached.get(pick) == step - 1)
-        offers = [i for i in offers if i[1] not in (pick, fetched.get(i[2])) and i[0] < math.inf]
-        if offers:
-            _, token, warp = min(offers)
-            fetched[warp] = token
-            cached[token] = cached.pop(token, step)
-        cached[pick] = cached.pop(pick, step)
-        while len(cached) * 4 * tokens > cache_bytes:
-            del cached[next(iter(cached))]
-        potential = potential + weights[pick]
-        potential[pick] = math.inf
-        of_warp = torch.nn.functional.pad(potential, (0, padding), value=math.inf).view(-1, 32 * held)
-        low, at = of_warp.min(1)
-        offers = list(zip(low.tolist(), (at + torch.arange(len(at)) * 32 * held).tolist(), range(len(at)), strict=True))
-        pick = min(offers)[1]
-    return found / (k - 1), late / (k - 1)
 
 
 def replay_cluster(x, k, warps=32, of_warp=4, most=8):
@@ -225,12 +195,6 @@ def main():
             picks, used = replay(x, k, policy)
             cells = name, k, type(policy).__name__, policy.lookahead, f"{picks:.1f}", f"{used:.2f}"
             print("| " + " | ".join(map(str, cells)) + " |")
-
-    print("\n| tokens | K | rows fetched ahead | of these, right before |\n" + "|---" * 4 + "|")
-    for name, x, k in kinds:
-        if len(x) <= 8192:
-            found, late = replay_stored(x, k)
-            print(f"| {name} | {k} | {found:.0%} | {late:.0%} |")
 
     print("\n| tokens | K | picks an exchange | candidates that come |\n" + "|---" * 4 + "|")
     for name, x, k in [*kinds, ("gaussian, 8192", inputs.features(1, 8192, 256, torch.float32, device)[0], 640)]:

@@ -277,14 +277,34 @@ __device__ __forceinline__ void send(T* address, const T& value, Arrivals* arriv
 #endif
 }
 
-// ---- device: caches ----
+// ---- device: values the compiler would compute anew in every step of a loop ----
 
-// Brings what is at `address` into the cache of this multiprocessor, in the background.
-__device__ __forceinline__ void prefetch_l1(const void* address) {
-#ifdef STS_EMULATE
-  emulator::prefetch(address);
+// A number that stays in a register.
+__device__ __forceinline__ int settled(int value) {
+#ifndef STS_EMULATE
+  asm volatile("mov.u32 %0, %0;" : "+r"(value));
+#endif
+  return value;
+}
+
+// An address in global memory, likewise.
+template <class T>
+__device__ __forceinline__ const T* settled(const T* global) {
+#ifndef STS_EMULATE
+  asm volatile("mov.u64 %0, %0;" : "+l"(global));
+#endif
+  return global;
+}
+
+// An address in shared memory, likewise.
+template <class T>
+__device__ __forceinline__ T* settled_shared(T* shared) {
+#ifndef STS_EMULATE
+  unsigned address = shared_address(shared);
+  asm volatile("mov.u32 %0, %0;" : "+r"(address));
+  return static_cast<T*>(__cvta_shared_to_generic(address));
 #else
-  asm volatile("prefetch.global.L1 [%0];" ::"l"(address));
+  return shared;
 #endif
 }
 

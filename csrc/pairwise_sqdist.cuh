@@ -53,7 +53,7 @@ __device__ __forceinline__ bool tiles_share_item(const Items& items, int64_t low
 template <class scalar_t, int kTile, class Store>
 __global__ void __launch_bounds__(kTile* kTile / 16, kTile == kLargeTile ? 2 : 4)
     sqdist_tile_kernel(Rows<scalar_t> rows, Items items, int64_t first_entry, int64_t entries, bool aligned, Store store,
-                       const unsigned* marks, float* out) {
+                       const unsigned* marks, int64_t pitch, float* out) {
   constexpr int kThreads = kTile * kTile / 16;  // each thread has 4 x 4 pairs
   constexpr int kChannels = 32, kVec = Chunk<scalar_t>::size;
   constexpr int kLoads = kTile * kChannels / kVec / kThreads;
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kTile* kTile / 16, kTile == kLargeTile ? 2 : 4
           }
       }
     }
-    float* matrix = out + entry * tokens * tokens;
+    float* matrix = out + entry * tokens * pitch;
     RowsLeast<4> rows_least, columns_least;
 #pragma unroll
     for (int s = 0; s < 4; ++s)
@@ -124,10 +124,10 @@ __global__ void __launch_bounds__(kTile* kTile / 16, kTile == kLargeTile ? 2 : 4
       for (int t = 0; t < 4; ++t) {
         const int64_t i = i0 + ti + s, j = j0 + tj + t;
         if (i >= tokens || j >= tokens) continue;
-        if (marks && (i > j || !is_marked(matrix[i * tokens + j]))) continue;
+        if (marks && (i > j || !is_marked(matrix[i * pitch + j]))) continue;
         const float value = store(sum[s][t], i == j);
-        matrix[i * tokens + j] = value;
-        if (marks || i0 != j0) matrix[j * tokens + i] = value;
+        matrix[i * pitch + j] = value;
+        if (marks || i0 != j0) matrix[j * pitch + i] = value;
         if (i == j) continue;
         rows_least.take(s, value);
         columns_least.take(t, value);
@@ -145,30 +145,30 @@ __global__ void __launch_bounds__(kTile* kTile / 16, kTile == kLargeTile ? 2 : 4
 
 template <int kTile, class scalar_t, class Store>
 cudaError_t launch_sqdist_tiles_of(const Rows<scalar_t>& rows, const Items& items, int64_t first_entry, int64_t entries, Store store,
-                                   const unsigned* marks, float* out, cudaStream_t stream) {
+                                   const unsigned* marks, int64_t pitch, float* out, cudaStream_t stream) {
   const auto tiles = static_cast<unsigned>(ceil_div(items.tokens, kTile));
   const dim3 grid(tiles, tiles, static_cast<unsigned>(entries < 65535 ? entries : 65535));
   const Launch shape{grid, dim3(kTile * kTile / 16), 0, 1, false, stream};
-  return launch(sqdist_tile_kernel<scalar_t, kTile, Store>, shape, rows, items, first_entry, entries, rows_aligned(rows), store, marks, out);
+  return launch(sqdist_tile_kernel<scalar_t, kTile, Store>, shape, rows, items, first_entry, entries, rows_aligned(rows), store, marks, pitch, out);
 }
 
 // Entries [first_entry, first_entry + entries) of the batch (the one entry of a packed batch): what `store` makes of each pair,
-// as (entries, tokens, tokens). Only pairs within an item are written.
+// as (entries, tokens, tokens) with rows `pitch` floats apart. Only pairs within an item are written.
 template <class scalar_t, class Store>
 cudaError_t launch_sqdist_tiles(const Rows<scalar_t>& rows, const Items& items, int64_t first_entry, int64_t entries, Store store,
-                                float* out, cudaStream_t stream) {
+                                int64_t pitch, float* out, cudaStream_t stream) {
   // Small tiles where large ones would leave multiprocessors without work.
   const int64_t large = ceil_div(items.tokens, kLargeTile);
   if (large * (large + 1) / 2 * entries < 2 * device_sm_count())
-    return launch_sqdist_tiles_of<kSmallTile>(rows, items, first_entry, entries, store, nullptr, out, stream);
-  return launch_sqdist_tiles_of<kLargeTile>(rows, items, first_entry, entries, store, nullptr, out, stream);
+    return launch_sqdist_tiles_of<kSmallTile>(rows, items, first_entry, entries, store, nullptr, pitch, out, stream);
+  return launch_sqdist_tiles_of<kLargeTile>(rows, items, first_entry, entries, store, nullptr, pitch, out, stream);
 }
 
 // The marked pairs of the tiles that have some, in place.
 template <class scalar_t, class Store>
 cudaError_t launch_sqdist_repair(const Rows<scalar_t>& rows, const Items& items, int64_t first_entry, int64_t entries, Store store,
-                                 const unsigned* marks, float* out, cudaStream_t stream) {
-  return launch_sqdist_tiles_of<kLargeTile>(rows, items, first_entry, entries, store, marks, out, stream);
+                                 const unsigned* marks, int64_t pitch, float* out, cudaStream_t stream) {
+  return launch_sqdist_tiles_of<kLargeTile>(rows, items, first_entry, entries, store, marks, pitch, out, stream);
 }
 
 // features (batch, tokens, channels) with the given strides -> out (batch, tokens, tokens)
@@ -177,7 +177,7 @@ cudaError_t launch_pairwise_sqdist(const scalar_t* features, int64_t batch, int6
                                    int64_t row_stride, float* out, cudaStream_t stream) {
   const Rows<scalar_t> rows{features, batch_stride, row_stride, static_cast<int>(channels)};
   const Items items{batch, tokens, 0, nullptr, nullptr, nullptr, nullptr};
-  return launch_sqdist_tiles(rows, items, 0, batch, StoreSqdist{}, out, stream);
+  return launch_sqdist_tiles(rows, items, 0, batch, StoreSqdist{}, tokens, out, stream);
 }
 
 STS_KERNEL(pairwise_sqdist_float32, launch_pairwise_sqdist<float>);

@@ -33,7 +33,7 @@ struct SelectionPlan {
   int64_t entries;      // stored: batch entries whose weights are held at a time
   int item_blocks;      // stored: blocks that share an item, a cluster if more than one
   int groups, group_blocks;  // swept: blocks of the cooperative launch
-  int lookahead;             // picks in a sweep at the most; where a block has an item: 1, or more if rows are fetched ahead
+  int lookahead;             // max picks per exchange (cluster) or sweep; 1: the plain loop, in one block where weights are stored
 };
 
 // f(kernel, its shared memory) for the kernel that sweeps.
@@ -67,7 +67,7 @@ SelectionPlan plan_selection(const Rows<scalar_t>& rows, const Items& items, int
   // cores they do not, where a pair is repaired.
   const bool few = !mma && !items.packed() && items.picks * kFewPicks < items.tokens;
   if (items.tokens <= (few ? matrix_tokens / 2 : matrix_tokens)) {
-    const int64_t fit = kMatrixFloats / (items.tokens * items.tokens);
+    const int64_t fit = kMatrixFloats / (items.tokens * matrix_pitch(items.tokens));
     const int64_t held = entries < fit ? entries : fit;
     const int64_t at_once = items.packed() ? items.count : held;
     return {true, mma ? mma_tile(items.tokens, held) : 0, held, lookahead > 1 ? stored_item_blocks<Rule>(items, at_once) : 1, 0, 0, lookahead};
@@ -89,7 +89,7 @@ SelectionPlan plan_selection(const Rows<scalar_t>& rows, const Items& items, int
 // are not stay null.
 struct SelectionScratch {
   TokenStats stats{};
-  float* weights = nullptr;     // stored: (entries, tokens, tokens); swept: (lookahead, all tokens)
+  float* weights = nullptr;     // stored: (entries, tokens, matrix_pitch(tokens)); swept: (lookahead, all tokens)
   unsigned* marks = nullptr;    // stored on tensor cores: (entries, tiles, tiles)
   uint32_t* least = nullptr;    // stored, with items shared by clusters: the smallest weight of every row (all tokens)
   Key* keys = nullptr;          // swept: a SweepExchange for every group
@@ -110,7 +110,7 @@ struct SelectionScratch {
     take(stats.mean, items.anchor ? 0 : items.count * channels);
     take(stats.lows, plan.mma_tile ? chunks * channels : 0);
     take(stats.highs, plan.mma_tile ? chunks * channels : 0);
-    take(weights, plan.stored ? plan.entries * items.tokens * items.tokens : plan.lookahead * all_tokens(items));
+    take(weights, plan.stored ? plan.entries * items.tokens * matrix_pitch(items.tokens) : plan.lookahead * all_tokens(items));
     take(marks, plan.stored && plan.mma_tile ? plan.entries * tiles * tiles : 0);
     take(least, plan.item_blocks > 1 ? all_tokens(items) : 0);
     take(keys, plan.groups * SweepExchange::keys(plan.group_blocks));
@@ -140,13 +140,15 @@ cudaError_t launch_selection(const Rows<scalar_t>& rows, const Items& items, con
                     scratch.floats, scratch.arrived, out);
     });
   }
+  const int64_t pitch = matrix_pitch(items.tokens);
   const auto weigh = [&](int64_t first, int64_t entries) {
     const StoreWeight<Rule> store{rule, scratch.least};
     if constexpr (sizeof(scalar_t) == 2) {
       if (plan.mma_tile)
-        return launch_sqdist_mma(rows, items, first, entries, plan.mma_tile, scratch.stats, store, scratch.marks, scratch.weights, stream);
+        return launch_sqdist_mma(rows, items, first, entries, plan.mma_tile, scratch.stats, store, scratch.marks, pitch, scratch.weights,
+                                 stream);
     }
-    return launch_sqdist_tiles(rows, items, first, entries, store, scratch.weights, stream);
+    return launch_sqdist_tiles(rows, items, first, entries, store, pitch, scratch.weights, stream);
   };
   const auto select = [&](int64_t first, int64_t count) {
     if (plan.item_blocks > 1) {
@@ -155,12 +157,10 @@ cudaError_t launch_selection(const Rows<scalar_t>& rows, const Items& items, con
         return launch(kernel, shape, items, first, plan.lookahead, scratch.weights, scratch.least, scratch.stats.mean_sqdist, rule, out);
       });
     }
-    const bool look_ahead = plan.lookahead > 1;
-    const int64_t tokens_per_thread = stored_tokens_per_thread(items.tokens);
-    const int64_t warps = ceil_div(items.tokens, 32 * tokens_per_thread) + look_ahead;
-    const Launch shape{dim3(static_cast<unsigned>(count)), dim3(static_cast<unsigned>(32 * warps)), 0, 1, false, stream};
-    return with_stored_kernel<Rule>(tokens_per_thread, [&](auto* kernel) {
-      return launch(kernel, shape, items, first, look_ahead, scratch.weights, scratch.stats.mean_sqdist, rule, out);
+    const int64_t most_picks = items.picks < items.tokens ? items.picks : items.tokens;
+    return with_stored_kernel<Rule>(items.tokens, [&](auto* kernel, int warps, size_t report_bytes) {
+      const Launch shape{dim3(static_cast<unsigned>(count)), dim3(32 * warps), report_bytes + most_picks * sizeof(int), 1, false, stream};
+      return launch(kernel, shape, items, first, scratch.weights, scratch.stats.mean_sqdist, rule, out);
     });
   };
   const int64_t entries = items.packed() ? 1 : items.count;

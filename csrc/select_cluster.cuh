@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
   const int64_t b = first_item + blockIdx.x / blocks;
   const Item item = items[b];
   const int tokens = static_cast<int>(item.tokens), first = warp * 32 + lane, step = warps * 32;
-  const int64_t stride = items.tokens, first_row = items.packed() ? item.first : b * stride;  // among all tokens
+  const int64_t pitch = matrix_pitch(items.tokens), first_row = items.packed() ? item.first : b * items.tokens;  // among all tokens
   const float* matrix = stored_weights(items, item, blockIdx.x / blocks, weights);
   int64_t* picked = out + item.out;
 
@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
         // As it was loaded: what is done with it would wait for it, and it is not needed before it is sent.
         const bool itself = h * 32 + lane == newcomer_place;
         newcomer_row[h] = __ldg(itself ? reinterpret_cast<const float*>(least) + (first_row + newcomer)
-                                       : matrix + newcomer * stride + candidate[h].token());
+                                       : matrix + newcomer * pitch + candidate[h].token());
       }
     }
 
@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
     float row[kClusterPicks][kTokens];
     const auto take = [&](int p, int token) {
       if (first == 0) picked[done + p] = token;
-      const uint32_t begin = static_cast<uint32_t>(token) * static_cast<uint32_t>(stride);  // below 2^26
+      const uint32_t begin = static_cast<uint32_t>(token) * static_cast<uint32_t>(pitch);  // below 2^26
 #pragma unroll
       for (int t = 0; t < kTokens; ++t) row[p][t] = __ldg(matrix + (begin + column[t]));
     };
@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
       take(0, token);
 #pragma unroll
       for (int h = 0; h < kWarpCandidates; ++h)
-        if (value[h] < kInfinity) value[h] = Rule::add(value[h], __ldg(matrix + token * stride + candidate[h].token()));
+        if (value[h] < kInfinity) value[h] = Rule::add(value[h], __ldg(matrix + token * pitch + candidate[h].token()));
       count = 1;
     }
     done += count;

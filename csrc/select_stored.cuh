@@ -1,100 +1,158 @@
-// Selection over the stored weights of all pairs: the plain loop, one block an item, with the potentials in registers and one
-// barrier a pick. A pick is a chain, from its row of weights to the lowest potential of the block. What is longest in it is left to a
-// warp without tokens: with every pick that one has a row which is likely to be needed soon brought into the multiprocessor's cache.
+// Selection over the stored weights of all pairs: the plain loop.
+//
+// What: one block per item runs Algorithm 1 with the potentials in registers. A pick is a dependency chain (row of weights from L2, add,
+//   argmin of the block), and its latency is the run time; so the loop holds nothing that is not in the chain.
+// Chosen when: the matrix fits (kMatrixTokens), and the item is small, or items are many, or the device has no clusters
+//   (select_cluster.cuh).
+// Steps, for every pick:
+//   (1) load the pick's row: 16-byte loads, 32-bit offsets;
+//   (2) add it to the potentials;
+//   (3) argmin of the warp: one REDUX of the ordered bits, one vote; the lowest lane among equals has the lowest token;
+//   (4) argmin of the block: every warp reports (bits, token) in shared memory, every thread reads all reports.
+// Synchronisation: one __syncthreads a pick, between the reports and their readers. Reports are double-buffered: a warp that reports on
+//   pick p + 2 has passed the barrier of p + 1, which every reader of the reports on p arrives at after reading.
 #pragma once
 #include "token_stats.cuh"
 
 namespace sts {
 
-constexpr int kStoredTokens = 16;           // that a thread holds at the most
-constexpr int kStoredMaxThreads = 17 * 32;  // for kMatrixTokens, and the warp that looks ahead
+constexpr int kStoredTokens = 8;       // tokens per thread
+constexpr int kStoredMostTokens = 16;  // the same above kStoredMaxWarps * 32 * kStoredTokens tokens
+constexpr int kStoredMaxWarps = 16;
+constexpr int kStoredReadWarps = 8;  // up to this many reports are compared in registers, more of them by two REDUX
 
-// Tokens that a thread holds: more of them are a longer chain, more warps take longer to agree on the lowest.
-inline int64_t stored_tokens_per_thread(int64_t tokens) {
-  int64_t held = 1;
-  while (held < kStoredTokens && ceil_div(tokens, 32 * held) > 12) held *= 2;
-  return held;
-}
+// Row stride of a stored matrix: rows start on 16 bytes.
+STS_HOST_DEVICE int64_t matrix_pitch(int64_t tokens) { return ceil_div(tokens, 4) * 4; }
 
-// The weights of item number `launched` of those that are held. A packed batch has one matrix, whose diagonal blocks are the items'.
+// The weights of item number `launched` of the batch entries in memory. A packed batch has one matrix, whose diagonal blocks are the items'.
 __device__ __forceinline__ const float* stored_weights(const Items& items, const Item& item, int64_t launched, const float* weights) {
-  return weights + (items.packed() ? item.first * (items.tokens + 1) : launched * items.tokens * items.tokens);
+  const int64_t pitch = matrix_pitch(items.tokens);
+  return weights + (items.packed() ? item.first * (pitch + 1) : launched * items.tokens * pitch);
 }
 
-// One block per item of [first_item, first_item + gridDim.x), with a warp more than its tokens need to look ahead. Warp w holds
-// tokens [32 * kTokens * w, 32 * kTokens * (w + 1)).
-template <class Rule, int kTokens>
-__global__ void __launch_bounds__(kStoredMaxThreads)
-    select_stored_kernel(Items items, int64_t first_item, bool look_ahead, const float* weights, const float* mean_sqdist, Rule rule,
-                         int64_t* out) {
-  __shared__ Key partial[2][32];
+// What a warp reports: its lowest potential (Rule::order) and the token that has it.
+struct alignas(8) StoredReport {
+  uint32_t order, token;
+};
+
+// The lowest report, the lowest token among equals. kWarps: reports; 0: `warps` of them, at most 32.
+template <int kWarps>
+__device__ __forceinline__ StoredReport lowest_report(const StoredReport* reports, int warps, int lane) {
+  uint32_t least, token = ~0u;
+  if constexpr (kWarps > 0) {
+    StoredReport r[kWarps];
+#pragma unroll
+    for (int i = 0; i < kWarps; i += 2) {
+      const uint4 two = *reinterpret_cast<const uint4*>(reports + i);
+      r[i] = StoredReport{two.x, two.y};
+      r[i + 1] = StoredReport{two.z, two.w};
+    }
+    least = r[0].order;
+#pragma unroll
+    for (int i = 1; i < kWarps; ++i) least = min(least, r[i].order);
+#pragma unroll
+    for (int i = 0; i < kWarps; ++i) token = min(token, r[i].order == least ? r[i].token : ~0u);
+  } else {
+    const StoredReport mine = lane < warps ? reports[lane] : StoredReport{~0u, ~0u};
+    least = __reduce_min_sync(kFullWarp, mine.order);
+    token = __reduce_min_sync(kFullWarp, mine.order == least ? mine.token : ~0u);
+  }
+  return {least, token};
+}
+
+// One block per item of [first_item, first_item + gridDim.x). Thread i has kTokens consecutive tokens, from i * kTokens - shift on; shift
+// is the distance of a packed item's first column from a 16-byte boundary. Tokens before 0 and past the end stay above all others,
+// whatever is added: their weights may be anything. kWarps: warps of the block, or 0: as launched.
+template <class Rule, int kTokens, int kWarps>
+__global__ void __launch_bounds__((kWarps ? kWarps : kStoredMaxWarps) * 32, 1)
+    select_stored_kernel(Items items, int64_t first_item, const float* weights, const float* mean_sqdist, Rule rule, int64_t* out) {
+  static_assert(kTokens % 4 == 0 && kWarps % 2 == 0, "16-byte loads");
+  STS_DYNAMIC_SHARED(unsigned char, shared);
+  constexpr int kSlots = kWarps ? kWarps : kStoredMaxWarps;
+  StoredReport(*const report)[kSlots] = settled_shared(reinterpret_cast<StoredReport(*)[kSlots]>(shared));
+  int* const picked = reinterpret_cast<int*>(report + 2);  // [picks]
   const int64_t b = first_item + blockIdx.x;
   const Item item = items[b];
-  const int tokens = static_cast<int>(item.tokens), tid = threadIdx.x, lane = tid % 32, warp = tid / 32, warps = blockDim.x / 32;
-  const int64_t stride = items.tokens;
-  const float* matrix = stored_weights(items, item, blockIdx.x, weights);
-  const float* from_mean = mean_sqdist + (items.packed() ? item.first : b * stride);
-  int64_t* picked = out + item.out;
+  const int tid = settled(static_cast<int>(threadIdx.x)), lane = tid % 32, warp = tid / 32;
+  const int tokens = static_cast<int>(item.tokens), shift = items.packed() ? static_cast<int>(item.first % 4) : 0;
+  int64_t* const picks_out = out + item.out;
+  const int64_t all_picks = item.picks < tokens ? item.picks : tokens;
+  for (int64_t i = all_picks + tid; i < item.picks; i += blockDim.x) picks_out[i] = -1;
+  if (all_picks == 0) return;
+  const int picks = settled(static_cast<int>(all_picks));
+  const int warps = kWarps ? kWarps : settled(static_cast<int>(ceil_div(tokens + shift, 32 * kTokens)));
+  if (warp >= warps) return;  // packed: the item is smaller than the launch
 
-  const int64_t picks = item.picks < tokens ? item.picks : tokens;
-  for (int64_t step = picks + tid; step < item.picks; step += blockDim.x) picked[step] = -1;
-  if (picks == 0) return;
-
-  const int first = warp * 32 * kTokens + lane;  // this thread's tokens: first, first + 32, ...
+  const float* const matrix = settled(stored_weights(items, item, blockIdx.x, weights) - shift);  // 16-byte aligned
+  const float* const from_mean = mean_sqdist + (items.packed() ? item.first : b * items.tokens);
+  const uint32_t pitch = static_cast<uint32_t>(settled(static_cast<int>(matrix_pitch(items.tokens))));  // pitch^2 <= 2^26
+  const int first = tid * kTokens - shift;
+  uint32_t column[kTokens / 4];  // past the end the last 16 bytes of the row are read again
   float potential[kTokens];
-  Key nearest = kNoKey;
+  uint32_t order[kTokens];
+  float distance[kTokens];
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t) {  // all loads are issued before one is used
+    const int j = first + t < 0 ? 0 : first + t;
+    distance[t] = __ldg(from_mean + (j < tokens ? j : tokens - 1));
+  }
 #pragma unroll
   for (int t = 0; t < kTokens; ++t) {
-    const int j = first + 32 * t;
-    potential[t] = kInfinity;
-    if (j >= tokens) continue;
-    const float distance = from_mean[j];
-    potential[t] = distance < kInfinity ? Rule::start() : kLastResort;
-    nearest = lower(nearest, make_key(distance, j));
+    const int j = first + t;
+    const bool inside = j >= 0 && j < tokens;
+    order[t] = __float_as_uint(inside ? distance[t] : kInfinity);  // never negative
+    potential[t] = inside ? (distance[t] < kInfinity ? Rule::start() : kLastResort) : kInfinity;
+    if (t % 4 == 0) column[t / 4] = static_cast<uint32_t>(j < tokens ? j + shift : (tokens + shift - 1) & ~3);
   }
-  int pick = static_cast<int>(first_pick(item, block_lowest(nearest, partial, 0)));
-  int fetched = -1;  // lane w: the token of warp w whose row was fetched last
-  for (int step = 0;; ++step) {
-    if (tid == 0) picked[step] = pick;
-    if (step + 1 == picks) return;
+  // (3), (4)
+  const auto lowest_token = [&](int step) {
+    uint32_t low = order[0];
+#pragma unroll
+    for (int t = 1; t < kTokens; ++t) low = min(low, order[t]);
+    const uint32_t least = __reduce_min_sync(kFullWarp, low);
+    int which = 0;
+#pragma unroll
+    for (int t = kTokens - 1; t >= 0; --t) which = order[t] == low ? t : which;
+    const unsigned equal = __ballot_sync(kFullWarp, low == least);
+    if ((equal & ((2u << lane) - 1)) == 1u << lane) report[step & 1][warp] = {least, static_cast<uint32_t>(first + which)};
+    __syncthreads();
+    return lowest_report<kWarps>(report[step & 1], warps, lane);
+  };
 
-    const float* row = matrix + pick * stride + first;
+  const StoredReport nearest = lowest_token(0);
+  uint32_t pick = static_cast<uint32_t>(first_pick(item, make_key(__uint_as_float(nearest.order), nearest.token)));
+  for (int step = 1; step < picks; ++step) {
     float weight[kTokens];
+    const uint32_t row = pick * pitch;
 #pragma unroll
-    for (int t = 0; t < kTokens; ++t) weight[t] = first + 32 * t < tokens ? __ldg(row + 32 * t) : 0.f;
-    if (look_ahead && warp == warps - 1 && step > 0) {
-      const Key offer = lane < warps ? partial[step & 1][lane] : kNoKey;
-      const int token = static_cast<int>(key_index(offer));
-      const Key next = warp_lowest(token == pick || token == fetched ? kNoKey : offer);
-      if (key_value(next) < kInfinity) {
-        if (offer == next) fetched = token;
-        const float* next_row = matrix + static_cast<int>(key_index(next)) * stride;
-        for (int j = lane * 8; j < tokens + 8; j += 32 * 8) prefetch_l1(next_row + (j < tokens ? j : tokens - 1));  // 32 bytes each
-      }
+    for (int t = 0; t < kTokens; t += 4) {  // (1)
+      const float4 four = __ldg(reinterpret_cast<const float4*>(matrix + (row + column[t / 4])));
+      weight[t] = four.x, weight[t + 1] = four.y, weight[t + 2] = four.z, weight[t + 3] = four.w;
     }
-
-    float low = kInfinity;
-    int low_token = first;
+    if (tid == 0) picked[step - 1] = static_cast<int>(pick);
 #pragma unroll
-    for (int t = 0; t < kTokens; ++t) {
-      const int j = first + 32 * t;
-      potential[t] = Rule::add(potential[t], weight[t]);  // the picked one's is infinite
-      if (potential[t] < low) low = potential[t], low_token = j;
+    for (int t = 0; t < kTokens; ++t) {  // (2)
+      potential[t] = Rule::add(potential[t], weight[t]);
+      order[t] = Rule::order(potential[t]);
     }
-    pick = static_cast<int>(key_index(block_lowest(make_key(low, low_token), partial, step + 1)));
+    pick = lowest_token(step).token;
   }
+  if (tid == 0) picked[picks - 1] = static_cast<int>(pick);
+  __syncthreads();
+  for (int i = tid; i < picks; i += warps * 32) picks_out[i] = picked[i];
 }
 
-// f(kernel) for the kernel whose threads hold so many tokens.
+// f(kernel, warps of its blocks, bytes of their reports) for items of up to `tokens`. Idle lanes cost nothing; few warps agree sooner.
 template <class Rule, class F>
-auto with_stored_kernel(int64_t tokens_per_thread, const F& f) {
-  switch (tokens_per_thread) {
-    case 1: return f(select_stored_kernel<Rule, 1>);
-    case 2: return f(select_stored_kernel<Rule, 2>);
-    case 4: return f(select_stored_kernel<Rule, 4>);
-    case 8: return f(select_stored_kernel<Rule, 8>);
-    default: return f(select_stored_kernel<Rule, kStoredTokens>);
-  }
+auto with_stored_kernel(int64_t tokens, const F& f) {
+  const auto reports = [](int warps) { return 2 * warps * sizeof(StoredReport); };
+  if (tokens <= 4 * 32 * kStoredTokens) return f(select_stored_kernel<Rule, kStoredTokens, 4>, 4, reports(4));
+  if (tokens <= kStoredReadWarps * 32 * kStoredTokens)
+    return f(select_stored_kernel<Rule, kStoredTokens, kStoredReadWarps>, kStoredReadWarps, reports(kStoredReadWarps));
+  if (tokens <= kStoredMaxWarps * 32 * kStoredTokens)
+    return f(select_stored_kernel<Rule, kStoredTokens, 0>, static_cast<int>(ceil_div(tokens, 32 * kStoredTokens)), reports(kStoredMaxWarps));
+  return f(select_stored_kernel<Rule, kStoredMostTokens, 0>, static_cast<int>(ceil_div(tokens, 32 * kStoredMostTokens)),
+           reports(kStoredMaxWarps));
 }
 
 }  // namespace sts

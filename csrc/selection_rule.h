@@ -2,6 +2,8 @@
 // pick adds its `weight` to them, and the smallest potential wins (lowest index among equals). A max-min rule (farthest point
 // sampling) would be start() = -infinity, weight(d) = -d, add(p, w) = max(p, w).
 #pragma once
+#include <cstdint>
+#include <cstring>
 
 #ifdef __CUDACC__
 #define STS_HOST_DEVICE __host__ __device__ __forceinline__
@@ -10,6 +12,12 @@
 #endif
 
 namespace sts {
+
+STS_HOST_DEVICE uint32_t float_bits(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  return bits;
+}
 
 // Above every potential: a token with a NaN or infinity, picked after all finite ones.
 constexpr float kLastResort = 3.402823466e+38f;
@@ -33,6 +41,8 @@ struct Repulsion {
   // A distance that is not a number comes from a token that repels none.
   STS_HOST_DEVICE float weight(float sqdist) const { return sqdist == sqdist ? reciprocal(sqdist + eps) : 0.f; }
   STS_HOST_DEVICE static float add(float potential, float weight) { return potential + weight; }
+  // Potentials are never negative: their bits order like them. A NaN, which only a weight of no pair can make, comes after infinity.
+  STS_HOST_DEVICE static uint32_t order(float potential) { return float_bits(potential); }
 };
 
 }  // namespace sts

@@ -91,7 +91,7 @@ class TileCopy {
 template <class scalar_t, int kTile, class Store>
 __global__ void __launch_bounds__(kMmaThreads<kTile>)
     sqdist_mma_kernel(Rows<scalar_t> rows, int64_t tokens, int64_t first_entry, int64_t entries, const float* norms,
-                      const scalar_t* centre, Store store, unsigned* marks, int64_t mark_tiles, float* out) {
+                      const scalar_t* centre, Store store, unsigned* marks, int64_t mark_tiles, int64_t pitch, float* out) {
   constexpr int kRows = kWarpRows<kTile>, kColumns = kWarpColumns, kThreads = kMmaThreads<kTile>, kMarks = kTile / kMarkTile;
   STS_DYNAMIC_SHARED(scalar_t, shared);
   __shared__ bool warp_marked[kTile / kRows][kTile / kColumns];
@@ -175,9 +175,9 @@ __global__ void __launch_bounds__(kMmaThreads<kTile>)
     cp_async_wait<0>();
 
     // Epilogue. Stored matrices have at most kMatrixTokens tokens, so offsets in them have 32 bits.
-    const int i = opaque(i0 + wi + lane / 4), j = opaque(j0 + wj + lane % 4 * 2);
-    float* const matrix = out + static_cast<int64_t>(entry) * width * width;
-    float *const upper = matrix + i * width + j, *const lower = matrix + j * width + i;
+    const int i = opaque(i0 + wi + lane / 4), j = opaque(j0 + wj + lane % 4 * 2), stride = opaque(static_cast<int>(pitch));
+    float* const matrix = out + entry * tokens * pitch;
+    float *const upper = matrix + i * stride + j, *const lower = matrix + j * stride + i;
     const float* norm = norms + (first_entry + entry) * tokens;
     uint32_t* const least = store.least ? store.least + (first_entry + entry) * tokens : nullptr;
     float column_norm[kColumns / 4];
@@ -202,17 +202,15 @@ __global__ void __launch_bounds__(kMmaThreads<kTile>)
             const bool kept = sqdist >= kCancellation * norms_of_pair;  // false for a NaN too
             value[e] = diagonal ? store(0.f, true) : kept ? store(sqdist, false) : marked_pair();
             if (!inside && (row > column || column >= width)) continue;
-            lower[(n * 8 + e) * width + r * 8] = value[e];
-            if (!inside) upper[r * 8 * width + n * 8 + e] = value[e];
+            lower[(n * 8 + e) * stride + r * 8] = value[e];
+            if (!inside) upper[r * 8 * stride + n * 8 + e] = value[e];
             if (diagonal) continue;
             marked = marked || !kept;
             row_least.take(0, value[e]);
             columns_least.take(n * 2 + e, value[e]);
           }
           if (!inside) continue;
-          float* const pair = upper + r * 8 * width + n * 8;
-          if (width % 2 == 0) *reinterpret_cast<float2*>(pair) = make_float2(value[0], value[1]);
-          else pair[0] = value[0], pair[1] = value[1];
+          *reinterpret_cast<float2*>(upper + r * 8 * stride + n * 8) = make_float2(value[0], value[1]);  // an even pitch
         }
         if (least) row_least.template note<1, 4>(0, least, i + r * 8);
       }
@@ -247,23 +245,23 @@ inline int mma_tile(int64_t tokens, int64_t entries) {
 
 template <int kTile, class scalar_t, class Store>
 cudaError_t launch_sqdist_mma_of(const Rows<scalar_t>& rows, const Items& items, int64_t first_entry, int64_t entries,
-                                 const TokenStats& stats, Store store, unsigned* marks, float* out, cudaStream_t stream) {
+                                 const TokenStats& stats, Store store, unsigned* marks, int64_t pitch, float* out, cudaStream_t stream) {
   const auto tiles = static_cast<unsigned>(ceil_div(items.tokens, kTile));
   const dim3 grid(tiles, tiles, static_cast<unsigned>(entries < 65535 ? entries : 65535));
   const Launch shape{grid, dim3(kMmaThreads<kTile>), kMmaSharedBytes<kTile>, 1, false, stream};
   return launch(sqdist_mma_kernel<scalar_t, kTile, Store>, shape, rows, items.tokens, first_entry, entries, stats.norms,
-                reinterpret_cast<const scalar_t*>(stats.centre), store, marks, mark_tiles(items.tokens), out);
+                reinterpret_cast<const scalar_t*>(stats.centre), store, marks, mark_tiles(items.tokens), pitch, out);
 }
 
 // As launch_sqdist_tiles, for 16-bit rows that mma_fits, with tiles of `tile`. marks: (entries, mark_tiles, mark_tiles).
 template <class scalar_t, class Store>
 cudaError_t launch_sqdist_mma(const Rows<scalar_t>& rows, const Items& items, int64_t first_entry, int64_t entries, int tile,
-                              const TokenStats& stats, Store store, unsigned* marks, float* out, cudaStream_t stream) {
+                              const TokenStats& stats, Store store, unsigned* marks, int64_t pitch, float* out, cudaStream_t stream) {
   const cudaError_t error =
-      tile == kLargeMmaTile ? launch_sqdist_mma_of<kLargeMmaTile>(rows, items, first_entry, entries, stats, store, marks, out, stream)
-                            : launch_sqdist_mma_of<kSmallMmaTile>(rows, items, first_entry, entries, stats, store, marks, out, stream);
+      tile == kLargeMmaTile ? launch_sqdist_mma_of<kLargeMmaTile>(rows, items, first_entry, entries, stats, store, marks, pitch, out, stream)
+                            : launch_sqdist_mma_of<kSmallMmaTile>(rows, items, first_entry, entries, stats, store, marks, pitch, out, stream);
   if (error != cudaSuccess) return error;
-  return launch_sqdist_repair(rows, items, first_entry, entries, store, marks, out, stream);
+  return launch_sqdist_repair(rows, items, first_entry, entries, store, marks, pitch, out, stream);
 }
 
 }  // namespace sts

@@ -166,8 +166,8 @@ struct Selection {
   }
 };
 
-// Rows of weights that a selection is to have ahead of their picks at the most, by STS_KERNELS_LOOKAHEAD; 0 if it does not say. The
-// result is the same for any; 1 is the plain loop.
+// STS_KERNELS_LOOKAHEAD: max picks drafted together (cluster and streaming kernels, CPU); 1: no draft, the plain loop; 0: not set. The
+// result is the same for any value.
 inline int asked_lookahead(int most) {
   const char* value = std::getenv("STS_KERNELS_LOOKAHEAD");
   const int asked = value ? std::atoi(value) : 0;

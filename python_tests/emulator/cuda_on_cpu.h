@@ -346,12 +346,9 @@ void __stcs(T* address, T value) {
   *address = value;
 }
 
-// ---- caches, asynchronous copies and tensor cores ----
+// ---- asynchronous copies and tensor cores ----
 
 namespace emulator {
-
-// Reads, so that an address out of bounds is seen.
-inline void prefetch(const void* address) { static_cast<void>(*static_cast<const volatile char*>(address)); }
 
 // A copy lands at the last moment, in the wait that covers it, so that a missing wait or commit is seen. Until then its
 // destination holds, depending on the schedule, NaNs, tiny numbers or what it held before; so a copy that starts while its

@@ -59,10 +59,11 @@ MUTANTS = (
     ),
     mutant(
         "one buffer of partial minima",
-        "repulsion_select",
+        "repulsion_step",
         "rows.cuh",
         ("partial[turn & 1][warp] = key;", "partial[0][warp] = key;"),
         ("partial[turn & 1][lane] : kNoKey", "partial[0][lane] : kNoKey"),
+        says=RACE,
     ),
     mutant(
         "a vector load past the end of a row",
@@ -221,7 +222,35 @@ MUTANTS = (
         "the last of equal tokens wins",
         "repulsion_select",
         "select_stored.cuh",
-        ("if (potential[t] < low) low =", "if (potential[t] <= low) low ="),
+        ("for (int t = kTokens - 1; t >= 0; --t) which", "for (int t = 0; t < kTokens; ++t) which"),
+    ),
+    mutant(
+        "the last of equal lanes reports",
+        "repulsion_select",
+        "select_stored.cuh",
+        ("(equal & ((2u << lane) - 1)) == 1u << lane", "equal >> lane == 1u"),
+    ),
+    mutant(
+        "one buffer of the warps' reports",
+        "repulsion_select",
+        "select_stored.cuh",
+        ("report[step & 1][warp] =", "report[0][warp] ="),
+        ("lowest_report<kWarps>(report[step & 1]", "lowest_report<kWarps>(report[0]"),
+        says=RACE,
+    ),
+    mutant(
+        "a packed item's rows start on 16 bytes",
+        "repulsion_select",
+        "select_stored.cuh",
+        ("static_cast<int>(item.first % 4) : 0;", "0 : 0;"),
+        says="misaligned address",
+    ),
+    mutant(
+        "tokens of the item before are an item's own",
+        "repulsion_select",
+        "select_stored.cuh",
+        ("const bool inside = j >= 0 && j < tokens;", "const bool inside = j < tokens;"),
+        says="exit status",  # token -1 has no row
     ),
     mutant(
         "a picked token can be picked again",
@@ -230,10 +259,10 @@ MUTANTS = (
         ("return diagonal ? kInfinity : rule.weight(sqdist);", "return rule.weight(sqdist);"),
     ),
     mutant(
-        "more of a row is fetched than there is",
+        "more of a row is read than there is",
         "repulsion_select",
         "select_stored.cuh",
-        ("next_row + (j < tokens ? j : tokens - 1)", "next_row + j"),
+        ("(j < tokens ? j + shift : (tokens + shift - 1) & ~3)", "(j + shift)"),
         says=OVERRUN,
     ),
     # A selection by a cluster.

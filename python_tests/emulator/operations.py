@@ -105,9 +105,8 @@ def _select(
     notes=None,
 ):
     """`matrix_tokens`: up to so many tokens the weights of all pairs are stored, and `item_blocks` blocks share an item
-    (0: as planned); one alone fetches rows ahead where `lookahead` is above 1. Else a sweep makes `lookahead` picks at
-    the most. `notes`: an array for what is noted on the
-    way (launch_repulsion_select)."""
+    (0: as planned). `lookahead`: max picks of an exchange (cluster) or sweep. `notes`: an array for what is noted on
+    the way (launch_repulsion_select)."""
     packed = cu_seqlens is not None
     tokens, channels = rows.shape[-2:]
     args = (
