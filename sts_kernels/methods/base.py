@@ -26,12 +26,15 @@ class Selection:
         assignment: (B, N) int64, packed (T,): the slot of `order` each token is merged into, counted within the item;
             -1: dropped. None: nothing is merged.
         weight: (B, N) float32, packed (T,): the weight of each token in its slot. None: 1.
+        sources: (B, k, M) int64, packed (sum of budgets, M): tokens that a slot takes up beside those assigned to it,
+            counted within the item, -1: none. For methods that merge a token into several slots. None: there are none.
         method: whose arithmetic `merge` uses. None: the weighted mean.
     """
 
     order: Tensor
     assignment: Tensor | None = None
     weight: Tensor | None = None
+    sources: Tensor | None = None
     method: "Method | None" = field(default=None, repr=False)
 
 
@@ -93,7 +96,10 @@ class Method:
         paper: "Title, arXiv id".
         site: where `select` acts: at the input of the projector ("encoder"), after it ("projected"); None: nothing
             happens before the LLM.
-        signals: of `select`, a subset of features, attention (its argument is `scores`), keys and text.
+        signals: of `select`, a subset of features, attention, relevance, keys and text. The argument of attention and of
+            relevance, which a caller of the integration gives, is `scores`.
+        encoder_attention: where attention and keys come from: the layer that makes the "features", as the mean over
+            its heads, or the encoder's "last" layer, all heads as one.
         scope: the tokens of one selection: the whole image ("image"), or each crop, tile or frame ("crop").
         positions: of the tokens left inside the LLM: their "original" ones, or "contiguous" ones.
         takes: the options of `Budget` that the method takes.
@@ -104,6 +110,7 @@ class Method:
     paper: ClassVar[str]
     site: ClassVar[str | None] = "encoder"
     signals: ClassVar[frozenset[str]] = frozenset()
+    encoder_attention: ClassVar[str] = "features"
     scope: ClassVar[str] = "image"
     positions: ClassVar[str] = "original"
     takes: ClassVar[tuple[str, ...]] = ("budget", "keep")
@@ -154,6 +161,8 @@ class Method:
             A Selection. Picks are distinct. Positions past num_tokens[b] are -1. Equal tokens go to the lowest index.
             A token whose signals hold a NaN or infinity is picked only when no finite one is left. An item's result
             does not depend on the rest of the batch or on its padding. No gradient; nothing is read back to the host.
+            A method whose number of tokens depends on the tokens has widest(k) slots, N at most, and -1 past the count
+            of each item.
 
         Raises:
             TypeError, ValueError: the message names the method, the argument, what was expected and what came. Values
@@ -162,7 +171,23 @@ class Method:
         if self.site is None:
             raise ValueError(f"{self.name}: prunes inside the LLM only, so there is nothing to select before it")
         pool = Pool.of(self.name, self.signals, k, features, scores, text, keys, num_tokens)
-        return self.selection(pool)
+        counts = self.counts(pool)
+        if counts is None:
+            return self.selection(pool)
+        width = min(pool.tokens, self.widest(k))
+        selection = self.selection(replace(pool, k=width))
+        kept = torch.arange(width, device=pool.device) < counts[:, None]
+        return replace(selection, order=selection.order.masked_fill(~kept, -1))
+
+    def counts(self, pool: Pool) -> Tensor | None:
+        """(B,) int64: where numbers of tokens depend on the tokens, how many each item keeps when it is asked for
+        pool.k. For nested methods that merge nothing: the first of more picks are the selection of fewer. None: pool.k
+        of every item."""
+        return None
+
+    def widest(self, k: int) -> int:
+        """The most that `counts` says for a k."""
+        return k
 
     def selection(self, pool: Pool) -> Selection:
         """`pick`, with what holds for every method applied to it."""
@@ -198,6 +223,22 @@ class Method:
         if self.site is None:
             raise ValueError(f"{self.name}: prunes inside the LLM only, so there is nothing to select before it")
         return _packed.select(self, lengths, budgets, features, scores, text, keys)
+
+    def fit_budgets(
+        self,
+        lengths: list[int],
+        budgets: list[int],
+        *,
+        features: Tensor | None = None,
+        scores: Tensor | None = None,
+        text: Tensor | None = None,
+        keys: Tensor | None = None,
+    ) -> list[int]:
+        """Budgets for `select_packed` from those asked for, where numbers of tokens depend on the tokens: one read-back.
+        Else `budgets` as they are. Arguments as of `select_packed`."""
+        if type(self).counts is Method.counts:
+            return budgets
+        return _packed.fit_budgets(self, lengths, budgets, features, scores, text, keys)
 
     def merge(self, features: Tensor, selection: Selection) -> Tensor:
         """The rows (B, k, C) of a padded `selection`: the weighted mean of the tokens assigned to each slot. A method

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ... import methods
-from ...methods import Method, Plan, Selection, split_evenly
+from ...methods import Method, Plan, Selection, _packed, split_evenly
 from ...methods._packed import host, offsets
 from .visual_item import VisualItem
 
@@ -85,7 +85,7 @@ def _beside_text(
         }
         sizes, counts = [lengths[i] for i in mine], [budgets[i] for i in mine]
         picked = method.select_packed(sizes, counts, **given, text=torch.stack([texts[i] for i in mine]))
-        columns = zip((picked.order, picked.assignment, picked.weight), (counts, sizes, sizes), strict=True)
+        columns = zip(_packed.columns(picked), (counts, sizes, sizes, counts), strict=True)
         columns = [[None] * len(mine) if x is None else x.split(n) for x, n in columns]
         for index, part in zip(mine, zip(*columns, strict=True), strict=True):
             parts[index] = part
