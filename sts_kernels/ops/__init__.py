@@ -1,5 +1,7 @@
 """One module per op. Adding an op adds two lines here."""
 
+from .dedup_select import dedup_select
+from .dpp_select import dpp_select
 from .last_query_scores import last_query_scores
 from .last_query_scores_varlen import last_query_scores_varlen
 from .pairwise_sqdist import pairwise_sqdist
@@ -8,6 +10,8 @@ from .repulsion_select_varlen import repulsion_select_varlen
 from .repulsion_step import repulsion_step_
 
 __all__ = [
+    "dedup_select",
+    "dpp_select",
     "last_query_scores",
     "last_query_scores_varlen",
     "pairwise_sqdist",
