@@ -1,5 +1,6 @@
 """One module per op. Adding an op adds two lines here."""
 
+from .attention_received import attention_received
 from .dedup_select import dedup_select
 from .dpp_select import dpp_select
 from .knn_density import knn_density
@@ -13,6 +14,7 @@ from .repulsion_step import repulsion_step_
 from .scatter_mean import scatter_mean
 
 __all__ = [
+    "attention_received",
     "dedup_select",
     "dpp_select",
     "knn_density",
