@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from ..ops import scatter_mean
+
 
 def rows(features: Tensor, order: Tensor) -> Tensor:
     """(B, k, C): the rows of features (B, N, C) at order (B, k), zero at -1."""
@@ -31,3 +33,14 @@ def slot_sums(features: Tensor, k: int, assignment: Tensor, weight: Tensor | Non
     one_hot = (assignment[:, None] == torch.arange(k, device=features.device)[:, None]) & finite[:, None]
     one_hot = one_hot.double() if weight is None else torch.where(one_hot, weight.double()[:, None], 0.0)
     return one_hot @ torch.where(finite[..., None], features, 0).double(), one_hot.sum(-1)
+
+
+def others(features: Tensor, selection) -> Tensor:
+    """(B, k, C) float32: of each slot the weighted mean of the tokens merged into the kept one, which does not count;
+    zero where there are none, or the slot is not used."""
+    order, k = selection.order, selection.order.shape[1]
+    tokens = features.shape[1]
+    kept = order.new_zeros((order.shape[0], tokens + 1), dtype=torch.bool)  # one more, for slots that are not used
+    kept = kept.scatter_(1, torch.where(order < 0, tokens, order), True)[:, :tokens]
+    mean, _ = scatter_mean(features.float(), selection.assignment.masked_fill(kept, -1), k, selection.weight)
+    return torch.where((order >= 0)[..., None], mean, 0)
