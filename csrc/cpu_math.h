@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "selection_rule.h"
+
 namespace sts::cpu {
 
 using torch::headeronly::BFloat16;
@@ -24,6 +26,8 @@ constexpr int64_t point_size(int64_t channels) { return (channels + 31) / 32 * 3
   void add_row(const scalar_t* row, float* point, int64_t channels);                                                      \
   /* Whether no channel is a NaN or infinity. */                                                                          \
   bool all_finite(const scalar_t* row, int64_t channels);                                                                 \
+  /* unit = the row divided by its length, of `channels` floats; NaN where the row is not finite. Whether its length is not 0. */ \
+  bool to_unit(const scalar_t* row, float* unit, int64_t channels);                                                       \
   /* out[p * out_stride + r] = |points[p] - rows[r]|^2, summed over differences: nothing cancels. A pair's bits depend on  \
      the pair alone, and are the same with point and row exchanged. `next`: rows that are needed next, which are fetched  \
      into cache meanwhile. */                                                                                              \
@@ -34,8 +38,16 @@ STS_CPU_MATH(Half)
 STS_CPU_MATH(BFloat16)
 #undef STS_CPU_MATH
 
-// sqdist[i] = 1 / (sqdist[i] + eps), in place; 0 where the distance is not a number.
-void to_repulsion(float* sqdist, int64_t count, float eps);
+// A rule on rows of length 1, of which a row of zeros has cosine 0, and squared distance 2, to every row. Such a row i holds
+// zero_row_mark(i) in its first channel, which is far from every other row.
+template <class Rule>
+struct UnitRows : Rule {
+  template <class T>
+  STS_HOST_DEVICE T weight(T sqdist, T token, float pick) const {
+    return Rule::weight(sqdist > 5.f ? T{} + 2.f : sqdist, token, pick);
+  }
+};
+constexpr float zero_row_mark(int64_t row) { return 16.f * static_cast<float>(row + 1); }  // distinct up to 2^24 rows
 
 // Smallest value and the lowest index that holds it.
 struct Lowest {
@@ -43,7 +55,16 @@ struct Lowest {
   int64_t index;
 };
 Lowest lowest(const float* values, int64_t count);
-// values[i] += addend[i], then `lowest`.
-Lowest add_then_lowest(float* values, const float* addend, int64_t count);
+
+#define STS_CPU_RULE(Rule)                                                                                                 \
+  /* sqdist[i] = the rule's weight of sqdist[i], in place. `parameters`: of the tokens, or null; `pick`: of the pick. */     \
+  void to_weight(const Rule& rule, float* sqdist, const float* parameters, int64_t count, float pick);                      \
+  /* potentials[i] = the rule's sum of potentials[i] and weights[i], then `lowest`. */                                     \
+  Lowest add_then_lowest(const Rule& rule, float* potentials, const float* weights, int64_t count);
+STS_CPU_RULE(Repulsion)
+STS_CPU_RULE(Farthest)
+STS_CPU_RULE(UnitRows<Farthest>)
+STS_CPU_RULE(UnitRows<Suppress>)
+#undef STS_CPU_RULE
 
 }  // namespace sts::cpu
