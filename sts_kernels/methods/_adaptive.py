@@ -87,9 +87,7 @@ class Mixing(Adaptive):
     has no formula, it says that the share falls linearly as the erank grows."""
 
     erank_iqr: float = option(ERANK_IQR, "third less first quartile of the complexity, for mixing")
-    mixing: str = option(
-        "fixed", "share of attention tokens: fixed, adaptive (less where an image is complex) or inverse"
-    )
+    mixing: str = option("fixed", "share of attention tokens: fixed, adaptive (less in a complex image) or inverse")
 
     def __post_init__(self):
         super().__post_init__()
