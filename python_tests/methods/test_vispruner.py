@@ -1,5 +1,6 @@
-"""VisPruner: vectors of the official code, its rounds by hand, lists that the official code cannot run, mixing by erank."""
+"""VisPruner: vectors of the official code, rounds by hand, lists that the official code cannot run, mixing by erank."""
 
+import itertools
 import math
 
 import numpy as np
@@ -22,7 +23,7 @@ def rounds(x, rest, wanted, step=8):
         even, odd = rest[::2], rest[1::2]
         closest = [(float((unit[i] @ unit[odd].T).max()), i) for i in even]
         ranked = sorted(closest, key=lambda pair: -pair[0])
-        clear &= all(a[0] - b[0] > TWINS for a, b in zip(ranked, ranked[1:], strict=False))
+        clear &= all(a[0] - b[0] > TWINS for a, b in itertools.pairwise(ranked))
         rest = [i for _, i in ranked[min(step, len(rest) - wanted, len(even)) :]] + odd
     return (rest if wanted else []), clear
 
@@ -73,7 +74,7 @@ def test_rounds_in_float64(device, mixing):
 
 
 def test_mixing_gives_simple_images_more_attention(device):
-    """The share falls as the erank grows, inverse: it rises, and stays within 0.1 and 0.9; a padded item is as alone."""
+    """The share falls as the erank grows (inverse: it rises) between 0.9 and 0.1. A padded item is as alone."""
     rng = torch.Generator().manual_seed(1)
     scale = torch.logspace(0, -4, 32)
     x = torch.stack([torch.randn(40, 32, generator=rng), torch.randn(40, 32, generator=rng) * scale]).to(device)

@@ -96,8 +96,8 @@ class Method:
         paper: "Title, arXiv id".
         site: where `select` acts: at the input of the projector ("encoder"), after it ("projected"); None: nothing
             happens before the LLM.
-        signals: of `select`, a subset of features, attention, relevance, keys and text. The argument of attention and of
-            relevance, which a caller of the integration gives, is `scores`.
+        signals: of `select`, a subset of features, attention, relevance, keys and text. The argument of attention and
+            of relevance is `scores`.
         encoder_attention: where attention and keys come from: the layer that makes the "features", as the mean over
             its heads, or the encoder's "last" layer, all heads as one.
         scope: the tokens of one selection: the whole image ("image"), or each crop, tile or frame ("crop").
@@ -234,8 +234,8 @@ class Method:
         text: Tensor | None = None,
         keys: Tensor | None = None,
     ) -> list[int]:
-        """Budgets for `select_packed` from those asked for, where numbers of tokens depend on the tokens: one read-back.
-        Else `budgets` as they are. Arguments as of `select_packed`."""
+        """Budgets for `select_packed` from those asked for: where numbers of tokens depend on the tokens, with one
+        read-back; else `budgets` as they are. Arguments as of `select_packed`."""
         if type(self).counts is Method.counts:
             return budgets
         return _packed.fit_budgets(self, lengths, budgets, features, scores, text, keys)

@@ -18,8 +18,8 @@ RELEVANCE = ("scores", "text")
 
 @dataclass(frozen=True)
 class CDPruner(Method):
-    """Greedy MAP of a determinantal point process: L_ij = q_i c_ij q_j, with c the cosine of features and q the relevance
-    to the prompt, scaled to 0 .. 1 over each item's own tokens. Past the rank of L tokens follow by q.
+    """Greedy MAP of a determinantal point process: L_ij = q_i c_ij q_j, c the cosine of features, q the relevance to
+    the prompt, scaled to 0 .. 1 over each item's own tokens. Past the rank of L tokens follow by q.
 
     by="scores": the relevance is given, larger is kept rather. The official one is less the mean cosine of CLIP's image
     and text embeddings, and needs CLIP's text tower.

@@ -70,8 +70,8 @@ class PruMerge(Method):
         return self.around(pool, order, torch.where(picks < kept, picks, -1), usable)
 
     def around(self, pool: Pool, order: Tensor, behind: Tensor, usable: Tensor) -> Selection:
-        """What is merged into the tokens of `order`. behind: (B, 1), the slot of all others, -1 where there is none; the
-        picks stand before it, tokens that are not usable after it. It is marked as a source of itself."""
+        """What is merged into the tokens of `order`. behind: (B, 1), the slot of all others, -1: there is none. Picks
+        stand before it, tokens that are not usable after it. Its first source is its own token."""
         slots, tokens = torch.arange(pool.k, device=order.device), pool.tokens
         own = order.new_full((pool.batch, tokens + 1), -1).scatter_(1, order, slots.expand_as(order))[:, :tokens]
         assignment = torch.where(usable & (own < 0), behind, own).masked_fill(~pool.present, -1)

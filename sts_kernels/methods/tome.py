@@ -48,7 +48,7 @@ class ToMe(Method):
 
 
 def matching(keys: Tensor, left: Tensor, merged: Tensor) -> tuple[Tensor, Tensor]:
-    """One bipartite soft matching of the first `left` (B,) rows of keys (B, L, D): the new place (B, L) of each row, and
+    """One bipartite soft matching of the first `left` (B,) rows of keys (B, L, D): each row's new place (B, L), and
     whether it survives. The `merged` (B,) even rows most similar to an odd one take its place. Even rows that are left
     come first, the most similar ones in front, then the odd ones; later rows move up."""
     length = keys.shape[1]
