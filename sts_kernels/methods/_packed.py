@@ -121,10 +121,8 @@ def fit_budgets(method, lengths, budgets, features, scores, text, keys) -> list[
     device = check(method.name, method.signals, lengths, budgets, features, scores, text, keys)
     found, owners = [], []
     for items, pool in pools(device, lengths, budgets, features, scores, text, keys):
-        counts = method.counts(pool)
-        if counts is not None:
-            found.append(counts)
-            owners += items
+        found.append(method.fitted(pool))
+        owners += items
     fitted = list(budgets)
     for item, count in zip(owners, torch.cat(found).tolist() if found else (), strict=True):
         fitted[item] = count

@@ -48,15 +48,14 @@ class AdaVTP(_adaptive.Adaptive):
         _checks.one_of(self.name, "space", self.space, SPACES)
         _checks.one_of(self.name, "count", self.count, ("fixed", "adaptive"))
         object.__setattr__(self, "site", self.space)
+        object.__setattr__(self, "adaptive", self.count == "adaptive")
 
     def widest(self, k: int) -> int:
-        return k if self.count == "fixed" else _adaptive.widest_count(k)
+        return _adaptive.widest_count(k)
 
-    def counts(self, pool: Pool) -> Tensor | None:
-        if self.count == "fixed":
-            return None
+    def counts(self, pool: Pool) -> Tensor:
         complexity = self.measure(pool, pool.finite("features", "scores"))
-        return torch.minimum(_adaptive.counts_of(complexity, self.erank_avg, pool.k), pool.count)
+        return _adaptive.counts_of(complexity, self.erank_avg, pool.k)
 
     def walk(self, pool: Pool) -> tuple[Tensor, Tensor]:
         """Rank (B, N) int64 from 0 on, -1 of tokens that are not usable, and tau (B, N) float32."""

@@ -104,6 +104,7 @@ class Method:
         positions: of the tokens left inside the LLM: their "original" ones, or "contiguous" ones.
         takes: the options of `Budget` that the method takes.
         nested: whether the first k' picks of a selection of k are the selection of k'.
+        adaptive: whether the tokens of an item say how many of them it keeps; see `counts`.
     """
 
     name: ClassVar[str]
@@ -115,6 +116,7 @@ class Method:
     positions: ClassVar[str] = "original"
     takes: ClassVar[tuple[str, ...]] = ("budget", "keep")
     nested: ClassVar[bool] = True
+    adaptive: ClassVar[bool] = False
 
     def plan(self, budget: Budget, layers: int, default_layer: int | None = None) -> Plan:
         """Fits the method to an LLM of `layers` layers. `default_layer` is the model family's own prune layer, for
@@ -171,23 +173,25 @@ class Method:
         if self.site is None:
             raise ValueError(f"{self.name}: prunes inside the LLM only, so there is nothing to select before it")
         pool = Pool.of(self.name, self.signals, k, features, scores, text, keys, num_tokens)
-        counts = self.counts(pool)
-        if counts is None:
+        if not self.adaptive:
             return self.selection(pool)
-        width = min(pool.tokens, self.widest(k))
+        counts, width = self.fitted(pool), min(pool.tokens, self.widest(k))
         selection = self.selection(replace(pool, k=width))
         kept = torch.arange(width, device=pool.device) < counts[:, None]
         return replace(selection, order=selection.order.masked_fill(~kept, -1))
 
-    def counts(self, pool: Pool) -> Tensor | None:
-        """(B,) int64: where numbers of tokens depend on the tokens, how many each item keeps when it is asked for
-        pool.k. For nested methods that merge nothing: the first of more picks are the selection of fewer. None: pool.k
-        of every item."""
-        return None
+    def counts(self, pool: Pool) -> Tensor:
+        """(B,) int64: how many tokens each item of an adaptive method keeps when it is asked for pool.k, at most
+        widest(pool.k). The method is nested and merges nothing: the first of more picks are the selection of fewer."""
+        raise NotImplementedError(f"{self.name}: a method that is adaptive writes counts()")
+
+    def fitted(self, pool: Pool) -> Tensor:
+        """(B,) int64: `counts`. An item of no more tokens than it is asked for keeps them all."""
+        return torch.where(pool.count <= pool.k, pool.count, torch.minimum(self.counts(pool), pool.count))
 
     def widest(self, k: int) -> int:
         """The most that `counts` says for a k."""
-        return k
+        raise NotImplementedError(f"{self.name}: a method that is adaptive writes widest()")
 
     def selection(self, pool: Pool) -> Selection:
         """`pick`, with what holds for every method applied to it."""
@@ -236,7 +240,7 @@ class Method:
     ) -> list[int]:
         """Budgets for `select_packed` from those asked for: where numbers of tokens depend on the tokens, with one
         read-back; else `budgets` as they are. Arguments as of `select_packed`."""
-        if type(self).counts is Method.counts:
+        if not self.adaptive:
             return budgets
         return _packed.fit_budgets(self, lengths, budgets, features, scores, text, keys)
 

@@ -26,7 +26,7 @@ class PruMerge(Method):
 
     With plus=True (PruMerge+) a quarter of the tokens is by attention, and the others are evenly spread over the tokens
     left. The official number of tokens depends on the image; here it is k, the row of all others included. That row has
-    the place of the first token that is not picked.
+    the place of the first token that is not picked. An item that keeps all its tokens stays as it is.
     """
 
     name: ClassVar[str] = "prumerge"
@@ -52,7 +52,8 @@ class PruMerge(Method):
         place = torch.arange(pool.tokens, device=pool.device)
         rank = torch.empty_like(ranked).scatter_(1, ranked, place.expand_as(ranked))
         kept = number.clamp(max=pool.k)
-        picks = torch.where(kept > 1, kept - 1, kept)  # the last row is of all others
+        # The last row is of all others, where there are others.
+        picks = torch.where((kept > 1) & (number > kept), kept - 1, kept)
         best = (picks + 2) // 4 if self.plus else picks  # by attention, rounded half up
         best = torch.where(picks > 0, best.clamp(min=1), 0)
         left = usable & (rank >= best)
@@ -67,16 +68,18 @@ class PruMerge(Method):
         slot = torch.where(first, picks, slot)
         order = torch.cat([ranked[:, : pool.k], ranked[:, :1]], 1)  # one slot more, for tokens that take none
         order = order.scatter_(1, torch.where(picked | first, slot, pool.k), place.expand_as(slot))[:, : pool.k]
-        return self.around(pool, order, torch.where(picks < kept, picks, -1), usable)
+        merges = number > kept
+        return self.around(pool, order, torch.where(picks < kept, picks, -1), usable, merges)
 
-    def around(self, pool: Pool, order: Tensor, behind: Tensor, usable: Tensor) -> Selection:
-        """What is merged into the tokens of `order`. behind: (B, 1), the slot of all others, -1: there is none. Picks
-        stand before it, tokens that are not usable after it. Its first source is its own token."""
+    def around(self, pool: Pool, order: Tensor, behind: Tensor, usable: Tensor, merges: Tensor) -> Selection:
+        """What is merged into the tokens of `order`. merges: (B, 1), whether anything is. behind: (B, 1), the slot of
+        all others, -1: there is none. Picks stand before it, tokens that are not usable after it. Its first source is
+        its own token."""
         slots, tokens = torch.arange(pool.k, device=order.device), pool.tokens
         own = order.new_full((pool.batch, tokens + 1), -1).scatter_(1, order, slots.expand_as(order))[:, :tokens]
         assignment = torch.where(usable & (own < 0), behind, own).masked_fill(~pool.present, -1)
         near = self.nearby(pool, order, usable)
-        near = torch.where((slots == behind)[..., None], -1, near)
+        near = torch.where(((slots == behind) | ~merges)[..., None], -1, near)
         near[..., 0] = torch.where(slots == behind, order, near[..., 0])
         return Selection(order, assignment, torch.where(usable, pool.scores, 0).float(), near)
 
