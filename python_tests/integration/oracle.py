@@ -151,7 +151,8 @@ class Pool:
 
     features: torch.Tensor  # (N, C) as the projector gets them
     projected: torch.Tensor  # (N, C) as the LLM gets them
-    attention: torch.Tensor | None  # (N,) what the encoder pays them
+    attention: torch.Tensor | None  # (N,) what the encoder pays them, or how relevant they are to the prompt
+    keys: torch.Tensor | None = None  # (N, D) by which the encoder attends to them
 
 
 def expect(
@@ -177,15 +178,22 @@ def expect_method(
     prompt,
     answer: list[int],
     keep: int,
-    choose: Callable[[Pool, int], list[int]],
+    choose: Callable[[Pool, int], list[int] | dict[int, torch.Tensor]],
     cuts: list[Cut],
     scope: str = "image",
     contiguous: bool = False,
     attention: dict[str, torch.Tensor] | None = None,
+    keys: dict[str, torch.Tensor] | None = None,
+    project: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    adaptive: bool = False,
+    in_token_order: bool = False,
 ) -> Expected:
     """The logits that predict answer[0], answer[1], ...
 
-    keep, choose: tokens of each image that enter the LLM, and which of a pool. attention: by kind, of all features.
+    keep, choose: tokens of each image that enter the LLM, and which of a pool: indices, or for each what the method
+    merges into it, which `project` makes a row of the LLM's. attention, keys: by kind, of all features. adaptive:
+    `choose` may keep another number. in_token_order: attention is in the order of the LLM's tokens, where that differs
+    from the projector's.
     """
     recording = Recording(model, prompt, max(2, len(answer)))
     ids = torch.tensor(prompt.ids)
@@ -203,6 +211,9 @@ def expect_method(
                 assert len(match) <= 1, "features repeat: the prompt is no test"
                 if match:
                     unit_column[unit] = columns[match[0]]
+            place = {unit: unit for unit in range(start, start + sum(parts))}
+            if in_token_order and len(unit_column) == len(place):
+                place = {unit: start + i for i, unit in enumerate(sorted(place, key=unit_column.get))}
             groups = []
             for part in parts:
                 groups.append([unit for unit in range(start, start + part) if unit in unit_column])
@@ -213,11 +224,15 @@ def expect_method(
             else:
                 quota = _even(total, [len(group) for group in groups])
             for group, count in zip(groups, quota, strict=True):
-                scores = None if attention is None else attention[kind][group]
-                pool = Pool(features.cpu()[group], produced[group], scores)
+                scores = None if attention is None else attention[kind][[place[unit] for unit in group]]
+                own = None if keys is None else keys[kind][group]
+                pool = Pool(features.cpu()[group], produced[group], scores, own)
                 picks = choose(pool, count) if count < len(group) else range(len(group))
                 kept = {group[i] for i in picks}
-                assert len(kept) == count
+                assert adaptive or len(kept) == count
+                if isinstance(picks, dict):
+                    for i, row in picks.items():
+                        embeds[unit_column[group[i]]] = project(row)
                 dropped |= {unit_column[u] for u in group if u not in kept}
             tokens.update({(kind, u): c for u, c in unit_column.items()})
     text = _double_text(model)

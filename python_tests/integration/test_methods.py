@@ -1,5 +1,6 @@
 """Every method on every family against the float64 oracle: prompt and decode, alone and in ragged batches."""
 
+import copy
 import dataclasses
 import itertools
 from collections.abc import Callable
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from sts_kernels import methods
-from sts_kernels.integrations.transformers import encoder_hooks, layer_pruning, prune, vision_pruning
+from sts_kernels.integrations.transformers import encoder_hooks, handle, layer_pruning, prune, vision_pruning
 from sts_kernels.integrations.transformers.adapters import internvl
 from sts_kernels.methods import Budget, Cut, Method, Plan, Selection
 
@@ -22,6 +23,10 @@ from .test_oracle import PROMPTS, STEPS, close
 from .test_refusals import one_sentence
 
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+LLAVA = ("llava", "llava_next", "video_llava")
+MERGING = tuple(family for family in models.FAMILIES if family != "qwen3_vl")  # its features are made of several rows
+ERANK_AVG = 12.0
+PICTURES = ("pixel_values", "pixel_values_images")
 
 
 # --- what each method keeps of a pool, slowly ---
@@ -77,6 +82,162 @@ def random(pool, keep: int) -> list[int]:
     return sorted(drawn, key=lambda i: -drawn[i])[:keep]
 
 
+def ranked(values: torch.Tensor, among, best: int | None = None) -> list[int]:
+    """Best first; ties are no test. best: only the first so many are asked for, in any order."""
+    order = sorted(among, key=lambda i: -float(values[i]))
+    for a, b in itertools.pairwise(order if best is None else order[best - 1 : best + 1]):
+        if values[a] - values[b] <= MARGIN * values[a].abs():
+            raise NearTie("rank")
+    return order
+
+
+def cosines(x: torch.Tensor) -> torch.Tensor:
+    x = x.double() / x.double().norm(dim=1, keepdim=True)
+    return x @ x.T
+
+
+def vispruner(pool, keep: int) -> list[int]:
+    return by_rounds(pool, keep, 0.5)
+
+
+def by_rounds(pool, keep: int, ratio: float) -> list[int]:
+    order, cosine = ranked(pool.attention, range(len(pool.attention))), cosines(pool.features)
+    important, rest = order[: int(keep * ratio)], order[int(keep * ratio) :]
+    while len(rest) > keep - len(important):
+        even, odd = rest[::2], rest[1::2]
+        closest = cosine[:, odd].max(1).values
+        remove = min(8, len(rest) - keep + len(important), len(even))
+        rest = ranked(closest, even)[remove:] + odd
+    return important + rest
+
+
+def erank(x: torch.Tensor) -> float:
+    s = torch.linalg.svdvals(x.double())
+    q = s / s.sum()
+    return float((-(q * q.log()).sum()).exp())
+
+
+def adavtp(pool, keep: int) -> list[int]:
+    return walk(pool.projected, pool.attention, keep)
+
+
+def walk(x: torch.Tensor, attention: torch.Tensor, keep: int) -> list[int]:
+    order, distance, slope = ranked(attention, range(len(x))), 1 - cosines(x), 0.01 * erank(x) / ERANK_AVG
+    picks, left = [], list(order)
+    for rank, token in enumerate(order, 1):
+        if token in left and len(picks) < keep:
+            tau = min(rank * slope, 0.9)
+            if any((distance[token, i] - tau).abs() < MARGIN for i in left):
+                raise NearTie("threshold")
+            picks.append(token)
+            left = [i for i in left if distance[token, i] >= tau and i != token]
+    return picks + [i for i in order if i not in picks][: keep - len(picks)]
+
+
+def adavtp_of_any_number(pool, keep: int) -> list[int]:
+    wanted = keep * min(max(erank(pool.projected) / ERANK_AVG, 0.8), 1.2) + 0.5
+    if abs(wanted - round(wanted)) < 0.01:
+        raise NearTie("count")
+    return walk(pool.projected, pool.attention, min(int(wanted), len(pool.projected)))
+
+
+def adavtp_in_the_encoder(pool, keep: int) -> list[int]:
+    return walk(pool.features, pool.attention, keep)
+
+
+def vispruner_by_erank(pool, keep: int) -> list[int]:
+    share = min(max(0.5 + 0.5 * (ERANK_AVG - erank(pool.features)) / 9.0, 0.1), 0.9)
+    if abs(keep * share - round(keep * share)) < 0.01 and 0.1 < share < 0.9:
+        raise NearTie("share")
+    return by_rounds(pool, keep, share)
+
+
+def fastervlm_divprune(pool, keep: int) -> list[int]:
+    picks = ranked(pool.attention, range(len(pool.attention)))[: max(1, keep // 2)]
+    distance = 1 - cosines(pool.projected)
+    while len(picks) < keep:
+        nearest = distance[picks].min(0).values
+        picks.append(best(nearest, [i for i in range(len(distance)) if i not in picks]))
+    return picks
+
+
+def cdpruner(pool, keep: int) -> list[int]:
+    """Each pick has the largest ratio of determinants."""
+    r = pool.attention.double()
+    quality = (r - r.min() + 1e-6) / (r.max() - r.min())
+    kernel, picks = quality[:, None] * cosines(pool.projected) * quality, []
+    while len(picks) < keep:
+        gain = kernel.diagonal().clone()
+        if picks:
+            block = kernel[picks][:, picks]
+            gain -= (kernel[:, picks] * torch.linalg.solve(block, kernel[picks]).T).sum(1)
+        if gain.max() < 1e-5:
+            raise NearTie("rank")
+        picks.append(best(gain, [i for i in range(len(gain)) if i not in picks]))
+    return picks
+
+
+def visionzip(pool, keep: int) -> dict[int, torch.Tensor]:
+    dominant = (2 * keep * 54 + 64) // 128
+    order = ranked(pool.attention, range(len(pool.attention)))
+    rest = sorted(order[dominant:])
+    step = max(1, len(rest) // max(1, keep - dominant))
+    targets, cosine = rest[::step][: keep - dominant], cosines(pool.keys)
+    x, joined = pool.features.double(), {target: [] for target in targets}
+    for token in rest:
+        if targets and token not in targets:
+            joined[best(cosine[token], targets)].append(token)
+    rows = {i: x[i] for i in order[:dominant]}
+    return rows | {t: x[t] + (x[group].mean(0) if group else 0) for t, group in joined.items()}
+
+
+def prumerge(pool, keep: int) -> dict[int, torch.Tensor]:
+    wanted = max(1, keep - 1)
+    return around(pool, ranked(pool.attention, range(len(pool.attention)), wanted)[:wanted], keep)
+
+
+def prumerge_plus(pool, keep: int) -> dict[int, torch.Tensor]:
+    wanted = max(1, keep - 1)
+    few = max(1, (wanted + 2) // 4)
+    order = ranked(pool.attention, range(len(pool.attention)), few)
+    left = sorted(order[few:])
+    return around(pool, order[:few] + [left[i * len(left) // (wanted - few)] for i in range(wanted - few)], keep)
+
+
+def around(pool, picks: list[int], keep: int) -> dict[int, torch.Tensor]:
+    x, a, cosine = pool.features.double(), pool.attention[:, None], cosines(pool.keys)
+    near = {i: ranked(cosine[i], set(range(len(x))) - {i}, 8)[:8] for i in picks}
+    rows = {i: x[i] + sum(a[j] * x[j] for j in near[i]) for i in picks}
+    others = [i for i in range(len(x)) if i not in picks]
+    return rows | ({others[0]: (a[others] * x[others]).sum(0)} if len(picks) < keep else {})
+
+
+def tome(pool, keep: int) -> dict[int, torch.Tensor]:
+    x, keys, groups = pool.features.double(), pool.keys.double(), [[i] for i in range(len(pool.keys))]
+    while len(groups) > keep:
+        cosine = cosines(torch.stack([keys[group].mean(0) for group in groups]))
+        even, odd = range(0, len(groups), 2), range(1, len(groups), 2)
+        target = {i: best(cosine[i], list(odd)) for i in even}
+        order = ranked(cosine[:, 1::2].max(1).values, even)
+        merged = min(len(groups) - keep, len(groups) // 2)
+        joined = [groups[j] + [t for i in order[:merged] if target[i] == j for t in groups[i]] for j in odd]
+        groups = [groups[i] for i in order[merged:]] + joined
+    return {group[0]: x[group].mean(0) for group in groups}
+
+
+def content(kind: str, arguments: dict) -> torch.Tensor:
+    """A relevance for each token of the encoder that depends on what is in the picture there."""
+    x = arguments["pixel_values_videos" if kind == "video" else PICTURES[1 if PICTURES[1] in arguments else 0]]
+    if x.ndim == 2:  # Qwen-VL: 4 patches in a row make a token
+        return x.view(-1, 4 * x.shape[1]).mean(1)
+    if (sizes := arguments.get("image_sizes")) is not None:
+        x = torch.cat([one[: models.NEXT_SIZES[tuple(size)][0]] for one, size in zip(x, sizes.tolist(), strict=True)])
+    side = x.shape[-1] // (4 if x.shape[-1] == 32 else 6)
+    x = x.reshape(-1, *x.shape[-3:]).mean(1)
+    tokens = x.unfold(1, side, side).unfold(2, side, side).mean((-1, -2)).flatten(1)
+    return torch.nn.functional.pad(tokens, (1, 0), value=0.05) if kind == "video" else tokens  # frames have a [CLS]
+
+
 @dataclass
 class Case:
     options: dict
@@ -87,14 +248,89 @@ class Case:
     scope: str = "image"
     contiguous: bool = False  # where positions have one axis
     method: str = ""
-    families: tuple = field(default=models.FAMILIES)
+    families: tuple = field(default=models.FAMILIES)  # others refuse it
+    refused: str = "rotary positions have three axes"
+    signals: tuple = ()  # attention, last (attention of the encoder's last layer, all heads as one), relevance
+    merges: bool = False
+    adaptive: bool = False
 
 
 CASES = {
     "divprune": Case({"keep": 10}, 10, divprune),
     "divprune by crop": Case({"keep": 10, "scope": "crop"}, 10, divprune, scope="crop", method="divprune"),
     "fps": Case({"keep": 7}, 7, fps),
-    "fastervlm": Case({"keep": 9}, 9, fastervlm, scope="crop"),
+    "fastervlm": Case({"keep": 9}, 9, fastervlm, scope="crop", signals=("attention",)),
+    "vispruner": Case({"keep": 22}, 22, vispruner, scope="crop", signals=("attention",)),
+    "vispruner by erank": Case(
+        {"keep": 15, "mixing": "adaptive", "erank_avg": ERANK_AVG, "erank_iqr": 9.0, "scope": "image"},
+        15,
+        vispruner_by_erank,
+        method="vispruner",
+        signals=("attention",),
+    ),
+    "adavtp": Case(
+        {"keep": 15, "erank_avg": ERANK_AVG, "tau_max": 0.9}, 15, adavtp, scope="crop", signals=("attention",)
+    ),
+    "adavtp in the encoder": Case(
+        {"keep": 15, "erank_avg": ERANK_AVG, "tau_max": 0.9, "space": "encoder"},
+        15,
+        adavtp_in_the_encoder,
+        scope="crop",
+        signals=("attention",),
+        method="adavtp",
+    ),
+    "adavtp, as many as the image needs": Case(
+        {"keep": 10, "erank_avg": ERANK_AVG, "tau_max": 0.9, "count": "adaptive"},
+        10,
+        adavtp_of_any_number,
+        scope="crop",
+        signals=("attention",),
+        method="adavtp",
+        adaptive=True,
+    ),
+    "fastervlm_divprune": Case({"keep": 13}, 13, fastervlm_divprune, scope="crop", signals=("attention",)),
+    "cdpruner": Case({"keep": 9, "relevance": content}, 9, cdpruner, scope="crop", signals=("relevance",)),
+    "visionzip": Case(
+        {"keep": 13},
+        13,
+        visionzip,
+        scope="crop",
+        signals=("attention",),
+        merges=True,
+        families=MERGING,
+        refused="visionzip merges features before the projector",
+    ),
+    "prumerge": Case(
+        {"keep": 11, "neighbours": 8},
+        11,
+        prumerge,
+        scope="crop",
+        signals=("last",),
+        merges=True,
+        families=LLAVA,
+        refused=r"prumerge is defined by the attention of a \[CLS\] token, in the encoder's last layer",
+    ),
+    "prumerge, plus": Case(
+        {"keep": 14, "neighbours": 8, "plus": True},
+        14,
+        prumerge_plus,
+        scope="crop",
+        signals=("last",),
+        merges=True,
+        method="prumerge",
+        families=LLAVA,
+        refused=r"prumerge is defined by the attention of a \[CLS\] token, in the encoder's last layer",
+    ),
+    "tome": Case(
+        {"keep": 10},
+        10,
+        tome,
+        scope="crop",
+        signals=("attention",),
+        merges=True,
+        families=MERGING,
+        refused="tome merges features before the projector",
+    ),
     "random": Case({"keep": 8}, 8, random),
     "uniform": Case({"keep": 5}, 5, uniform),
     "fastv": Case({"layers": [2], "ratios": [3]}, cuts=((2, 3),)),
@@ -154,11 +390,20 @@ def expected_of(model, family: str, prompt, answer: list[int], case: Case) -> or
         oracle.Cut(layer, 4 if left is None else sum(min(left, case.keep, n) for n in sizes), case.score_from)
         for layer, left in case.cuts
     ]
-    attention = None
-    if case.choose is fastervlm:
-        attention = {kind: s.attention for kind, s in vision_oracle.signals(model, family, prompt).items()}
     contiguous = case.contiguous and family not in QWEN
-    return expect_method(model, prompt, answer, case.keep, case.choose, cuts, case.scope, contiguous, attention)
+    given = {"scope": case.scope, "contiguous": contiguous, "adaptive": case.adaptive}
+    if {"attention", "last"} & set(case.signals):
+        found = vision_oracle.signals(model, family, prompt, "last" in case.signals)
+        given |= {name: {k: getattr(s, name) for k, s in found.items()} for name in ("attention", "keys")}
+    if "relevance" in case.signals:
+        inputs = models.batch(model, [prompt])
+        kinds = [kind for kind in ("image", "video") if prompt.parts[kind]]
+        given["attention"] = {kind: content(kind, inputs).flatten().cpu() for kind in kinds}
+        given["in_token_order"] = True
+    if case.merges:
+        projector = copy.deepcopy(projector_of(model)).cpu().double()
+        given["project"] = lambda row: projector(row[None])[0]
+    return expect_method(model, prompt, answer, case.keep, case.choose, cuts, **given)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -166,8 +411,13 @@ def expected_of(model, family: str, prompt, answer: list[int], case: Case) -> or
 def test_generation_is_the_oracles(family, name, device):
     case = CASES[name]
     if family not in case.families:
-        with pytest.raises(NotImplementedError, match="rotary positions have three axes") as e:
-            prune(models.shared(family), case.method or name, **case.options)
+
+        def run():
+            with prune(models.shared(family), case.method or name, **case.options):
+                models.generate(models.shared(family), prompts_of(family, 4), 1)
+
+        with pytest.raises(NotImplementedError, match=case.refused) as e:
+            run()
         one_sentence(e)
         return
     model = models.shared(family, "eager" if name in ("fastv", "sts at a set of layers") else "sdpa", device)
@@ -274,6 +524,29 @@ MUTANTS = {
         "joined.flatten(0, 2)",
         "joined.transpose(1, 2).flatten(0, 2)",
     ),
+    "all heads as one": ("llava", "prumerge", encoder_hooks, 'encoder_attention == "last"', 'encoder_attention == ""'),
+    "the layer of the features": (
+        "llava",
+        "prumerge",
+        handle,
+        "find = self.adapter.last_attention if last else",
+        "find =",
+    ),
+    "relevance in the projector's order": ("qwen2_5_vl", "cdpruner", encoder_hooks, "if order is None", "if True"),
+    "counts as they were asked for": (
+        "llava",
+        "adavtp, as many as the image needs",
+        vision_pruning,
+        "method.fit_budgets(lengths, budgets, **signals)",
+        "budgets",
+    ),
+    "rows that are not merged": (
+        "llava",
+        "visionzip",
+        encoder_hooks,
+        "x if kept.values is None else self._merged(x, kept.values)",
+        "x",
+    ),
     "features before the projector": (
         "llava",
         "divprune",
@@ -292,7 +565,8 @@ def test_mutant_is_caught(name):
 
 
 def test_every_method_of_the_package_is_here():
-    shipped = {"divprune", "fastervlm", "fastv", "fps", "pyramiddrop", "random", "sts", "uniform"}
+    shipped = {"adavtp", "cdpruner", "divprune", "fastervlm", "fastervlm_divprune", "fastv", "fps", "prumerge"}
+    shipped |= {"pyramiddrop", "random", "sts", "tome", "uniform", "visionzip", "vispruner"}
     assert shipped <= set(methods.names())
     assert {case.method or name for name, case in CASES.items()} == shipped
 
@@ -492,6 +766,8 @@ def test_raters(family, device):
         ("fastv", {"layers": [6]}, "at most 5, the LLM has 6 layers, got 6"),
         ("fastv", {"score_from": "last"}, "prune: score_from must be one of layer, next"),
         ("fastv", {"scope": "crop"}, "prune: scope is not an option of fastv"),
+        ("cdpruner", {"keep": 3}, "prune: relevance must be given with cdpruner, as a number for each visual token or"),
+        ("uniform", {"keep": 3, "relevance": torch.ones(36)}, "prune: relevance is not an option of uniform"),
         ("uniform", {"keep": 3, "score_from": "next"}, "prune: score_from is not an option of uniform"),
         (methods.create("uniform"), {"keep": 3, "seed": 1}, "options seed belong to the method"),
     ],
@@ -510,9 +786,40 @@ def test_full_budgets_are_bit_equal(name, family):
     plain = models.generate(model, prompts)
     everything = {"ratios": [1.0], "layers": [3]} if methods.create(name).site is None else {"keep": 1.0}
     everything |= {"rho": 1.0} if name == "sts" else {}
+    everything |= {"relevance": content} if name == "cdpruner" else {}
+    if family not in LLAVA and name == "prumerge":
+        pytest.skip("refused, as test_generation_is_the_oracles sees")
     with prune(model, name, **everything):
         same = models.generate(model, prompts)
     assert torch.equal(models.logits_of(plain), models.logits_of(same))
+
+
+@pytest.mark.parametrize(
+    ("relevance", "error", "match"),
+    [
+        (torch.ones(35), ValueError, "must have a number for each of the 36 tokens that the images have .*, got 35"),
+        ([torch.ones(30), 6], TypeError, "must be a tensor, a list of tensors or a function of one, got Tensor, int"),
+        (lambda kind, arguments: None, TypeError, "or a function of one, got NoneType"),
+    ],
+)
+def test_bad_relevance(relevance, error, match):
+    model = models.shared("llava")
+    with prune(model, "cdpruner", keep=5, relevance=relevance), pytest.raises(error, match=match) as e:
+        models.generate(model, [models.prompt_of("llava", 1)])
+    assert "\n" not in str(e.value)
+
+
+def test_relevance_that_is_given_in_advance():
+    """A tensor for all images, or one for each, is as the function that returns it; and the text's cosines are one."""
+    model, prompt = models.shared("llava"), models.prompt_of("llava", 2, seed=3)
+    values = content("image", models.batch(model, [prompt]))
+    outs = []
+    for relevance in (content, values, list(values), lambda kind, arguments: list(values)):
+        with prune(model, "cdpruner", keep=5, relevance=relevance):
+            outs.append(models.logits_of(models.generate(model, [prompt])))
+    assert all(torch.equal(out, outs[0]) for out in outs)
+    with prune(model, "cdpruner", keep=5, by="text"):
+        assert not torch.equal(models.logits_of(models.generate(model, [prompt])), outs[0])
 
 
 def test_a_frozen_method_is_reusable():
