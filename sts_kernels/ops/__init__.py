@@ -1,19 +1,25 @@
 """One module per op. Adding an op adds two lines here."""
 
 from .attention_received import attention_received
+from .knn_density import knn_density
 from .last_query_scores import last_query_scores
 from .last_query_scores_varlen import last_query_scores_varlen
+from .nearest import nearest
 from .pairwise_sqdist import pairwise_sqdist
 from .repulsion_select import repulsion_select
 from .repulsion_select_varlen import repulsion_select_varlen
 from .repulsion_step import repulsion_step_
+from .scatter_mean import scatter_mean
 
 __all__ = [
     "attention_received",
+    "knn_density",
     "last_query_scores",
     "last_query_scores_varlen",
+    "nearest",
     "pairwise_sqdist",
     "repulsion_select",
     "repulsion_select_varlen",
     "repulsion_step_",
+    "scatter_mean",
 ]
