@@ -1,6 +1,8 @@
 """Every method on every family against the float64 oracle: prompt and decode, alone and in ragged batches."""
 
+import contextlib
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,17 +12,25 @@ import pytest
 import torch
 
 from sts_kernels import methods
-from sts_kernels.integrations.transformers import encoder_hooks, layer_pruning, prune, vision_pruning
+from sts_kernels.integrations.transformers import (
+    cut_selection,
+    encoder_hooks,
+    layer_pruning,
+    masks,
+    prune,
+    vision_pruning,
+)
 from sts_kernels.integrations.transformers.adapters import internvl
 from sts_kernels.methods import Budget, Cut, Method, Plan, Selection
 
-from . import models, oracle, vision_oracle
+from . import models, oracle, slow_methods, vision_oracle
 from .models import output_cache
 from .oracle import MARGIN, NearTie, expect_method
 from .test_mutants import mutated
 from .test_oracle import PROMPTS, STEPS, close
 from .test_refusals import one_sentence
 
+NO_DEEPSTACK = tuple(f for f in models.FAMILIES if f != "qwen3_vl")  # its features are made of several rows
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 
@@ -77,6 +87,9 @@ def random(pool, keep: int) -> list[int]:
     return sorted(drawn, key=lambda i: -drawn[i])[:keep]
 
 
+polymorphic, halves = slow_methods.PolyMorphic(), slow_methods.PolyMorphic(1.0, 1.0)
+
+
 @dataclass
 class Case:
     options: dict
@@ -87,6 +100,8 @@ class Case:
     scope: str = "image"
     contiguous: bool = False  # where positions have one axis
     method: str = ""
+    cut: Callable | None = None  # a rule of its own inside the LLM
+    recycles: tuple | None = None  # share and per_cluster of SparseVLM
     families: tuple = field(default=models.FAMILIES)
 
 
@@ -129,6 +144,54 @@ CASES = {
         families=tuple(f for f in models.FAMILIES if f not in QWEN),
     ),
     "sts, stage 1 alone": Case({"budget": 6, "rho": 1.0}, 6, oracle.repulsion(), method="sts"),
+    "polymorphic": Case(
+        {"keep": 11, "layers": [2, 4], "ratios": [8, 5]},
+        11,
+        polymorphic.choose,
+        ((2, 8), (4, 5)),
+        cut=polymorphic.cut,
+        families=NO_DEEPSTACK,
+    ),
+    "polymorphic, as many merged": Case(
+        {"keep": 10, "layers": [3], "ratios": [6], "retained": 1.0, "positions": "contiguous"},
+        10,
+        halves.choose,
+        ((3, 6),),
+        cut=halves.cut,
+        contiguous=True,
+        method="polymorphic",
+        families=tuple(f for f in NO_DEEPSTACK if f not in QWEN),
+    ),
+    "polymorphic, stage 1 alone": Case(
+        {"keep": 10}, 10, polymorphic.choose, method="polymorphic", families=NO_DEEPSTACK
+    ),
+    "polymorphic, stage 2 alone": Case(
+        {"layers": [2, 3, 5], "ratios": [13, 8, 5], "llm_only": True},
+        cuts=((2, 13), (3, 8), (5, 5)),
+        cut=polymorphic.cut,
+        method="polymorphic",
+    ),
+    "sparsevlm": Case(
+        {"layers": [2, 3, 5], "ratios": [14, 9, 4]},
+        cuts=((2, 14), (3, 9), (5, 4)),
+        recycles=(0.3, 10),
+        contiguous=True,
+    ),
+    "sparsevlm, many clusters": Case(
+        {"layers": [2, 4], "ratios": [12, 5], "recycle": 0.6, "per_cluster": 3, "positions": "original"},
+        cuts=((2, 12), (4, 5)),
+        recycles=(0.6, 3),
+        method="sparsevlm",
+    ),
+    "sparsevlm, nothing recycled": Case(
+        {"layers": [2], "ratios": [5], "recycle": 0.0, "score_from": "next"},
+        cuts=((2, 5),),
+        recycles=(0, 1),
+        score_from="next",
+        contiguous=True,
+        method="sparsevlm",
+    ),
+    "dart": Case({"layers": [2], "ratios": [15]}, cuts=((2, 15),), cut=slow_methods.dart),
     "sts, stage 2 alone": Case({"layers": [3], "ratios": [4], "llm_only": True}, cuts=((3, 4),), method="sts"),
 }
 
@@ -150,12 +213,17 @@ def prompts_of(family: str, seed: int) -> list[models.Prompt]:
 
 def expected_of(model, family: str, prompt, answer: list[int], case: Case) -> oracle.Expected:
     sizes = image_sizes(family, prompt)
-    cuts = [
-        oracle.Cut(layer, 4 if left is None else sum(min(left, case.keep, n) for n in sizes), case.score_from)
-        for layer, left in case.cuts
-    ]
+    cuts, before = [], sum(min(case.keep, n) for n in sizes)
+    for layer, left in case.cuts:
+        left = 4 if left is None else min(before, sum(min(left, case.keep, n) for n in sizes))
+        choose = case.cut
+        if case.recycles is not None and left < before:
+            best, clusters = slow_methods.recycled(before - left, *case.recycles)
+            choose, left = functools.partial(slow_methods.sparsevlm, kept=left, best=best), left + clusters
+        cuts.append(oracle.Cut(layer, left, case.score_from, choose=choose))
+        before = left
     attention = None
-    if case.choose is fastervlm:
+    if case.choose in (fastervlm, polymorphic.choose, halves.choose):
         attention = {kind: s.attention for kind, s in vision_oracle.signals(model, family, prompt).items()}
     contiguous = case.contiguous and family not in QWEN
     return expect_method(model, prompt, answer, case.keep, case.choose, cuts, case.scope, contiguous, attention)
@@ -164,10 +232,11 @@ def expected_of(model, family: str, prompt, answer: list[int], case: Case) -> or
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_generation_is_the_oracles(family, name, device):
-    case = CASES[name]
+    case, model = CASES[name], models.shared(family)
     if family not in case.families:
-        with pytest.raises(NotImplementedError, match="rotary positions have three axes") as e:
-            prune(models.shared(family), case.method or name, **case.options)
+        match = "rotary positions have three axes|merges features before the projector"
+        with pytest.raises(NotImplementedError, match=match) as e, prune(model, case.method or name, **case.options):
+            models.generate(model, [models.prompt_of(family, 1)], 1)
         one_sentence(e)
         return
     model = models.shared(family, "eager" if name in ("fastv", "sts at a set of layers") else "sdpa", device)
@@ -196,7 +265,7 @@ def test_generation_is_the_oracles(family, name, device):
             assert held == [len(k) for k, layers in zip(want.kept, depth, strict=True) for _ in range(layers)]
 
 
-@pytest.mark.parametrize("name", ["pyramiddrop", "sts at a set of layers"])
+@pytest.mark.parametrize("name", ["pyramiddrop", "sts at a set of layers", "polymorphic", "sparsevlm", "dart"])
 @pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl"])
 def test_other_ways_of_running(family, name, device):
     """Several cuts, and positions of their own: no cache, drafts, beams, a later turn on the returned cache."""
@@ -274,6 +343,23 @@ MUTANTS = {
         "joined.flatten(0, 2)",
         "joined.transpose(1, 2).flatten(0, 2)",
     ),
+    "recycled tokens at their centers": ("llava", "sparsevlm", cut_selection, "= last + turn", "= at[:, :1] * 0"),
+    "merged tokens as their centers": (
+        "llava",
+        "polymorphic, stage 2 alone",
+        cut_selection,
+        "methods.merge(visual, picked)",
+        "visual.gather(1, picked.order[..., None].expand(-1, -1, visual.shape[2]))",
+    ),
+    "the first words do not rate": ("llava", "sparsevlm", masks, "(column > last)", "(column > last + 3)"),
+    "keys of one head": ("llava", "dart", layer_pruning, "key.abs().sum(", "key[:, :1].abs().sum("),
+    "raters by what is left": (
+        "llava",
+        "sparsevlm",
+        layer_pruning,
+        "run.scores = attention_received(rows, key.transpose(1, 2), scale, raters, asking, slots)",
+        "run.scores = attention_received(rows, key.transpose(1, 2), scale, None, asking, slots)",
+    ),
     "features before the projector": (
         "llava",
         "divprune",
@@ -292,7 +378,8 @@ def test_mutant_is_caught(name):
 
 
 def test_every_method_of_the_package_is_here():
-    shipped = {"divprune", "fastervlm", "fastv", "fps", "pyramiddrop", "random", "sts", "uniform"}
+    shipped = {"dart", "divprune", "fastervlm", "fastv", "fps", "polymorphic", "pyramiddrop", "random", "sparsevlm"}
+    shipped |= {"sts", "uniform"}
     assert shipped <= set(methods.names())
     assert {case.method or name for name, case in CASES.items()} == shipped
 
@@ -476,6 +563,40 @@ def test_raters(family, device):
     pytest.fail("no prompts without near-ties")
 
 
+def test_states_are_compared_behind_the_final_norm():
+    """Its scales matter: cosines of normalised states do not see them as long as they are all 1."""
+    model = models.build("llava")
+    scales = torch.rand(model.config.text_config.hidden_size, generator=torch.Generator().manual_seed(0)) ** 4
+    model.model.language_model.norm.weight.data.copy_(4 * scales)
+    case, compared = CASES["dart"], 0
+    for seed in range(4, 8):
+        prompt = models.prompt_of("llava", 1, seed=seed)
+        with prune(model, "dart", **case.options):
+            out = models.generate(model, [prompt], 2)
+        answer = out.sequences[0, len(prompt.ids) :].tolist()
+        with contextlib.suppress(NearTie):
+            close(models.logits_of(out)[0], expected_of(model, "llava", prompt, answer, case).logits)
+            compared += 1
+    assert compared > 1
+
+
+@pytest.mark.parametrize("name", ["polymorphic", "sparsevlm", "dart"])
+def test_a_prompt_that_ends_with_its_image_is_refused(name):
+    """These methods go by the text behind it. A prompt of which nothing is dropped needs none."""
+    model, case = models.shared("llava"), CASES[name]
+    prompt, plain = models.prompt_of("llava", 1, seed=3), models.prompt_of("llava", 0, seed=1)
+    prompt.ids = prompt.ids[: max(i for i, token in enumerate(prompt.ids) if token == models.IMAGE) + 1]
+    with (
+        prune(model, name, **case.options),
+        pytest.raises(ValueError, match="text behind the last image, and row 1") as e,
+    ):
+        models.generate(model, [plain, prompt])
+    one_sentence(e)
+    everything = {"layers": [2], "ratios": [1.0]}
+    with prune(model, name, **everything):
+        models.generate(model, [plain, prompt])
+
+
 # --- arguments ---
 
 
@@ -492,6 +613,12 @@ def test_raters(family, device):
         ("fastv", {"layers": [6]}, "at most 5, the LLM has 6 layers, got 6"),
         ("fastv", {"score_from": "last"}, "prune: score_from must be one of layer, next"),
         ("fastv", {"scope": "crop"}, "prune: scope is not an option of fastv"),
+        ("dart", {"score_from": "next"}, "prune: score_from is not an option of dart, which goes by no attention"),
+        (
+            "polymorphic",
+            {"budget": 9, "score_from": "next"},
+            "score_from is not an option of polymorphic, which goes by",
+        ),
         ("uniform", {"keep": 3, "score_from": "next"}, "prune: score_from is not an option of uniform"),
         (methods.create("uniform"), {"keep": 3, "seed": 1}, "options seed belong to the method"),
     ],
