@@ -1,7 +1,8 @@
 """Every method on every family against the float64 oracle: prompt and decode, alone and in ragged batches."""
 
-import copy
+import contextlib
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,40 +12,39 @@ import pytest
 import torch
 
 from sts_kernels import methods
-from sts_kernels.integrations.transformers import encoder_hooks, handle, layer_pruning, prune, vision_pruning
+from sts_kernels.integrations.transformers import (
+    cut_selection,
+    encoder_hooks,
+    handle,
+    layer_pruning,
+    masks,
+    prune,
+    vision_pruning,
+)
 from sts_kernels.integrations.transformers.adapters import internvl
 from sts_kernels.methods import Budget, Cut, Method, Plan, Selection
 
-from . import models, oracle, vision_oracle
+from . import models, oracle, slow_methods, vision_oracle
+from . import slow_selection as slow
 from .models import output_cache
-from .oracle import MARGIN, NearTie, expect_method
+from .oracle import NearTie, expect_method
 from .test_mutants import mutated
 from .test_oracle import PROMPTS, STEPS, close
 from .test_refusals import one_sentence
 
+NO_DEEPSTACK = tuple(f for f in models.FAMILIES if f != "qwen3_vl")  # its features are made of several rows
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 LLAVA = ("llava", "llava_next", "video_llava")
-MERGING = tuple(family for family in models.FAMILIES if family != "qwen3_vl")  # its features are made of several rows
-ERANK_AVG = 12.0
-PICTURES = ("pixel_values", "pixel_values_images")
 
 
 # --- what each method keeps of a pool, slowly ---
-
-
-def best(values: torch.Tensor, among: list[int]) -> int:
-    """The index of the largest value; ties are no test."""
-    ranked = sorted(among, key=lambda i: -float(values[i]))
-    if len(ranked) > 1 and values[ranked[0]] - values[ranked[1]] <= MARGIN * values[ranked[0]].abs():
-        raise NearTie("choice")
-    return ranked[0]
 
 
 def farthest(distance: torch.Tensor, first: int, keep: int) -> list[int]:
     picks = [first]
     while len(picks) < keep:
         nearest = distance[picks].min(0).values
-        picks.append(best(nearest, [i for i in range(len(distance)) if i not in picks]))
+        picks.append(slow.best(nearest, [i for i in range(len(distance)) if i not in picks]))
     return picks
 
 
@@ -52,7 +52,7 @@ def divprune(pool, keep: int) -> list[int]:
     x = pool.projected / pool.projected.norm(dim=1, keepdim=True)
     distance = 1 - x @ x.T
     lonely = (distance + 9 * torch.eye(len(x))).min(0).values
-    return farthest(distance, best(lonely, list(range(len(x)))), keep)
+    return farthest(distance, slow.best(lonely, list(range(len(x)))), keep)
 
 
 def fps(pool, keep: int) -> list[int]:
@@ -63,7 +63,7 @@ def fps(pool, keep: int) -> list[int]:
 def fastervlm(pool, keep: int) -> list[int]:
     left = list(range(len(pool.attention)))
     for _ in range(keep):
-        left.remove(best(pool.attention, left))
+        left.remove(slow.best(pool.attention, left))
     return [i for i in range(len(pool.attention)) if i not in left]
 
 
@@ -82,160 +82,7 @@ def random(pool, keep: int) -> list[int]:
     return sorted(drawn, key=lambda i: -drawn[i])[:keep]
 
 
-def ranked(values: torch.Tensor, among, best: int | None = None) -> list[int]:
-    """Best first; ties are no test. best: only the first so many are asked for, in any order."""
-    order = sorted(among, key=lambda i: -float(values[i]))
-    for a, b in itertools.pairwise(order if best is None else order[best - 1 : best + 1]):
-        if values[a] - values[b] <= MARGIN * values[a].abs():
-            raise NearTie("rank")
-    return order
-
-
-def cosines(x: torch.Tensor) -> torch.Tensor:
-    x = x.double() / x.double().norm(dim=1, keepdim=True)
-    return x @ x.T
-
-
-def vispruner(pool, keep: int) -> list[int]:
-    return by_rounds(pool, keep, 0.5)
-
-
-def by_rounds(pool, keep: int, ratio: float) -> list[int]:
-    order, cosine = ranked(pool.attention, range(len(pool.attention))), cosines(pool.features)
-    important, rest = order[: int(keep * ratio)], order[int(keep * ratio) :]
-    while len(rest) > keep - len(important):
-        even, odd = rest[::2], rest[1::2]
-        closest = cosine[:, odd].max(1).values
-        remove = min(8, len(rest) - keep + len(important), len(even))
-        rest = ranked(closest, even)[remove:] + odd
-    return important + rest
-
-
-def erank(x: torch.Tensor) -> float:
-    s = torch.linalg.svdvals(x.double())
-    q = s / s.sum()
-    return float((-(q * q.log()).sum()).exp())
-
-
-def adavtp(pool, keep: int) -> list[int]:
-    return walk(pool.projected, pool.attention, keep)
-
-
-def walk(x: torch.Tensor, attention: torch.Tensor, keep: int) -> list[int]:
-    order, distance, slope = ranked(attention, range(len(x))), 1 - cosines(x), 0.01 * erank(x) / ERANK_AVG
-    picks, left = [], list(order)
-    for rank, token in enumerate(order, 1):
-        if token in left and len(picks) < keep:
-            tau = min(rank * slope, 0.9)
-            if any((distance[token, i] - tau).abs() < MARGIN for i in left):
-                raise NearTie("threshold")
-            picks.append(token)
-            left = [i for i in left if distance[token, i] >= tau and i != token]
-    return picks + [i for i in order if i not in picks][: keep - len(picks)]
-
-
-def adavtp_of_any_number(pool, keep: int) -> list[int]:
-    wanted = keep * min(max(erank(pool.projected) / ERANK_AVG, 0.8), 1.2) + 0.5
-    if abs(wanted - round(wanted)) < 0.01:
-        raise NearTie("count")
-    return walk(pool.projected, pool.attention, min(int(wanted), len(pool.projected)))
-
-
-def adavtp_in_the_encoder(pool, keep: int) -> list[int]:
-    return walk(pool.features, pool.attention, keep)
-
-
-def vispruner_by_erank(pool, keep: int) -> list[int]:
-    share = min(max(0.5 + 0.5 * (ERANK_AVG - erank(pool.features)) / 9.0, 0.1), 0.9)
-    if abs(keep * share - round(keep * share)) < 0.01 and 0.1 < share < 0.9:
-        raise NearTie("share")
-    return by_rounds(pool, keep, share)
-
-
-def fastervlm_divprune(pool, keep: int) -> list[int]:
-    picks = ranked(pool.attention, range(len(pool.attention)))[: max(1, keep // 2)]
-    distance = 1 - cosines(pool.projected)
-    while len(picks) < keep:
-        nearest = distance[picks].min(0).values
-        picks.append(best(nearest, [i for i in range(len(distance)) if i not in picks]))
-    return picks
-
-
-def cdpruner(pool, keep: int) -> list[int]:
-    """Each pick has the largest ratio of determinants."""
-    r = pool.attention.double()
-    quality = (r - r.min() + 1e-6) / (r.max() - r.min())
-    kernel, picks = quality[:, None] * cosines(pool.projected) * quality, []
-    while len(picks) < keep:
-        gain = kernel.diagonal().clone()
-        if picks:
-            block = kernel[picks][:, picks]
-            gain -= (kernel[:, picks] * torch.linalg.solve(block, kernel[picks]).T).sum(1)
-        if gain.max() < 1e-5:
-            raise NearTie("rank")
-        picks.append(best(gain, [i for i in range(len(gain)) if i not in picks]))
-    return picks
-
-
-def visionzip(pool, keep: int) -> dict[int, torch.Tensor]:
-    dominant = (2 * keep * 54 + 64) // 128
-    order = ranked(pool.attention, range(len(pool.attention)))
-    rest = sorted(order[dominant:])
-    step = max(1, len(rest) // max(1, keep - dominant))
-    targets, cosine = rest[::step][: keep - dominant], cosines(pool.keys)
-    x, joined = pool.features.double(), {target: [] for target in targets}
-    for token in rest:
-        if targets and token not in targets:
-            joined[best(cosine[token], targets)].append(token)
-    rows = {i: x[i] for i in order[:dominant]}
-    return rows | {t: x[t] + (x[group].mean(0) if group else 0) for t, group in joined.items()}
-
-
-def prumerge(pool, keep: int) -> dict[int, torch.Tensor]:
-    wanted = max(1, keep - 1)
-    return around(pool, ranked(pool.attention, range(len(pool.attention)), wanted)[:wanted], keep)
-
-
-def prumerge_plus(pool, keep: int) -> dict[int, torch.Tensor]:
-    wanted = max(1, keep - 1)
-    few = max(1, (wanted + 2) // 4)
-    order = ranked(pool.attention, range(len(pool.attention)), few)
-    left = sorted(order[few:])
-    return around(pool, order[:few] + [left[i * len(left) // (wanted - few)] for i in range(wanted - few)], keep)
-
-
-def around(pool, picks: list[int], keep: int) -> dict[int, torch.Tensor]:
-    x, a, cosine = pool.features.double(), pool.attention[:, None], cosines(pool.keys)
-    near = {i: ranked(cosine[i], set(range(len(x))) - {i}, 8)[:8] for i in picks}
-    rows = {i: x[i] + sum(a[j] * x[j] for j in near[i]) for i in picks}
-    others = [i for i in range(len(x)) if i not in picks]
-    return rows | ({others[0]: (a[others] * x[others]).sum(0)} if len(picks) < keep else {})
-
-
-def tome(pool, keep: int) -> dict[int, torch.Tensor]:
-    x, keys, groups = pool.features.double(), pool.keys.double(), [[i] for i in range(len(pool.keys))]
-    while len(groups) > keep:
-        cosine = cosines(torch.stack([keys[group].mean(0) for group in groups]))
-        even, odd = range(0, len(groups), 2), range(1, len(groups), 2)
-        target = {i: best(cosine[i], list(odd)) for i in even}
-        order = ranked(cosine[:, 1::2].max(1).values, even)
-        merged = min(len(groups) - keep, len(groups) // 2)
-        joined = [groups[j] + [t for i in order[:merged] if target[i] == j for t in groups[i]] for j in odd]
-        groups = [groups[i] for i in order[merged:]] + joined
-    return {group[0]: x[group].mean(0) for group in groups}
-
-
-def content(kind: str, arguments: dict) -> torch.Tensor:
-    """A relevance for each token of the encoder that depends on what is in the picture there."""
-    x = arguments["pixel_values_videos" if kind == "video" else PICTURES[1 if PICTURES[1] in arguments else 0]]
-    if x.ndim == 2:  # Qwen-VL: 4 patches in a row make a token
-        return x.view(-1, 4 * x.shape[1]).mean(1)
-    if (sizes := arguments.get("image_sizes")) is not None:
-        x = torch.cat([one[: models.NEXT_SIZES[tuple(size)][0]] for one, size in zip(x, sizes.tolist(), strict=True)])
-    side = x.shape[-1] // (4 if x.shape[-1] == 32 else 6)
-    x = x.reshape(-1, *x.shape[-3:]).mean(1)
-    tokens = x.unfold(1, side, side).unfold(2, side, side).mean((-1, -2)).flatten(1)
-    return torch.nn.functional.pad(tokens, (1, 0), value=0.05) if kind == "video" else tokens  # frames have a [CLS]
+polymorphic, halves = slow_methods.PolyMorphic(), slow_methods.PolyMorphic(1.0, 1.0)
 
 
 @dataclass
@@ -248,11 +95,12 @@ class Case:
     scope: str = "image"
     contiguous: bool = False  # where positions have one axis
     method: str = ""
-    families: tuple = field(default=models.FAMILIES)  # others refuse it
-    refused: str = "rotary positions have three axes"
-    signals: tuple = ()  # attention, last (attention of the encoder's last layer, all heads as one), relevance
-    merges: bool = False
+    cut: Callable | None = None  # a rule of its own inside the LLM
+    recycles: tuple | None = None  # share and per_cluster of SparseVLM
+    signals: tuple = ()  # attention, last (of the encoder's last layer, all heads as one), relevance
     adaptive: bool = False
+    families: tuple = field(default=models.FAMILIES)  # others refuse it
+    refused: str = "rotary positions have three axes|merges features before the projector"
 
 
 CASES = {
@@ -260,63 +108,59 @@ CASES = {
     "divprune by crop": Case({"keep": 10, "scope": "crop"}, 10, divprune, scope="crop", method="divprune"),
     "fps": Case({"keep": 7}, 7, fps),
     "fastervlm": Case({"keep": 9}, 9, fastervlm, scope="crop", signals=("attention",)),
-    "vispruner": Case({"keep": 22}, 22, vispruner, scope="crop", signals=("attention",)),
+    "vispruner": Case({"keep": 22}, 22, slow.vispruner, scope="crop", signals=("attention",)),
     "vispruner by erank": Case(
-        {"keep": 15, "mixing": "adaptive", "erank_avg": ERANK_AVG, "erank_iqr": 9.0, "scope": "image"},
+        {"keep": 15, "mixing": "adaptive", "erank_avg": slow.ERANK_AVG, "erank_iqr": 9.0, "scope": "image"},
         15,
-        vispruner_by_erank,
+        slow.vispruner_by_erank,
         method="vispruner",
         signals=("attention",),
     ),
     "adavtp": Case(
-        {"keep": 15, "erank_avg": ERANK_AVG, "tau_max": 0.9}, 15, adavtp, scope="crop", signals=("attention",)
+        {"keep": 15, "erank_avg": slow.ERANK_AVG, "tau_max": 0.9}, 15, slow.adavtp, scope="crop", signals=("attention",)
     ),
     "adavtp in the encoder": Case(
-        {"keep": 15, "erank_avg": ERANK_AVG, "tau_max": 0.9, "space": "encoder"},
+        {"keep": 15, "erank_avg": slow.ERANK_AVG, "tau_max": 0.9, "space": "encoder"},
         15,
-        adavtp_in_the_encoder,
+        slow.adavtp_in_the_encoder,
         scope="crop",
         signals=("attention",),
         method="adavtp",
     ),
     "adavtp, as many as the image needs": Case(
-        {"keep": 10, "erank_avg": ERANK_AVG, "tau_max": 0.9, "count": "adaptive"},
+        {"keep": 10, "erank_avg": slow.ERANK_AVG, "tau_max": 0.9, "count": "adaptive"},
         10,
-        adavtp_of_any_number,
+        slow.adavtp_of_any_number,
         scope="crop",
         signals=("attention",),
         method="adavtp",
         adaptive=True,
     ),
-    "fastervlm_divprune": Case({"keep": 13}, 13, fastervlm_divprune, scope="crop", signals=("attention",)),
-    "cdpruner": Case({"keep": 9, "relevance": content}, 9, cdpruner, scope="crop", signals=("relevance",)),
+    "fastervlm_divprune": Case({"keep": 13}, 13, slow.fastervlm_divprune, scope="crop", signals=("attention",)),
+    "cdpruner": Case({"keep": 9, "relevance": slow.content}, 9, slow.cdpruner, scope="crop", signals=("relevance",)),
     "visionzip": Case(
         {"keep": 13},
         13,
-        visionzip,
+        slow.visionzip,
         scope="crop",
         signals=("attention",),
-        merges=True,
-        families=MERGING,
-        refused="visionzip merges features before the projector",
+        families=NO_DEEPSTACK,
     ),
     "prumerge": Case(
         {"keep": 11, "neighbours": 8},
         11,
-        prumerge,
+        slow.prumerge,
         scope="crop",
         signals=("last",),
-        merges=True,
         families=LLAVA,
         refused=r"prumerge is defined by the attention of a \[CLS\] token, in the encoder's last layer",
     ),
     "prumerge, plus": Case(
         {"keep": 14, "neighbours": 8, "plus": True},
         14,
-        prumerge_plus,
+        slow.prumerge_plus,
         scope="crop",
         signals=("last",),
-        merges=True,
         method="prumerge",
         families=LLAVA,
         refused=r"prumerge is defined by the attention of a \[CLS\] token, in the encoder's last layer",
@@ -324,12 +168,10 @@ CASES = {
     "tome": Case(
         {"keep": 10},
         10,
-        tome,
+        slow.tome,
         scope="crop",
         signals=("attention",),
-        merges=True,
-        families=MERGING,
-        refused="tome merges features before the projector",
+        families=NO_DEEPSTACK,
     ),
     "random": Case({"keep": 8}, 8, random),
     "uniform": Case({"keep": 5}, 5, uniform),
@@ -365,6 +207,61 @@ CASES = {
         families=tuple(f for f in models.FAMILIES if f not in QWEN),
     ),
     "sts, stage 1 alone": Case({"budget": 6, "rho": 1.0}, 6, oracle.repulsion(), method="sts"),
+    "polymorphic": Case(
+        {"keep": 11, "layers": [2, 4], "ratios": [8, 5]},
+        11,
+        polymorphic.choose,
+        ((2, 8), (4, 5)),
+        signals=("attention",),
+        cut=polymorphic.cut,
+        families=NO_DEEPSTACK,
+    ),
+    "polymorphic, as many merged": Case(
+        {"keep": 10, "layers": [3], "ratios": [6], "retained": 1.0, "positions": "contiguous"},
+        10,
+        halves.choose,
+        ((3, 6),),
+        signals=("attention",),
+        cut=halves.cut,
+        contiguous=True,
+        method="polymorphic",
+        families=tuple(f for f in NO_DEEPSTACK if f not in QWEN),
+    ),
+    "polymorphic, stage 1 alone": Case(
+        {"keep": 10},
+        10,
+        polymorphic.choose,
+        signals=("attention",),
+        method="polymorphic",
+        families=NO_DEEPSTACK,
+    ),
+    "polymorphic, stage 2 alone": Case(
+        {"layers": [2, 3, 5], "ratios": [13, 8, 5], "llm_only": True},
+        cuts=((2, 13), (3, 8), (5, 5)),
+        cut=polymorphic.cut,
+        method="polymorphic",
+    ),
+    "sparsevlm": Case(
+        {"layers": [2, 3, 5], "ratios": [14, 9, 4]},
+        cuts=((2, 14), (3, 9), (5, 4)),
+        recycles=(0.3, 10),
+        contiguous=True,
+    ),
+    "sparsevlm, many clusters": Case(
+        {"layers": [2, 4], "ratios": [12, 5], "recycle": 0.6, "per_cluster": 3, "positions": "original"},
+        cuts=((2, 12), (4, 5)),
+        recycles=(0.6, 3),
+        method="sparsevlm",
+    ),
+    "sparsevlm, nothing recycled": Case(
+        {"layers": [2], "ratios": [5], "recycle": 0.0, "score_from": "next"},
+        cuts=((2, 5),),
+        recycles=(0, 1),
+        score_from="next",
+        contiguous=True,
+        method="sparsevlm",
+    ),
+    "dart": Case({"layers": [2], "ratios": [15]}, cuts=((2, 15),), cut=slow_methods.dart),
     "sts, stage 2 alone": Case({"layers": [3], "ratios": [4], "llm_only": True}, cuts=((3, 4),), method="sts"),
 }
 
@@ -386,10 +283,15 @@ def prompts_of(family: str, seed: int) -> list[models.Prompt]:
 
 def expected_of(model, family: str, prompt, answer: list[int], case: Case) -> oracle.Expected:
     sizes = image_sizes(family, prompt)
-    cuts = [
-        oracle.Cut(layer, 4 if left is None else sum(min(left, case.keep, n) for n in sizes), case.score_from)
-        for layer, left in case.cuts
-    ]
+    cuts, before = [], sum(min(case.keep, n) for n in sizes)
+    for layer, left in case.cuts:
+        left = 4 if left is None else min(before, sum(min(left, case.keep, n) for n in sizes))
+        choose = case.cut
+        if case.recycles is not None and left < before:
+            best, clusters = slow_methods.recycled(before - left, *case.recycles)
+            choose, left = functools.partial(slow_methods.sparsevlm, kept=left, best=best), left + clusters
+        cuts.append(oracle.Cut(layer, left, case.score_from, choose=choose))
+        before = left
     contiguous = case.contiguous and family not in QWEN
     given = {"scope": case.scope, "contiguous": contiguous, "adaptive": case.adaptive}
     if {"attention", "last"} & set(case.signals):
@@ -398,26 +300,21 @@ def expected_of(model, family: str, prompt, answer: list[int], case: Case) -> or
     if "relevance" in case.signals:
         inputs = models.batch(model, [prompt])
         kinds = [kind for kind in ("image", "video") if prompt.parts[kind]]
-        given["attention"] = {kind: content(kind, inputs).flatten().cpu() for kind in kinds}
+        given["attention"] = {kind: slow.content(kind, inputs).flatten().cpu() for kind in kinds}
         given["in_token_order"] = True
-    if case.merges:
-        projector = copy.deepcopy(projector_of(model)).cpu().double()
-        given["project"] = lambda row: projector(row[None])[0]
     return expect_method(model, prompt, answer, case.keep, case.choose, cuts, **given)
 
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_generation_is_the_oracles(family, name, device):
-    case = CASES[name]
+    case, model = CASES[name], models.shared(family)
     if family not in case.families:
-
-        def run():
-            with prune(models.shared(family), case.method or name, **case.options):
-                models.generate(models.shared(family), prompts_of(family, 4), 1)
-
-        with pytest.raises(NotImplementedError, match=case.refused) as e:
-            run()
+        with (
+            pytest.raises(NotImplementedError, match=case.refused) as e,
+            prune(model, case.method or name, **case.options),
+        ):
+            models.generate(model, [models.prompt_of(family, 1)], 1)
         one_sentence(e)
         return
     model = models.shared(family, "eager" if name in ("fastv", "sts at a set of layers") else "sdpa", device)
@@ -446,7 +343,7 @@ def test_generation_is_the_oracles(family, name, device):
             assert held == [len(k) for k, layers in zip(want.kept, depth, strict=True) for _ in range(layers)]
 
 
-@pytest.mark.parametrize("name", ["pyramiddrop", "sts at a set of layers"])
+@pytest.mark.parametrize("name", ["pyramiddrop", "sts at a set of layers", "polymorphic", "sparsevlm", "dart"])
 @pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl"])
 def test_other_ways_of_running(family, name, device):
     """Several cuts, and positions of their own: no cache, drafts, beams, a later turn on the returned cache."""
@@ -547,6 +444,23 @@ MUTANTS = {
         "x if kept.values is None else self._merged(x, kept.values)",
         "x",
     ),
+    "recycled tokens at their centers": ("llava", "sparsevlm", cut_selection, "= last + turn", "= at[:, :1] * 0"),
+    "merged tokens as their centers": (
+        "llava",
+        "polymorphic, stage 2 alone",
+        cut_selection,
+        "methods.merge(visual, picked)",
+        "visual.gather(1, picked.order[..., None].expand(-1, -1, visual.shape[2]))",
+    ),
+    "the first words do not rate": ("llava", "sparsevlm", masks, "(column > last)", "(column > last + 3)"),
+    "keys of one head": ("llava", "dart", layer_pruning, "key.abs().sum(", "key[:, :1].abs().sum("),
+    "raters by what is left": (
+        "llava",
+        "sparsevlm",
+        layer_pruning,
+        "run.scores = attention_received(rows, key.transpose(1, 2), scale, raters, asking, slots)",
+        "run.scores = attention_received(rows, key.transpose(1, 2), scale, None, asking, slots)",
+    ),
     "features before the projector": (
         "llava",
         "divprune",
@@ -565,8 +479,9 @@ def test_mutant_is_caught(name):
 
 
 def test_every_method_of_the_package_is_here():
-    shipped = {"adavtp", "cdpruner", "divprune", "fastervlm", "fastervlm_divprune", "fastv", "fps", "prumerge"}
-    shipped |= {"pyramiddrop", "random", "sts", "tome", "uniform", "visionzip", "vispruner"}
+    shipped = {"adavtp", "cdpruner", "dart", "divprune", "fastervlm", "fastervlm_divprune", "fastv", "fps"}
+    shipped |= {"polymorphic", "prumerge", "pyramiddrop", "random", "sparsevlm", "sts", "tome", "uniform"}
+    shipped |= {"visionzip", "vispruner"}
     assert shipped <= set(methods.names())
     assert {case.method or name for name, case in CASES.items()} == shipped
 
@@ -653,7 +568,7 @@ def test_keys_of_the_encoder(family, device):
         def choose(pool, keep):
             left = list(range(len(pool.attention)))
             for _ in range(keep):
-                left.remove(best(pool.attention, left))
+                left.remove(slow.best(pool.attention, left))
             return [i for i in range(len(pool.attention)) if i not in left]
 
         with prune(model, ByKeys(), keep=5):
@@ -750,6 +665,40 @@ def test_raters(family, device):
     pytest.fail("no prompts without near-ties")
 
 
+def test_states_are_compared_behind_the_final_norm():
+    """Its scales matter: cosines of normalised states do not see them as long as they are all 1."""
+    model = models.build("llava")
+    scales = torch.rand(model.config.text_config.hidden_size, generator=torch.Generator().manual_seed(0)) ** 4
+    model.model.language_model.norm.weight.data.copy_(4 * scales)
+    case, compared = CASES["dart"], 0
+    for seed in range(4, 8):
+        prompt = models.prompt_of("llava", 1, seed=seed)
+        with prune(model, "dart", **case.options):
+            out = models.generate(model, [prompt], 2)
+        answer = out.sequences[0, len(prompt.ids) :].tolist()
+        with contextlib.suppress(NearTie):
+            close(models.logits_of(out)[0], expected_of(model, "llava", prompt, answer, case).logits)
+            compared += 1
+    assert compared > 1
+
+
+@pytest.mark.parametrize("name", ["polymorphic", "sparsevlm", "dart"])
+def test_a_prompt_that_ends_with_its_image_is_refused(name):
+    """These methods go by the text behind it. A prompt of which nothing is dropped needs none."""
+    model, case = models.shared("llava"), CASES[name]
+    prompt, plain = models.prompt_of("llava", 1, seed=3), models.prompt_of("llava", 0, seed=1)
+    prompt.ids = prompt.ids[: max(i for i, token in enumerate(prompt.ids) if token == models.IMAGE) + 1]
+    with (
+        prune(model, name, **case.options),
+        pytest.raises(ValueError, match="text behind the last image, and row 1") as e,
+    ):
+        models.generate(model, [plain, prompt])
+    one_sentence(e)
+    everything = {"layers": [2], "ratios": [1.0]}
+    with prune(model, name, **everything):
+        models.generate(model, [plain, prompt])
+
+
 # --- arguments ---
 
 
@@ -768,6 +717,12 @@ def test_raters(family, device):
         ("fastv", {"scope": "crop"}, "prune: scope is not an option of fastv"),
         ("cdpruner", {"keep": 3}, "prune: relevance must be given with cdpruner, as a number for each visual token or"),
         ("uniform", {"keep": 3, "relevance": torch.ones(36)}, "prune: relevance is not an option of uniform"),
+        ("dart", {"score_from": "next"}, "prune: score_from is not an option of dart, which goes by no attention"),
+        (
+            "polymorphic",
+            {"budget": 9, "score_from": "next"},
+            "score_from is not an option of polymorphic, which goes by",
+        ),
         ("uniform", {"keep": 3, "score_from": "next"}, "prune: score_from is not an option of uniform"),
         (methods.create("uniform"), {"keep": 3, "seed": 1}, "options seed belong to the method"),
     ],
@@ -786,7 +741,7 @@ def test_full_budgets_are_bit_equal(name, family):
     plain = models.generate(model, prompts)
     everything = {"ratios": [1.0], "layers": [3]} if methods.create(name).site is None else {"keep": 1.0}
     everything |= {"rho": 1.0} if name == "sts" else {}
-    everything |= {"relevance": content} if name == "cdpruner" else {}
+    everything |= {"relevance": slow.content} if name == "cdpruner" else {}
     if family not in LLAVA and name == "prumerge":
         pytest.skip("refused, as test_generation_is_the_oracles sees")
     with prune(model, name, **everything):
@@ -812,9 +767,9 @@ def test_bad_relevance(relevance, error, match):
 def test_relevance_that_is_given_in_advance():
     """A tensor for all images, or one for each, is as the function that returns it; and the text's cosines are one."""
     model, prompt = models.shared("llava"), models.prompt_of("llava", 2, seed=3)
-    values = content("image", models.batch(model, [prompt]))
+    values = slow.content("image", models.batch(model, [prompt]))
     outs = []
-    for relevance in (content, values, list(values), lambda kind, arguments: list(values)):
+    for relevance in (slow.content, values, list(values), lambda kind, arguments: list(values)):
         with prune(model, "cdpruner", keep=5, relevance=relevance):
             outs.append(models.logits_of(models.generate(model, [prompt])))
     assert all(torch.equal(out, outs[0]) for out in outs)

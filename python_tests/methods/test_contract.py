@@ -176,8 +176,8 @@ def run_all_ways(method: Method, given: dict, counts: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("name", SELECTING)
 def test_nothing_is_read_back(name, monkeypatch):
-    """A meta tensor has no values: whatever reads one fails. On the CPU a dispatch mode looks on, while the ops check
-    no values, as on a GPU."""
+    """A meta tensor has no values: whatever reads one fails. On the CPU a dispatch mode looks on; the checks of values
+    that only the CPU makes are off."""
     method = methods.create(name)
     given = signals(method)
     with torch.device("meta"):

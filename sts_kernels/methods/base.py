@@ -13,7 +13,7 @@ from . import _merge, _packed
 from ._budget import Budget, take
 from ._pool import Pool
 
-__all__ = ["Budget", "Cut", "Method", "Plan", "Pool", "Selection", "option"]
+__all__ = ["Budget", "Cut", "Inside", "Method", "Plan", "Pool", "Selection", "option"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,15 +46,44 @@ class Cut:
         layer: the first layer that runs on what is left.
         keep: visual tokens of a prompt left, from the numbers of tokens its images had before any pruning. May be 0.
             Never more than are left of the cut before.
-        queries: whose attention scores the tokens: the "last" token of the prompt, or the "raters" of `Method.raters`.
-        score_from: the attention of layer `layer` - 1 itself ("layer"), or that of query and key of the "next" layer on
-            the hidden states so far.
+        queries: what scores the tokens: attention of the "last" token of the prompt, or of the "raters" of
+            `Method.raters`; the L1 norms of their "keys"; "text": nothing does, `select` compares hidden states.
+            All but "last" need text behind the last image.
+        score_from: the attention of layer `layer` - 1 itself ("layer"), or query and key of the "next" layer on the
+            hidden states so far.
+        select: picks the tokens, and says what is merged into them. None: the tokens of largest score.
+        recycled: how many of `keep` are merged from dropped tokens, and go behind the last token that is kept; they are
+            the last of `select`'s picks. None: none, every merged token stays at the place of its pick.
     """
 
     layer: int
     keep: Callable[[Sequence[int]], int]
     queries: str = "last"
     score_from: str = "layer"
+    select: "Callable[[Inside], Selection] | None" = None
+    recycled: Callable[[Sequence[int]], int] | None = None
+
+
+@dataclass(frozen=True)
+class Inside:
+    """What a cut picks from: G prompts inside the LLM that have n visual tokens each, and M text tokens behind them.
+
+    Attributes:
+        k: visual tokens that go on, 1 <= k < n. recycled: as in `Cut`.
+        visual: (G, n, C) hidden states as they enter the cut's layer.
+        text: (G, M, C) likewise, of the text behind the last image. text_mask: (G, M) bool, False: padding.
+        scores: (G, n) float32, by the cut's `queries`; None for "text". text_scores: (G, M).
+        norm: the LLM's final norm.
+    """
+
+    k: int
+    recycled: int
+    visual: Tensor
+    text: Tensor
+    text_mask: Tensor
+    scores: Tensor | None = None
+    text_scores: Tensor | None = None
+    norm: Callable[[Tensor], Tensor] = lambda x: x
 
 
 @dataclass(frozen=True)

@@ -94,8 +94,9 @@ def prune(
     plan = method.plan(Budget(budget, keep, layers, ratios), len(base.language_model.layers), adapter.prune_layer)
     if scope is not None and method.site is None:
         raise ValueError(f"prune: scope is not an option of {method.name}, which selects nothing before the LLM")
-    if score_from is not None and not plan.cuts:
-        raise ValueError(f"prune: score_from is not an option of {method.name}, which drops nothing inside the LLM")
+    if score_from is not None and not any(cut.queries in ("last", "raters") for cut in plan.cuts):
+        what = "goes by no attention" if plan.cuts else "drops nothing"
+        raise ValueError(f"prune: score_from is not an option of {method.name}, which {what} inside the LLM")
     if score_from is not None:
         plan = replace(plan, cuts=tuple(replace(cut, score_from=score_from) for cut in plan.cuts))
     if positions is None:
