@@ -110,9 +110,10 @@ CASES = {
     "fastervlm": Case({"keep": 9}, 9, fastervlm, scope="crop", signals=("attention",)),
     "vispruner": Case({"keep": 22}, 22, slow.vispruner, scope="crop", signals=("attention",)),
     "vispruner by erank": Case(
-        {"keep": 15, "mixing": "adaptive", "erank_avg": slow.ERANK_AVG, "erank_iqr": 9.0, "scope": "image"},
+        {"keep": 15, "mixing": "adaptive", "erank_avg": slow.ERANK_AVG, "erank_iqr": 9.0},
         15,
         slow.vispruner_by_erank,
+        scope="crop",
         method="vispruner",
         signals=("attention",),
     ),
@@ -301,7 +302,7 @@ def expected_of(model, family: str, prompt, answer: list[int], case: Case) -> or
         inputs = models.batch(model, [prompt])
         kinds = [kind for kind in ("image", "video") if prompt.parts[kind]]
         given["attention"] = {kind: slow.content(kind, inputs).flatten().cpu() for kind in kinds}
-        given["in_token_order"] = True
+        given["in_token_order"] = family in QWEN
     return expect_method(model, prompt, answer, case.keep, case.choose, cuts, **given)
 
 
@@ -314,7 +315,7 @@ def test_generation_is_the_oracles(family, name, device):
             pytest.raises(NotImplementedError, match=case.refused) as e,
             prune(model, case.method or name, **case.options),
         ):
-            models.generate(model, [models.prompt_of(family, 1)], 1)
+            models.generate(model, prompts_of(family, 4), 1)
         one_sentence(e)
         return
     model = models.shared(family, "eager" if name in ("fastv", "sts at a set of layers") else "sdpa", device)
