@@ -240,42 +240,43 @@ STS_INLINE bool finite_all(const scalar_t* row, int64_t channels) {
   return sum == 0.f;
 }
 
-// Returns false where the row's length is 0. The largest entry is divided out first, so that no square leaves float32's range; dividing by
-// a power of two is exact, and rows that differ by a power of two have equal units.
-template <int L, class scalar_t>
-STS_INLINE bool unit_all(const scalar_t* row, float* unit, int64_t channels) {
-  Floats<L> x, most = {}, sum = {}, spoiled = {};
-  for (int64_t c = 0; c < channels; ++c) unit[c] = static_cast<float>(row[c]);
-  const int64_t whole = channels / L * L;
-  for (int64_t c = 0; c < whole; c += L) {
-    load<L>(&x, unit + c);
-    spoiled += x - x;
+// The largest entry's power of two is divided out first: no square leaves float32's range, and rows that differ by a power of two have
+// equal units.
+template <int L>
+STS_INLINE bool unit_all(float* point, int64_t size) {
+  Floats<L> x, lanes = {}, spoiled = {};
+  for (int64_t c = 0; c < size; c += L) {
+    load<L>(&x, point + c);
+    spoiled += x - x;  // a NaN where x is not finite
     x = x < 0.f ? -x : x;
-    most = x > most ? x : most;
+    lanes = x > lanes ? x : lanes;
   }
-  float largest = 0.f, bad = 0.f;
-  for (int lane = 0; lane < L; ++lane) largest = std::max(largest, most[lane]), bad += spoiled[lane];
-  for (int64_t c = whole; c < channels; ++c) largest = std::max(largest, std::fabs(unit[c])), bad += unit[c] - unit[c];
-  if (!(bad == 0.f)) {
-    for (int64_t c = 0; c < channels; ++c) unit[c] = __builtin_nanf("");
+  float total, largest = 0.f;
+  totals<L, 1>(&spoiled, &total);
+  if (total != 0.f) {
+    std::fill_n(point, size, __builtin_nanf(""));
     return true;
   }
+  for (int lane = 0; lane < L; ++lane) largest = std::max(largest, lanes[lane]);
   if (largest == 0.f) return false;
   int exponent;
-  std::frexp(largest, &exponent);  // largest = m 2^exponent, 0.5 <= m < 1
-  const int half = exponent / 2;   // 2^-exponent itself may overflow
+  std::frexp(largest, &exponent);
+  const int half = exponent / 2;  // in two steps: 2^-exponent may be infinite
   const float first = std::ldexp(1.f, -half), second = std::ldexp(1.f, half - exponent);
-  for (int64_t c = 0; c < whole; c += L) {
-    load<L>(&x, unit + c);
+  lanes = Floats<L>{};
+  for (int64_t c = 0; c < size; c += L) {
+    load<L>(&x, point + c);
     x = x * first * second;
-    std::memcpy(unit + c, &x, sizeof x);
-    sum += x * x;
+    std::memcpy(point + c, &x, sizeof x);
+    lanes += x * x;
   }
-  float total = 0.f;
-  for (int64_t c = whole; c < channels; ++c) unit[c] = unit[c] * first * second, total += unit[c] * unit[c];
-  for (int lane = 0; lane < L; ++lane) total += sum[lane];
+  totals<L, 1>(&lanes, &total);
   const float length = std::sqrt(total);
-  for (int64_t c = 0; c < channels; ++c) unit[c] /= length;
+  for (int64_t c = 0; c < size; c += L) {
+    load<L>(&x, point + c);
+    x /= length;
+    std::memcpy(point + c, &x, sizeof x);
+  }
   return true;
 }
 
@@ -328,8 +329,6 @@ STS_INLINE void weight_all(const Rule& rule, float* sqdist, const float* paramet
   STS_PER_ISA(void, add_row, (const scalar_t* row, float* point, int64_t channels), (row, point, channels),                \
               (add_all<L>(row, point, channels)))                                                                          \
   STS_PER_ISA(bool, all_finite, (const scalar_t* row, int64_t channels), (row, channels), (finite_all<L>(row, channels)))  \
-  STS_PER_ISA(bool, to_unit, (const scalar_t* row, float* unit, int64_t channels), (row, unit, channels),                  \
-              (unit_all<L>(row, unit, channels)))                                                                          \
   STS_PER_ISA(void, sqdist,                                                                                                \
               (const float* const* points, int num_points, const scalar_t* const* rows, int64_t num_rows,                    \
                const scalar_t* const* next, int64_t num_next, int64_t channels, float* out, int64_t out_stride),           \
@@ -348,9 +347,9 @@ STS_CPU_MATH(BFloat16)
 STS_CPU_RULE(Repulsion)
 STS_CPU_RULE(Farthest)
 STS_CPU_RULE(UnitRows<Farthest>)
-STS_CPU_RULE(UnitRows<Suppress>)
 #undef STS_CPU_RULE
 
+STS_PER_ISA(bool, to_unit, (float* point, int64_t size), (point, size), (unit_all<L>(point, size)))
 STS_PER_ISA(Lowest, lowest, (const float* values, int64_t count), (values, count),
             (lowest_all<L, Repulsion>(nullptr, const_cast<float*>(values), nullptr, count)))
 

@@ -26,8 +26,6 @@ constexpr int64_t point_size(int64_t channels) { return (channels + 31) / 32 * 3
   void add_row(const scalar_t* row, float* point, int64_t channels);                                                      \
   /* Whether no channel is a NaN or infinity. */                                                                          \
   bool all_finite(const scalar_t* row, int64_t channels);                                                                 \
-  /* unit = the row divided by its length, of `channels` floats; NaN where the row is not finite. Whether its length is not 0. */ \
-  bool to_unit(const scalar_t* row, float* unit, int64_t channels);                                                       \
   /* out[p * out_stride + r] = |points[p] - rows[r]|^2, summed over differences: nothing cancels. A pair's bits depend on  \
      the pair alone, and are the same with point and row exchanged. `next`: rows that are needed next, which are fetched  \
      into cache meanwhile. */                                                                                              \
@@ -38,8 +36,11 @@ STS_CPU_MATH(Half)
 STS_CPU_MATH(BFloat16)
 #undef STS_CPU_MATH
 
-// A rule on rows of length 1, of which a row of zeros has cosine 0, and squared distance 2, to every row. Such a row i holds
-// zero_row_mark(i) in its first channel, which is far from every other row.
+// Divides a point by its length, in place. A point with a NaN or infinity becomes NaN throughout. False where the length is 0.
+bool to_unit(float* point, int64_t size);
+
+// A rule on rows of length 1. A row of zeros has cosine 0, and squared distance 2, to every row: such a row i holds zero_row_mark(i) in its
+// first channel, which puts it further from every other row than 4.
 template <class Rule>
 struct UnitRows : Rule {
   template <class T>
@@ -64,7 +65,6 @@ Lowest lowest(const float* values, int64_t count);
 STS_CPU_RULE(Repulsion)
 STS_CPU_RULE(Farthest)
 STS_CPU_RULE(UnitRows<Farthest>)
-STS_CPU_RULE(UnitRows<Suppress>)
 #undef STS_CPU_RULE
 
 }  // namespace sts::cpu

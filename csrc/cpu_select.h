@@ -334,25 +334,12 @@ class Selector {
   RowCache cache_;
 };
 
-// Rows of length 1 of one item, in float32.
-class UnitRowsCopy {
- public:
-  template <class scalar_t>
-  Rows<float> copy(Team& team, const Rows<scalar_t>& rows, int64_t entry, const Item& item) {
-    const int64_t channels = rows.channels;
-    values_.resize(item.tokens * channels);
-    team.for_rows(item.tokens, 8 * channels, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        float* unit = values_.data() + i * channels;
-        if (!to_unit(rows.row(entry, item.first + i), unit, channels)) unit[0] = zero_row_mark(i);
-      }
-    });
-    return {values_.data(), 0, channels, rows.channels};
-  }
-
- private:
-  std::vector<float> values_;
-};
+// A row as a unit point.
+template <class scalar_t>
+void to_unit_point(const scalar_t* row, int64_t channels, int64_t number, float* unit) {
+  to_point(row, unit, channels);
+  if (!to_unit(unit, point_size(channels))) unit[0] = zero_row_mark(number);
+}
 
 template <class scalar_t, class Rule>
 void select_items(Team& team, const Rows<scalar_t>& rows, const Items& items, Rule rule, int64_t begin, int64_t end, int64_t* picks) {
@@ -360,41 +347,43 @@ void select_items(Team& team, const Rows<scalar_t>& rows, const Items& items, Ru
   for (int64_t b = begin; b < end; ++b) selector.run(rows, items.packed() ? 0 : b, items[b].first, b, items[b], picks + items[b].out);
 }
 
-// The same on rows of length 1.
+// The same on a copy of unit points.
 template <class scalar_t, class Rule>
 void select_unit_items(Team& team, const Rows<scalar_t>& rows, const Items& items, Rule rule, int64_t begin, int64_t end, int64_t* picks) {
-  UnitRowsCopy unit;
-  Selector<float, UnitRows<Rule>> selector(team, rows.channels, items, {rule});
+  const auto size = static_cast<int>(point_size(rows.channels));
+  Selector<float, UnitRows<Rule>> selector(team, size, items, {rule});
+  std::vector<float> unit;
   for (int64_t b = begin; b < end; ++b) {
     const Item item = items[b];
-    const Rows<float> of_item = item.picks > 0 ? unit.copy(team, rows, items.packed() ? 0 : b, item) : Rows<float>{};
-    selector.run(of_item, 0, 0, b, item, picks + item.out);
+    if (item.picks > 0) {
+      unit.resize(item.tokens * size);
+      team.for_rows(item.tokens, 8 * size, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i)
+          to_unit_point(rows.row(items.packed() ? 0 : b, item.first + i), rows.channels, i, unit.data() + i * size);
+      });
+    }
+    selector.run({unit.data(), 0, size, size}, 0, 0, b, item, picks + item.out);
   }
 }
 
-template <class Rule>
-Tensor select(const Selection& selection, Rule rule) {
+// The output of a selection. select_some(team, rows, begin, end, picks) selects from the items from `begin` to `end`; picks: of all.
+template <class F>
+Tensor select_all(const Selection& selection, const F& select_some) {
   const Items& items = selection.items;
   Selection::check_values(selection.op, items);
   Tensor out = selection.new_output();
   int64_t* picks = static_cast<int64_t*>(out.mutable_data_ptr());
   dispatch(selection.features.scalar_type(), [&](auto* element) {
     const auto rows = rows_of<std::remove_pointer_t<decltype(element)>>(selection.features);
-    const auto run = [&](Team& team, int64_t begin, int64_t end) {
-      if constexpr (!std::is_same_v<Rule, Repulsion>) {
-        if (selection.cosine) return select_unit_items(team, rows, items, rule, begin, end, picks);
-      }
-      if constexpr (!std::is_same_v<Rule, Suppress>) select_items(team, rows, items, rule, begin, end, picks);
-    };
     const int64_t shared = items.packed() ? std::max<int64_t>(1, items.count) : 1;  // items that share the tokens and the picks
     const int64_t passes = 4 + ceil_div(items.picks, shared);  // the first pick reads the features as often as four others
     const int64_t item_work = 2 * rows.channels * ceil_div(items.tokens, shared) * passes;
     with_team(items.count * item_work, [&](Team& team) {
       // Threads take whole items where there are enough of them, else rows of one item.
-      if (items.count < team.members) return run(team, 0, items.count);
+      if (items.count < team.members) return select_some(team, rows, 0, items.count, picks);
       team.for_rows(items.count, item_work, [&](int64_t begin, int64_t end) {
         Team alone(1);
-        run(alone, begin, end);
+        select_some(alone, rows, begin, end, picks);
       });
     });
   });

@@ -3,14 +3,20 @@
 namespace sts {
 namespace {
 
+Tensor select(const Selection& selection, double eps) {
+  const Repulsion rule{checked_eps(selection.op, eps)};
+  return cpu::select_all(selection, [&](cpu::Team& team, const auto& rows, int64_t begin, int64_t end, int64_t* picks) {
+    cpu::select_items(team, rows, selection.items, rule, begin, end, picks);
+  });
+}
+
 Tensor repulsion_select_cpu(const Tensor& features, int64_t k, double eps, std::optional<Tensor> anchor, std::optional<Tensor> num_tokens) {
-  return cpu::select(Selection::padded("repulsion_select", features, k, anchor, num_tokens), Repulsion{checked_eps("repulsion_select", eps)});
+  return select(Selection::padded("repulsion_select", features, k, anchor, num_tokens), eps);
 }
 
 Tensor repulsion_select_varlen_cpu(const Tensor& features, const Tensor& cu_seqlens, const Tensor& cu_budgets, int64_t total_k, double eps,
                                    std::optional<Tensor> anchor) {
-  return cpu::select(Selection::packed("repulsion_select_varlen", features, cu_seqlens, cu_budgets, total_k, anchor),
-                Repulsion{checked_eps("repulsion_select_varlen", eps)});
+  return select(Selection::packed("repulsion_select_varlen", features, cu_seqlens, cu_budgets, total_k, anchor), eps);
 }
 
 }  // namespace
