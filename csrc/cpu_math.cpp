@@ -1,10 +1,13 @@
 #include "cpu_math.h"
 
 #include <algorithm>
+#include <cfloat>
+#include <cmath>
 #include <cstring>
 #include <type_traits>
 #include <utility>
 
+#include "dpp_rule.h"
 #include "selection_rule.h"
 
 #define STS_INLINE inline __attribute__((always_inline))
@@ -279,6 +282,90 @@ STS_INLINE void repulsion_all(float* sqdist, int64_t count, float eps) {
   for (; i < count; ++i) sqdist[i] = Repulsion{eps}.weight(sqdist[i]);
 }
 
+template <int L>
+STS_INLINE bool unit_all(float* point, int64_t channels) {
+  const int64_t size = point_size(channels);
+  Floats<L> x, largest = {}, squares = {};
+  for (int64_t c = 0; c < size; c += L) {
+    load<L>(&x, point + c);
+    x = x < 0.f ? -x : x;
+    largest = x > largest ? x : largest;
+  }
+  float power = FLT_MIN, sum;
+  for (int lane = 0; lane < L; ++lane) power = std::max<float>(power, largest[lane]);
+  uint32_t bits;
+  std::memcpy(&bits, &power, sizeof bits);
+  bits &= 0x7f800000u;
+  std::memcpy(&power, &bits, sizeof bits);
+  for (int64_t c = 0; c < size; c += L) {
+    load<L>(&x, point + c);
+    x /= power;
+    squares += x * x;
+    std::memcpy(point + c, &x, sizeof x);
+  }
+  totals<L, 1>(&squares, &sum);
+  if (!(sum > 0.f)) return false;
+  const float length = std::sqrt(sum);
+  for (int64_t c = 0; c < size; c += L) {
+    load<L>(&x, point + c);
+    x /= length;
+    std::memcpy(point + c, &x, sizeof x);
+  }
+  return true;
+}
+
+// P rows and V vectors of columns: their differences stay in registers while all terms pass.
+template <int L, int P, int V>
+STS_INLINE void subtract_tile(float* const* rows, const float* const* factors, const float* terms, int64_t stride, int64_t num_terms,
+                              int64_t i) {
+  Floats<L> left[P][V], x[V];
+  for (int p = 0; p < P; ++p)
+    for (int v = 0; v < V; ++v) load<L>(&left[p][v], rows[p] + i + v * L);
+  for (int64_t t = 0; t < num_terms; ++t) {
+    for (int v = 0; v < V; ++v) load<L>(&x[v], terms + t * stride + i + v * L);
+    for (int p = 0; p < P; ++p) {
+      const Floats<L> factor = Floats<L>{} + factors[p][t];
+      for (int v = 0; v < V; ++v) left[p][v] -= factor * x[v];
+    }
+  }
+  for (int p = 0; p < P; ++p)
+    for (int v = 0; v < V; ++v) std::memcpy(rows[p] + i + v * L, &left[p][v], sizeof left[p][v]);
+}
+
+template <int L>
+STS_INLINE void subtract_all(float* const* rows, const float* const* factors, int num_rows, const float* terms, int64_t stride,
+                             int64_t num_terms, int64_t begin, int64_t end) {
+  constexpr int kWide = L == 16 ? 4 : 2;
+  int p = 0;
+  for (; p + 4 <= num_rows; p += 4)
+    for (int64_t i = begin; i < end; i += kWide * L) subtract_tile<L, 4, kWide>(rows + p, factors + p, terms, stride, num_terms, i);
+  for (; p < num_rows; ++p)
+    for (int64_t i = begin; i < end; i += 4 * L) subtract_tile<L, 1, 4>(rows + p, factors + p, terms, stride, num_terms, i);
+}
+
+template <int L>
+STS_INLINE Lowest finish_all(float* row, float pivot, float* distance, const float* weight, float* loss, int64_t count) {
+  Floats<L> e, d, w, best = {};
+  for (int64_t i = 0; i < count; i += L) {
+    load<L>(&e, row + i);
+    load<L>(&d, distance + i);
+    load<L>(&w, weight + i);
+    e /= pivot;
+    d -= e * e;
+    d = d < kInSpan ? Floats<L>{} : d;
+    w = -(w * d);
+    std::memcpy(row + i, &e, sizeof e);
+    std::memcpy(distance + i, &d, sizeof d);
+    std::memcpy(loss + i, &w, sizeof w);
+    best = w < best ? w : best;
+  }
+  float value = 0.f;
+  for (int lane = 0; lane < L; ++lane) value = best[lane] < value ? best[lane] : value;
+  int64_t index = 0;
+  while (index + 1 < count && loss[index] != value) ++index;
+  return {value, index};
+}
+
 }  // namespace
 
 #define STS_CPU_MATH(scalar_t)                                                                                             \
@@ -302,5 +389,13 @@ STS_PER_ISA(Lowest, lowest, (const float* values, int64_t count), (values, count
             (lowest_all<L, false>(const_cast<float*>(values), nullptr, count)))
 STS_PER_ISA(Lowest, add_then_lowest, (float* values, const float* addend, int64_t count), (values, addend, count),
             (lowest_all<L, true>(values, addend, count)))
+STS_PER_ISA(bool, to_unit, (float* point, int64_t channels), (point, channels), (unit_all<L>(point, channels)))
+STS_PER_ISA(void, subtract_products,
+            (float* const* rows, const float* const* factors, int num_rows, const float* terms, int64_t stride, int64_t num_terms,
+             int64_t begin, int64_t end),
+            (rows, factors, num_rows, terms, stride, num_terms, begin, end),
+            (subtract_all<L>(rows, factors, num_rows, terms, stride, num_terms, begin, end)))
+STS_PER_ISA(Lowest, finish_row, (float* row, float pivot, float* distance, const float* weight, float* loss, int64_t count),
+            (row, pivot, distance, weight, loss, count), (finish_all<L>(row, pivot, distance, weight, loss, count)))
 
 }  // namespace sts::cpu

@@ -46,4 +46,19 @@ Lowest lowest(const float* values, int64_t count);
 // values[i] += addend[i], then `lowest`.
 Lowest add_then_lowest(float* values, const float* addend, int64_t count);
 
+
+// Divides a finite point by its length; a zero point stays zero, and false is returned. The power of two of the largest channel is
+// divided out first, which rounds nothing: squares neither overflow nor vanish.
+bool to_unit(float* point, int64_t channels);
+
+// Columns that subtract_products takes at a time.
+constexpr int64_t kColumns = 64;
+// rows[p][i] -= factors[p][t] * terms[t * stride + i] for t = 0, 1, ... and i in [begin, end), both multiples of kColumns. The bits of
+// an element depend on neither the range nor num_rows.
+void subtract_products(float* const* rows, const float* const* factors, int num_rows, const float* terms, int64_t stride,
+                       int64_t num_terms, int64_t begin, int64_t end);
+// row[i] /= pivot; distance[i] -= row[i]^2, 0 where below kInSpan; loss[i] = -weight[i] * distance[i]; then `lowest` of the losses.
+// count: a multiple of kColumns.
+Lowest finish_row(float* row, float pivot, float* distance, const float* weight, float* loss, int64_t count);
+
 }  // namespace sts::cpu
