@@ -283,6 +283,25 @@ STS_INLINE void repulsion_all(float* sqdist, int64_t count, float eps) {
 }
 
 template <int L>
+STS_INLINE float lowest_sum_all(const float* a, const float* b, int64_t count) {
+  float value = __builtin_huge_valf();
+  Floats<L> best[2], x, y;
+  for (int lane = 0; lane < L; ++lane) best[0][lane] = best[1][lane] = value;
+  int64_t i = 0;
+  for (; i + 2 * L <= count; i += 2 * L)
+    for (int v = 0; v < 2; ++v) {
+      load<L>(&x, a + i + v * L);
+      load<L>(&y, b + i + v * L);
+      x += y;
+      best[v] = x < best[v] ? x : best[v];
+    }
+  best[0] = best[1] < best[0] ? best[1] : best[0];
+  for (int lane = 0; lane < L; ++lane) value = best[0][lane] < value ? best[0][lane] : value;
+  for (; i < count; ++i) value = std::min(value, a[i] + b[i]);
+  return value;
+}
+
+template <int L>
 STS_INLINE bool unit_all(float* point, int64_t channels) {
   const int64_t size = point_size(channels);
   Floats<L> x, largest = {}, squares = {};
@@ -389,6 +408,7 @@ STS_PER_ISA(Lowest, lowest, (const float* values, int64_t count), (values, count
             (lowest_all<L, false>(const_cast<float*>(values), nullptr, count)))
 STS_PER_ISA(Lowest, add_then_lowest, (float* values, const float* addend, int64_t count), (values, addend, count),
             (lowest_all<L, true>(values, addend, count)))
+STS_PER_ISA(float, lowest_sum, (const float* a, const float* b, int64_t count), (a, b, count), (lowest_sum_all<L>(a, b, count)))
 STS_PER_ISA(bool, to_unit, (float* point, int64_t channels), (point, channels), (unit_all<L>(point, channels)))
 STS_PER_ISA(void, subtract_products,
             (float* const* rows, const float* const* factors, int num_rows, const float* terms, int64_t stride, int64_t num_terms,

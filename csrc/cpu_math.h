@@ -46,6 +46,8 @@ Lowest lowest(const float* values, int64_t count);
 // values[i] += addend[i], then `lowest`.
 Lowest add_then_lowest(float* values, const float* addend, int64_t count);
 
+// The smallest of a[i] + b[i], count at least 1. Neither holds a NaN.
+float lowest_sum(const float* a, const float* b, int64_t count);
 
 // Divides a finite point by its length; a zero point stays zero, and false is returned. The power of two of the largest channel is
 // divided out first, which rounds nothing: squares neither overflow nor vanish.
