@@ -60,7 +60,7 @@ class Deduplicator {
         float* unit = unit_.data() + i * point_size_;
         unit_row_[i] = unit;
         cpu::to_point(features_.row(b, token_[i]), unit, features_.channels);
-        zero_[i] = !cpu::to_unit(unit, features_.channels);
+        zero_[i] = !cpu::to_unit(unit, point_size_);
       }
     });
     cpu::all_pairs(team_, unit_row_.data(), width_, point_size_, sqdist_.data());

@@ -68,7 +68,7 @@ class DppSelector {
         usable_[i] = std::isfinite(quality[i]) && cpu::all_finite(row, features_.channels);
         if (usable_[i]) {
           cpu::to_point(row, unit, features_.channels);
-          distance_[i] = cpu::to_unit(unit, features_.channels) ? 1.f : 0.f;
+          distance_[i] = cpu::to_unit(unit, point_size_) ? 1.f : 0.f;
         } else {
           std::fill_n(unit, point_size_, 0.f);
         }
