@@ -36,6 +36,15 @@ STS_CPU_MATH(Half)
 STS_CPU_MATH(BFloat16)
 #undef STS_CPU_MATH
 
+// out[p * out_stride + r] = points[p] . rows[r]: twice as fast as sqdist. A pair's bits depend on the pair alone.
+void dot(const float* const* points, int num_points, const float* const* rows, int64_t num_rows, int64_t channels, float* out,
+         int64_t out_stride);
+
+// sum[c] += weight * row[c]. The product is exact.
+void add_weighted(const float* row, double weight, double* sum, int64_t channels);
+void add_weighted(const Half* row, double weight, double* sum, int64_t channels);
+void add_weighted(const BFloat16* row, double weight, double* sum, int64_t channels);
+
 // Divides a point by its length, in place. A point with a NaN or infinity becomes NaN throughout. False where the length is 0.
 bool to_unit(float* point, int64_t size);
 
@@ -66,5 +75,18 @@ STS_CPU_RULE(Repulsion)
 STS_CPU_RULE(Farthest)
 STS_CPU_RULE(UnitRows<Farthest>)
 #undef STS_CPU_RULE
+
+// The smallest of a[i] + b[i], count at least 1. Neither holds a NaN.
+float lowest_sum(const float* a, const float* b, int64_t count);
+
+// Columns that subtract_products takes at a time.
+constexpr int64_t kColumns = 64;
+// rows[p][i] -= factors[p][t] * terms[t * stride + i] for t = 0, 1, ... and i in [begin, end), both multiples of kColumns. The bits of
+// an element depend on neither the range nor num_rows.
+void subtract_products(float* const* rows, const float* const* factors, int num_rows, const float* terms, int64_t stride,
+                       int64_t num_terms, int64_t begin, int64_t end);
+// row[i] /= pivot; distance[i] -= row[i]^2, 0 where below kInSpan; loss[i] = -weight[i] * distance[i]; then `lowest` of the losses.
+// count: a multiple of kColumns.
+Lowest finish_row(float* row, float pivot, float* distance, const float* weight, float* loss, int64_t count);
 
 }  // namespace sts::cpu

@@ -9,6 +9,8 @@ from .._registry import define_op
 from .._transforms import fold
 from ._unit_rows import unit_rows
 
+MOST_LISTED = 8192  # whose distances to each other take 256 MiB. Also in csrc/dedup_glue.h.
+
 
 def _check(features, order, keep, step):
     op = "dedup_select"
@@ -17,6 +19,8 @@ def _check(features, order, keep, step):
     if order.shape[0] != features.shape[0]:
         raise ValueError(f"{op}: order must have shape (B, R) with B = {features.shape[0]}, got {tuple(order.shape)}")
     _checks.same_device(op, "order", order, features)
+    if order.shape[1] > MOST_LISTED:
+        raise ValueError(f"{op}: order must list at most {MOST_LISTED} tokens an item, got shape {tuple(order.shape)}")
     _checks.integer(op, "keep", keep, 1, order.shape[1], " (the length of order)")
     _checks.integer(op, "step", step, 1)
 
@@ -59,19 +63,22 @@ def dedup_select_reference(features, order, keep, step=8):
     rest = torch.where(finite, place, place + length + length * ~present).argsort(-1)
     finite_count, count = finite.sum(-1, keepdim=True), present.sum(-1, keepdim=True)
     x = unit_rows(torch.where(finite[..., None], x, 0.0))
-    cosine = x.new_empty((batch, length, length))
+    # |u_i - u_j|^2 = 2 - 2 cosine, by differences: nothing cancels between near-duplicates. A zero row has cosine 0.
+    sqdist = x.new_empty((batch, length, length))
     for i in range(length):
-        cosine[:, i] = (x * x[:, i : i + 1]).sum(-1)  # in one order for all pairs, so that equal tokens tie
+        sqdist[:, i] = (x - x[:, i : i + 1]).square_().sum(-1)
+    zero = (x == 0).all(-1)
+    sqdist.masked_fill_(zero[:, :, None] | zero[:, None], 2.0)
     # No item is longer than the longest one could be, whose rounds these are.
     left = torch.where(finite_count > keep, finite_count, count.clamp(max=keep))
     while length > keep:
         even, odd = rest[:, :length:2], rest[:, 1:length:2]
-        met = cosine.gather(1, even[..., None].expand(-1, -1, cosine.shape[2]))
+        met = sqdist.gather(1, even[..., None].expand(-1, -1, sqdist.shape[2]))
         met = met.gather(2, odd[:, None].expand(-1, even.shape[1], -1))
-        met.masked_fill_((2 * place[: odd.shape[1]] + 1 >= left[..., None]), -math.inf)
+        met.masked_fill_((2 * place[: odd.shape[1]] + 1 >= left[..., None]), math.inf)
         evens = (left + 1) // 2
-        closest = met.amax(-1).masked_fill(place[: even.shape[1]] >= evens, -math.inf)
-        by_closest = even.gather(1, closest.argsort(stable=True, descending=True))
+        closest = met.amin(-1).masked_fill(place[: even.shape[1]] >= evens, math.inf)
+        by_closest = even.gather(1, closest.argsort(stable=True))
         remove = torch.minimum(left - keep, evens).clamp(0, step)
         length = max(length - min(step, length - keep, (length + 1) // 2), keep)
         # What stays: the even ones from `remove` on, then the odd ones.
@@ -97,8 +104,8 @@ def dedup_select(features: torch.Tensor, order: torch.Tensor, keep: int, step: i
     Args:
         features: (B, N, C) float32, float16 or bfloat16, N and C at least 1. Any strides; unless the channels are
             contiguous a contiguous copy is made. A zero row has cosine 0 to every token.
-        order: (B, R) int64 or int32 token indices, R at least 1, the most important first. An item ends at its first
-            -1, if it has one. A token that is listed twice counts as two.
+        order: (B, R) int64 or int32 token indices, R from 1 to 8192, the most important first. An item ends at its
+            first -1, if it has one. A token that is listed twice counts as two.
         keep: tokens to keep, 1 <= keep <= R.
         step: tokens removed in a round, at least 1. 8 in VisPruner.
 
@@ -109,8 +116,9 @@ def dedup_select(features: torch.Tensor, order: torch.Tensor, keep: int, step: i
         their order. The same input gives the same output, bit for bit, whatever else is in the batch. Indices have no
         gradient, as those of argmax: requires_grad is False.
 
-        The rounds are chaotic: the last bits of cosines decide who meets whom, so backends that round them differently
-        may keep others. Cosines that are exact in float32 give the same tokens on every backend.
+        Cosines are compared as 1 - |u_i - u_j|^2 / 2 of unit rows u. The rounds are chaotic: the last bits decide who
+        meets whom, so backends that round them differently may keep others. Where rows have a power of two for a length
+        and the distances are exact in float32, every backend keeps the same.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, device, keep or step; values of `order` out of range where they can
@@ -118,7 +126,7 @@ def dedup_select(features: torch.Tensor, order: torch.Tensor, keep: int, step: i
         makes it an error at the price of a sync.
 
     Cost:
-        B R^2 C flops, and scratch of (R + C) R floats an item. B (R^3 - keep^3) / (12 step) cosines are compared.
+        3/2 B R^2 C flops, and scratch of (R + C) R floats an item. B (R^3 - keep^3) / (12 step) of them are compared.
     """
     _check(features, order, keep, step)
     _check_values(features, order)
