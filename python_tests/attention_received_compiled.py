@@ -107,9 +107,10 @@ def test_the_plan_depends_on_one_item_alone():
         for dim in (1, 64, 72, 128, 256, 576):
             for rows in (1, 17, 576, 131072):
                 plan = Plan.of(rows, 300, dim, itemsize)
-                for size in (plan.rows, plan.keys):
+                for size in (plan.rows, plan.keys, plan.moving_rows, plan.moving_keys):
                     assert size >= 16
                     assert size & (size - 1) == 0
+                assert plan.rows % plan.moving_rows == 0
 
 
 def test_is_compiled():

@@ -31,15 +31,25 @@ class Columns:
 class Plan:
     """Block sizes. They do not depend on the batch, so neither does an item's result."""
 
-    rows: int  # query rows of a block
-    keys: int  # keys of a block
+    rows: int  # query rows that stay in the first pass, while keys stream past
+    moving_keys: int
+    keys: int  # keys that stay in the second pass, while rows stream past
+    moving_rows: int
     warps: int
     stages: int
 
     @staticmethod
     @functools.lru_cache(maxsize=1024)
     def of(rows: int, keys: int, dim: int, itemsize: int) -> "Plan":
-        most = 64 if itemsize == 4 or dim > 128 else 128
-        block_rows = min(most, max(16, triton.next_power_of_2(rows)))
-        block_keys = min(64, max(16, triton.next_power_of_2(keys)))
-        return Plan(block_rows, block_keys, 4, 3 if dim <= 128 else 2)
+        # float32 comes in three parts, and wide rows in many columns: more would not fit the registers.
+        fixed = 64 if itemsize == 4 or dim > 128 else 128
+        moving = 32 if itemsize == 4 else 64
+        rows, keys = (max(16, triton.next_power_of_2(n)) for n in (rows, keys))
+        return Plan(
+            rows=min(fixed, rows),
+            moving_keys=min(moving, keys),
+            keys=min(fixed, keys),
+            moving_rows=min(moving, rows),
+            warps=8 if itemsize == 4 else 4,
+            stages=3 if dim <= 128 and itemsize == 2 else 2,
+        )

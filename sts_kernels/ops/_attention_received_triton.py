@@ -67,6 +67,12 @@ def _finite(top):
 
 
 @triton.jit
+def _last_seen(position, keys):
+    """The last key that a row at `position` sees; -1: none."""
+    return tl.maximum(tl.minimum(position, keys - 1), -1).to(tl.int32)
+
+
+@triton.jit
 def _add_keys(
     top, total, fixed, fixed_tail, at_fixed, live, key, stride_token, key_mask, stride_mask, position, start, keys,
     scale,
@@ -136,8 +142,7 @@ def rows_kernel(
     position = tl.where(live, keys - 1, -1)
     if CAUSAL:
         at = row_position + item * position_stride_item + r.to(tl.int64) * position_stride_row
-        given = tl.load(at, mask=live, other=-1)
-        position = tl.maximum(tl.minimum(given, keys - 1), -1).to(tl.int32)
+        position = _last_seen(tl.load(at, mask=live, other=-1), keys)
     stop = keys
     unchecked = keys
     if CAUSAL or WEIGHTED:
@@ -188,17 +193,17 @@ def keys_kernel(
     mask_stride_item, mask_stride_token, weight_stride_item, weight_stride_row,
     position_stride_item, position_stride_row,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
-    TAIL: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
-    ALIGN: tl.constexpr, MASKED: tl.constexpr, WEIGHTED: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    TAIL: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, REACH: tl.constexpr, BLOCKS: tl.constexpr,
+    STAGES: tl.constexpr, ALIGN: tl.constexpr, MASKED: tl.constexpr, WEIGHTED: tl.constexpr, CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """(2) Program (item, query head, block of keys): what each key receives from all rows."""
     block, item, head, item_head = _place(tl.cdiv(keys, KEYS), HEADS)
     s = block * KEYS + tl.arange(0, KEYS)
     allowed = s < keys
     if MASKED:
-        at = key_mask + item * mask_stride_item + s.to(tl.int64) * mask_stride_token
-        allowed = allowed & (tl.load(at, mask=allowed, other=0) != 0)
+        at_mask = key_mask + item * mask_stride_item + s.to(tl.int64) * mask_stride_token
+        allowed = allowed & (tl.load(at_mask, mask=allowed, other=0) != 0)
     tops += item_head * rows
     shares += item_head * rows
     if WEIGHTED:
@@ -212,10 +217,10 @@ def keys_kernel(
     if CAUSAL or WEIGHTED:
         # Blocks of rows before the first and behind the last one that sees a key of this block give nothing.
         j = tl.arange(0, BLOCKS)
-        blocks = tl.cdiv(rows, ROWS)
+        blocks = tl.cdiv(rows, REACH)
         sees = tl.load(reaches + item_head * blocks + j, mask=j < blocks, other=0) > block * KEYS
-        low = tl.min(tl.where(sees, j, blocks), 0) * ROWS
-        high = tl.minimum((tl.max(tl.where(sees, j, -1), 0) + 1) * ROWS, rows)
+        low = tl.min(tl.where(sees, j, blocks), 0) * REACH
+        high = tl.minimum((tl.max(tl.where(sees, j, -1), 0) + 1) * REACH, rows)
         weights = tl.zeros((1024,), tl.float32)
         for start in range(0, rows, 1024):
             r = start + tl.arange(0, 1024)
@@ -249,8 +254,8 @@ def keys_kernel(
         share = tl.load(shares + r, mask=inside, other=0.0)
         given = tl.exp2(x * scale - top[None, :]) * share[None, :]
         if CAUSAL:
-            at = row_position + r.to(tl.int64) * position_stride_row
-            seen = s[:, None] <= tl.load(at, mask=inside, other=-1)[None, :]
+            position = tl.load(row_position + r.to(tl.int64) * position_stride_row, mask=inside, other=-1)
+            seen = s[:, None] <= _last_seen(position, keys)[None, :]
             given = tl.where(seen & (share != 0.0)[None, :], given, 0.0)
         elif WEIGHTED:
             given = tl.where((share != 0.0)[None, :], given, 0.0)  # whatever the row holds
@@ -317,8 +322,6 @@ def received(out, query, key, scale, row_weight, row_position, key_mask, per_hea
         "WIDTH": columns.width,
         "CHUNK": columns.chunk,
         "TAIL": columns.tail,
-        "ROWS": plan.rows,
-        "KEYS": plan.keys,
         "STAGES": plan.stages,
         "ALIGN": align,
         "MASKED": key_mask is not None,
@@ -329,10 +332,12 @@ def received(out, query, key, scale, row_weight, row_position, key_mask, per_hea
         "UPCAST": INTERPRETED,  # the interpreter's arithmetic on bfloat16 works on raw bits
     }
     with torch.cuda.device_of(query):
-        _launch(rows_kernel, batch * heads * blocks, plan.warps, arguments)
+        blocking = {"ROWS": plan.rows, "KEYS": plan.moving_keys}
+        _launch(rows_kernel, batch * heads * blocks, plan.warps, arguments | blocking)
         of_heads = out if per_head else torch.empty((batch, heads, keys), **scratch)
-        arguments |= {"received": of_heads, "BLOCKS": triton.next_power_of_2(blocks)}
-        _launch(keys_kernel, batch * heads * triton.cdiv(keys, plan.keys), plan.warps, arguments)
+        arguments |= {"received": of_heads, "REACH": plan.rows, "BLOCKS": triton.next_power_of_2(blocks)}
+        blocking = {"ROWS": plan.moving_rows, "KEYS": plan.keys}
+        _launch(keys_kernel, batch * heads * triton.cdiv(keys, plan.keys), plan.warps, arguments | blocking)
         if not per_head:
             arguments = {"received": of_heads, "out": out, "keys": keys, "HEADS": heads}
             arguments |= {"PADDED": min(32, triton.next_power_of_2(heads)), "BLOCK": 128}
