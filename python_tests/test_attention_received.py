@@ -1,4 +1,4 @@
-"""attention_received: float64 brute force, last_query_scores of one row, masks, layouts, memory, errors, compilation."""
+"""attention_received: float64 brute force, last_query_scores of a row, masks, layouts, memory, errors, compilation."""
 
 import subprocess
 import sys
