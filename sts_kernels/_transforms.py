@@ -158,7 +158,8 @@ def vmap(overload, rule: Callable):
         if written is not None and in_dims[written] is None:
             name = overload._schema.arguments[written].name
             raise ValueError(f"{overload._opname}: {name} is written to, so vmap must map it where it maps any tensor")
-        return rule(*(_in_front(info.batch_size, *pair) for pair in zip(arguments, in_dims, strict=True))), 0
+        out = rule(*(_in_front(info.batch_size, *pair) for pair in zip(arguments, in_dims, strict=True)))
+        return out, (0,) * len(out) if isinstance(out, tuple) else 0
 
     return kernel
 
@@ -175,8 +176,9 @@ def fold(call: Callable) -> Callable:
     def rule(*arguments):
         lanes, batch = arguments[0].shape[:2]
         out = call(*(a.flatten(0, 1) if isinstance(a, torch.Tensor) else a for a in arguments))
-        apart = lambda value: value.unflatten(0, (lanes, batch))  # noqa: E731
-        return tuple(map(apart, out)) if isinstance(out, tuple) else apart(out)
+        if isinstance(out, tuple):
+            return tuple(each.unflatten(0, (lanes, batch)) for each in out)
+        return out.unflatten(0, (lanes, batch))
 
     return rule
 

@@ -7,10 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..ops import nearest
 from ._greedy import farthest, usable_rows
 from .base import Method, Pool, Selection
-
-BLOCK = 1 << 24  # cosines at a time: 128 MiB in float64
 
 
 @dataclass(frozen=True)
@@ -19,8 +18,8 @@ class DivPrune(Method):
     nearest pick is furthest away.
 
     Two differences to the official code: a token is picked once, and a zero row has cosine 0 to every other. Cosines
-    are products in float64, rounded to float32: the order of summation, which depends on the batch and the device, is
-    lost in the rounding, and equal tokens tie.
+    to picks are products in float64, rounded to float32: the order of summation, which depends on the batch and the
+    device, is lost in the rounding, and equal tokens tie.
 
     Cost: 2 B N (N + k) C flops and a float64 copy of the features. Nothing N x N is stored.
     """
@@ -40,7 +39,9 @@ class DivPrune(Method):
             picked = x.gather(1, token[:, None, None].expand(-1, 1, x.shape[2]))
             return 1 - cosine(x, picked)[..., 0]
 
-        return Selection(farthest(distance, loneliest(x, usable), usable, pool.k))
+        _, largest = nearest(pool.features, pool.features, exclude_self=True, num_keys=pool.count)
+        loneliest = largest.masked_fill(~usable, math.inf).argmin(1)
+        return Selection(farthest(distance, loneliest, usable, pool.k))
 
 
 def unit(x: Tensor) -> Tensor:
@@ -52,16 +53,3 @@ def unit(x: Tensor) -> Tensor:
 def cosine(a: Tensor, b: Tensor) -> Tensor:
     """(B, M, K) float32 in [-1, 1]: cosines of unit rows (B, M, C) and (B, K, C) in float64."""
     return (a @ b.mT).float().clamp_(-1, 1)
-
-
-def loneliest(x: Tensor, usable: Tensor) -> Tensor:
-    """(B,) int64: the usable token of unit rows x (B, N, C) whose largest cosine to another usable one is smallest."""
-    batch, tokens, _ = x.shape
-    step = max(1, BLOCK // max(1, batch * tokens))
-    position = torch.arange(tokens, device=x.device)
-    largest = []
-    for start in range(0, tokens, step):
-        itself = position[start : start + step, None] == position
-        block = cosine(x[:, start : start + step], x)
-        largest.append(block.masked_fill_(itself | ~usable[:, None], -math.inf).amax(-1))
-    return torch.cat(largest, 1).masked_fill(~usable, math.inf).argmin(1)

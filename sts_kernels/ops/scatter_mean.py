@@ -97,8 +97,9 @@ def _jvp(features_tangent, _, __, weight_tangent, features, assignment, count, w
 def scatter_mean_reference(features, assignment, count, weight=None):
     _check(features, assignment, count, weight)
     _check_values(assignment, count)
+    out, total = _fake(features, assignment, count, weight)
     mean, mass, _ = _statistics(*_members(features, assignment, count, weight), count)
-    return mean.float().to(features.dtype), mass.float()
+    return out.copy_(mean.float()), total.copy_(mass)
 
 
 def scatter_mean(
