@@ -9,7 +9,7 @@ from .._registry import define_op
 from .._transforms import fold
 from .last_query_scores import check, check_keys, in_rows
 
-BLOCK = 1 << 20  # attention weights that the reference holds at a time
+BLOCK = 1 << 19  # attention weights that the reference holds at a time
 MIN_ROWS = 32  # of a block, however many keys there are: fewer would read the keys too often
 
 
@@ -43,6 +43,14 @@ def _out(query, key, per_head):
 def _fake(query, key, scale=None, row_weight=None, row_position=None, key_mask=None, per_head=False):
     _check(query, key, scale, row_weight, row_position, key_mask, per_head)
     return _out(query, key, per_head)
+
+
+def _triton(query, key, scale=None, row_weight=None, row_position=None, key_mask=None, per_head=False):
+    from . import _attention_received_triton as kernels
+
+    _check(query, key, scale, row_weight, row_position, key_mask, per_head)
+    out = _out(query, key, per_head)
+    return kernels.received(out, query, key, scale, row_weight, row_position, key_mask, per_head)
 
 
 def _item(query, key, scale, weight, position, allowed):
@@ -87,6 +95,7 @@ def _item(query, key, scale, weight, position, allowed):
     "attention_received(Tensor query, Tensor key, float? scale=None, Tensor? row_weight=None, "
     "Tensor? row_position=None, Tensor? key_mask=None, bool per_head=False) -> Tensor",
     fake=_fake,
+    triton=_triton,
     vmap=fold(lambda query, key, *rest: attention_received(in_rows(query), in_rows(key), *rest)),
 )
 def attention_received_reference(
@@ -144,8 +153,8 @@ def attention_received(
 
     Cost:
         no R x S matrix. On a GPU two passes, 4 B R S Hq D flops and scratch of 2 B Hq R + B Hq S floats; nothing is
-        read back to the host. On the CPU one pass, 2 B R S Hq D flops, over blocks of 4 MB (32 rows, where S is over
-        32768). Rows of weight 0 and, with row_position, keys that no row of a block sees cost nothing.
+        read back to the host. On the CPU one pass, 2 B R S Hq D flops, over blocks of 2 MB (32 rows, where S is over
+        16384). Rows of weight 0 and, with row_position, keys that no row of a block sees cost nothing.
     """
     _check(query, key, scale, row_weight, row_position, key_mask, per_head)
     return torch.ops.sts_kernels.attention_received.default(
