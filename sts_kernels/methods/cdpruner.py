@@ -52,7 +52,7 @@ class CDPruner(Method):
         relevance = pool.scores if self.by == "scores" else self.similarity(pool)
         usable = pool.finite("features") & relevance.isfinite()
         quality = scaled(relevance, usable).masked_fill(~usable, math.nan)
-        order, _ = dpp_select(pool.features, quality, pool.k, FLOOR, pool.num_tokens)
+        order, _ = dpp_select(pool.features, quality, pool.k, FLOOR, pool.ragged)
         return Selection(order)
 
     def similarity(self, pool: Pool) -> Tensor:
