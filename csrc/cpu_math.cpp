@@ -37,9 +37,13 @@ struct VectorOf {
   typedef float Float __attribute__((vector_size(L * 4)));
   typedef uint32_t Word __attribute__((vector_size(L * 4)));
   typedef uint16_t Half __attribute__((vector_size(L * 2)));
+  typedef double Double __attribute__((vector_size(L * 4)));
+  typedef float HalfFloat __attribute__((vector_size(L * 2)));
 };
 template <int L>
 using Floats = typename VectorOf<L>::Float;
+template <int L>
+using Doubles = typename VectorOf<L>::Double;  // L / 2
 
 // Vectors in a block of channels, the unit in which rows are read.
 template <class scalar_t>
@@ -359,56 +363,101 @@ STS_INLINE float lowest_sum_all(const float* a, const float* b, int64_t count) {
   return value;
 }
 
+// L / 2 elements.
+template <int L>
+STS_INLINE void load(Doubles<L>* out, const double* in) {
+  std::memcpy(out, in, sizeof *out);
+}
+template <int L>
+STS_INLINE void load(Doubles<L>* out, const float* in) {
+  typename VectorOf<L>::HalfFloat narrow;
+  std::memcpy(&narrow, in, sizeof narrow);
+  *out = __builtin_convertvector(narrow, Doubles<L>);
+}
+
+template <int L, int P, int R>
+STS_INLINE void dot64_tile(const double* const* points, const float* const* rows, int64_t size, double* out, int64_t out_stride) {
+  constexpr int kLanes = L / 2;
+  Doubles<L> sum[P][R] = {}, x[R], point;
+  for (int64_t c = 0; c < size; c += kLanes) {
+    for (int r = 0; r < R; ++r) load<L>(&x[r], rows[r] + c);
+    for (int p = 0; p < P; ++p) {
+      load<L>(&point, points[p] + c);
+      for (int r = 0; r < R; ++r) sum[p][r] += point * x[r];
+    }
+  }
+  for (int p = 0; p < P; ++p)
+    for (int r = 0; r < R; ++r) {
+      double total = 0;
+      for (int lane = 0; lane < kLanes; ++lane) total += sum[p][r][lane];
+      out[p * out_stride + r] = total;
+    }
+}
+
+template <int L>
+STS_INLINE void dot64_all(const double* const* points, int num_points, const float* const* rows, int64_t num_rows, int64_t size, double* out,
+                          int64_t out_stride) {
+  constexpr int kHeight = L == 16 ? 4 : 2;
+  int p = 0;
+  for (; p + 4 <= num_points; p += 4) {
+    int64_t r = 0;
+    for (; r + kHeight <= num_rows; r += kHeight) dot64_tile<L, 4, kHeight>(points + p, rows + r, size, out + p * out_stride + r, out_stride);
+    for (; r < num_rows; ++r) dot64_tile<L, 4, 1>(points + p, rows + r, size, out + p * out_stride + r, out_stride);
+  }
+  for (; p < num_points; ++p) {
+    int64_t r = 0;
+    for (; r + 4 <= num_rows; r += 4) dot64_tile<L, 1, 4>(points + p, rows + r, size, out + p * out_stride + r, out_stride);
+    for (; r < num_rows; ++r) dot64_tile<L, 1, 1>(points + p, rows + r, size, out + p * out_stride + r, out_stride);
+  }
+}
+
 // P rows and V vectors of columns: their differences stay in registers while all terms pass.
 template <int L, int P, int V>
-STS_INLINE void subtract_tile(float* const* rows, const float* const* factors, const float* terms, int64_t stride, int64_t num_terms,
+STS_INLINE void subtract_tile(double* const* rows, const double* const* factors, const double* terms, int64_t stride, int64_t num_terms,
                               int64_t i) {
-  Floats<L> left[P][V], x[V];
+  constexpr int kLanes = L / 2;
+  Doubles<L> left[P][V], x[V];
   for (int p = 0; p < P; ++p)
-    for (int v = 0; v < V; ++v) load<L>(&left[p][v], rows[p] + i + v * L);
+    for (int v = 0; v < V; ++v) load<L>(&left[p][v], rows[p] + i + v * kLanes);
   for (int64_t t = 0; t < num_terms; ++t) {
-    for (int v = 0; v < V; ++v) load<L>(&x[v], terms + t * stride + i + v * L);
+    for (int v = 0; v < V; ++v) load<L>(&x[v], terms + t * stride + i + v * kLanes);
     for (int p = 0; p < P; ++p) {
-      const Floats<L> factor = Floats<L>{} + factors[p][t];
+      const Doubles<L> factor = Doubles<L>{} + factors[p][t];
       for (int v = 0; v < V; ++v) left[p][v] -= factor * x[v];
     }
   }
   for (int p = 0; p < P; ++p)
-    for (int v = 0; v < V; ++v) std::memcpy(rows[p] + i + v * L, &left[p][v], sizeof left[p][v]);
+    for (int v = 0; v < V; ++v) std::memcpy(rows[p] + i + v * kLanes, &left[p][v], sizeof left[p][v]);
 }
 
 template <int L>
-STS_INLINE void subtract_all(float* const* rows, const float* const* factors, int num_rows, const float* terms, int64_t stride,
+STS_INLINE void subtract_all(double* const* rows, const double* const* factors, int num_rows, const double* terms, int64_t stride,
                              int64_t num_terms, int64_t begin, int64_t end) {
-  constexpr int kWide = L == 16 ? 4 : 2;
+  constexpr int kWide = L == 16 ? 4 : 2, kLanes = L / 2;
   int p = 0;
   for (; p + 4 <= num_rows; p += 4)
-    for (int64_t i = begin; i < end; i += kWide * L) subtract_tile<L, 4, kWide>(rows + p, factors + p, terms, stride, num_terms, i);
+    for (int64_t i = begin; i < end; i += kWide * kLanes) subtract_tile<L, 4, kWide>(rows + p, factors + p, terms, stride, num_terms, i);
   for (; p < num_rows; ++p)
-    for (int64_t i = begin; i < end; i += 4 * L) subtract_tile<L, 1, 4>(rows + p, factors + p, terms, stride, num_terms, i);
+    for (int64_t i = begin; i < end; i += 4 * kLanes) subtract_tile<L, 1, 4>(rows + p, factors + p, terms, stride, num_terms, i);
 }
 
 template <int L>
-STS_INLINE Lowest finish_all(float* row, float pivot, float* distance, const float* weight, float* loss, int64_t count) {
-  Floats<L> e, d, w, best = {};
-  for (int64_t i = 0; i < count; i += L) {
+STS_INLINE Lowest finish_all(double* row, double pivot, double* distance, const float* weight, float* loss, int64_t count) {
+  constexpr int kLanes = L / 2;
+  Doubles<L> e, d, w;
+  for (int64_t i = 0; i < count; i += kLanes) {
     load<L>(&e, row + i);
     load<L>(&d, distance + i);
     load<L>(&w, weight + i);
     e /= pivot;
     d -= e * e;
-    d = d < kInSpan ? Floats<L>{} : d;
-    w = -(w * d);
+    d = d < kInSpan ? Doubles<L>{} : d;
+    const auto lost = __builtin_convertvector(-(w * d), typename VectorOf<L>::HalfFloat);
     std::memcpy(row + i, &e, sizeof e);
     std::memcpy(distance + i, &d, sizeof d);
-    std::memcpy(loss + i, &w, sizeof w);
-    best = w < best ? w : best;
+    std::memcpy(loss + i, &lost, sizeof lost);
   }
-  float value = 0.f;
-  for (int lane = 0; lane < L; ++lane) value = best[lane] < value ? best[lane] : value;
-  int64_t index = 0;
-  while (index + 1 < count && loss[index] != value) ++index;
-  return {value, index};
+  return lowest_all<L, Repulsion>(nullptr, loss, nullptr, count);
 }
 
 }  // namespace
@@ -455,12 +504,17 @@ STS_PER_ISA(bool, to_unit, (float* point, int64_t size), (point, size), (unit_al
 STS_PER_ISA(Lowest, lowest, (const float* values, int64_t count), (values, count),
             (lowest_all<L, Repulsion>(nullptr, const_cast<float*>(values), nullptr, count)))
 STS_PER_ISA(float, lowest_sum, (const float* a, const float* b, int64_t count), (a, b, count), (lowest_sum_all<L>(a, b, count)))
+STS_PER_ISA(void, dot64,
+            (const double* const* points, int num_points, const float* const* rows, int64_t num_rows, int64_t size, double* out,
+             int64_t out_stride),
+            (points, num_points, rows, num_rows, size, out, out_stride),
+            (dot64_all<L>(points, num_points, rows, num_rows, size, out, out_stride)))
 STS_PER_ISA(void, subtract_products,
-            (float* const* rows, const float* const* factors, int num_rows, const float* terms, int64_t stride, int64_t num_terms,
+            (double* const* rows, const double* const* factors, int num_rows, const double* terms, int64_t stride, int64_t num_terms,
              int64_t begin, int64_t end),
             (rows, factors, num_rows, terms, stride, num_terms, begin, end),
             (subtract_all<L>(rows, factors, num_rows, terms, stride, num_terms, begin, end)))
-STS_PER_ISA(Lowest, finish_row, (float* row, float pivot, float* distance, const float* weight, float* loss, int64_t count),
+STS_PER_ISA(Lowest, finish_row, (double* row, double pivot, double* distance, const float* weight, float* loss, int64_t count),
             (row, pivot, distance, weight, loss, count), (finish_all<L>(row, pivot, distance, weight, loss, count)))
 
 }  // namespace sts::cpu

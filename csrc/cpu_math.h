@@ -79,14 +79,18 @@ STS_CPU_RULE(UnitRows<Farthest>)
 // The smallest of a[i] + b[i], count at least 1. Neither holds a NaN.
 float lowest_sum(const float* a, const float* b, int64_t count);
 
+// out[p * out_stride + r] = points[p] . rows[r] in float64. `size`, a multiple of 32. A pair's bits depend on the pair alone.
+void dot64(const double* const* points, int num_points, const float* const* rows, int64_t num_rows, int64_t size, double* out,
+           int64_t out_stride);
+
 // Columns that subtract_products takes at a time.
-constexpr int64_t kColumns = 64;
+constexpr int64_t kColumns = 32;
 // rows[p][i] -= factors[p][t] * terms[t * stride + i] for t = 0, 1, ... and i in [begin, end), both multiples of kColumns. The bits of
 // an element depend on neither the range nor num_rows.
-void subtract_products(float* const* rows, const float* const* factors, int num_rows, const float* terms, int64_t stride,
+void subtract_products(double* const* rows, const double* const* factors, int num_rows, const double* terms, int64_t stride,
                        int64_t num_terms, int64_t begin, int64_t end);
 // row[i] /= pivot; distance[i] -= row[i]^2, 0 where below kInSpan; loss[i] = -weight[i] * distance[i]; then `lowest` of the losses.
 // count: a multiple of kColumns.
-Lowest finish_row(float* row, float pivot, float* distance, const float* weight, float* loss, int64_t count);
+Lowest finish_row(double* row, double pivot, double* distance, const float* weight, float* loss, int64_t count);
 
 }  // namespace sts::cpu

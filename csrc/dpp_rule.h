@@ -3,7 +3,8 @@
 
 namespace sts {
 
-// Squared distance of a unit row to the span of the picks, below which it counts as 0: float32 resolves no less. Also in dpp_select.py.
-constexpr float kInSpan = 1e-6f;
+// Squared distance of a unit row to the span of the picks, below which it counts as 0: unit rows are rounded to float32. Also in
+// dpp_select.py.
+constexpr double kInSpan = 1e-10;
 
 }  // namespace sts

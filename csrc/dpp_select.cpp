@@ -1,7 +1,8 @@
 // Greedy MAP of a DPP on the CPU. The Cholesky row of a pick, e = (c - sum_t e_t[pick] e_t) / e[pick], needs the cosines of the pick to all
 // tokens. They are computed for several tokens in one pass over the features, those of the largest gains, together with the
 // sum over the rows so far; a row that is picked later is brought up to date with the rows since. Every element takes the same
-// operations in the same order whatever was computed ahead, so the picks are those of the plain loop, bit for bit.
+// operations in the same order whatever was computed ahead, so the picks are those of the plain loop, bit for bit. Sums are taken in
+// float64: in float32 their rounding, divided by e[pick], is soon as large as the gains that are left.
 #include <limits>
 #include <numeric>
 #include <tuple>
@@ -46,13 +47,15 @@ class DppSelector {
   }
 
  private:
-  // Unit rows, weights (q_i / max q)^2, distances to the empty span, and gains. Returns max |q|.
+  // Unit rows and what their rounding took of their length, weights (q_i / max q)^2, distances to the empty span, and gains. Returns
+  // max |q|.
   double start(int64_t b, int64_t tokens, const float* quality) {
     tokens_ = tokens;
     width_ = ceil_div(tokens, cpu::kColumns) * cpu::kColumns;
     unit_.resize(tokens * point_size_);
     unit_row_.resize(tokens);
-    distance_.assign(width_, 0.f);
+    distance_.assign(width_, 0.);
+    scale_.assign(tokens, 0.);
     weight_.assign(width_, 0.f);
     loss_.assign(width_, 0.f);
     usable_.resize(tokens);
@@ -61,6 +64,7 @@ class DppSelector {
     slot_of_.assign(tokens, -1);
     std::fill_n(token_of_, kSlots, int64_t(-1));
     team_.for_rows(tokens, 4 * features_.channels, [&](int64_t begin, int64_t end) {
+      std::vector<double> doubles(point_size_);
       for (int64_t i = begin; i < end; ++i) {
         const scalar_t* row = features_.row(b, i);
         float* unit = unit_.data() + i * point_size_;
@@ -68,7 +72,13 @@ class DppSelector {
         usable_[i] = std::isfinite(quality[i]) && cpu::all_finite(row, features_.channels);
         if (usable_[i]) {
           cpu::to_point(row, unit, features_.channels);
-          distance_[i] = cpu::to_unit(unit, point_size_) ? 1.f : 0.f;
+          if (!cpu::to_unit(unit, point_size_)) continue;
+          std::copy_n(unit, point_size_, doubles.begin());
+          const double* point = doubles.data();
+          double square;
+          cpu::dot64(&point, 1, &unit_row_[i], 1, point_size_, &square, 1);
+          scale_[i] = 1. / std::sqrt(square);
+          distance_[i] = 1.;
         } else {
           std::fill_n(unit, point_size_, 0.f);
         }
@@ -81,7 +91,7 @@ class DppSelector {
       if (!(distance_[i] > 0) || largest == 0) continue;
       const float share = quality[i] / largest;
       weight_[i] = share * share;
-      loss_[i] = -weight_[i] * distance_[i];
+      loss_[i] = -static_cast<float>(weight_[i] * distance_[i]);
     }
     return largest;
   }
@@ -91,7 +101,7 @@ class DppSelector {
     if (slot_of_[pick] < 0) compute_rows(step, pick, picks);
     const int64_t slot = slot_of_[pick];
     // The terms that came since the pass.
-    float* row = slot_rows_.data() + slot * width_;
+    double* row = slot_rows_.data() + slot * width_;
     subtract(&pick, &row, 1, up_to_[slot], step);
     slot_of_[pick] = token_of_[slot] = -1;
     rows_.resize((step + 1) * width_);
@@ -100,10 +110,10 @@ class DppSelector {
   }
 
   // rows[p] -= sum over t in [from, to) of e_t[tokens[p]] e_t.
-  void subtract(const int64_t* tokens, float* const* rows, int count, int64_t from, int64_t to) {
+  void subtract(const int64_t* tokens, double* const* rows, int count, int64_t from, int64_t to) {
     if (from == to) return;
     factors_.resize(count * (to - from));
-    const float* factor[cpu::kPoints];
+    const double* factor[cpu::kPoints];
     for (int p = 0; p < count; ++p) {
       factor[p] = factors_.data() + p * (to - from);
       for (int64_t t = from; t < to; ++t) factors_[p * (to - from) + t - from] = rows_[t * width_ + tokens[p]];
@@ -117,24 +127,26 @@ class DppSelector {
   void compute_rows(int64_t step, int64_t pick, int64_t picks) {
     choose(pick, std::min<int64_t>(lookahead(), picks));
     const int count = static_cast<int>(ahead_.size());
-    float* rows[cpu::kPoints];
-    const float* points[cpu::kPoints];
+    double* rows[cpu::kPoints];
+    const double* points[cpu::kPoints];
+    points_.resize(count * point_size_);
     for (int p = 0; p < count; ++p) {
       const int slot = take_slot(ahead_[p]);
       up_to_[slot] = step;
       rows[p] = slot_rows_.data() + slot * width_;
-      points[p] = unit_row_[ahead_[p]];
-      std::fill(rows[p] + tokens_, rows[p] + width_, 0.f);
+      double* point = points_.data() + p * point_size_;
+      std::copy_n(unit_row_[ahead_[p]], point_size_, point);
+      points[p] = point;
+      std::fill(rows[p] + tokens_, rows[p] + width_, 0.);
     }
     const int64_t strips = ceil_div(tokens_, kStripRows);
     team_.for_rows(strips, kStripRows * 2 * count * features_.channels, [&](int64_t begin, int64_t end) {
-      float strip[cpu::kPoints * kStripRows];
+      double strip[cpu::kPoints * kStripRows];
       for (int64_t s = begin; s < end; ++s) {
         const int64_t first = s * kStripRows, used = std::min(kStripRows, tokens_ - first);
-        const int64_t next = std::min(first + kStripRows, tokens_), num_next = std::min(kStripRows, tokens_ - next);
-        cpu::sqdist(points, count, unit_row_.data() + first, used, unit_row_.data() + next, num_next, features_.channels, strip, kStripRows);
+        cpu::dot64(points, count, unit_row_.data() + first, used, point_size_, strip, kStripRows);
         for (int p = 0; p < count; ++p)
-          for (int64_t i = 0; i < used; ++i) rows[p][first + i] = 1.f - 0.5f * strip[p * kStripRows + i];
+          for (int64_t i = 0; i < used; ++i) rows[p][first + i] = strip[p * kStripRows + i] * scale_[ahead_[p]] * scale_[first + i];
       }
     });
     subtract(ahead_.data(), rows, count, 0, step);
@@ -193,7 +205,8 @@ class DppSelector {
   Rows<scalar_t> features_;
   int64_t point_size_, tokens_ = 0, width_ = 0;  // width_: tokens_, in whole blocks of columns
   float floor_;
-  std::vector<float> unit_, distance_, weight_, loss_, rows_, slot_rows_, factors_;
+  std::vector<float> unit_, weight_, loss_;
+  std::vector<double> scale_, distance_, points_, rows_, slot_rows_, factors_;
   std::vector<const float*> unit_row_;
   std::vector<char> usable_;
   std::vector<int64_t> slot_of_, ahead_, candidates_;

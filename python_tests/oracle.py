@@ -461,3 +461,108 @@ def check_knn_density(got, features, k, num_tokens=None):
         error = (got[b][usable].double() - (-mean).exp()).abs()
         bound = (1e-6 + 1e-5 * mean) * (-mean).exp() + VALUE_ATOL
         assert (error <= bound).all(), f"item {b}: off by {(error / bound).max():.3g} of what is allowed"
+
+
+def unit_rows64(x):
+    """(N, C) float64 rows of length 1; a zero row stays zero."""
+    x = x.double()
+    x = x / torch.where(x.abs().amax(1, keepdim=True) > 0, x.abs().amax(1, keepdim=True), 1.0)
+    return torch.nn.functional.normalize(x, dim=1)
+
+
+GAIN_ATOL = 1e-6  # of the first gain: what float32 resolves of a squared distance to a span
+
+
+def dpp_error(order, gain, x, quality, floor):
+    """Why `order` and `gain` (K,) are no greedy MAP of x (N, C) and quality (N,); "" where they are. N >= K >= 1."""
+    tokens = len(x)
+    if order.min() < 0 or order.max() >= tokens or order.unique().numel() != len(order):
+        return f"picks repeat, or are outside [0, {tokens}): {order.tolist()}"
+    if (gain.diff() > 0).any() or (gain < 0).any():
+        return f"gains rise, or are negative: {gain.tolist()}"
+    usable = finite_rows(x) & quality.isfinite()
+    u = unit_rows64(torch.where(usable[:, None], x.double(), 0.0))
+    q = torch.where(usable, quality.double(), 0.0)
+    distance = (u != 0).any(1).double()
+    first = (q.square() * distance).max()
+    left = torch.ones(tokens, dtype=torch.bool)
+    rows = torch.zeros(0, tokens, dtype=torch.float64)
+    rest = sorted(range(tokens), key=lambda i: (not usable[i], -q[i].item() if usable[i] else 0.0, i))
+    for step, (pick, got) in enumerate(zip(order.tolist(), gain.double().tolist(), strict=True)):
+        gains = torch.where(left & usable, q.square() * distance, 0.0)
+        best, own, slack = gains.max(), gains[pick], GAIN_ATOL * first
+        if got == 0:  # from here on by quality
+            if best > floor * first * (1 + REGRET) + slack:
+                return f"step {step} goes by quality, but a gain of {best:.6g} is left; the first was {first:.6g}"
+            want = [i for i in rest if left[i]][: len(order) - step]
+            if order[step:].tolist() != want or (gain[step:] != 0).any():
+                return f"from step {step} on {order[step:].tolist()}, by quality {want}"
+            return ""
+        if not usable[pick] or own * (1 + REGRET) + slack < best:
+            return f"step {step} picked {pick} of gain {own:.9g}; the largest is {best:.9g}"
+        if own * (1 + REGRET) + slack < floor * first:
+            return f"step {step} picked {pick} of gain {own:.9g} below the floor"
+        if abs(min(own, FLOAT32_MAX) - min(got, FLOAT32_MAX)) > REGRET * own + slack:
+            return f"step {step} says that {pick} has gain {got:.9g}, which is {own:.9g}"
+        left[pick] = False
+        row = (u @ u[pick] - rows.T @ rows[:, pick]) / distance[pick].clamp(min=1e-300).sqrt()
+        rows = torch.cat([rows, row[None]])
+        distance = (distance - row.square()).clamp(min=0)
+    return ""
+
+
+def check_dpp(order, gain, features, quality, k, floor=1e-7, num_tokens=None):
+    """Asserts that `order` and `gain` (B, k) are what `dpp_select` promises for these arguments."""
+    batch, tokens, _ = features.shape
+    assert (order.dtype, gain.dtype) == (torch.int64, torch.float32)
+    assert order.device == gain.device == features.device
+    assert order.shape == gain.shape == (batch, k)
+    assert order.is_contiguous()
+    assert gain.is_contiguous()
+    order, gain, features, quality = (t.detach().cpu() for t in (order, gain, features, quality))
+    for b in range(batch):
+        count = tokens if num_tokens is None else num_tokens[b].item()
+        kept = min(count, k)
+        assert (order[b, kept:] == -1).all(), f"item {b}: no -1 past its {count} tokens: {order[b].tolist()}"
+        assert (gain[b, kept:] == 0).all(), f"item {b}: a gain past its {count} tokens"
+        if kept:
+            error = dpp_error(order[b, :kept], gain[b, :kept], features[b, :count], quality[b, :count], floor)
+            assert not error, f"item {b}: {error}"
+
+
+def dedup_rounds(sqdist, rest, keep, step):
+    """VisPruner's rounds over a list `rest`, by sqdist (N, N), which are to be exact."""
+    while len(rest) > keep:
+        even, odd = rest[::2], rest[1::2]
+        closest = sqdist[even][:, odd].min(1).values.tolist()
+        by_closest = sorted(range(len(even)), key=lambda i: (closest[i], i))
+        rest = [even[i] for i in by_closest[min(step, len(rest) - keep, len(even)) :]] + odd
+    return rest
+
+
+def check_dedup(kept, features, order, keep, step=8, exact=True):
+    """Asserts that `kept` (B, keep) is what `dedup_select` promises for these arguments. exact: the squared distances of
+    unit rows are exact in float32; else only what does not depend on them is checked."""
+    assert kept.dtype == torch.int64
+    assert kept.device == features.device
+    assert kept.shape == (features.shape[0], keep)
+    assert kept.is_contiguous()
+    kept, features, order = kept.cpu(), features.cpu(), order.cpu()
+    for b, listed in enumerate(order.tolist()):
+        listed = listed[: listed.index(-1)] if -1 in listed else listed
+        finite = finite_rows(features[b])
+        good, bad = [i for i in listed if finite[i]], [i for i in listed if not finite[i]]
+        if len(good) <= keep:
+            want = (good + bad)[:keep]
+            want += [-1] * (keep - len(want))
+            assert kept[b].tolist() == want, f"item {b}"
+            continue
+        if not exact:
+            got = kept[b].tolist()
+            assert all(got.count(i) <= good.count(i) for i in got), f"item {b}: {got} of {good}"
+            continue
+        u = unit_rows64(torch.where(finite[:, None], features[b].double(), 0.0))
+        zero = (u == 0).all(1)
+        sqdist = (2 - 2 * u @ u.T).masked_fill(zero[:, None] | zero, 2.0)
+        sqdist = (sqdist * 2**24).round() / 2**24  # what float64 loses of them
+        assert kept[b].tolist() == dedup_rounds(sqdist, good, keep, step), f"item {b}"

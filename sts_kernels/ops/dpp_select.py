@@ -7,37 +7,22 @@ import torch
 from .. import _checks
 from .._registry import define_op
 from .._transforms import fold
+from ._selection import check_padded, check_padded_values, check_token_values, counts
 from ._unit_rows import unit_rows
 
-# Squared distance of a unit row to the span of the picks, below which it counts as 0: float32 resolves no less.
+# Squared distance of a unit row to the span of the picks, below which it counts as 0: unit rows are rounded to float32.
 # Also in csrc/dpp_rule.h.
-IN_SPAN = 1e-6
+IN_SPAN = 1e-10
 
 
 def _check(features, quality, k, floor, num_tokens):
     op = "dpp_select"
-    _checks.features(op, features)
-    batch, tokens, _ = features.shape
-    _checks.tensor(op, "quality", quality, _checks.FLOATING, "(B, N)", 2)
-    if quality.shape != features.shape[:2]:
-        raise ValueError(f"{op}: quality must have shape (B, N) = ({batch}, {tokens}), got {tuple(quality.shape)}")
-    _checks.same_device(op, "quality", quality, features)
-    _checks.integer(op, "k", k, 1, tokens, " (the number of tokens)")
+    check_padded(op, features, k, num_tokens=num_tokens)
+    check_token_values(op, "quality", quality, _checks.FLOATING, features)
     if isinstance(floor, bool) or not isinstance(floor, int | float | torch.SymFloat):
         raise TypeError(f"{op}: floor must be a float, got {type(floor).__name__}")
     if not 0 <= floor <= 1:
         raise ValueError(f"{op}: floor must be between 0 and 1, got {floor}")
-    if num_tokens is not None:
-        _checks.index_vector(op, "num_tokens", num_tokens, batch, "(B,)", features)
-
-
-def _check_values(features, num_tokens):
-    if num_tokens is None or not _checks.values_readable(num_tokens):
-        return
-    tokens = features.shape[1]
-    for item, count in enumerate(num_tokens.tolist()):
-        if not 0 <= count <= tokens:
-            raise ValueError(f"dpp_select: num_tokens[{item}] must be between 0 and {tokens}, its tokens, got {count}")
 
 
 def _fake(features, quality, k, floor=1e-7, num_tokens=None):
@@ -57,27 +42,27 @@ def _fake(features, quality, k, floor=1e-7, num_tokens=None):
 )
 def dpp_select_reference(features, quality, k, floor=1e-7, num_tokens=None):
     _check(features, quality, k, floor, num_tokens)
-    _check_values(features, num_tokens)
+    check_padded_values("dpp_select", features, num_tokens=num_tokens)
     batch, tokens, channels = features.shape
     position = torch.arange(tokens, device=features.device)
-    count = torch.full((batch,), tokens, device=features.device) if num_tokens is None else num_tokens.long()
-    count = torch.where((count >= 0) & (count <= tokens), count, 0)
-    present = position < count[:, None]
+    present = position < counts(features, num_tokens)[:, None]
     usable = features.isfinite().all(-1) & quality.isfinite() & present
     # The Cholesky rows of L are q times those of c. So a gain is q^2 times the squared distance of the unit row to the
     # span of the picks. Roots of gains are compared: q^2 may be out of range.
-    x = unit_rows(torch.where(usable[..., None], features.float(), 0.0))
+    # Sums are in float64: their rounding, divided by the distance of a pick, would soon be as large as the gains left.
+    x = unit_rows(torch.where(usable[..., None], features.float(), 0.0)).double()
+    distance = (x != 0).any(-1).double()  # squared
+    x = x * torch.where(distance > 0, 1 / x.square().sum(-1).sqrt(), 0.0)[..., None]
     size = torch.where(usable, quality.float(), 0.0).abs()
-    distance = (x != 0).any(-1).float()  # squared
     # After the last gain tokens follow by quality, those that are not usable after all others.
     rest = torch.where(usable, quality.float() + 0.0, -math.inf)  # -0 equals 0
     left = present.clone()
     factor = x.new_zeros((batch, k, tokens))
     order = features.new_empty((batch, k), dtype=torch.int64)
-    gain = x.new_empty((batch, k))
+    gain = torch.empty_like(order, dtype=torch.float32)
     least = None
     for step in range(k):
-        value = torch.where(left, size * distance.sqrt(), -1.0)
+        value = torch.where(left, size * distance.float().sqrt(), -1.0)
         best, token = value.max(-1).values, _first_largest(value, left)
         if least is None:
             least = math.sqrt(floor) * best
@@ -135,7 +120,7 @@ def dpp_select(
         gain: (B, k) float32, the gain of each pick, which never rises; 0 for tokens that follow by quality, and past
             num_tokens[b]. log det L of the first t picks is the sum of the logarithms of their gains.
 
-        A squared distance to the span below 1e-6 counts as 0, so tokens beyond the rank of the kernel, and repeats of
+        A squared distance to the span below 1e-10 counts as 0, so tokens beyond the rank of the kernel, and repeats of
         picked ones, follow by quality. Equal gains and equal qualities go to the lowest index. A token with a NaN or
         infinity, or whose quality is one, is picked only when no other is left. The same input gives the same output,
         bit for bit, whatever else is in the batch. The gains have no gradient: requires_grad is False.
@@ -146,8 +131,8 @@ def dpp_select(
         STS_KERNELS_CHECK=1 makes it an error at the price of a sync.
 
     Cost:
-        2 B k N C + B k^2 N flops, and scratch of (C + k) N floats an item. Nothing N x N is stored.
+        2 B k N C + B k^2 N flops in float64, and scratch of (C + 2 k) N floats an item. Nothing N x N is stored.
     """
     _check(features, quality, k, floor, num_tokens)
-    _check_values(features, num_tokens)
+    check_padded_values("dpp_select", features, num_tokens=num_tokens)
     return torch.ops.sts_kernels.dpp_select.default(features, quality, k, floor, num_tokens)
