@@ -1,6 +1,6 @@
 """`python -m bench.lookahead`: how often the guess at the picks to come is right.
 
-Runs the plain loop of Algorithm 1 and replays beside it the guesses of the CPU kernel (csrc/repulsion_select.cpp) and
+Runs the plain loop of Algorithm 1 and replays beside it the guesses of the CPU kernel (csrc/cpu_select.h) and
 of the CUDA kernel for many tokens (csrc/select_swept.cuh), which both run the plain loop among a few candidates: picks
 per pass over the features, and rows of weights computed per row used. Of the CUDA kernels for stored weights: how many
 picks find their row in cache (csrc/select_stored.cuh), and how many a cluster makes each time that its warps hear from
