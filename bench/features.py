@@ -25,8 +25,18 @@ BUDGETS = (16, 32, 64, 128)
 ROUNDED = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 PICTURE, PICTURE_BUDGET = "coffee", 40
 SWEPT, GRIDS = "coffee", (0, 2, 6)  # the photograph of the look-ahead, and into how many crops a side it is cut
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c564b", "#7f7f7f")
-MARKERS = "osD^vP"
+COLOURS = ("#0072b2", "#d55e00", "#009e73")
+# Of a method's curves, by what it looks at: features (keys among them), attention.
+KINDS = {
+    (True, False): ("blue and green", "features", ("#08519c", "#4a9fd8", "#1b8a5a", "#86c66c", "#17becf")),
+    (False, True): ("red", "attention", ("#a50f15", "#ef5b4c", "#f4a29a")),
+    (True, True): (
+        *("purple and orange", "both"),
+        ("#6a3d9a", "#e08214", "#c51b7d", "#8c510a", "#b589d6", "#fdb863", "#e377c2"),
+    ),
+    (False, False): ("grey", "neither", ("#555555", "#aaaaaa")),
+}
+MARKERS = "osD^vPX*"
 
 
 @dataclass(frozen=True)
@@ -168,17 +178,21 @@ def section_kept(found: Study) -> list[str]:
     parts = []
     for field, (title, form, best) in fields.items():
         values = {name: [mean(getattr(kept[k], field)) for k in BUDGETS] for name, kept in found.kept.items()}
-        winners = [best(values, key=lambda name: values[name][i]) for i in range(len(BUDGETS))]
-        rows = [
-            [
-                f"`{name}`",
-                *(f"**{v:{form}}**" if name == w else f"{v:{form}}" for v, w in zip(row, winners, strict=True)),
-            ]
-            for name, row in values.items()
-        ]
+        winners = [f"{best(column):{form}}" for column in zip(*values.values(), strict=True)]
+        rows = []
+        for name, row in values.items():
+            shown = [f"{value:{form}}" for value in row]
+            marked = (f"**{cell}**" if cell == w else cell for cell, w in zip(shown, winners, strict=True))
+            rows.append([f"`{name}`", *marked])
         parts.append(f"{title}, {'largest' if best is max else 'smallest'} in bold:\n\n")
         parts[-1] += table(["method", *(f"K = {k}" for k in BUDGETS)], rows)
-    x, left_out = found.features, "; ".join(f"`{name}` {why}" for name, why in found.left_out.items())
+    x, reasons = found.features, {}
+    for name, why in found.left_out.items():
+        reasons.setdefault(why, []).append(f"`{name}`")
+    left_out = "; ".join(f"{', '.join(names)} ({why})" for why, names in reasons.items())
+    prompted = ", ".join(f"`{name}`" for name, method in found.chosen.items() if "relevance" in method.signals)
+    stand_in = f"There is no prompt: the [CLS] attention stands for the relevance of {prompted}." if prompted else ""
+    colours = ", ".join(f"{colour}: {what}" for colour, what, _ in KINDS.values())
     tokens, rank, norm = x.shape[1], f"{mean(analysis.erank(x)):.1f}", f"{mean(x.norm(dim=2)):.1f}"
     return [
         "## What each method keeps",
@@ -187,8 +201,8 @@ def section_kept(found: Study) -> list[str]:
             f"""Of {tokens} tokens of layer {LAYER}; scores are the [CLS] attention of that layer. Means over the
             photographs. All tokens together have an effective rank of {rank}; the norm of a token is {norm} on
             average. Only the rows of kept tokens count, as they are: what a method merges into them does not.
-            `uniform` takes every {tokens} / K-th token, one column of the picture at K = {trained.SIDE}. Left out:
-            {left_out}."""
+            `uniform` takes every {tokens} / K-th token, one column of the picture at K = {trained.SIDE}. {stand_in}
+            Left out: {left_out}. In the picture the colour says what a method looks at ({colours})."""
         ),
         *parts,
     ]
@@ -321,27 +335,36 @@ def draw_layers(found: Study, path: Path) -> None:
     finish(canvas, path)
 
 
+def looks(method) -> tuple[bool, bool]:
+    """At features, at attention."""
+    return bool(method.signals & {"features", "keys"}), bool(method.signals & {"attention", "relevance"})
+
+
 def draw_kept(found: Study, path: Path) -> None:
-    canvas, panels = figure(12, 4.6, 3)
+    canvas, panels = figure(12, 4.8, 3)
+    base = found.kept["random"]
     titles = {
-        "erank": "effective rank of the kept tokens",
+        "erank": "effective rank of the kept tokens over random's",
         "mean": "mean distance to the nearest kept token",
         "largest": "largest distance to the nearest kept token",
     }
-    for axes, (field, title) in zip(panels, titles.items(), strict=True):
-        for index, (name, kept) in enumerate(found.kept.items()):
-            style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "markersize": 4}
-            line = "--" if index >= len(COLOURS) else "-"
-            axes.plot(
-                BUDGETS, [mean(getattr(kept[k], field)) for k in BUDGETS], line, linewidth=1.2, label=name, **style
-            )
+    for kind, (_, _, colours) in KINDS.items():
+        names = [name for name, method in found.chosen.items() if looks(method) == kind]
+        for index, name in enumerate(names):
+            style = {"color": colours[index % len(colours)], "marker": MARKERS[index % len(MARKERS)]}
+            for axes, field in zip(panels, titles, strict=True):
+                values = [mean(getattr(found.kept[name][k], field)) for k in BUDGETS]
+                if field == "erank":
+                    values = [value / mean(base[k].erank) for value, k in zip(values, BUDGETS, strict=True)]
+                axes.plot(BUDGETS, values, label=name, linewidth=1.3, markersize=4.5, **style)
+    for axes, title in zip(panels, titles.values(), strict=True):
         axes.set_xscale("log", base=2)
         axes.set_xticks(BUDGETS, map(str, BUDGETS))
-        axes.set(xlabel=f"tokens kept of {found.features.shape[1]}, K", title=title)
-        axes.title.set_size(10)
+        axes.set(xlabel=f"tokens kept of {found.features.shape[1]}, K")
+        axes.set_title(title, fontsize=10)
         axes.grid(True, alpha=0.2)
     handles, labels = panels[0].get_legend_handles_labels()
-    canvas.legend(handles, labels, loc="outside lower center", ncols=8, frameon=False)
+    canvas.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 7), frameon=False)
     finish(canvas, path)
 
 

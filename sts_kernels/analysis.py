@@ -29,6 +29,7 @@ __all__ = [
 ]
 
 SCORES = (*_checks.FLOATING, torch.float64)
+TIE = 2.0**40
 CHUNK = 1 << 24  # float64 distances at a time in coverage: 128 MB
 
 
@@ -165,7 +166,8 @@ def knn_consistency(features: Tensor, scores: Tensor, k: int, num_tokens: Tensor
     says that neighbours differ as much as any k tokens, 1 that they are equal.
 
     Args:
-        features: (B, N, C). A zero row has cosine 0 to every token. Equal cosines go to the lowest index.
+        features: (B, N, C). A zero row has cosine 0 to every token. Cosines that are equal to 2^-40 go to the lowest
+            index.
         scores: (B, N).
         k: neighbours, 1 <= k < N. An item of k tokens or fewer takes all the others.
         num_tokens: (B,).
@@ -195,7 +197,8 @@ def _consistency(x: Tensor, scores: Tensor, present: Tensor, k: int) -> Tensor:
     """`knn_consistency` of one item: x (N, C), scores (N,), present (N,)."""
     norm = x.square().sum(1, keepdim=True).sqrt()
     x = torch.where(norm > 0, x / norm, 0.0)
-    cosine = (x @ x.T).masked_fill_(~present, -math.inf).fill_diagonal_(-math.inf)
+    cosine = (x @ x.T).mul_(TIE).round_()  # equal tokens: the product rounds their columns differently
+    cosine.masked_fill_(~present, -math.inf).fill_diagonal_(-math.inf)
     value, near = cosine.sort(dim=1, descending=True, stable=True)
     value, near = value[:, :k], near[:, :k]
     local = _std(scores[near], value > -math.inf)

@@ -238,6 +238,7 @@ def draw(tokens: Tokens, choices: dict[str, torch.Tensor], columns: int | None =
     for index, (name, kept) in enumerate(choices.items()):
         left, top = MARGIN + index % columns * width, index // columns * height
         caption = f"{name}: {kept.numel()} of {tokens.count} tokens"
+        caption = caption if font.getlength(caption) <= panel else name
         pen.text((left + panel // 2, top + CAPTION // 2), caption, fill="black", font=font, anchor="mm")
         mask = Image.new("L", (tokens.side, tokens.side))
         for token in kept.tolist():

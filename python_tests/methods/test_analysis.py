@@ -176,6 +176,17 @@ def test_equal_scores_and_equal_tokens(device):
     assert value == pytest.approx(1 - (7 * 0.5 + 1) / 8 / spread(list(range(8))))
 
 
+def test_neighbours_of_equal_tokens_are_the_lowest(device):
+    """Of 7 copies of 9 tokens in turn, all neighbours of a token at k = 6 are its copies, at k = 3 the first others."""
+    x, scores = noise(9, 13, seed=14).repeat(7, 1), attention(63, seed=15)
+    local = []
+    for i in range(63):
+        copies = [j for j in range(i % 9, 63, 9) if j != i][:3]
+        local.append(spread([scores[j].item() for j in copies]))
+    expected = 1 - sum(local) / 63 / spread(scores.double().tolist())
+    assert analysis.knn_consistency(x[None].to(device), scores[None].to(device), 3).item() == pytest.approx(expected)
+
+
 # ---- batches -----------------------------------------------------------------------------------------------------
 
 CALLS = {
