@@ -49,11 +49,6 @@ class Pool:
     def tokens(self) -> int:
         return self.present.shape[1]
 
-    @property
-    def ragged(self) -> Tensor | None:
-        """`count` for an op's num_tokens, where numbers out of range are 0 already. None: all items have N tokens."""
-        return None if self.num_tokens is None else self.count
-
     def finite(self, *signals: str) -> Tensor:
         """(B, N) bool: present tokens without a NaN or infinity in `signals`, of features, scores and keys."""
         usable = self.present

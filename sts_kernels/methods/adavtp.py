@@ -68,7 +68,7 @@ class AdaVTP(_adaptive.Adaptive):
         return rank.masked_fill(~usable, -1), tau
 
     def pick(self, pool: Pool) -> Selection:
-        return Selection(suppress_select(pool.features, *self.walk(pool), pool.k, pool.ragged))
+        return Selection(suppress_select(pool.features, *self.walk(pool), pool.k, pool.count))
 
     def select_packed(self, lengths, budgets, *, features=None, scores=None, text=None, keys=None) -> Selection:
         """One launch, whatever the lengths and budgets."""

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .. import _checks
 from ..ops import dpp_select
+from ._cosine import unit
 from .base import Method, Pool, Selection, option
-from .divprune import unit
 
 FLOOR = 1e-7  # of the first gain: beyond it the kernel's rank is used up
 RELEVANCE = ("scores", "text")
@@ -52,7 +52,7 @@ class CDPruner(Method):
         relevance = pool.scores if self.by == "scores" else self.similarity(pool)
         usable = pool.finite("features") & relevance.isfinite()
         quality = scaled(relevance, usable).masked_fill(~usable, math.nan)
-        order, _ = dpp_select(pool.features, quality, pool.k, FLOOR, pool.ragged)
+        order, _ = dpp_select(pool.features, quality, pool.k, FLOOR, pool.count)
         return Selection(order)
 
     def similarity(self, pool: Pool) -> Tensor:

@@ -4,9 +4,6 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
 from ..ops import farthest_select, nearest
 from .base import Method, Pool, Selection
 
@@ -34,14 +31,3 @@ class DivPrune(Method):
         _, largest = nearest(x, x, exclude_self=True, num_keys=pool.count)
         loneliest = largest.masked_fill(~usable, math.inf).argmin(1)
         return Selection(farthest_select(x, pool.k, loneliest, metric="cosine", num_tokens=pool.count))
-
-
-def unit(x: Tensor) -> Tensor:
-    """Rows of length one; a zero row stays zero."""
-    norm = x.norm(dim=-1, keepdim=True)
-    return x / torch.where(norm > 0, norm, 1.0)
-
-
-def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """(B, M, K) float32 in [-1, 1]: cosines of unit rows (B, M, C) and (B, K, C) in float64."""
-    return (a @ b.mT).float().clamp_(-1, 1)

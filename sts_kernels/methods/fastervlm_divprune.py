@@ -48,7 +48,7 @@ class FasterVLMDivPrune(_adaptive.Mixing):
         place = torch.arange(pool.tokens, device=pool.device)
         rank = torch.empty_like(ranked).scatter_(1, ranked, place.expand_as(ranked))
         start = torch.where(usable & (rank >= attended), (2 - 2 * cosine).clamp(min=0), -1.0)
-        diverse = farthest_select(pool.features, pool.k, start=start, metric="cosine", num_tokens=pool.ragged)
+        diverse = farthest_select(pool.features, pool.k, start=start, metric="cosine", num_tokens=pool.count)
         slot = place[: pool.k]
         order = torch.where(slot < attended, first, diverse.gather(1, (slot - attended).clamp(min=0)))
         return Selection(torch.where(number > pool.k, order, first))

@@ -11,9 +11,9 @@ from torch.nn.functional import pad
 from .. import _checks
 from ..ops import scatter_mean
 from . import _merge
+from ._cosine import cosine, unit
 from ._rank import descending
 from .base import Method, Pool, Selection, option
-from .divprune import cosine, unit
 
 BLOCK = 1 << 24  # cosines at a time: 128 MiB in float64
 

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from ..ops import dedup_select
 from . import _adaptive
+from ._cosine import cosine, unit
 from ._rank import descending
 from .base import Pool, Selection, option
-from .divprune import cosine, unit
 
 STEP = 8  # tokens removed in a round
 
