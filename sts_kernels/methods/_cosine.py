@@ -1,4 +1,4 @@
-"""Cosines in float64, rounded to float32: the order of summation, which depends on the batch, is lost in the rounding."""
+"""Cosines in float64, rounded to float32: the order of summation depends on the batch, and is lost in the rounding."""
 
 import torch
 from torch import Tensor
