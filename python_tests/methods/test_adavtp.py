@@ -89,8 +89,9 @@ def test_a_score_or_a_feature_that_is_no_number(device):
     rng = torch.Generator().manual_seed(2)
     x, scores = torch.randn(1, 20, 8, generator=rng), torch.rand(1, 20, generator=rng)
     finite = [i for i in range(20) if i not in (3, 11)]
-    method = methods.create("adavtp", erank_avg=2.0)
+    method = methods.create("adavtp", erank_avg=0.5, tau_max=0.9)
     alone = method.select(k=18, features=x[:, finite].to(device), scores=scores[:, finite].to(device)).order[0]
+    assert alone.tolist() != judge.best_first(scores[0, finite].tolist(), 18)  # some tokens are removed
     x[0, 11, 2], scores[0, 3] = math.nan, math.inf
     order = method.select(k=20, features=x.to(device), scores=scores.to(device)).order[0].tolist()
     assert order == [*(finite[i] for i in alone.tolist()), 3, 11]

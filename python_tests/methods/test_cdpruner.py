@@ -67,7 +67,7 @@ def test_relevance_is_scaled_over_an_items_own_tokens(device):
     x, relevance = torch.randn(2, 30, 16, generator=rng).to(device), torch.rand(2, 30, generator=rng).to(device)
     method = methods.create("cdpruner")
     alone = method.select(k=8, features=x[:1, :20], scores=relevance[:1, :20]).order[0]
-    relevance[0, 20:], relevance[1] = 50.0, relevance[1] * 1000
+    relevance[0, 20:25], relevance[0, 25:], relevance[1] = 50.0, -50.0, relevance[1] * 1000
     counts = torch.tensor([20, 30], device=device)
     assert torch.equal(method.select(k=8, features=x, scores=relevance, num_tokens=counts).order[0], alone)
     x[0, 20:] = math.nan
