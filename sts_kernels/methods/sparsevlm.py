@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _checks
 from ._budget import Budget, check_after, early_layers, everything, prompt_total, shares_of, take
-from ._density_peaks import density_peaks, means
+from ._density_peaks import density_peaks
 from ._rank import descending
 from ._raters import alignment, raters
 from .base import Cut, Inside, Method, Plan, Selection, option
@@ -158,9 +158,6 @@ class SparseVLM(Method):
         assignment = torch.full_like(ranked, -1).scatter(1, ranked[:, :kept], present[:, :kept].cumsum(1) - 1)
         assignment = assignment.scatter(1, spare, torch.where(members >= 0, members + kept, -1))
         return Selection(torch.cat([ranked[:, :kept], spare.gather(1, centers)], dim=1), assignment, method=self)
-
-    def merge(self, features: Tensor, selection: Selection) -> Tensor:
-        return means(features, selection)
 
 
 def _left(counts, index: int, images: Sequence[int]) -> int:
