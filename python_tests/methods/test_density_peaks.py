@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from sts_kernels import methods
 from sts_kernels.methods import Selection
-from sts_kernels.methods._density_peaks import density_peaks, means
+from sts_kernels.methods._density_peaks import density_peaks
 
 from . import recipe
 from .density import clusters_of
@@ -25,7 +26,7 @@ def test_the_official_code(case, device):
     assert assignment[0].tolist() == case["cluster"]
     assert assignment[0].bincount().tolist() == case["sizes"]
     stored = np.load(recipe.VECTORS / "sparsevlm.npz")[f"merged_{case['seed']}"]
-    rows = means(x, Selection(centers, assignment))[0].cpu()
+    rows = methods.merge(x, Selection(centers, assignment))[0].cpu()
     torch.testing.assert_close(rows, torch.from_numpy(stored), rtol=0, atol=1e-4)
 
 
@@ -99,7 +100,7 @@ def test_bad_values_are_no_centers_and_in_no_cluster(device):
     centers, assignment = density_peaks(x, 19)
     assert sorted(centers[0].tolist()[:17]) == good
     assert centers[0].tolist()[17:] == [2, 9]
-    rows = means(x, Selection(centers, assignment))
+    rows = methods.merge(x, Selection(centers, assignment))
     assert rows[0, :17].isfinite().all()
 
 

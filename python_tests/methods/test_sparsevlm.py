@@ -99,7 +99,7 @@ def test_the_budget_is_the_average_over_the_layers(layers, share, tokens):
 def test_the_least_budget():
     """54 tokens are the average of layers 0 to 2 alone, and a token and a cluster stay behind each prune layer."""
     method = methods.create("sparsevlm")
-    match = r"sparsevlm: budget must be at least \d+ of an image's 576 tokens, 3 of 32 layers"
+    match = r"sparsevlm: budget must be at least \d+ of a prompt's 576 tokens, 3 of 32 layers"
     with pytest.raises(ValueError, match=match) as e:
         method.plan(Budget(budget=50), 32).cuts[0].keep([576])
     least = int(str(e.value).split("at least ")[1].split()[0])

@@ -1,5 +1,6 @@
 """Numbers of tokens: what a user asks for, and the arithmetic that all methods share. Host integers only."""
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -173,7 +174,8 @@ def early_layers(layers: int) -> tuple[int, ...]:
     return tuple(sorted({max(1, round_half_up(layers * place / 32)) for place in (3, 7, 16)}))
 
 
-def common_ratio(method: str, share: float, places: Sequence[int], layers: int) -> float:
+@functools.lru_cache(maxsize=4096)
+def common_ratio(method: str, share: float, places: tuple[int, ...], layers: int) -> float:
     """The ratio r in (0, 1] with which an LLM that leaves r^i of the tokens behind its i-th prune layer runs on `share`
     of them, averaged over its layers.
 
@@ -205,7 +207,7 @@ def solved(
     method: str,
     budget: int | float,
     factor: float | None,
-    places: Sequence[int],
+    places: tuple[int, ...],
     layers: int,
     stage: int,
     tokens: int,

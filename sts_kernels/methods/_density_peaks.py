@@ -7,10 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..ops import knn_density, nearest, scatter_mean
-from . import _merge
+from ..ops import knn_density, nearest
 from ._rank import descending
-from .base import Selection
 
 
 def density_peaks(
@@ -65,10 +63,3 @@ def of_unit_spread(features: Tensor, usable: Tensor) -> tuple[Tensor, Tensor]:
     spread = spread.clamp(min=largest / 2**14)  # else a common offset would overflow float16
     scale = torch.ldexp(torch.ones_like(spread), spread.float().frexp().exponent)
     return features / scale.to(features.dtype), scale[:, 0].square()
-
-
-def means(features: Tensor, selection: Selection) -> Tensor:
-    """The rows of a selection: of each slot the mean of the tokens assigned to it, else the token picked."""
-    order = selection.order
-    mean, mass = scatter_mean(features, selection.assignment, order.shape[1])
-    return torch.where(((order >= 0) & (mass > 0))[..., None], mean, _merge.rows(features, order))

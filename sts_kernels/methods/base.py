@@ -284,7 +284,7 @@ class Method:
         """Weights of the prompt's text tokens as raters of the visual ones, for cuts with queries="raters".
 
         Args:
-            visual: (B, N, C), the visual tokens as they enter the layer that scores. visual_mask: (B, N) bool.
+            visual: (B, N, C), the visual tokens as they enter the LLM. visual_mask: (B, N) bool.
             text: (B, M, C), the text tokens behind the last image, likewise. text_mask: (B, M) bool.
 
         Returns:

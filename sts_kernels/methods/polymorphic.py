@@ -21,7 +21,7 @@ from ._budget import (
     solved,
     take,
 )
-from ._density_peaks import density_peaks, means
+from ._density_peaks import density_peaks
 from ._rank import descending
 from ._raters import alignment, raters
 from .base import Cut, Inside, Method, Plan, Pool, Selection, option
@@ -146,9 +146,6 @@ class PolyMorphic(Method):
         of_cluster = (slot[:k] - retained).clamp(0, clusters - 1)
         order = torch.where(slot[:k] < retained, ranked[:, :k], where.gather(1, centers).gather(1, of_cluster))
         return Selection(order, assignment)
-
-    def merge(self, features: Tensor, selection: Selection) -> Tensor:
-        return means(features, selection)
 
     # --- stage 2 ---
 

@@ -1,5 +1,6 @@
 """SparseVLM: what relevant text tokens attend to stays, the best of the rest is recycled."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from .. import _checks
 from ._budget import Budget, check_after, early_layers, everything, prompt_total, shares_of, take
-from ._density_peaks import density_peaks, means
+from ._density_peaks import density_peaks
 from ._rank import descending
 from ._raters import alignment, raters
 from .base import Cut, Inside, Method, Plan, Selection, option
@@ -76,7 +77,7 @@ class SparseVLM(Method):
             raise ValueError(f"{self.name}: give either retained_tokens or {other}, both say how many tokens stay")
         if budget.budget is not None:
             check_after(self.name, budget.budget, places[0], layers)
-            counts = partial(self._solved, budget.budget, places, layers)
+            counts = partial(self._of_budget, budget.budget, places, layers)
         else:
             ratios = budget.ratios
             if ratios is None and self.retained_tokens is not None:
@@ -95,7 +96,7 @@ class SparseVLM(Method):
         )
         return Plan(layers, everything, tuple(cuts))
 
-    def _chain(self, tokens: int, wanted: Sequence[int]) -> list[tuple[int, int]]:
+    def chain(self, tokens: int, wanted: Sequence[int]) -> list[tuple[int, int]]:
         """Of each prune layer: tokens that stay as they are (at most `wanted`), and clusters behind them."""
         counts = []
         for want in wanted:
@@ -106,33 +107,10 @@ class SparseVLM(Method):
         return counts
 
     def _of_shares(self, shares, images: Sequence[int]) -> list[tuple[int, int]]:
-        return self._chain(sum(images), [prompt_total(shares[: i + 1], images) for i in range(len(shares))])
+        return self.chain(sum(images), [prompt_total(shares[: i + 1], images) for i in range(len(shares))])
 
-    def _solved(self, amount: int | float, places: Sequence[int], layers: int, images: Sequence[int]):
-        """The chain whose average over the layers is nearest the budget, from below."""
-        tokens, wanted = sum(images), sum(take(amount, n) for n in images)
-        if wanted == tokens:
-            return self._chain(tokens, [tokens] * len(places))
-        ends = [*places[1:], layers]
-
-        def chain(ratio: float) -> list[tuple[int, int]]:
-            return self._chain(tokens, [take(ratio ** (i + 1), tokens) for i in range(len(places))])
-
-        def total(counts) -> int:
-            left = sum(sum(c) * (end - place) for c, place, end in zip(counts, places, ends, strict=True))
-            return tokens * places[0] + left
-
-        least = total(chain(1e-9))
-        if least > wanted * layers + layers / 2:
-            raise ValueError(
-                f"{self.name}: budget must be at least {-(-least // layers)} of an image's {tokens} tokens, "
-                f"{places[0]} of {layers} layers run on all of them and recycled ones follow, got {amount}"
-            )
-        low, high = 0.0, 1.0
-        for _ in range(60):
-            ratio = (low + high) / 2
-            low, high = (ratio, high) if total(chain(ratio)) <= wanted * layers else (low, ratio)
-        return chain(low or 1e-9)
+    def _of_budget(self, amount: int | float, places: tuple[int, ...], layers: int, images: Sequence[int]):
+        return _solved(self, sum(images), sum(take(amount, tokens) for tokens in images), places, layers)
 
     # --- tokens ---
 
@@ -159,9 +137,6 @@ class SparseVLM(Method):
         assignment = assignment.scatter(1, spare, torch.where(members >= 0, members + kept, -1))
         return Selection(torch.cat([ranked[:, :kept], spare.gather(1, centers)], dim=1), assignment, method=self)
 
-    def merge(self, features: Tensor, selection: Selection) -> Tensor:
-        return means(features, selection)
-
 
 def _left(counts, index: int, images: Sequence[int]) -> int:
     return sum(counts(images)[index]) if sum(images) else 0
@@ -169,3 +144,30 @@ def _left(counts, index: int, images: Sequence[int]) -> int:
 
 def _recycled(counts, index: int, images: Sequence[int]) -> int:
     return counts(images)[index][1] if sum(images) else 0
+
+
+@functools.lru_cache(maxsize=4096)
+def _solved(method: SparseVLM, tokens: int, wanted: int, places: tuple[int, ...], layers: int) -> list[tuple[int, int]]:
+    """The chain of a prompt of `tokens` whose average over the layers is nearest `wanted`, from below: the i-th prune
+    layer keeps ratio^i of `tokens`, and recycled ones count."""
+    if wanted == tokens:
+        return method.chain(tokens, [tokens] * len(places))
+    ends = [*places[1:], layers]
+
+    def chain(ratio: float) -> list[tuple[int, int]]:
+        return method.chain(tokens, [take(ratio ** (i + 1), tokens) for i in range(len(places))])
+
+    def total(counts) -> int:
+        left = sum(sum(c) * (end - place) for c, place, end in zip(counts, places, ends, strict=True))
+        return tokens * places[0] + left
+
+    low, high, least = 1e-9, 1.0, total(chain(1e-9))
+    if least > (wanted + 0.5) * layers:
+        raise ValueError(
+            f"{method.name}: budget must be at least {-(-least // layers)} of a prompt's {tokens} tokens, {places[0]} "
+            f"of {layers} layers run on all of them and recycled ones follow, got {wanted}"
+        )
+    for _ in range(60):
+        ratio = (low + high) / 2
+        low, high = (ratio, high) if total(chain(ratio)) <= wanted * layers else (low, ratio)
+    return chain(low)
