@@ -10,7 +10,7 @@ from sts_kernels.methods import Method
 
 from .contract import ARGUMENTS, COUNTS, ITEM, SELECTING, alone, packed, parts, signals
 
-VARLEN = ("adavtp", "sts")  # methods that select packed items by a varlen op
+VARLEN = ("adavtp", "fastervlm_divprune", "sts")  # methods that select packed items by a varlen op
 
 
 def same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
