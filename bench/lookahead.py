@@ -1,6 +1,6 @@
 """`python -m bench.lookahead`: how often the guess at the picks to come is right.
 
-Runs the plain loop of Algorithm 1 and replays beside it the guesses of the CPU kernel (csrc/repulsion_select.cpp) and
+Runs the plain loop of Algorithm 1 and replays beside it the guesses of the CPU kernel (csrc/cpu_select.h) and
 of the CUDA kernel for many tokens (csrc/select_swept.cuh), which both run the plain loop among a few candidates: picks
 per pass over the features, and rows of weights computed per row used. Of the CUDA kernel for clusters: picks per
 exchange between the warps (csrc/select_cluster.cuh). Needs no timing, so it says the same on every machine.
@@ -159,6 +159,36 @@ def random_vit(size):
         return model(((pixels(size) - mean) / std)[None], output_hidden_states=True).hidden_states[-2][0, 1:].clone()
 
 
+def policies(kinds):
+    """A table of `replay`: kinds are (name, tokens (N, C), K)."""
+    yield "| tokens | K | policy | lookahead | picks a pass | rows computed / used |\n" + "|---" * 6 + "|"
+    for name, x, k in kinds:
+        for policy in (CPU(8), CPU(16), CUDA(8), CUDA(16)):
+            if isinstance(policy, CUDA) and len(x) <= 8192:
+                continue  # stored weights there
+            picks, used = replay(x, k, policy)
+            cells = name, k, type(policy).__name__, policy.lookahead, f"{picks:.1f}", f"{used:.2f}"
+            yield "| " + " | ".join(map(str, cells)) + " |"
+
+
+def stored(kinds):
+    """A table of `replay_stored`, for the kinds whose weights are stored."""
+    yield "| tokens | K | rows fetched ahead | of these, right before |\n" + "|---" * 4 + "|"
+    for name, x, k in kinds:
+        if len(x) <= 8192:
+            found, late = replay_stored(x, k)
+            yield f"| {name} | {k} | {found:.0%} | {late:.0%} |"
+
+
+def clusters(kinds):
+    """A table of `replay_cluster`, for the kinds that a cluster runs."""
+    yield "| tokens | K | picks an exchange | candidates that come |\n" + "|---" * 4 + "|"
+    for name, x, k in kinds:
+        if 1024 < len(x) <= 8192:
+            picks, came = replay_cluster(x, k)
+            yield f"| {name} | {k} | {picks:.1f} | {came:.0f} |"
+
+
 def main():
     parser = argparse.ArgumentParser(
         prog="python -m bench.lookahead", description=__doc__.split("\n")[0].split(": ")[1]
@@ -187,20 +217,9 @@ def main():
     if options.features:
         x = demo.model_tokens(demo.load_picture(demo.default_picture()), options.features, device).features
         kinds.append((f"{options.features}, {len(x)}", x, len(x) // 3))
-    print("| tokens | K | policy | lookahead | picks a pass | rows computed / used |\n" + "|---" * 6 + "|")
-    for name, x, k in kinds:
-        for policy in (CPU(8), CPU(16), CUDA(8), CUDA(16)):
-            if isinstance(policy, CUDA) and len(x) <= 8192:
-                continue  # stored weights there
-            picks, used = replay(x, k, policy)
-            cells = name, k, type(policy).__name__, policy.lookahead, f"{picks:.1f}", f"{used:.2f}"
-            print("| " + " | ".join(map(str, cells)) + " |")
-
-    print("\n| tokens | K | picks an exchange | candidates that come |\n" + "|---" * 4 + "|")
-    for name, x, k in [*kinds, ("gaussian, 8192", inputs.features(1, 8192, 256, torch.float32, device)[0], 640)]:
-        if 1024 < len(x) <= 8192:
-            picks, came = replay_cluster(x, k)
-            print(f"| {name} | {k} | {picks:.1f} | {came:.0f} |")
+    print("\n".join(policies(kinds)))
+    kinds.append(("gaussian, 8192", inputs.features(1, 8192, 256, torch.float32, device)[0], 640))
+    print("\n" + "\n".join(clusters(kinds)))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 #include "cpu_math.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <type_traits>
 #include <utility>
 
-#include "selection_rule.h"
+#include "dpp_rule.h"
 
 #define STS_INLINE inline __attribute__((always_inline))
 
@@ -36,9 +37,13 @@ struct VectorOf {
   typedef float Float __attribute__((vector_size(L * 4)));
   typedef uint32_t Word __attribute__((vector_size(L * 4)));
   typedef uint16_t Half __attribute__((vector_size(L * 2)));
+  typedef double Double __attribute__((vector_size(L * 4)));
+  typedef float HalfFloat __attribute__((vector_size(L * 2)));
 };
 template <int L>
 using Floats = typename VectorOf<L>::Float;
+template <int L>
+using Doubles = typename VectorOf<L>::Double;  // L / 2
 
 // Vectors in a block of channels, the unit in which rows are read.
 template <class scalar_t>
@@ -137,9 +142,24 @@ STS_INLINE void totals(Floats<L>* lanes, float* sums) {
   }
 }
 
+// What a channel of a pair adds to its sum.
+struct SquaredDifference {
+  template <class V>
+  STS_INLINE static void add(V& sum, const V& point, const V& row) {
+    const V difference = point - row;
+    sum += difference * difference;
+  }
+};
+struct Product {
+  template <class V>
+  STS_INLINE static void add(V& sum, const V& point, const V& row) {
+    sum += point * row;
+  }
+};
+
 // Reads F more rows, `ahead`, into the second-level cache on the way, a line of each a block.
-template <int L, int P, int R, int F, class scalar_t>
-STS_INLINE void sqdist_tile(const float* const* points, const scalar_t* const* rows, const scalar_t* const* ahead, int64_t channels,
+template <class Term, int L, int P, int R, int F, class scalar_t>
+STS_INLINE void pairs_tile(const float* const* points, const scalar_t* const* rows, const scalar_t* const* ahead, int64_t channels,
                             float* out, int64_t out_stride) {
   constexpr int kBlock = L * kVectors<scalar_t>;
   Floats<L> sum[P][R] = {}, x[R][kVectors<scalar_t>];
@@ -148,10 +168,7 @@ STS_INLINE void sqdist_tile(const float* const* points, const scalar_t* const* r
       for (int p = 0; p < P; ++p) {
         Floats<L> point;
         load<L>(&point, points[p] + c + v * L);
-        for (int r = 0; r < R; ++r) {
-          const Floats<L> difference = point - x[r][v];
-          sum[p][r] += difference * difference;
-        }
+        for (int r = 0; r < R; ++r) Term::add(sum[p][r], point, x[r][v]);
       }
     }
   };
@@ -171,31 +188,31 @@ STS_INLINE void sqdist_tile(const float* const* points, const scalar_t* const* r
 }
 
 // Tiles of P points and R rows. Each fetches F of the rows that come next; returns how many.
-template <int L, int P, int R, int F, class scalar_t>
-STS_INLINE int64_t sqdist_strip(const float* const* points, const scalar_t* const* rows, int64_t num_rows, const scalar_t* const* next,
+template <class Term, int L, int P, int R, int F, class scalar_t>
+STS_INLINE int64_t pairs_strip(const float* const* points, const scalar_t* const* rows, int64_t num_rows, const scalar_t* const* next,
                              int64_t num_next, int64_t channels, float* out, int64_t out_stride) {
   int64_t r = 0, fetched = 0;
   for (; r + R <= num_rows; r += R) {
     const scalar_t* ahead[F];
     for (int f = 0; f < F; ++f, ++fetched) ahead[f] = fetched < num_next ? next[fetched] : rows[r];
-    sqdist_tile<L, P, R, F>(points, rows + r, ahead, channels, out + r, out_stride);
+    pairs_tile<Term, L, P, R, F>(points, rows + r, ahead, channels, out + r, out_stride);
   }
-  for (; r < num_rows; ++r) sqdist_tile<L, P, 1, 0, scalar_t>(points, rows + r, nullptr, channels, out + r, out_stride);
+  for (; r < num_rows; ++r) pairs_tile<Term, L, P, 1, 0, scalar_t>(points, rows + r, nullptr, channels, out + r, out_stride);
   return std::min(fetched, num_next);
 }
 
 // Tiles of points and rows that fit the registers with their sums: 32 of them with AVX-512, else 16. Tiles of 8 x 2 load less
 // often, but took twice as long with AVX-512. While the rows meet all points, as many that follow are fetched, evenly: memory is
 // as slow as the arithmetic of a dozen points, and what a first few would fetch alone they would wait for.
-template <int L, class scalar_t>
-STS_INLINE void sqdist_all(const float* const* points, int num_points, const scalar_t* const* rows, int64_t num_rows, const scalar_t* const* next,
+template <class Term, int L, class scalar_t>
+STS_INLINE void pairs_all(const float* const* points, int num_points, const scalar_t* const* rows, int64_t num_rows, const scalar_t* const* next,
                            int64_t num_next, int64_t channels, float* out, int64_t out_stride) {
   constexpr int kHeight = L == 16 ? 4 : 2;
   int64_t fetched = 0;
   int p = 0;
   for (; p + 4 <= num_points; p += 4) {
     const auto strip = [&](auto fetch) __attribute__((always_inline)) {
-      fetched += sqdist_strip<L, 4, kHeight, fetch()>(points + p, rows, num_rows, next + fetched, num_next - fetched, channels,
+      fetched += pairs_strip<Term, L, 4, kHeight, fetch()>(points + p, rows, num_rows, next + fetched, num_next - fetched, channels,
                                                       out + p * out_stride, out_stride);
     };
     if (num_points < 8) {
@@ -207,7 +224,7 @@ STS_INLINE void sqdist_all(const float* const* points, int num_points, const sca
     }
   }
   for (; p < num_points; ++p)
-    fetched += sqdist_strip<L, 1, 4, 4>(points + p, rows, num_rows, next + fetched, num_next - fetched, channels, out + p * out_stride,
+    fetched += pairs_strip<Term, L, 1, 4, 4>(points + p, rows, num_rows, next + fetched, num_next - fetched, channels, out + p * out_stride,
                                         out_stride);
 }
 
@@ -241,42 +258,206 @@ STS_INLINE bool finite_all(const scalar_t* row, int64_t channels) {
   return sum == 0.f;
 }
 
-// Lane by lane minimum, then the index: two passes without a branch in the first.
-template <int L, bool kAdd>
-STS_INLINE Lowest lowest_all(float* values, const float* addend, int64_t count) {
+template <int L, class scalar_t>
+STS_INLINE void add_weighted_all(const scalar_t* row, double weight, double* sum, int64_t channels) {
+  for (int64_t c = 0; c < channels; ++c) sum[c] += weight * static_cast<double>(static_cast<float>(row[c]));
+}
+
+// The largest entry's power of two is divided out first: no square leaves float32's range, and rows that differ by a power of two have
+// equal units.
+template <int L>
+STS_INLINE bool unit_all(float* point, int64_t size) {
+  Floats<L> x, lanes = {}, spoiled = {};
+  for (int64_t c = 0; c < size; c += L) {
+    load<L>(&x, point + c);
+    spoiled += x - x;  // a NaN where x is not finite
+    x = x < 0.f ? -x : x;
+    lanes = x > lanes ? x : lanes;
+  }
+  float total, largest = 0.f;
+  totals<L, 1>(&spoiled, &total);
+  if (total != 0.f) {
+    std::fill_n(point, size, __builtin_nanf(""));
+    return true;
+  }
+  for (int lane = 0; lane < L; ++lane) largest = std::max(largest, lanes[lane]);
+  if (largest == 0.f) return false;
+  int exponent;
+  std::frexp(largest, &exponent);
+  const int half = exponent / 2;  // in two steps: 2^-exponent may be infinite
+  const float first = std::ldexp(1.f, -half), second = std::ldexp(1.f, half - exponent);
+  lanes = Floats<L>{};
+  for (int64_t c = 0; c < size; c += L) {
+    load<L>(&x, point + c);
+    x = x * first * second;
+    std::memcpy(point + c, &x, sizeof x);
+    lanes += x * x;
+  }
+  totals<L, 1>(&lanes, &total);
+  const float length = std::sqrt(total);
+  for (int64_t c = 0; c < size; c += L) {
+    load<L>(&x, point + c);
+    x /= length;
+    std::memcpy(point + c, &x, sizeof x);
+  }
+  return true;
+}
+
+// Writes the potentials and finds the lowest lane by lane, then its index: two passes without a branch in the first. rule: null to leave
+// the potentials as they are.
+template <int L, class Rule>
+STS_INLINE Lowest lowest_all(const Rule* rule, float* potentials, const float* weights, int64_t count) {
   float value = __builtin_huge_valf();
   Floats<L> best, x, y;
   for (int lane = 0; lane < L; ++lane) best[lane] = value;
   int64_t i = 0;
   for (; i + L <= count; i += L) {
-    load<L>(&x, values + i);
-    if constexpr (kAdd) {
-      load<L>(&y, addend + i);
-      x += y;
-      std::memcpy(values + i, &x, sizeof x);
+    load<L>(&x, potentials + i);
+    if (rule) {
+      load<L>(&y, weights + i);
+      x = rule->add(x, y);
+      std::memcpy(potentials + i, &x, sizeof x);
     }
     best = x < best ? x : best;
   }
   for (int lane = 0; lane < L; ++lane) value = best[lane] < value ? best[lane] : value;
   for (; i < count; ++i) {
-    if constexpr (kAdd) values[i] += addend[i];
-    value = values[i] < value ? values[i] : value;
+    if (rule) potentials[i] = rule->add(potentials[i], weights[i]);
+    value = potentials[i] < value ? potentials[i] : value;
   }
   int64_t index = 0;
-  while (index + 1 < count && values[index] != value) ++index;
+  while (index + 1 < count && potentials[index] != value) ++index;
   return {value, index};
 }
 
-template <int L>
-STS_INLINE void repulsion_all(float* sqdist, int64_t count, float eps) {
-  Floats<L> x;
+template <int L, class Rule>
+STS_INLINE void weight_all(const Rule& rule, float* sqdist, const float* parameters, int64_t count, float pick) {
+  Floats<L> x, parameter;
+  for (int lane = 0; lane < L; ++lane) parameter[lane] = 1.f;
   int64_t i = 0;
   for (; i + L <= count; i += L) {
     load<L>(&x, sqdist + i);
-    x = x == x ? 1.f / (x + eps) : Floats<L>{};
+    if (parameters) load<L>(&parameter, parameters + i);
+    x = rule.weight(x, parameter, pick);
     std::memcpy(sqdist + i, &x, sizeof x);
   }
-  for (; i < count; ++i) sqdist[i] = Repulsion{eps}.weight(sqdist[i]);
+  for (; i < count; ++i) sqdist[i] = rule.weight(sqdist[i], parameters ? parameters[i] : 1.f, pick);
+}
+
+template <int L>
+STS_INLINE float lowest_sum_all(const float* a, const float* b, int64_t count) {
+  float value = __builtin_huge_valf();
+  Floats<L> best[2], x, y;
+  for (int lane = 0; lane < L; ++lane) best[0][lane] = best[1][lane] = value;
+  int64_t i = 0;
+  for (; i + 2 * L <= count; i += 2 * L)
+    for (int v = 0; v < 2; ++v) {
+      load<L>(&x, a + i + v * L);
+      load<L>(&y, b + i + v * L);
+      x += y;
+      best[v] = x < best[v] ? x : best[v];
+    }
+  best[0] = best[1] < best[0] ? best[1] : best[0];
+  for (int lane = 0; lane < L; ++lane) value = best[0][lane] < value ? best[0][lane] : value;
+  for (; i < count; ++i) value = std::min(value, a[i] + b[i]);
+  return value;
+}
+
+// L / 2 elements.
+template <int L>
+STS_INLINE void load(Doubles<L>* out, const double* in) {
+  std::memcpy(out, in, sizeof *out);
+}
+template <int L>
+STS_INLINE void load(Doubles<L>* out, const float* in) {
+  typename VectorOf<L>::HalfFloat narrow;
+  std::memcpy(&narrow, in, sizeof narrow);
+  *out = __builtin_convertvector(narrow, Doubles<L>);
+}
+
+template <int L, int P, int R>
+STS_INLINE void dot64_tile(const double* const* points, const float* const* rows, int64_t size, double* out, int64_t out_stride) {
+  constexpr int kLanes = L / 2;
+  Doubles<L> sum[P][R] = {}, x[R], point;
+  for (int64_t c = 0; c < size; c += kLanes) {
+    for (int r = 0; r < R; ++r) load<L>(&x[r], rows[r] + c);
+    for (int p = 0; p < P; ++p) {
+      load<L>(&point, points[p] + c);
+      for (int r = 0; r < R; ++r) sum[p][r] += point * x[r];
+    }
+  }
+  for (int p = 0; p < P; ++p)
+    for (int r = 0; r < R; ++r) {
+      double total = 0;
+      for (int lane = 0; lane < kLanes; ++lane) total += sum[p][r][lane];
+      out[p * out_stride + r] = total;
+    }
+}
+
+template <int L>
+STS_INLINE void dot64_all(const double* const* points, int num_points, const float* const* rows, int64_t num_rows, int64_t size, double* out,
+                          int64_t out_stride) {
+  constexpr int kHeight = L == 16 ? 4 : 2;
+  int p = 0;
+  for (; p + 4 <= num_points; p += 4) {
+    int64_t r = 0;
+    for (; r + kHeight <= num_rows; r += kHeight) dot64_tile<L, 4, kHeight>(points + p, rows + r, size, out + p * out_stride + r, out_stride);
+    for (; r < num_rows; ++r) dot64_tile<L, 4, 1>(points + p, rows + r, size, out + p * out_stride + r, out_stride);
+  }
+  for (; p < num_points; ++p) {
+    int64_t r = 0;
+    for (; r + 4 <= num_rows; r += 4) dot64_tile<L, 1, 4>(points + p, rows + r, size, out + p * out_stride + r, out_stride);
+    for (; r < num_rows; ++r) dot64_tile<L, 1, 1>(points + p, rows + r, size, out + p * out_stride + r, out_stride);
+  }
+}
+
+// P rows and V vectors of columns: their differences stay in registers while all terms pass.
+template <int L, int P, int V>
+STS_INLINE void subtract_tile(double* const* rows, const double* const* factors, const double* terms, int64_t stride, int64_t num_terms,
+                              int64_t i) {
+  constexpr int kLanes = L / 2;
+  Doubles<L> left[P][V], x[V];
+  for (int p = 0; p < P; ++p)
+    for (int v = 0; v < V; ++v) load<L>(&left[p][v], rows[p] + i + v * kLanes);
+  for (int64_t t = 0; t < num_terms; ++t) {
+    for (int v = 0; v < V; ++v) load<L>(&x[v], terms + t * stride + i + v * kLanes);
+    for (int p = 0; p < P; ++p) {
+      const Doubles<L> factor = Doubles<L>{} + factors[p][t];
+      for (int v = 0; v < V; ++v) left[p][v] -= factor * x[v];
+    }
+  }
+  for (int p = 0; p < P; ++p)
+    for (int v = 0; v < V; ++v) std::memcpy(rows[p] + i + v * kLanes, &left[p][v], sizeof left[p][v]);
+}
+
+template <int L>
+STS_INLINE void subtract_all(double* const* rows, const double* const* factors, int num_rows, const double* terms, int64_t stride,
+                             int64_t num_terms, int64_t begin, int64_t end) {
+  constexpr int kWide = L == 16 ? 4 : 2, kLanes = L / 2;
+  int p = 0;
+  for (; p + 4 <= num_rows; p += 4)
+    for (int64_t i = begin; i < end; i += kWide * kLanes) subtract_tile<L, 4, kWide>(rows + p, factors + p, terms, stride, num_terms, i);
+  for (; p < num_rows; ++p)
+    for (int64_t i = begin; i < end; i += 4 * kLanes) subtract_tile<L, 1, 4>(rows + p, factors + p, terms, stride, num_terms, i);
+}
+
+template <int L>
+STS_INLINE Lowest finish_all(double* row, double pivot, double* distance, const float* weight, float* loss, int64_t count) {
+  constexpr int kLanes = L / 2;
+  Doubles<L> e, d, w;
+  for (int64_t i = 0; i < count; i += kLanes) {
+    load<L>(&e, row + i);
+    load<L>(&d, distance + i);
+    load<L>(&w, weight + i);
+    e /= pivot;
+    d -= e * e;
+    d = d < kInSpan ? Doubles<L>{} : d;
+    const auto lost = __builtin_convertvector(-(w * d), typename VectorOf<L>::HalfFloat);
+    std::memcpy(row + i, &e, sizeof e);
+    std::memcpy(distance + i, &d, sizeof d);
+    std::memcpy(loss + i, &lost, sizeof lost);
+  }
+  return lowest_all<L, Repulsion>(nullptr, loss, nullptr, count);
 }
 
 }  // namespace
@@ -291,16 +472,49 @@ STS_INLINE void repulsion_all(float* sqdist, int64_t count, float eps) {
               (const float* const* points, int num_points, const scalar_t* const* rows, int64_t num_rows,                    \
                const scalar_t* const* next, int64_t num_next, int64_t channels, float* out, int64_t out_stride),           \
               (points, num_points, rows, num_rows, next, num_next, channels, out, out_stride),                             \
-              (sqdist_all<L>(points, num_points, rows, num_rows, next, num_next, channels, out, out_stride)))
+              (pairs_all<SquaredDifference, L>(points, num_points, rows, num_rows, next, num_next, channels, out, out_stride)))
 STS_CPU_MATH(float)
 STS_CPU_MATH(Half)
 STS_CPU_MATH(BFloat16)
 #undef STS_CPU_MATH
 
-STS_PER_ISA(void, to_repulsion, (float* sqdist, int64_t count, float eps), (sqdist, count, eps), (repulsion_all<L>(sqdist, count, eps)))
+STS_PER_ISA(void, dot,
+            (const float* const* points, int num_points, const float* const* rows, int64_t num_rows, int64_t channels, float* out,
+             int64_t out_stride),
+            (points, num_points, rows, num_rows, channels, out, out_stride),
+            (pairs_all<Product, L>(points, num_points, rows, num_rows, rows, 0, channels, out, out_stride)))
+STS_PER_ISA(void, add_weighted, (const float* row, double weight, double* sum, int64_t channels), (row, weight, sum, channels),
+            (add_weighted_all<L>(row, weight, sum, channels)))
+STS_PER_ISA(void, add_weighted, (const Half* row, double weight, double* sum, int64_t channels), (row, weight, sum, channels),
+            (add_weighted_all<L>(row, weight, sum, channels)))
+STS_PER_ISA(void, add_weighted, (const BFloat16* row, double weight, double* sum, int64_t channels), (row, weight, sum, channels),
+            (add_weighted_all<L>(row, weight, sum, channels)))
+
+#define STS_CPU_RULE(Rule)                                                                                                 \
+  STS_PER_ISA(void, to_weight, (const Rule& rule, float* sqdist, const float* parameters, int64_t count, float pick),        \
+              (rule, sqdist, parameters, count, pick), (weight_all<L>(rule, sqdist, parameters, count, pick)))               \
+  STS_PER_ISA(Lowest, add_then_lowest, (const Rule& rule, float* potentials, const float* weights, int64_t count),          \
+              (rule, potentials, weights, count), (lowest_all<L>(&rule, potentials, weights, count)))
+STS_CPU_RULE(Repulsion)
+STS_CPU_RULE(Farthest)
+STS_CPU_RULE(UnitRows<Farthest>)
+#undef STS_CPU_RULE
+
+STS_PER_ISA(bool, to_unit, (float* point, int64_t size), (point, size), (unit_all<L>(point, size)))
 STS_PER_ISA(Lowest, lowest, (const float* values, int64_t count), (values, count),
-            (lowest_all<L, false>(const_cast<float*>(values), nullptr, count)))
-STS_PER_ISA(Lowest, add_then_lowest, (float* values, const float* addend, int64_t count), (values, addend, count),
-            (lowest_all<L, true>(values, addend, count)))
+            (lowest_all<L, Repulsion>(nullptr, const_cast<float*>(values), nullptr, count)))
+STS_PER_ISA(float, lowest_sum, (const float* a, const float* b, int64_t count), (a, b, count), (lowest_sum_all<L>(a, b, count)))
+STS_PER_ISA(void, dot64,
+            (const double* const* points, int num_points, const float* const* rows, int64_t num_rows, int64_t size, double* out,
+             int64_t out_stride),
+            (points, num_points, rows, num_rows, size, out, out_stride),
+            (dot64_all<L>(points, num_points, rows, num_rows, size, out, out_stride)))
+STS_PER_ISA(void, subtract_products,
+            (double* const* rows, const double* const* factors, int num_rows, const double* terms, int64_t stride, int64_t num_terms,
+             int64_t begin, int64_t end),
+            (rows, factors, num_rows, terms, stride, num_terms, begin, end),
+            (subtract_all<L>(rows, factors, num_rows, terms, stride, num_terms, begin, end)))
+STS_PER_ISA(Lowest, finish_row, (double* row, double pivot, double* distance, const float* weight, float* loss, int64_t count),
+            (row, pivot, distance, weight, loss, count), (finish_all<L>(row, pivot, distance, weight, loss, count)))
 
 }  // namespace sts::cpu

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "selection_rule.h"
+
 namespace sts::cpu {
 
 using torch::headeronly::BFloat16;
@@ -34,8 +36,28 @@ STS_CPU_MATH(Half)
 STS_CPU_MATH(BFloat16)
 #undef STS_CPU_MATH
 
-// sqdist[i] = 1 / (sqdist[i] + eps), in place; 0 where the distance is not a number.
-void to_repulsion(float* sqdist, int64_t count, float eps);
+// out[p * out_stride + r] = points[p] . rows[r]: twice as fast as sqdist. A pair's bits depend on the pair alone.
+void dot(const float* const* points, int num_points, const float* const* rows, int64_t num_rows, int64_t channels, float* out,
+         int64_t out_stride);
+
+// sum[c] += weight * row[c]. The product is exact.
+void add_weighted(const float* row, double weight, double* sum, int64_t channels);
+void add_weighted(const Half* row, double weight, double* sum, int64_t channels);
+void add_weighted(const BFloat16* row, double weight, double* sum, int64_t channels);
+
+// Divides a point by its length, in place. A point with a NaN or infinity becomes NaN throughout. False where the length is 0.
+bool to_unit(float* point, int64_t size);
+
+// A rule on rows of length 1. A row of zeros has cosine 0, and squared distance 2, to every row: such a row i holds zero_row_mark(i) in its
+// first channel, which puts it further from every other row than 4.
+template <class Rule>
+struct UnitRows : Rule {
+  template <class T>
+  STS_HOST_DEVICE T weight(T sqdist, T token, float pick) const {
+    return Rule::weight(sqdist > 5.f ? T{} + 2.f : sqdist, token, pick);
+  }
+};
+constexpr float zero_row_mark(int64_t row) { return 16.f * static_cast<float>(row + 1); }  // distinct up to 2^24 rows
 
 // Smallest value and the lowest index that holds it.
 struct Lowest {
@@ -43,7 +65,32 @@ struct Lowest {
   int64_t index;
 };
 Lowest lowest(const float* values, int64_t count);
-// values[i] += addend[i], then `lowest`.
-Lowest add_then_lowest(float* values, const float* addend, int64_t count);
+
+#define STS_CPU_RULE(Rule)                                                                                                 \
+  /* sqdist[i] = the rule's weight of sqdist[i], in place. `parameters`: of the tokens, or null; `pick`: of the pick. */     \
+  void to_weight(const Rule& rule, float* sqdist, const float* parameters, int64_t count, float pick);                      \
+  /* potentials[i] = the rule's sum of potentials[i] and weights[i], then `lowest`. */                                     \
+  Lowest add_then_lowest(const Rule& rule, float* potentials, const float* weights, int64_t count);
+STS_CPU_RULE(Repulsion)
+STS_CPU_RULE(Farthest)
+STS_CPU_RULE(UnitRows<Farthest>)
+#undef STS_CPU_RULE
+
+// The smallest of a[i] + b[i], count at least 1. Neither holds a NaN.
+float lowest_sum(const float* a, const float* b, int64_t count);
+
+// out[p * out_stride + r] = points[p] . rows[r] in float64. `size`, a multiple of 32. A pair's bits depend on the pair alone.
+void dot64(const double* const* points, int num_points, const float* const* rows, int64_t num_rows, int64_t size, double* out,
+           int64_t out_stride);
+
+// Columns that subtract_products takes at a time.
+constexpr int64_t kColumns = 32;
+// rows[p][i] -= factors[p][t] * terms[t * stride + i] for t = 0, 1, ... and i in [begin, end), both multiples of kColumns. The bits of
+// an element depend on neither the range nor num_rows.
+void subtract_products(double* const* rows, const double* const* factors, int num_rows, const double* terms, int64_t stride,
+                       int64_t num_terms, int64_t begin, int64_t end);
+// row[i] /= pivot; distance[i] -= row[i]^2, 0 where below kInSpan; loss[i] = -weight[i] * distance[i]; then `lowest` of the losses.
+// count: a multiple of kColumns.
+Lowest finish_row(double* row, double pivot, double* distance, const float* weight, float* loss, int64_t count);
 
 }  // namespace sts::cpu

@@ -1,6 +1,11 @@
-// What makes a token the next pick, apart from everything else a selection kernel does: potentials start at `start()`, every
-// pick adds its `weight` to them, and the smallest potential wins (lowest index among equals). A max-min rule (farthest point
-// sampling) would be start() = -infinity, weight(d) = -d, add(p, w) = max(p, w).
+// Rules of greedy selection. Every token i has a potential, and the smallest potential is picked next, the lowest index among equals:
+//   potential[i] = start(start[i], parameter[i])
+//   repeat: j = argmin potential;  potential[i] = add(potential[i], weight(|x_i - x_j|^2, parameter[i], parameter[j]));  potential[j] = inf
+// Invariants that the kernels rely on:
+//   potentials never fall, are never NaN and never -0
+//   add(p, w) is monotone in p and w, and the order of the picks does not change a bit of `Farthest` and `Suppress`
+//   kLastResort and infinity keep their value, whatever is added
+// A rule's functions take a float, or on the host a vector of them, T.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -8,7 +13,7 @@
 #ifdef __CUDACC__
 #define STS_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-#define STS_HOST_DEVICE inline
+#define STS_HOST_DEVICE inline __attribute__((always_inline))
 #endif
 
 namespace sts {
@@ -23,7 +28,8 @@ STS_HOST_DEVICE uint32_t float_bits(float value) {
 constexpr float kLastResort = 3.402823466e+38f;
 
 // 1 / x, correctly rounded, for x of at least 2^-126. CUDA's own division branches for values that do not occur here.
-STS_HOST_DEVICE float reciprocal(float x) {
+template <class T>
+STS_HOST_DEVICE T reciprocal(T x) {
 #ifdef __CUDA_ARCH__
   float guess;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(guess) : "f"(x));
@@ -34,15 +40,56 @@ STS_HOST_DEVICE float reciprocal(float x) {
 #endif
 }
 
-// STS Eq. 4: the sum of 1 / (squared distance + eps) over the picks.
+// STS Eq. 4: the sum of 1 / (squared distance + eps) over the picks. No start, no parameter.
 struct Repulsion {
+  static constexpr bool kFromMean = true;  // the default first pick is the token nearest the mean; else the smallest potential
   float eps;
-  STS_HOST_DEVICE static float start() { return 0.f; }
+  STS_HOST_DEVICE static float start(float = 0.f, float = 0.f) { return 0.f; }
   // A distance that is not a number comes from a token that repels none.
-  STS_HOST_DEVICE float weight(float sqdist) const { return sqdist == sqdist ? reciprocal(sqdist + eps) : 0.f; }
-  STS_HOST_DEVICE static float add(float potential, float weight) { return potential + weight; }
-  // Potentials are never negative: their bits order like them. A NaN, which only a weight of no pair can make, comes after infinity.
-  STS_HOST_DEVICE static uint32_t order(float potential) { return float_bits(potential); }
+  template <class T>
+  STS_HOST_DEVICE T weight(T sqdist, T = {}, float = 0.f) const {
+    return sqdist == sqdist ? reciprocal(sqdist + eps) : T{};
+  }
+  template <class T>
+  STS_HOST_DEVICE static T add(T potential, T weight) {
+    return potential + weight;
+  }
+};
+
+// Max-min: the largest quality * (smallest squared distance to a pick). The potential is its negative, so quality is folded into
+// start and weight. start: the squared distance to what is kept already. parameter: the quality.
+struct Farthest {
+  static constexpr bool kFromMean = false;
+  // A negative or NaN start is a token that is kept already. A quality must be finite and at least 0.
+  STS_HOST_DEVICE static float start(float sqdist, float quality) {
+    return sqdist >= 0.f && quality >= 0.f && quality <= kLastResort ? weight(sqdist, quality) : kLastResort;
+  }
+  // A distance that is not a number, or beyond float32's range, is the largest there is.
+  template <class T>
+  STS_HOST_DEVICE static T weight(T sqdist, T quality, float = 0.f) {
+    const T bounded = sqdist < kLastResort ? sqdist : T{} + kLastResort, value = bounded * quality;
+    return value > 0.f ? -value : T{};
+  }
+  template <class T>
+  STS_HOST_DEVICE static T add(T potential, T weight) {
+    return weight > potential ? weight : potential;
+  }
+};
+
+// Threshold suppression by rank, on rows of length 1: a pick suppresses the tokens with 1 - cosine < tau, which is half the squared
+// distance. Suppressed tokens come after all others, by rank. start: the rank, an integer of float32. parameter: tau, of the pick.
+struct Suppress {
+  static constexpr bool kFromMean = false;
+  static constexpr float kSuppressed = 8388608.f;  // 2^23: above every rank, and the sum of both is exact
+  STS_HOST_DEVICE static float start(float rank, float) { return rank >= 0.f && rank < kSuppressed ? 0.f + rank : kLastResort; }
+  template <class T>
+  STS_HOST_DEVICE static T weight(T sqdist, T, float tau) {
+    return sqdist < 2.f * tau ? T{} + kSuppressed : T{};
+  }
+  template <class T>
+  STS_HOST_DEVICE static T add(T potential, T weight) {
+    return potential < kSuppressed ? potential + weight : potential;
+  }
 };
 
 }  // namespace sts

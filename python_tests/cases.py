@@ -18,6 +18,8 @@ REGRET = 1e-3
 # Squared distances and potentials, relative: float32 sums of at most 4097 terms, each good to 2^-22, taken in any order
 # (worst case 4097 * 2^-24 = 2.4e-4 if all roundings aligned; 2e-6 is typical), and well inside what REGRET allows.
 VALUE_RTOL = 1e-4
+# How far rounding moves two unit rows apart: 2^-24 of the length for each, and as much again for the length.
+UNIT_ROUNDING = 4e-7
 # Below this a value may have been flushed from float32's subnormals to zero.
 VALUE_ATOL = 2e-38
 
@@ -104,6 +106,35 @@ def tree(rng, batch, tokens, channels):
 def grid(rng, batch, tokens, channels):
     """Small integers: many equal distances, exact in every dtype."""
     return torch.randint(-2, 3, (batch, tokens, channels), generator=rng).float()
+
+
+def exact(rng, batch, tokens, channels):
+    """Integers whose rows have length 256, times powers of two: unit rows and their squared distances are exact in
+    float32, distances multiples of 2^-16, and no entry has more than 8 bits. Below 8 channels: one entry a row."""
+    x = torch.zeros(batch * tokens, channels)
+    if channels < 8:
+        place = torch.randint(channels, (len(x), 1), generator=rng)
+        x.scatter_(1, place, 256.0 * (2 * torch.randint(2, place.shape, generator=rng) - 1))
+    else:
+        spread = min(100, int(256 / math.sqrt(channels)))
+        x[:, 4:] = torch.randint(-spread, spread + 1, (len(x), channels - 4), generator=rng).float()
+        for row in x:  # the last four squares, as Lagrange has it; of a long row channels are left out before
+            while row.square().sum() > 256**2:
+                row[torch.randint(channels, (channels // 8,), generator=rng)] = 0
+            row[:4] = torch.tensor(_four_squares(256**2 - int(row.square().sum())))
+    scale = torch.randint(-6, 7, (batch, tokens, 1), generator=rng)
+    return torch.ldexp(x.view(batch, tokens, channels), scale)
+
+
+def _four_squares(total):
+    for a in range(math.isqrt(total), -1, -1):
+        for b in range(math.isqrt(total - a * a), -1, -1):
+            rest = total - a * a - b * b
+            for c in range(math.isqrt(rest), math.isqrt(rest // 2) - 1, -1):
+                d = math.isqrt(rest - c * c)
+                if c * c + d * d == rest:
+                    return a, b, c, d
+    raise AssertionError(f"Lagrange was wrong about {total}")
 
 
 def line(rng, batch, tokens, channels):

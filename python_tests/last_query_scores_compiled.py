@@ -22,6 +22,7 @@ POINTER = {
     torch.bfloat16: "*bf16",
     torch.uint8: "*u8",
     torch.int32: "*i32",
+    torch.int64: "*i64",
 }
 SHAPES = [(128, 16, 1, 128), (4096, 28, 4, 128)]  # S, Hq, Hkv, D: both ways to launch
 MORE_SHAPES = [  # every padded size of head and group

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from cases import REGRET, VALUE_ATOL, VALUE_RTOL
+from cases import REGRET, UNIT_ROUNDING, VALUE_ATOL, VALUE_RTOL
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
@@ -54,16 +54,23 @@ def anchor_error(x: torch.Tensor, pick: int) -> str:
     return f"anchor {pick} is {got:.9g} from the mean, the nearest token {least:.9g}"
 
 
-def greedy_error(x: torch.Tensor, picks: torch.Tensor, eps: float, anchor: int | None = None) -> str:
-    """Why `picks` (K,) are not a greedy selection of x (N, C); "" where they are. N >= K >= 1."""
-    x, picks = x.detach().cpu(), picks.detach().cpu()
-    tokens, k = x.shape[0], picks.shape[0]
+def index_error(picks: torch.Tensor, tokens: int) -> str:
+    """Why `picks` (K,) are not distinct indices of tokens; "" where they are."""
     if picks.dtype != torch.int64:
         return f"picks are {picks.dtype}"
     if picks.min() < 0 or picks.max() >= tokens:
         return f"picks outside [0, {tokens}): {picks.tolist()}"
-    if picks.unique().numel() != k:
+    if picks.unique().numel() != picks.numel():
         return f"picks repeat: {picks.tolist()}"
+    return ""
+
+
+def greedy_error(x: torch.Tensor, picks: torch.Tensor, eps: float, anchor: int | None = None) -> str:
+    """Why `picks` (K,) are not a greedy selection of x (N, C); "" where they are. N >= K >= 1."""
+    x, picks = x.detach().cpu(), picks.detach().cpu()
+    tokens, k = x.shape[0], picks.shape[0]
+    if error := index_error(picks, tokens):
+        return error
     first = picks[0].item()
     if anchor is None:
         if error := anchor_error(x, first):
@@ -96,36 +103,211 @@ def greedy_error(x: torch.Tensor, picks: torch.Tensor, eps: float, anchor: int |
     return f"step {t + 1} picked {pick} of potential {chosen[t]:.9g}; the smallest is {lowest[t]:.9g}"
 
 
-def check_select(picks, features, k, eps=1e-6, anchor=None, num_tokens=None):
-    """Asserts that `picks` (B, k) are what `repulsion_select` promises for these arguments."""
+def unit_sqdist(rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """(K, C), (N, C) -> (K, N) float64 2 - 2 cosine, by differences; the cosine of a zero row is 0."""
+
+    def unit(x):
+        x = x.double()
+        x = x / x.abs().amax(-1, keepdim=True).clamp(min=1e-300)
+        return x / x.norm(dim=-1, keepdim=True).clamp(min=0.5)  # at least 1 unless the row is zero
+
+    zero = (rows == 0).all(-1)[:, None] | (x == 0).all(-1)
+    return torch.where(zero, 2.0, sqdist(unit(rows), unit(x)))
+
+
+def measured(rows: torch.Tensor, x: torch.Tensor, metric: str) -> torch.Tensor:
+    """(K, N) float64 squared distances under `metric`; NaN from and to tokens that are not finite."""
+    usable = finite_rows(rows)[:, None] & finite_rows(x)
+    rows, x = (torch.nan_to_num(t.double(), 0, 0, 0) for t in (rows, x))
+    return torch.where(usable, sqdist(rows, x) if metric == "euclidean" else unit_sqdist(rows, x), math.nan)
+
+
+def farthest_error(x, picks, anchor=None, quality=None, start=None, metric="euclidean") -> str:
+    """Why `picks` (K,) are no max-min selection of x (N, C); "" where they are. N >= K >= 1.
+
+    Each pick's quality * distance, in float64, is at least the largest / (1 + REGRET), where distances may be off by
+    what rounding a unit row does.
+    """
+    x, picks = x.detach().cpu(), picks.detach().cpu()
+    tokens, k = x.shape[0], picks.shape[0]
+    if error := index_error(picks, tokens):
+        return error
+    usable = finite_rows(x)
+    q = torch.ones(tokens).double() if quality is None else quality.detach().cpu().double()
+    usable &= q.isfinite() & (q >= 0)
+    kept = torch.full((tokens,), FLOAT32_MAX).double() if start is None else start.detach().cpu().double()
+    usable &= kept >= 0
+    q, kept = torch.where(usable, q, 0.0), torch.where(usable, kept, 0.0)
+    d = measured(x[picks], x, metric).nan_to_num(FLOAT32_MAX, FLOAT32_MAX)
+    nearest = torch.cat([kept.clamp(max=FLOAT32_MAX)[None], d[:-1]]).cummin(0).values  # (K, N): before each pick
+    if start is None:
+        nearest[0] = 1.0  # the quality alone decides
+    slack = UNIT_ROUNDING if metric == "cosine" else 0.0
+    at_least = (q * (nearest.sqrt() - slack).clamp(min=0).square()).clamp(max=FLOAT32_MAX)
+    at_most = (q * (nearest.sqrt() + slack).square()).clamp(max=FLOAT32_MAX)
+    step = torch.arange(k)[:, None]
+    left = torch.full((tokens,), k).scatter_(0, picks, step[:, 0]) >= step  # (K, N): what each step can still pick
+    best = at_least.masked_fill(~(left & usable), -1.0)
+    got = at_most.gather(1, picks[:, None])[:, 0] * (1 + REGRET) + VALUE_ATOL
+    first_left = left.int().argmax(1)
+    some_usable = (left & usable).any(1)
+    good = torch.where(some_usable, usable[picks] & (got >= best.max(1).values), picks == first_left)
+    # One number alone decides on the first pick, without rounding.
+    if some_usable[0] and (start is None or (quality is None and slack == 0.0)):
+        good[0] = picks[0] == best[0].argmax()
+    if anchor is not None:
+        good[0] = picks[0] == anchor
+    if good.all():
+        return ""
+    t = (~good).int().argmax().item()
+    pick = picks[t].item()
+    if t == 0 and anchor is not None:
+        return f"the first pick is {pick}, the anchor {anchor}"
+    if not some_usable[t]:
+        return f"step {t} picked {pick}; no usable token is left, so {first_left[t].item()} is next"
+    if not usable[pick]:
+        return f"step {t} picked {pick}, which is not usable, while usable tokens are left"
+    largest = best[t].argmax().item()
+    return f"step {t} picked {pick} of value {at_most[t, pick]:.9g}; {largest} has {best[t, largest]:.9g}"
+
+
+def suppress_error(x, rank, tau, picks) -> str:
+    """Why `picks` (K,) are no walk of x (N, C) by rank with suppression; "" where they are. N >= K >= 1.
+
+    A token whose distance to a pick is nearer to the threshold than rounding is may be suppressed or not.
+    """
+    x, picks, rank, tau = (t.detach().cpu() for t in (x, picks, rank, tau))
+    tokens = x.shape[0]
+    if error := index_error(picks, tokens):
+        return error
+    usable = finite_rows(x) & (rank >= 0) & (rank < 2**23)
+    key = torch.where(usable, rank.long() * tokens + torch.arange(tokens), 2**62)  # the lowest rank, then index
+    d = measured(x[picks], x, "cosine")
+    limit = 2 * tau[picks].double()[:, None]
+    limit = torch.where(limit > 0, limit, 0.0)  # NaN: suppresses nothing
+    low, high = ((d.sqrt() + sign * UNIT_ROUNDING).clamp(min=0).square() for sign in (-1, 1))
+    # (K, N): by the picks before each one.
+    none = torch.zeros(1, tokens, dtype=torch.bool)
+    surely = torch.cat([none, high < limit * (1 - REGRET)])[:-1].cummax(0).values
+    maybe = torch.cat([none, low < limit * (1 + REGRET)])[:-1].cummax(0).values
+    decided = torch.zeros(tokens, dtype=torch.bool)  # suppressed, for it was passed over
+    left = torch.ones(tokens, dtype=torch.bool)
+    for step, pick in enumerate(picks.tolist()):
+        suppressed, possibly, here = surely[step] | decided, maybe[step] | decided, left & usable
+        free = here & ~possibly
+        first = key.masked_fill(~here, 2**62).argmin().item()
+        first_free = key.masked_fill(~free, 2**62).argmin().item()
+        if not here.any():
+            first = left.int().argmax().item()
+            if pick != first:
+                return f"step {step} picked {pick}; no usable token is left, so {first} is next"
+        elif not usable[pick]:
+            return f"step {step} picked {pick}, which is not usable, while usable tokens are left"
+        elif free.any() and suppressed[pick]:
+            return f"step {step} picked {pick}, which is suppressed, while {first_free} is not"
+        elif free.any() and key[pick] > key[first_free]:
+            return f"step {step} picked {pick}; {first_free} comes before it"
+        elif not free.any() and suppressed[pick] and pick != first:
+            return f"step {step} picked {pick} of the suppressed; {first} comes before it"
+        if not suppressed[pick]:
+            decided |= here & possibly & (key < key[pick])
+        left[pick] = False
+    return ""
+
+
+def check_padded(picks, features, k, num_tokens, error_of):
+    """Asserts the form of `picks` (B, k), and that `error_of(item, count, picks of the item)` finds nothing."""
     batch, tokens, _ = features.shape
     assert picks.dtype == torch.int64
     assert picks.device == features.device
     assert picks.shape == (batch, k)
     assert picks.is_contiguous()
-    features, picks = features.cpu(), picks.cpu()
+    picks = picks.cpu()
     counts = [tokens] * batch if num_tokens is None else num_tokens.tolist()
     for b, count in enumerate(counts):
         kept = min(count, k)
         assert (picks[b, kept:] == -1).all(), f"item {b}: no -1 past its {count} tokens: {picks[b].tolist()}"
         if kept:
-            first = None if anchor is None else anchor[b].item()
-            error = greedy_error(features[b, :count], picks[b, :kept], eps, first)
+            error = error_of(b, slice(count), picks[b, :kept])
             assert not error, f"item {b}: {error}"
 
 
-def check_select_varlen(picks, features, cu_seqlens, cu_budgets, total_k, eps=1e-6, anchor=None):
-    """Asserts that `picks` (total_k,) are what `repulsion_select_varlen` promises for these arguments."""
+def check_packed(picks, features, cu_seqlens, cu_budgets, total_k, error_of):
+    """The same of packed `picks` (total_k,); error_of(item, rows of the item, picks of the item)."""
     assert picks.dtype == torch.int64
     assert picks.device == features.device
     assert picks.shape == (total_k,)
     starts, budgets = cu_seqlens.tolist(), cu_budgets.tolist()
     for b in range(len(starts) - 1):
-        part = picks[budgets[b] : budgets[b + 1]]
+        part = picks[budgets[b] : budgets[b + 1]].cpu()
         if len(part):
-            first = None if anchor is None else anchor[b].item()
-            error = greedy_error(features[starts[b] : starts[b + 1]], part, eps, first)
+            error = error_of(b, slice(starts[b], starts[b + 1]), part)
             assert not error, f"item {b}: {error}"
+
+
+def _first(anchor, item):
+    return None if anchor is None else anchor[item].item()
+
+
+def _of(value, *index):
+    return None if value is None else value[index]
+
+
+def check_select(picks, features, k, eps=1e-6, anchor=None, num_tokens=None):
+    """Asserts that `picks` (B, k) are what `repulsion_select` promises for these arguments."""
+
+    def error(b, rows, part):
+        return greedy_error(features[b, rows], part, eps, _first(anchor, b))
+
+    check_padded(picks, features, k, num_tokens, error)
+
+
+def check_select_varlen(picks, features, cu_seqlens, cu_budgets, total_k, eps=1e-6, anchor=None):
+    """Asserts that `picks` (total_k,) are what `repulsion_select_varlen` promises for these arguments."""
+
+    def error(b, rows, part):
+        return greedy_error(features[rows], part, eps, _first(anchor, b))
+
+    check_packed(picks, features, cu_seqlens, cu_budgets, total_k, error)
+
+
+def check_farthest(picks, features, k, anchor=None, quality=None, start=None, metric="euclidean", num_tokens=None):
+    """Asserts that `picks` (B, k) are what `farthest_select` promises for these arguments."""
+
+    def error(b, rows, part):
+        values = _of(quality, b, rows), _of(start, b, rows)
+        return farthest_error(features[b, rows], part, _first(anchor, b), *values, metric)
+
+    check_padded(picks, features, k, num_tokens, error)
+
+
+def check_farthest_varlen(
+    picks, features, cu_seqlens, cu_budgets, total_k, anchor=None, quality=None, start=None, metric="euclidean"
+):
+    """Asserts that `picks` (total_k,) are what `farthest_select_varlen` promises for these arguments."""
+
+    def error(b, rows, part):
+        return farthest_error(features[rows], part, _first(anchor, b), _of(quality, rows), _of(start, rows), metric)
+
+    check_packed(picks, features, cu_seqlens, cu_budgets, total_k, error)
+
+
+def check_suppress(picks, features, rank, tau, k, num_tokens=None):
+    """Asserts that `picks` (B, k) are what `suppress_select` promises for these arguments."""
+
+    def error(b, rows, part):
+        return suppress_error(features[b, rows], rank[b, rows], tau[b, rows], part)
+
+    check_padded(picks, features, k, num_tokens, error)
+
+
+def check_suppress_varlen(picks, features, rank, tau, cu_seqlens, cu_budgets, total_k):
+    """Asserts that `picks` (total_k,) are what `suppress_select_varlen` promises for these arguments."""
+
+    def error(b, rows, part):
+        return suppress_error(features[rows], rank[rows], tau[rows], part)
+
+    check_packed(picks, features, cu_seqlens, cu_budgets, total_k, error)
 
 
 def check_sqdist(got, features):
@@ -177,3 +359,210 @@ def check_step(after, nxt, before, features, picked, eps=1e-6):
         least = row[candidates].min()
         first = (candidates & (row == least)).int().argmax() if finite[candidates].any() else left.int().argmax()
         assert nxt[b] == first, f"item {b}: {nxt[b]} is next, not {first}"
+
+
+NEAREST_TOL = 1e-5  # of a cosine, absolutely; of a squared distance, relatively
+
+
+def pair_values(query, key, metric):
+    """(M, K) float64 cosines or squared distances of the rows of (M, C) and (K, C)."""
+    if metric == "euclidean":
+        return sqdist(query, key)
+    q, k = (torch.nn.functional.normalize(x.double(), dim=1, eps=1e-300) for x in (query, key))
+    return q @ k.T
+
+
+def check_nearest(
+    index, value, query, key, metric="cosine", query_rank=None, key_rank=None, exclude_self=False, num_keys=None
+):
+    """Asserts that `index` and `value` (B, M) are what `nearest` promises for these arguments."""
+    (batch, rows, _), keys = query.shape, key.shape[1]
+    assert (index.dtype, value.dtype) == (torch.int64, torch.float32)
+    assert index.device == value.device == query.device
+    assert index.shape == value.shape == (batch, rows)
+    assert index.is_contiguous()
+    assert value.is_contiguous()
+    index, value, query, key = (t.detach().cpu() for t in (index, value, query, key))
+    for b in range(batch):
+        finite = finite_rows(key[b])
+        allowed = finite_rows(query[b])[:, None] & finite
+        if num_keys is not None:
+            allowed &= torch.arange(keys) < num_keys[b].item()
+        if query_rank is not None:
+            allowed &= key_rank[b].cpu().double() < query_rank[b].cpu().double()[:, None]
+        if exclude_self:
+            allowed &= torch.arange(rows)[:, None] != torch.arange(keys)
+        some = allowed.any(1)
+        nothing = -math.inf if metric == "cosine" else math.inf
+        assert (index[b][~some] == -1).all(), f"item {b}: a match where none is allowed"
+        assert (value[b][~some] == nothing).all(), f"item {b}: a value where nothing is allowed"
+        found, got = index[b][some], value[b][some].double()
+        assert ((found >= 0) & (found < keys)).all(), f"item {b}: {found.tolist()} of {keys} keys"
+        x, y = (torch.nan_to_num(t[b].double(), 0, 0, 0) for t in (query, key))
+        true, allowed = pair_values(x[some], y, metric), allowed[some]
+        assert allowed.gather(1, found[:, None]).all(), f"item {b}: a match that is not allowed"
+        chosen = true.gather(1, found[:, None])[:, 0]
+        if metric == "cosine":
+            best = true.masked_fill(~allowed, -math.inf).amax(1)
+            assert (got.abs() <= 1).all()
+            torch.testing.assert_close(got, chosen, rtol=0, atol=NEAREST_TOL)
+            assert (chosen >= best - NEAREST_TOL).all(), f"item {b}: {(best - chosen).max():.3g} below the best"
+        else:
+            best = true.masked_fill(~allowed, math.inf).amin(1)
+            torch.testing.assert_close(got, chosen, rtol=NEAREST_TOL, atol=VALUE_ATOL)
+            assert (chosen <= best * (1 + NEAREST_TOL) + VALUE_ATOL).all(), f"item {b}: not the nearest"
+        _, same = torch.unique(torch.where(finite[:, None], y, 0.0), dim=0, return_inverse=True)
+        equal = allowed & (same == same[found][:, None])
+        assert torch.equal(found, equal.int().argmax(1)), f"item {b}: an equal key of lower index is passed over"
+
+
+def check_scatter_mean(mean, mass, features, assignment, count, weight=None):
+    """Asserts that `mean` (B, count, C) and `mass` (B, count) are what `scatter_mean` promises for these arguments."""
+    batch, _, channels = features.shape
+    assert (mean.dtype, mass.dtype) == (features.dtype, torch.float32)
+    assert mean.device == mass.device == features.device
+    assert (mean.shape, mass.shape) == ((batch, count, channels), (batch, count))
+    assert mean.is_contiguous()
+    assert mass.is_contiguous()
+    mean, mass, features, assignment = (t.detach().cpu() for t in (mean, mass, features, assignment))
+    weight = torch.ones(assignment.shape) if weight is None else weight.detach().cpu()
+    rounding = {torch.float32: 1e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}[features.dtype]
+    smallest = {torch.float32: VALUE_ATOL, torch.float16: 2**-24, torch.bfloat16: VALUE_ATOL}[features.dtype]
+    for b in range(batch):
+        x, w, slot = features[b].double(), weight[b].double(), assignment[b]
+        member = (slot == torch.arange(count)[:, None]) & finite_rows(features[b]) & w.isfinite()
+        share = torch.where(member, w, 0.0)
+        x = torch.nan_to_num(x, 0, 0, 0)
+        want_mass = share.sum(1)
+        torch.testing.assert_close(mass[b].double(), want_mass, rtol=1e-6, atol=VALUE_ATOL)
+        per_mass = torch.where(want_mass > 0, 1 / want_mass, 0.0)[:, None]
+        want, size = share @ x * per_mass, share.abs() @ x.abs() * per_mass
+        error = (mean[b].double() - want).abs()
+        assert (error <= rounding * want.abs() + 1e-12 * size + smallest).all(), f"item {b}: {error.max():.3g} off"
+        assert (mean[b][want_mass <= 0] == 0).all(), f"item {b}: a slot of no mass is not 0"
+
+
+def check_knn_density(got, features, k, num_tokens=None):
+    """Asserts that `got` (B, N) is what `knn_density` promises for these arguments."""
+    batch, tokens, channels = features.shape
+    assert got.dtype == torch.float32
+    assert got.device == features.device
+    assert got.shape == (batch, tokens)
+    assert got.is_contiguous()
+    got, features = got.detach().cpu(), features.detach().cpu()
+    for b in range(batch):
+        usable = finite_rows(features[b])
+        if num_tokens is not None:
+            usable = usable & (torch.arange(tokens) < num_tokens[b].item())
+        assert (got[b][~usable] == 0).all(), f"item {b}: a density where there is no token"
+        x = features[b][usable].double()
+        distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").square()
+        mean = distance.sort(1).values[:, :k].sum(1) / max(1, min(k, len(x))) / channels
+        error = (got[b][usable].double() - (-mean).exp()).abs()
+        bound = (1e-6 + 1e-5 * mean) * (-mean).exp() + VALUE_ATOL
+        assert (error <= bound).all(), f"item {b}: off by {(error / bound).max():.3g} of what is allowed"
+
+
+def unit_rows64(x):
+    """(N, C) float64 rows of length 1; a zero row stays zero."""
+    x = x.double()
+    x = x / torch.where(x.abs().amax(1, keepdim=True) > 0, x.abs().amax(1, keepdim=True), 1.0)
+    return torch.nn.functional.normalize(x, dim=1)
+
+
+GAIN_ATOL = 1e-6  # of the first gain: what float32 resolves of a squared distance to a span
+
+
+def dpp_error(order, gain, x, quality, floor):
+    """Why `order` and `gain` (K,) are no greedy MAP of x (N, C) and quality (N,); "" where they are. N >= K >= 1."""
+    tokens = len(x)
+    if order.min() < 0 or order.max() >= tokens or order.unique().numel() != len(order):
+        return f"picks repeat, or are outside [0, {tokens}): {order.tolist()}"
+    if (gain.diff() > 0).any() or (gain < 0).any():
+        return f"gains rise, or are negative: {gain.tolist()}"
+    usable = finite_rows(x) & quality.isfinite()
+    u = unit_rows64(torch.where(usable[:, None], x.double(), 0.0))
+    q = torch.where(usable, quality.double(), 0.0)
+    distance = (u != 0).any(1).double()
+    first = (q.square() * distance).max()
+    left = torch.ones(tokens, dtype=torch.bool)
+    rows = torch.zeros(0, tokens, dtype=torch.float64)
+    rest = sorted(range(tokens), key=lambda i: (not usable[i], -q[i].item() if usable[i] else 0.0, i))
+    for step, (pick, got) in enumerate(zip(order.tolist(), gain.double().tolist(), strict=True)):
+        gains = torch.where(left & usable, q.square() * distance, 0.0)
+        best, own, slack = gains.max(), gains[pick], GAIN_ATOL * first
+        if got == 0:  # from here on by quality
+            if best > floor * first * (1 + REGRET) + slack:
+                return f"step {step} goes by quality, but a gain of {best:.6g} is left; the first was {first:.6g}"
+            want = [i for i in rest if left[i]][: len(order) - step]
+            if order[step:].tolist() != want or (gain[step:] != 0).any():
+                return f"from step {step} on {order[step:].tolist()}, by quality {want}"
+            return ""
+        if not usable[pick] or own * (1 + REGRET) + slack < best:
+            return f"step {step} picked {pick} of gain {own:.9g}; the largest is {best:.9g}"
+        if own * (1 + REGRET) + slack < floor * first:
+            return f"step {step} picked {pick} of gain {own:.9g} below the floor"
+        if abs(min(own, FLOAT32_MAX) - min(got, FLOAT32_MAX)) > REGRET * own + slack:
+            return f"step {step} says that {pick} has gain {got:.9g}, which is {own:.9g}"
+        left[pick] = False
+        row = (u @ u[pick] - rows.T @ rows[:, pick]) / distance[pick].clamp(min=1e-300).sqrt()
+        rows = torch.cat([rows, row[None]])
+        distance = (distance - row.square()).clamp(min=0)
+    return ""
+
+
+def check_dpp(order, gain, features, quality, k, floor=1e-7, num_tokens=None):
+    """Asserts that `order` and `gain` (B, k) are what `dpp_select` promises for these arguments."""
+    batch, tokens, _ = features.shape
+    assert (order.dtype, gain.dtype) == (torch.int64, torch.float32)
+    assert order.device == gain.device == features.device
+    assert order.shape == gain.shape == (batch, k)
+    assert order.is_contiguous()
+    assert gain.is_contiguous()
+    order, gain, features, quality = (t.detach().cpu() for t in (order, gain, features, quality))
+    for b in range(batch):
+        count = tokens if num_tokens is None else num_tokens[b].item()
+        kept = min(count, k)
+        assert (order[b, kept:] == -1).all(), f"item {b}: no -1 past its {count} tokens: {order[b].tolist()}"
+        assert (gain[b, kept:] == 0).all(), f"item {b}: a gain past its {count} tokens"
+        if kept:
+            error = dpp_error(order[b, :kept], gain[b, :kept], features[b, :count], quality[b, :count], floor)
+            assert not error, f"item {b}: {error}"
+
+
+def dedup_rounds(sqdist, rest, keep, step):
+    """VisPruner's rounds over a list `rest`, by sqdist (N, N), which are to be exact."""
+    while len(rest) > keep:
+        even, odd = rest[::2], rest[1::2]
+        closest = sqdist[even][:, odd].min(1).values.tolist()
+        by_closest = sorted(range(len(even)), key=lambda i: (closest[i], i))
+        rest = [even[i] for i in by_closest[min(step, len(rest) - keep, len(even)) :]] + odd
+    return rest
+
+
+def check_dedup(kept, features, order, keep, step=8, exact=True):
+    """Asserts that `kept` (B, keep) is what `dedup_select` promises for these arguments. exact: the squared distances of
+    unit rows are exact in float32; else only what does not depend on them is checked."""
+    assert kept.dtype == torch.int64
+    assert kept.device == features.device
+    assert kept.shape == (features.shape[0], keep)
+    assert kept.is_contiguous()
+    kept, features, order = kept.cpu(), features.cpu(), order.cpu()
+    for b, listed in enumerate(order.tolist()):
+        listed = listed[: listed.index(-1)] if -1 in listed else listed
+        finite = finite_rows(features[b])
+        good, bad = [i for i in listed if finite[i]], [i for i in listed if not finite[i]]
+        if len(good) <= keep:
+            want = (good + bad)[:keep]
+            want += [-1] * (keep - len(want))
+            assert kept[b].tolist() == want, f"item {b}"
+            continue
+        if not exact:
+            got = kept[b].tolist()
+            assert all(got.count(i) <= good.count(i) for i in got), f"item {b}: {got} of {good}"
+            continue
+        u = unit_rows64(torch.where(finite[:, None], features[b].double(), 0.0))
+        zero = (u == 0).all(1)
+        sqdist = (2 - 2 * u @ u.T).masked_fill(zero[:, None] | zero, 2.0)
+        sqdist = (sqdist * 2**24).round() / 2**24  # what float64 loses of them
+        assert kept[b].tolist() == dedup_rounds(sqdist, good, keep, step), f"item {b}"

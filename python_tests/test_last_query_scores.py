@@ -373,6 +373,10 @@ def pytest_in_its_own_process(module, *arguments, **environment):
     """Whether Triton interprets or compiles is settled when it is imported."""
     if find_spec("triton") is None:
         pytest.skip("needs triton")
+    if environment.get("TRITON_INTERPRET") == "1":
+        triton, numpy = (tuple(map(int, version(name).split(".")[:2])) for name in ("triton", "numpy"))
+        if triton < (3, 9) and numpy >= (2, 4):
+            pytest.skip("Triton before 3.9 cannot interpret loops with NumPy 2.4 or newer")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments, str(HERE / module)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
     assert done.returncode == 0, done.stdout + done.stderr
@@ -380,10 +384,6 @@ def pytest_in_its_own_process(module, *arguments, **environment):
 
 
 def test_kernels_in_the_interpreter():
-    if find_spec("triton"):
-        triton, numpy = (tuple(map(int, version(name).split(".")[:2])) for name in ("triton", "numpy"))
-        if triton < (3, 9) and numpy >= (2, 4):
-            pytest.skip("Triton before 3.9 cannot interpret loops with NumPy 2.4 or newer")
     pytest_in_its_own_process("last_query_scores_interpreted.py", TRITON_INTERPRET="1")
 
 

@@ -182,8 +182,8 @@ def test_the_warning_points_at_the_import(tmp_path):
 def test_all_is_what_there_is():
     """Written out, for type checkers."""
     assert sorted(sts_kernels.ops.__all__) == sorted(OPS)
-    methods = ["STSConfig", "STSPlan", "keep_top", "methods"]
-    assert sts_kernels.__all__ == ["__version__", *sts_kernels.ops.__all__, *methods]
+    others = ["STSConfig", "STSPlan", "analysis", "keep_top", "methods"]
+    assert sts_kernels.__all__ == ["__version__", *sts_kernels.ops.__all__, *others]
     assert (PACKAGE / "py.typed").exists()
 
 

@@ -25,13 +25,13 @@ except Exception as error:
     if not _process.starts_here():
         raise ImportError(_torch_error) from error
 else:
-    from . import _native, methods, ops
+    from . import _native, analysis, methods, ops
     from .methods._keep_top import keep_top
     from .methods.sts import STSConfig, STSPlan
     from .ops import *  # noqa: F403
 
     __all__ += ops.__all__
-    __all__ += ["STSConfig", "STSPlan", "keep_top", "methods"]
+    __all__ += ["STSConfig", "STSPlan", "analysis", "keep_top", "methods"]
     _native.status()  # loads the compiled library, now that the schemas exist
 finally:
     if _filter in warnings.filters:

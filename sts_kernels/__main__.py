@@ -12,6 +12,7 @@ COMMANDS = {
     "info": "show which backend serves each op and why, versions and build",
     "demo": "choose visual tokens of a photograph and draw them",
     "methods": "list the pruning methods, where each acts, and its options",
+    "table": "print the efficiency numbers of a paper beside those that sizes alone give",
     "generate": "ask a vision-language model about pictures, with pruned visual tokens",
 }
 MODULES = {"methods": "list_methods"}  # where it is not the command's name

@@ -222,23 +222,27 @@ def coverage(features: torch.Tensor, kept: torch.Tensor) -> tuple[float, float]:
     return nearest.mean().item(), nearest.max().item()
 
 
-def draw(tokens: Tokens, choices: dict[str, torch.Tensor]):
-    """The choices side by side: kept patches as they are, the others dimmed."""
+def draw(tokens: Tokens, choices: dict[str, torch.Tensor], columns: int | None = None, panel: int = PANEL):
+    """The choices side by side, in rows of `columns`: kept patches as they are, the others dimmed. Panels are at least
+    `panel` pixels a side."""
     from PIL import Image, ImageDraw, ImageFont
 
-    zoom = -(-PANEL // tokens.picture.width)
-    panel = tokens.picture.width * zoom
+    columns = columns or len(choices)
+    rows = -(-len(choices) // columns)
+    panel = tokens.picture.width * -(-panel // tokens.picture.width)
     bright = tokens.picture.resize((panel, panel), Image.Resampling.NEAREST)
     dark = bright.point(lambda value: int(DIMMED * value))
-    canvas = Image.new("RGB", (len(choices) * (panel + MARGIN) + MARGIN, CAPTION + panel + MARGIN), "white")
+    width, height = panel + MARGIN, CAPTION + panel
+    canvas = Image.new("RGB", (columns * width + MARGIN, rows * height + MARGIN), "white")
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=16)
     for index, (name, kept) in enumerate(choices.items()):
-        left = MARGIN + index * (panel + MARGIN)
+        left, top = MARGIN + index % columns * width, index // columns * height
         caption = f"{name}: {kept.numel()} of {tokens.count} tokens"
-        pen.text((left + panel // 2, CAPTION // 2), caption, fill="black", font=font, anchor="mm")
+        caption = caption if font.getlength(caption) <= panel else name
+        pen.text((left + panel // 2, top + CAPTION // 2), caption, fill="black", font=font, anchor="mm")
         mask = Image.new("L", (tokens.side, tokens.side))
         for token in kept.tolist():
             mask.putpixel((token % tokens.side, token // tokens.side), 255)
         mask = mask.resize((panel, panel), Image.Resampling.NEAREST)
-        canvas.paste(Image.composite(bright, dark, mask), (left, CAPTION))
+        canvas.paste(Image.composite(bright, dark, mask), (left, top + CAPTION))
     return canvas

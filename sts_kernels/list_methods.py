@@ -6,6 +6,12 @@ import sys
 from . import methods
 
 SITES = {"encoder": "before the projector", "projected": "after the projector"}
+QUERIES = {
+    "last": "the attention of the prompt's last token",
+    "raters": "the attention of rater tokens",
+    "keys": "likeness to pivots, the tokens of largest keys",
+    "text": "likeness to rater tokens",
+}
 
 
 def add_arguments(parser) -> None:
@@ -43,7 +49,6 @@ def places(entry: dict) -> list[str]:
     found = [SITES[entry["site"]]] if entry["site"] else []
     if cuts := entry["cuts"]:
         layers = ", ".join(str(cut["layer"]) for cut in cuts)
-        whose = "the prompt's last token" if cuts[0]["queries"] == "last" else "rater tokens"
         ahead = ", by the next layer's query and key" if cuts[0]["score_from"] == "next" else ""
-        found.append(f"behind layer {layers} of 32 by the attention of {whose}{ahead}")
+        found.append(f"behind layer {layers} of 32 by {QUERIES[cuts[0]['queries']]}{ahead}")
     return found

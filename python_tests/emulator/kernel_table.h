@@ -98,6 +98,26 @@ bool add(const char* name, R (*launcher)(P...)) {
   return add(name, launcher, std::make_index_sequence<sizeof...(P) - ends_with_stream<P...>()>());
 }
 
+// Device memory for a launcher under test, until it returns: every part an allocation of its own, filled with NaN.
+class Scratch {
+ public:
+  explicit Scratch(cudaStream_t stream) : stream_(stream) {}
+  Scratch(const Scratch&) = delete;
+  ~Scratch() {
+    for (void* part : parts_) cudaFree(part);
+  }
+  void* operator()(int64_t bytes) {
+    void* part = nullptr;
+    if (cudaMalloc(&part, bytes) != cudaSuccess) return nullptr;
+    parts_.push_back(part);
+    return cudaMemsetAsync(part, 0xff, bytes, stream_) == cudaSuccess ? part : nullptr;
+  }
+
+ private:
+  cudaStream_t stream_;
+  std::vector<void*> parts_;
+};
+
 }  // namespace kernel_table
 
 #define STS_KERNEL(name, ...) [[maybe_unused]] static const bool kernel_##name = ::kernel_table::add(#name, __VA_ARGS__)

@@ -210,6 +210,103 @@ MUTANTS = (
         ("sum = warp_sum(sum);", "if (lane < 16) sum = warp_sum(sum);"),
         says="lanes of one warp are at different collectives",
     ),
+    # The rows of two sets.
+    mutant(
+        "no barrier before a stage of pairs is overwritten",
+        "nearest",
+        "row_pairs.cuh",
+        ("        __syncthreads();  // all are done with the stage before\n", ""),
+    ),
+    mutant(
+        "no barrier before a stage of pairs is read",
+        "nearest",
+        "row_pairs.cuh",
+        ("        __syncthreads();  // the stage is there\n", ""),
+    ),
+    mutant(
+        "blocks lower a key without an atomic",
+        "nearest",
+        "nearest.cuh",
+        (
+            "atomicMin(best + entry * rows + i, low);",
+            "best[entry * rows + i] = lower(best[entry * rows + i], low);",
+        ),
+        says=RACE,
+    ),
+    mutant(
+        "a key that does not count is matched",
+        "nearest",
+        "nearest.cuh",
+        ("if (!key.counts() || (key_rank", "if ((key_rank"),
+    ),
+    mutant(
+        "a key of equal rank is matched",
+        "nearest",
+        "nearest.cuh",
+        ("j + t] < limit)", "j + t] <= limit)"),
+    ),
+    mutant(
+        "pairs past the last key",
+        "nearest",
+        "nearest.cuh",
+        ("if (j + t >= count || ", "if (j + t > count || "),
+        says=OVERRUN,
+    ),
+    mutant(
+        "no check of num_keys",
+        "nearest",
+        "row_pairs.cuh",
+        ("(counts[b] <= count && i < counts[b])", "i < counts[b]"),
+        nonsense=True,
+    ),
+    # Means.
+    mutant(
+        "no barrier before the list of tokens is replaced",
+        "scatter_mean",
+        "scatter_mean.cuh",
+        ("        __syncthreads();  // all are done with the list before\n", ""),
+        says=RACE,
+    ),
+    mutant(
+        "assignments past the last token",
+        "scatter_mean",
+        "scatter_mean.cuh",
+        ("i < tokens && slots[", "slots["),
+        says=OVERRUN,
+    ),
+    mutant(
+        "no check of the assignment",
+        "scatter_mean",
+        "scatter_mean.cuh",
+        ("slot >= 0 && slot < count && w - w == 0.f", "w - w == 0.f"),
+        nonsense=True,
+    ),
+    mutant(
+        "a token listed by every warp of its round",
+        "scatter_mean",
+        "scatter_mean.cuh",
+        ("list[length + __popc(", "list[__popc("),
+    ),
+    # Densities.
+    mutant(
+        "bins are read before all have counted",
+        "knn_density",
+        "knn_density.cuh",
+        ("1u);\n      __syncthreads();\n", "1u);\n"),
+        says=RACE,
+    ),
+    mutant(
+        "equal distances count once",
+        "knn_density",
+        "knn_density.cuh",
+        ("static_cast<double>(rank) * ", ""),
+    ),
+    mutant(
+        "the bin is looked for among all tokens",
+        "knn_density",
+        "knn_density.cuh",
+        (" && (values[j] & known) == prefix", ""),
+    ),
     # A selection.
     mutant(
         "no barrier after the finite tokens are noted",

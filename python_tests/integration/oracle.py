@@ -77,7 +77,8 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 def run_layer(layer, config, hidden: torch.Tensor, positions: torch.Tensor):
-    """One decoder layer on exactly these tokens -> its output, and the attention of every token, mean over heads."""
+    """One decoder layer on exactly these tokens -> its output, the attention of every token (mean over heads), and the
+    L1 norm of every token's keys."""
     attention, count = layer.self_attn, len(hidden)
     x = layer.input_layernorm(hidden)
     dim = attention.head_dim
@@ -87,14 +88,16 @@ def run_layer(layer, config, hidden: torch.Tensor, positions: torch.Tensor):
     cos, sin = rotary(config, positions, dim)
     group = q.shape[1] // k.shape[1]
     future = torch.ones(count, count, dtype=torch.bool).triu(1)
-    outputs, weights = [], []
+    outputs, weights, norms = [], [], torch.zeros(count, dtype=torch.float64)
     for head in range(q.shape[1]):
         query, key = rotate(q[:, head], cos, sin), rotate(k[:, head // group], cos, sin)
         weight = (query @ key.T / dim**0.5).masked_fill(future, -torch.inf).softmax(-1)
         outputs.append(weight @ v[:, head // group])
         weights.append(weight)
+        if head % group == 0:
+            norms += key.abs().sum(1)
     hidden = hidden + attention.o_proj(torch.cat(outputs, 1))
-    return hidden + layer.mlp(layer.post_attention_layernorm(hidden)), torch.stack(weights).mean(0)
+    return hidden + layer.mlp(layer.post_attention_layernorm(hidden)), torch.stack(weights).mean(0), norms
 
 
 class Recording:
@@ -138,7 +141,29 @@ class Cut(NamedTuple):
     layer: int
     left: int
     score_from: str = "layer"
-    raters: bool = False  # all text behind the last visual token, each alike; else the prompt's last token
+    raters: bool = False  # all text behind the last image, each alike; else the prompt's last token
+    choose: "Callable[[Inside, int], Chosen] | None" = None  # a method's own rule; None: the largest scores
+
+
+@dataclass
+class Inside:
+    """What is inside the LLM before the layer of a cut. Dictionaries have a row for each column of the prompt."""
+
+    visual: list[int]  # columns of visual tokens, in the order in which the layers see them
+    text: list[int]  # columns behind the last image
+    first: list[int]  # columns of the visual tokens that entered the LLM
+    entered: dict[int, torch.Tensor]  # as they entered the LLM
+    hidden: dict[int, torch.Tensor]  # as they enter the layer
+    normed: dict[int, torch.Tensor]  # the same behind the LLM's final norm
+    weights: torch.Tensor  # (n, n) attention that scores, of row to column
+    row: dict[int, int]  # where each column is in it
+    norms: dict[int, float]  # of keys
+
+
+class Chosen(NamedTuple):
+    kept: list[int]  # columns of visual tokens that stay
+    recycled: list[int]  # others that follow the last of them, in this order
+    values: dict  # what columns hold from here on, where that is new
 
 
 def repulsion(eps: float = 1e-6, anchor: str = "mean") -> Callable:
@@ -151,7 +176,8 @@ class Pool:
 
     features: torch.Tensor  # (N, C) as the projector gets them
     projected: torch.Tensor  # (N, C) as the LLM gets them
-    attention: torch.Tensor | None  # (N,) what the encoder pays them
+    attention: torch.Tensor | None  # (N,) what the encoder pays them, or how relevant they are to the prompt
+    keys: torch.Tensor | None = None  # (N, D) by which the encoder attends to them
 
 
 def expect(
@@ -177,19 +203,26 @@ def expect_method(
     prompt,
     answer: list[int],
     keep: int,
-    choose: Callable[[Pool, int], list[int]],
+    choose: Callable[[Pool, int], list[int] | dict[int, torch.Tensor]],
     cuts: list[Cut],
     scope: str = "image",
     contiguous: bool = False,
     attention: dict[str, torch.Tensor] | None = None,
+    keys: dict[str, torch.Tensor] | None = None,
+    adaptive: bool = False,
+    in_token_order: bool = False,
 ) -> Expected:
     """The logits that predict answer[0], answer[1], ...
 
-    keep, choose: tokens of each image that enter the LLM, and which of a pool. attention: by kind, of all features.
+    keep, choose: tokens of each image that enter the LLM, and which of a pool: a list of picks, or a dictionary from
+    pick to what it becomes before the projector: a row, or the list of all whose mean it is. attention, keys: by kind,
+    of all features. adaptive: `choose` may keep another number. in_token_order: attention is in the order of the LLM's
+    tokens, where that differs from the projector's.
     """
     recording = Recording(model, prompt, max(2, len(answer)))
     ids = torch.tensor(prompt.ids)
-    embeds = recording.embeds.cpu().double()
+    embeds, projector = recording.embeds.cpu().double(), None
+    merged = embeds.clone()  # comparisons are with the embeddings of the plain model
     kinds = [kind for kind in ("image", "video") if prompt.parts[kind]]
     tokens, dropped = {}, set()  # tokens: (kind index, unit) -> column
     for kind, features, outputs in zip(kinds, recording.features, recording.outputs, strict=True):
@@ -203,6 +236,9 @@ def expect_method(
                 assert len(match) <= 1, "features repeat: the prompt is no test"
                 if match:
                     unit_column[unit] = columns[match[0]]
+            place = {unit: unit for unit in range(start, start + sum(parts))}
+            if in_token_order and len(unit_column) == len(place):
+                place = {unit: start + i for i, unit in enumerate(sorted(place, key=unit_column.get))}
             groups = []
             for part in parts:
                 groups.append([unit for unit in range(start, start + part) if unit in unit_column])
@@ -213,14 +249,23 @@ def expect_method(
             else:
                 quota = _even(total, [len(group) for group in groups])
             for group, count in zip(groups, quota, strict=True):
-                scores = None if attention is None else attention[kind][group]
-                pool = Pool(features.cpu()[group], produced[group], scores)
+                scores = None if attention is None else attention[kind][[place[unit] for unit in group]]
+                own = None if keys is None else keys[kind][group]
+                pool = Pool(features.cpu()[group], produced[group], scores, own)
                 picks = choose(pool, count) if count < len(group) else range(len(group))
                 kept = {group[i] for i in picks}
-                assert len(kept) == count
+                if isinstance(picks, dict):
+                    projector = projector or _double_projector(model)
+                    x = features.cpu().double()[group]
+                    for pick, row in picks.items():
+                        row = x[row].mean(0) if isinstance(row, list) else row
+                        merged[unit_column[group[pick]]] = projector(row[None])[0]
+                assert adaptive or len(kept) == count
                 dropped |= {unit_column[u] for u in group if u not in kept}
             tokens.update({(kind, u): c for u, c in unit_column.items()})
+    embeds = merged
     text = _double_text(model)
+    behind = max(_columns(ids, "image") + _columns(ids, "video"))
     alive = [c for c in range(len(ids)) if c not in dropped]
     positions = torch.cat(recording.positions, dim=1)
     logits, kept = [], None
@@ -228,20 +273,39 @@ def expect_method(
         visual = set(tokens.values()) - dropped
         columns = alive + list(range(len(ids), len(ids) + step))
         tail = text["embed"](torch.tensor(answer[:step], dtype=torch.long))
-        hidden, kept, weights = torch.cat([embeds[alive], tail]), [alive], None
+        hidden, kept, weights, norms = torch.cat([embeds[alive], tail]), [alive], None, None
+        entered = dict(zip(columns, hidden, strict=True))
         for index, layer in enumerate(text["layers"]):
             for cut in cuts:
                 if cut.layer == index and cut.left < len(visual):
                     if cut.score_from == "next":
                         where = _positions(positions, columns, contiguous)
-                        _, weights = run_layer(layer, text["config"], hidden, where)
-                    first = max(columns.index(c) for c in visual) + 1 if cut.raters else columns.index(len(ids) - 1)
-                    asking = weights[first : columns.index(len(ids) - 1) + 1]
-                    rows = _left(asking.mean(0), columns, visual, cut.left)
-                    columns, hidden = [columns[i] for i in rows], hidden[rows]
+                        _, weights, norms = run_layer(layer, text["config"], hidden, where)
+                    asking = [c for c in columns if behind < c < len(ids)] if cut.raters else [len(ids) - 1]
+                    if cut.choose is None:
+                        score = weights[[columns.index(c) for c in asking]].mean(0)
+                        rows = _left(score, columns, visual, cut.left)
+                        columns, hidden = [columns[i] for i in rows], hidden[rows]
+                    else:
+                        inside = Inside(
+                            [c for c in columns if c in visual],
+                            [c for c in columns if behind < c < len(ids)],
+                            sorted(set(tokens.values()) - dropped),
+                            entered,
+                            dict(zip(columns, hidden, strict=True)),
+                            dict(zip(columns, text["norm"](hidden), strict=True)),
+                            weights,
+                            {c: i for i, c in enumerate(columns)},
+                            dict(zip(columns, norms.tolist(), strict=True)),
+                        )
+                        chosen = cut.choose(inside, cut.left)
+                        assert len(chosen.kept) + len(chosen.recycled) == cut.left
+                        columns = _placed(columns, visual, chosen)
+                        hidden = torch.stack([chosen.values.get(c, inside.hidden[c]) for c in columns])
                     visual &= set(columns)
                     kept.append([c for c in columns if c < len(ids)])
-            hidden, weights = run_layer(layer, text["config"], hidden, _positions(positions, columns, contiguous))
+            where = _positions(positions, columns, contiguous)
+            hidden, weights, norms = run_layer(layer, text["config"], hidden, where)
             if recording.deep is not None and index < len(recording.deep):
                 hidden = _add_deep(hidden, columns, recording.deep[index].cpu().double(), ids)
         kept = kept if len(kept) > 1 else [alive, alive]
@@ -251,6 +315,18 @@ def expect_method(
 
 def _positions(positions: torch.Tensor, columns: list[int], contiguous: bool) -> torch.Tensor:
     return torch.arange(len(columns)).expand(3, -1) if contiguous else positions[:, columns]
+
+
+def _placed(columns: list[int], visual: set[int], chosen: Chosen) -> list[int]:
+    """The columns in the order in which the layers see them."""
+    stay = [c for c in columns if c not in visual or c in chosen.kept]
+    last = max(stay.index(c) for c in chosen.kept)
+    return stay[: last + 1] + chosen.recycled + stay[last + 1 :]
+
+
+def _double_projector(model) -> torch.nn.Module:
+    merger = getattr(getattr(model.model, "visual", None), "merger", None)
+    return copy.deepcopy(model.model.multi_modal_projector if merger is None else merger.mlp).cpu().double()
 
 
 def _left(weights: torch.Tensor, columns: list[int], visual: set[int], count: int) -> list[int]:

@@ -1,6 +1,8 @@
 """Every method on every family against the float64 oracle: prompt and decode, alone and in ragged batches."""
 
+import contextlib
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,36 +12,39 @@ import pytest
 import torch
 
 from sts_kernels import methods
-from sts_kernels.integrations.transformers import encoder_hooks, layer_pruning, prune, vision_pruning
+from sts_kernels.integrations.transformers import (
+    cut_selection,
+    encoder_hooks,
+    handle,
+    layer_pruning,
+    masks,
+    prune,
+    vision_pruning,
+)
 from sts_kernels.integrations.transformers.adapters import internvl
 from sts_kernels.methods import Budget, Cut, Method, Plan, Selection
 
-from . import models, oracle, vision_oracle
+from . import models, oracle, slow_methods, vision_oracle
+from . import slow_selection as slow
 from .models import output_cache
-from .oracle import MARGIN, NearTie, expect_method
+from .oracle import NearTie, expect_method
 from .test_mutants import mutated
 from .test_oracle import PROMPTS, STEPS, close
 from .test_refusals import one_sentence
 
+NO_DEEPSTACK = tuple(f for f in models.FAMILIES if f != "qwen3_vl")  # its features are made of several rows
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+LLAVA = ("llava", "llava_next", "video_llava")
 
 
 # --- what each method keeps of a pool, slowly ---
-
-
-def best(values: torch.Tensor, among: list[int]) -> int:
-    """The index of the largest value; ties are no test."""
-    ranked = sorted(among, key=lambda i: -float(values[i]))
-    if len(ranked) > 1 and values[ranked[0]] - values[ranked[1]] <= MARGIN * values[ranked[0]].abs():
-        raise NearTie("choice")
-    return ranked[0]
 
 
 def farthest(distance: torch.Tensor, first: int, keep: int) -> list[int]:
     picks = [first]
     while len(picks) < keep:
         nearest = distance[picks].min(0).values
-        picks.append(best(nearest, [i for i in range(len(distance)) if i not in picks]))
+        picks.append(slow.best(nearest, [i for i in range(len(distance)) if i not in picks]))
     return picks
 
 
@@ -47,7 +52,7 @@ def divprune(pool, keep: int) -> list[int]:
     x = pool.projected / pool.projected.norm(dim=1, keepdim=True)
     distance = 1 - x @ x.T
     lonely = (distance + 9 * torch.eye(len(x))).min(0).values
-    return farthest(distance, best(lonely, list(range(len(x)))), keep)
+    return farthest(distance, slow.best(lonely, list(range(len(x)))), keep)
 
 
 def fps(pool, keep: int) -> list[int]:
@@ -58,7 +63,7 @@ def fps(pool, keep: int) -> list[int]:
 def fastervlm(pool, keep: int) -> list[int]:
     left = list(range(len(pool.attention)))
     for _ in range(keep):
-        left.remove(best(pool.attention, left))
+        left.remove(slow.best(pool.attention, left))
     return [i for i in range(len(pool.attention)) if i not in left]
 
 
@@ -77,6 +82,9 @@ def random(pool, keep: int) -> list[int]:
     return sorted(drawn, key=lambda i: -drawn[i])[:keep]
 
 
+polymorphic, halves = slow_methods.PolyMorphic(), slow_methods.PolyMorphic(1.0, 1.0)
+
+
 @dataclass
 class Case:
     options: dict
@@ -87,14 +95,85 @@ class Case:
     scope: str = "image"
     contiguous: bool = False  # where positions have one axis
     method: str = ""
-    families: tuple = field(default=models.FAMILIES)
+    cut: Callable | None = None  # a rule of its own inside the LLM
+    recycles: tuple | None = None  # share and per_cluster of SparseVLM
+    signals: tuple = ()  # attention, last (of the encoder's last layer, all heads as one), relevance
+    adaptive: bool = False
+    families: tuple = field(default=models.FAMILIES)  # others refuse it
+    refused: str = "rotary positions have three axes|merges features before the projector"
 
 
 CASES = {
     "divprune": Case({"keep": 10}, 10, divprune),
     "divprune by crop": Case({"keep": 10, "scope": "crop"}, 10, divprune, scope="crop", method="divprune"),
     "fps": Case({"keep": 7}, 7, fps),
-    "fastervlm": Case({"keep": 9}, 9, fastervlm, scope="crop"),
+    "fastervlm": Case({"keep": 9}, 9, fastervlm, scope="crop", signals=("attention",)),
+    "vispruner": Case({"keep": 22}, 22, slow.vispruner, scope="crop", signals=("attention",)),
+    "vispruner by erank": Case(
+        {"keep": 15, "mixing": "adaptive", "erank_avg": slow.ERANK_AVG, "erank_iqr": 9.0},
+        15,
+        slow.vispruner_by_erank,
+        scope="crop",
+        method="vispruner",
+        signals=("attention",),
+    ),
+    "adavtp": Case(
+        {"keep": 15, "erank_avg": slow.ERANK_AVG, "tau_max": 0.9}, 15, slow.adavtp, scope="crop", signals=("attention",)
+    ),
+    "adavtp in the encoder": Case(
+        {"keep": 15, "erank_avg": slow.ERANK_AVG, "tau_max": 0.9, "space": "encoder"},
+        15,
+        slow.adavtp_in_the_encoder,
+        scope="crop",
+        signals=("attention",),
+        method="adavtp",
+    ),
+    "adavtp, as many as the image needs": Case(
+        {"keep": 10, "erank_avg": slow.ERANK_AVG, "tau_max": 0.9, "count": "adaptive"},
+        10,
+        slow.adavtp_of_any_number,
+        scope="crop",
+        signals=("attention",),
+        method="adavtp",
+        adaptive=True,
+    ),
+    "fastervlm_divprune": Case({"keep": 13}, 13, slow.fastervlm_divprune, scope="crop", signals=("attention",)),
+    "cdpruner": Case({"keep": 9, "relevance": slow.content}, 9, slow.cdpruner, scope="crop", signals=("relevance",)),
+    "visionzip": Case(
+        {"keep": 13},
+        13,
+        slow.visionzip,
+        scope="crop",
+        signals=("attention",),
+        families=NO_DEEPSTACK,
+    ),
+    "prumerge": Case(
+        {"keep": 11, "neighbours": 8},
+        11,
+        slow.prumerge,
+        scope="crop",
+        signals=("last",),
+        families=LLAVA,
+        refused=r"prumerge is defined by the attention of a \[CLS\] token, in the encoder's last layer",
+    ),
+    "prumerge, plus": Case(
+        {"keep": 14, "neighbours": 8, "plus": True},
+        14,
+        slow.prumerge_plus,
+        scope="crop",
+        signals=("last",),
+        method="prumerge",
+        families=LLAVA,
+        refused=r"prumerge is defined by the attention of a \[CLS\] token, in the encoder's last layer",
+    ),
+    "tome": Case(
+        {"keep": 10},
+        10,
+        slow.tome,
+        scope="crop",
+        signals=("attention",),
+        families=NO_DEEPSTACK,
+    ),
     "random": Case({"keep": 8}, 8, random),
     "uniform": Case({"keep": 5}, 5, uniform),
     "fastv": Case({"layers": [2], "ratios": [3]}, cuts=((2, 3),)),
@@ -129,6 +208,61 @@ CASES = {
         families=tuple(f for f in models.FAMILIES if f not in QWEN),
     ),
     "sts, stage 1 alone": Case({"budget": 6, "rho": 1.0}, 6, oracle.repulsion(), method="sts"),
+    "polymorphic": Case(
+        {"keep": 11, "layers": [2, 4], "ratios": [8, 5]},
+        11,
+        polymorphic.choose,
+        ((2, 8), (4, 5)),
+        signals=("attention",),
+        cut=polymorphic.cut,
+        families=NO_DEEPSTACK,
+    ),
+    "polymorphic, as many merged": Case(
+        {"keep": 10, "layers": [3], "ratios": [6], "retained": 1.0, "positions": "contiguous"},
+        10,
+        halves.choose,
+        ((3, 6),),
+        signals=("attention",),
+        cut=halves.cut,
+        contiguous=True,
+        method="polymorphic",
+        families=tuple(f for f in NO_DEEPSTACK if f not in QWEN),
+    ),
+    "polymorphic, stage 1 alone": Case(
+        {"keep": 10},
+        10,
+        polymorphic.choose,
+        signals=("attention",),
+        method="polymorphic",
+        families=NO_DEEPSTACK,
+    ),
+    "polymorphic, stage 2 alone": Case(
+        {"layers": [2, 3, 5], "ratios": [13, 8, 5], "llm_only": True},
+        cuts=((2, 13), (3, 8), (5, 5)),
+        cut=polymorphic.cut,
+        method="polymorphic",
+    ),
+    "sparsevlm": Case(
+        {"layers": [2, 3, 5], "ratios": [14, 9, 4]},
+        cuts=((2, 14), (3, 9), (5, 4)),
+        recycles=(0.3, 10),
+        contiguous=True,
+    ),
+    "sparsevlm, many clusters": Case(
+        {"layers": [2, 4], "ratios": [12, 5], "recycle": 0.6, "per_cluster": 3, "positions": "original"},
+        cuts=((2, 12), (4, 5)),
+        recycles=(0.6, 3),
+        method="sparsevlm",
+    ),
+    "sparsevlm, nothing recycled": Case(
+        {"layers": [2], "ratios": [5], "recycle": 0.0, "score_from": "next"},
+        cuts=((2, 5),),
+        recycles=(0, 1),
+        score_from="next",
+        contiguous=True,
+        method="sparsevlm",
+    ),
+    "dart": Case({"layers": [2], "ratios": [15]}, cuts=((2, 15),), cut=slow_methods.dart),
     "sts, stage 2 alone": Case({"layers": [3], "ratios": [4], "llm_only": True}, cuts=((3, 4),), method="sts"),
 }
 
@@ -150,24 +284,38 @@ def prompts_of(family: str, seed: int) -> list[models.Prompt]:
 
 def expected_of(model, family: str, prompt, answer: list[int], case: Case) -> oracle.Expected:
     sizes = image_sizes(family, prompt)
-    cuts = [
-        oracle.Cut(layer, 4 if left is None else sum(min(left, case.keep, n) for n in sizes), case.score_from)
-        for layer, left in case.cuts
-    ]
-    attention = None
-    if case.choose is fastervlm:
-        attention = {kind: s.attention for kind, s in vision_oracle.signals(model, family, prompt).items()}
+    cuts, before = [], sum(min(case.keep, n) for n in sizes)
+    for layer, left in case.cuts:
+        left = 4 if left is None else min(before, sum(min(left, case.keep, n) for n in sizes))
+        choose = case.cut
+        if case.recycles is not None and left < before:
+            best, clusters = slow_methods.recycled(before - left, *case.recycles)
+            choose, left = functools.partial(slow_methods.sparsevlm, kept=left, best=best), left + clusters
+        cuts.append(oracle.Cut(layer, left, case.score_from, choose=choose))
+        before = left
     contiguous = case.contiguous and family not in QWEN
-    return expect_method(model, prompt, answer, case.keep, case.choose, cuts, case.scope, contiguous, attention)
+    given = {"scope": case.scope, "contiguous": contiguous, "adaptive": case.adaptive}
+    if {"attention", "last"} & set(case.signals):
+        found = vision_oracle.signals(model, family, prompt, "last" in case.signals)
+        given |= {name: {k: getattr(s, name) for k, s in found.items()} for name in ("attention", "keys")}
+    if "relevance" in case.signals:
+        inputs = models.batch(model, [prompt])
+        kinds = [kind for kind in ("image", "video") if prompt.parts[kind]]
+        given["attention"] = {kind: slow.content(kind, inputs).flatten().cpu() for kind in kinds}
+        given["in_token_order"] = family in QWEN
+    return expect_method(model, prompt, answer, case.keep, case.choose, cuts, **given)
 
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_generation_is_the_oracles(family, name, device):
-    case = CASES[name]
+    case, model = CASES[name], models.shared(family)
     if family not in case.families:
-        with pytest.raises(NotImplementedError, match="rotary positions have three axes") as e:
-            prune(models.shared(family), case.method or name, **case.options)
+        with (
+            pytest.raises(NotImplementedError, match=case.refused) as e,
+            prune(model, case.method or name, **case.options),
+        ):
+            models.generate(model, prompts_of(family, 4), 1)
         one_sentence(e)
         return
     model = models.shared(family, "eager" if name in ("fastv", "sts at a set of layers") else "sdpa", device)
@@ -196,7 +344,7 @@ def test_generation_is_the_oracles(family, name, device):
             assert held == [len(k) for k, layers in zip(want.kept, depth, strict=True) for _ in range(layers)]
 
 
-@pytest.mark.parametrize("name", ["pyramiddrop", "sts at a set of layers"])
+@pytest.mark.parametrize("name", ["pyramiddrop", "sts at a set of layers", "polymorphic", "sparsevlm", "dart"])
 @pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl"])
 def test_other_ways_of_running(family, name, device):
     """Several cuts, and positions of their own: no cache, drafts, beams, a later turn on the returned cache."""
@@ -274,6 +422,46 @@ MUTANTS = {
         "joined.flatten(0, 2)",
         "joined.transpose(1, 2).flatten(0, 2)",
     ),
+    "all heads as one": ("llava", "prumerge", encoder_hooks, 'encoder_attention == "last"', 'encoder_attention == ""'),
+    "the layer of the features": (
+        "llava",
+        "prumerge",
+        handle,
+        "find = self.adapter.last_attention if last else",
+        "find =",
+    ),
+    "relevance in the projector's order": ("qwen2_5_vl", "cdpruner", encoder_hooks, "if order is None", "if True"),
+    "counts as they were asked for": (
+        "llava",
+        "adavtp, as many as the image needs",
+        vision_pruning,
+        "method.fit_budgets(lengths, budgets, **signals)",
+        "budgets",
+    ),
+    "rows that are not merged": (
+        "llava",
+        "visionzip",
+        encoder_hooks,
+        "x if kept.values is None else self._merged(x, kept.values)",
+        "x",
+    ),
+    "recycled tokens at their centers": ("llava", "sparsevlm", cut_selection, "= last + turn", "= at[:, :1] * 0"),
+    "merged tokens as their centers": (
+        "llava",
+        "polymorphic, stage 2 alone",
+        cut_selection,
+        "methods.merge(visual, picked)",
+        "visual.gather(1, picked.order[..., None].expand(-1, -1, visual.shape[2]))",
+    ),
+    "the first words do not rate": ("llava", "sparsevlm", masks, "(column > last)", "(column > last + 3)"),
+    "keys of one head": ("llava", "dart", layer_pruning, "key.abs().sum(", "key[:, :1].abs().sum("),
+    "raters by what is left": (
+        "llava",
+        "sparsevlm",
+        layer_pruning,
+        "run.scores = attention_received(rows, key.transpose(1, 2), scale, raters, asking, slots)",
+        "run.scores = attention_received(rows, key.transpose(1, 2), scale, None, asking, slots)",
+    ),
     "features before the projector": (
         "llava",
         "divprune",
@@ -292,7 +480,9 @@ def test_mutant_is_caught(name):
 
 
 def test_every_method_of_the_package_is_here():
-    shipped = {"divprune", "fastervlm", "fastv", "fps", "pyramiddrop", "random", "sts", "uniform"}
+    shipped = {"adavtp", "cdpruner", "dart", "divprune", "fastervlm", "fastervlm_divprune", "fastv", "fps"}
+    shipped |= {"polymorphic", "prumerge", "pyramiddrop", "random", "sparsevlm", "sts", "tome", "uniform"}
+    shipped |= {"visionzip", "vispruner"}
     assert shipped <= set(methods.names())
     assert {case.method or name for name, case in CASES.items()} == shipped
 
@@ -379,7 +569,7 @@ def test_keys_of_the_encoder(family, device):
         def choose(pool, keep):
             left = list(range(len(pool.attention)))
             for _ in range(keep):
-                left.remove(best(pool.attention, left))
+                left.remove(slow.best(pool.attention, left))
             return [i for i in range(len(pool.attention)) if i not in left]
 
         with prune(model, ByKeys(), keep=5):
@@ -476,6 +666,40 @@ def test_raters(family, device):
     pytest.fail("no prompts without near-ties")
 
 
+def test_states_are_compared_behind_the_final_norm():
+    """Its scales matter: cosines of normalised states do not see them as long as they are all 1."""
+    model = models.build("llava")
+    scales = torch.rand(model.config.text_config.hidden_size, generator=torch.Generator().manual_seed(0)) ** 4
+    model.model.language_model.norm.weight.data.copy_(4 * scales)
+    case, compared = CASES["dart"], 0
+    for seed in range(4, 8):
+        prompt = models.prompt_of("llava", 1, seed=seed)
+        with prune(model, "dart", **case.options):
+            out = models.generate(model, [prompt], 2)
+        answer = out.sequences[0, len(prompt.ids) :].tolist()
+        with contextlib.suppress(NearTie):
+            close(models.logits_of(out)[0], expected_of(model, "llava", prompt, answer, case).logits)
+            compared += 1
+    assert compared > 1
+
+
+@pytest.mark.parametrize("name", ["polymorphic", "sparsevlm", "dart"])
+def test_a_prompt_that_ends_with_its_image_is_refused(name):
+    """These methods go by the text behind it. A prompt of which nothing is dropped needs none."""
+    model, case = models.shared("llava"), CASES[name]
+    prompt, plain = models.prompt_of("llava", 1, seed=3), models.prompt_of("llava", 0, seed=1)
+    prompt.ids = prompt.ids[: max(i for i, token in enumerate(prompt.ids) if token == models.IMAGE) + 1]
+    with (
+        prune(model, name, **case.options),
+        pytest.raises(ValueError, match="text behind the last image, and row 1") as e,
+    ):
+        models.generate(model, [plain, prompt])
+    one_sentence(e)
+    everything = {"layers": [2], "ratios": [1.0]}
+    with prune(model, name, **everything):
+        models.generate(model, [plain, prompt])
+
+
 # --- arguments ---
 
 
@@ -492,6 +716,14 @@ def test_raters(family, device):
         ("fastv", {"layers": [6]}, "at most 5, the LLM has 6 layers, got 6"),
         ("fastv", {"score_from": "last"}, "prune: score_from must be one of layer, next"),
         ("fastv", {"scope": "crop"}, "prune: scope is not an option of fastv"),
+        ("cdpruner", {"keep": 3}, "prune: relevance must be given with cdpruner, as a number for each visual token or"),
+        ("uniform", {"keep": 3, "relevance": torch.ones(36)}, "prune: relevance is not an option of uniform"),
+        ("dart", {"score_from": "next"}, "prune: score_from is not an option of dart, which goes by no attention"),
+        (
+            "polymorphic",
+            {"budget": 9, "score_from": "next"},
+            "score_from is not an option of polymorphic, which goes by",
+        ),
         ("uniform", {"keep": 3, "score_from": "next"}, "prune: score_from is not an option of uniform"),
         (methods.create("uniform"), {"keep": 3, "seed": 1}, "options seed belong to the method"),
     ],
@@ -510,9 +742,40 @@ def test_full_budgets_are_bit_equal(name, family):
     plain = models.generate(model, prompts)
     everything = {"ratios": [1.0], "layers": [3]} if methods.create(name).site is None else {"keep": 1.0}
     everything |= {"rho": 1.0} if name == "sts" else {}
+    everything |= {"relevance": slow.content} if name == "cdpruner" else {}
+    if family not in LLAVA and name == "prumerge":
+        pytest.skip("refused, as test_generation_is_the_oracles sees")
     with prune(model, name, **everything):
         same = models.generate(model, prompts)
     assert torch.equal(models.logits_of(plain), models.logits_of(same))
+
+
+@pytest.mark.parametrize(
+    ("relevance", "error", "match"),
+    [
+        (torch.ones(35), ValueError, "must have a number for each of the 36 tokens that the images have .*, got 35"),
+        ([torch.ones(30), 6], TypeError, "must be a tensor, a list of tensors or a function of one, got Tensor, int"),
+        (lambda kind, arguments: None, TypeError, "or a function of one, got NoneType"),
+    ],
+)
+def test_bad_relevance(relevance, error, match):
+    model = models.shared("llava")
+    with prune(model, "cdpruner", keep=5, relevance=relevance), pytest.raises(error, match=match) as e:
+        models.generate(model, [models.prompt_of("llava", 1)])
+    assert "\n" not in str(e.value)
+
+
+def test_relevance_that_is_given_in_advance():
+    """A tensor for all images, or one for each, is as the function that returns it; and the text's cosines are one."""
+    model, prompt = models.shared("llava"), models.prompt_of("llava", 2, seed=3)
+    values = slow.content("image", models.batch(model, [prompt]))
+    outs = []
+    for relevance in (slow.content, values, list(values), lambda kind, arguments: list(values)):
+        with prune(model, "cdpruner", keep=5, relevance=relevance):
+            outs.append(models.logits_of(models.generate(model, [prompt])))
+    assert all(torch.equal(out, outs[0]) for out in outs)
+    with prune(model, "cdpruner", keep=5, by="text"):
+        assert not torch.equal(models.logits_of(models.generate(model, [prompt])), outs[0])
 
 
 def test_a_frozen_method_is_reusable():

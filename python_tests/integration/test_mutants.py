@@ -12,6 +12,7 @@ from sts_kernels import STSConfig
 from sts_kernels.integrations.transformers import (
     apply_sts,
     cache,
+    cut_selection,
     dropped,
     layer_pruning,
     llm_hooks,
@@ -169,7 +170,7 @@ MUTANTS = {
         "sum(map(self._share_after, images, kept))",
         "kept[0] * 4 // 10",
     ),
-    "least important tokens": ("llava", layer_pruning, "_chosen(run.scores", "_chosen(-run.scores"),
+    "least important tokens": ("llava", cut_selection, "_best(scores, candidates", "_best(-scores, candidates"),
     "images of a batch as one": ("llava", vision_pruning, "pool + start for pool", "pool for pool"),
     "rows restored in order": (
         "qwen2_5_vl",

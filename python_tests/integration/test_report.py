@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from sts_kernels import STSConfig
+from sts_kernels.flops import CONVENTIONS, LLMSize
 from sts_kernels.integrations.transformers import apply_sts
-from sts_kernels.integrations.transformers.report import LLMSize
 
 from . import models
 from .models import output_cache
@@ -30,6 +30,14 @@ def test_counts(family, device):
     assert picture.after_stage2 == AFTER
     assert (text.tokens, text.after_stage1, text.after_stage2, text.images) == (0, 0, 0, [])
     assert text.kv_mb[0] == text.kv_mb[1]
+    assert text.visual_tflops == (0, 0)
+    assert text.prefill_tflops[0] == text.prefill_tflops[1] > 0
+    for name, convention in CONVENTIONS.items():
+        size, other = sts.report.size, picture.prompt - picture.tokens if convention.text else 0
+        layers = [picture.after_stage1 + other] * LAYER + [AFTER + other] * 3
+        assert picture.tflops[name] == pytest.approx(
+            [sum(size.layer_flops(n, convention) for n in row) / 1e12 for row in ([picture.tokens + other] * 6, layers)]
+        )
     bytes_held = sum(2 * layer.keys[0].nbytes for layer in output_cache(out).layers)
     assert picture.kv_mb[1] == pytest.approx(bytes_held / 2**20)
     assert [image.kind for image in picture.images] == ["image"] * 2 + ["video"] * clips
@@ -73,15 +81,11 @@ def test_the_papers_table_3():
     keep, after = plan.keep(2880), plan.keep_after([2880])
     assert size.kv_mb(32 * 2880) == 1440.0
     assert size.kv_mb(16 * keep + 16 * after) == 160.0
-    full = 32 * size.layer_flops(2880)
-    pruned = 16 * size.layer_flops(keep) + 16 * size.layer_flops(after)
-    assert 9.5 < full / pruned < 10.5  # the paper says 9.9 times, by a formula of its own
-
-
-def test_flops_by_hand():
-    size = LLMSize(layers=1, hidden=8, query=6, key=2, mlp=10, bytes=2)
-    products = [(5, 8, 6), (5, 8, 2), (5, 8, 2), (5, 6, 8), (5, 6, 5), (5, 5, 6), (5, 8, 10), (5, 8, 10), (5, 10, 8)]
-    assert size.layer_flops(5) == sum(2 * a * b * c for a, b, c in products)
+    segments = [(16, keep), (16, after)]
+    for name in ("sts", "vispruner"):
+        full, pruned = (size.prefill_flops(s, 40, CONVENTIONS[name]) for s in ([(32, 2880)], segments))
+        assert round(full / pruned, 1) == 9.9
+    assert round(size.prefill_flops([(32, 2880)], 40) / size.prefill_flops(segments, 40), 1) == 8.9  # with a prompt
 
 
 def test_it_prints_a_table(device):
@@ -94,6 +98,8 @@ def test_it_prints_a_table(device):
     assert len(lines) == 3
     assert lines[0].split()[:2] == ["row", "images"]
     assert lines[1].split()[:6] == ["0", "2", "72", "20", "4", "12.0"]
+    assert lines[0].split()[-4:] == ["visual", "TFLOPs", "visual", "alone"]
+    assert lines[1].endswith("x)")
     assert "layer 3 of 6" in lines[2]
     assert "prefill" in lines[2]
 

@@ -16,24 +16,25 @@ class Signals(NamedTuple):
     keys: torch.Tensor  # (features, D) mean over heads
 
 
-def module_of(model, family: str, kind: str):
+def module_of(model, family: str, kind: str, last: bool = False):
     base = model.model
     if family in ("llava", "llava_next", "video_llava"):
         name = {"llava": "vision_tower", "llava_next": "vision_tower"}.get(family, f"{kind}_tower")
         tower = getattr(base, name)
-        return getattr(tower, "vision_model", tower).encoder.layers[-2].self_attn
+        return getattr(tower, "vision_model", tower).encoder.layers[-1 if last else -2].self_attn
     if family == "internvl":
         return base.vision_tower.encoder.layer[-1].attention
     return base.visual.blocks[-1].attn
 
 
 @torch.no_grad()
-def signals(model, family: str, prompt) -> dict[str, Signals]:
-    """By kind, of the prompt's features in the order in which the projector gets them."""
+def signals(model, family: str, prompt, last: bool = False) -> dict[str, Signals]:
+    """By kind, of the prompt's features in the order in which the projector gets them. last: of the encoder's last
+    layer with all heads as one."""
     kinds = [kind for kind in ("image", "video") if prompt.parts[kind]]
     out = {}
     for kind in kinds:
-        module, seen = module_of(model, family, kind), []
+        module, seen = module_of(model, family, kind, last), []
         hook = module.register_forward_pre_hook(
             lambda m, args, kw, seen=seen: seen.append((args, kw)), with_kwargs=True
         )
@@ -42,6 +43,7 @@ def signals(model, family: str, prompt) -> dict[str, Signals]:
         args, kwargs = seen[kinds.index(kind) if len(seen) > 1 and "tower" not in family else 0]
         hidden = (args[0] if args else kwargs["hidden_states"]).cpu().double()
         module = copy.deepcopy(module).cpu().double()
+        module.num_heads = 1 if last else module.num_heads
         find = of_groups if hasattr(module, "qkv") else of_squares
         out[kind] = find(model, family, prompt, kind, module, hidden, kwargs)
     return out

@@ -7,7 +7,7 @@ from sts_kernels.methods import Method, Selection
 
 NAMES = methods.names()
 SELECTING = [name for name in NAMES if methods.create(name).site]
-ARGUMENTS = {"features": "features", "attention": "scores", "keys": "keys", "text": "text"}
+ARGUMENTS = {"features": "features", "attention": "scores", "relevance": "scores", "keys": "keys", "text": "text"}
 COUNTS = (40, 17, 1, 0, 40, 17)
 ITEM = 40  # tokens of the longest item
 

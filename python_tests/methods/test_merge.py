@@ -32,6 +32,18 @@ def test_merged_rows_are_the_same_padded_packed_or_alone(name, device):
             assert torch.equal(own, x[item, selection.order[item, :budget]])
 
 
+@pytest.mark.parametrize("name", SELECTING)
+def test_an_item_that_keeps_everything_stays_as_it_is(name, device):
+    method = methods.create(name)
+    given, counts = signals(method, device=device), [ITEM, 17, 1, 0, ITEM, 17]
+    x = torch.randn(len(counts), ITEM, 12, generator=torch.Generator().manual_seed(10)).to(device)
+    selection = method.select(k=ITEM, num_tokens=torch.tensor(counts, device=device), **given)
+    rows = methods.merge(x, selection)
+    for item, count in enumerate(counts):
+        assert sorted(selection.order[item, :count].tolist()) == list(range(count))
+        assert torch.equal(rows[item, :count], x[item, selection.order[item, :count]])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_the_default_merge_is_the_weighted_mean(device, dtype, weighted):

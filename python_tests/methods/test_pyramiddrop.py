@@ -5,7 +5,8 @@ import torch
 
 from sts_kernels import keep_top, last_query_scores, methods
 from sts_kernels.methods import Budget
-from sts_kernels.methods.pyramiddrop import common_ratio, quarters
+from sts_kernels.methods._budget import common_ratio
+from sts_kernels.methods.pyramiddrop import quarters
 
 from . import recipe
 
@@ -61,7 +62,7 @@ def test_one_common_ratio_meets_the_budget(places, budget):
     kept = [576, *(cut.keep([576]) for cut in plan.cuts)]
     assert abs(plan.average([576]) - wanted) <= 0.5
     assert kept == sorted(kept, reverse=True)
-    ratio = common_ratio(wanted / 576, places, 32)
+    ratio = common_ratio("pyramiddrop", wanted / 576, places, 32)
     assert all(abs(k - ratio**i * 576) <= 1 for i, k in enumerate(kept))
     assert plan.cuts[0].keep([576, 576]) == 2 * kept[1]
 

@@ -102,6 +102,12 @@ def _check_merge(op: str, features, selection, ndim: int) -> None:
             raise ValueError(
                 f"{op}: selection.{name} must have shape {tuple(features.shape[:-1])}, got {tuple(value.shape)}"
             )
+    sources = selection.sources
+    if sources is not None and (sources.ndim != ndim or sources.shape[:-1] != selection.order.shape):
+        raise ValueError(
+            f"{op}: selection.sources must have shape (*order, M) = ({', '.join(map(str, selection.order.shape))}, M), "
+            f"got {tuple(sources.shape)}"
+        )
     _checks.same_device(op, "selection", selection.order, features)
 
 
@@ -144,6 +150,7 @@ def merge_packed(features: Tensor, selection: Selection, lengths: list[int], bud
             _packed.batch(selection.order, items, slots, budget),
             _packed.batch(selection.assignment, items, starts, length),
             _packed.batch(selection.weight, items, starts, length),
+            _packed.batch(selection.sources, items, slots, budget),
             selection.method,
         )
         rows = _merge_rows(_packed.batch(features, items, starts, length), part)

@@ -1,5 +1,6 @@
 """Numbers of tokens: what a user asks for, and the arithmetic that all methods share. Host integers only."""
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -161,3 +162,71 @@ def check_after(method: str, budget: int | float, layer: int, layers: int) -> No
             f"{method}: budget must be above {layer / layers:.3g} of the tokens, {layer} of {layers} layers run on all "
             f"of them, got {budget}"
         )
+
+
+def early_layers(layers: int) -> tuple[int, ...]:
+    """The prune layers of methods that were published for (3, 7, 16) of 32 or 40 layers and (3, 7, 13) of 28; a
+    shallower LLM is pruned at the same shares of its depth as one of 32."""
+    if layers >= 32:
+        return (3, 7, 16)
+    if layers == 28:
+        return (3, 7, 13)
+    return tuple(sorted({max(1, round_half_up(layers * place / 32)) for place in (3, 7, 16)}))
+
+
+@functools.lru_cache(maxsize=4096)
+def common_ratio(method: str, share: float, places: tuple[int, ...], layers: int) -> float:
+    """The ratio r in (0, 1] with which an LLM that leaves r^i of the tokens behind its i-th prune layer runs on `share`
+    of them, averaged over its layers.
+
+    Raises:
+        ValueError: the layers before the first prune layer alone use up the share.
+    """
+    if share <= places[0] / layers:
+        raise ValueError(
+            f"{method}: budget must be above {places[0] / layers:.3g} of the tokens, {places[0]} of {layers} "
+            f"layers run on all of them, got {share:.3g}"
+        )
+    ends = [*places[1:], layers]
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        ratio = (low + high) / 2
+        average = places[0] + sum(ratio ** (i + 1) * (e - p) for i, (p, e) in enumerate(zip(places, ends, strict=True)))
+        low, high = (ratio, high) if average < share * layers else (low, ratio)
+    return high
+
+
+def entering(factor: float | None, budget: int | float, tokens: int) -> int:
+    """Tokens of an image of `tokens` that enter the LLM: `factor` budgets of them. None: all."""
+    if factor is None or not tokens:
+        return tokens
+    return min(tokens, max(1, round_half_up(factor * take(budget, tokens))))
+
+
+def solved(
+    method: str,
+    budget: int | float,
+    factor: float | None,
+    places: tuple[int, ...],
+    layers: int,
+    stage: int,
+    tokens: int,
+) -> int:
+    """Tokens of an image of `tokens` that prune layer `stage` (from 1 on) leaves of the `entering` ones, so that the
+    average over the layers is `budget` and each stage leaves the same share of the one before.
+
+    Raises:
+        ValueError: the layers before the first prune layer use up the budget.
+    """
+    if not tokens:
+        return 0
+    wanted, first = take(budget, tokens), entering(factor, budget, tokens)
+    try:
+        ratio = common_ratio(method, wanted / first, places, layers)
+    except ValueError:
+        least = math.floor(places[0] * first / layers) + 1
+        raise ValueError(
+            f"{method}: budget must be at least {least} of an image's {tokens} tokens, {places[0]} of {layers} layers "
+            f"run on {'all' if first == tokens else first} of them, got {budget}"
+        ) from None
+    return take(ratio**stage, first)

@@ -1,6 +1,6 @@
 """Selections of packed items: groups of equal length and budget run as padded batches without padding."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -69,35 +69,61 @@ def batch(value: Tensor | None, items: Sequence[int], starts: Sequence[int], len
     return None if value is None else torch.stack([value[starts[i] : starts[i] + length] for i in items])
 
 
-def select(method, lengths, budgets, features, scores, text, keys):
-    """`Method.select_packed` by groups."""
-    from .base import Selection
-
-    device = check(method.name, method.signals, lengths, budgets, features, scores, text, keys)
+def pools(device, lengths, budgets, features, scores, text, keys) -> Iterator[tuple[list[int], Pool]]:
+    """The items of each group, and their pool, of checked arguments."""
     starts = offsets(lengths)
-    parts: list = [None] * len(lengths)  # of each item: order, assignment, weight
     for (length, budget), items in groups(lengths, budgets).items():
         signals = {
             name: batch(value, items, starts, length)
             for name, value in (("features", features), ("scores", scores), ("keys", keys))
         }
-        pool = Pool.sized(budget, len(items), length, device, text=batch_text(text, items), **signals)
+        mine = None if text is None else torch.stack([text[item] for item in items])
+        yield items, Pool.sized(budget, len(items), length, device, text=mine, **signals)
+
+
+OF_TOKENS = {1: -1, 2: 0}  # columns of a Selection with a row for each token, and what a token has that goes nowhere
+
+
+def columns(selection) -> tuple[Tensor | None, ...]:
+    """Order, assignment, weight and sources."""
+    return selection.order, selection.assignment, selection.weight, selection.sources
+
+
+def select(method, lengths, budgets, features, scores, text, keys):
+    """`Method.select_packed` by groups."""
+    from .base import Selection
+
+    parts: list = [None] * len(lengths)  # of each item: the columns of a Selection
+    device = check(method.name, method.signals, lengths, budgets, features, scores, text, keys)
+    for items, pool in pools(device, lengths, budgets, features, scores, text, keys):
         picked = method.selection(pool)
         for i, item in enumerate(items):
-            parts[item] = [None if v is None else v[i] for v in (picked.order, picked.assignment, picked.weight)]
-    nothing = ((0, torch.int64), (-1, torch.int64), (0, torch.float32))  # the rows of an item without a budget
+            parts[item] = [None if v is None else v[i] for v in columns(picked)]
+    if not any(parts):
+        return Selection(torch.empty(0, dtype=torch.int64, device=device), method=method)
     packed = []
-    for column, (fill, dtype) in enumerate(nothing):
-        if column and not any(part and part[column] is not None for part in parts):
+    for column, value in enumerate(next(filter(None, parts))):
+        if value is None:
             packed.append(None)
             continue
-        rows = [torch.empty(0, dtype=dtype, device=device)]
+        rows = []
         for length, part in zip(lengths, parts, strict=True):
-            without = (length if column else 0,)
-            rows.append(part[column] if part else torch.full(without, fill, dtype=dtype, device=device))
+            if part:
+                rows.append(part[column])
+            elif column in OF_TOKENS:  # an item without a budget
+                rows.append(value.new_full((length,), OF_TOKENS[column]))
         packed.append(torch.cat(rows))
     return Selection(*packed, method)
 
 
-def batch_text(text: Tensor | None, items: Sequence[int]) -> Tensor | None:
-    return None if text is None else torch.stack([text[item] for item in items])
+def fit_budgets(method, lengths, budgets, features, scores, text, keys) -> list[int]:
+    """`Method.fit_budgets` by groups."""
+    device = check(method.name, method.signals, lengths, budgets, features, scores, text, keys)
+    found, owners = [], []
+    for items, pool in pools(device, lengths, budgets, features, scores, text, keys):
+        found.append(method.fitted(pool))
+        owners += items
+    fitted = list(budgets)
+    for item, count in zip(owners, torch.cat(found).tolist() if found else (), strict=True):
+        fitted[item] = count
+    return fitted

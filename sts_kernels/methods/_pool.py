@@ -8,7 +8,13 @@ from torch import Tensor
 from .. import _checks
 
 SCORES = (*_checks.FLOATING, torch.float64)
-ARGUMENTS = {"features": "features", "attention": "scores", "keys": "keys", "text": "text"}  # of each signal
+ARGUMENTS = {  # of each signal
+    "features": "features",
+    "attention": "scores",
+    "relevance": "scores",
+    "keys": "keys",
+    "text": "text",
+}
 SHAPES = {"features": "(B, N, C)", "scores": "(B, N)", "keys": "(B, N, D)", "text": "(B, M, C)"}
 
 
@@ -42,6 +48,14 @@ class Pool:
     @property
     def tokens(self) -> int:
         return self.present.shape[1]
+
+    def finite(self, *signals: str) -> Tensor:
+        """(B, N) bool: present tokens without a NaN or infinity in `signals`, of features, scores and keys."""
+        usable = self.present
+        for name in signals:
+            finite = getattr(self, name).isfinite()
+            usable = usable & (finite if finite.ndim == 2 else finite.all(-1))
+        return usable
 
     @staticmethod
     def of(op: str, signals: frozenset[str], k, features, scores, text, keys, num_tokens) -> "Pool":

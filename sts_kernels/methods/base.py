@@ -13,7 +13,7 @@ from . import _merge, _packed
 from ._budget import Budget, take
 from ._pool import Pool
 
-__all__ = ["Budget", "Cut", "Method", "Plan", "Pool", "Selection", "option"]
+__all__ = ["Budget", "Cut", "Inside", "Method", "Plan", "Pool", "Selection", "option"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,12 +26,15 @@ class Selection:
         assignment: (B, N) int64, packed (T,): the slot of `order` each token is merged into, counted within the item;
             -1: dropped. None: nothing is merged.
         weight: (B, N) float32, packed (T,): the weight of each token in its slot. None: 1.
+        sources: (B, k, M) int64, packed (sum of budgets, M): tokens that a slot takes up beside those assigned to it,
+            counted within the item, -1: none. For methods that merge a token into several slots. None: there are none.
         method: whose arithmetic `merge` uses. None: the weighted mean.
     """
 
     order: Tensor
     assignment: Tensor | None = None
     weight: Tensor | None = None
+    sources: Tensor | None = None
     method: "Method | None" = field(default=None, repr=False)
 
 
@@ -43,15 +46,44 @@ class Cut:
         layer: the first layer that runs on what is left.
         keep: visual tokens of a prompt left, from the numbers of tokens its images had before any pruning. May be 0.
             Never more than are left of the cut before.
-        queries: whose attention scores the tokens: the "last" token of the prompt, or the "raters" of `Method.raters`.
-        score_from: the attention of layer `layer` - 1 itself ("layer"), or that of query and key of the "next" layer on
-            the hidden states so far.
+        queries: what scores the tokens: attention of the "last" token of the prompt, or of the "raters" of
+            `Method.raters`; the L1 norms of their "keys"; "text": nothing does, `select` compares hidden states.
+            All but "last" need text behind the last image.
+        score_from: the attention of layer `layer` - 1 itself ("layer"), or query and key of the "next" layer on the
+            hidden states so far.
+        select: picks the tokens, and says what is merged into them. None: the tokens of largest score.
+        recycled: how many of `keep` are merged from dropped tokens, and go behind the last token that is kept; they are
+            the last of `select`'s picks. None: none, every merged token stays at the place of its pick.
     """
 
     layer: int
     keep: Callable[[Sequence[int]], int]
     queries: str = "last"
     score_from: str = "layer"
+    select: "Callable[[Inside], Selection] | None" = None
+    recycled: Callable[[Sequence[int]], int] | None = None
+
+
+@dataclass(frozen=True)
+class Inside:
+    """What a cut picks from: G prompts inside the LLM that have n visual tokens each, and M text tokens behind them.
+
+    Attributes:
+        k: visual tokens that go on, 1 <= k < n. recycled: as in `Cut`.
+        visual: (G, n, C) hidden states as they enter the cut's layer.
+        text: (G, M, C) likewise, of the text behind the last image. text_mask: (G, M) bool, False: padding.
+        scores: (G, n) float32, by the cut's `queries`; None for "text". text_scores: (G, M).
+        norm: the LLM's final norm.
+    """
+
+    k: int
+    recycled: int
+    visual: Tensor
+    text: Tensor
+    text_mask: Tensor
+    scores: Tensor | None = None
+    text_scores: Tensor | None = None
+    norm: Callable[[Tensor], Tensor] = lambda x: x
 
 
 @dataclass(frozen=True)
@@ -93,21 +125,27 @@ class Method:
         paper: "Title, arXiv id".
         site: where `select` acts: at the input of the projector ("encoder"), after it ("projected"); None: nothing
             happens before the LLM.
-        signals: of `select`, a subset of features, attention (its argument is `scores`), keys and text.
+        signals: of `select`, a subset of features, attention, relevance, keys and text. The argument of attention and
+            of relevance is `scores`.
+        encoder_attention: where attention and keys come from: the layer that makes the "features", as the mean over
+            its heads, or the encoder's "last" layer, all heads as one.
         scope: the tokens of one selection: the whole image ("image"), or each crop, tile or frame ("crop").
         positions: of the tokens left inside the LLM: their "original" ones, or "contiguous" ones.
         takes: the options of `Budget` that the method takes.
         nested: whether the first k' picks of a selection of k are the selection of k'.
+        adaptive: whether the tokens of an item say how many of them it keeps; see `counts`.
     """
 
     name: ClassVar[str]
     paper: ClassVar[str]
     site: ClassVar[str | None] = "encoder"
     signals: ClassVar[frozenset[str]] = frozenset()
+    encoder_attention: ClassVar[str] = "features"
     scope: ClassVar[str] = "image"
     positions: ClassVar[str] = "original"
     takes: ClassVar[tuple[str, ...]] = ("budget", "keep")
     nested: ClassVar[bool] = True
+    adaptive: ClassVar[bool] = False
 
     def plan(self, budget: Budget, layers: int, default_layer: int | None = None) -> Plan:
         """Fits the method to an LLM of `layers` layers. `default_layer` is the model family's own prune layer, for
@@ -154,6 +192,8 @@ class Method:
             A Selection. Picks are distinct. Positions past num_tokens[b] are -1. Equal tokens go to the lowest index.
             A token whose signals hold a NaN or infinity is picked only when no finite one is left. An item's result
             does not depend on the rest of the batch or on its padding. No gradient; nothing is read back to the host.
+            A method whose number of tokens depends on the tokens has widest(k) slots, N at most, and -1 past the count
+            of each item.
 
         Raises:
             TypeError, ValueError: the message names the method, the argument, what was expected and what came. Values
@@ -162,7 +202,25 @@ class Method:
         if self.site is None:
             raise ValueError(f"{self.name}: prunes inside the LLM only, so there is nothing to select before it")
         pool = Pool.of(self.name, self.signals, k, features, scores, text, keys, num_tokens)
-        return self.selection(pool)
+        if not self.adaptive:
+            return self.selection(pool)
+        counts, width = self.fitted(pool), min(pool.tokens, self.widest(k))
+        selection = self.selection(replace(pool, k=width))
+        kept = torch.arange(width, device=pool.device) < counts[:, None]
+        return replace(selection, order=selection.order.masked_fill(~kept, -1))
+
+    def counts(self, pool: Pool) -> Tensor:
+        """(B,) int64: how many tokens each item of an adaptive method keeps when it is asked for pool.k, at most
+        widest(pool.k). The method is nested and merges nothing: the first of more picks are the selection of fewer."""
+        raise NotImplementedError(f"{self.name}: a method that is adaptive writes counts()")
+
+    def fitted(self, pool: Pool) -> Tensor:
+        """(B,) int64: `counts`. An item of no more tokens than it is asked for keeps them all."""
+        return torch.where(pool.count <= pool.k, pool.count, torch.minimum(self.counts(pool), pool.count))
+
+    def widest(self, k: int) -> int:
+        """The most that `counts` says for a k."""
+        raise NotImplementedError(f"{self.name}: a method that is adaptive writes widest()")
 
     def selection(self, pool: Pool) -> Selection:
         """`pick`, with what holds for every method applied to it."""
@@ -199,6 +257,22 @@ class Method:
             raise ValueError(f"{self.name}: prunes inside the LLM only, so there is nothing to select before it")
         return _packed.select(self, lengths, budgets, features, scores, text, keys)
 
+    def fit_budgets(
+        self,
+        lengths: list[int],
+        budgets: list[int],
+        *,
+        features: Tensor | None = None,
+        scores: Tensor | None = None,
+        text: Tensor | None = None,
+        keys: Tensor | None = None,
+    ) -> list[int]:
+        """Budgets for `select_packed` from those asked for: where numbers of tokens depend on the tokens, with one
+        read-back; else `budgets` as they are. Arguments as of `select_packed`."""
+        if not self.adaptive:
+            return budgets
+        return _packed.fit_budgets(self, lengths, budgets, features, scores, text, keys)
+
     def merge(self, features: Tensor, selection: Selection) -> Tensor:
         """The rows (B, k, C) of a padded `selection`: the weighted mean of the tokens assigned to each slot. A method
         that merges in its own way writes this anew. Called through `methods.merge`, which has checked both."""
@@ -210,7 +284,7 @@ class Method:
         """Weights of the prompt's text tokens as raters of the visual ones, for cuts with queries="raters".
 
         Args:
-            visual: (B, N, C), the visual tokens as they enter the layer that scores. visual_mask: (B, N) bool.
+            visual: (B, N, C), the visual tokens as they enter the LLM. visual_mask: (B, N) bool.
             text: (B, M, C), the text tokens behind the last image, likewise. text_mask: (B, M) bool.
 
         Returns:

@@ -1,12 +1,10 @@
 """PyramidDrop: fewer visual tokens the deeper the layer."""
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
-from ._budget import Budget, check_share, everything, prompt_total, take
+from ._budget import Budget, check_share, common_ratio, everything, prompt_total, solved, take
 from .base import Cut, Method, Plan, option
 
 
@@ -48,8 +46,8 @@ class PyramidDrop(Method):
             keeps = [partial(floor_share, float(self.ratio) ** (i + 1)) for i in range(len(places))]
         else:
             if isinstance(budget.budget, float):
-                common_ratio(budget.budget, places, layers)  # refuses what no image can meet
-            keeps = [partial(solved_share, budget.budget, places, layers, i) for i in range(len(places))]
+                common_ratio(self.name, budget.budget, places, layers)  # refuses what no image can meet
+            keeps = [partial(solved, self.name, budget.budget, None, places, layers, i + 1) for i in range(len(places))]
         cuts = (Cut(layer, partial(prompt_total, keeps[: i + 1]), score_from="next") for i, layer in enumerate(places))
         return Plan(layers, everything, tuple(cuts))
 
@@ -62,40 +60,3 @@ def quarters(layers: int) -> tuple[int, ...]:
 def floor_share(share: float | int, tokens: int) -> int:
     """The official code's int(N ratio), at least one token of an image that has any. An int is a number of tokens."""
     return take(share, tokens) if isinstance(share, int) or not share else min(tokens, max(1, int(share * tokens)))
-
-
-def common_ratio(share: float, places: Sequence[int], layers: int) -> float:
-    """The ratio r in (0, 1] with which an LLM that leaves r^i of the tokens behind its i-th prune layer runs on `share`
-    of them, averaged over its layers.
-
-    Raises:
-        ValueError: the layers before the first prune layer alone use up the share.
-    """
-    if share <= places[0] / layers:
-        raise ValueError(
-            f"{PyramidDrop.name}: budget must be above {places[0] / layers:.3g} of the tokens, {places[0]} of {layers} "
-            f"layers run on all of them, got {share:.3g}"
-        )
-    ends = [*places[1:], layers]
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        ratio = (low + high) / 2
-        average = places[0] + sum(ratio ** (i + 1) * (e - p) for i, (p, e) in enumerate(zip(places, ends, strict=True)))
-        low, high = (ratio, high) if average < share * layers else (low, ratio)
-    return high
-
-
-def solved_share(budget: int | float, places: Sequence[int], layers: int, stage: int, tokens: int) -> int:
-    """Tokens of an image of `tokens` that prune layer `stage` leaves under `budget`."""
-    if not tokens:
-        return 0
-    wanted = take(budget, tokens)
-    try:
-        ratio = common_ratio(wanted / tokens, places, layers)
-    except ValueError:
-        least = math.floor(places[0] * tokens / layers) + 1
-        raise ValueError(
-            f"{PyramidDrop.name}: budget must be at least {least} of an image's {tokens} tokens, {places[0]} of "
-            f"{layers} layers run on all of them, got {budget}"
-        ) from None
-    return take(ratio ** (stage + 1), tokens)

@@ -11,14 +11,14 @@ from .._transforms import fold
 CHUNK = 1 << 18  # elements of a 16-bit cache that the reference widens to float32 at a time: stays in the CPU's cache
 
 
-def check(op, query, key, scale, key_shape="(B, S, Hkv, D)"):
-    """The checks that both layouts share."""
-    _checks.tensor(op, "query", query, _checks.FLOATING, "(B, Hq, D)", 3)
+def check(op, query, key, scale, key_shape="(B, S, Hkv, D)", query_shape="(B, Hq, D)"):
+    """The checks that all attention ops share."""
+    _checks.tensor(op, "query", query, _checks.FLOATING, query_shape, query_shape.count(",") + 1)
     _checks.tensor(op, "key", key, _checks.FLOATING, key_shape, key_shape.count(",") + 1)
     if key.dtype != query.dtype:
         raise TypeError(f"{op}: key must have the dtype of query, {query.dtype}, got {key.dtype}".replace("torch.", ""))
     _checks.same_device(op, "key", key, query, "query")
-    (_, heads, dim), (kv_heads, key_dim) = query.shape, key.shape[-2:]
+    (heads, dim), (kv_heads, key_dim) = query.shape[-2:], key.shape[-2:]
     if dim < 1:
         raise ValueError(f"{op}: the head dimension of query must be at least 1, got {dim}")
     if key_dim != dim:
@@ -45,6 +45,11 @@ def in_rows(value):
 def _check(query, key, scale, key_mask):
     op = "last_query_scores"
     check(op, query, key, scale)
+    check_keys(op, query, key, key_mask)
+
+
+def check_keys(op, query, key, key_mask):
+    """The checks of padded keys (B, S, Hkv, D)."""
     if key.shape[0] != query.shape[0]:
         raise ValueError(f"{op}: key must have the batch size of query, {query.shape[0]}, got {key.shape[0]}")
     if key.shape[1] == 0:

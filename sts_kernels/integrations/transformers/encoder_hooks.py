@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+from dataclasses import replace
 
 import torch
 
@@ -14,9 +15,11 @@ from .timer import Timer
 
 
 class EncoderHooks:
-    def __init__(self, adapter: ModelAdapter, base, method: Method, plan: Plan, scope: str, sessions: Sessions):
+    def __init__(
+        self, adapter: ModelAdapter, base, method: Method, plan: Plan, scope: str, sessions: Sessions, relevance=None
+    ):
         self.adapter, self.base, self.method, self.plan, self.scope = adapter, base, method, plan, scope
-        self.sessions = sessions
+        self.sessions, self.relevance = sessions, relevance
         self.token_ids = prompt.token_ids(base.config)
 
     def encode(self, kind: str, caller: Caller, timer: Timer, original, args: tuple, kwargs: dict):
@@ -44,7 +47,10 @@ class EncoderHooks:
         """The encoder's attention, where the method asks for it."""
         encoding = self.sessions.now.encoding
         if encoding is not None:
-            encoding.attention += vision_attention.calls_of(query, key, kwargs)
+            calls = vision_attention.calls_of(query, key, kwargs)
+            if self.method.encoder_attention == "last":
+                calls = [vision_attention.one_head(*call) for call in calls]
+            encoding.attention += calls
 
     def before_projector(self, module, args, kwargs):
         session = self.sessions.now
@@ -98,5 +104,27 @@ class EncoderHooks:
                 signals[name] = find(self.base, calls, shape)
         if "text" in self.method.signals:
             signals["texts"] = encoding.texts(items)
+        if "relevance" in self.method.signals:
+            signals["attention"] = self._relevance(encoding.call, shape[:-1].numel(), features.device)
         flat = features.reshape(shape[:-1].numel(), features.shape[-1])
-        return vision_pruning.select(self.method, self.scope, flat, items, **signals)
+        kept = vision_pruning.select(self.method, self.scope, flat, items, **signals)
+        if kept is not None and kept.counts is not None:
+            counted = zip(items, kept.counts, strict=True)
+            self.sessions.now.encoded[encoding.call.kind] = [replace(item, kept=count) for item, count in counted]
+        return kept
+
+    def _relevance(self, call: EncodeCall, rows: int, device) -> torch.Tensor:
+        """(rows,) float32: what the caller says of the tokens, in the order in which the projector gets them."""
+        given = self.relevance(call.kind, dict(call.arguments)) if callable(self.relevance) else self.relevance
+        parts = list(given) if isinstance(given, list | tuple) else [given]
+        if not all(isinstance(part, torch.Tensor) for part in parts):
+            kinds = ", ".join(sorted({type(part).__name__ for part in parts}))
+            raise TypeError(f"prune: relevance must be a tensor, a list of tensors or a function of one, got {kinds}")
+        flat = [part.detach().float().flatten().to(device) for part in parts]
+        if sum(map(len, flat)) != rows:
+            raise ValueError(
+                f"prune: relevance must have a number for each of the {rows} tokens that the {call.kind}s have before "
+                f"any is dropped, got {sum(map(len, flat))}"
+            )
+        order = None if self.adapter.order is None else self.adapter.order(self.base, call)
+        return torch.cat(flat) if order is None else torch.cat(flat)[order.to(device)]

@@ -66,6 +66,7 @@ class PruningHandle:
         positions: "original", or "contiguous" for tokens numbered anew.
         profile: time encoding and prefill of each prompt, at the price of device syncs.
         cudnn_attention: let torch choose cuDNN's attention for pruned prompts.
+        relevance: of each row that the projector gets, or a function that returns it; see `prune`.
     """
 
     def __init__(
@@ -79,15 +80,17 @@ class PruningHandle:
         positions: str,
         profile: bool = False,
         cudnn_attention: bool = False,
+        relevance=None,
     ):
         self.model, self.base, self.adapter, self.method, self.plan = model, base, adapter, method, plan
         self.text, contiguous = base.language_model, positions == "contiguous"
         unsupported.check_model(model, base, self.text, [cut.layer for cut in plan.cuts], contiguous)
+        unsupported.check_signals(method, adapter)
         self._known: weakref.WeakSet[Session] = weakref.WeakSet()
         self._sessions = Sessions(self._known)
         self._timer = Timer(self.text, profile)
         self._arguments = compat.parameters(base)
-        self._encoder = EncoderHooks(adapter, base, method, plan, scope, self._sessions)
+        self._encoder = EncoderHooks(adapter, base, method, plan, scope, self._sessions, relevance)
         self._llm = LLMHooks(base, self.text, method, plan, contiguous, cudnn_attention, self._sessions, self._timer)
         self._hooks, self._captured = Hooks(), []
         self._lock = threading.RLock()
@@ -154,7 +157,9 @@ class PruningHandle:
             self._capture(self.text.layers[layer].self_attn, callback)
         if self.method.signals & {"attention", "keys"}:
             kinds = prompt.token_ids(self.base.config)
-            for attention in {self.adapter.vision_attention(self.base, kind) for kind in kinds}:
+            last = self.method.encoder_attention == "last"
+            find = self.adapter.last_attention if last else self.adapter.vision_attention
+            for attention in {find(self.base, kind) for kind in kinds}:
                 self._capture(attention, self._encoder.capture)
 
     def _capture(self, attention: torch.nn.Module, callback) -> None:

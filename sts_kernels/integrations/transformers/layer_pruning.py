@@ -11,24 +11,14 @@ from dataclasses import dataclass, field
 import torch
 
 from ...methods import Cut, Method
-from ...methods._keep_top import keep_top
-from ...methods._packed import host
-from ...ops import last_query_scores
+from ...ops import attention_received, last_query_scores
 from . import attention_capture, masks, unsupported
 from .cache import attach_state, layer_length
 from .compat import output_cache
+from .cut_selection import PlannedCut, leave, raters_of
 from .dropped import is_dropped
 from .prompt import Row, separators
 from .segments import PrunedPrompt, Segment
-
-
-@dataclass
-class PlannedCut:
-    """A cut of the plan that drops something of this batch."""
-
-    cut: Cut
-    left: list[int]  # visual tokens of each row that it leaves
-    lengths: list[int]  # all tokens of each row from here on
 
 
 @dataclass
@@ -53,7 +43,9 @@ class Prefill(Forward):
     slots: torch.Tensor | None = None  # (B, P) bool: tokens, not padding
     candidates: torch.Tensor | None = None  # (B, P) bool: visual tokens, which cuts may drop
     cuts: list[PlannedCut] = field(default_factory=list)  # cuts[i] is made on entry to segment i + 1
-    raters: torch.Tensor | None = None  # (B, P) float32: how much each token's attention counts, where a cut asks
+    text: torch.Tensor | None = None  # (B, P) bool: the text behind the last image
+    text_width: int = 0  # the longest of these
+    raters: torch.Tensor | None = None  # (B, text_width) float32: how much their attention counts, where a cut asks
     scores: torch.Tensor | None = None  # (B, P) of the next cut
     left: list[tuple] = field(default_factory=list)  # columns and slots after each cut made so far
 
@@ -76,7 +68,8 @@ class LayerPruner:
             left = [row.left[index] for row in rows]
             if left != before:
                 lengths_here = [n - row.num_kept + mine for n, row, mine in zip(lengths, rows, left, strict=True)]
-                planned.append(PlannedCut(cut, left, lengths_here))
+                recycled = [row.recycled[index] for row in rows]
+                planned.append(PlannedCut(cut, before, left, recycled, lengths_here))
             before = left
         if not planned and all(row.num_kept == row.num_visual for row in rows):
             return None
@@ -85,6 +78,7 @@ class LayerPruner:
         mask = unsupported.plain_mask(kwargs.get("attention_mask"))
         valid = torch.ones_like(modality, dtype=torch.bool) if mask is None else mask.bool()
         modality, valid = modality.to(embeds.device), valid.to(embeds.device)
+        text = valid & masks.behind(modality > 0, trailing)
         fixed = separators(modality, rows)
         candidates = (modality > 0) & valid if fixed is None else (modality > 0) & valid & ~fixed
         kwargs = self._full_positions(kwargs, batch, length, 0)
@@ -98,7 +92,7 @@ class LayerPruner:
             kwargs["inputs_embeds"] = masks.take(embeds, columns).masked_fill(~slots[..., None], 0)
             kwargs["position_ids"] = masks.take_positions(kwargs["position_ids"], columns)
             _shrink_deepstack(kwargs, dropped, columns, slots)
-            candidates, valid = candidates.gather(1, columns) & slots, slots
+            candidates, text, valid = candidates.gather(1, columns) & slots, text.gather(1, columns) & slots, slots
         if self.contiguous:
             kwargs["position_ids"] = masks.contiguous_positions(valid)
         ragged = any(row.tail < trailing for row in rows)
@@ -107,12 +101,11 @@ class LayerPruner:
         run = Prefill(
             prompt, trailing=trailing, ragged=ragged, columns=columns, slots=valid, candidates=candidates, cuts=planned
         )
+        run.text, run.text_width = text, max(row.text for row in rows if row.items)
         run.masks = [self._mask(first.valid, width, 0, kwargs["inputs_embeds"])]
         run.rotary = [None]
         if any(planned_cut.cut.queries == "raters" for planned_cut in planned):
-            entering = kwargs["inputs_embeds"]
-            text = valid & ~candidates & masks.behind(candidates, trailing)
-            run.raters = self.method.raters(entering, entering, candidates, text)
+            run.raters = raters_of(self.method, kwargs["inputs_embeds"], run, max(row.num_kept for row in rows))
         return run, kwargs
 
     def resume(self, kwargs: dict, cache, prompt: PrunedPrompt, by_hand: bool) -> tuple[Decoding, dict]:
@@ -195,8 +188,14 @@ class LayerPruner:
             return
         column = torch.arange(key.shape[2], device=key.device)
         slots = run.slots.to(key.device)
+        if cut.queries == "keys":
+            run.scores = key.abs().sum((1, 3), dtype=torch.float32)
+            return
         if cut.queries == "raters":
-            run.scores = masks.weighted_attention(query, key, run.raters.to(key.device), slots, scale)
+            asking, _ = masks.compact(run.text.to(key.device), run.text_width)
+            rows = masks.take(query.transpose(1, 2), asking)
+            raters = run.raters.to(key.device)
+            run.scores = attention_received(rows, key.transpose(1, 2), scale, raters, asking, slots)
             return
         last = torch.where(slots & (column < key.shape[2] - run.trailing), column, 0).argmax(1)
         row = query.gather(2, last[:, None, None, None].expand(-1, query.shape[1], 1, query.shape[3]))[:, :, 0]
@@ -208,12 +207,12 @@ class LayerPruner:
         if planned.cut.score_from == "next":
             self._look_ahead(run, layer, hidden, kwargs)
         slots, candidates = run.slots.to(hidden.device), run.candidates.to(hidden.device)
-        chosen = _chosen(run.scores.to(hidden.device), candidates, planned.left)
+        hidden, chosen, place = leave(run, planned, hidden, candidates, self._final_norm)
         width = max(planned.lengths)
-        columns, kept = masks.compact(slots & (chosen | ~candidates), width, run.trailing)
+        columns, kept = masks.compact(slots & (chosen | ~candidates), width, run.trailing, place)
         run.slots = kept & slots.gather(1, columns)
         run.candidates = candidates.gather(1, columns) & run.slots
-        run.raters = None if run.raters is None else run.raters.to(columns.device).gather(1, columns)
+        run.text = run.text.to(columns.device).gather(1, columns) & run.slots
         run.columns = columns if run.columns is None else run.columns.to(columns.device).gather(1, columns)
         run.left.append((run.columns, run.slots))
         hidden = masks.take(hidden, columns)
@@ -227,6 +226,9 @@ class LayerPruner:
         run.masks.append(self._mask(segment.valid, width, 0, hidden))
         run.rotary.append(rotary)
         return ((hidden, *args[1:]), kwargs) if args else (args, dict(kwargs, hidden_states=hidden))
+
+    def _final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.text.norm(hidden).to(hidden.device)
 
     def _look_ahead(self, run: Prefill, layer, hidden: torch.Tensor, kwargs: dict) -> None:
         """Scores by the layer's own query and key on the tokens as they still are. Its attention does not run."""
@@ -276,18 +278,6 @@ def _joined(prompt, later, shape: tuple[int, int, int], device) -> torch.Tensor 
         ones.expand(batch, new) if later is None else later.to(device),
     )
     return torch.cat(parts, dim=1)
-
-
-def _chosen(scores: torch.Tensor, candidates: torch.Tensor, left: list[int]) -> torch.Tensor:
-    """(B, P) bool: the `left[b]` best scored candidates of each row."""
-    chosen = torch.zeros_like(candidates)
-    for count in sorted(set(left) - {0}):
-        mine = [row for row, wanted in enumerate(left) if wanted == count]
-        rows = host(mine, scores.device)  # no sync in the middle of the LLM
-        everyone = len(mine) == len(left)
-        positions, _ = keep_top(*((scores, candidates) if everyone else (scores[rows], candidates[rows])), count)
-        chosen[rows[:, None], positions] = True
-    return chosen
 
 
 def _shrink_deepstack(kwargs: dict, dropped, columns, slots) -> None:

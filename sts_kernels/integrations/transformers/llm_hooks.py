@@ -40,7 +40,8 @@ class LLMHooks:
 
     def captured(self) -> dict[int, "functools.partial"]:
         """Layers whose attention the cuts go by, with what to call."""
-        layers = {cut.layer if cut.score_from == "next" else cut.layer - 1 for cut in self.plan.cuts}
+        scored = (cut for cut in self.plan.cuts if cut.queries != "text")
+        layers = {cut.layer if cut.score_from == "next" else cut.layer - 1 for cut in scored}
         return {layer: functools.partial(self._score, layer) for layer in layers}
 
     def remove(self) -> None:

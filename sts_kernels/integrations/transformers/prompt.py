@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ...methods import Plan
+from . import masks
 from .visual_item import VisualItem
 
 KINDS = ("image", "video")
@@ -61,7 +62,9 @@ class Row:
     items: list[VisualItem]  # images first, then clips
     length: int  # tokens, padding and what follows the prompt not counted
     tail: int = 0  # tokens that follow the prompt
+    text: int = 0  # tokens behind the last image, up to the end of the prompt
     left: list[int] = field(default_factory=list)  # visual tokens after each cut of the plan, separators not counted
+    recycled: list[int] = field(default_factory=list)  # those of them that are made of tokens which the cut dropped
 
     @property
     def num_visual(self) -> int:
@@ -93,10 +96,11 @@ def read_rows(
     """
     tokens = valid if valid is not None else torch.ones_like(modality, dtype=torch.bool)
     visual, end = modality > 0, modality.shape[1] - trailing
-    found = [tokens[:, :end], tokens[:, end:], visual & tokens, visual[:, end:], dropped & tokens]
+    text = tokens & masks.behind(visual, trailing)
+    found = [tokens[:, :end], tokens[:, end:], text, visual & tokens, visual[:, end:], dropped & tokens]
     found += [modality == 1 + index for index in range(len(KINDS))]
-    lengths, tails, seen, late, marks, *kinds = torch.stack([x.sum(1) for x in found]).tolist()
-    rows = [Row([], length, tail) for length, tail in zip(lengths, tails, strict=True)]
+    lengths, tails, texts, seen, late, marks, *kinds = torch.stack([x.sum(1) for x in found]).tolist()
+    rows = [Row([], *counts) for counts in zip(lengths, tails, texts, strict=True)]
     for kind, wanted in zip(KINDS, kinds, strict=True):
         if sum(wanted):
             _assign(kind, wanted, items.get(kind, []), rows)
@@ -118,11 +122,17 @@ def read_rows(
                 f"{row.num_visual - row.num_kept}; they were encoded without it or with other options: encode them "
                 "again, or pass pixel values"
             )
-    for row in rows:
-        left = row.num_kept
+    for index, row in enumerate(rows):
+        left, images = row.num_kept, [item.num_visual for item in row.items]
         for cut in plan.cuts:
-            left = min(left, cut.keep([item.num_visual for item in row.items]))
+            before, left = left, min(left, cut.keep(images))
             row.left.append(left)
+            row.recycled.append(cut.recycled(images) if cut.recycled and left < before else 0)
+            if left < before and cut.queries != "last" and not row.text:
+                raise ValueError(
+                    f"sts_kernels: this method goes by the text behind the last image, and row {index} has none; put "
+                    "the image before the question"
+                )
     return rows
 
 

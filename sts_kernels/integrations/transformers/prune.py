@@ -23,6 +23,7 @@ def prune(
     positions: str | None = None,
     score_from: str | None = None,
     cudnn_attention: bool = False,
+    relevance=None,
     **options,
 ) -> PruningHandle:
     """Prunes visual tokens of a stock transformers model with `method`, until the handle is removed.
@@ -54,6 +55,11 @@ def prune(
         cudnn_attention: let torch choose cuDNN's attention for pruned prompts. It plans every new length of the keys
             anew, which takes tens of milliseconds; False keeps it off, for the whole process, while a pruned prompt is
             inside the LLM.
+        relevance: for a method that looks at the relevance of tokens to the prompt (cdpruner) and has no text tower to
+            find it with: how relevant each token of the encoder is, larger is kept rather. A tensor, or a list of
+            them, of a number for each token, image after image, crop after crop, row after row; with LLaVA-NeXT those
+            that unpadding will discard are counted. Or a function that returns it, called for each encoding with
+            "image" or "video" and the arguments of get_image_features or get_video_features by name (pixel_values).
         options: of the method, where it is given by name.
 
     Returns:
@@ -77,17 +83,26 @@ def prune(
         raise TypeError(f"prune: method must be a name or a Method, got {type(method).__name__}")
     elif options:
         raise TypeError(f"prune: options {', '.join(options)} belong to the method; give them to methods.create")
+    if "relevance" in method.signals and relevance is None:
+        raise ValueError(
+            f"prune: relevance must be given with {method.name}, as a number for each visual token or a function that "
+            "returns them: the model has no text tower to find it with"
+        )
+    if "relevance" not in method.signals and relevance is not None:
+        raise ValueError(f"prune: relevance is not an option of {method.name}, which does not look at it")
     base, adapter = supported(model)
     plan = method.plan(Budget(budget, keep, layers, ratios), len(base.language_model.layers), adapter.prune_layer)
     if scope is not None and method.site is None:
         raise ValueError(f"prune: scope is not an option of {method.name}, which selects nothing before the LLM")
-    if score_from is not None and not plan.cuts:
-        raise ValueError(f"prune: score_from is not an option of {method.name}, which drops nothing inside the LLM")
+    if score_from is not None and not any(cut.queries in ("last", "raters") for cut in plan.cuts):
+        what = "goes by no attention" if plan.cuts else "drops nothing"
+        raise ValueError(f"prune: score_from is not an option of {method.name}, which {what} inside the LLM")
     if score_from is not None:
         plan = replace(plan, cuts=tuple(replace(cut, score_from=score_from) for cut in plan.cuts))
     if positions is None:
         positions = "original" if hasattr(base, "rope_deltas") else method.positions
-    return PruningHandle(model, base, adapter, method, plan, scope or method.scope, positions, profile, cudnn_attention)
+    scope = scope or method.scope
+    return PruningHandle(model, base, adapter, method, plan, scope, positions, profile, cudnn_attention, relevance)
 
 
 def apply_sts(model, config: STSConfig, measure: bool = False, cudnn_attention: bool = False) -> PruningHandle:

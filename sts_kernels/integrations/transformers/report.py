@@ -7,48 +7,10 @@ from functools import cached_property
 
 import torch
 
+from ...flops import CONVENTIONS, LLMSize
 from ...methods import Plan
 from .dropped import is_dropped
 from .prompt import KINDS, Row
-
-MB = 2**20
-
-
-@dataclass(frozen=True)
-class LLMSize:
-    """The sizes that cache and FLOPs depend on."""
-
-    layers: int
-    hidden: int
-    query: int  # width of all query heads
-    key: int  # width of all key heads
-    mlp: int
-    bytes: int  # of one cached number
-
-    @classmethod
-    def of(cls, config, dtype: torch.dtype) -> "LLMSize":
-        heads = config.num_attention_heads
-        dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        return cls(
-            config.num_hidden_layers,
-            config.hidden_size,
-            heads * dim,
-            kv_heads * dim,
-            config.intermediate_size,
-            dtype.itemsize,
-        )
-
-    def kv_mb(self, token_layers: int) -> float:
-        """Cache of so many (token, layer) pairs: 2 * key * bytes each, in units of 2**20 bytes."""
-        return 2 * self.key * self.bytes * token_layers / MB
-
-    def layer_flops(self, tokens: int) -> int:
-        """Prefill of one layer, a multiply-add counting as two: projections 4 n d (q + k), attention over the full
-        square 4 n^2 q, gated MLP 6 n d m."""
-        projections = 4 * tokens * self.hidden * (self.query + self.key)
-        attention = 4 * tokens * tokens * self.query
-        return projections + attention + 6 * tokens * self.hidden * self.mlp
 
 
 @dataclass(frozen=True)
@@ -82,8 +44,18 @@ class RowReport:
     prompt: int  # all tokens of the prompt before pruning
     kv_mb: tuple[float, float]  # cache of the prompt: without and with pruning
     visual_kv_mb: tuple[float, float]  # the part of it that visual tokens take
-    prefill_tflops: tuple[float, float]  # of the LLM's layers, without and with pruning
+    tflops: dict[str, tuple[float, float]]  # prefill of the LLM's layers by convention: without and with pruning
     images: list[ImageReport]
+
+    @property
+    def prefill_tflops(self) -> tuple[float, float]:
+        """Of the whole prompt."""
+        return self.tflops["report"]
+
+    @property
+    def visual_tflops(self) -> tuple[float, float]:
+        """Counted as if the prompt were its visual tokens alone."""
+        return self.tflops["vispruner"]
 
     @property
     def after_stage1(self) -> int:
@@ -151,10 +123,13 @@ class Report:
         depth = [after - start for start, after in itertools.pairwise(starts)]
         other = length - tokens
         visual = (size.layers * tokens, sum(n * layers for n, layers in zip(counts, depth, strict=True)))
-        flops = (
-            size.layers * size.layer_flops(length),
-            sum(layers * size.layer_flops(other + n) for n, layers in zip(counts, depth, strict=True)),
-        )
+        flops = {
+            name: tuple(
+                size.prefill_flops(segments, other, convention) / 1e12
+                for segments in ([(size.layers, tokens)], list(zip(depth, counts, strict=True)))
+            )
+            for name, convention in CONVENTIONS.items()
+        }
         return RowReport(
             tokens,
             counts,
@@ -162,15 +137,17 @@ class Report:
             length,
             tuple(size.kv_mb(v + size.layers * other) for v in visual),
             tuple(map(size.kv_mb, visual)),
-            tuple(f / 1e12 for f in flops),
+            flops,
             images,
         )
 
     def __str__(self) -> str:
         head = ["row", "images", "visual tokens", "into the LLM", *(f"from layer {n}" for n in self.prune_layers)]
-        table = [[*head, "average", "KV cache MB", "of it visual", "TFLOPs"]]
+        table = [[*head, "average", "KV cache MB", "of it visual", "TFLOPs", "visual alone"]]
         for index, row in enumerate(self.rows):
-            pairs = (f"{a:.4g} -> {b:.4g}" for a, b in (row.kv_mb, row.visual_kv_mb, row.prefill_tflops))
+            pairs = [f"{a:.4g} -> {b:.4g}" for a, b in (row.kv_mb, row.visual_kv_mb)]
+            for a, b in (row.prefill_tflops, row.visual_tflops):
+                pairs.append(f"{a:.4g} -> {b:.4g}" + (f" ({a / b:.1f}x)" if b else ""))
             counts = map(str, (row.tokens, *row.kept))
             table.append([str(index), str(len(row.images)), *counts, f"{row.average:.1f}", *pairs])
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
@@ -178,7 +155,8 @@ class Report:
         times = [f"{name} {ms:.1f} ms" for name, ms in self.measured.items()]
         cuts = " and ".join(f"layer {n} of {self.size.layers}" for n in self.prune_layers)
         foot = [f"pruned before {cuts}"] if cuts else []
-        return "\n".join([*lines, "; ".join([*foot, "TFLOPs: prefill of the LLM's layers", *times])])
+        foot += ["TFLOPs: prefill of the LLM's layers, of the prompt and as if it were visual tokens alone"]
+        return "\n".join([*lines, "; ".join([*foot, *times])])
 
 
 def describe(plan: Plan, config, rows: list[Row], modality: torch.Tensor, embeds: torch.Tensor) -> Report:

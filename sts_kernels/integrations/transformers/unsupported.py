@@ -45,6 +45,15 @@ def check_model(model, base, text, prune_layers: list[int], contiguous: bool) ->
         )
 
 
+def check_signals(method, adapter) -> None:
+    """Methods that are defined by what the family's encoder does not have."""
+    if method.encoder_attention == "last" and adapter.last_attention is None:
+        raise NotImplementedError(
+            f"sts_kernels: {method.name} is defined by the attention of a [CLS] token, in the encoder's last layer, to "
+            f"tokens that are the features; {adapter.name} does not have it"
+        )
+
+
 def check_gradients(base) -> None:
     if base.training and torch.is_grad_enabled():
         raise NotImplementedError(

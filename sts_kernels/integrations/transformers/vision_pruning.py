@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ... import methods
-from ...methods import Method, Plan, Selection, split_evenly
+from ...methods import Method, Plan, Selection, _packed, split_evenly
 from ...methods._packed import host, offsets
 from .visual_item import VisualItem
 
@@ -15,6 +15,7 @@ from .visual_item import VisualItem
 class Kept:
     rows: torch.Tensor  # of the features, ascending
     values: torch.Tensor | None = None  # what a method that merges puts there; None: the features themselves
+    counts: list[int] | None = None  # of each item, where they follow the tokens; None: as planned
 
 
 def with_budgets(items: Sequence[VisualItem], plan: Plan) -> list[VisualItem]:
@@ -33,8 +34,8 @@ def select(
     """What of features (features of all items, C) becomes tokens; None: all of them, as they are.
 
     attention (features,), keys (features, D) and texts, for each item (M, C), where the method asks for them. Costs one
-    call of the method's kernel (one for each length of text) and, on a GPU, small copies to the device; nothing is read
-    back.
+    call of the method's kernel (one for each length of text) and, on a GPU, small copies to the device. Nothing is read
+    back, but the numbers of tokens where a method makes them follow the tokens.
     """
     if sum(item.num_features for item in items) != features.shape[0]:
         raise RuntimeError(
@@ -61,6 +62,10 @@ def select(
 
     pool = pooled(features)
     signals = {"features": pool, "scores": pooled(attention), "keys": pooled(keys)}
+    counts = None
+    if method.adaptive:
+        budgets = method.fit_budgets(lengths, budgets, **signals)
+        counts = [sum(n for n, owner in zip(budgets, owners, strict=True) if owner == i) for i in range(len(items))]
     if texts is None:
         picked = method.select_packed(lengths, budgets, **signals)
     else:
@@ -68,9 +73,9 @@ def select(
     first = host(offsets(lengths)[:-1], "cpu").repeat_interleave(host(budgets, "cpu")).to(features.device)
     rows, ascending = order[picked.order + first].sort()
     if picked.assignment is None:
-        return Kept(rows)
+        return Kept(rows, counts=counts)
     merged = methods.merge_packed(pool, picked, lengths, budgets)
-    return Kept(rows, merged[ascending])
+    return Kept(rows, merged[ascending], counts)
 
 
 def _beside_text(
@@ -85,7 +90,7 @@ def _beside_text(
         }
         sizes, counts = [lengths[i] for i in mine], [budgets[i] for i in mine]
         picked = method.select_packed(sizes, counts, **given, text=torch.stack([texts[i] for i in mine]))
-        columns = zip((picked.order, picked.assignment, picked.weight), (counts, sizes, sizes), strict=True)
+        columns = zip(_packed.columns(picked), (counts, sizes, sizes, counts), strict=True)
         columns = [[None] * len(mine) if x is None else x.split(n) for x, n in columns]
         for index, part in zip(mine, zip(*columns, strict=True), strict=True):
             parts[index] = part

@@ -32,6 +32,10 @@ class ModelAdapter:
         the encoder's tokens, brought to the rows that the projector gets.
     features: (the projector, its input) -> what methods select from, one row for each token; the rows of the input that
         make up a token follow one another.
+    last_attention: the same of the encoder's last layer, for methods that are defined by its [CLS] token. None: the
+        family has none, or its features are not the encoder's tokens.
+    order: (base model, call) -> (features,) int64: for each row that the projector gets, its number in the order in
+        which the tokens of an image enter the LLM. None: the same order.
     prune_layer: default of methods with one prune layer that do not name their own; None: half the layers.
     """
 
@@ -42,6 +46,8 @@ class ModelAdapter:
     vision_attention: Callable
     per_feature: Callable
     prune_layer: int | None = None
+    last_attention: Callable | None = None
+    order: Callable | None = None
     features: Callable = lambda projector, x: x
 
     def attention(self, base, calls: list[tuple], shape: torch.Size) -> torch.Tensor:
@@ -82,6 +88,10 @@ def feature_layer(base) -> int:
 
 def llava_attention(base, kind):
     return tower_attention(base.vision_tower, feature_layer(base))
+
+
+def llava_last_attention(base, kind):
+    return tower_attention(base.vision_tower, -1)
 
 
 def without_class_token(base, values, shape):

@@ -11,5 +11,6 @@ ADAPTERS = [
         base.llava_attention,
         base.without_class_token,
         prune_layer=16,
+        last_attention=base.llava_last_attention,
     )
 ]

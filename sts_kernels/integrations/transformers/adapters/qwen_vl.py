@@ -1,5 +1,7 @@
 """Qwen2-VL, Qwen2.5-VL and Qwen3-VL: a feature is a 2x2 group of patches; images have any size."""
 
+import torch
+
 from ..visual_item import VisualItem
 from . import base
 
@@ -19,16 +21,32 @@ def merged_patches(module, x):
     return module.norm(x).view(-1, module.hidden_size)
 
 
+def grids_of(call) -> list[list[int]]:
+    return call.arguments["image_grid_thw" if "image_grid_thw" in call.arguments else "video_grid_thw"].tolist()
+
+
 def layout(model, call, shape):
     """(groups of all images, C), frame after frame. Qwen2.5-VL orders the groups of a frame by attention windows, and
     puts them in raster order after the merger."""
-    grids = call.arguments["image_grid_thw" if "image_grid_thw" in call.arguments else "video_grid_thw"]
     merge = model.visual.spatial_merge_size
     items = []
-    for frames, height, width in grids.tolist():
+    for frames, height, width in grids_of(call):
         grid = (height // merge, width // merge)
         items.append(VisualItem(call.kind, [grid[0] * grid[1]] * frames, [grid] * frames))
     return items
+
+
+def windows(model, call):
+    """Qwen2.5-VL: the groups of a frame window by window, each in raster order."""
+    visual, order, start = model.visual, [], 0
+    merge = visual.spatial_merge_size
+    side = visual.window_size // merge // visual.patch_size
+    for frames, height, width in grids_of(call):
+        for _ in range(frames):
+            frame = torch.arange(start, start + height * width // merge**2, device="cpu").view(height // merge, -1)
+            order += [part.flatten() for rows in frame.split(side) for part in rows.split(side, 1)]
+            start += frame.numel()
+    return torch.cat(order)
 
 
 def attention(model, kind):
@@ -43,6 +61,6 @@ def of_groups(model, values, shape):
 SHARED = {"layout": layout, "vision_attention": attention, "per_feature": of_groups}
 ADAPTERS = [
     base.ModelAdapter("Qwen2-VL", ("qwen2_vl",), merger_mlp, **SHARED),
-    base.ModelAdapter("Qwen2.5-VL", ("qwen2_5_vl",), merger_mlp, **SHARED, prune_layer=14),
+    base.ModelAdapter("Qwen2.5-VL", ("qwen2_5_vl",), merger_mlp, **SHARED, prune_layer=14, order=windows),
     base.ModelAdapter("Qwen3-VL", ("qwen3_vl",), merger, **SHARED, features=merged_patches),
 ]

@@ -13,9 +13,16 @@ def layout(model, call, shape):
     return [VisualItem("video", [tokens] * frames, [square(tokens)] * frames) for _ in range(rows // frames)]
 
 
+def tower(model, kind):
+    return model.image_tower if kind == "image" else model.video_tower
+
+
 def attention(model, kind):
-    tower = model.image_tower if kind == "image" else model.video_tower
-    return base.tower_attention(tower, base.feature_layer(model))
+    return base.tower_attention(tower(model, kind), base.feature_layer(model))
+
+
+def last_attention(model, kind):
+    return base.tower_attention(tower(model, kind), -1)
 
 
 ADAPTERS = [
@@ -27,5 +34,6 @@ ADAPTERS = [
         attention,
         base.without_class_token,
         prune_layer=16,
+        last_attention=last_attention,
     )
 ]

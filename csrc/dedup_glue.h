@@ -1,0 +1,43 @@
+// Arguments of dedup_select, checked once for CPU and CUDA.
+#pragma once
+#include "torch_glue.h"
+
+namespace sts {
+
+struct DedupArguments {
+  static constexpr int64_t kMostListed = 8192;  // whose distances to each other take 256 MiB. Also in dedup_select.py.
+
+  Tensor features, order;  // order: int64, contiguous
+  int64_t keep, step;
+
+  DedupArguments(const Tensor& features_, const Tensor& order_, int64_t keep_, int64_t step_)
+      : features(checked_features("dedup_select", features_, 3)), order(checked_order(order_, features)), keep(keep_), step(step_) {
+    STD_TORCH_CHECK(keep >= 1 && keep <= order.size(1), "sts_kernels::dedup_select: keep must be between 1 and ", order.size(1), ", got ",
+                    keep);
+    STD_TORCH_CHECK(step >= 1, "sts_kernels::dedup_select: step must be at least 1, got ", step);
+  }
+
+  // `listed`, the values of `order`, must be readable by the host.
+  void check_values(const int64_t* listed) const {
+    const int64_t length = order.size(1), tokens = features.size(1);
+    for (int64_t i = 0; i < order.size(0) * length; ++i)
+      STD_TORCH_CHECK(listed[i] >= -1 && listed[i] < tokens, "sts_kernels::dedup_select: order[", i / length, ", ", i % length,
+                      "] must be between -1 and ", tokens - 1, ", got ", listed[i]);
+  }
+
+ private:
+  static Tensor checked_order(const Tensor& order, const Tensor& features) {
+    const ScalarType type = order.scalar_type();
+    STD_TORCH_CHECK(type == ScalarType::Long || type == ScalarType::Int, "sts_kernels::dedup_select: order must be int64 or int32");
+    STD_TORCH_CHECK(order.dim() == 2 && order.size(0) == features.size(0), "sts_kernels::dedup_select: order must have shape (",
+                    features.size(0), ", R)");
+    STD_TORCH_CHECK(order.size(1) >= 1 && order.size(1) <= kMostListed, "sts_kernels::dedup_select: order must list 1 to ", kMostListed,
+                    " tokens an item, got ", order.size(1));
+    STD_TORCH_CHECK(order.is_cuda() == features.is_cuda() && order.get_device_index() == features.get_device_index(),
+                    "sts_kernels::dedup_select: order must be on the device of features");
+    const Tensor wide = type == ScalarType::Long ? order : torch::stable::to(order, ScalarType::Long);
+    return wide.is_contiguous() ? wide : torch::stable::contiguous(wide);
+  }
+};
+
+}  // namespace sts

@@ -1,0 +1,111 @@
+"""How complex an image is, and what follows from it (AdaVTP 4.3): the share of tokens kept by attention, the count."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import _checks, analysis
+from .base import Method, Pool, option
+
+MEASURES = ("erank", "participation", "entropy")
+ERANK_AVG, ERANK_IQR = 95.0, 27.2  # LLaVA-1.5's projected features on MME: mean 94.87, quartiles 81.59 and 108.80
+SHARES = (0.1, 0.9)  # least and largest share of attention tokens
+COUNTS = (0.8, 1.2)  # least and largest count, in parts of the one asked for (App. B.5)
+
+
+def share(op: str, name: str, value) -> None:
+    """A share from 0 to 1, both included."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{op}: {name} must be a float, got {value!r}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{op}: {name} must be between 0 and 1, got {value}")
+
+
+def positive(op: str, name: str, value) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{op}: {name} must be a float, got {value!r}")
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{op}: {name} must be above 0 and finite, got {value}")
+
+
+@dataclass(frozen=True)
+class Adaptive(Method):
+    """A method some of whose numbers follow the complexity of an image.
+
+    complexity="erank" is the paper's. On CUDA its eigenvalues synchronise inside torch; "participation" and "entropy"
+    need none. The defaults of the averages are those of erank on projected features: `calibrate` measures others.
+    """
+
+    signals: ClassVar[frozenset[str]] = frozenset({"features", "attention"})
+
+    complexity: str = option("erank", "of an image: erank, participation (ratio) or entropy (of the attention)")
+    erank_avg: float = option(ERANK_AVG, "average complexity, of erank on LLaVA-1.5's projected features by default")
+
+    def __post_init__(self):
+        _checks.one_of(self.name, "complexity", self.complexity, MEASURES)
+        positive(self.name, "erank_avg", self.erank_avg)
+
+    def measure(self, pool: Pool, usable: Tensor) -> Tensor:
+        """(B,) float32: the complexity of the usable tokens of each item. Tokens that are zero change nothing."""
+        if self.complexity == "entropy":
+            return analysis.attention_entropy(torch.where(usable, pool.scores, 0).clamp(min=0))
+        find = analysis.erank if self.complexity == "erank" else analysis.participation_ratio
+        return find(torch.where(usable[..., None], pool.features, 0))
+
+    def calibrate(self, features: Iterable[Tensor] = (), scores: Iterable[Tensor] = ()) -> "Adaptive":
+        """The same method with the averages of a data set: `erank_avg`, and `erank_iqr` where the method has one.
+
+        Args:
+            features: tensors (B, N, C) of what the method selects from, B images of N tokens each.
+            scores: tensors (B, N) of their attention instead, with complexity="entropy".
+        """
+        name = "scores" if self.complexity == "entropy" else "features"
+        found = []
+        for given in scores if name == "scores" else features:
+            find = {"erank": analysis.erank, "participation": analysis.participation_ratio}
+            found.append(find.get(self.complexity, analysis.attention_entropy)(given).cpu())
+        values = torch.cat(found).double() if found else torch.empty(0)
+        if not len(values) or not values.isfinite().all():
+            what = "at least one image" if not len(values) else "finite values only"
+            raise ValueError(f"{self.name}: calibrate needs {name} of {what}")
+        new = {"erank_avg": float(values.mean())}
+        if "erank_iqr" in {own.name for own in fields(self)}:
+            low, high = values.quantile(torch.tensor([0.25, 0.75], dtype=torch.float64)).tolist()
+            if low == high:
+                raise ValueError(f"{self.name}: calibrate needs {name} of images that differ, for erank_iqr")
+            new["erank_iqr"] = high - low
+        return replace(self, **new)
+
+
+@dataclass(frozen=True)
+class Mixing(Adaptive):
+    """A method that keeps some tokens by attention and the others by diversity: its share of the first may follow the
+    complexity. r = clip(centre + 0.5 (erank_avg - e) / erank_iqr, 0.1, 0.9); "inverse" has the opposite sign. The paper
+    has no formula, it says that the share falls linearly as the erank grows."""
+
+    erank_iqr: float = option(ERANK_IQR, "third less first quartile of the complexity, for mixing")
+    mixing: str = option("fixed", "share of attention tokens: fixed, adaptive (less in a complex image) or inverse")
+
+    def __post_init__(self):
+        super().__post_init__()
+        positive(self.name, "erank_iqr", self.erank_iqr)
+        _checks.one_of(self.name, "mixing", self.mixing, ("fixed", "adaptive", "inverse"))
+
+    def shares(self, centre: float, pool: Pool, usable: Tensor) -> Tensor:
+        """(B,) float64: the share of attention tokens of each item."""
+        away = (self.erank_avg - self.measure(pool, usable).double()) / self.erank_iqr
+        return (centre + (0.5 if self.mixing == "adaptive" else -0.5) * away).clamp(*SHARES)
+
+
+def counts_of(complexity: Tensor, average: float, k: int) -> Tensor:
+    """(B,) int64: round(k clip(e / average, 0.8, 1.2)), at least 1."""
+    share = (complexity.double() / average).clamp(*COUNTS)
+    return (k * share + 0.5).floor().long().clamp(min=1)
+
+
+def widest_count(k: int) -> int:
+    """The most that `counts_of` says."""
+    return max(1, int(k * COUNTS[1] + 0.5))

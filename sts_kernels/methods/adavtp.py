@@ -1,0 +1,88 @@
+"""AdaVTP: attended tokens, apart from each other as far as the image is simple."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from ..ops import suppress_select, suppress_select_varlen
+from . import _adaptive, _packed
+from ._rank import descending
+from .base import Pool, Selection, option
+
+SLOPE = 0.01  # of the threshold, a rank (Eq. 6)
+SPACES = ("projected", "encoder")
+
+
+@dataclass(frozen=True)
+class AdaVTP(_adaptive.Adaptive):
+    """Tokens by descending [CLS] attention (attention received where an encoder has no [CLS]). A token that is left is
+    picked, and removes every token left within the cosine distance tau of its rank:
+    tau = min(0.01 rank erank / erank_avg, tau_max), the best rank being 1. Removed tokens come back by attention where
+    no other is left. Each crop keeps its own share.
+
+    Of what the paper leaves open: ranks count all tokens, not the picks; tau_max and erank_avg are defaults for
+    LLaVA-1.5; the erank is of the features that the distances are of.
+
+    count="adaptive" (App. B.5) keeps round(k clip(erank / erank_avg, 0.8, 1.2)) tokens of an item. `select` then has
+    1.2 k slots, with -1 past each item's count; `fit_budgets` reads the counts back for `select_packed`.
+    """
+
+    name: ClassVar[str] = "adavtp"
+    paper: ClassVar[str] = "AgilePruner: Attention and Diversity for Adaptive Visual Token Pruning, arXiv 2603.01236"
+    site: ClassVar[str] = "projected"
+    scope: ClassVar[str] = "crop"
+
+    tau_max: float = option(0.25, "largest cosine distance at which a pick removes tokens")
+    space: str = option("projected", "whose features: those that the LLM gets, or those of the encoder")
+    count: str = option("fixed", "tokens of an image: fixed, or adaptive (more where it is complex)")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if isinstance(self.tau_max, bool) or not isinstance(self.tau_max, int | float):
+            raise TypeError(f"{self.name}: tau_max must be a float, got {self.tau_max!r}")
+        if not 0 <= self.tau_max <= 2:
+            raise ValueError(f"{self.name}: tau_max must be a cosine distance between 0 and 2, got {self.tau_max}")
+        _checks.one_of(self.name, "space", self.space, SPACES)
+        _checks.one_of(self.name, "count", self.count, ("fixed", "adaptive"))
+        object.__setattr__(self, "site", self.space)
+        object.__setattr__(self, "adaptive", self.count == "adaptive")
+
+    def widest(self, k: int) -> int:
+        return _adaptive.widest_count(k)
+
+    def counts(self, pool: Pool) -> Tensor:
+        complexity = self.measure(pool, pool.finite("features", "scores"))
+        return _adaptive.counts_of(complexity, self.erank_avg, pool.k)
+
+    def walk(self, pool: Pool) -> tuple[Tensor, Tensor]:
+        """Rank (B, N) int64 from 0 on, -1 of tokens that are not usable, and tau (B, N) float32."""
+        usable = pool.finite("features", "scores")
+        ranked = descending(pool.scores, usable)
+        place = torch.arange(pool.tokens, device=pool.device).expand_as(ranked)
+        rank = torch.empty_like(ranked).scatter_(1, ranked, place)
+        slope = SLOPE * self.measure(pool, usable).double() / self.erank_avg
+        tau = ((rank + 1) * slope[:, None]).clamp(max=self.tau_max).float()
+        return rank.masked_fill(~usable, -1), tau
+
+    def pick(self, pool: Pool) -> Selection:
+        return Selection(suppress_select(pool.features, *self.walk(pool), pool.k, pool.count))
+
+    def select_packed(self, lengths, budgets, *, features=None, scores=None, text=None, keys=None) -> Selection:
+        """One launch, whatever the lengths and budgets."""
+        device = _packed.check(self.name, self.signals, lengths, budgets, features, scores, text, keys)
+        total = sum(budgets)
+        if not total:
+            return Selection(torch.empty(0, dtype=torch.int64, device=device), method=self)
+        with torch.no_grad():
+            parts: list = [None] * len(lengths)
+            for items, pool in _packed.pools(device, lengths, lengths, features, scores, None, None):
+                for i, *part in zip(items, *self.walk(pool), strict=True):
+                    parts[i] = part
+            rank, tau = (torch.cat(column) for column in zip(*filter(None, parts), strict=True))
+            seqlens, slots = (
+                _packed.host(_packed.offsets(values), device, torch.int32) for values in (lengths, budgets)
+            )
+            return Selection(suppress_select_varlen(features, rank, tau, seqlens, slots, total), method=self)

@@ -1,0 +1,113 @@
+"""DART: the visual tokens least like a few pivots."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from ._budget import Budget, check_after, check_layer, check_share, everything, prompt_after, prompt_total, shares_of
+from ._merge import rows
+from ._rank import descending
+from .base import Cut, Inside, Method, Plan, Selection, option
+
+
+@dataclass(frozen=True)
+class DART(Method):
+    """Behind layer `prune_layer`, duplicates of the pivots go. Pivots: the visual and the text tokens whose keys in the
+    layer before have the largest L1 norm. Each pivot in turn, in the order of the prompt, takes its share of the tokens
+    left: those of smallest cosine to it, of hidden states behind the LLM's final norm. What stays are the visual pivots
+    and all that was taken. Positions stay.
+
+    Two differences to the official code: pivots act in the order of the prompt, not of a Python set, and exactly the
+    number of tokens asked for stays; earlier pivots take the odd ones.
+    """
+
+    name: ClassVar[str] = "dart"
+    paper: ClassVar[str] = (
+        "Stop Looking for Important Tokens in Multimodal Language Models: Duplication Matters More, arXiv 2502.11494"
+    )
+    site: ClassVar[None] = None
+    takes: ClassVar[tuple[str, ...]] = ("budget", "layers", "ratios")
+
+    prune_layer: int = option(2, "layers that run on all tokens (the paper's K)")
+    ratio: float = option(0.5, "share of the tokens that stays, without a budget or ratios (the paper's 1 - R)")
+    pivots_image: int = option(4, "visual tokens that are pivots")
+    pivots_text: int = option(4, "text tokens behind the image that are pivots")
+
+    def __post_init__(self):
+        _checks.integer(self.name, "prune_layer", self.prune_layer, 1)
+        check_share(self.name, "ratio", self.ratio)
+        _checks.integer(self.name, "pivots_image", self.pivots_image, 0)
+        _checks.integer(self.name, "pivots_text", self.pivots_text, 0)
+        if not self.pivots_image + self.pivots_text:
+            raise ValueError(f"{self.name}: pivots_image or pivots_text must be at least 1, got 0 and 0")
+
+    def make_plan(self, budget: Budget, layers: int, default_layer: int | None) -> Plan:
+        if budget.layers is not None and self.prune_layer != 2:
+            raise ValueError(f"{self.name}: give either prune_layer or layers, both name the layer")
+        if budget.layers is None:
+            check_layer(self.name, "prune_layer", self.prune_layer, layers)
+        named = (self.prune_layer,) if budget.layers is None else tuple(budget.layers)
+        if len(named) != 1:
+            raise ValueError(f"{self.name}: layers must name one layer, got {list(named)}")
+        if budget.budget is None:
+            keep = partial(prompt_total, shares_of(budget.ratios or [float(self.ratio)]))
+        else:
+            check_after(self.name, budget.budget, named[0], layers)
+            keep = partial(prompt_after, self.name, budget.budget, named[0], layers)
+        return Plan(layers, everything, (Cut(named[0], keep, queries="keys", select=self.leave),))
+
+    def leave(self, inside: Inside) -> Selection:
+        image, text = min(self.pivots_image, inside.k), min(self.pivots_text, inside.text.shape[1])
+        visual = unit(inside.norm(inside.visual))
+        chosen = descending(inside.scores, torch.ones_like(inside.scores, dtype=torch.bool))[:, :image]
+        beside = descending_of_any(inside.text_scores, inside.text_mask)[:, :text]
+        first, second = chosen.sort(dim=1).values, beside.sort(dim=1).values
+        pivots = torch.cat([rows(visual, first), unit(inside.norm(rows(inside.text, second)))], dim=1)
+        active = torch.cat([torch.ones_like(first, dtype=torch.bool), inside.text_mask.gather(1, second)], dim=1)
+        return Selection(least_alike(visual, pivots, chosen, shares(inside.k - image, active), inside.k))
+
+
+def unit(x: Tensor) -> Tensor:
+    """Rows of length one; zero rows stay. In float64: a cosine rounded to float32 does not depend on the batch."""
+    x = x.double()
+    norm = x.norm(dim=-1, keepdim=True)
+    return x / torch.where(norm > 0, norm, 1.0)
+
+
+def descending_of_any(scores: Tensor, mask: Tensor) -> Tensor:
+    """(B, N) int64: the tokens that `mask` marks by descending score, then the others."""
+    lowest = torch.finfo(scores.dtype).min
+    ranked = scores.nan_to_num(nan=lowest, posinf=lowest, neginf=lowest).masked_fill(~mask, -torch.inf)
+    return ranked.sort(dim=1, descending=True, stable=True).indices
+
+
+def shares(total: int, active: Tensor) -> Tensor:
+    """(B, P) int64: `total` split evenly over the active pivots of (B, P) bool; earlier ones take the odd ones."""
+    count = active.sum(1, keepdim=True).clamp(min=1)
+    turn = active.cumsum(1) - 1
+    return torch.where(active, total // count + (turn < total % count), 0)
+
+
+def least_alike(visual: Tensor, pivots: Tensor, chosen: Tensor, share: Tensor, k: int) -> Tensor:
+    """(B, k) int64 in the order picked: the tokens chosen already, then what each pivot takes of those left.
+
+    Args:
+        visual: (B, N, C) unit rows. pivots: (B, P, C) likewise.
+        chosen: (B, Q) int64, tokens that stay whatever the pivots take.
+        share: (B, P) int64, how many each pivot takes; Q plus the sum of a row is k.
+    """
+    (batch, tokens, _), device = visual.shape, visual.device
+    slot, done = torch.arange(tokens, device=device), chosen.shape[1]
+    turn = torch.full((batch, tokens), tokens, dtype=torch.int64, device=device)  # in which each token was picked
+    turn = turn.scatter(1, chosen, slot[:done].expand(batch, -1))
+    for number in range(pivots.shape[1]):
+        alike = (visual @ pivots[:, number, :, None])[..., 0].float().nan_to_num(nan=2.0)
+        order = alike.masked_fill(turn < tokens, 3.0).sort(dim=1, stable=True).indices
+        takes = slot < share[:, number, None]
+        turn = turn.scatter(1, order, torch.where(takes, done + slot, turn.gather(1, order)))
+        done = done + share[:, number, None]
+    return turn.sort(dim=1, stable=True).indices[:, :k]

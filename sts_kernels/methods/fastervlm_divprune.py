@@ -1,0 +1,85 @@
+"""FasterVLM and DivPrune: attended tokens first, then the most diverse of the others."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..ops import farthest_select, farthest_select_varlen, nearest
+from . import _adaptive, _packed
+from ._rank import descending
+from .base import Pool, Selection, option
+
+
+@dataclass(frozen=True)
+class FasterVLMDivPrune(_adaptive.Mixing):
+    """int(k r) tokens of largest [CLS] attention (attention received where an encoder has no [CLS]), at least one; then
+    the token whose nearest pick, those by attention among them, is furthest away in 1 - cosine. Each crop keeps its own
+    share.
+
+    The paper takes two separate selections of a and k - a tokens together. Here the second starts from the first, so
+    no token comes twice. mixing="adaptive" or "inverse" takes r from the erank of each item, around attention_ratio.
+    """
+
+    name: ClassVar[str] = "fastervlm_divprune"
+    paper: ClassVar[str] = "Sec. 4.3 of AgilePruner, arXiv 2603.01236"
+    site: ClassVar[str] = "projected"
+    scope: ClassVar[str] = "crop"
+    nested: ClassVar[bool] = False
+
+    attention_ratio: float = option(0.5, "share of the tokens kept by attention (r)")
+
+    def __post_init__(self):
+        super().__post_init__()
+        _adaptive.share(self.name, "attention_ratio", self.attention_ratio)
+
+    def pick(self, pool: Pool) -> Selection:
+        first, attended, start = self.begin(pool)
+        diverse = farthest_select(pool.features, pool.k, start=start, metric="cosine", num_tokens=pool.count)
+        return Selection(joined(first, attended, diverse))
+
+    def begin(self, pool: Pool) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, k) tokens by attention, (B, 1) how many of them stay, all where no other is left, and (B, N) the squared
+        distance of unit rows to those, negative where max-min may not go."""
+        usable = pool.finite("features", "scores")
+        ranked, number = descending(pool.scores, usable), usable.sum(1, keepdim=True)
+        if self.mixing == "fixed":
+            attended = torch.full_like(number, int(pool.k * self.attention_ratio))
+        else:
+            attended = (pool.k * self.shares(self.attention_ratio, pool, usable)).long()[:, None]
+        attended = torch.where(number > pool.k, attended.clamp(min=1), pool.k)
+        first = ranked[:, : pool.k]
+        row = first[..., None].expand(-1, -1, pool.features.shape[2])
+        _, cosine = nearest(pool.features, pool.features.gather(1, row), num_keys=torch.minimum(attended, number)[:, 0])
+        place = torch.arange(pool.tokens, device=pool.device)
+        rank = torch.empty_like(ranked).scatter_(1, ranked, place.expand_as(ranked))
+        return first, attended, torch.where(usable & (rank >= attended), (2 - 2 * cosine).clamp(min=0), -1.0)
+
+    def select_packed(self, lengths, budgets, *, features=None, scores=None, text=None, keys=None) -> Selection:
+        """One max-min launch, whatever the lengths and budgets."""
+        device = _packed.check(self.name, self.signals, lengths, budgets, features, scores, text, keys)
+        starts, slots = _packed.offsets(lengths), _packed.offsets(budgets)
+        if not slots[-1]:
+            return Selection(torch.empty(0, dtype=torch.int64, device=device), method=self)
+        with torch.no_grad():
+            begun, start = [], torch.full((starts[-1],), -1.0, device=device)
+            for items, pool in _packed.pools(device, lengths, budgets, features, scores, None, None):
+                first, attended, distance = self.begin(pool)
+                begun.append((items, first, attended))
+                for i, row in zip(items, distance, strict=True):
+                    start[starts[i] : starts[i + 1]] = row
+            sizes = (_packed.host(values, device, torch.int32) for values in (starts, slots))
+            diverse = farthest_select_varlen(features, *sizes, slots[-1], start=start, metric="cosine")
+            order = torch.empty_like(diverse)
+            for items, first, attended in begun:
+                rows = joined(first, attended, _packed.batch(diverse, items, slots, first.shape[1]))
+                for i, row in zip(items, rows, strict=True):
+                    order[slots[i] : slots[i + 1]] = row
+        return Selection(order, method=self)
+
+
+def joined(first: Tensor, attended: Tensor, diverse: Tensor) -> Tensor:
+    """(B, k): the first `attended` (B, 1) of `first` (B, k), then the first of `diverse` (B, k)."""
+    slot = torch.arange(first.shape[1], device=first.device)
+    return torch.where(slot < attended, first, diverse.gather(1, (slot - attended).clamp(min=0)))

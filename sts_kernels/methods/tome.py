@@ -1,0 +1,69 @@
+"""ToMe: tokens merged into similar ones, half of them in a round."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..ops import nearest, scatter_mean
+from .base import Method, Pool, Selection
+
+
+@dataclass(frozen=True)
+class ToMe(Method):
+    """Bipartite soft matching at the encoder's output: each token at an even place finds the most similar one at an odd
+    place by its key, and the most similar pairs merge, half of the tokens at most. Rounds follow one another until k
+    tokens are left. Rows and keys of merged tokens are means over all that were merged.
+
+    ToMe itself merges r tokens in every layer of the encoder. That changes the encoder's own features, which a method
+    that selects from its output cannot do.
+    """
+
+    name: ClassVar[str] = "tome"
+    paper: ClassVar[str] = "Token Merging: Your ViT But Faster, arXiv 2210.09461"
+    signals: ClassVar[frozenset[str]] = frozenset({"keys"})
+    scope: ClassVar[str] = "crop"
+    nested: ClassVar[bool] = False
+
+    def pick(self, pool: Pool) -> Selection:
+        usable = pool.finite("keys")
+        place, keys = torch.arange(pool.tokens, device=pool.device), pool.keys.float()
+        # Usable tokens in the order of the image, then those that are not, then absent ones.
+        order = (place + pool.tokens * (2 * ~pool.present + (pool.present & ~usable))).argsort(1)
+        slot = torch.empty_like(order).scatter_(1, order, place.expand_as(order))
+        left, length = usable.sum(1), pool.tokens
+        while length > pool.k:
+            mean, _ = scatter_mean(keys, torch.where(usable, slot, -1), length)
+            merged = torch.minimum((left - pool.k).clamp(min=0), left // 2)
+            moved, survives = matching(mean, left, merged)
+            left, length = left - merged, max(pool.k, (length + 1) // 2)
+            stays = survives & (moved < length)
+            target = torch.where(stays, moved, length)
+            order = order.new_empty((pool.batch, length + 1)).scatter_(1, target, order)[:, :length]
+            slot = moved.gather(1, torch.where(usable, slot, 0))
+        own = order.new_full((pool.batch, pool.tokens), -1).scatter_(1, order, place[: pool.k].expand_as(order))
+        return Selection(order, torch.where(usable, slot, own).masked_fill(~pool.present, -1))
+
+
+def matching(keys: Tensor, left: Tensor, merged: Tensor) -> tuple[Tensor, Tensor]:
+    """One bipartite soft matching of the first `left` (B,) rows of keys (B, L, D): each row's new place (B, L), and
+    whether it survives. The `merged` (B,) even rows most similar to an odd one take its place. Even rows that are left
+    come first, the most similar ones in front, then the odd ones; later rows move up."""
+    length = keys.shape[1]
+    place = torch.arange(length, device=keys.device)
+    left, merged = left[:, None], merged[:, None]
+    evens = (left + 1) // 2
+    partner, value = nearest(keys[:, ::2], keys[:, 1::2], num_keys=left[:, 0] // 2)
+    pair = place[: partner.shape[1]]
+    ranked = value.masked_fill(pair >= evens, -math.inf).sort(dim=1, descending=True, stable=True).indices
+    rank = torch.empty_like(ranked).scatter_(1, ranked, pair.expand_as(ranked))
+    goes = rank < merged
+    odd = evens - merged + place // 2
+    moved = torch.where(place < left, odd, place - merged)
+    moved[:, ::2] = torch.where(pair < evens, torch.where(goes, evens - merged + partner, rank - merged), moved[:, ::2])
+    moved = torch.where(merged > 0, moved, place)
+    survives = torch.ones_like(moved, dtype=torch.bool)
+    survives[:, ::2] = ~(goes & (pair < evens))
+    return moved, survives

@@ -1,0 +1,162 @@
+"""The attention that every key receives from all query rows together, without the attention matrix."""
+
+import math
+
+import torch
+
+from .. import _checks
+from .._registry import define_op
+from .._transforms import fold
+from .last_query_scores import check, check_keys, in_rows
+
+BLOCK = 1 << 19  # attention weights that the reference holds at a time
+MIN_ROWS = 32  # of a block, however many keys there are: fewer would read the keys too often
+
+
+def _check(query, key, scale, row_weight, row_position, key_mask, per_head):
+    op = "attention_received"
+    check(op, query, key, scale, query_shape="(B, R, Hq, D)")
+    check_keys(op, query, key, key_mask)
+    if query.shape[1] == 0:
+        raise ValueError(f"{op}: query must have at least one row, got shape {tuple(query.shape)}")
+    for name, value, dtypes in (
+        ("row_weight", row_weight, _checks.FLOATING),
+        ("row_position", row_position, _checks.INTEGER),
+    ):
+        if value is None:
+            continue
+        _checks.tensor(op, name, value, dtypes, "(B, R)", 2)
+        if value.shape != query.shape[:2]:
+            raise ValueError(
+                f"{op}: {name} must have shape (B, R) = {tuple(query.shape[:2])}, got {tuple(value.shape)}"
+            )
+        _checks.same_device(op, name, value, query, "query")
+    if not isinstance(per_head, bool):
+        raise TypeError(f"{op}: per_head must be a bool, got {type(per_head).__name__}")
+
+
+def _out(query, key, per_head):
+    (batch, keys), heads = key.shape[:2], query.shape[2]
+    return query.new_empty((batch, heads, keys) if per_head else (batch, keys), dtype=torch.float32)
+
+
+def _fake(query, key, scale=None, row_weight=None, row_position=None, key_mask=None, per_head=False):
+    _check(query, key, scale, row_weight, row_position, key_mask, per_head)
+    return _out(query, key, per_head)
+
+
+def _triton(query, key, scale=None, row_weight=None, row_position=None, key_mask=None, per_head=False):
+    from . import _attention_received_triton as kernels
+
+    _check(query, key, scale, row_weight, row_position, key_mask, per_head)
+    out = _out(query, key, per_head)
+    return kernels.received(out, query, key, scale, row_weight, row_position, key_mask, per_head)
+
+
+def _item(query, key, scale, weight, position, allowed):
+    """One item: query (R, Hq, D), key (S, Hkv, D), weight and position (R,), allowed (S,) -> (Hq, S) float32."""
+    (rows, heads, _), (keys, kv_heads, _) = query.shape, key.shape
+    group = heads // kv_heads
+    received = query.new_zeros(heads, keys, dtype=torch.float32)
+    column = torch.arange(keys, device=key.device)
+    if allowed is not None:
+        column, key = column[allowed], key[allowed]
+    weight = query.new_ones(rows, dtype=torch.float32) if weight is None else weight.float()
+    row = weight.nonzero()[:, 0]
+    if position is not None and len(column):
+        row = row[position[row] >= column[0]]
+    total = weight[row].sum()
+    if not len(row) or not len(column) or total == 0:
+        return received
+    weight = weight / total
+    size = min(len(row), max(MIN_ROWS, BLOCK // len(column)) // group + 1)
+    buffer = received.new_empty(group * size * len(column))
+    sums = received if allowed is None else received.new_zeros(heads, len(column))
+    for kv_head in range(kv_heads):
+        mine = slice(kv_head * group, (kv_head + 1) * group)
+        keys_of_head = key[:, kv_head].float().T
+        for part in row.split(size):
+            queries = (query[part, mine].float() * scale).transpose(0, 1).flatten(0, 1)
+            seen = len(column)
+            if position is not None:
+                seen = int((column <= position[part].max()).sum())
+            logits = buffer[: len(queries) * seen].view(len(queries), seen)
+            torch.mm(queries, keys_of_head[:, :seen], out=logits)
+            if position is not None:
+                logits.view(group, len(part), seen).masked_fill_(column[:seen] > position[part, None], -math.inf)
+            weights = torch.softmax(logits, -1, out=logits).view(group, len(part), seen)
+            sums[mine, :seen].unsqueeze(1).baddbmm_(weight[part].expand(group, 1, -1), weights)
+    if allowed is not None:
+        received[:, column] = sums
+    return received
+
+
+@define_op(
+    "attention_received(Tensor query, Tensor key, float? scale=None, Tensor? row_weight=None, "
+    "Tensor? row_position=None, Tensor? key_mask=None, bool per_head=False) -> Tensor",
+    fake=_fake,
+    triton=_triton,
+    vmap=fold(lambda query, key, *rest: attention_received(in_rows(query), in_rows(key), *rest)),
+)
+def attention_received_reference(
+    query, key, scale=None, row_weight=None, row_position=None, key_mask=None, per_head=False
+):
+    _check(query, key, scale, row_weight, row_position, key_mask, per_head)
+    out = _out(query, key, per_head)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    for item in range(len(out)):
+        options = (None if value is None else value[item] for value in (row_weight, row_position, key_mask))
+        received = _item(query[item], key[item], scale, *options)
+        out[item] = received if per_head else received.mean(0)
+    return out
+
+
+def attention_received(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scale: float | None = None,
+    row_weight: torch.Tensor | None = None,
+    row_position: torch.Tensor | None = None,
+    key_mask: torch.Tensor | None = None,
+    per_head: bool = False,
+) -> torch.Tensor:
+    """Attention that each key receives: the weighted mean over query rows, and the mean over heads.
+
+    ``mean_h sum_r w_r softmax_s(scale * query[b, r, h] . key[b, s, h // (Hq // Hkv)])`` with ``w = row_weight /
+    row_weight.sum()``: the column means of the matrix that FlashAttention and scaled_dot_product_attention never write
+    down. With one row it is `last_query_scores`.
+
+    Args:
+        query: (B, R, Hq, D) float32, float16 or bfloat16, FlashAttention's layout, after rotary embedding. R and D are
+            at least 1.
+        key: (B, S, Hkv, D) of the same dtype, after rotary embedding. Hkv divides Hq; query head h reads key head
+            h // (Hq // Hkv). S is at least 1. Both take any strides, only D must be contiguous: what attention of
+            Hugging Face holds as (B, H, S, D) goes in as ``x.transpose(1, 2)``, without a copy.
+        scale: multiplies the dot products; None: 1 / sqrt(D).
+        row_weight: (B, R) float, how much each row counts, at least 0. None: all the same. A row of weight 0 does not
+            count, whatever it holds.
+        row_position: (B, R) int64 or int32: row r sees keys 0 to row_position[r], as in causal attention. Negative: it
+            sees none; S - 1 or more: all. None: all rows see all keys.
+        key_mask: (B, S) bool, True where a key may be attended to. None: everywhere.
+        per_head: no mean over heads.
+
+    Returns:
+        (B, S) float32, with per_head (B, Hq, S). Keys that are masked out receive 0, whatever they hold. Rows that see
+        no key do not count. The others' attention sums to 1 for each item (and head); where no row counts, or the
+        weights sum to 0, all is 0. A NaN or infinity in a row that counts, or in a key that it sees, may make the item
+        NaN at all allowed keys. The same input gives the same output, bit for bit, whatever else is in the batch.
+        requires_grad is False: the attention received has no derivative.
+
+    Raises:
+        TypeError, ValueError: wrong dtype, shape, device, strides or scale.
+        NotImplementedError: forward-mode AD or torch.func differentiates `query`, `key` or `row_weight`.
+
+    Cost:
+        no R x S matrix. On a GPU two passes, 4 B R S Hq D flops and scratch of 2 B Hq R + B Hq S floats; nothing is
+        read back to the host. On the CPU one pass, 2 B R S Hq D flops, over blocks of 2 MB (32 rows, where S is over
+        16384). Rows of weight 0 and, with row_position, keys that no row of a block sees cost nothing.
+    """
+    _check(query, key, scale, row_weight, row_position, key_mask, per_head)
+    return torch.ops.sts_kernels.attention_received.default(
+        query, key, scale, row_weight, row_position, key_mask, per_head
+    )

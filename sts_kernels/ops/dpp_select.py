@@ -1,0 +1,138 @@
+"""Greedy MAP inference of a determinantal point process: CDPruner's selection."""
+
+import math
+
+import torch
+
+from .. import _checks
+from .._registry import define_op
+from .._transforms import fold
+from ._selection import check_padded, check_padded_values, check_token_values, counts
+from ._unit_rows import unit_rows
+
+# Squared distance of a unit row to the span of the picks, below which it counts as 0: unit rows are rounded to float32.
+# Also in csrc/dpp_rule.h.
+IN_SPAN = 1e-10
+
+
+def _check(features, quality, k, floor, num_tokens):
+    op = "dpp_select"
+    check_padded(op, features, k, num_tokens=num_tokens)
+    check_token_values(op, "quality", quality, _checks.FLOATING, features)
+    if isinstance(floor, bool) or not isinstance(floor, int | float | torch.SymFloat):
+        raise TypeError(f"{op}: floor must be a float, got {type(floor).__name__}")
+    if not 0 <= floor <= 1:
+        raise ValueError(f"{op}: floor must be between 0 and 1, got {floor}")
+
+
+def _fake(features, quality, k, floor=1e-7, num_tokens=None):
+    _check(features, quality, k, floor, num_tokens)
+    batch = features.shape[0]
+    return (
+        features.new_empty((batch, k), dtype=torch.int64),
+        features.new_empty((batch, k), dtype=torch.float32),
+    )
+
+
+@define_op(
+    "dpp_select(Tensor features, Tensor quality, SymInt k, float floor=1e-7, Tensor? num_tokens=None) "
+    "-> (Tensor, Tensor)",
+    fake=_fake,
+    vmap=fold(lambda *arguments: dpp_select(*arguments)),
+)
+def dpp_select_reference(features, quality, k, floor=1e-7, num_tokens=None):
+    _check(features, quality, k, floor, num_tokens)
+    check_padded_values("dpp_select", features, num_tokens=num_tokens)
+    batch, tokens, channels = features.shape
+    position = torch.arange(tokens, device=features.device)
+    present = position < counts(features, num_tokens)[:, None]
+    usable = features.isfinite().all(-1) & quality.isfinite() & present
+    # The Cholesky rows of L are q times those of c. So a gain is q^2 times the squared distance of the unit row to the
+    # span of the picks. Roots of gains are compared: q^2 may be out of range.
+    # Sums are in float64: their rounding, divided by the distance of a pick, would soon be as large as the gains left.
+    x = unit_rows(torch.where(usable[..., None], features.float(), 0.0)).double()
+    distance = (x != 0).any(-1).double()  # squared
+    x = x * torch.where(distance > 0, 1 / x.square().sum(-1).sqrt(), 0.0)[..., None]
+    size = torch.where(usable, quality.float(), 0.0).abs()
+    # After the last gain tokens follow by quality, those that are not usable after all others.
+    rest = torch.where(usable, quality.float() + 0.0, -math.inf)  # -0 equals 0
+    left = present.clone()
+    factor = x.new_zeros((batch, k, tokens))
+    order = features.new_empty((batch, k), dtype=torch.int64)
+    gain = torch.empty_like(order, dtype=torch.float32)
+    least = None
+    for step in range(k):
+        value = torch.where(left, size * distance.float().sqrt(), -1.0)
+        best, token = value.max(-1).values, _first_largest(value, left)
+        if least is None:
+            least = math.sqrt(floor) * best
+            filling = best < 0  # never
+        filling = filling | ~(best > least)
+        token = torch.where(filling, _first_largest(rest, left), token)
+        token = torch.where(left.any(-1), token, -1)
+        order[:, step] = token
+        gain[:, step] = torch.where(filling, 0.0, best.square())
+        row = token.clamp(min=0)[:, None]
+        left.scatter_(1, row, False)
+        # The next Cholesky row, (c_j - sum_s e_s[j] e_s) / e_j. Every token is summed in one order, so equal ones tie.
+        own = factor[:, :step].gather(2, row[:, None].expand(-1, step, 1))
+        cosine = (x * x.gather(1, row[..., None].expand(-1, 1, channels))).sum(-1)
+        residual = cosine - (factor[:, :step] * own).sum(1)
+        pivot = distance.gather(1, row).sqrt()
+        residual = torch.where(filling[:, None], 0.0, residual / torch.where(pivot > 0, pivot, 1.0))
+        factor[:, step] = residual
+        distance = distance - residual.square()
+        distance = torch.where(distance < IN_SPAN, 0.0, distance)
+    return order, gain
+
+
+def _first_largest(value, left):
+    """(B,): the lowest index among the largest of value (B, N) at tokens left."""
+    largest = torch.where(left, value, -math.inf).amax(-1, keepdim=True)
+    return (left & (value == largest)).int().argmax(-1)
+
+
+def dpp_select(
+    features: torch.Tensor,
+    quality: torch.Tensor,
+    k: int,
+    floor: float = 1e-7,
+    num_tokens: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keeps `k` tokens of each item whose determinant is large: greedy MAP of the DPP of L_ij = q_i c_ij q_j.
+
+    c_ij is the cosine of tokens i and j, q their quality. The token with the largest gain ``det L_{S + i} / det L_S``
+    to the tokens S picked so far is picked next, as in CDPruner. The gain is q_i^2 times the squared distance of the
+    unit row of i to the span of S.
+
+    Args:
+        features: (B, N, C) float32, float16 or bfloat16, N and C at least 1. Any strides; unless the channels are
+            contiguous a contiguous copy is made. A zero row has cosine 0 to every token and gain 0.
+        quality: (B, N) float32, float16 or bfloat16, any strides. Its sign does not matter to the gain.
+        k: tokens to keep, 1 <= k <= N.
+        floor: 0 to 1. Where the largest gain is at most `floor` times the first one, the tokens left follow by
+            quality, the largest first. 1: all do.
+        num_tokens: (B,) int64 or int32, 0 to N: only the first num_tokens[b] tokens of item b count. None: all do.
+
+    Returns:
+        order: (B, k) int64 token indices, distinct, in the order picked; the first k' of them are the result for k'.
+            Positions past num_tokens[b] are -1.
+        gain: (B, k) float32, the gain of each pick, which never rises; 0 for tokens that follow by quality, and past
+            num_tokens[b]. log det L of the first t picks is the sum of the logarithms of their gains.
+
+        A squared distance to the span below 1e-10 counts as 0, so tokens beyond the rank of the kernel, and repeats of
+        picked ones, follow by quality. Equal gains and equal qualities go to the lowest index. A token with a NaN or
+        infinity, or whose quality is one, is picked only when no other is left. The same input gives the same output,
+        bit for bit, whatever else is in the batch. The gains have no gradient: requires_grad is False.
+
+    Raises:
+        TypeError, ValueError: wrong dtype, shape, device, k or floor; values of `num_tokens` out of range where they
+        can be read: on the CPU. On a GPU an item with such a value comes out as -1 throughout, and
+        STS_KERNELS_CHECK=1 makes it an error at the price of a sync.
+
+    Cost:
+        2 B k N C + B k^2 N flops in float64, and scratch of (C + 2 k) N floats an item. Nothing N x N is stored.
+    """
+    _check(features, quality, k, floor, num_tokens)
+    check_padded_values("dpp_select", features, num_tokens=num_tokens)
+    return torch.ops.sts_kernels.dpp_select.default(features, quality, k, floor, num_tokens)

@@ -1,0 +1,100 @@
+"""What a paper's numbers are made of."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ..flops import CONVENTIONS, REPORT, Convention, LLMSize
+
+VICUNA_7B = LLMSize(32, 4096, 4096, 4096, 11008, 2)
+VICUNA_13B = LLMSize(40, 5120, 5120, 5120, 13824, 2)
+VISUAL, STS, ADAVTP = (CONVENTIONS[name] for name in ("vispruner", "sts", "adavtp"))
+LLAVA, LLAVA_13B = "llava-hf/llava-1.5-7b-hf", "llava-hf/llava-1.5-13b-hf"
+NEXT, NEXT_13B = "llava-hf/llava-v1.6-vicuna-7b-hf", "llava-hf/llava-v1.6-vicuna-13b-hf"
+QWEN = "Qwen/Qwen2.5-VL-7B-Instruct"
+LMMS_MODELS = {"llava-hf": "sts_llava_hf", "Qwen": "sts_qwen2_5_vl"}  # lmms-eval's models with pruning, by owner
+EIGHT = ("gqa", "mmbench_en_dev", "mme", "pope", "scienceqa_img", "vqav2_val", "textvqa_val", "vizwiz_vqa_val")
+CACHE = "2 L d 2 bytes a token, MB of 2^20 bytes"
+SHARE = "1 - K / N"
+# SparseVLM's code at 576 tokens: by budget, tokens kept behind each cut; layers on all tokens, and behind each cut.
+SPARSEVLM, SPARSEVLM_DEPTH = {192: (300, 200, 110), 128: (303, 110, 36), 64: (66, 30, 17)}, (3, 4, 9, 16)
+
+
+@dataclass(frozen=True)
+class Number:
+    """One number.
+
+    Attributes:
+        table: where the paper prints it, "" where it does not.
+        row, what: which number of it.
+        printed: as the paper prints it, "" where it does not.
+        computed: what sizes, or other numbers of the paper, give.
+        formula: how.
+        note: why the two differ.
+    """
+
+    table: str
+    row: str
+    what: str
+    printed: str
+    computed: float
+    formula: str
+    note: str = ""
+
+    @property
+    def off(self) -> float | None:
+        """Relative difference to what is printed."""
+        return self.computed / float(self.printed) - 1 if self.printed else None
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """A table of accuracy: nothing of it is known here, only how lmms-eval would rerun it.
+
+    Attributes:
+        variants: the model arguments of its rows of pruned models.
+    """
+
+    table: str
+    model: str
+    tasks: Sequence[str]
+    variants: Sequence[str]
+    note: str = ""
+
+    def command(self) -> str:
+        """A line of shell: one run of lmms-eval for each variant."""
+        model = LMMS_MODELS[self.model.split("/")[0]]
+        return (
+            f"for pruning in {' '.join(self.variants)}; do lmms-eval --model {model} "
+            f"--model_args pretrained={self.model},device_map=auto,$pruning "
+            f"--tasks {','.join(self.tasks)} --batch_size 1; done"
+        )
+
+
+@dataclass(frozen=True)
+class Paper:
+    """The numbers of a paper; efficiency that needs a GPU or data; accuracy with a command, and without one."""
+
+    numbers: list[Number]
+    elsewhere: list[str]
+    accuracy: list[Accuracy]
+    impossible: list[str] = field(default_factory=list)
+
+
+def budgets(method: str, *values: int | float) -> list[str]:
+    return [f"method={method},budget={value}" for value in values]
+
+
+def tera(size: LLMSize, segments, text: int = 0, convention: Convention = REPORT) -> float:
+    """Prefill TFLOPs; `segments` are (layers, visual tokens), or the number of tokens in all layers."""
+    if isinstance(segments, int):
+        segments = [(size.layers, segments)]
+    return size.prefill_flops(segments, text, convention) / 1e12
+
+
+def sparsevlm_segments(budget: int, tokens: int = 576) -> list[tuple[int, int]]:
+    """(layers, tokens) of its code: the table's count, and the clusters that the best dropped tokens leave."""
+    counts = [tokens]
+    for kept in SPARSEVLM[budget]:
+        recycled = int(0.3 * (counts[-1] - kept)) + 1
+        counts.append(kept + recycled // 10 + 1)
+    return list(zip(SPARSEVLM_DEPTH, counts, strict=True))
