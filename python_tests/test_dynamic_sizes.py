@@ -57,7 +57,7 @@ def test_exports_with_every_size_dynamic(device, op):
     """Sizes of tensors; torch.export keeps ints as they were."""
     constants = {name: value for name, value in sized(op, 0, device).items() if not isinstance(value, torch.Tensor)}
     small, large = (tensors(sized(op, step, device)) for step in (0, 3))
-    if op == "repulsion_select_varlen":  # total_k is kept, so the budgets are
+    if op.endswith("_select_varlen"):  # total_k is kept, so the budgets are
         large = {**large, "cu_budgets": (large["cu_budgets"] * 0 + constants["total_k"]).index_fill(0, zero(device), 0)}
     if op == "last_query_scores_varlen":
         constants["max_seqlen"] = 1000

@@ -143,12 +143,17 @@ def test_overlapping_lanes_are_refused():
     [
         ("repulsion_select", "anchor", 99),
         ("repulsion_select", "num_tokens", 99),
+        ("farthest_select", "anchor", 99),
+        ("suppress_select", "num_tokens", 99),
         ("knn_density", "num_tokens", 99),
         ("nearest", "num_keys", 99),
         ("repulsion_step_", "picked", 99),
         ("repulsion_select_varlen", "cu_seqlens", 10**6),
         ("repulsion_select_varlen", "cu_budgets", 10**6),
         ("repulsion_select_varlen", "anchor", 99),
+        ("farthest_select_varlen", "anchor", 99),
+        ("farthest_select_varlen", "cu_seqlens", 10**6),
+        ("suppress_select_varlen", "cu_budgets", 10**6),
         ("last_query_scores_varlen", "cu_seqlens", 10**6),
     ],
 )
