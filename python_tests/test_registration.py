@@ -19,6 +19,7 @@ import sts_kernels
 from sts_kernels import _checks, _native, _registry
 
 STAGE_1 = ["pairwise_sqdist", "repulsion_step_", "repulsion_select", "repulsion_select_varlen"]
+STAGE_1 += ["nearest", "scatter_mean", "knn_density"]
 
 
 def test_what_is_required_is_there():
