@@ -259,7 +259,7 @@ def section_lookahead(encoder, photographs) -> list[str]:
     for grid in GRIDS:
         x = encoder(trained.crops(photographs[SWEPT], grid)).hidden[LAYER].flatten(0, 1)
         kinds.append((f"{SWEPT}, {len(x)}", x, min(640, len(x) // 4)))
-    parts = ["\n".join(lines(kinds)) for lines in (lookahead.policies, lookahead.stored, lookahead.clusters)]
+    parts = ["\n".join(lines(kinds)) for lines in (lookahead.policies, lookahead.clusters)]
     cuts = " and ".join(f"{grid} x {grid}" for grid in GRIDS if grid)
     return [
         "## Look-ahead",

@@ -171,15 +171,6 @@ def policies(kinds):
             yield "| " + " | ".join(map(str, cells)) + " |"
 
 
-def stored(kinds):
-    """A table of `replay_stored`, for the kinds whose weights are stored."""
-    yield "| tokens | K | rows fetched ahead | of these, right before |\n" + "|---" * 4 + "|"
-    for name, x, k in kinds:
-        if len(x) <= 8192:
-            found, late = replay_stored(x, k)
-            yield f"| {name} | {k} | {found:.0%} | {late:.0%} |"
-
-
 def clusters(kinds):
     """A table of `replay_cluster`, for the kinds that a cluster runs."""
     yield "| tokens | K | picks an exchange | candidates that come |\n" + "|---" * 4 + "|"

@@ -1,10 +1,11 @@
 // What: the best match of each query row among the key rows of its item.
 // Chosen when: always.
-// Steps: (1) what is to be known of each row: whether it counts, its scale and norm; (2) the pairs, a tile a block (row_pairs.cuh): the
-//   best of a row of a tile is found in registers and lowers the row's key (value, index) in memory; (3) keys to index and value.
+// Steps: (1) what is to be known of each row: whether it counts, its scale and norm; (2) the pairs, a tile a block (row_pairs.cuh, or
+//   row_pairs_mma.cuh for cosines of 16-bit rows): the best of a row of a tile is found in registers and lowers the row's key
+//   (value, index) in memory; (3) keys to index and value.
 // Synchronisation: three launches. Blocks meet at atomicMin of whole keys, whose result does not depend on their order.
 #pragma once
-#include "row_pairs.cuh"
+#include "row_pairs_mma.cuh"
 
 namespace sts {
 
@@ -17,24 +18,27 @@ struct TakeNearest {
   bool exclude_self;
   Key* best;  // (batch, rows)
 
+  // The key of row i with row j, whose distance or product of scaled rows is `value`; kNoKey where it may not be matched.
+  __device__ __forceinline__ Key pair(int64_t entry, int64_t i, int64_t j, float value) const {
+    if (i >= rows || j >= count || (exclude_self && i == j)) return kNoKey;
+    const RowInfo query = queries[entry * rows + i], key = keys[entry * count + j];
+    if (!query.counts() || !key.counts()) return kNoKey;
+    if (query_rank && !(key_rank[entry * count + j] < query_rank[entry * rows + i])) return kNoKey;
+    if (kCosine) value = fminf(fmaxf(-value * query.per_norm * key.per_norm, -1.f), 1.f);
+    return make_key(value + 0.f, static_cast<uint32_t>(j));  // + 0: one zero, not two
+  }
+  __device__ __forceinline__ void offer(int64_t entry, int64_t i, Key low) const {
+    if (low != kNoKey) atomicMin(best + entry * rows + i, low);
+  }
+
   template <int kTile>
   __device__ __forceinline__ void row(int64_t entry, int64_t i, int64_t j, const float (&value)[4]) const {
     Key low = kNoKey;
-    if (i < rows && queries[entry * rows + i].counts()) {
-      const float per_query = queries[entry * rows + i].per_norm;
-      const double limit = query_rank ? query_rank[entry * rows + i] : 0;
 #pragma unroll
-      for (int t = 0; t < 4; ++t) {
-        if (j + t >= count || (exclude_self && i == j + t)) continue;
-        const RowInfo key = keys[entry * count + j + t];
-        if (!key.counts() || (key_rank && !(key_rank[entry * count + j + t] < limit))) continue;
-        const float mine = kCosine ? fminf(fmaxf(-value[t] * per_query * key.per_norm, -1.f), 1.f) : value[t];
-        low = lower(low, make_key(mine + 0.f, static_cast<uint32_t>(j + t)));  // + 0: one zero, not two
-      }
-    }
+    for (int t = 0; t < 4; ++t) low = lower(low, pair(entry, i, j + t, value[t]));
 #pragma unroll
     for (int offset = 1; offset < kTile / 4; offset *= 2) low = lower(low, __shfl_xor_sync(kFullWarp, low, offset));
-    if (threadIdx.x % (kTile / 4) == 0 && low != kNoKey) atomicMin(best + entry * rows + i, low);
+    if (threadIdx.x % (kTile / 4) == 0) offer(entry, i, low);
   }
 };
 
@@ -66,12 +70,12 @@ cudaError_t launch_nearest(const scalar_t* query, const scalar_t* key, int64_t b
   if (error == cudaSuccess) error = launch_row_info(key_rows, batch, count, num_keys, cosine, keys, stream);
   if (error != cudaSuccess) return error;
   const Side<scalar_t> a{query_rows, rows, queries, rows_aligned(query_rows)}, b{key_rows, count, keys, rows_aligned(key_rows)};
-  const auto pairs = [&](auto take) {
-    return launch_row_pairs<std::is_same_v<decltype(take), TakeNearest<true>>>(a, b, batch, take, stream);
-  };
   Key* const best = reinterpret_cast<Key*>(index);
-  error = cosine ? pairs(TakeNearest<true>{queries, keys, rows, count, query_rank, key_rank, exclude_self, best})
-                 : pairs(TakeNearest<false>{queries, keys, rows, count, query_rank, key_rank, exclude_self, best});
+  const TakeNearest<true> cosines{queries, keys, rows, count, query_rank, key_rank, exclude_self, best};
+  const TakeNearest<false> distances{queries, keys, rows, count, query_rank, key_rank, exclude_self, best};
+  if (!cosine) error = launch_row_pairs<false>(a, b, batch, distances, stream);
+  else if (mma_serves(a) && mma_serves(b)) error = launch_row_pairs_mma(a, b, batch, cosines, stream);
+  else error = launch_row_pairs<true>(a, b, batch, cosines, stream);
   if (error != cudaSuccess) return error;
   const Launch finish{dim3(static_cast<unsigned>(ceil_div(batch * rows, kMatchThreads))), dim3(kMatchThreads), 0, 1, false, stream};
   return launch(matches_kernel, finish, batch * rows, cosine, index, value);

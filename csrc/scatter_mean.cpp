@@ -35,29 +35,27 @@ std::tuple<Tensor, Tensor> scatter_mean_cpu(const Tensor& features, const Tensor
     const auto rows = rows_of<scalar_t>(x);
     scalar_t* means = static_cast<scalar_t*>(mean.mutable_data_ptr());
     float* masses = static_cast<float*>(mass.mutable_data_ptr());
+    std::vector<Members> members;
+    for (int64_t b = 0; b < batch; ++b) members.emplace_back(call.slots() + b * tokens, tokens, count);
     cpu::with_team(batch * (4 * tokens + count) * channels, [&](cpu::Team& team) {
-      for (int64_t b = 0; b < batch; ++b) {
-        const Members members(call.slots() + b * tokens, tokens, count);
-        const float* weights = call.weights() ? call.weights() + b * tokens : nullptr;
-        team.for_rows(count, (4 * tokens / count + 1) * channels, [&](int64_t begin, int64_t end) {
-          std::vector<double> sum(channels);
-          for (int64_t s = begin; s < end; ++s) {
-            double total = 0;
-            std::fill(sum.begin(), sum.end(), 0.0);
-            for (int64_t m = members.start[s]; m < members.start[s + 1]; ++m) {
-              const int64_t i = members.token[m];
-              const double w = weights ? weights[i] : 1.0;
-              if (!std::isfinite(w) || !cpu::all_finite(rows.row(b, i), channels)) continue;
-              cpu::add_weighted(rows.row(b, i), w, sum.data(), channels);
-              total += w;
-            }
-            masses[b * count + s] = static_cast<float>(total);
-            const double per_mass = total > 0 ? 1 / total : 0;
-            scalar_t* out = means + (b * count + s) * channels;
-            for (int64_t c = 0; c < channels; ++c) out[c] = static_cast<scalar_t>(static_cast<float>(sum[c] * per_mass));
+      team.for_rows(batch * count, (4 * tokens / count + 1) * channels, [&](int64_t begin, int64_t end) {
+        std::vector<double> sum(channels);
+        for (int64_t r = begin; r < end; ++r) {
+          const int64_t b = r / count, s = r % count;
+          double mass_of_slot = 0;
+          std::fill(sum.begin(), sum.end(), 0.0);
+          for (int64_t m = members[b].start[s]; m < members[b].start[s + 1]; ++m) {
+            const int64_t i = members[b].token[m];
+            const double w = call.weights() ? call.weights()[b * tokens + i] : 1.0;
+            if (!std::isfinite(w) || !cpu::all_finite(rows.row(b, i), channels)) continue;
+            cpu::add_weighted(rows.row(b, i), w, sum.data(), channels);
+            mass_of_slot += w;
           }
-        });
-      }
+          masses[r] = static_cast<float>(mass_of_slot);
+          const double per_mass = mass_of_slot > 0 ? 1 / mass_of_slot : 0;
+          for (int64_t c = 0; c < channels; ++c) means[r * channels + c] = static_cast<scalar_t>(static_cast<float>(sum[c] * per_mass));
+        }
+      });
     });
   });
   return {mean, mass};

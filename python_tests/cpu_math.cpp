@@ -6,6 +6,7 @@
 #include <cstring>
 #include <limits>
 #include <random>
+#include <type_traits>
 #include <vector>
 
 using namespace sts::cpu;
@@ -63,6 +64,21 @@ void check_rows(int64_t channels) {
   for (int r = 0; r < 3; ++r) add_row(row[r], sum.data(), channels);
   for (int64_t c = 0; c < point_size(channels); ++c)
     check(sum[c] == point[0][c] + point[1][c] + point[2][c], "add_row adds something else", channels);
+  std::vector<double> weighted(channels, 1.0);
+  add_weighted(row[0], 0.25, weighted.data(), channels);
+  for (int64_t c = 0; c < channels; ++c)
+    check(weighted[c] == 1 + 0.25 * double(static_cast<float>(own[0][c])), "add_weighted adds something else", channels);
+  if constexpr (std::is_same_v<scalar_t, float>) {
+    for (int p = 0; p < kMany; ++p)
+      for (int r = 0; r < kMany; ++r) {
+        dot(&points[p], 1, &row[r], 1, channels, &one[p * kMany + r], kMany);
+        double want = 0, size = 0;
+        for (int64_t c = 0; c < channels; ++c) want += double(own[p][c]) * own[r][c], size += std::fabs(double(own[p][c]) * own[r][c]);
+        check(std::fabs(one[p * kMany + r] - want) <= 1e-6 * size, "dot is wrong", channels);
+      }
+    dot(points.data(), kMany, row.data(), kMany, channels, several.data(), kMany);
+    check(several == one, "a tile of products has other bits than a pair", channels);
+  }
   check(all_finite(row[0], channels), "a finite row is not", channels);
   for (float wild : {std::numeric_limits<float>::infinity(), -std::numeric_limits<float>::infinity(), std::nanf("")})
     for (int64_t c : {int64_t(0), channels / 2, channels - 1}) {

@@ -20,6 +20,7 @@ from sts_kernels import _checks, _native, _registry
 
 SELECTING = [f"{rule}_select{varlen}" for rule in ("repulsion", "farthest", "suppress") for varlen in ("", "_varlen")]
 STAGE_1 = ["pairwise_sqdist", "repulsion_step_", *SELECTING]
+STAGE_1 += ["nearest", "scatter_mean", "knn_density"]
 
 
 def test_what_is_required_is_there():

@@ -228,8 +228,8 @@ MUTANTS = (
         "nearest",
         "nearest.cuh",
         (
-            "atomicMin(best + entry * rows + i, low);",
-            "best[entry * rows + i] = lower(best[entry * rows + i], low);",
+            "if (low != kNoKey) atomicMin(best + entry * rows + i, low);",
+            "if (low != kNoKey) best[entry * rows + i] = lower(best[entry * rows + i], low);",
         ),
         says=RACE,
     ),
@@ -237,19 +237,19 @@ MUTANTS = (
         "a key that does not count is matched",
         "nearest",
         "nearest.cuh",
-        ("if (!key.counts() || (key_rank", "if ((key_rank"),
+        ("if (!query.counts() || !key.counts())", "if (!query.counts())"),
     ),
     mutant(
         "a key of equal rank is matched",
         "nearest",
         "nearest.cuh",
-        ("j + t] < limit)", "j + t] <= limit)"),
+        ("(key_rank[entry * count + j] < ", "(key_rank[entry * count + j] <= "),
     ),
     mutant(
         "pairs past the last key",
         "nearest",
         "nearest.cuh",
-        ("if (j + t >= count || ", "if (j + t > count || "),
+        ("j >= count || ", "j > count || "),
         says=OVERRUN,
     ),
     mutant(
@@ -258,6 +258,24 @@ MUTANTS = (
         "row_pairs.cuh",
         ("(counts[b] <= count && i < counts[b])", "i < counts[b]"),
         nonsense=True,
+    ),
+    mutant(
+        "no barrier before a stage of products is used",
+        "nearest",
+        "row_pairs_mma.cuh",
+        ("cp_async_wait<kMmaStages - 2>();\n        __syncthreads();", "cp_async_wait<kMmaStages - 2>();"),
+    ),
+    mutant(
+        "rows out of range are multiplied as they are",
+        "nearest",
+        "row_pairs_mma.cuh",
+        ("if (some && (x.scale", "if (false && (x.scale"),
+    ),
+    mutant(
+        "the last lanes of a row do not offer",
+        "nearest",
+        "row_pairs_mma.cuh",
+        ("offset < 4;", "offset < 2;"),
     ),
     # Means.
     mutant(

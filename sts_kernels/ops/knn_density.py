@@ -73,7 +73,8 @@ def knn_density(features: torch.Tensor, k: int, num_tokens: torch.Tensor | None 
         NotImplementedError: forward-mode AD or torch.func differentiates `features`.
 
     Cost:
-        3 B N^2 C flops. Nothing N x N is stored: scratch of at most 256 MiB on a GPU, O(N C) on the CPU.
+        3 B N^2 C flops, on the CPU 2 B N^2 C where k is small. Scratch: on a GPU the distances of as many rows as fit
+        256 MiB, on the CPU a float32 copy of the features and 64 rows of distances a thread.
     """
     _check(features, k, num_tokens)
     _checks.counts("knn_density", "num_tokens", num_tokens, features.shape[1], "tokens")
