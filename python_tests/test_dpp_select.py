@@ -95,7 +95,10 @@ def test_official_picks(backend, case):
     relevance = -(unit(image) @ unit(text).T).mean(-1)
     q = (relevance - relevance.min() + 1e-6) / (relevance.max() - relevance.min())  # over the batch, as in their code
     item = case["item"]
-    given = torch.from_numpy(x[item : item + 1]).to(backend.device), torch.from_numpy(q[item : item + 1]).float().to(backend.device)
+    given = (
+        torch.from_numpy(x[item : item + 1]).to(backend.device),
+        torch.from_numpy(q[item : item + 1]).float().to(backend.device),
+    )
     order, gain = backend(OP, *given, case["keep"])
     oracle.check_dpp(order, gain, *given, case["keep"])
     ranked = len(case["order"])  # theirs ends with the rank of the kernel
