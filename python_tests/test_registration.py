@@ -101,6 +101,9 @@ SCHEMAS = {
     " -> Tensor",
     "repulsion_select_varlen": "(Tensor features, Tensor cu_seqlens, Tensor cu_budgets, SymInt total_k, float eps=1e-6,"
     " Tensor? anchor=None) -> Tensor",
+    "dpp_select": "(Tensor features, Tensor quality, SymInt k, float floor=1e-07, Tensor? num_tokens=None)"
+    " -> (Tensor, Tensor)",
+    "dedup_select": "(Tensor features, Tensor order, SymInt keep, SymInt step=8) -> Tensor",
     "nearest": '(Tensor query, Tensor key, str metric="cosine", Tensor? query_rank=None, Tensor? key_rank=None,'
     " bool exclude_self=False, Tensor? num_keys=None) -> (Tensor, Tensor)",
     "scatter_mean": "(Tensor features, Tensor assignment, SymInt count, Tensor? weight=None) -> (Tensor, Tensor)",
