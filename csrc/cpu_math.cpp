@@ -478,6 +478,16 @@ STS_CPU_MATH(Half)
 STS_CPU_MATH(BFloat16)
 #undef STS_CPU_MATH
 
+#define STS_CPU_RULE(Rule)                                                                                                 \
+  STS_PER_ISA(void, to_weight, (const Rule& rule, float* sqdist, const float* parameters, int64_t count, float pick),        \
+              (rule, sqdist, parameters, count, pick), (weight_all<L>(rule, sqdist, parameters, count, pick)))               \
+  STS_PER_ISA(Lowest, add_then_lowest, (const Rule& rule, float* potentials, const float* weights, int64_t count),          \
+              (rule, potentials, weights, count), (lowest_all<L>(&rule, potentials, weights, count)))
+STS_CPU_RULE(Repulsion)
+STS_CPU_RULE(Farthest)
+STS_CPU_RULE(UnitRows<Farthest>)
+#undef STS_CPU_RULE
+
 STS_PER_ISA(void, dot,
             (const float* const* points, int num_points, const float* const* rows, int64_t num_rows, int64_t channels, float* out,
              int64_t out_stride),
@@ -489,17 +499,6 @@ STS_PER_ISA(void, add_weighted, (const Half* row, double weight, double* sum, in
             (add_weighted_all<L>(row, weight, sum, channels)))
 STS_PER_ISA(void, add_weighted, (const BFloat16* row, double weight, double* sum, int64_t channels), (row, weight, sum, channels),
             (add_weighted_all<L>(row, weight, sum, channels)))
-
-#define STS_CPU_RULE(Rule)                                                                                                 \
-  STS_PER_ISA(void, to_weight, (const Rule& rule, float* sqdist, const float* parameters, int64_t count, float pick),        \
-              (rule, sqdist, parameters, count, pick), (weight_all<L>(rule, sqdist, parameters, count, pick)))               \
-  STS_PER_ISA(Lowest, add_then_lowest, (const Rule& rule, float* potentials, const float* weights, int64_t count),          \
-              (rule, potentials, weights, count), (lowest_all<L>(&rule, potentials, weights, count)))
-STS_CPU_RULE(Repulsion)
-STS_CPU_RULE(Farthest)
-STS_CPU_RULE(UnitRows<Farthest>)
-#undef STS_CPU_RULE
-
 STS_PER_ISA(bool, to_unit, (float* point, int64_t size), (point, size), (unit_all<L>(point, size)))
 STS_PER_ISA(Lowest, lowest, (const float* values, int64_t count), (values, count),
             (lowest_all<L, Repulsion>(nullptr, const_cast<float*>(values), nullptr, count)))

@@ -30,7 +30,10 @@ struct Nearest {
 
   Nearest(const Tensor& query_, const Tensor& key_, const std::string& metric, const std::optional<Tensor>& query_rank_,
           const std::optional<Tensor>& key_rank_, bool exclude_self_, const std::optional<Tensor>& num_keys_)
-      : query(checked_features(op, query_, 3)), key(checked_features(op, key_, 3)), cosine(metric == "cosine"), exclude_self(exclude_self_) {
+      : query(checked_features(op, query_, 3)),
+        key(checked_features(op, key_, 3)),
+        cosine(metric == "cosine"),
+        exclude_self(exclude_self_) {
     STD_TORCH_CHECK(key.scalar_type() == query.scalar_type() && key.size(0) == query.size(0) && key.size(2) == query.size(2) &&
                         key.is_cuda() == query.is_cuda() && key.get_device_index() == query.get_device_index(),
                     "sts_kernels::nearest: key must have the dtype, batch, channels and device of query");

@@ -1,5 +1,6 @@
 """nearest against its contract."""
 
+import importlib
 import math
 
 import oracle
@@ -186,6 +187,17 @@ def test_many_items_and_one_query(backend, metric):
         else:
             want = torch.cdist(query.double(), key.double()).argmin(-1) if metric == "euclidean" else None
             assert want is None or torch.equal(got[0], want)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_blocks_of_the_reference(monkeypatch, metric):
+    """Its result does not depend on how the pairs are cut into blocks."""
+    module = importlib.import_module("sts_kernels.ops.nearest")
+    x = normal(torch.Generator().manual_seed(2), 2, 90, 16)
+    want = module.nearest_reference(x, x[:, :40], metric)
+    for block in (1, 80 * 7, 80 * 64):
+        monkeypatch.setattr(module, "BLOCK", block)
+        assert all(map(torch.equal, module.nearest_reference(x, x[:, :40], metric), want))
 
 
 @pytest.mark.parametrize("value", [-1, 10, -(2**31), 2**40])
