@@ -24,3 +24,14 @@ def selections(pairs, eps=1e-6) -> None:
         affordable = max(4, EFFORT // (len(pairs) * features.numel()))
         error = oracle.greedy_error(features, picks[:affordable], eps)
         assert not error, f"item {item}: {error}"
+
+
+def greedy_map(features, quality, order, gain) -> None:
+    """The picks (K,) of features (N, C) and quality (N,) are distinct, in range and a greedy MAP; as many of the first
+    ones as EFFORT buys are recomputed in float64."""
+    assert order.unique().numel() == order.numel(), "a token is picked twice"
+    assert 0 <= order.min() <= order.max() < len(features), "a pick is out of range"
+    affordable = max(4, EFFORT // features.numel())
+    given = (t.cpu() for t in (order[:affordable], gain[:affordable], features, quality))
+    error = oracle.dpp_error(*given, floor=1e-7)
+    assert not error, error

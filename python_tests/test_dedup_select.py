@@ -38,7 +38,7 @@ def sized(step, device):
     batch, tokens = 2 + step, 11 + 6 * step
     return {
         "features": torch.randn(batch, tokens, 5 + 2 * step, generator=rng).to(device),
-        "order": listed(batch, tokens, step)[:, : 9 + 5 * step].to(device),
+        "order": listed(batch, tokens, step)[:, : 9 + 5 * step].contiguous().to(device),
         "keep": 3 + step,
         "step": 2 + step,
     }
