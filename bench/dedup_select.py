@@ -33,7 +33,7 @@ def make_inputs(case, device):
 
 
 def cost(case):
-    """The features are read once. Each pair of the listed tokens takes C multiply-adds, half of the symmetric matrix."""
+    """The features are read once. Each pair of the listed tokens takes C multiply-adds: half of the matrix."""
     batch, tokens, channels, k = (case[name] for name in "BNCK")
     listed = tokens - k // 2
     return Cost(
