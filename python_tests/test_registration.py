@@ -18,7 +18,8 @@ from op_inputs import outputs
 import sts_kernels
 from sts_kernels import _checks, _native, _registry
 
-STAGE_1 = ["pairwise_sqdist", "repulsion_step_", "repulsion_select", "repulsion_select_varlen"]
+SELECTING = [f"{rule}_select{varlen}" for rule in ("repulsion", "farthest", "suppress") for varlen in ("", "_varlen")]
+STAGE_1 = ["pairwise_sqdist", "repulsion_step_", *SELECTING]
 
 
 def test_what_is_required_is_there():
@@ -104,6 +105,13 @@ SCHEMAS = {
     "dpp_select": "(Tensor features, Tensor quality, SymInt k, float floor=1e-07, Tensor? num_tokens=None)"
     " -> (Tensor, Tensor)",
     "dedup_select": "(Tensor features, Tensor order, SymInt keep, SymInt step=8) -> Tensor",
+    "farthest_select": "(Tensor features, SymInt k, Tensor? anchor=None, Tensor? quality=None, Tensor? start=None,"
+    ' str metric="euclidean", Tensor? num_tokens=None) -> Tensor',
+    "farthest_select_varlen": "(Tensor features, Tensor cu_seqlens, Tensor cu_budgets, SymInt total_k,"
+    ' Tensor? anchor=None, Tensor? quality=None, Tensor? start=None, str metric="euclidean") -> Tensor',
+    "suppress_select": "(Tensor features, Tensor rank, Tensor tau, SymInt k, Tensor? num_tokens=None) -> Tensor",
+    "suppress_select_varlen": "(Tensor features, Tensor rank, Tensor tau, Tensor cu_seqlens, Tensor cu_budgets,"
+    " SymInt total_k) -> Tensor",
     "nearest": '(Tensor query, Tensor key, str metric="cosine", Tensor? query_rank=None, Tensor? key_rank=None,'
     " bool exclude_self=False, Tensor? num_keys=None) -> (Tensor, Tensor)",
     "scatter_mean": "(Tensor features, Tensor assignment, SymInt count, Tensor? weight=None) -> (Tensor, Tensor)",
@@ -271,8 +279,12 @@ def test_no_op_synchronises(cuda):
     potential, picked = torch.zeros(features.shape[:2], device=cuda), inputs["anchor"]
     if _registry.OPS["repulsion_select_varlen"].backend("CUDA") == "reference":
         pytest.skip("the reference of repulsion_select_varlen reads its offsets back to the host")
+    others = [(op, tuple_) for op in SELECTING[2:] for tuple_ in samples(op, cuda)]
     torch.cuda.set_sync_debug_mode("error")
     try:
+        for op, arguments in others:
+            if not op.endswith("varlen") or _registry.OPS[op].backend("CUDA") != "reference":
+                getattr(sts_kernels, op)(*arguments)
         sts_kernels.repulsion_select(**inputs)
         sts_kernels.repulsion_select_varlen(*varlen)
         sts_kernels.pairwise_sqdist(features)
