@@ -230,7 +230,7 @@ def diverse(case, dtype) -> list[Call]:
     rng = torch.Generator().manual_seed(case.k)
     quality = torch.rand(case.batch, case.tokens, generator=rng) + 0.05
     quality[:, 3::5] = math.nan if case.values is cases.not_finite else 0.5
-    same_size = replace(case, values=cases.exact, num_tokens=None)
+    same_size = replace(case, values=cases.exact, layout=cases.contiguous, num_tokens=None)
     exact = same_size.features(dtype=dtype)
     if case.values is cases.not_finite:
         exact[:, ::4] = math.inf
@@ -238,7 +238,7 @@ def diverse(case, dtype) -> list[Call]:
     order, keep = listed(case), min(case.k, (case.tokens + 1) // 2)
     return [
         dpp_select(case.name, inputs["features"], quality, case.k, num_tokens=inputs["num_tokens"]),
-        dedup_select(case.name, exact, order, keep, step=case.k % 9 + 1, held=case.batch % 2),
+        dedup_select(case.name, case.layout(exact), order, keep, step=case.k % 9 + 1, held=case.batch % 2),
     ]
 
 
