@@ -25,3 +25,14 @@ def selections(pairs, error_of=lambda item, features, picks: oracle.greedy_error
         affordable = max(4, EFFORT // (len(pairs) * features.numel()))
         error = error_of(item, features, picks[:affordable])
         assert not error, f"item {item}: {error}"
+
+
+def greedy_map(features, quality, order, gain) -> None:
+    """The picks (K,) of features (N, C) and quality (N,) are distinct, in range and a greedy MAP; as many of the first
+    ones as EFFORT buys are recomputed in float64."""
+    assert order.unique().numel() == order.numel(), "a token is picked twice"
+    assert 0 <= order.min() <= order.max() < len(features), "a pick is out of range"
+    affordable = max(4, EFFORT // features.numel())
+    given = (t.cpu() for t in (order[:affordable], gain[:affordable], features, quality))
+    error = oracle.dpp_error(*given, floor=1e-7)
+    assert not error, error

@@ -154,7 +154,77 @@ void check_unit(int64_t channels) {
   }
 }
 
+// The float64 sums of dpp_select: a pair's, or an element's, bits are the same in tiles of every size.
+void check_sums(int64_t size) {
+  constexpr int kMany = 9;
+  std::mt19937 random(static_cast<unsigned>(size));
+  std::normal_distribution<double> normal;
+  std::vector<std::vector<float>> row(kMany, std::vector<float>(size));
+  std::vector<std::vector<double>> point(kMany, std::vector<double>(size)), left(kMany, std::vector<double>(size));
+  std::vector<const float*> rows;
+  std::vector<const double*> points;
+  for (int p = 0; p < kMany; ++p) {
+    for (int64_t c = 0; c < size; ++c) point[p][c] = row[p][c] = static_cast<float>(normal(random)), left[p][c] = normal(random);
+    rows.push_back(row[p].data());
+    points.push_back(point[p].data());
+  }
+  std::vector<double> one(kMany * kMany), several(kMany * kMany);
+  for (int p = 0; p < kMany; ++p)
+    for (int r = 0; r < kMany; ++r) {
+      dot64(&points[p], 1, &rows[r], 1, size, &one[p * kMany + r], kMany);
+      double want = 0;
+      for (int64_t c = 0; c < size; ++c) want += point[p][c] * row[r][c];
+      check(std::fabs(one[p * kMany + r] - want) <= 1e-13 * size, "dot64 is wrong", size);
+    }
+  for (int num_points : {2, 4, 5, kMany})
+    for (int num_rows : {1, 3, 4, 5, kMany}) {
+      dot64(points.data(), num_points, rows.data(), num_rows, size, several.data(), kMany);
+      for (int p = 0; p < num_points; ++p)
+        check(!std::memcmp(&several[p * kMany], &one[p * kMany], num_rows * sizeof(double)), "a tile has other bits than a pair", size);
+    }
+
+  if (size % kColumns == 0) {
+    const int64_t terms = 5, middle = size / (2 * kColumns) * kColumns;
+    std::vector<double> term(terms * size);
+    for (double& x : term) x = normal(random);
+    std::vector<std::vector<double>> alone = left, together = left;
+    std::vector<double*> tile;
+    for (int p = 0; p < kMany; ++p) {
+      double* own = alone[p].data();
+      subtract_products(&own, &points[p], 1, term.data(), size, terms, 0, size);
+      tile.push_back(together[p].data());
+      for (int64_t i = 0; i < size; ++i) {
+        double want = left[p][i];
+        for (int64_t t = 0; t < terms; ++t) want -= point[p][t] * term[t * size + i];
+        check(std::fabs(alone[p][i] - want) <= 1e-12, "subtract_products is wrong", size);
+      }
+    }
+    subtract_products(tile.data(), points.data(), kMany, term.data(), size, terms, 0, middle);
+    subtract_products(tile.data(), points.data(), kMany, term.data(), size, terms, middle, size);
+    check(alone == together, "subtract_products has other bits in a tile", size);
+
+    std::vector<double> entry = left[0], distance(size, 1.);
+    std::vector<float> weight(size, 0.5f), loss(size);
+    distance[3] = entry[3] * entry[3] / 4 + 1e-11;  // within the span afterwards
+    const Lowest best = finish_row(entry.data(), 2., distance.data(), weight.data(), loss.data(), size);
+    int64_t want = 0;
+    for (int64_t i = 0; i < size; ++i) {
+      check(entry[i] == left[0][i] / 2, "finish_row divides wrongly", size);
+      check(loss[i] == static_cast<float>(-0.5 * distance[i]), "finish_row has another loss", size);
+      if (loss[i] < loss[want]) want = i;
+    }
+    check(distance[3] == 0 && best.index == want && best.value == loss[want], "finish_row is wrong", size);
+  }
+
+  for (int64_t count : {size, size - 1, size - 31}) {
+    float lowest = std::numeric_limits<float>::infinity();
+    for (int64_t i = 0; i < count; ++i) lowest = std::min(lowest, row[0][i] + row[1][i]);
+    check(lowest_sum(row[0].data(), row[1].data(), count) == lowest, "lowest_sum is not", count);
+  }
+}
+
 int main() {
+  for (int64_t size : {32, 64, 96, 1056}) check_sums(size);
   for (int64_t n = 1; n <= 70; ++n) {
     check_rows<float>(n);
     check_rows<Half>(n);

@@ -541,8 +541,8 @@ def dedup_rounds(sqdist, rest, keep, step):
 
 
 def check_dedup(kept, features, order, keep, step=8, exact=True):
-    """Asserts that `kept` (B, keep) is what `dedup_select` promises for these arguments. exact: the squared distances of
-    unit rows are exact in float32; else only what does not depend on them is checked."""
+    """Asserts that `kept` (B, keep) is what `dedup_select` promises for these arguments. exact: the squared distances
+    of unit rows are exact in float32; else only what does not depend on them is checked."""
     assert kept.dtype == torch.int64
     assert kept.device == features.device
     assert kept.shape == (features.shape[0], keep)

@@ -103,6 +103,9 @@ SCHEMAS = {
     " -> Tensor",
     "repulsion_select_varlen": "(Tensor features, Tensor cu_seqlens, Tensor cu_budgets, SymInt total_k, float eps=1e-6,"
     " Tensor? anchor=None) -> Tensor",
+    "dpp_select": "(Tensor features, Tensor quality, SymInt k, float floor=1e-07, Tensor? num_tokens=None)"
+    " -> (Tensor, Tensor)",
+    "dedup_select": "(Tensor features, Tensor order, SymInt keep, SymInt step=8) -> Tensor",
     "farthest_select": "(Tensor features, SymInt k, Tensor? anchor=None, Tensor? quality=None, Tensor? start=None,"
     ' str metric="euclidean", Tensor? num_tokens=None) -> Tensor',
     "farthest_select_varlen": "(Tensor features, Tensor cu_seqlens, Tensor cu_budgets, SymInt total_k,"

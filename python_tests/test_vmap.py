@@ -143,6 +143,8 @@ def test_overlapping_lanes_are_refused():
     [
         ("repulsion_select", "anchor", 99),
         ("repulsion_select", "num_tokens", 99),
+        ("dpp_select", "num_tokens", 99),
+        ("dedup_select", "order", 99),
         ("farthest_select", "anchor", 99),
         ("suppress_select", "num_tokens", 99),
         ("knn_density", "num_tokens", 99),

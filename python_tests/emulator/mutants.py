@@ -558,6 +558,69 @@ MUTANTS = (
         ("load_acquire(counter_) - target_) < 0", "load_acquire(counter_) - target_) <= 0"),
         says="deadlock",
     ),
+    # Greedy MAP.
+    mutant(
+        "a pick's row that no barrier has made known",
+        "dpp_select",
+        "dpp_select.cuh",
+        ("      barrier.sync();\n      return *slot++;", "      __syncthreads();\n      return *slot++;"),
+    ),
+    mutant(
+        "quality left out of the gain",
+        "dpp_select",
+        "dpp_select.cuh",
+        (
+            "make_key(-(fabsf(merit[i]) * sqrtf(static_cast<float>(to_span)))",
+            "make_key(-sqrtf(static_cast<float>(to_span))",
+        ),
+    ),
+    mutant(
+        "a Cholesky row without its last term",
+        "dpp_select",
+        "dpp_select.cuh",
+        ("for (int64_t t = lane; t < step; t += 32)", "for (int64_t t = lane; t + 1 < step; t += 32)"),
+    ),
+    mutant(
+        "a picked token may be picked again",
+        "dpp_select",
+        "dpp_select.cuh",
+        ("if (lane == 0) mine[i] = kPickedRow;", ""),
+    ),
+    mutant(
+        "no check of dpp_select's num_tokens",
+        "dpp_select",
+        "dpp_select.cuh",
+        ("if (count < 0 || count > tokens) count = 0;", "if (count < 0) count = 0;"),
+        says=OVERRUN,
+        nonsense=True,
+    ),
+    # Rounds.
+    mutant(
+        "no barrier before the ranks",
+        "dedup_select",
+        "dedup_select.cuh",
+        ("      barrier.sync();\n      // (3) its rank", "      // (3) its rank"),
+    ),
+    mutant(
+        "equal distances have one rank",
+        "dedup_select",
+        "dedup_select.cuh",
+        ("closest[f] < own || (closest[f] == own && f < e)", "closest[f] < own"),
+    ),
+    mutant(
+        "one list for both halves of a round",
+        "dedup_select",
+        "dedup_select.cuh",
+        ("*next = list + count;", "*next = list;"),
+    ),
+    mutant(
+        "a listed token that is not there",
+        "dedup_select",
+        "unit_rows.cuh",
+        ("rows.row(b, there ? token : 0)", "rows.row(b, token)"),
+        says=OVERRUN,
+        nonsense=True,
+    ),
 )
 
 

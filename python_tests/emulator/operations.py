@@ -153,6 +153,95 @@ def knn_density(name, features, k, num_tokens=None, strip_rows=None):
     )
 
 
+def dpp_select(name, features, quality, k, floor=1e-7, num_tokens=None):
+    rows = channels_contiguous(features)
+    batch, tokens, channels = rows.shape
+
+    def judge(*arrays):
+        order, gain = map(torch.from_numpy, arrays[-2:])
+        counts = num_tokens
+        if counts is not None:  # out of range is as good as nothing to pick
+            counts = torch.where((num_tokens >= 0) & (num_tokens <= tokens), num_tokens, 0)
+        oracle.check_dpp(order, gain, features, quality, k, floor, counts)
+
+    return Call(
+        name,
+        f"dpp_select_{SUFFIX[features.dtype]}",
+        (
+            as_array(rows),
+            batch,
+            tokens,
+            channels,
+            *strides(rows),
+            quality.numpy(),
+            k,
+            floor,
+            index(num_tokens),
+            np.full((batch, k), PAD, np.int64),
+            np.full((batch, k), PAD, np.float32),
+        ),
+        judge,
+    )
+
+
+def dedup_select(name, features, order, keep, step=8, held=0, exact=True):
+    """`held`: items whose distances are held at a time (0: as planned)."""
+    rows = channels_contiguous(features)
+    batch, tokens, channels = rows.shape
+
+    def judge(*arrays):
+        kept, listed = torch.from_numpy(arrays[-1]), order
+        bad = ((order < -1) | (order >= tokens)).any(1, keepdim=True)
+        listed = torch.where(bad, -1, order)  # out of range is as good as an empty list
+        oracle.check_dedup(kept, features, listed, keep, step, exact)
+
+    return Call(
+        name,
+        f"dedup_select_{SUFFIX[features.dtype]}",
+        (
+            as_array(rows),
+            batch,
+            tokens,
+            channels,
+            *strides(rows),
+            index(order),
+            order.shape[1],
+            keep,
+            step,
+            held,
+            np.full((batch, keep), PAD, np.int64),
+        ),
+        judge,
+    )
+
+
+def listed(case) -> torch.Tensor:
+    """(B, N): the tokens of each item in random order; a ragged item ends early."""
+    rng = torch.Generator().manual_seed(case.tokens)
+    order = torch.stack([torch.randperm(case.tokens, generator=rng) for _ in range(case.batch)])
+    if case.num_tokens is not None:
+        order[torch.arange(case.tokens) >= torch.tensor(case.num_tokens)[:, None]] = -1
+    return order
+
+
+def diverse(case, dtype) -> list[Call]:
+    """The calls of dpp_select and dedup_select for a case; those of dedup_select with exact distances of its size."""
+    inputs = case.inputs(dtype=dtype)
+    rng = torch.Generator().manual_seed(case.k)
+    quality = torch.rand(case.batch, case.tokens, generator=rng) + 0.05
+    quality[:, 3::5] = math.nan if case.values is cases.not_finite else 0.5
+    same_size = replace(case, values=cases.exact, layout=cases.contiguous, num_tokens=None)
+    exact = same_size.features(dtype=dtype)
+    if case.values is cases.not_finite:
+        exact[:, ::4] = math.inf
+    exact[:, 1::9] = 0.0
+    order, keep = listed(case), min(case.k, (case.tokens + 1) // 2)
+    return [
+        dpp_select(case.name, inputs["features"], quality, case.k, num_tokens=inputs["num_tokens"]),
+        dedup_select(case.name, case.layout(exact), order, keep, step=case.k % 9 + 1, held=case.batch % 2),
+    ]
+
+
 def _select(
     name,
     rows,
@@ -282,6 +371,7 @@ def of_case(case, dtype) -> list[Call]:
         repulsion_step(case.name, features, picked, case.eps, gap=case.batch % 2),
         *(repulsion_select(case.name, **inputs, **way) for way in WAYS),
         *of_sets(case, features, inputs["num_tokens"]),
+        *diverse(case, dtype),
     ]
 
 
@@ -342,6 +432,10 @@ def nonsense() -> list[Call]:
     wild = torch.tensor([-1, 40, -(2**63), 2**63 - 1, 2**32, 3])
     everything = torch.tensor([40] * batch)
     made = [repulsion_step("picked", features, wild, 1e-6)]
+    made.append(dpp_select("counts", features, torch.ones(batch, tokens), k, num_tokens=wild))
+    order = torch.arange(tokens).repeat(batch, 1)
+    order[torch.arange(batch), 7 * torch.arange(batch)] = wild
+    made.append(dedup_select("listed", features, order, k, exact=False))
 
     def selected(name, valid, anchor, num_tokens, way):
         call = repulsion_select(name, features, k, 1e-6, anchor, num_tokens, **way)

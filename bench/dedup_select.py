@@ -1,0 +1,102 @@
+"""VisPruner's rounds: LLaVA image shapes, half of the budget kept for its attention."""
+
+from functools import partial
+
+import torch
+
+from . import inputs
+from .harness import Bench, Case, Cost, Provider
+
+F32, BF16 = torch.float32, torch.bfloat16
+MAIN = [(576, 64), (576, 192), (2880, 64), (2880, 192), (2880, 640)]
+
+
+def _case(group, batch, tokens, k, dtype=F32, data="gaussian", cuda_only=False):
+    """K: the whole budget. Half of it is taken by attention before the rounds."""
+    return Case(group, {"B": batch, "N": tokens, "C": 1024, "K": k}, dtype, data, cuda_only)
+
+
+CASES = [
+    *(_case("main", 1, n, k, dtype) for dtype in (F32, BF16) for n, k in MAIN),
+    *(_case("smooth", 1, n, k, BF16, "smooth") for n, k in ((576, 192), (2880, 640))),
+    *(_case("batch", 8, 576, 64, dtype) for dtype in (F32, BF16)),
+    _case("batch", 64, 576, 64, BF16, cuda_only=True),
+]
+
+
+def make_inputs(case, device):
+    batch, tokens, k = (case[name] for name in "BNK")
+    x = inputs.features(batch, tokens, case["C"], case.dtype, device, case.data)
+    generator = torch.Generator(device=device).manual_seed(1)
+    order = torch.rand(batch, tokens, generator=generator, device=device).argsort(1)[:, k // 2 :].contiguous()
+    return {"features": x, "order": order, "keep": k - k // 2}
+
+
+def cost(case):
+    """The features are read once. Each pair of the listed tokens takes C multiply-adds: half of the matrix."""
+    batch, tokens, channels, k = (case[name] for name in "BNCK")
+    listed = tokens - k // 2
+    return Cost(
+        bytes=batch * (listed * (channels * case.dtype.itemsize + 8) + 8 * (k - k // 2)),
+        flops=batch * listed**2 * channels,
+    )
+
+
+def check(case, given, kept):
+    """Distinct tokens of the list. Which ones depends on the last bits of the cosines."""
+    for listed, row in zip(given["order"], kept, strict=True):
+        assert row.unique().numel() == given["keep"] == row.numel()
+        assert torch.isin(row, listed).all()
+
+
+def _per_item(closest_of):
+    def loop(features, order, keep, step=8):
+        kept = []
+        for x, listed in zip(features, order, strict=True):
+            unit = torch.nn.functional.normalize(x.index_select(0, listed).float(), dim=-1)
+            closest, rest = closest_of(unit), torch.arange(len(listed), device=x.device)
+            while len(rest) > keep:
+                even, odd = rest[::2], rest[1::2]
+                remove = min(step, len(rest) - keep, len(even))
+                ranked = closest(even, odd).argsort(descending=True, stable=True)
+                rest = torch.cat([even[ranked[remove:]], odd])
+            kept.append(listed[rest])
+        return torch.stack(kept)
+
+    return loop
+
+
+def _gathered(unit):
+    """All cosines once; a round gathers those that it compares."""
+    cosine = unit @ unit.mT
+    return lambda even, odd: cosine.index_select(0, even).index_select(1, odd).amax(1)
+
+
+def _masked(unit):
+    """All cosines once; a round reads whole rows of them, with those to even tokens masked."""
+    cosine, mask = unit @ unit.mT, unit.new_empty(len(unit))
+    return lambda even, odd: cosine.index_select(0, even).add_(mask.fill_(-3).index_fill_(0, odd, 0)).amax(1)
+
+
+def _products(unit):
+    """A matrix product a round, as in VisPruner."""
+    return lambda even, odd: (unit[even] @ unit[odd].mT).amax(1)
+
+
+LOOPS = {"gathered loop": _per_item(_gathered), "masked loop": _per_item(_masked), "product loop": _per_item(_products)}
+
+BENCH = Bench(
+    op="dedup_select",
+    cases=CASES,
+    make_inputs=make_inputs,
+    cost=cost,
+    check=check,
+    baselines=[
+        Provider(
+            name,
+            lambda case, given, loop=loop: partial(loop, **given),
+            fits=lambda case, device, name=name: name != "product loop" or case["N"] <= 576,
+        )
+        for name, loop in LOOPS.items()
+    ],
+)
