@@ -13,7 +13,7 @@ import torch
 from ...methods import Cut, Method
 from ...methods._keep_top import keep_top
 from ...methods._packed import host
-from ...ops import last_query_scores
+from ...ops import attention_received, last_query_scores
 from . import attention_capture, masks, unsupported
 from .cache import attach_state, layer_length
 from .compat import output_cache
@@ -196,7 +196,8 @@ class LayerPruner:
         column = torch.arange(key.shape[2], device=key.device)
         slots = run.slots.to(key.device)
         if cut.queries == "raters":
-            run.scores = masks.weighted_attention(query, key, run.raters.to(key.device), slots, scale)
+            raters, positions = run.raters.to(key.device), column.expand(slots.shape)
+            run.scores = attention_received(query.transpose(1, 2), key.transpose(1, 2), scale, raters, positions, slots)
             return
         last = torch.where(slots & (column < key.shape[2] - run.trailing), column, 0).argmax(1)
         row = query.gather(2, last[:, None, None, None].expand(-1, query.shape[1], 1, query.shape[3]))[:, :, 0]

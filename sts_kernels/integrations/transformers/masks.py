@@ -2,8 +2,6 @@
 
 import torch
 
-ATTENTION_CHUNK = 1 << 24  # attention weights held at a time
-
 
 def compact(keep: torch.Tensor, width: int, trailing: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """The kept columns of each row in order, padded on the left to `width`. The last `trailing` columns all stay.
@@ -81,32 +79,3 @@ def behind(candidates: torch.Tensor, trailing: int) -> torch.Tensor:
     column = torch.arange(candidates.shape[1], device=candidates.device)
     last = torch.where(candidates, column, -1).amax(1, keepdim=True)
     return (column > last) & (column < len(column) - trailing)
-
-
-def weighted_attention(
-    query: torch.Tensor, key: torch.Tensor, weight: torch.Tensor, valid: torch.Tensor, scale: float | None
-) -> torch.Tensor:
-    """(B, P) float32: the causal attention that each key receives, mean over heads, summed over queries by `weight`.
-
-    query (B, Hq, P, D), key (B, Hkv, P, D), weight (B, P), valid (B, P) bool. Nothing (P, P) is held for more than a
-    chunk of the queries.
-    """
-    dim = query.shape[-1]
-    with torch.autocast(query.device.type, enabled=False):
-        return _weighted_attention(query, key, weight, valid, dim**-0.5 if scale is None else scale)
-
-
-def _weighted_attention(query, key, weight, valid, scale: float) -> torch.Tensor:
-    batch, heads, length, _ = query.shape
-    key = key.float().repeat_interleave(heads // key.shape[1], dim=1).transpose(-1, -2)
-    column = torch.arange(length, device=key.device)
-    received = torch.zeros(batch, length, dtype=torch.float32, device=key.device)
-    rows = max(1, ATTENTION_CHUNK // (batch * heads * length))
-    for start in range(0, length, rows):
-        part = slice(start, start + rows)
-        logits = (query[:, :, part].float() * scale) @ key
-        allowed = (column <= column[part, None])[None] & valid[:, None]
-        allowed = allowed | (column == column[part, None])  # a pad slot sees itself: no row without a key
-        weights = logits.masked_fill(~allowed[:, None], -torch.inf).softmax(-1).mean(1)
-        received += torch.einsum("bq,bqk->bk", weight[:, part].float(), weights)
-    return received

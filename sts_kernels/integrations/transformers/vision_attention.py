@@ -5,9 +5,7 @@ import math
 
 import torch
 
-from ...ops import last_query_scores
-
-CHUNK = 1 << 24  # attention weights held at a time
+from ...ops import attention_received, last_query_scores
 
 
 def cls_attention(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
@@ -17,14 +15,7 @@ def cls_attention(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch
 
 def mean_attention(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
     """What all tokens pay each token on average, for encoders without [CLS]: -> (n, tokens) float32."""
-    items, heads, tokens, _ = query.shape
-    received = torch.zeros(items, tokens, dtype=torch.float32, device=query.device)
-    rows = max(1, CHUNK // (items * heads * tokens))
-    with torch.autocast(query.device.type, enabled=False):
-        for chunk in query.split(rows, dim=2):
-            weights = (chunk.float() * scale) @ key.float().transpose(-1, -2)
-            received += weights.softmax(-1).sum((1, 2))
-    return received / (heads * tokens)
+    return attention_received(query.transpose(1, 2), key.transpose(1, 2), scale)
 
 
 def received(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
