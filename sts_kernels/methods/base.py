@@ -53,6 +53,11 @@ class Cut:
     queries: str = "last"
     score_from: str = "layer"
 
+    @property
+    def scoring_layer(self) -> int:
+        """The layer whose query and key score the tokens."""
+        return self.layer if self.score_from == "next" else self.layer - 1
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -8,7 +8,6 @@ from functools import cached_property
 import torch
 
 from ...methods import Plan
-from .dropped import is_dropped
 from .prompt import KINDS, Row
 
 MB = 2**20
@@ -181,9 +180,10 @@ class Report:
         return "\n".join([*lines, "; ".join([*foot, "TFLOPs: prefill of the LLM's layers", *times])])
 
 
-def describe(plan: Plan, config, rows: list[Row], modality: torch.Tensor, embeds: torch.Tensor) -> Report:
+def describe(
+    plan: Plan, config, dtype: torch.dtype, rows: list[Row], modality: torch.Tensor, dropped: torch.Tensor
+) -> Report:
     """Starts the report of a prompt; nothing is read back."""
-    report = Report([cut.layer for cut in plan.cuts], LLMSize.of(config, embeds.dtype))
-    report._rows, report._modality = rows, modality
-    report._dropped = is_dropped(embeds)
+    report = Report([cut.layer for cut in plan.cuts], LLMSize.of(config, dtype))
+    report._rows, report._modality, report._dropped = rows, modality, dropped
     return report
