@@ -45,10 +45,8 @@ def check(shape, dtype, kinds, arch, path):
         used = resources(binary.asm["cubin"], path / "kernel.cubin")
         print(f"sm_{arch} {shape} {dtype} {kinds}: {kernel.__name__} {used} shared {binary.metadata.shared}")
         assert 0 < used["REG"] <= 255
-        # For sm_100 ptxas holds some float32 kernels to 64 registers, and puts two more aside.
-        assert used["STACK"] <= (8 if arch == 100 and dtype == torch.float32 else 0), (
-            f"{kernel.__name__} spills: {used}"
-        )
+        # ptxas holds some float32 kernels to 64 or 128 registers, and puts two more aside.
+        assert used["STACK"] <= (8 if dtype == torch.float32 else 0), f"{kernel.__name__} spills: {used}"
         assert used["LOCAL"] == 0
         assert binary.metadata.shared <= SHARED_MEMORY[arch]
 
