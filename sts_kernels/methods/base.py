@@ -85,6 +85,11 @@ class Inside:
     text_scores: Tensor | None = None
     norm: Callable[[Tensor], Tensor] = lambda x: x
 
+    @property
+    def scoring_layer(self) -> int:
+        """The layer whose query and key score the tokens."""
+        return self.layer if self.score_from == "next" else self.layer - 1
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -40,7 +40,7 @@ class Plan:
 
     @staticmethod
     @functools.lru_cache(maxsize=1024)
-    def of(rows: int, keys: int, dim: int, itemsize: int) -> "Plan":
+    def of(rows: int, keys: int, dim: int, itemsize: int, causal: bool) -> "Plan":
         # float32 comes in three parts, and wide rows in many columns: more would not fit the registers.
         fixed = 64 if itemsize == 4 or dim > 128 else 128
         moving = 32 if itemsize == 4 else 64
@@ -49,7 +49,7 @@ class Plan:
             rows=min(fixed, rows),
             moving_keys=min(moving, keys),
             keys=min(fixed, keys),
-            moving_rows=min(moving, rows),
+            moving_rows=min(32 if causal else moving, rows),  # each product is compared with its row's position
             warps=8 if itemsize == 4 else 4,
             stages=3 if dim <= 128 and itemsize == 2 else 2,
         )

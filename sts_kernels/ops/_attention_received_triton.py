@@ -290,7 +290,7 @@ def received(out, query, key, scale, row_weight, row_position, key_mask, per_hea
     if not batch:
         return out
     size = key.element_size()
-    plan = plan or Plan.of(rows, keys, dim, size)
+    plan = plan or Plan.of(rows, keys, dim, size, row_position is not None)
     columns = Columns.of(dim, size)
     align = math.gcd(16 // size, *query.stride()[:3], *key.stride()[:3])
     scratch = {"dtype": torch.float32, "device": query.device}

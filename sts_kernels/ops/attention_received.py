@@ -130,8 +130,8 @@ def attention_received(
         query: (B, R, Hq, D) float32, float16 or bfloat16, FlashAttention's layout, after rotary embedding. R and D are
             at least 1.
         key: (B, S, Hkv, D) of the same dtype, after rotary embedding. Hkv divides Hq; query head h reads key head
-            h // (Hq // Hkv). S is at least 1. Both take any strides, only D must be contiguous: what attention of
-            Hugging Face holds as (B, H, S, D) goes in as ``x.transpose(1, 2)``, without a copy.
+            h // (Hq // Hkv). S is at least 1. Both take any strides, only D must be contiguous: a Hugging Face
+            layer's (B, H, S, D) goes in as ``x.transpose(1, 2)``, without a copy.
         scale: multiplies the dot products; None: 1 / sqrt(D).
         row_weight: (B, R) float, how much each row counts, at least 0. None: all the same. A row of weight 0 does not
             count, whatever it holds.

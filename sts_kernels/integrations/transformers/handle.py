@@ -176,16 +176,19 @@ class PruningHandle:
 
     def _generate(self, module, original, *args, **kwargs):
         """Refuses before anything runs what `checked_caller` refuses where a generate() that is not shadowed calls."""
-        if _has_images(kwargs):
+        session, images = self._sessions.now, _has_images(kwargs)
+        if images:
             unsupported.check_generation(module, kwargs, compat.cache_of(kwargs))
         me = threading.get_ident()
         with self._lock:
             unsupported.check_threads(self.base, self._llm.generating - {me})
             inner = me in self._llm.generating
             self._llm.generating.add(me)
+        outer, session.checked = session.checked, images
         try:
             return original(*args, **kwargs)
         finally:
+            session.checked = outer
             if not inner:
                 self._llm.generating.discard(me)
 
@@ -193,7 +196,8 @@ class PruningHandle:
         session = self._sessions.now
         if session.encoding is not None:  # Qwen3-VL's videos pass through get_image_features
             return original(*args, **kwargs)
-        caller = unsupported.checked_caller(self.base)
+        # A forward of the base model looks at them before it encodes.
+        caller = unsupported.checked_caller(self.base, session.checked or session.placed is not None)
         out = self._encoder.encode(kind, caller, self._timer, original, args, kwargs)
         self._llm.handed_out |= caller.outside
         return out
@@ -209,7 +213,7 @@ class PruningHandle:
         if _has_images(given):
             unsupported.check_gradients(self.base)
             unsupported.check_cache(compat.cache_of(given))
-            placed.prompt_length = unsupported.checked_caller(self.base).prompt_length
+            placed.prompt_length = unsupported.checked_caller(self.base, session.checked).prompt_length
             placed.modality = prompt.placeholders(self.base, self._encoder.token_ids, ids, embeds)
 
 

@@ -16,7 +16,6 @@ from . import attention_capture, masks, unsupported
 from .cache import attach_state, layer_length
 from .compat import output_cache
 from .cut_selection import PlannedCut, leave, raters_of
-from .dropped import is_dropped
 from .prompt import Row, separators
 from .segments import PrunedPrompt, Segment
 
@@ -60,8 +59,20 @@ class LayerPruner:
 
     # --- entry: keyword arguments of the text model in, changed ones out ---
 
-    def prefill(self, kwargs: dict, modality: torch.Tensor, rows: list[Row], cuts: tuple[Cut, ...], trailing: int):
-        """Starts a prompt -> Prefill and the arguments; None where nothing is dropped, and then nothing is touched."""
+    def prefill(
+        self,
+        kwargs: dict,
+        modality: torch.Tensor,
+        valid: torch.Tensor | None,
+        dropped: torch.Tensor,
+        rows: list[Row],
+        cuts: tuple[Cut, ...],
+        trailing: int,
+    ):
+        """Starts a prompt -> Prefill and the arguments; None where nothing is dropped, and then nothing is touched.
+
+        modality, valid (None: no padding) and dropped: (B, S), of the columns of the prompt.
+        """
         planned, lengths = [], [row.length + trailing - row.num_visual + row.num_kept for row in rows]
         before = [row.num_kept for row in rows]
         for index, cut in enumerate(cuts):
@@ -75,8 +86,7 @@ class LayerPruner:
             return None
         embeds = kwargs["inputs_embeds"]
         batch, length = embeds.shape[:2]
-        mask = unsupported.plain_mask(kwargs.get("attention_mask"))
-        valid = torch.ones_like(modality, dtype=torch.bool) if mask is None else mask.bool()
+        valid = torch.ones_like(modality, dtype=torch.bool) if valid is None else valid
         modality, valid = modality.to(embeds.device), valid.to(embeds.device)
         text = valid & masks.behind(modality > 0, trailing)
         fixed = separators(modality, rows)
@@ -85,7 +95,6 @@ class LayerPruner:
         columns, width = None, length
         if any(row.num_kept < row.num_visual for row in rows):
             width = max(lengths)
-            dropped = is_dropped(embeds)
             columns, slots = masks.compact(valid & ~dropped, width, trailing)
             slots &= valid.gather(1, columns)
             # Pad slots hold dropped rows: a zero stays one, a NaN would spread through the values of the attention.
@@ -184,7 +193,7 @@ class LayerPruner:
         if not isinstance(run, Prefill) or len(run.prompt.segments) > len(run.cuts):
             return
         cut = run.cuts[len(run.prompt.segments) - 1].cut
-        if layer != (cut.layer if cut.score_from == "next" else cut.layer - 1):
+        if layer != cut.scoring_layer:
             return
         column = torch.arange(key.shape[2], device=key.device)
         slots = run.slots.to(key.device)

@@ -40,8 +40,7 @@ class LLMHooks:
 
     def captured(self) -> dict[int, "functools.partial"]:
         """Layers whose attention the cuts go by, with what to call."""
-        scored = (cut for cut in self.plan.cuts if cut.queries != "text")
-        layers = {cut.layer if cut.score_from == "next" else cut.layer - 1 for cut in scored}
+        layers = {cut.scoring_layer for cut in self.plan.cuts if cut.queries != "text"}
         return {layer: functools.partial(self._score, layer) for layer in layers}
 
     def remove(self) -> None:
@@ -58,7 +57,8 @@ class LLMHooks:
         unsupported.check_gradients(self.base)
         unsupported.check_cache(cache)
         session.encoded.update({kind: items for kind, (items, _) in session.handed_out.items()})
-        return Placed(prompt_length=unsupported.checked_caller(self.base).prompt_length, modality=modality)
+        caller = unsupported.checked_caller(self.base, session.checked)
+        return Placed(prompt_length=caller.prompt_length, modality=modality)
 
     # --- the text model ---
 
@@ -93,12 +93,12 @@ class LLMHooks:
         valid = None if mask is None else mask.bool()
         prompt_length = placed.prompt_length if self.prompt_length is None else self.prompt_length
         trailing = 0 if prompt_length is None else max(0, embeds.shape[1] - prompt_length)
-        modality, marks = placed.modality, dropped.is_dropped(embeds).to(placed.modality.device)
-        rows = prompt.read_rows(modality, valid, marks, trailing, session.encoded, self.plan)
+        modality, marks = placed.modality, dropped.is_dropped(embeds)
+        rows = prompt.read_rows(modality, valid, marks.to(modality.device), trailing, session.encoded, self.plan)
         if not any(row.items for row in rows):
             return None
-        started = self.pruner.prefill(kwargs, modality, rows, self.plan.cuts, trailing)
-        self.report = describe(self.plan, self.text.config, rows, modality, embeds)
+        started = self.pruner.prefill(kwargs, modality, valid, marks, rows, self.plan.cuts, trailing)
+        self.report = describe(self.plan, self.text.config, embeds.dtype, rows, modality, marks)
         session.report = self.report
         self.timer.start(session)
         return started

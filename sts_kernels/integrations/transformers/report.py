@@ -9,7 +9,6 @@ import torch
 
 from ...flops import CONVENTIONS, LLMSize
 from ...methods import Plan
-from .dropped import is_dropped
 from .prompt import KINDS, Row
 
 
@@ -159,9 +158,10 @@ class Report:
         return "\n".join([*lines, "; ".join([*foot, *times])])
 
 
-def describe(plan: Plan, config, rows: list[Row], modality: torch.Tensor, embeds: torch.Tensor) -> Report:
+def describe(
+    plan: Plan, config, dtype: torch.dtype, rows: list[Row], modality: torch.Tensor, dropped: torch.Tensor
+) -> Report:
     """Starts the report of a prompt; nothing is read back."""
-    report = Report([cut.layer for cut in plan.cuts], LLMSize.of(config, embeds.dtype))
-    report._rows, report._modality = rows, modality
-    report._dropped = is_dropped(embeds)
+    report = Report([cut.layer for cut in plan.cuts], LLMSize.of(config, dtype))
+    report._rows, report._modality, report._dropped = rows, modality, dropped
     return report

@@ -42,6 +42,7 @@ class Session:
     placed: Placed | None = None
     forward: Forward | None = None  # Prefill or Decoding: inside the LLM
     report: Report | None = None  # of the prompt under way
+    checked: bool = False  # whether the options of the innermost generate() were looked at when it started
     clock: dict[str, float] = field(default_factory=dict)
 
 

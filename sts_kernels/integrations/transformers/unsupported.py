@@ -111,9 +111,9 @@ def check_generation(model, options: dict, cache) -> None:
     check_cache(cache)
 
 
-def checked_caller(base) -> Caller:
-    """Who called, and an error where that is a generate() with such options."""
+def checked_caller(base, checked: bool) -> Caller:
+    """Who called, and an error where that is a generate() with such options. checked: they were looked at before."""
     caller = caller_of(base)
-    if caller.model is not None:
+    if caller.model is not None and not checked:
         check_generation(caller.model, caller.options, compat.cache_of(caller.options))
     return caller
