@@ -1,11 +1,10 @@
 #include "cpu_math.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <type_traits>
 #include <utility>
-
-#include "selection_rule.h"
 
 #define STS_INLINE inline __attribute__((always_inline))
 
@@ -241,42 +240,85 @@ STS_INLINE bool finite_all(const scalar_t* row, int64_t channels) {
   return sum == 0.f;
 }
 
-// Lane by lane minimum, then the index: two passes without a branch in the first.
-template <int L, bool kAdd>
-STS_INLINE Lowest lowest_all(float* values, const float* addend, int64_t count) {
+// The largest entry's power of two is divided out first: no square leaves float32's range, and rows that differ by a power of two have
+// equal units.
+template <int L>
+STS_INLINE bool unit_all(float* point, int64_t size) {
+  Floats<L> x, lanes = {}, spoiled = {};
+  for (int64_t c = 0; c < size; c += L) {
+    load<L>(&x, point + c);
+    spoiled += x - x;  // a NaN where x is not finite
+    x = x < 0.f ? -x : x;
+    lanes = x > lanes ? x : lanes;
+  }
+  float total, largest = 0.f;
+  totals<L, 1>(&spoiled, &total);
+  if (total != 0.f) {
+    std::fill_n(point, size, __builtin_nanf(""));
+    return true;
+  }
+  for (int lane = 0; lane < L; ++lane) largest = std::max(largest, lanes[lane]);
+  if (largest == 0.f) return false;
+  int exponent;
+  std::frexp(largest, &exponent);
+  const int half = exponent / 2;  // in two steps: 2^-exponent may be infinite
+  const float first = std::ldexp(1.f, -half), second = std::ldexp(1.f, half - exponent);
+  lanes = Floats<L>{};
+  for (int64_t c = 0; c < size; c += L) {
+    load<L>(&x, point + c);
+    x = x * first * second;
+    std::memcpy(point + c, &x, sizeof x);
+    lanes += x * x;
+  }
+  totals<L, 1>(&lanes, &total);
+  const float length = std::sqrt(total);
+  for (int64_t c = 0; c < size; c += L) {
+    load<L>(&x, point + c);
+    x /= length;
+    std::memcpy(point + c, &x, sizeof x);
+  }
+  return true;
+}
+
+// Writes the potentials and finds the lowest lane by lane, then its index: two passes without a branch in the first. rule: null to leave
+// the potentials as they are.
+template <int L, class Rule>
+STS_INLINE Lowest lowest_all(const Rule* rule, float* potentials, const float* weights, int64_t count) {
   float value = __builtin_huge_valf();
   Floats<L> best, x, y;
   for (int lane = 0; lane < L; ++lane) best[lane] = value;
   int64_t i = 0;
   for (; i + L <= count; i += L) {
-    load<L>(&x, values + i);
-    if constexpr (kAdd) {
-      load<L>(&y, addend + i);
-      x += y;
-      std::memcpy(values + i, &x, sizeof x);
+    load<L>(&x, potentials + i);
+    if (rule) {
+      load<L>(&y, weights + i);
+      x = rule->add(x, y);
+      std::memcpy(potentials + i, &x, sizeof x);
     }
     best = x < best ? x : best;
   }
   for (int lane = 0; lane < L; ++lane) value = best[lane] < value ? best[lane] : value;
   for (; i < count; ++i) {
-    if constexpr (kAdd) values[i] += addend[i];
-    value = values[i] < value ? values[i] : value;
+    if (rule) potentials[i] = rule->add(potentials[i], weights[i]);
+    value = potentials[i] < value ? potentials[i] : value;
   }
   int64_t index = 0;
-  while (index + 1 < count && values[index] != value) ++index;
+  while (index + 1 < count && potentials[index] != value) ++index;
   return {value, index};
 }
 
-template <int L>
-STS_INLINE void repulsion_all(float* sqdist, int64_t count, float eps) {
-  Floats<L> x;
+template <int L, class Rule>
+STS_INLINE void weight_all(const Rule& rule, float* sqdist, const float* parameters, int64_t count, float pick) {
+  Floats<L> x, parameter;
+  for (int lane = 0; lane < L; ++lane) parameter[lane] = 1.f;
   int64_t i = 0;
   for (; i + L <= count; i += L) {
     load<L>(&x, sqdist + i);
-    x = x == x ? 1.f / (x + eps) : Floats<L>{};
+    if (parameters) load<L>(&parameter, parameters + i);
+    x = rule.weight(x, parameter, pick);
     std::memcpy(sqdist + i, &x, sizeof x);
   }
-  for (; i < count; ++i) sqdist[i] = Repulsion{eps}.weight(sqdist[i]);
+  for (; i < count; ++i) sqdist[i] = rule.weight(sqdist[i], parameters ? parameters[i] : 1.f, pick);
 }
 
 }  // namespace
@@ -297,10 +339,18 @@ STS_CPU_MATH(Half)
 STS_CPU_MATH(BFloat16)
 #undef STS_CPU_MATH
 
-STS_PER_ISA(void, to_repulsion, (float* sqdist, int64_t count, float eps), (sqdist, count, eps), (repulsion_all<L>(sqdist, count, eps)))
+#define STS_CPU_RULE(Rule)                                                                                                 \
+  STS_PER_ISA(void, to_weight, (const Rule& rule, float* sqdist, const float* parameters, int64_t count, float pick),        \
+              (rule, sqdist, parameters, count, pick), (weight_all<L>(rule, sqdist, parameters, count, pick)))               \
+  STS_PER_ISA(Lowest, add_then_lowest, (const Rule& rule, float* potentials, const float* weights, int64_t count),          \
+              (rule, potentials, weights, count), (lowest_all<L>(&rule, potentials, weights, count)))
+STS_CPU_RULE(Repulsion)
+STS_CPU_RULE(Farthest)
+STS_CPU_RULE(UnitRows<Farthest>)
+#undef STS_CPU_RULE
+
+STS_PER_ISA(bool, to_unit, (float* point, int64_t size), (point, size), (unit_all<L>(point, size)))
 STS_PER_ISA(Lowest, lowest, (const float* values, int64_t count), (values, count),
-            (lowest_all<L, false>(const_cast<float*>(values), nullptr, count)))
-STS_PER_ISA(Lowest, add_then_lowest, (float* values, const float* addend, int64_t count), (values, addend, count),
-            (lowest_all<L, true>(values, addend, count)))
+            (lowest_all<L, Repulsion>(nullptr, const_cast<float*>(values), nullptr, count)))
 
 }  // namespace sts::cpu

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "selection_rule.h"
+
 namespace sts::cpu {
 
 using torch::headeronly::BFloat16;
@@ -34,8 +36,8 @@ STS_CPU_MATH(Half)
 STS_CPU_MATH(BFloat16)
 #undef STS_CPU_MATH
 
-// sqdist[i] = 1 / (sqdist[i] + eps), in place; 0 where the distance is not a number.
-void to_repulsion(float* sqdist, int64_t count, float eps);
+// Divides a point by its length, in place. A point with a NaN or infinity becomes NaN throughout. False where the length is 0.
+bool to_unit(float* point, int64_t size);
 
 // Smallest value and the lowest index that holds it.
 struct Lowest {
@@ -43,7 +45,15 @@ struct Lowest {
   int64_t index;
 };
 Lowest lowest(const float* values, int64_t count);
-// values[i] += addend[i], then `lowest`.
-Lowest add_then_lowest(float* values, const float* addend, int64_t count);
+
+#define STS_CPU_RULE(Rule)                                                                                                 \
+  /* sqdist[i] = the rule's weight of sqdist[i], in place. `parameters`: of the tokens, or null; `pick`: of the pick. */     \
+  void to_weight(const Rule& rule, float* sqdist, const float* parameters, int64_t count, float pick);                      \
+  /* potentials[i] = the rule's sum of potentials[i] and weights[i], then `lowest`. */                                     \
+  Lowest add_then_lowest(const Rule& rule, float* potentials, const float* weights, int64_t count);
+STS_CPU_RULE(Repulsion)
+STS_CPU_RULE(Farthest)
+STS_CPU_RULE(UnitRows<Farthest>)
+#undef STS_CPU_RULE
 
 }  // namespace sts::cpu

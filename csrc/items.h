@@ -14,7 +14,7 @@ struct Item {
   int64_t tokens;     // 0: nothing to pick, or its numbers make no sense (see `valid`)
   int64_t picks;      // places in the output; those past `tokens` hold -1
   int64_t out;        // its first place in the output
-  int64_t anchor;     // first pick, or -1: nearest to the mean
+  int64_t anchor;     // first pick, or -1: the rule's own
   bool valid;         // false: counts, offsets or the anchor are out of range, and every pick is -1
 };
 
@@ -26,8 +26,25 @@ struct Items {
   const int64_t* cu_seqlens;  // packed, null when padded
   const int64_t* cu_budgets;
   const int64_t* anchor;      // may be null
+  const float* start = nullptr;      // of every token (B, N) or (T), may be null; see selection_rule.h
+  const float* parameter = nullptr;  // likewise
 
   STS_HOST_DEVICE bool packed() const { return cu_seqlens != nullptr; }
+
+  // Index of an item's first token among all tokens: in `start`, `parameter` and scratch of one number for each token.
+  STS_HOST_DEVICE int64_t first_token(int64_t b, const Item& item) const { return (packed() ? 0 : b * tokens) + item.first; }
+  STS_HOST_DEVICE float parameter_of(int64_t token) const { return parameter ? parameter[token] : 1.f; }
+  // The potential of a finite token before the first pick.
+  template <class Rule>
+  STS_HOST_DEVICE float start_of(const Rule& rule, int64_t token) const {
+    return rule.start(start ? start[token] : kLastResort, parameter_of(token));
+  }
+  // Its key for the first pick where there is no anchor and no mean (Rule::kFromMean): the smallest, the lowest index among equals.
+  // Where no start is given all potentials are alike, and the quality decides.
+  template <class Rule>
+  STS_HOST_DEVICE float first_key_of(const Rule& rule, int64_t token) const {
+    return rule.start(start ? start[token] : 1.f, parameter_of(token));
+  }
 
   // Never out of bounds, whatever the arrays hold.
   STS_HOST_DEVICE Item operator[](int64_t b) const {

@@ -23,16 +23,17 @@ void check_device_values(const Selection& selection) {
   items.cu_seqlens = on_host(selection.cu_seqlens);
   items.cu_budgets = on_host(selection.cu_budgets);
   items.anchor = on_host(selection.anchor);
-  Selection::check_values(items);
+  Selection::check_values(selection.op, items);
 }
 
-Tensor select(const Selection& selection) {
+template <class Rule>
+Tensor select(const Selection& selection, Rule rule) {
   const Items& items = selection.items;
   const CudaScope scope(selection.features);
   Tensor out = selection.new_output();
   int64_t* picks = static_cast<int64_t*>(out.mutable_data_ptr());
   if (items.count == 0) {  // budgets that no item takes
-    CudaScope::check(cudaMemsetAsync(picks, 0xff, (items.packed() ? items.picks : 0) * sizeof(int64_t), scope.stream()), "repulsion_select");
+    CudaScope::check(cudaMemsetAsync(picks, 0xff, (items.packed() ? items.picks : 0) * sizeof(int64_t), scope.stream()), selection.op);
     return out;
   }
   if (check_values_on_device()) {
@@ -43,7 +44,7 @@ Tensor select(const Selection& selection) {
     using scalar_t = std::remove_pointer_t<decltype(element)>;
     const auto rows = rows_of<scalar_t>(selection.features);
     const int asked = asked_lookahead(kSweepPoints);
-    const SelectionPlan plan = plan_selection<scalar_t, Repulsion>(rows, items, kMatrixTokens, asked ? asked : kSweepPoints);
+    const SelectionPlan plan = plan_selection<scalar_t, Rule>(rows, items, kMatrixTokens, asked ? asked : kSweepPoints);
     // One allocation, its parts on 256-byte boundaries: measured first, then dealt out.
     int64_t bytes = 0;
     char* memory = nullptr;
@@ -57,19 +58,19 @@ Tensor select(const Selection& selection) {
     memory = static_cast<char*>(scratch_memory.mutable_data_ptr());
     bytes = 0;
     const SelectionScratch scratch(plan, items, rows.channels, allocate);
-    CudaScope::check(launch_selection(rows, items, plan, scratch, selection.rule, picks, scope.stream()),
-                     "repulsion_select");
+    CudaScope::check(launch_selection(rows, items, plan, scratch, rule, picks, scope.stream()), selection.op);
   });
   return out;
 }
 
 Tensor repulsion_select_cuda(const Tensor& features, int64_t k, double eps, std::optional<Tensor> anchor, std::optional<Tensor> num_tokens) {
-  return select(Selection::padded(features, k, eps, anchor, num_tokens));
+  return select(Selection::padded("repulsion_select", features, k, anchor, num_tokens), Repulsion{checked_eps("repulsion_select", eps)});
 }
 
 Tensor repulsion_select_varlen_cuda(const Tensor& features, const Tensor& cu_seqlens, const Tensor& cu_budgets, int64_t total_k, double eps,
                                     std::optional<Tensor> anchor) {
-  return select(Selection::packed(features, cu_seqlens, cu_budgets, total_k, eps, anchor));
+  return select(Selection::packed("repulsion_select_varlen", features, cu_seqlens, cu_budgets, total_k, anchor),
+                Repulsion{checked_eps("repulsion_select_varlen", eps)});
 }
 
 }  // namespace

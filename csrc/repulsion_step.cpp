@@ -30,7 +30,7 @@ Tensor repulsion_step_cpu(Tensor potential, const Tensor& features, const Tensor
           if (picks[b] >= 0) {
             const float* points[] = {point.data()};
             cpu::sqdist(points, 1, row.data() + begin, end - begin, row.data() + end, 0, channels, weight.data() + begin, tokens);
-            cpu::to_repulsion(weight.data() + begin, end - begin, step.rule.eps);
+            cpu::to_weight(step.rule, weight.data() + begin, nullptr, end - begin, 1.f);
             for (int64_t i = begin; i < end; ++i) mine[i] = step.rule.add(mine[i], weight[i]);
           }
           for (int64_t i = begin; i < end; ++i)

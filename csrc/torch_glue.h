@@ -15,6 +15,8 @@
 #include <initializer_list>
 #include <numeric>
 #include <optional>
+#include <string>
+#include <utility>
 
 #include "items.h"
 
@@ -109,29 +111,44 @@ void dispatch_floating(ScalarType type, F&& f) {
   }
 }
 
-// Arguments of repulsion_select and repulsion_select_varlen, checked once for CPU and CUDA. Owns what `items` points into.
-struct Selection {
-  Tensor features;
-  std::optional<Tensor> anchor, num_tokens, cu_seqlens, cu_budgets;
-  Repulsion rule;
-  Items items;
+// A number for each token, as contiguous float32; copies only if it is of another type or strided.
+inline Tensor checked_values(const char* op, const char* name, const Tensor& value, const Tensor& features) {
+  const ScalarType type = value.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16 || type == ScalarType::Long ||
+                      type == ScalarType::Int,
+                  "sts_kernels::", op, ": ", name, " must be float32, float16, bfloat16, int64 or int32");
+  STD_TORCH_CHECK(value.dim() == features.dim() - 1, "sts_kernels::", op, ": ", name, " must have ", features.dim() - 1, " dimensions, got ",
+                  value.dim());
+  for (int64_t d = 0; d < value.dim(); ++d)
+    STD_TORCH_CHECK(value.size(d) == features.size(d), "sts_kernels::", op, ": ", name, " must have a number for each token");
+  STD_TORCH_CHECK(value.is_cuda() == features.is_cuda() && value.get_device_index() == features.get_device_index(), "sts_kernels::",
+                  op, ": ", name, " must be on the device of features");
+  const Tensor floats = type == ScalarType::Float ? value : torch::stable::to(value, ScalarType::Float);
+  return floats.is_contiguous() ? floats : torch::stable::contiguous(floats);
+}
 
-  static Selection padded(const Tensor& features, int64_t k, double eps, const std::optional<Tensor>& anchor,
+// Arguments of a selection op, checked once for CPU and CUDA. Owns what `items` points into. The op's rule is not in it.
+struct Selection {
+  const char* op;
+  Tensor features;
+  std::optional<Tensor> anchor, num_tokens, cu_seqlens, cu_budgets, start, parameter;
+  Items items{};
+  bool cosine = false;  // distances are those of rows of length 1; a row of zeros is at squared distance 2 from every row
+
+  static Selection padded(const char* op, const Tensor& features, int64_t k, const std::optional<Tensor>& anchor,
                           const std::optional<Tensor>& num_tokens) {
-    const char* op = "repulsion_select";
-    Selection s{checked_features(op, features, 3), {}, {}, {}, {}, {checked_eps(op, eps)}, {}};
+    Selection s(op, features, 3);
     const int64_t batch = s.features.size(0), tokens = s.features.size(1);
-    STD_TORCH_CHECK(k >= 1 && k <= tokens, "sts_kernels::repulsion_select: k must be between 1 and ", tokens, ", got ", k);
+    STD_TORCH_CHECK(k >= 1 && k <= tokens, "sts_kernels::", op, ": k must be between 1 and ", tokens, ", got ", k);
     s.anchor = checked_vector(op, "anchor", anchor, batch, features);
     s.num_tokens = checked_vector(op, "num_tokens", num_tokens, batch, features);
     s.items = {batch, tokens, k, data_or_null(s.num_tokens), nullptr, nullptr, data_or_null(s.anchor)};
     return s;
   }
 
-  static Selection packed(const Tensor& features, const Tensor& cu_seqlens, const Tensor& cu_budgets, int64_t total_k, double eps,
+  static Selection packed(const char* op, const Tensor& features, const Tensor& cu_seqlens, const Tensor& cu_budgets, int64_t total_k,
                           const std::optional<Tensor>& anchor) {
-    const char* op = "repulsion_select_varlen";
-    Selection s{checked_features(op, features, 2), {}, {}, {}, {}, {checked_eps(op, eps)}, {}};
+    Selection s(op, features, 2);
     STD_TORCH_CHECK(cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1, "sts_kernels::", op, ": cu_seqlens must have shape (B+1,)");
     const int64_t batch = cu_seqlens.size(0) - 1, tokens = s.features.size(0);
     STD_TORCH_CHECK(total_k >= 0 && total_k <= tokens, "sts_kernels::", op, ": total_k must be between 0 and ", tokens, ", got ", total_k);
@@ -142,27 +159,55 @@ struct Selection {
     return s;
   }
 
+  // For `Farthest`.
+  Selection&& with_farthest(const std::optional<Tensor>& quality, const std::optional<Tensor>& sqdist, const std::string& metric) && {
+    STD_TORCH_CHECK(metric == "euclidean" || metric == "cosine", "sts_kernels::", op, ": metric must be euclidean or cosine, got ", metric);
+    cosine = metric == "cosine";
+    if (sqdist) set_start("start", *sqdist);
+    if (quality) set_parameter("quality", *quality);
+    return std::move(*this);
+  }
+
+  // For `Suppress`.
+  Selection&& with_suppress(const Tensor& rank, const Tensor& tau) && {
+    cosine = true;
+    set_start("rank", rank);
+    set_parameter("tau", tau);
+    return std::move(*this);
+  }
+
   Tensor new_output() const {
     if (items.packed()) return new_indices(features, {items.picks});
     return new_indices(features, {items.count, items.picks});
   }
 
   // The values inside the index vectors. Pointers must be readable by the host.
-  static void check_values(const Items& items) {
+  static void check_values(const char* op, const Items& items) {
     if (items.packed()) {
-      STD_TORCH_CHECK(items.cu_seqlens[0] == 0 && items.cu_seqlens[items.count] == items.tokens,
-                      "sts_kernels::repulsion_select_varlen: cu_seqlens must rise from 0 to ", items.tokens);
-      STD_TORCH_CHECK(items.cu_budgets[0] == 0 && items.cu_budgets[items.count] == items.picks,
-                      "sts_kernels::repulsion_select_varlen: cu_budgets must rise from 0 to ", items.picks);
+      STD_TORCH_CHECK(items.cu_seqlens[0] == 0 && items.cu_seqlens[items.count] == items.tokens, "sts_kernels::", op,
+                      ": cu_seqlens must rise from 0 to ", items.tokens);
+      STD_TORCH_CHECK(items.cu_budgets[0] == 0 && items.cu_budgets[items.count] == items.picks, "sts_kernels::", op,
+                      ": cu_budgets must rise from 0 to ", items.picks);
     }
     for (int64_t b = 0; b < items.count; ++b) {
       if (items.packed()) {
         const int64_t count = items.cu_seqlens[b + 1] - items.cu_seqlens[b], budget = items.cu_budgets[b + 1] - items.cu_budgets[b];
-        STD_TORCH_CHECK(count >= 0 && budget >= 0 && budget <= count, "sts_kernels::repulsion_select_varlen: item ", b, " has ", count,
+        STD_TORCH_CHECK(count >= 0 && budget >= 0 && budget <= count, "sts_kernels::", op, ": item ", b, " has ", count,
                         " tokens and a budget of ", budget);
       }
-      STD_TORCH_CHECK(items[b].valid, "sts_kernels: num_tokens or anchor of item ", b, " is out of range");
+      STD_TORCH_CHECK(items[b].valid, "sts_kernels::", op, ": num_tokens or anchor of item ", b, " is out of range");
     }
+  }
+
+ private:
+  Selection(const char* op, const Tensor& features, int64_t dim) : op(op), features(checked_features(op, features, dim)) {}
+  void set_start(const char* name, const Tensor& value) {
+    start = checked_values(op, name, value, features);
+    items.start = static_cast<const float*>(start->const_data_ptr());
+  }
+  void set_parameter(const char* name, const Tensor& value) {
+    parameter = checked_values(op, name, value, features);
+    items.parameter = static_cast<const float*>(parameter->const_data_ptr());
   }
 };
 

@@ -7,37 +7,15 @@ import torch
 from .. import _checks
 from .._registry import define_op
 from .._transforms import fold
-from .repulsion_step import LAST_RESORT, pick, weight
+from ._selection import LAST_RESORT, check_padded, check_padded_values, counts, greedy
+from .repulsion_step import weight
+
+_OP = "repulsion_select"
 
 
 def _check(features, k, eps, anchor, num_tokens):
-    op = "repulsion_select"
-    _checks.features(op, features)
-    batch, tokens, _ = features.shape
-    _checks.integer(op, "k", k, 1, tokens, " (the number of tokens)")
-    _checks.eps(op, eps)
-    if anchor is not None:
-        _checks.index_vector(op, "anchor", anchor, batch, "(B,)", features)
-    if num_tokens is not None:
-        _checks.index_vector(op, "num_tokens", num_tokens, batch, "(B,)", features)
-
-
-def _check_values(features, anchor, num_tokens):
-    tokens, counts = features.shape[1], None
-    if num_tokens is not None:
-        if not _checks.values_readable(num_tokens):
-            return
-        counts = num_tokens.tolist()
-        for item, count in enumerate(counts):
-            if not 0 <= count <= tokens:
-                raise ValueError(
-                    f"repulsion_select: num_tokens[{item}] must be between 0 and {tokens}, its tokens, got {count}"
-                )
-    if anchor is not None and _checks.values_readable(anchor):
-        for item, value in enumerate(anchor.tolist()):
-            count = tokens if counts is None else counts[item]
-            if count and not 0 <= value < count:
-                raise ValueError(f"repulsion_select: anchor[{item}] must be between 0 and {count - 1}, got {value}")
+    check_padded(_OP, features, k, anchor, num_tokens)
+    _checks.eps(_OP, eps)
 
 
 def _fake(features, k, eps=1e-6, anchor=None, num_tokens=None):
@@ -63,27 +41,14 @@ def nearest_to_mean(x: torch.Tensor, usable: torch.Tensor) -> torch.Tensor:
 )
 def repulsion_select_reference(features, k, eps=1e-6, anchor=None, num_tokens=None):
     _check(features, k, eps, anchor, num_tokens)
-    _check_values(features, anchor, num_tokens)
-    x = features.float().contiguous()  # so that equal tokens are summed in the same order, and tie
-    batch, tokens, channels = x.shape
-    position = torch.arange(tokens, device=x.device)
-    count = torch.full((batch,), tokens, device=x.device) if num_tokens is None else num_tokens.long()
-    count = torch.where((count >= 0) & (count <= tokens), count, 0)
-    present = position < count[:, None]
+    check_padded_values(_OP, features, anchor, num_tokens)
+    x = features.float().contiguous()
+    count = counts(x, num_tokens)
     finite = x.isfinite().all(-1)
+    present = torch.arange(x.shape[1], device=x.device) < count[:, None]
     token = nearest_to_mean(x, finite & present) if anchor is None else anchor.long()
-    token = torch.where((token >= 0) & (token < count), token, -1)
-    potential = torch.where(finite, 0.0, LAST_RESORT).masked_fill(~present | (token < 0)[:, None], math.inf)
-    # Filled in place: a list of small tensors, each new among large ones that are freed, would hold the heap apart.
-    out = features.new_empty((batch, k), dtype=torch.int64)
-    for step in range(k):
-        out[:, step] = token
-        row = token.clamp(min=0)
-        centre = x.gather(1, row[:, None, None].expand(-1, 1, channels))
-        potential += weight((x - centre).square_().sum(-1), eps)
-        potential.masked_fill_(position == row[:, None], math.inf)
-        token = pick(potential)
-    return out
+    potential = torch.where(finite, 0.0, LAST_RESORT)
+    return greedy(x, k, count, potential, token, lambda potential, sqdist, row: potential.add_(weight(sqdist, eps)))
 
 
 def repulsion_select(
@@ -125,5 +90,5 @@ def repulsion_select(
         where two thirds or more of at most 724 tokens are picked, of (C / 64 + N + 16) N.
     """
     _check(features, k, eps, anchor, num_tokens)
-    _check_values(features, anchor, num_tokens)
+    check_padded_values(_OP, features, anchor, num_tokens)
     return torch.ops.sts_kernels.repulsion_select.default(features, k, eps, anchor, num_tokens)

@@ -1,51 +1,20 @@
 """Stage 1 of STS over items of different lengths packed into one tensor."""
 
-import itertools
+from functools import partial
 
 import torch
 
 from .. import _checks
 from .._registry import define_op
-from .._transforms import stack_offsets
+from ._selection import by_item, check_packed, check_packed_values, vmap_packed
 from .repulsion_select import repulsion_select_reference
 
 _OP = "repulsion_select_varlen"
 
 
 def _check(features, cu_seqlens, cu_budgets, total_k, eps, anchor):
-    _checks.features(_OP, features, "(T, C)")
-    _checks.tensor(_OP, "cu_seqlens", cu_seqlens, _checks.INTEGER, "(B+1,)", 1)
-    items = cu_seqlens.shape[0] - 1
-    if items < 0:
-        raise ValueError(
-            f"{_OP}: cu_seqlens must have shape (B+1,), so at least one element, got {tuple(cu_seqlens.shape)}"
-        )
-    _checks.same_device(_OP, "cu_seqlens", cu_seqlens, features)
-    _checks.index_vector(_OP, "cu_budgets", cu_budgets, items + 1, "(B+1,)", features)
-    _checks.integer(_OP, "total_k", total_k, 0, features.shape[0], " (the number of tokens)")
+    check_packed(_OP, features, cu_seqlens, cu_budgets, total_k, anchor)
     _checks.eps(_OP, eps)
-    if anchor is not None:
-        _checks.index_vector(_OP, "anchor", anchor, items, "(B,)", features)
-
-
-def _offsets(name, values, total, what):
-    if values[0] != 0 or values[-1] != total or any(b < a for a, b in itertools.pairwise(values)):
-        raise ValueError(f"{_OP}: {name} must rise from 0 to {total}, {what}, got {values}")
-
-
-def _check_values(features, cu_seqlens, cu_budgets, total_k, anchor):
-    if not all(_checks.values_readable(v) for v in (cu_seqlens, cu_budgets, anchor) if v is not None):
-        return
-    starts, budgets = cu_seqlens.tolist(), cu_budgets.tolist()
-    _offsets("cu_seqlens", starts, features.shape[0], "the number of tokens")
-    _offsets("cu_budgets", budgets, total_k, "total_k")
-    anchors = [0] * (len(starts) - 1) if anchor is None else anchor.tolist()
-    for item, first in enumerate(anchors):
-        count, budget = starts[item + 1] - starts[item], budgets[item + 1] - budgets[item]
-        if budget > count:
-            raise ValueError(f"{_OP}: cu_budgets must give item {item} at most its {count} tokens, got {budget}")
-        if budget and not 0 <= first < count:
-            raise ValueError(f"{_OP}: anchor[{item}] must be between 0 and {count - 1}, got {first}")
 
 
 def _fake(features, cu_seqlens, cu_budgets, total_k, eps=1e-6, anchor=None):
@@ -54,15 +23,10 @@ def _fake(features, cu_seqlens, cu_budgets, total_k, eps=1e-6, anchor=None):
 
 
 def _vmap(features, cu_seqlens, cu_budgets, total_k, eps=1e-6, anchor=None):
-    lanes, tokens = features.shape[:2]
-    for lane in range(lanes):
-        first = None if anchor is None else anchor[lane]
-        _check_values(features[lane], cu_seqlens[lane], cu_budgets[lane], total_k, first)
-    if anchor is not None:
-        anchor = torch.nn.functional.pad(anchor, (0, 1)).flatten()[:-1]  # one per item between lanes
-    packed = stack_offsets(cu_seqlens, tokens), stack_offsets(cu_budgets, total_k)
-    out = repulsion_select_varlen(features.flatten(0, 1), *packed, total_k * lanes, eps, anchor)
-    return out.unflatten(0, (lanes, total_k))
+    def call(tokens, cu_seqlens, cu_budgets, total_k, anchor):
+        return repulsion_select_varlen(*tokens, cu_seqlens, cu_budgets, total_k, eps, anchor)
+
+    return vmap_packed(partial(check_packed_values, _OP), call, [features], cu_seqlens, cu_budgets, total_k, anchor)
 
 
 @define_op(
@@ -74,17 +38,14 @@ def _vmap(features, cu_seqlens, cu_budgets, total_k, eps=1e-6, anchor=None):
 )
 def repulsion_select_varlen_reference(features, cu_seqlens, cu_budgets, total_k, eps=1e-6, anchor=None):
     _check(features, cu_seqlens, cu_budgets, total_k, eps, anchor)
-    # The reference reads the offsets back to the host; the compiled kernels do not.
-    starts, budgets = cu_seqlens.tolist(), cu_budgets.tolist()
-    _check_values(features, cu_seqlens.cpu(), cu_budgets.cpu(), total_k, None if anchor is None else anchor.cpu())
-    out = features.new_empty((total_k,), dtype=torch.int64)
-    for item in range(len(starts) - 1):
-        budget = budgets[item + 1] - budgets[item]
-        if budget:
-            tokens = features[None, starts[item] : starts[item + 1]]
-            first = None if anchor is None else anchor[item : item + 1]
-            out[budgets[item] : budgets[item + 1]] = repulsion_select_reference(tokens, budget, eps, first)[0]
-    return out
+    check_packed_values(
+        _OP, features, cu_seqlens.cpu(), cu_budgets.cpu(), total_k, None if anchor is None else anchor.cpu()
+    )
+
+    def select(tokens, budget, anchor):
+        return repulsion_select_reference(*tokens, budget, eps, anchor)
+
+    return by_item(select, [features], cu_seqlens, cu_budgets, total_k, anchor)
 
 
 def repulsion_select_varlen(
@@ -124,5 +85,5 @@ def repulsion_select_varlen(
         as `repulsion_select` for each item; one kernel launch runs all items.
     """
     _check(features, cu_seqlens, cu_budgets, total_k, eps, anchor)
-    _check_values(features, cu_seqlens, cu_budgets, total_k, anchor)
+    check_packed_values(_OP, features, cu_seqlens, cu_budgets, total_k, anchor)
     return torch.ops.sts_kernels.repulsion_select_varlen.default(features, cu_seqlens, cu_budgets, total_k, eps, anchor)

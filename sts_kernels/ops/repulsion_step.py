@@ -7,22 +7,12 @@ import torch
 from .. import _checks
 from .._registry import define_op
 from .._transforms import fold
-
-# Potentials are finite and far below this for finite tokens; a token with a NaN or infinity holds it, so that it is
-# picked after every finite one and before none. A picked token holds +inf.
-LAST_RESORT = torch.finfo(torch.float32).max
+from ._selection import LAST_RESORT, pick
 
 
 def weight(sqdist: torch.Tensor, eps: float) -> torch.Tensor:
     """The selection rule: repulsion 1 / (d + eps), and none from a distance that is not a number."""
     return torch.where(sqdist.isnan(), 0.0, 1 / (sqdist + eps))
-
-
-def pick(potential: torch.Tensor) -> torch.Tensor:
-    """Lowest index of the smallest potential of each row; -1 where every token is picked."""
-    token = potential.argmin(-1)
-    taken = potential.gather(-1, token[:, None])[:, 0] == math.inf
-    return torch.where(taken, -1, token)
 
 
 def _check(potential, features, picked, eps):

@@ -1,0 +1,191 @@
+"""What the greedy selection ops share: checks of their arguments, and the plain loop that is their reference."""
+
+import itertools
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from .._transforms import stack_offsets
+
+# Potentials are finite and far below this for finite tokens; a token with a NaN or infinity holds it, so that it is
+# picked after every finite one and before none. A picked token holds +inf.
+LAST_RESORT = torch.finfo(torch.float32).max
+
+
+# ---- Checks ------------------------------------------------------------------------------------------------------
+
+
+def check_padded(op: str, features, k, anchor=None, num_tokens=None) -> None:
+    _checks.features(op, features)
+    batch, tokens, _ = features.shape
+    _checks.integer(op, "k", k, 1, tokens, " (the number of tokens)")
+    if anchor is not None:
+        _checks.index_vector(op, "anchor", anchor, batch, "(B,)", features)
+    if num_tokens is not None:
+        _checks.index_vector(op, "num_tokens", num_tokens, batch, "(B,)", features)
+
+
+def check_padded_values(op: str, features, anchor=None, num_tokens=None) -> None:
+    tokens, counts = features.shape[1], None
+    if num_tokens is not None:
+        if not _checks.values_readable(num_tokens):
+            return
+        counts = num_tokens.tolist()
+        for item, count in enumerate(counts):
+            if not 0 <= count <= tokens:
+                raise ValueError(f"{op}: num_tokens[{item}] must be between 0 and {tokens}, its tokens, got {count}")
+    if anchor is not None and _checks.values_readable(anchor):
+        for item, value in enumerate(anchor.tolist()):
+            count = tokens if counts is None else counts[item]
+            if count and not 0 <= value < count:
+                raise ValueError(f"{op}: anchor[{item}] must be between 0 and {count - 1}, got {value}")
+
+
+def check_packed(op: str, features, cu_seqlens, cu_budgets, total_k, anchor=None) -> None:
+    _checks.features(op, features, "(T, C)")
+    _checks.tensor(op, "cu_seqlens", cu_seqlens, _checks.INTEGER, "(B+1,)", 1)
+    items = cu_seqlens.shape[0] - 1
+    if items < 0:
+        raise ValueError(
+            f"{op}: cu_seqlens must have shape (B+1,), so at least one element, got {tuple(cu_seqlens.shape)}"
+        )
+    _checks.same_device(op, "cu_seqlens", cu_seqlens, features)
+    _checks.index_vector(op, "cu_budgets", cu_budgets, items + 1, "(B+1,)", features)
+    _checks.integer(op, "total_k", total_k, 0, features.shape[0], " (the number of tokens)")
+    if anchor is not None:
+        _checks.index_vector(op, "anchor", anchor, items, "(B,)", features)
+
+
+def _check_offsets(op: str, name: str, values, total, what: str) -> None:
+    if values[0] != 0 or values[-1] != total or any(b < a for a, b in itertools.pairwise(values)):
+        raise ValueError(f"{op}: {name} must rise from 0 to {total}, {what}, got {values}")
+
+
+def check_packed_values(op: str, features, cu_seqlens, cu_budgets, total_k, anchor=None) -> None:
+    if not all(_checks.values_readable(v) for v in (cu_seqlens, cu_budgets, anchor) if v is not None):
+        return
+    starts, budgets = cu_seqlens.tolist(), cu_budgets.tolist()
+    _check_offsets(op, "cu_seqlens", starts, features.shape[0], "the number of tokens")
+    _check_offsets(op, "cu_budgets", budgets, total_k, "total_k")
+    anchors = [0] * (len(starts) - 1) if anchor is None else anchor.tolist()
+    for item, first in enumerate(anchors):
+        count, budget = starts[item + 1] - starts[item], budgets[item + 1] - budgets[item]
+        if budget > count:
+            raise ValueError(f"{op}: cu_budgets must give item {item} at most its {count} tokens, got {budget}")
+        if budget and not 0 <= first < count:
+            raise ValueError(f"{op}: anchor[{item}] must be between 0 and {count - 1}, got {first}")
+
+
+def check_token_values(op: str, name: str, value, dtypes: tuple, features) -> None:
+    """A number for each token."""
+    shape = "(B, N)" if features.ndim == 3 else "(T,)"
+    _checks.tensor(op, name, value, dtypes, shape, features.ndim - 1)
+    if value.shape != features.shape[:-1]:
+        raise ValueError(
+            f"{op}: {name} must have shape {shape} = {tuple(features.shape[:-1])}, got {tuple(value.shape)}"
+        )
+    _checks.same_device(op, name, value, features)
+
+
+# ---- Packed items ------------------------------------------------------------------------------------------------
+
+
+def vmap_packed(check_values: Callable, call: Callable, tokens: list, cu_seqlens, cu_budgets, total_k, anchor=None):
+    """The vmap rule of a packed op: the items of all lanes in one call.
+
+    Args:
+        check_values: of one lane's (features, cu_seqlens, cu_budgets, total_k, anchor).
+        call: (tokens, cu_seqlens, cu_budgets, total_k, anchor) -> (total_k,).
+        tokens: features (lanes, T, C), then tensors (lanes, T) or None.
+    """
+    lanes, length = tokens[0].shape[:2]
+    for lane in range(lanes):
+        first = None if anchor is None else anchor[lane]
+        check_values(tokens[0][lane], cu_seqlens[lane], cu_budgets[lane], total_k, first)
+    if anchor is not None:
+        anchor = torch.nn.functional.pad(anchor, (0, 1)).flatten()[:-1]  # one per item between lanes
+    packed = stack_offsets(cu_seqlens, length), stack_offsets(cu_budgets, total_k)
+    flat = [None if value is None else value.flatten(0, 1) for value in tokens]
+    return call(flat, *packed, total_k * lanes, anchor).unflatten(0, (lanes, total_k))
+
+
+def by_item(select: Callable, tokens: list, cu_seqlens, cu_budgets, total_k, anchor=None) -> Tensor:
+    """(total_k,): each packed item through `select(tokens, budget, anchor)`, a batch of one.
+
+    Reads the offsets back to the host, for the reference; the compiled kernels do not.
+    """
+    starts, budgets = cu_seqlens.tolist(), cu_budgets.tolist()
+    out = tokens[0].new_empty((total_k,), dtype=torch.int64)
+    for item in range(len(starts) - 1):
+        budget = budgets[item + 1] - budgets[item]
+        if budget:
+            own = [None if v is None else v[None, starts[item] : starts[item + 1]] for v in tokens]
+            first = None if anchor is None else anchor[item : item + 1]
+            out[budgets[item] : budgets[item + 1]] = select(own, budget, first)[0]
+    return out
+
+
+# ---- The plain loop ----------------------------------------------------------------------------------------------
+
+
+def pick(potential: Tensor) -> Tensor:
+    """Lowest index of the smallest potential of each row; -1 where every token is picked."""
+    token = potential.argmin(-1)
+    taken = potential.gather(-1, token[:, None])[:, 0] == math.inf
+    return torch.where(taken, -1, token)
+
+
+def counts(features: Tensor, num_tokens: Tensor | None) -> Tensor:
+    """(B,) tokens of each item; 0 where the given number makes no sense."""
+    batch, tokens, _ = features.shape
+    if num_tokens is None:
+        return torch.full((batch,), tokens, device=features.device)
+    count = num_tokens.long()
+    return torch.where((count >= 0) & (count <= tokens), count, 0)
+
+
+def greedy(x: Tensor, k: int, count: Tensor, potential: Tensor, token: Tensor, add: Callable) -> Tensor:
+    """(B, k) int64: from `token` (B,) on, the token of the smallest potential; the lowest index among equals.
+
+    Args:
+        x: (B, N, C) float32, contiguous, so that equal tokens are summed in the same order, and tie.
+        count: (B,) tokens of each item. Of an item whose first token is not among them nothing is picked.
+        potential: (B, N) float32, before the first pick.
+        add: (potential, sqdist to the picks (B, N), picks (B, 1)) -> the potential after them.
+    """
+    batch, tokens, channels = x.shape
+    position = torch.arange(tokens, device=x.device)
+    token = torch.where((token >= 0) & (token < count), token, -1)
+    potential = potential.masked_fill((position >= count[:, None]) | (token < 0)[:, None], math.inf)
+    # Filled in place: a list of small tensors, each new among large ones that are freed, would hold the heap apart.
+    out = x.new_empty((batch, k), dtype=torch.int64)
+    for step in range(k):
+        out[:, step] = token
+        row = token.clamp(min=0)[:, None]
+        centre = x.gather(1, row[..., None].expand(-1, 1, channels))
+        potential = add(potential, (x - centre).square_().sum(-1), row)
+        potential.masked_fill_(position == row, math.inf)
+        token = pick(potential)
+    return out
+
+
+# ---- Unit rows ---------------------------------------------------------------------------------------------------
+
+
+def unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of x (..., C) float32 divided by their length, and whether a row is zero (...). Such a row stays zero; one
+    with a NaN or infinity becomes NaN."""
+    largest = x.abs().amax(-1, keepdim=True)
+    zero = largest == 0
+    x = x / torch.where(zero, 1.0, largest)  # so that no square leaves float32's range
+    x = x / torch.where(zero, 1.0, torch.linalg.vector_norm(x, dim=-1, keepdim=True))
+    return torch.where(largest.isfinite(), x, math.nan), zero[..., 0]
+
+
+def unit_sqdist(sqdist: Tensor, zero: Tensor, row: Tensor) -> Tensor:
+    """2 - 2 cosine from the squared distances (B, N) between unit rows and the picks `row` (B, 1): a zero row has
+    cosine 0 to every token."""
+    return torch.where((zero | zero.gather(1, row)) & ~sqdist.isnan(), 2.0, sqdist)

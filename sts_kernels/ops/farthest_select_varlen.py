@@ -1,0 +1,95 @@
+"""Max-min selection over items of different lengths packed into one tensor."""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .._registry import define_op
+from ._selection import by_item, check_packed, check_packed_values, vmap_packed
+from .farthest_select import check_values_and_metric, farthest_select_reference
+
+_OP = "farthest_select_varlen"
+
+
+def _check(features, cu_seqlens, cu_budgets, total_k, anchor, quality, start, metric):
+    check_packed(_OP, features, cu_seqlens, cu_budgets, total_k, anchor)
+    check_values_and_metric(_OP, features, quality, start, metric)
+
+
+def _fake(features, cu_seqlens, cu_budgets, total_k, anchor=None, quality=None, start=None, metric="euclidean"):
+    _check(features, cu_seqlens, cu_budgets, total_k, anchor, quality, start, metric)
+    return features.new_empty((total_k,), dtype=torch.int64)
+
+
+def _vmap(features, cu_seqlens, cu_budgets, total_k, anchor=None, quality=None, start=None, metric="euclidean"):
+    def call(tokens, cu_seqlens, cu_budgets, total_k, anchor):
+        x, *values = tokens
+        return farthest_select_varlen(x, cu_seqlens, cu_budgets, total_k, anchor, *values, metric)
+
+    tokens = [features, quality, start]
+    return vmap_packed(partial(check_packed_values, _OP), call, tokens, cu_seqlens, cu_budgets, total_k, anchor)
+
+
+@define_op(
+    "farthest_select_varlen(Tensor features, Tensor cu_seqlens, Tensor cu_budgets, SymInt total_k, "
+    'Tensor? anchor=None, Tensor? quality=None, Tensor? start=None, str metric="euclidean") -> Tensor',
+    fake=_fake,
+    vmap=_vmap,
+    discrete=True,
+)
+def farthest_select_varlen_reference(
+    features, cu_seqlens, cu_budgets, total_k, anchor=None, quality=None, start=None, metric="euclidean"
+):
+    _check(features, cu_seqlens, cu_budgets, total_k, anchor, quality, start, metric)
+    check_packed_values(
+        _OP, features, cu_seqlens.cpu(), cu_budgets.cpu(), total_k, None if anchor is None else anchor.cpu()
+    )
+
+    def select(tokens, budget, anchor):
+        x, *values = tokens
+        return farthest_select_reference(x, budget, anchor, *values, metric)
+
+    return by_item(select, [features, quality, start], cu_seqlens, cu_budgets, total_k, anchor)
+
+
+def farthest_select_varlen(
+    features: Tensor,
+    cu_seqlens: Tensor,
+    cu_budgets: Tensor,
+    total_k: int,
+    anchor: Tensor | None = None,
+    quality: Tensor | None = None,
+    start: Tensor | None = None,
+    metric: str = "euclidean",
+) -> Tensor:
+    """`farthest_select` over packed items, each with its own length and its own budget.
+
+    Args:
+        features: (T, C) float32, float16 or bfloat16: the tokens of all items one after another. Any strides; unless
+            the channels are contiguous a contiguous copy is made.
+        cu_seqlens: (B+1,) int32 or int64, FlashAttention's prefix sums: item b is rows cu_seqlens[b] to
+            cu_seqlens[b+1]. Items may be empty.
+        cu_budgets: (B+1,) int32 or int64, prefix sums of the tokens each item keeps, at most its length; may be 0.
+        total_k: cu_budgets[-1], which the host must know to size the result without a sync.
+        anchor: (B,) int64 or int32, the first pick of each item, counted within the item. None: as in
+            `farthest_select`. Ignored for items with no budget.
+        quality, start: (T,), as in `farthest_select`.
+        metric: "euclidean" or "cosine".
+
+    Returns:
+        (total_k,) int64: the picks of item b, counted within the item and in the order picked, at
+        cu_budgets[b]:cu_budgets[b+1]. All that `farthest_select` promises holds for each item.
+
+    Raises:
+        TypeError, ValueError: wrong dtype, shape, device, total_k or metric; offsets, budgets or anchors that do not
+        fit, as in `repulsion_select_varlen`.
+
+    Cost:
+        as `farthest_select` for each item; one kernel launch runs all items.
+    """
+    _check(features, cu_seqlens, cu_budgets, total_k, anchor, quality, start, metric)
+    check_packed_values(_OP, features, cu_seqlens, cu_budgets, total_k, anchor)
+    return torch.ops.sts_kernels.farthest_select_varlen.default(
+        features, cu_seqlens, cu_budgets, total_k, anchor, quality, start, metric
+    )

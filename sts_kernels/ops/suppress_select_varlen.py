@@ -1,0 +1,82 @@
+"""Selection by rank with suppression of similar tokens, of items packed into one tensor."""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .._registry import define_op
+from ._selection import by_item, check_packed, check_packed_values, vmap_packed
+from .suppress_select import check_rank_and_tau, suppress_select_reference
+
+_OP = "suppress_select_varlen"
+
+
+def _check(features, rank, tau, cu_seqlens, cu_budgets, total_k):
+    check_packed(_OP, features, cu_seqlens, cu_budgets, total_k)
+    check_rank_and_tau(_OP, features, rank, tau)
+
+
+def _fake(features, rank, tau, cu_seqlens, cu_budgets, total_k):
+    _check(features, rank, tau, cu_seqlens, cu_budgets, total_k)
+    return features.new_empty((total_k,), dtype=torch.int64)
+
+
+def _vmap(features, rank, tau, cu_seqlens, cu_budgets, total_k):
+    def call(tokens, cu_seqlens, cu_budgets, total_k, anchor):
+        return suppress_select_varlen(*tokens, cu_seqlens, cu_budgets, total_k)
+
+    tokens = [features, rank, tau]
+    return vmap_packed(partial(check_packed_values, _OP), call, tokens, cu_seqlens, cu_budgets, total_k)
+
+
+@define_op(
+    "suppress_select_varlen(Tensor features, Tensor rank, Tensor tau, Tensor cu_seqlens, Tensor cu_budgets, "
+    "SymInt total_k) -> Tensor",
+    fake=_fake,
+    vmap=_vmap,
+    discrete=True,
+)
+def suppress_select_varlen_reference(features, rank, tau, cu_seqlens, cu_budgets, total_k):
+    _check(features, rank, tau, cu_seqlens, cu_budgets, total_k)
+    check_packed_values(_OP, features, cu_seqlens.cpu(), cu_budgets.cpu(), total_k)
+
+    def select(tokens, budget, anchor):
+        return suppress_select_reference(*tokens, budget)
+
+    return by_item(select, [features, rank, tau], cu_seqlens, cu_budgets, total_k)
+
+
+def suppress_select_varlen(
+    features: Tensor,
+    rank: Tensor,
+    tau: Tensor,
+    cu_seqlens: Tensor,
+    cu_budgets: Tensor,
+    total_k: int,
+) -> Tensor:
+    """`suppress_select` over packed items, each with its own length and its own budget.
+
+    Args:
+        features: (T, C) float32, float16 or bfloat16: the tokens of all items one after another. Any strides; unless
+            the channels are contiguous a contiguous copy is made.
+        rank, tau: (T,), as in `suppress_select`; ranks are compared within an item only.
+        cu_seqlens: (B+1,) int32 or int64, FlashAttention's prefix sums: item b is rows cu_seqlens[b] to
+            cu_seqlens[b+1]. Items may be empty.
+        cu_budgets: (B+1,) int32 or int64, prefix sums of the tokens each item keeps, at most its length; may be 0.
+        total_k: cu_budgets[-1], which the host must know to size the result without a sync.
+
+    Returns:
+        (total_k,) int64: the picks of item b, counted within the item and in the order picked, at
+        cu_budgets[b]:cu_budgets[b+1]. All that `suppress_select` promises holds for each item.
+
+    Raises:
+        TypeError, ValueError: wrong dtype, shape, device or total_k; offsets or budgets that do not fit, as in
+        `repulsion_select_varlen`.
+
+    Cost:
+        as `suppress_select` for each item; one kernel launch runs all items.
+    """
+    _check(features, rank, tau, cu_seqlens, cu_budgets, total_k)
+    check_packed_values(_OP, features, cu_seqlens, cu_budgets, total_k)
+    return torch.ops.sts_kernels.suppress_select_varlen.default(features, rank, tau, cu_seqlens, cu_budgets, total_k)
