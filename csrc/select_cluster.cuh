@@ -24,6 +24,7 @@ constexpr int kClusterPicks = 8;  // in a sweep at the most
 struct alignas(16) WarpReport {
   Key lowest;       // of its tokens that are no candidates
   float potential;  // of the token that has become a candidate last
+  float parameter;  // of the token of `lowest`
 };
 
 // In every block of the cluster, written by all of them. Nobody waits for those who read it: a warp that has everyone's reports on a sweep
@@ -67,7 +68,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
   const int64_t b = first_item + blockIdx.x / blocks;
   const Item item = items[b];
   const int tokens = static_cast<int>(item.tokens), first = warp * 32 + lane, step = warps * 32;
-  const int64_t pitch = matrix_pitch(items.tokens), first_row = items.packed() ? item.first : b * items.tokens;  // among all tokens
+  const int64_t pitch = matrix_pitch(items.tokens), first_row = items.first_token(b, item);  // among all tokens
   const float* matrix = stored_weights(items, item, blockIdx.x / blocks, weights);
   int64_t* picked = out + item.out;
 
@@ -78,26 +79,29 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
 
   const Key nothing = make_key(kInfinity, ~0u);
   uint32_t column[kTokens];  // this thread's tokens; past the end the last one, whose weights an infinite potential does not feel
-  float potential[kTokens];
+  float potential[kTokens], parameter[kTokens];
   Key lowest = nothing;
 #pragma unroll
   for (int t = 0; t < kTokens; ++t) {
     const int j = first + t * step;
     column[t] = static_cast<uint32_t>(j < tokens ? j : tokens - 1);
     potential[t] = kInfinity;
+    parameter[t] = kOfDistance<Rule> ? 0.f : items.parameter_of(first_row + static_cast<int>(column[t]));
     if (j >= tokens) continue;
     const float distance = mean_sqdist[first_row + j];
-    potential[t] = distance < kInfinity ? Rule::start() : kLastResort;
-    lowest = lower(lowest, make_key(distance, Candidate::make(j, 0, 0).bits));
+    const float start = kOfDistance<Rule> || !items.start ? kLastResort : items.start[first_row + j];
+    potential[t] = first_potential(rule, distance < kInfinity, start, parameter[t]);
+    lowest = lower(lowest, make_key(first_key(rule, distance, potential[t], items.start, parameter[t]), Candidate::make(j, 0, 0).bits));
   }
+  float low_parameter = 0.f;  // of this thread's lowest; not needed before the first candidates
   unsigned is_candidate = 0;  // bit t: token t of this thread
   float newest_potential = 0.f;
 
   // The account of the candidates of warp `lane`. Without a token, or with one whose row is still to come, the potential is infinite.
   Candidate candidate[kWarpCandidates];
-  float value[kWarpCandidates];
+  float value[kWarpCandidates], candidate_parameter[kWarpCandidates];
 #pragma unroll
-  for (int h = 0; h < kWarpCandidates; ++h) candidate[h] = Candidate::make(0, h, 0), value[h] = kInfinity;
+  for (int h = 0; h < kWarpCandidates; ++h) candidate[h] = Candidate::make(0, h, 0), value[h] = kInfinity, candidate_parameter[h] = 0.f;
   int newest = -1;  // the one that came last, for one sweep
   const auto lowest_candidate = [&] {
     float low = value[0];
@@ -115,10 +119,11 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
     Arrivals* const arrivals = &board->arrivals[sweep & 1];
     if (threadIdx.x == 0) expect_arrivals(arrivals, warps * sizeof(WarpReport) + rows_sent * kAllCandidates * sizeof(float));
     lowest = warp_lowest(lowest);
+    if constexpr (!kOfDistance<Rule>) low_parameter = __shfl_sync(kFullWarp, low_parameter, Candidate{key_index(lowest)}.token() % 32);
     __syncwarp();  // all lanes are done with the sweep before
-    if (lane < blocks) send(&board->report[sweep & 1][warp], {lowest, newest_potential}, arrivals, lane);
+    if (lane < blocks) send(&board->report[sweep & 1][warp], {lowest, newest_potential, low_parameter}, arrivals, lane);
     await_arrivals(arrivals, sweep / 2);
-    const WarpReport report = lane < warps ? board->report[sweep & 1][lane] : WarpReport{nothing, kInfinity};
+    const WarpReport report = lane < warps ? board->report[sweep & 1][lane] : WarpReport{nothing, kInfinity, 0.f};
     const Key outside = warp_lowest(report.lowest);  // the lowest of all tokens but the candidates
 
     // The lowest of a warp takes the place of its highest candidate, if that is higher, or an empty one.
@@ -137,6 +142,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
       if (h != newest) continue;
       leaver = value[h] < kInfinity ? candidate[h].token() : -1;
       candidate[h] = Candidate::make(offered, h, 0);
+      candidate_parameter[h] = report.parameter;
       value[h] = kInfinity;
     }
     rows_sent = __popc(__ballot_sync(kFullWarp, newest >= 0));
@@ -155,16 +161,17 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
 #pragma unroll
       for (int h = 0; h < kWarpCandidates; ++h) {
         // As it was loaded: what is done with it would wait for it, and it is not needed before it is sent.
-        const bool itself = h * 32 + lane == newcomer_place;
+        const bool itself = kOfDistance<Rule> && h * 32 + lane == newcomer_place;
         newcomer_row[h] = __ldg(itself ? reinterpret_cast<const float*>(least) + (first_row + newcomer)
                                        : matrix + newcomer * pitch + candidate[h].token());
       }
     }
 
     // The picks of this sweep, and this thread's share of their rows.
-    float row[kClusterPicks][kTokens];
-    const auto take = [&](int p, int token) {
+    float row[kClusterPicks][kTokens], pick_parameter[kClusterPicks];
+    const auto take = [&](int p, int token, float its_parameter) {
       if (first == 0) picked[done + p] = token;
+      pick_parameter[p] = its_parameter;
       const uint32_t begin = static_cast<uint32_t>(token) * static_cast<uint32_t>(pitch);  // below 2^26
 #pragma unroll
       for (int t = 0; t < kTokens; ++t) row[p][t] = __ldg(matrix + (begin + column[t]));
@@ -179,14 +186,20 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
         if (p > 0 && (p >= wanted || !(key_value(best) < bound))) break;
         const Candidate chosen{key_index(best)};
         const int place = chosen.place(warps);
-        bound = Rule::add(bound, board->weight[place][place]);
-        take(p, chosen.token());
+        if constexpr (kOfDistance<Rule>) bound = Rule::add(bound, board->weight[place][place]);
+        float its_parameter = 0.f;
+        if constexpr (Rule::kByPick) {
+          const float low = place & 32 ? candidate_parameter[1] : candidate_parameter[0];  // no index: the array stays in registers
+          const float high = place & 32 ? candidate_parameter[3] : candidate_parameter[2];
+          its_parameter = __shfl_sync(kFullWarp, place & 64 ? high : low, place % 32);
+        }
+        take(p, chosen.token(), its_parameter);
 #pragma unroll
         for (int h = 0; h < kWarpCandidates; ++h) {
           // Where there is no potential nothing changes, and what is read has been there before.
           const int its = h * 32 + lane;
           const float weight = candidate[h].came() > chosen.came() ? board->weight[its][place] : board->weight[place][its];
-          value[h] = its == place ? kInfinity : Rule::add(value[h], weight);
+          value[h] = its == place ? kInfinity : after_pick(rule, value[h], weight, candidate_parameter[h], its_parameter);
         }
         best = lowest_candidate();
         count = p + 1;
@@ -194,10 +207,12 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
     } else {
       const Candidate other{key_index(outside)};
       const int token = static_cast<int>(sweep == 0 ? first_pick(item, make_key(key_value(outside), other.token())) : other.token());
-      take(0, token);
+      const float its_parameter = Rule::kByPick ? items.parameter_of(first_row + token) : 0.f;
+      take(0, token, its_parameter);
 #pragma unroll
       for (int h = 0; h < kWarpCandidates; ++h)
-        if (value[h] < kInfinity) value[h] = Rule::add(value[h], __ldg(matrix + token * pitch + candidate[h].token()));
+        if (value[h] < kInfinity)
+          value[h] = after_pick(rule, value[h], __ldg(matrix + token * pitch + candidate[h].token()), candidate_parameter[h], its_parameter);
       count = 1;
     }
     done += count;
@@ -209,20 +224,20 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
     for (int p = 0; p < kClusterPicks; ++p) {
       if (p >= count) break;
 #pragma unroll
-      for (int t = 0; t < kTokens; ++t) potential[t] = Rule::add(potential[t], row[p][t]);
+      for (int t = 0; t < kTokens; ++t) potential[t] = after_pick(rule, potential[t], row[p][t], parameter[t], pick_parameter[p]);
     }
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {
       const int j = first + t * step;
       if (j == newcomer) newest_potential = potential[t];
-      if (!(is_candidate >> t & 1) && potential[t] < low) low = potential[t], low_token = j;
+      if (!(is_candidate >> t & 1) && potential[t] < low) low = potential[t], low_token = j, low_parameter = parameter[t];
     }
     lowest = low < kInfinity ? make_key(low, Candidate::make(low_token, 0, 0).bits) : nothing;
     if (newcomer < 0) continue;
     newest_potential = __shfl_sync(kFullWarp, newest_potential, newcomer % 32);
 #pragma unroll
     for (int h = 0; h < kWarpCandidates; ++h)
-      if (h * 32 + lane == newcomer_place) newcomer_row[h] = from_ordered_bits(__float_as_uint(newcomer_row[h]));
+      if (kOfDistance<Rule> && h * 32 + lane == newcomer_place) newcomer_row[h] = from_ordered_bits(__float_as_uint(newcomer_row[h]));
     Arrivals* const next_arrivals = &board->arrivals[(sweep + 1) & 1];
     for (int block = 0; block < blocks; ++block)
 #pragma unroll

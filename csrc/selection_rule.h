@@ -7,7 +7,7 @@
 //   kLastResort and infinity keep their value, whatever is added
 // Constants of a rule:
 //   kFromMean: the default first pick is the token nearest the mean; else the smallest potential
-//   kOfDistance: the weight depends on the distance alone, so that a matrix of weights serves all picks
+//   kByToken, kByPick: the weight depends on the parameter of the token, of the pick
 //   kNegative: potentials may be below 0
 // A rule's functions take a float, or on the host a vector of them, T.
 #pragma once
@@ -26,7 +26,7 @@ constexpr float kLastResort = 3.402823466e+38f;
 
 // STS Eq. 4: the sum of 1 / (squared distance + eps) over the picks. No start, no parameter.
 struct Repulsion {
-  static constexpr bool kFromMean = true, kOfDistance = true, kNegative = false;
+  static constexpr bool kFromMean = true, kByToken = false, kByPick = false, kNegative = false;
   float eps;
   STS_HOST_DEVICE static float start(float = 0.f, float = 0.f) { return 0.f; }
   // A distance that is not a number comes from a token that repels none.
@@ -43,7 +43,7 @@ struct Repulsion {
 // Max-min: the largest quality * (smallest squared distance to a pick). The potential is its negative, so quality is folded into
 // start and weight. start: the squared distance to what is kept already. parameter: the quality.
 struct Farthest {
-  static constexpr bool kFromMean = false, kOfDistance = false, kNegative = true;
+  static constexpr bool kFromMean = false, kByToken = true, kByPick = false, kNegative = true;
   // A negative or NaN start is a token that is kept already. A quality must be finite and at least 0.
   STS_HOST_DEVICE static float start(float sqdist, float quality) {
     return sqdist >= 0.f && quality >= 0.f && quality <= kLastResort ? weight(sqdist, quality) : kLastResort;
@@ -63,7 +63,7 @@ struct Farthest {
 // Threshold suppression by rank, on rows of length 1: a pick suppresses the tokens with 1 - cosine < tau, which is half the squared
 // distance. Suppressed tokens come after all others, by rank. start: the rank, an integer of float32. parameter: tau, of the pick.
 struct Suppress {
-  static constexpr bool kFromMean = false, kOfDistance = false, kNegative = false;
+  static constexpr bool kFromMean = false, kByToken = false, kByPick = true, kNegative = false;
   static constexpr float kSuppressed = 8388608.f;  // 2^23: above every rank, and the sum of both is exact
   STS_HOST_DEVICE static float start(float rank, float) { return rank >= 0.f && rank < kSuppressed ? 0.f + rank : kLastResort; }
   template <class T>
@@ -85,6 +85,6 @@ struct UnitRows : Rule {
     return Rule::weight(sqdist > 5.f ? T{} + 2.f : sqdist, token, pick);
   }
 };
-constexpr float zero_row_mark(int64_t row) { return 16.f * static_cast<float>(row + 1); }  // distinct up to 2^24 rows
+STS_HOST_DEVICE constexpr float zero_row_mark(int64_t row) { return 16.f * static_cast<float>(row + 1); }  // distinct up to 2^24 rows
 
 }  // namespace sts
