@@ -18,6 +18,8 @@ REGRET = 1e-3
 # Squared distances and potentials, relative: float32 sums of at most 4097 terms, each good to 2^-22, taken in any order
 # (worst case 4097 * 2^-24 = 2.4e-4 if all roundings aligned; 2e-6 is typical), and well inside what REGRET allows.
 VALUE_RTOL = 1e-4
+# How far rounding moves two unit rows apart: 2^-24 of the length for each, and as much again for the length.
+UNIT_ROUNDING = 4e-7
 # Below this a value may have been flushed from float32's subnormals to zero.
 VALUE_ATOL = 2e-38
 

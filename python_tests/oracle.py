@@ -3,7 +3,7 @@
 import math
 
 import torch
-from cases import REGRET, VALUE_ATOL, VALUE_RTOL
+from cases import REGRET, UNIT_ROUNDING, VALUE_ATOL, VALUE_RTOL
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
@@ -54,16 +54,23 @@ def anchor_error(x: torch.Tensor, pick: int) -> str:
     return f"anchor {pick} is {got:.9g} from the mean, the nearest token {least:.9g}"
 
 
-def greedy_error(x: torch.Tensor, picks: torch.Tensor, eps: float, anchor: int | None = None) -> str:
-    """Why `picks` (K,) are not a greedy selection of x (N, C); "" where they are. N >= K >= 1."""
-    x, picks = x.detach().cpu(), picks.detach().cpu()
-    tokens, k = x.shape[0], picks.shape[0]
+def index_error(picks: torch.Tensor, tokens: int) -> str:
+    """Why `picks` (K,) are not distinct indices of tokens; "" where they are."""
     if picks.dtype != torch.int64:
         return f"picks are {picks.dtype}"
     if picks.min() < 0 or picks.max() >= tokens:
         return f"picks outside [0, {tokens}): {picks.tolist()}"
-    if picks.unique().numel() != k:
+    if picks.unique().numel() != picks.numel():
         return f"picks repeat: {picks.tolist()}"
+    return ""
+
+
+def greedy_error(x: torch.Tensor, picks: torch.Tensor, eps: float, anchor: int | None = None) -> str:
+    """Why `picks` (K,) are not a greedy selection of x (N, C); "" where they are. N >= K >= 1."""
+    x, picks = x.detach().cpu(), picks.detach().cpu()
+    tokens, k = x.shape[0], picks.shape[0]
+    if error := index_error(picks, tokens):
+        return error
     first = picks[0].item()
     if anchor is None:
         if error := anchor_error(x, first):
@@ -96,36 +103,211 @@ def greedy_error(x: torch.Tensor, picks: torch.Tensor, eps: float, anchor: int |
     return f"step {t + 1} picked {pick} of potential {chosen[t]:.9g}; the smallest is {lowest[t]:.9g}"
 
 
-def check_select(picks, features, k, eps=1e-6, anchor=None, num_tokens=None):
-    """Asserts that `picks` (B, k) are what `repulsion_select` promises for these arguments."""
+def unit_sqdist(rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """(K, C), (N, C) -> (K, N) float64 2 - 2 cosine, by differences; the cosine of a zero row is 0."""
+
+    def unit(x):
+        x = x.double()
+        x = x / x.abs().amax(-1, keepdim=True).clamp(min=1e-300)
+        return x / x.norm(dim=-1, keepdim=True).clamp(min=0.5)  # at least 1 unless the row is zero
+
+    zero = (rows == 0).all(-1)[:, None] | (x == 0).all(-1)
+    return torch.where(zero, 2.0, sqdist(unit(rows), unit(x)))
+
+
+def measured(rows: torch.Tensor, x: torch.Tensor, metric: str) -> torch.Tensor:
+    """(K, N) float64 squared distances under `metric`; NaN from and to tokens that are not finite."""
+    usable = finite_rows(rows)[:, None] & finite_rows(x)
+    rows, x = (torch.nan_to_num(t.double(), 0, 0, 0) for t in (rows, x))
+    return torch.where(usable, sqdist(rows, x) if metric == "euclidean" else unit_sqdist(rows, x), math.nan)
+
+
+def farthest_error(x, picks, anchor=None, quality=None, start=None, metric="euclidean") -> str:
+    """Why `picks` (K,) are no max-min selection of x (N, C); "" where they are. N >= K >= 1.
+
+    Each pick's quality * distance, in float64, is at least the largest / (1 + REGRET), where distances may be off by
+    what rounding a unit row does.
+    """
+    x, picks = x.detach().cpu(), picks.detach().cpu()
+    tokens, k = x.shape[0], picks.shape[0]
+    if error := index_error(picks, tokens):
+        return error
+    usable = finite_rows(x)
+    q = torch.ones(tokens).double() if quality is None else quality.detach().cpu().double()
+    usable &= q.isfinite() & (q >= 0)
+    kept = torch.full((tokens,), FLOAT32_MAX).double() if start is None else start.detach().cpu().double()
+    usable &= kept >= 0
+    q, kept = torch.where(usable, q, 0.0), torch.where(usable, kept, 0.0)
+    d = measured(x[picks], x, metric).nan_to_num(FLOAT32_MAX, FLOAT32_MAX)
+    nearest = torch.cat([kept.clamp(max=FLOAT32_MAX)[None], d[:-1]]).cummin(0).values  # (K, N): before each pick
+    if start is None:
+        nearest[0] = 1.0  # the quality alone decides
+    slack = UNIT_ROUNDING if metric == "cosine" else 0.0
+    at_least = (q * (nearest.sqrt() - slack).clamp(min=0).square()).clamp(max=FLOAT32_MAX)
+    at_most = (q * (nearest.sqrt() + slack).square()).clamp(max=FLOAT32_MAX)
+    step = torch.arange(k)[:, None]
+    left = torch.full((tokens,), k).scatter_(0, picks, step[:, 0]) >= step  # (K, N): what each step can still pick
+    best = at_least.masked_fill(~(left & usable), -1.0)
+    got = at_most.gather(1, picks[:, None])[:, 0] * (1 + REGRET) + VALUE_ATOL
+    first_left = left.int().argmax(1)
+    some_usable = (left & usable).any(1)
+    good = torch.where(some_usable, usable[picks] & (got >= best.max(1).values), picks == first_left)
+    # One number alone decides on the first pick, without rounding.
+    if some_usable[0] and (start is None or (quality is None and slack == 0.0)):
+        good[0] = picks[0] == best[0].argmax()
+    if anchor is not None:
+        good[0] = picks[0] == anchor
+    if good.all():
+        return ""
+    t = (~good).int().argmax().item()
+    pick = picks[t].item()
+    if t == 0 and anchor is not None:
+        return f"the first pick is {pick}, the anchor {anchor}"
+    if not some_usable[t]:
+        return f"step {t} picked {pick}; no usable token is left, so {first_left[t].item()} is next"
+    if not usable[pick]:
+        return f"step {t} picked {pick}, which is not usable, while usable tokens are left"
+    largest = best[t].argmax().item()
+    return f"step {t} picked {pick} of value {at_most[t, pick]:.9g}; {largest} has {best[t, largest]:.9g}"
+
+
+def suppress_error(x, rank, tau, picks) -> str:
+    """Why `picks` (K,) are no walk of x (N, C) by rank with suppression; "" where they are. N >= K >= 1.
+
+    A token whose distance to a pick is nearer to the threshold than rounding is may be suppressed or not.
+    """
+    x, picks, rank, tau = (t.detach().cpu() for t in (x, picks, rank, tau))
+    tokens = x.shape[0]
+    if error := index_error(picks, tokens):
+        return error
+    usable = finite_rows(x) & (rank >= 0) & (rank < 2**23)
+    key = torch.where(usable, rank.long() * tokens + torch.arange(tokens), 2**62)  # the lowest rank, then index
+    d = measured(x[picks], x, "cosine")
+    limit = 2 * tau[picks].double()[:, None]
+    limit = torch.where(limit > 0, limit, 0.0)  # NaN: suppresses nothing
+    low, high = ((d.sqrt() + sign * UNIT_ROUNDING).clamp(min=0).square() for sign in (-1, 1))
+    # (K, N): by the picks before each one.
+    none = torch.zeros(1, tokens, dtype=torch.bool)
+    surely = torch.cat([none, high < limit * (1 - REGRET)])[:-1].cummax(0).values
+    maybe = torch.cat([none, low < limit * (1 + REGRET)])[:-1].cummax(0).values
+    decided = torch.zeros(tokens, dtype=torch.bool)  # suppressed, for it was passed over
+    left = torch.ones(tokens, dtype=torch.bool)
+    for step, pick in enumerate(picks.tolist()):
+        suppressed, possibly, here = surely[step] | decided, maybe[step] | decided, left & usable
+        free = here & ~possibly
+        first = key.masked_fill(~here, 2**62).argmin().item()
+        first_free = key.masked_fill(~free, 2**62).argmin().item()
+        if not here.any():
+            first = left.int().argmax().item()
+            if pick != first:
+                return f"step {step} picked {pick}; no usable token is left, so {first} is next"
+        elif not usable[pick]:
+            return f"step {step} picked {pick}, which is not usable, while usable tokens are left"
+        elif free.any() and suppressed[pick]:
+            return f"step {step} picked {pick}, which is suppressed, while {first_free} is not"
+        elif free.any() and key[pick] > key[first_free]:
+            return f"step {step} picked {pick}; {first_free} comes before it"
+        elif not free.any() and suppressed[pick] and pick != first:
+            return f"step {step} picked {pick} of the suppressed; {first} comes before it"
+        if not suppressed[pick]:
+            decided |= here & possibly & (key < key[pick])
+        left[pick] = False
+    return ""
+
+
+def check_padded(picks, features, k, num_tokens, error_of):
+    """Asserts the form of `picks` (B, k), and that `error_of(item, count, picks of the item)` finds nothing."""
     batch, tokens, _ = features.shape
     assert picks.dtype == torch.int64
     assert picks.device == features.device
     assert picks.shape == (batch, k)
     assert picks.is_contiguous()
-    features, picks = features.cpu(), picks.cpu()
+    picks = picks.cpu()
     counts = [tokens] * batch if num_tokens is None else num_tokens.tolist()
     for b, count in enumerate(counts):
         kept = min(count, k)
         assert (picks[b, kept:] == -1).all(), f"item {b}: no -1 past its {count} tokens: {picks[b].tolist()}"
         if kept:
-            first = None if anchor is None else anchor[b].item()
-            error = greedy_error(features[b, :count], picks[b, :kept], eps, first)
+            error = error_of(b, slice(count), picks[b, :kept])
             assert not error, f"item {b}: {error}"
 
 
-def check_select_varlen(picks, features, cu_seqlens, cu_budgets, total_k, eps=1e-6, anchor=None):
-    """Asserts that `picks` (total_k,) are what `repulsion_select_varlen` promises for these arguments."""
+def check_packed(picks, features, cu_seqlens, cu_budgets, total_k, error_of):
+    """The same of packed `picks` (total_k,); error_of(item, rows of the item, picks of the item)."""
     assert picks.dtype == torch.int64
     assert picks.device == features.device
     assert picks.shape == (total_k,)
     starts, budgets = cu_seqlens.tolist(), cu_budgets.tolist()
     for b in range(len(starts) - 1):
-        part = picks[budgets[b] : budgets[b + 1]]
+        part = picks[budgets[b] : budgets[b + 1]].cpu()
         if len(part):
-            first = None if anchor is None else anchor[b].item()
-            error = greedy_error(features[starts[b] : starts[b + 1]], part, eps, first)
+            error = error_of(b, slice(starts[b], starts[b + 1]), part)
             assert not error, f"item {b}: {error}"
+
+
+def _first(anchor, item):
+    return None if anchor is None else anchor[item].item()
+
+
+def _of(value, *index):
+    return None if value is None else value[index]
+
+
+def check_select(picks, features, k, eps=1e-6, anchor=None, num_tokens=None):
+    """Asserts that `picks` (B, k) are what `repulsion_select` promises for these arguments."""
+
+    def error(b, rows, part):
+        return greedy_error(features[b, rows], part, eps, _first(anchor, b))
+
+    check_padded(picks, features, k, num_tokens, error)
+
+
+def check_select_varlen(picks, features, cu_seqlens, cu_budgets, total_k, eps=1e-6, anchor=None):
+    """Asserts that `picks` (total_k,) are what `repulsion_select_varlen` promises for these arguments."""
+
+    def error(b, rows, part):
+        return greedy_error(features[rows], part, eps, _first(anchor, b))
+
+    check_packed(picks, features, cu_seqlens, cu_budgets, total_k, error)
+
+
+def check_farthest(picks, features, k, anchor=None, quality=None, start=None, metric="euclidean", num_tokens=None):
+    """Asserts that `picks` (B, k) are what `farthest_select` promises for these arguments."""
+
+    def error(b, rows, part):
+        values = _of(quality, b, rows), _of(start, b, rows)
+        return farthest_error(features[b, rows], part, _first(anchor, b), *values, metric)
+
+    check_padded(picks, features, k, num_tokens, error)
+
+
+def check_farthest_varlen(
+    picks, features, cu_seqlens, cu_budgets, total_k, anchor=None, quality=None, start=None, metric="euclidean"
+):
+    """Asserts that `picks` (total_k,) are what `farthest_select_varlen` promises for these arguments."""
+
+    def error(b, rows, part):
+        return farthest_error(features[rows], part, _first(anchor, b), _of(quality, rows), _of(start, rows), metric)
+
+    check_packed(picks, features, cu_seqlens, cu_budgets, total_k, error)
+
+
+def check_suppress(picks, features, rank, tau, k, num_tokens=None):
+    """Asserts that `picks` (B, k) are what `suppress_select` promises for these arguments."""
+
+    def error(b, rows, part):
+        return suppress_error(features[b, rows], rank[b, rows], tau[b, rows], part)
+
+    check_padded(picks, features, k, num_tokens, error)
+
+
+def check_suppress_varlen(picks, features, rank, tau, cu_seqlens, cu_budgets, total_k):
+    """Asserts that `picks` (total_k,) are what `suppress_select_varlen` promises for these arguments."""
+
+    def error(b, rows, part):
+        return suppress_error(features[rows], rank[rows], tau[rows], part)
+
+    check_packed(picks, features, cu_seqlens, cu_budgets, total_k, error)
 
 
 def check_sqdist(got, features):
