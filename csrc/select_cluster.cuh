@@ -1,13 +1,19 @@
-// Selection over the stored weights of all pairs of a large item: its tokens are spread over the blocks of a cluster, each of which
-// reads its share of a row. All warps hear from each other once a sweep, which makes several picks:
-//   Candidates are a few tokens of low potential of each warp. Every warp keeps the same account of all of them, one lane for each
-//     warp's: their exact potentials in registers, the weights of their pairs in shared memory.
-//   All other tokens are above a bound: the lowest potential that the warps have said is theirs, and with every pick the smallest weight
-//     in its row more. Floating-point addition is monotone, so that this holds to the bit.
-//   Picks are made among the candidates for as long as they are below the bound. Then all threads add the rows of the picks, in
-//     order, and say which token is now their lowest: it becomes a candidate, but for the sweep after the next, when its weights
-//     have come.
-// So the picks are the plain loop's, bit for bit. Clusters need compute capability 9.0.
+// Selection over the stored weights of all pairs of a large item, by a thread block cluster: blocks share the tokens, each reads its columns of
+// a row, and one exchange of messages makes several picks.
+//
+// What: candidates are a few tokens of low potential of each warp. Every warp keeps the same account of all candidates, lane w of warp w's:
+//   exact potentials in registers, stored values of their pairs in shared memory. All other tokens are at or above a bound. A candidate
+//   below the bound is the plain loop's next pick, bit for bit, whichever rule adds (addition is monotone to the bit).
+// Bound: the lowest potential among the tokens that are no candidates. Where the weight depends on the distance alone, every pick raises it
+//   by the row minimum of the pick (least); for the other rules potentials never fall, and the bound stays.
+// Chosen when: items are large (kClusterFrom) and few enough for four or eight SMs each; compute capability 9.0.
+// Steps, for every exchange:
+//   (1) every warp sends its lowest token that is no candidate to all blocks, and awaits all reports;
+//   (2) that token becomes a candidate of its warp, for the highest of its four; its row is loaded, and sent for the exchange after next;
+//   (3) picks among the candidates while the lowest is below the bound, else the one lowest token outside;
+//   (4) all threads add the rows of the picks, in pick order, and find their lowest token.
+// Synchronisation: DSMEM messages (st.async) that an mbarrier per exchange parity counts; no cluster barrier in the loop. A warp that has all
+//   reports of an exchange knows that every reader is done with the exchange before, so reports are double-buffered.
 #pragma once
 #include "select_stored.cuh"
 
@@ -118,6 +124,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
   for (int sweep = 0, done = 0, rows_sent = 0;; ++sweep) {
     Arrivals* const arrivals = &board->arrivals[sweep & 1];
     if (threadIdx.x == 0) expect_arrivals(arrivals, warps * sizeof(WarpReport) + rows_sent * kAllCandidates * sizeof(float));
+    // (1)
     lowest = warp_lowest(lowest);
     if constexpr (!kOfDistance<Rule>) low_parameter = __shfl_sync(kFullWarp, low_parameter, Candidate{key_index(lowest)}.token() % 32);
     __syncwarp();  // all lanes are done with the sweep before
@@ -126,7 +133,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
     const WarpReport report = lane < warps ? board->report[sweep & 1][lane] : WarpReport{nothing, kInfinity, 0.f};
     const Key outside = warp_lowest(report.lowest);  // the lowest of all tokens but the candidates
 
-    // The lowest of a warp takes the place of its highest candidate, if that is higher, or an empty one.
+    // (2) The lowest of a warp takes the place of its highest candidate, if that is higher, or an empty one.
     int highest = 0;
     float highest_value = -kInfinity;
 #pragma unroll
@@ -167,7 +174,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
       }
     }
 
-    // The picks of this sweep, and this thread's share of their rows.
+    // (3) The picks of this sweep, and this thread's share of their rows.
     float row[kClusterPicks][kTokens], pick_parameter[kClusterPicks];
     const auto take = [&](int p, int token, float its_parameter) {
       if (first == 0) picked[done + p] = token;
@@ -218,6 +225,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
     done += count;
     if (done == picks) return;
 
+    // (4)
     float low = kInfinity;
     int low_token = 0;
 #pragma unroll

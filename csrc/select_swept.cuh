@@ -1,13 +1,16 @@
-// Selection without stored distances, for items of any size. Groups of resident blocks take an item each and go over its features
-// in sweeps that make several picks at once:
-//   guess: the picks that the plain loop would make next if it had to choose among a few candidates of low potential, of which the
-//     distances of all pairs are computed;
-//   sweep: every block computes the weights of its tokens to the guessed picks, adds them in that order, and notes its lowest
-//     potential after each;
-//   check: of these every block finds the lowest of all. The first guess is the pick at hand, and each that follows is right if it
-//     is the lowest after the one before. Up to the first that is not, the picks are the plain loop's, bit for bit;
-//   add: the weights of those picks are added for good.
-// A wrong guess costs time and never a result.
+// Streaming selection: no N x N matrix, for items of any size. Groups of resident blocks take an item each and stream its features; a sweep
+// drafts several picks and verifies them.
+//
+// What: (1) draft: the plain loop among a few candidates of low potential, whose pair weights are computed beforehand;
+//   (2) sweep: every block computes the weights of its tokens to the drafted picks, adds them in that order, and notes its lowest potential
+//   after each; (3) verify: the lowest of all blocks. The first drafted pick is the pick at hand; each later one is right if it is the
+//   lowest after the one before, and up to the first that is not the picks are the plain loop's, bit for bit; (4) commit: the weights of the
+//   verified picks are added to the potentials. A wrong draft costs time and never a result.
+// Chosen when: the matrix does not fit (kMatrixTokens), or few of many tokens are picked without tensor cores.
+// Rules: any. Weights are stored with the parameters of token and pick in them. Where nothing tells tokens apart before the first pick
+//   (no start), the first draft is poor: candidates are those furthest from the mean (repulsion) or the lowest indices.
+// Synchronisation: three barriers of the group a sweep (GroupBarrier; the launch is cooperative): after the pair weights, after the lowest
+//   potentials, after the commit.
 #pragma once
 #include "sqdist_sweep.cuh"
 #include "token_stats.cuh"

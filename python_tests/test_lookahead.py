@@ -1,5 +1,6 @@
 """Drafts of several picks never change a pick: against the plain loop, bit for bit."""
 
+import functools
 import itertools
 from dataclasses import replace
 from pathlib import Path
@@ -73,9 +74,12 @@ def emulated():
     return run
 
 
+emulator = functools.cache(build.module)
+
+
 def outcome(call):
     """The arrays of an emulated call, which nothing judges."""
-    return calls.run_in(build.module(), replace(call, judge=lambda *_: None))
+    return calls.run_in(emulator(), replace(call, judge=lambda *_: None))
 
 
 MAKES = [uniform, grid, repeated, equal, not_finite, far_away, adversary]
@@ -248,7 +252,7 @@ def test_emulated_cuda_kernels_suppress(emulated, monkeypatch, make):
     monkeypatch.setenv("STS_EMULATE_SMS", "3")
     g = torch.Generator().manual_seed(17)
     for tokens, channels, k in RULE_SHAPES:
-        x = make(g, 2, tokens, channels)
+        x = make(g, 2, tokens, channels).clone()
         x[:, ::7] = 0
         rank = torch.randint(0, tokens, (2, tokens), generator=g)  # not distinct
         tau = torch.tensor([0.0, 0.1, 0.5, 1.1])[torch.randint(4, (2, tokens), generator=g)]
@@ -387,6 +391,23 @@ def test_emulated_cuda_kernel_in_sweeps_makes_several_picks_a_sweep(emulated, dt
 def test_cuda_kernels(cuda, tokens, k, make, dtype, monkeypatch):
     x = make(torch.Generator().manual_seed(7), 2, tokens, 64).to("cuda", dtype)
     for plain, ahead in plain_and_ahead(monkeypatch, lambda: sts_kernels.repulsion_select(x, k)):
+        assert torch.equal(ahead, plain)
+
+
+@pytest.mark.parametrize(("tokens", "k"), [(576, 192), (1500, 1500), (2880, 480), (8192, 100), (20_000, 300)])
+@pytest.mark.parametrize("make", [uniform, repeated, not_finite, adversary], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("rule", ["euclidean", "cosine", "suppress"])
+def test_cuda_kernels_of_other_rules(cuda, tokens, k, make, rule, monkeypatch):
+    g = torch.Generator().manual_seed(19)
+    x = make(g, 2, tokens, 64).to("cuda", torch.bfloat16)
+    quality, rank = torch.rand(2, tokens, generator=g).cuda(), torch.rand(2, tokens, generator=g).argsort(-1).cuda()
+
+    def select():
+        if rule == "suppress":
+            return sts_kernels.suppress_select(x, rank, quality, k)
+        return sts_kernels.farthest_select(x, k, quality=quality, metric=rule)
+
+    for plain, ahead in plain_and_ahead(monkeypatch, select):
         assert torch.equal(ahead, plain)
 
 
