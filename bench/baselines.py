@@ -129,3 +129,131 @@ def padded(loop, features, lengths, budgets, num_tokens, eps=1e-6, compiled=Fals
     batch = torch.nn.utils.rnn.pad_sequence(features.split(list(lengths)), batch_first=True)
     picks = loop(batch, max(budgets), eps, num_tokens=num_tokens, compiled=compiled)
     return torch.cat([picks[item, :budget] for item, budget in enumerate(budgets)])
+
+
+# ---- Max-min: from token 0 on, the token whose nearest pick is furthest away ---------------------------------------
+
+
+def unit(x):
+    return torch.nn.functional.normalize(x, dim=-1)
+
+
+def _farthest_start(features, metric):
+    """float32 tokens whose expanded distances do not cancel, their squared norms, nearest distances, and token 0."""
+    if metric == "cosine":
+        x = unit(features.float())
+    else:
+        x = features.float()
+        x = torch.sub(x, x.mean(1, keepdim=True), out=None if x is features else x)
+    norms = torch.linalg.vector_norm(x, dim=-1).square_()
+    token = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
+    return x, norms, torch.full_like(norms, math.inf), token
+
+
+def _farthest_direct_step(x, scratch, nearest, token):
+    difference = torch.sub(x, _row(x, token), out=scratch)
+    sqdist = torch.linalg.vector_norm(difference, dim=-1).square_()
+    torch.minimum(nearest, sqdist, out=nearest).scatter_(1, token[:, None], -1.0)
+    return nearest.argmax(1)
+
+
+def farthest_direct_loop(features, k, metric="euclidean", compiled=False):
+    x, _, nearest, token = _farthest_start(features, metric)
+    step, scratch = (
+        (_compile(_farthest_direct_step), None) if compiled else (_farthest_direct_step, torch.empty_like(x))
+    )
+    return _loop(lambda u, t: step(x, scratch, u, t), k, nearest, token)
+
+
+def _farthest_matvec_step(x, norms, nearest, token):
+    dot = torch.bmm(x, _row(x, token).mT)[..., 0]
+    sqdist = (norms + norms.gather(1, token[:, None])).sub_(dot, alpha=2)
+    torch.minimum(nearest, sqdist, out=nearest).scatter_(1, token[:, None], -1.0)
+    return nearest.argmax(1)
+
+
+def farthest_matvec_loop(features, k, metric="euclidean", compiled=False):
+    x, norms, nearest, token = _farthest_start(features, metric)
+    step = _compile(_farthest_matvec_step) if compiled else _farthest_matvec_step
+    return _loop(lambda u, t: step(x, norms, u, t), k, nearest, token)
+
+
+def _farthest_from_gram(product):
+    sqdist = sqdist_from_gram(product)
+    sqdist.diagonal(dim1=1, dim2=2).fill_(-1.0)  # the minimum with a token's own row also marks it as picked
+    return sqdist
+
+
+def _farthest_gram_step(sqdist, nearest, token):
+    torch.minimum(nearest, _row(sqdist, token)[:, 0], out=nearest)
+    return nearest.argmax(1)
+
+
+def farthest_gram_loop(features, k, metric="euclidean", compiled=False):
+    x, _, nearest, token = _farthest_start(features, metric)
+    epilogue, step = _farthest_from_gram, _farthest_gram_step
+    if compiled:
+        epilogue, step = _compile(epilogue), _compile(step)
+    product = gram(features, x) if metric == "euclidean" else torch.bmm(x, x.mT)
+    sqdist = epilogue(product)
+    return _loop(lambda u, t: step(sqdist, u, t), k, nearest, token)
+
+
+FARTHEST_LOOPS = {
+    "direct loop": farthest_direct_loop,
+    "matvec loop": farthest_matvec_loop,
+    "gram loop": farthest_gram_loop,
+}
+
+
+# ---- Suppression by rank ------------------------------------------------------------------------------------------
+
+
+def _suppress_step(cosine_rows, tau, potential, token, suppressed):
+    """`potential`: the rank, and `suppressed` more for a suppressed token."""
+    cosine, own = cosine_rows(token), token[:, None]
+    hit = (cosine > 1 - tau.gather(1, own)).logical_and_(potential < suppressed)
+    potential.add_(hit, alpha=suppressed).scatter_(1, own, math.inf)
+    return potential.argmin(1)
+
+
+def suppress_matvec_loop(features, rank, tau, k):
+    x, potential = unit(features.float()), rank.float()
+    suppressed = float(rank.shape[1])
+    rows = lambda token: torch.bmm(x, _row(x, token).mT)[..., 0]  # noqa: E731
+    return _loop(lambda u, t: _suppress_step(rows, tau, u, t, suppressed), k, potential, potential.argmin(1))
+
+
+def suppress_gram_loop(features, rank, tau, k):
+    x, potential = unit(features.float()), rank.float()
+    cosine, suppressed = torch.bmm(x, x.mT), float(rank.shape[1])
+    rows = lambda token: _row(cosine, token)[:, 0]  # noqa: E731
+    return _loop(lambda u, t: _suppress_step(rows, tau, u, t, suppressed), k, potential, potential.argmin(1))
+
+
+def suppress_best_ranks(features, rank, tau, k):
+    """The gram loop on the 2 k tokens of best rank; on twice as many where those do not suffice, which it must read
+    back."""
+    order, some = rank.argsort(1), 2 * k
+    while True:
+        some = min(some, rank.shape[1])
+        best = order[:, :some]
+        x = features.gather(1, best[..., None].expand(-1, -1, features.shape[2]))
+        x, potential = unit(x.float()), rank.gather(1, best).float()
+        cosine, suppressed, own_tau = torch.bmm(x, x.mT), float(rank.shape[1]), tau.gather(1, best)
+        rows = lambda token, cosine=cosine: _row(cosine, token)[:, 0]  # noqa: E731
+        token, picks, last = potential.argmin(1), [], None
+        for _ in range(k):
+            picks.append(token)
+            last = potential.gather(1, token[:, None])
+            token = _suppress_step(rows, own_tau, potential, token, suppressed)
+        if some == rank.shape[1] or bool((last < suppressed).all()):
+            return best.gather(1, torch.stack(picks, 1))
+        some *= 2
+
+
+SUPPRESS_LOOPS = {
+    "matvec loop": suppress_matvec_loop,
+    "gram loop": suppress_gram_loop,
+    "best ranks": suppress_best_ranks,
+}

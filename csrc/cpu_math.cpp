@@ -136,9 +136,24 @@ STS_INLINE void totals(Floats<L>* lanes, float* sums) {
   }
 }
 
+// What a channel of a pair adds to its sum.
+struct SquaredDifference {
+  template <class V>
+  STS_INLINE static void add(V& sum, const V& point, const V& row) {
+    const V difference = point - row;
+    sum += difference * difference;
+  }
+};
+struct Product {
+  template <class V>
+  STS_INLINE static void add(V& sum, const V& point, const V& row) {
+    sum += point * row;
+  }
+};
+
 // Reads F more rows, `ahead`, into the second-level cache on the way, a line of each a block.
-template <int L, int P, int R, int F, class scalar_t>
-STS_INLINE void sqdist_tile(const float* const* points, const scalar_t* const* rows, const scalar_t* const* ahead, int64_t channels,
+template <class Term, int L, int P, int R, int F, class scalar_t>
+STS_INLINE void pairs_tile(const float* const* points, const scalar_t* const* rows, const scalar_t* const* ahead, int64_t channels,
                             float* out, int64_t out_stride) {
   constexpr int kBlock = L * kVectors<scalar_t>;
   Floats<L> sum[P][R] = {}, x[R][kVectors<scalar_t>];
@@ -147,10 +162,7 @@ STS_INLINE void sqdist_tile(const float* const* points, const scalar_t* const* r
       for (int p = 0; p < P; ++p) {
         Floats<L> point;
         load<L>(&point, points[p] + c + v * L);
-        for (int r = 0; r < R; ++r) {
-          const Floats<L> difference = point - x[r][v];
-          sum[p][r] += difference * difference;
-        }
+        for (int r = 0; r < R; ++r) Term::add(sum[p][r], point, x[r][v]);
       }
     }
   };
@@ -170,31 +182,31 @@ STS_INLINE void sqdist_tile(const float* const* points, const scalar_t* const* r
 }
 
 // Tiles of P points and R rows. Each fetches F of the rows that come next; returns how many.
-template <int L, int P, int R, int F, class scalar_t>
-STS_INLINE int64_t sqdist_strip(const float* const* points, const scalar_t* const* rows, int64_t num_rows, const scalar_t* const* next,
+template <class Term, int L, int P, int R, int F, class scalar_t>
+STS_INLINE int64_t pairs_strip(const float* const* points, const scalar_t* const* rows, int64_t num_rows, const scalar_t* const* next,
                              int64_t num_next, int64_t channels, float* out, int64_t out_stride) {
   int64_t r = 0, fetched = 0;
   for (; r + R <= num_rows; r += R) {
     const scalar_t* ahead[F];
     for (int f = 0; f < F; ++f, ++fetched) ahead[f] = fetched < num_next ? next[fetched] : rows[r];
-    sqdist_tile<L, P, R, F>(points, rows + r, ahead, channels, out + r, out_stride);
+    pairs_tile<Term, L, P, R, F>(points, rows + r, ahead, channels, out + r, out_stride);
   }
-  for (; r < num_rows; ++r) sqdist_tile<L, P, 1, 0, scalar_t>(points, rows + r, nullptr, channels, out + r, out_stride);
+  for (; r < num_rows; ++r) pairs_tile<Term, L, P, 1, 0, scalar_t>(points, rows + r, nullptr, channels, out + r, out_stride);
   return std::min(fetched, num_next);
 }
 
 // Tiles of points and rows that fit the registers with their sums: 32 of them with AVX-512, else 16. Tiles of 8 x 2 load less
 // often, but took twice as long with AVX-512. While the rows meet all points, as many that follow are fetched, evenly: memory is
 // as slow as the arithmetic of a dozen points, and what a first few would fetch alone they would wait for.
-template <int L, class scalar_t>
-STS_INLINE void sqdist_all(const float* const* points, int num_points, const scalar_t* const* rows, int64_t num_rows, const scalar_t* const* next,
+template <class Term, int L, class scalar_t>
+STS_INLINE void pairs_all(const float* const* points, int num_points, const scalar_t* const* rows, int64_t num_rows, const scalar_t* const* next,
                            int64_t num_next, int64_t channels, float* out, int64_t out_stride) {
   constexpr int kHeight = L == 16 ? 4 : 2;
   int64_t fetched = 0;
   int p = 0;
   for (; p + 4 <= num_points; p += 4) {
     const auto strip = [&](auto fetch) __attribute__((always_inline)) {
-      fetched += sqdist_strip<L, 4, kHeight, fetch()>(points + p, rows, num_rows, next + fetched, num_next - fetched, channels,
+      fetched += pairs_strip<Term, L, 4, kHeight, fetch()>(points + p, rows, num_rows, next + fetched, num_next - fetched, channels,
                                                       out + p * out_stride, out_stride);
     };
     if (num_points < 8) {
@@ -206,7 +218,7 @@ STS_INLINE void sqdist_all(const float* const* points, int num_points, const sca
     }
   }
   for (; p < num_points; ++p)
-    fetched += sqdist_strip<L, 1, 4, 4>(points + p, rows, num_rows, next + fetched, num_next - fetched, channels, out + p * out_stride,
+    fetched += pairs_strip<Term, L, 1, 4, 4>(points + p, rows, num_rows, next + fetched, num_next - fetched, channels, out + p * out_stride,
                                         out_stride);
 }
 
@@ -238,6 +250,11 @@ STS_INLINE bool finite_all(const scalar_t* row, int64_t channels) {
   float sum;
   totals<L, 1>(&zero, &sum);
   return sum == 0.f;
+}
+
+template <int L, class scalar_t>
+STS_INLINE void add_weighted_all(const scalar_t* row, double weight, double* sum, int64_t channels) {
+  for (int64_t c = 0; c < channels; ++c) sum[c] += weight * static_cast<double>(static_cast<float>(row[c]));
 }
 
 // The largest entry's power of two is divided out first: no square leaves float32's range, and rows that differ by a power of two have
@@ -333,7 +350,7 @@ STS_INLINE void weight_all(const Rule& rule, float* sqdist, const float* paramet
               (const float* const* points, int num_points, const scalar_t* const* rows, int64_t num_rows,                    \
                const scalar_t* const* next, int64_t num_next, int64_t channels, float* out, int64_t out_stride),           \
               (points, num_points, rows, num_rows, next, num_next, channels, out, out_stride),                             \
-              (sqdist_all<L>(points, num_points, rows, num_rows, next, num_next, channels, out, out_stride)))
+              (pairs_all<SquaredDifference, L>(points, num_points, rows, num_rows, next, num_next, channels, out, out_stride)))
 STS_CPU_MATH(float)
 STS_CPU_MATH(Half)
 STS_CPU_MATH(BFloat16)
@@ -349,6 +366,17 @@ STS_CPU_RULE(Farthest)
 STS_CPU_RULE(UnitRows<Farthest>)
 #undef STS_CPU_RULE
 
+STS_PER_ISA(void, dot,
+            (const float* const* points, int num_points, const float* const* rows, int64_t num_rows, int64_t channels, float* out,
+             int64_t out_stride),
+            (points, num_points, rows, num_rows, channels, out, out_stride),
+            (pairs_all<Product, L>(points, num_points, rows, num_rows, rows, 0, channels, out, out_stride)))
+STS_PER_ISA(void, add_weighted, (const float* row, double weight, double* sum, int64_t channels), (row, weight, sum, channels),
+            (add_weighted_all<L>(row, weight, sum, channels)))
+STS_PER_ISA(void, add_weighted, (const Half* row, double weight, double* sum, int64_t channels), (row, weight, sum, channels),
+            (add_weighted_all<L>(row, weight, sum, channels)))
+STS_PER_ISA(void, add_weighted, (const BFloat16* row, double weight, double* sum, int64_t channels), (row, weight, sum, channels),
+            (add_weighted_all<L>(row, weight, sum, channels)))
 STS_PER_ISA(bool, to_unit, (float* point, int64_t size), (point, size), (unit_all<L>(point, size)))
 STS_PER_ISA(Lowest, lowest, (const float* values, int64_t count), (values, count),
             (lowest_all<L, Repulsion>(nullptr, const_cast<float*>(values), nullptr, count)))

@@ -36,6 +36,15 @@ STS_CPU_MATH(Half)
 STS_CPU_MATH(BFloat16)
 #undef STS_CPU_MATH
 
+// out[p * out_stride + r] = points[p] . rows[r]: twice as fast as sqdist. A pair's bits depend on the pair alone.
+void dot(const float* const* points, int num_points, const float* const* rows, int64_t num_rows, int64_t channels, float* out,
+         int64_t out_stride);
+
+// sum[c] += weight * row[c]. The product is exact.
+void add_weighted(const float* row, double weight, double* sum, int64_t channels);
+void add_weighted(const Half* row, double weight, double* sum, int64_t channels);
+void add_weighted(const BFloat16* row, double weight, double* sum, int64_t channels);
+
 // Divides a point by its length, in place. A point with a NaN or infinity becomes NaN throughout. False where the length is 0.
 bool to_unit(float* point, int64_t size);
 

@@ -111,12 +111,12 @@ void dispatch_floating(ScalarType type, F&& f) {
   }
 }
 
-// A number for each token, as contiguous float32; copies only if it is of another type or strided.
-inline Tensor checked_values(const char* op, const char* name, const Tensor& value, const Tensor& features) {
+// A number for each token, of integer or floating type, as contiguous float32; copies only if it is of another type or strided.
+inline Tensor checked_values(const char* op, const char* name, const Tensor& value, bool integer, const Tensor& features) {
   const ScalarType type = value.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16 || type == ScalarType::Long ||
-                      type == ScalarType::Int,
-                  "sts_kernels::", op, ": ", name, " must be float32, float16, bfloat16, int64 or int32");
+  STD_TORCH_CHECK(integer ? type == ScalarType::Long || type == ScalarType::Int
+                          : type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16,
+                  "sts_kernels::", op, ": ", name, " must be ", integer ? "int64 or int32" : "float32, float16 or bfloat16");
   STD_TORCH_CHECK(value.dim() == features.dim() - 1, "sts_kernels::", op, ": ", name, " must have ", features.dim() - 1, " dimensions, got ",
                   value.dim());
   for (int64_t d = 0; d < value.dim(); ++d)
@@ -163,7 +163,7 @@ struct Selection {
   Selection&& with_farthest(const std::optional<Tensor>& quality, const std::optional<Tensor>& sqdist, const std::string& metric) && {
     STD_TORCH_CHECK(metric == "euclidean" || metric == "cosine", "sts_kernels::", op, ": metric must be euclidean or cosine, got ", metric);
     cosine = metric == "cosine";
-    if (sqdist) set_start("start", *sqdist);
+    if (sqdist) set_start("start", *sqdist, false);
     if (quality) set_parameter("quality", *quality);
     return std::move(*this);
   }
@@ -171,7 +171,7 @@ struct Selection {
   // For `Suppress`.
   Selection&& with_suppress(const Tensor& rank, const Tensor& tau) && {
     cosine = true;
-    set_start("rank", rank);
+    set_start("rank", rank, true);
     set_parameter("tau", tau);
     return std::move(*this);
   }
@@ -201,12 +201,12 @@ struct Selection {
 
  private:
   Selection(const char* op, const Tensor& features, int64_t dim) : op(op), features(checked_features(op, features, dim)) {}
-  void set_start(const char* name, const Tensor& value) {
-    start = checked_values(op, name, value, features);
+  void set_start(const char* name, const Tensor& value, bool integer) {
+    start = checked_values(op, name, value, integer, features);
     items.start = static_cast<const float*>(start->const_data_ptr());
   }
   void set_parameter(const char* name, const Tensor& value) {
-    parameter = checked_values(op, name, value, features);
+    parameter = checked_values(op, name, value, false, features);
     items.parameter = static_cast<const float*>(parameter->const_data_ptr());
   }
 };

@@ -84,13 +84,58 @@ void check_values(int64_t count) {
     return got.index == want && got.value == in[want];
   };
   check(agrees(lowest(values.data(), count), values), "lowest is not", count);
-  for (int64_t i = 0; i < count; ++i) sums[i] = values[i] + addend[i];
-  check(agrees(add_then_lowest(values.data(), addend.data(), count), sums) && values == sums, "add_then_lowest is wrong", count);
+  const sts::Repulsion repulsion{0.5f};
+  const sts::Farthest farthest;
+  const UnitRows<sts::Farthest> unit_rows;
+  std::vector<float> larger = values;
+  for (int64_t i = 0; i < count; ++i) sums[i] = values[i] + addend[i], larger[i] = std::fmax(values[i], addend[i]);
+  std::vector<float> added = values;
+  check(agrees(add_then_lowest(repulsion, added.data(), addend.data(), count), sums) && added == sums, "a sum is wrong", count);
+  added = values;
+  check(agrees(add_then_lowest(farthest, added.data(), addend.data(), count), larger) && added == larger, "a maximum is wrong", count);
   if (count > 1) values[1] = std::nanf("");
-  std::vector<float> weight = values;
-  to_repulsion(weight.data(), count, 0.5f);
-  for (int64_t i = 0; i < count; ++i)
-    check(weight[i] == (std::isnan(values[i]) ? 0.f : 1.f / (values[i] + 0.5f)), "to_repulsion is wrong", count);
+  if (count > 2) values[2] = 9.f;  // further than unit rows can be
+  const auto weighs = [&](const auto& rule, const float* parameters, const auto& want, const char* what) {
+    std::vector<float> weight = values;
+    to_weight(rule, weight.data(), parameters, count, 1.f);
+    for (int64_t i = 0; i < count; ++i) {
+      const float w = want(values[i], parameters ? parameters[i] : 1.f);
+      check(weight[i] == w && std::signbit(weight[i]) == std::signbit(w), what, count);
+    }
+  };
+  constexpr float kMost = std::numeric_limits<float>::max();
+  const auto negative = [](float value) { return value > 0.f ? -value : 0.f; };
+  const auto far = [&](float d, float q) { return negative((d < kMost ? d : kMost) * q); };
+  weighs(repulsion, nullptr, [](float d, float) { return std::isnan(d) ? 0.f : 1.f / (d + 0.5f); }, "a repulsion is wrong");
+  for (const float* parameters : {static_cast<const float*>(nullptr), static_cast<const float*>(addend.data())}) {
+    weighs(farthest, parameters, far, "a quality times distance is wrong");
+    weighs(unit_rows, parameters, [&](float d, float q) { return far(d > 5.f ? 2.f : d, q); }, "a zero row's weight is wrong");
+  }
+}
+
+void check_unit(int64_t channels) {
+  std::mt19937 random(static_cast<unsigned>(channels));
+  std::normal_distribution<float> normal;
+  const int64_t size = point_size(channels);
+  std::vector<float> row(channels), unit(size), other(size);
+  for (float& x : row) x = normal(random);
+  for (int exponent : {0, 100, -100, -120}) {
+    double square = 0;
+    for (float x : row) square += double(x) * double(x);
+    to_point(row.data(), unit.data(), channels);
+    for (float& x : unit) x = std::ldexp(x, exponent);
+    check(to_unit(unit.data(), size), "a row has no length", channels);
+    if (exponent == 0) other = unit;
+    check(exponent == -120 || unit == other, "rows that differ by a power of two have other units", channels);
+    for (int64_t c = 0; c < channels; ++c)
+      check(std::fabs(unit[c] - row[c] / std::sqrt(square)) <= 2e-6, "to_unit is wrong", channels);
+  }
+  std::vector<float> zero(size);
+  check(!to_unit(zero.data(), size) && zero == std::vector<float>(size), "a zero row has a length", channels);
+  for (float wild : {std::numeric_limits<float>::infinity(), std::nanf("")}) {
+    unit[channels / 2] = wild;
+    check(to_unit(unit.data(), size) && std::isnan(unit[0]), "a row that is not finite has a unit", channels);
+  }
 }
 
 int main() {
@@ -99,6 +144,7 @@ int main() {
     check_rows<Half>(n);
     check_rows<BFloat16>(n);
     check_values(n);
+    check_unit(n);
   }
   check_rows<float>(1027);
   check_rows<Half>(1027);

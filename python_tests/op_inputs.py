@@ -87,10 +87,15 @@ def written(op: str) -> str | None:
     return next((a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write), None)
 
 
+def outputs(out) -> list:
+    """What an op returned, one or several, as a list."""
+    return list(out) if isinstance(out, tuple) else [out]
+
+
 def results(op: str, call, arguments: dict) -> list:
     """What `call` returns and what it leaves in the argument that it writes to; the given tensors stay."""
     arguments = cloned(arguments)
-    out = [call(**arguments)]
+    out = outputs(call(**arguments))
     return [*out, arguments[written(op)]] if written(op) else out
 
 

@@ -359,3 +359,105 @@ def check_step(after, nxt, before, features, picked, eps=1e-6):
         least = row[candidates].min()
         first = (candidates & (row == least)).int().argmax() if finite[candidates].any() else left.int().argmax()
         assert nxt[b] == first, f"item {b}: {nxt[b]} is next, not {first}"
+
+
+NEAREST_TOL = 1e-5  # of a cosine, absolutely; of a squared distance, relatively
+
+
+def pair_values(query, key, metric):
+    """(M, K) float64 cosines or squared distances of the rows of (M, C) and (K, C)."""
+    if metric == "euclidean":
+        return sqdist(query, key)
+    q, k = (torch.nn.functional.normalize(x.double(), dim=1, eps=1e-300) for x in (query, key))
+    return q @ k.T
+
+
+def check_nearest(
+    index, value, query, key, metric="cosine", query_rank=None, key_rank=None, exclude_self=False, num_keys=None
+):
+    """Asserts that `index` and `value` (B, M) are what `nearest` promises for these arguments."""
+    (batch, rows, _), keys = query.shape, key.shape[1]
+    assert (index.dtype, value.dtype) == (torch.int64, torch.float32)
+    assert index.device == value.device == query.device
+    assert index.shape == value.shape == (batch, rows)
+    assert index.is_contiguous()
+    assert value.is_contiguous()
+    index, value, query, key = (t.detach().cpu() for t in (index, value, query, key))
+    for b in range(batch):
+        finite = finite_rows(key[b])
+        allowed = finite_rows(query[b])[:, None] & finite
+        if num_keys is not None:
+            allowed &= torch.arange(keys) < num_keys[b].item()
+        if query_rank is not None:
+            allowed &= key_rank[b].cpu().double() < query_rank[b].cpu().double()[:, None]
+        if exclude_self:
+            allowed &= torch.arange(rows)[:, None] != torch.arange(keys)
+        some = allowed.any(1)
+        nothing = -math.inf if metric == "cosine" else math.inf
+        assert (index[b][~some] == -1).all(), f"item {b}: a match where none is allowed"
+        assert (value[b][~some] == nothing).all(), f"item {b}: a value where nothing is allowed"
+        found, got = index[b][some], value[b][some].double()
+        assert ((found >= 0) & (found < keys)).all(), f"item {b}: {found.tolist()} of {keys} keys"
+        x, y = (torch.nan_to_num(t[b].double(), 0, 0, 0) for t in (query, key))
+        true, allowed = pair_values(x[some], y, metric), allowed[some]
+        assert allowed.gather(1, found[:, None]).all(), f"item {b}: a match that is not allowed"
+        chosen = true.gather(1, found[:, None])[:, 0]
+        if metric == "cosine":
+            best = true.masked_fill(~allowed, -math.inf).amax(1)
+            assert (got.abs() <= 1).all()
+            torch.testing.assert_close(got, chosen, rtol=0, atol=NEAREST_TOL)
+            assert (chosen >= best - NEAREST_TOL).all(), f"item {b}: {(best - chosen).max():.3g} below the best"
+        else:
+            best = true.masked_fill(~allowed, math.inf).amin(1)
+            torch.testing.assert_close(got, chosen, rtol=NEAREST_TOL, atol=VALUE_ATOL)
+            assert (chosen <= best * (1 + NEAREST_TOL) + VALUE_ATOL).all(), f"item {b}: not the nearest"
+        _, same = torch.unique(torch.where(finite[:, None], y, 0.0), dim=0, return_inverse=True)
+        equal = allowed & (same == same[found][:, None])
+        assert torch.equal(found, equal.int().argmax(1)), f"item {b}: an equal key of lower index is passed over"
+
+
+def check_scatter_mean(mean, mass, features, assignment, count, weight=None):
+    """Asserts that `mean` (B, count, C) and `mass` (B, count) are what `scatter_mean` promises for these arguments."""
+    batch, _, channels = features.shape
+    assert (mean.dtype, mass.dtype) == (features.dtype, torch.float32)
+    assert mean.device == mass.device == features.device
+    assert (mean.shape, mass.shape) == ((batch, count, channels), (batch, count))
+    assert mean.is_contiguous()
+    assert mass.is_contiguous()
+    mean, mass, features, assignment = (t.detach().cpu() for t in (mean, mass, features, assignment))
+    weight = torch.ones(assignment.shape) if weight is None else weight.detach().cpu()
+    rounding = {torch.float32: 1e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}[features.dtype]
+    smallest = {torch.float32: VALUE_ATOL, torch.float16: 2**-24, torch.bfloat16: VALUE_ATOL}[features.dtype]
+    for b in range(batch):
+        x, w, slot = features[b].double(), weight[b].double(), assignment[b]
+        member = (slot == torch.arange(count)[:, None]) & finite_rows(features[b]) & w.isfinite()
+        share = torch.where(member, w, 0.0)
+        x = torch.nan_to_num(x, 0, 0, 0)
+        want_mass = share.sum(1)
+        torch.testing.assert_close(mass[b].double(), want_mass, rtol=1e-6, atol=VALUE_ATOL)
+        per_mass = torch.where(want_mass > 0, 1 / want_mass, 0.0)[:, None]
+        want, size = share @ x * per_mass, share.abs() @ x.abs() * per_mass
+        error = (mean[b].double() - want).abs()
+        assert (error <= rounding * want.abs() + 1e-12 * size + smallest).all(), f"item {b}: {error.max():.3g} off"
+        assert (mean[b][want_mass <= 0] == 0).all(), f"item {b}: a slot of no mass is not 0"
+
+
+def check_knn_density(got, features, k, num_tokens=None):
+    """Asserts that `got` (B, N) is what `knn_density` promises for these arguments."""
+    batch, tokens, channels = features.shape
+    assert got.dtype == torch.float32
+    assert got.device == features.device
+    assert got.shape == (batch, tokens)
+    assert got.is_contiguous()
+    got, features = got.detach().cpu(), features.detach().cpu()
+    for b in range(batch):
+        usable = finite_rows(features[b])
+        if num_tokens is not None:
+            usable = usable & (torch.arange(tokens) < num_tokens[b].item())
+        assert (got[b][~usable] == 0).all(), f"item {b}: a density where there is no token"
+        x = features[b][usable].double()
+        distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").square()
+        mean = distance.sort(1).values[:, :k].sum(1) / max(1, min(k, len(x))) / channels
+        error = (got[b][usable].double() - (-mean).exp()).abs()
+        bound = (1e-6 + 1e-5 * mean) * (-mean).exp() + VALUE_ATOL
+        assert (error <= bound).all(), f"item {b}: off by {(error / bound).max():.3g} of what is allowed"

@@ -8,7 +8,7 @@ import torch
 
 import sts_kernels
 
-NAN, INF = math.nan, math.inf
+NAN, INF, DOUBLE = math.nan, math.inf, torch.float64
 
 
 def good(op, device="cpu"):
@@ -38,12 +38,58 @@ def good(op, device="cpu"):
             "eps": 1e-6,
             "anchor": index(6, 4),
         },
+        "farthest_select": lambda: {
+            "features": features,
+            "k": 3,
+            "anchor": index(0, 4),
+            "quality": torch.ones(2, 6, device=device),
+            "start": torch.ones(2, 6, device=device),
+            "metric": "cosine",
+            "num_tokens": index(6, 5),
+        },
+        "farthest_select_varlen": lambda: {
+            "features": features.reshape(12, 4),
+            "cu_seqlens": index(0, 7, 12, dtype=torch.int32),
+            "cu_budgets": index(0, 3, 5, dtype=torch.int32),
+            "total_k": 5,
+            "anchor": index(6, 4),
+            "quality": torch.ones(12, device=device),
+            "start": torch.ones(12, device=device),
+            "metric": "cosine",
+        },
+        "suppress_select": lambda: {
+            "features": features,
+            "rank": index(*range(12)).reshape(2, 6),
+            "tau": torch.ones(2, 6, device=device),
+            "k": 3,
+            "num_tokens": index(6, 5),
+        },
+        "suppress_select_varlen": lambda: {
+            "features": features.reshape(12, 4),
+            "rank": index(*range(12)),
+            "tau": torch.ones(12, device=device),
+            "cu_seqlens": index(0, 7, 12, dtype=torch.int32),
+            "cu_budgets": index(0, 3, 5, dtype=torch.int32),
+            "total_k": 5,
+        },
     }[op]()
 
 
-OPS = ["pairwise_sqdist", "repulsion_step_", "repulsion_select", "repulsion_select_varlen"]
-DENSE = ["pairwise_sqdist", "repulsion_step_", "repulsion_select"]
-INTS = [("repulsion_select", "k"), ("repulsion_select_varlen", "total_k")]
+SELECTING = ["repulsion_select", "farthest_select", "suppress_select"]
+VARLEN = [f"{op}_varlen" for op in SELECTING]
+FARTHEST = ["farthest_select", "farthest_select_varlen"]
+SUPPRESS = ["suppress_select", "suppress_select_varlen"]
+ANCHORED = ["repulsion_select", "farthest_select"]
+ANCHORED_VARLEN = [f"{op}_varlen" for op in ANCHORED]
+OPS = ["pairwise_sqdist", "repulsion_step_", *SELECTING, *VARLEN]
+DENSE = ["pairwise_sqdist", "repulsion_step_", *SELECTING]
+INTS = [*((op, "k") for op in SELECTING), *((op, "total_k") for op in VARLEN)]
+# Numbers for each token: (op, argument).
+FLOATS = [
+    *((op, name) for op in FARTHEST for name in ("quality", "start")),
+    *((op, "tau") for op in SUPPRESS),
+]
+NUMBERS = [*FLOATS, *((op, "rank") for op in SUPPRESS)]
 EPS = ["repulsion_step_", "repulsion_select", "repulsion_select_varlen"]
 
 
@@ -65,9 +111,9 @@ BAD = [
     *((op, "features", torch.zeros(1, 2, 6, 4), ValueError, "(1, 2, 6, 4)") for op in OPS),
     *((op, "features", torch.zeros(2, 0, 4), ValueError, "(2, 0, 4)") for op in DENSE),
     *((op, "features", torch.zeros(2, 6, 0), ValueError, "(2, 6, 0)") for op in DENSE),
-    ("repulsion_select_varlen", "features", torch.zeros(2, 6, 4), ValueError, "(2, 6, 4)"),
-    ("repulsion_select_varlen", "features", torch.zeros(0, 4), ValueError, "(0, 4)"),
-    ("repulsion_select_varlen", "features", torch.zeros(12, 0), ValueError, "(12, 0)"),
+    *((op, "features", torch.zeros(2, 6, 4), ValueError, "(2, 6, 4)") for op in VARLEN),
+    *((op, "features", torch.zeros(0, 4), ValueError, "(0, 4)") for op in VARLEN),
+    *((op, "features", torch.zeros(12, 0), ValueError, "(12, 0)") for op in VARLEN),
     *(
         (op, "eps", value, ValueError, str(value))
         for op in EPS
@@ -93,47 +139,61 @@ BAD = [
     ("repulsion_step_", "picked", torch.zeros(2), TypeError, "float32"),
     ("repulsion_step_", "picked", t(0, 1, dtype=torch.int16), TypeError, "int16"),
     ("repulsion_step_", "picked", 0, TypeError, "int"),
-    *(("repulsion_select", "k", value, ValueError, str(value)) for value in (0, -1, 7, 2**40)),
-    *(("repulsion_select", "k", value, TypeError, type(value).__name__) for value in (2.0, "3", None, True)),
-    ("repulsion_select", "anchor", t(0, 5), ValueError, "5"),  # item 1 has 5 tokens
-    ("repulsion_select", "anchor", t(-1, 0), ValueError, "-1"),
-    ("repulsion_select", "anchor", t(2**40, 0), ValueError, str(2**40)),
-    ("repulsion_select", "anchor", t(0), ValueError, "(1,)"),
-    ("repulsion_select", "anchor", torch.tensor(0), ValueError, "()"),
-    ("repulsion_select", "anchor", torch.zeros(2), TypeError, "float32"),
-    ("repulsion_select", "anchor", t(0, 1, dtype=torch.uint8), TypeError, "uint8"),
-    ("repulsion_select", "anchor", 3, TypeError, "int"),
-    ("repulsion_select", "num_tokens", t(6, 7), ValueError, "7"),
-    ("repulsion_select", "num_tokens", t(-1, 5), ValueError, "-1"),
-    ("repulsion_select", "num_tokens", t(6), ValueError, "(1,)"),
-    ("repulsion_select", "num_tokens", torch.zeros(2, 2, dtype=torch.int64), ValueError, "(2, 2)"),
-    ("repulsion_select", "num_tokens", torch.tensor([6.0, 5.0]), TypeError, "float32"),
-    ("repulsion_select", "num_tokens", [6, 5], TypeError, "list"),
-    ("repulsion_select_varlen", "cu_seqlens", t(0, 7, 11), ValueError, "[0, 7, 11]"),
-    ("repulsion_select_varlen", "cu_seqlens", t(0, 7, 13), ValueError, "[0, 7, 13]"),
-    ("repulsion_select_varlen", "cu_seqlens", t(1, 7, 12), ValueError, "[1, 7, 12]"),
-    ("repulsion_select_varlen", "cu_seqlens", t(0, 13, 12), ValueError, "[0, 13, 12]"),
-    ("repulsion_select_varlen", "cu_seqlens", t(0, -5, 12), ValueError, "[0, -5, 12]"),
-    ("repulsion_select_varlen", "cu_seqlens", t(0, -(2**63), 12), ValueError, str(-(2**63))),
-    ("repulsion_select_varlen", "cu_budgets", t(0, -(2**63), 5), ValueError, str(-(2**63))),
-    ("repulsion_select_varlen", "cu_seqlens", torch.zeros(0, dtype=torch.int32), ValueError, "(0,)"),
-    ("repulsion_select_varlen", "cu_seqlens", torch.zeros(1, 3, dtype=torch.int32), ValueError, "(1, 3)"),
-    ("repulsion_select_varlen", "cu_seqlens", torch.tensor([0.0, 7.0, 12.0]), TypeError, "float32"),
-    ("repulsion_select_varlen", "cu_seqlens", [0, 7, 12], TypeError, "list"),
-    ("repulsion_select_varlen", "cu_budgets", t(0, 5), ValueError, "(2,)"),
-    ("repulsion_select_varlen", "cu_budgets", t(0, 3, 6), ValueError, "[0, 3, 6]"),
-    ("repulsion_select_varlen", "cu_budgets", t(1, 3, 5), ValueError, "[1, 3, 5]"),
-    ("repulsion_select_varlen", "cu_budgets", t(0, 6, 5), ValueError, "[0, 6, 5]"),
-    ("repulsion_select_varlen", "cu_budgets", t(0, 3, 5, dtype=torch.int8), TypeError, "int8"),
-    ("repulsion_select_varlen", "total_k", 4, ValueError, "[0, 3, 5]"),
-    ("repulsion_select_varlen", "total_k", -1, ValueError, "-1"),
-    ("repulsion_select_varlen", "total_k", 13, ValueError, "13"),
-    ("repulsion_select_varlen", "total_k", 5.0, TypeError, "float"),
-    ("repulsion_select_varlen", "total_k", False, TypeError, "bool"),
-    ("repulsion_select_varlen", "anchor", t(7, 0), ValueError, "7"),
-    ("repulsion_select_varlen", "anchor", t(0, -1), ValueError, "-1"),
-    ("repulsion_select_varlen", "anchor", t(0), ValueError, "(1,)"),
-    ("repulsion_select_varlen", "anchor", torch.zeros(2), TypeError, "float32"),
+    *((op, "k", value, ValueError, str(value)) for op in SELECTING for value in (0, -1, 7, 2**40)),
+    *((op, "k", value, TypeError, type(value).__name__) for op in SELECTING for value in (2.0, "3", None, True)),
+    *((op, "anchor", t(0, 5), ValueError, "5") for op in ANCHORED),  # item 1 has 5 tokens
+    *((op, "anchor", t(-1, 0), ValueError, "-1") for op in ANCHORED),
+    *((op, "anchor", t(2**40, 0), ValueError, str(2**40)) for op in ANCHORED),
+    *((op, "anchor", t(0), ValueError, "(1,)") for op in ANCHORED),
+    *((op, "anchor", torch.tensor(0), ValueError, "()") for op in ANCHORED),
+    *((op, "anchor", torch.zeros(2), TypeError, "float32") for op in ANCHORED),
+    *((op, "anchor", t(0, 1, dtype=torch.uint8), TypeError, "uint8") for op in ANCHORED),
+    *((op, "anchor", 3, TypeError, "int") for op in ANCHORED),
+    *((op, "num_tokens", t(6, 7), ValueError, "7") for op in SELECTING),
+    *((op, "num_tokens", t(-1, 5), ValueError, "-1") for op in SELECTING),
+    *((op, "num_tokens", t(6), ValueError, "(1,)") for op in SELECTING),
+    *((op, "num_tokens", torch.zeros(2, 2, dtype=torch.int64), ValueError, "(2, 2)") for op in SELECTING),
+    *((op, "num_tokens", torch.tensor([6.0, 5.0]), TypeError, "float32") for op in SELECTING),
+    *((op, "num_tokens", [6, 5], TypeError, "list") for op in SELECTING),
+    *((op, "cu_seqlens", t(0, 7, 11), ValueError, "[0, 7, 11]") for op in VARLEN),
+    *((op, "cu_seqlens", t(0, 7, 13), ValueError, "[0, 7, 13]") for op in VARLEN),
+    *((op, "cu_seqlens", t(1, 7, 12), ValueError, "[1, 7, 12]") for op in VARLEN),
+    *((op, "cu_seqlens", t(0, 13, 12), ValueError, "[0, 13, 12]") for op in VARLEN),
+    *((op, "cu_seqlens", t(0, -5, 12), ValueError, "[0, -5, 12]") for op in VARLEN),
+    *((op, "cu_seqlens", t(0, -(2**63), 12), ValueError, str(-(2**63))) for op in VARLEN),
+    *((op, "cu_budgets", t(0, -(2**63), 5), ValueError, str(-(2**63))) for op in VARLEN),
+    *((op, "cu_seqlens", torch.zeros(0, dtype=torch.int32), ValueError, "(0,)") for op in VARLEN),
+    *((op, "cu_seqlens", torch.zeros(1, 3, dtype=torch.int32), ValueError, "(1, 3)") for op in VARLEN),
+    *((op, "cu_seqlens", torch.tensor([0.0, 7.0, 12.0]), TypeError, "float32") for op in VARLEN),
+    *((op, "cu_seqlens", [0, 7, 12], TypeError, "list") for op in VARLEN),
+    *((op, "cu_budgets", t(0, 5), ValueError, "(2,)") for op in VARLEN),
+    *((op, "cu_budgets", t(0, 3, 6), ValueError, "[0, 3, 6]") for op in VARLEN),
+    *((op, "cu_budgets", t(1, 3, 5), ValueError, "[1, 3, 5]") for op in VARLEN),
+    *((op, "cu_budgets", t(0, 6, 5), ValueError, "[0, 6, 5]") for op in VARLEN),
+    *((op, "cu_budgets", t(0, 3, 5, dtype=torch.int8), TypeError, "int8") for op in VARLEN),
+    *((op, "total_k", 4, ValueError, "[0, 3, 5]") for op in VARLEN),
+    *((op, "total_k", -1, ValueError, "-1") for op in VARLEN),
+    *((op, "total_k", 13, ValueError, "13") for op in VARLEN),
+    *((op, "total_k", 5.0, TypeError, "float") for op in VARLEN),
+    *((op, "total_k", False, TypeError, "bool") for op in VARLEN),
+    *((op, "anchor", t(7, 0), ValueError, "7") for op in ANCHORED_VARLEN),
+    *((op, "anchor", t(0, -1), ValueError, "-1") for op in ANCHORED_VARLEN),
+    *((op, "anchor", t(0), ValueError, "(1,)") for op in ANCHORED_VARLEN),
+    *((op, "anchor", torch.zeros(2), TypeError, "float32") for op in ANCHORED_VARLEN),
+    *(
+        (op, name, value, TypeError, str(value.dtype)[6:])
+        for op, name in FLOATS
+        for value in (t(1), t(1.0, dtype=DOUBLE))
+    ),
+    *((op, "rank", torch.zeros(2, 6), TypeError, "float32") for op in SUPPRESS),
+    *((op, "rank", t(1, dtype=torch.int16), TypeError, "int16") for op in SUPPRESS),
+    *((op, name, [1.0], TypeError, "list") for op, name in NUMBERS),
+    *((op, name, good(op)[name][:-1], ValueError, "(1, 6)") for op, name in NUMBERS if op in SELECTING),
+    *((op, name, good(op)[name][:-1], ValueError, "(11,)") for op, name in NUMBERS if op in VARLEN),
+    *((op, name, good(op)[name][None], ValueError, "(1, ") for op, name in NUMBERS),
+    *((op, "metric", "l2", ValueError, "l2") for op in FARTHEST),
+    *((op, "metric", 2, TypeError, "int") for op in FARTHEST),
+    *((op, "metric", None, TypeError, "NoneType") for op in FARTHEST),
 ]
 
 
@@ -201,10 +261,11 @@ def budget_over_length():
     return {"cu_seqlens": t(0, 2, 12), "cu_budgets": t(0, 3, 5)}
 
 
+@pytest.mark.parametrize("op", VARLEN)
 @pytest.mark.parametrize("namespace", [sts_kernels, torch.ops.sts_kernels], ids=["public", "raw"])
-def test_budget_over_the_length_of_its_item(namespace):
-    with pytest.raises((ValueError, RuntimeError), match=r"item 0\b.*") as caught:
-        namespace.repulsion_select_varlen(**{**good("repulsion_select_varlen"), **budget_over_length()})
+def test_budget_over_the_length_of_its_item(namespace, op):
+    with pytest.raises((ValueError, RuntimeError), match=rf"{op}: .*item 0\b.*") as caught:
+        getattr(namespace, op)(**{**good(op), **budget_over_length()})
     if namespace is sts_kernels:
         assert "item 0" in str(caught.value)
         assert caught.type is ValueError

@@ -104,6 +104,23 @@ def test_picks_are_those_of_the_plain_loop(make, dtype, monkeypatch):
                 assert torch.equal(ahead, plain)
 
 
+@pytest.mark.parametrize("make", MAKES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_farthest_picks_are_those_of_the_plain_loop(make, metric, monkeypatch):
+    """With nothing but the anchor known at first, and with a quality and a start, by which tokens differ already."""
+    g = torch.Generator().manual_seed(12)
+    for tokens, channels, k in [(1, 3, 1), (7, 2, 7), (64, 17, 64), (150, 8, 40), (301, 33, 120)]:
+        for _ in range(5):
+            x = make(g, 2, tokens, channels)
+            quality, start = torch.rand(2, tokens, generator=g), torch.rand(2, tokens, generator=g) * channels
+            for q, s in ((None, None), (quality, None), (quality, start)):
+                for plain, ahead in plain_and_ahead(
+                    monkeypatch,
+                    lambda x=x, k=k, q=q, s=s: sts_kernels.farthest_select(x, k, quality=q, start=s, metric=metric),
+                ):
+                    assert torch.equal(ahead, plain)
+
+
 def test_packed_ragged_and_anchored_items(monkeypatch):
     g = torch.Generator().manual_seed(6)
     x = uniform(g, 300, 12)

@@ -13,11 +13,13 @@ import pytest
 import torch
 from cases import by_name
 from conftest import REQUIRED
+from op_inputs import outputs
 
 import sts_kernels
 from sts_kernels import _checks, _native, _registry
 
-STAGE_1 = ["pairwise_sqdist", "repulsion_step_", "repulsion_select", "repulsion_select_varlen"]
+SELECTING = [f"{rule}_select{varlen}" for rule in ("repulsion", "farthest", "suppress") for varlen in ("", "_varlen")]
+STAGE_1 = ["pairwise_sqdist", "repulsion_step_", *SELECTING]
 
 
 def test_what_is_required_is_there():
@@ -87,9 +89,9 @@ def test_meta_tensors_give_shapes_and_dtypes(device, op):
     overload = getattr(torch.ops.sts_kernels, op).default
     for arguments in samples(op, device):
         meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments]
-        got, want = overload(*meta), overload(*arguments)
-        assert got.device.type == "meta"
-        assert (got.shape, got.dtype, got.stride()) == (want.shape, want.dtype, want.stride())
+        got, want = outputs(overload(*meta)), outputs(overload(*arguments))
+        assert {each.device.type for each in got} == {"meta"}
+        assert [(g.shape, g.dtype, g.stride()) for g in got] == [(w.shape, w.dtype, w.stride()) for w in want]
 
 
 # The public ops, word for word: other people's code calls them by these names and positions.
@@ -100,6 +102,17 @@ SCHEMAS = {
     " -> Tensor",
     "repulsion_select_varlen": "(Tensor features, Tensor cu_seqlens, Tensor cu_budgets, SymInt total_k, float eps=1e-6,"
     " Tensor? anchor=None) -> Tensor",
+    "farthest_select": "(Tensor features, SymInt k, Tensor? anchor=None, Tensor? quality=None, Tensor? start=None,"
+    ' str metric="euclidean", Tensor? num_tokens=None) -> Tensor',
+    "farthest_select_varlen": "(Tensor features, Tensor cu_seqlens, Tensor cu_budgets, SymInt total_k,"
+    ' Tensor? anchor=None, Tensor? quality=None, Tensor? start=None, str metric="euclidean") -> Tensor',
+    "suppress_select": "(Tensor features, Tensor rank, Tensor tau, SymInt k, Tensor? num_tokens=None) -> Tensor",
+    "suppress_select_varlen": "(Tensor features, Tensor rank, Tensor tau, Tensor cu_seqlens, Tensor cu_budgets,"
+    " SymInt total_k) -> Tensor",
+    "nearest": '(Tensor query, Tensor key, str metric="cosine", Tensor? query_rank=None, Tensor? key_rank=None,'
+    " bool exclude_self=False, Tensor? num_keys=None) -> (Tensor, Tensor)",
+    "scatter_mean": "(Tensor features, Tensor assignment, SymInt count, Tensor? weight=None) -> (Tensor, Tensor)",
+    "knn_density": "(Tensor features, SymInt k, Tensor? num_tokens=None) -> Tensor",
 }
 
 
@@ -263,8 +276,12 @@ def test_no_op_synchronises(cuda):
     potential, picked = torch.zeros(features.shape[:2], device=cuda), inputs["anchor"]
     if _registry.OPS["repulsion_select_varlen"].backend("CUDA") == "reference":
         pytest.skip("the reference of repulsion_select_varlen reads its offsets back to the host")
+    others = [(op, tuple_) for op in SELECTING[2:] for tuple_ in samples(op, cuda)]
     torch.cuda.set_sync_debug_mode("error")
     try:
+        for op, arguments in others:
+            if not op.endswith("varlen") or _registry.OPS[op].backend("CUDA") != "reference":
+                getattr(sts_kernels, op)(*arguments)
         sts_kernels.repulsion_select(**inputs)
         sts_kernels.repulsion_select_varlen(*varlen)
         sts_kernels.pairwise_sqdist(features)

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from op_inputs import OPS, cloned, results, sized, tensors, written
+from op_inputs import OPS, cloned, outputs, results, sized, tensors, written
 
 import sts_kernels
 
@@ -44,6 +44,11 @@ def subsets(op):
                 yield pytest.param(op, mapped, id=f"{op}-{'-'.join(mapped)}")
 
 
+def stacked(each):
+    """What several calls returned, output by output."""
+    return [torch.stack(values) for values in zip(*map(outputs, each), strict=True)]
+
+
 def loop(op, call, arguments, mapped):
     """`results` of each lane, stacked."""
     each = [
@@ -62,7 +67,7 @@ def mapped_call(op, arguments, dims):
         for name in names
     }
     call = lambda *values: getattr(sts_kernels, op)(**dict(zip(names, values, strict=True)), **constants)  # noqa: E731
-    out = [torch.vmap(call, in_dims=tuple(dims.get(name) for name in names))(*moved.values())]
+    out = outputs(torch.vmap(call, in_dims=tuple(dims.get(name) for name in names))(*moved.values()))
     if written(op):
         out.append(moved[written(op)].movedim(dims[written(op)], 0))
     return out
@@ -89,12 +94,12 @@ def test_nested(device, op):
     call = lambda *values: getattr(sts_kernels, op)(**dict(zip(names, values, strict=True)), **constants)  # noqa: E731
     first = torch.stack([inner[names[0]], inner[names[0]].flip(0)])
     rest = [inner[name] for name in names[1:]]
-    want = torch.stack([torch.vmap(call)(each.clone(), *rest) for each in first])
+    want = stacked([torch.vmap(call)(each.clone(), *rest) for each in first])
     outer_dims = (0, *[None] * len(rest))
-    got = torch.vmap(torch.vmap(call), in_dims=outer_dims)(first.clone(), *rest)
+    got = outputs(torch.vmap(torch.vmap(call), in_dims=outer_dims)(first.clone(), *rest))
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
     swapped = torch.vmap(torch.vmap(call, in_dims=outer_dims), in_dims=(1, *[0] * len(rest)))(first.clone(), *rest)
-    torch.testing.assert_close(swapped, want.transpose(0, 1), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(outputs(swapped), [w.transpose(0, 1) for w in want], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -106,8 +111,8 @@ def test_raw_op(device, op):
     ints = [value for value in needed if not isinstance(value, torch.Tensor)]
     given = [value for value in needed if isinstance(value, torch.Tensor)]
     raw = getattr(torch.ops.sts_kernels, op)
-    got = torch.vmap(lambda *values: raw(*values, *ints))(*cloned(dict(enumerate(given))).values())
-    want = torch.stack([raw(*(value[lane].clone() for value in given), *ints) for lane in range(LANES)])
+    got = outputs(torch.vmap(lambda *values: raw(*values, *ints))(*cloned(dict(enumerate(given))).values()))
+    want = stacked([raw(*(value[lane].clone() for value in given), *ints) for lane in range(LANES)])
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
 
 
@@ -138,10 +143,17 @@ def test_overlapping_lanes_are_refused():
     [
         ("repulsion_select", "anchor", 99),
         ("repulsion_select", "num_tokens", 99),
+        ("farthest_select", "anchor", 99),
+        ("suppress_select", "num_tokens", 99),
+        ("knn_density", "num_tokens", 99),
+        ("nearest", "num_keys", 99),
         ("repulsion_step_", "picked", 99),
         ("repulsion_select_varlen", "cu_seqlens", 10**6),
         ("repulsion_select_varlen", "cu_budgets", 10**6),
         ("repulsion_select_varlen", "anchor", 99),
+        ("farthest_select_varlen", "anchor", 99),
+        ("farthest_select_varlen", "cu_seqlens", 10**6),
+        ("suppress_select_varlen", "cu_budgets", 10**6),
         ("last_query_scores_varlen", "cu_seqlens", 10**6),
     ],
 )

@@ -42,11 +42,19 @@ def _dense(op: str, name: str, value: torch.Tensor) -> None:
         raise TypeError(f"{op}: {name} must be a dense tensor, got a quantized one; give {name}.dequantize()")
 
 
-def features(op: str, value, shape: str = "(B, N, C)") -> None:
-    tensor(op, "features", value, FLOATING, shape, shape.count(",") + 1)
+def features(op: str, value, shape: str = "(B, N, C)", name: str = "features") -> None:
+    tensor(op, name, value, FLOATING, shape, shape.count(",") + 1)
     tokens, channels = value.shape[-2:]
     if tokens == 0 or channels == 0:
-        raise ValueError(f"{op}: features must have at least one token and one channel, got shape {tuple(value.shape)}")
+        raise ValueError(f"{op}: {name} must have at least one token and one channel, got shape {tuple(value.shape)}")
+
+
+def per_token(op: str, name: str, value, dtypes: tuple, like: torch.Tensor, shape: str = "(B, N)", other="features"):
+    """One number per row of `like`, the tensor called `other`, on its device."""
+    tensor(op, name, value, dtypes, shape, 2)
+    if value.shape != like.shape[:2]:
+        raise ValueError(f"{op}: {name} must have shape {shape} = {tuple(like.shape[:2])}, got {tuple(value.shape)}")
+    same_device(op, name, value, like, other)
 
 
 def index_vector(op: str, name: str, value, length: int, shape: str, like: torch.Tensor) -> None:
@@ -76,6 +84,13 @@ def integer(op: str, name: str, value, low: int, high=None, why: str = "") -> No
         raise ValueError(f"{op}: {name} must be {span}, got {_shown(value)}")
 
 
+def one_of(op: str, name: str, value, allowed: tuple) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{op}: {name} must be a str, got {type(value).__name__}")
+    if value not in allowed:
+        raise ValueError(f"{op}: {name} must be {' or '.join(map(repr, allowed))}, got {value!r}")
+
+
 def eps(op: str, value) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat):
         raise TypeError(f"{op}: eps must be a float, got {type(value).__name__}")
@@ -95,6 +110,15 @@ def _concrete(value: torch.Tensor) -> bool:
     if type(value) is not torch.Tensor and (isinstance(value, FakeTensor) or is_traceable_wrapper_subclass(value)):
         return False
     return not (torch._C._are_functorch_transforms_active() and _functorch.is_functorch_wrapped_tensor(value))
+
+
+def counts(op: str, name: str, value: torch.Tensor | None, most: int, what: str) -> None:
+    """Counts of each item between 0 and `most`, where they can be read."""
+    if value is None or not values_readable(value):
+        return
+    for item, count in enumerate(value.tolist()):
+        if not 0 <= count <= most:
+            raise ValueError(f"{op}: {name}[{item}] must be between 0 and {most}, its {what}, got {count}")
 
 
 def values_readable(value: torch.Tensor) -> bool:

@@ -15,10 +15,11 @@ KEYS = ("Autograd", "ADInplaceOrView")  # dispatch keys whose kernels pass the c
 
 
 class Derivative(NamedTuple):
-    """Of an op whose arguments are all tensors. Both are differentiable themselves, and see no autocast."""
+    """Of the floating-point outputs; integer outputs are indices and have none. Arguments come with their defaults
+    filled in. Both functions are differentiable themselves, and see no autocast."""
 
-    vjp: Callable  # (grad of the output, *arguments) -> a gradient per argument
-    jvp: Callable  # (*tangents, *arguments) -> the tangent of the output
+    vjp: Callable  # (*grads of floating outputs, *integer outputs, *arguments) -> a gradient or None per argument
+    jvp: Callable  # (*tangents or None, *integer outputs, *arguments) -> the tangent of each floating output
 
 
 def autograd(overload, discrete: bool, derivative: Derivative | None) -> dict[str, Callable]:
@@ -100,30 +101,50 @@ def _in_place(overload, written: int):
 
 
 def _differentiable(overload, derivative: Derivative):
+    defaults = [a.default_value if a.has_default_value() else None for a in overload._schema.arguments]
+
     class Function(_SingleLevelFunction):  # torch.func calls the Autograd key at each of its levels
         @staticmethod
         def forward(ctx, keyset, *arguments):
-            ctx.save_for_backward(*arguments)  # not the output, which may be written to before backward
-            ctx.save_for_forward(*arguments)
             # An autograd.Function switches both modes off; torch.func's outer levels need them.
             with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
-                return _below_autograd(overload, keyset, arguments)
+                out = _below_autograd(overload, keyset, arguments)
+            outputs = out if isinstance(out, tuple) else (out,)
+            indices = [value for value in outputs if not value.is_floating_point()]
+            ctx.mark_non_differentiable(*indices)
+            ctx.floating = [value.is_floating_point() for value in outputs]
+            ctx.constants = [None if isinstance(a, torch.Tensor) else a for a in (*indices, *arguments)]
+            # Not the floating outputs, which may be written to before backward.
+            saved = [a if isinstance(a, torch.Tensor) else None for a in (*indices, *arguments)]
+            ctx.save_for_backward(*saved)
+            ctx.save_for_forward(*saved)
+            return out
 
         @staticmethod
-        def backward(ctx, grad):
-            return None, *derivative.vjp(grad, *ctx.saved_tensors)
+        def backward(ctx, *grads):
+            grads = [grad for grad, floating in zip(grads, ctx.floating, strict=True) if floating]
+            values = (c if a is None else a for a, c in zip(ctx.saved_tensors, ctx.constants, strict=True))
+            return None, *derivative.vjp(*grads, *values)
 
         @staticmethod
         def jvp(ctx, keyset, *tangents):
             with forward_ad._set_fwd_grad_enabled(True):
-                primals = (_unpack_dual(a).primal for a in ctx.saved_for_forward)
-                return derivative.jvp(*tangents, *primals)
+                values = (
+                    c if a is None else _unpack_dual(a).primal if a.is_floating_point() else a
+                    for a, c in zip(ctx.saved_for_forward, ctx.constants, strict=True)
+                )
+                out = derivative.jvp(*tangents, *values)
+            if ctx.floating == [True]:
+                return out
+            out = iter(out if isinstance(out, tuple) else (out,))
+            return tuple(next(out) if floating else None for floating in ctx.floating)
 
     def kernel(keyset, *arguments):
-        backward = torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
-        if backward or (_transformed() and any(map(_has_tangent, arguments))):
+        tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
+        backward = torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
+        if backward or (_transformed() and any(map(_has_tangent, tensors))):
             with enable_single_level_autograd_function():
-                return Function.apply(keyset, *arguments)
+                return Function.apply(keyset, *arguments, *defaults[len(arguments) :])
         return _below_autograd(overload, keyset, arguments)
 
     return kernel
@@ -137,7 +158,8 @@ def vmap(overload, rule: Callable):
         if written is not None and in_dims[written] is None:
             name = overload._schema.arguments[written].name
             raise ValueError(f"{overload._opname}: {name} is written to, so vmap must map it where it maps any tensor")
-        return rule(*(_in_front(info.batch_size, *pair) for pair in zip(arguments, in_dims, strict=True))), 0
+        out = rule(*(_in_front(info.batch_size, *pair) for pair in zip(arguments, in_dims, strict=True)))
+        return out, (0,) * len(out) if isinstance(out, tuple) else 0
 
     return kernel
 
@@ -154,6 +176,8 @@ def fold(call: Callable) -> Callable:
     def rule(*arguments):
         lanes, batch = arguments[0].shape[:2]
         out = call(*(a.flatten(0, 1) if isinstance(a, torch.Tensor) else a for a in arguments))
+        if isinstance(out, tuple):
+            return tuple(each.unflatten(0, (lanes, batch)) for each in out)
         return out.unflatten(0, (lanes, batch))
 
     return rule

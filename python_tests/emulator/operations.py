@@ -115,6 +115,71 @@ def unit_rows(name, features):
     )
 
 
+def nearest(name, query, key, metric, query_rank=None, key_rank=None, exclude_self=False, num_keys=None):
+    queries, keys = channels_contiguous(query), channels_contiguous(key)
+    (batch, rows, channels), count = queries.shape, keys.shape[1]
+    ranks = [None if rank is None else rank.double().numpy() for rank in (query_rank, key_rank)]
+
+    def judge(*arrays):
+        options = (metric, query_rank, key_rank, exclude_self, num_keys)
+        oracle.check_nearest(*map(torch.from_numpy, arrays[-2:]), query, key, *options)
+
+    return Call(
+        f"{name}-{metric}",
+        f"nearest_{SUFFIX[query.dtype]}",
+        (
+            *(as_array(queries), as_array(keys), batch, rows, count, channels, *strides(queries), *strides(keys)),
+            *(int(metric == "cosine"), *ranks, int(exclude_self), index(num_keys)),
+            np.full((batch, rows + count, 2), PAD, np.float32),
+            np.full((batch, rows), PAD, np.int64),
+            np.full((batch, rows), PAD, np.float32),
+        ),
+        judge,
+        metric,
+    )
+
+
+def scatter_mean(name, features, assignment, count, weight=None):
+    rows = channels_contiguous(features)
+    batch, tokens, channels = rows.shape
+    bits = np.int16 if features.dtype == torch.bfloat16 else torch.empty(0, dtype=features.dtype).numpy().dtype
+
+    def judge(*arrays):
+        mean, mass = map(torch.from_numpy, arrays[-2:])
+        oracle.check_scatter_mean(mean.view(features.dtype), mass, features, assignment, count, weight)
+
+    return Call(
+        name,
+        f"scatter_mean_{SUFFIX[features.dtype]}",
+        (
+            *(as_array(rows), batch, tokens, channels, *strides(rows), index(assignment), count),
+            None if weight is None else weight.float().numpy(),
+            np.full((batch, tokens), PAD, np.int32),
+            np.full((batch, count, channels), PAD, bits),
+            np.full((batch, count), PAD, np.float32),
+        ),
+        judge,
+    )
+
+
+def knn_density(name, features, k, num_tokens=None, strip_rows=None):
+    """`strip_rows`: rows whose distances are stored at a time; None: all."""
+    rows = channels_contiguous(features)
+    batch, tokens, channels = rows.shape
+    strip = tokens * (batch * tokens if strip_rows is None else strip_rows)
+    return Call(
+        f"{name}-k{k}" + ("" if strip_rows is None else f"-strip{strip_rows}"),
+        f"knn_density_{SUFFIX[features.dtype]}",
+        (
+            *(as_array(rows), batch, tokens, channels, *strides(rows), k, index(num_tokens), strip),
+            np.full(strip, PAD, np.float32),
+            np.full((batch, tokens, 2), PAD, np.float32),
+            np.full((batch, tokens), PAD, np.float32),
+        ),
+        lambda *arrays: oracle.check_knn_density(torch.from_numpy(arrays[-1]), features, k, num_tokens),
+    )
+
+
 def _select(op, name, features, k, options, judge, packed=None, num_tokens=None, way=None, notes=()):
     """A call of the selection op `op`. options: its arguments between k and num_tokens. packed: (cu_seqlens,
     cu_budgets). way: `matrix_tokens`, up to so many tokens the weights of all pairs are stored; `item_blocks`, that
@@ -236,6 +301,23 @@ WAYS = (  # to select
 )
 
 
+def of_sets(case, features, num_tokens) -> list[Call]:
+    """Kernels that compare or merge rows: all tokens with some of them, merged into slots at random."""
+    rng = torch.Generator().manual_seed(5)
+    batch, tokens, _ = features.shape
+    some = features[:, : tokens // 2 + 1]
+    ranks = [torch.randint(0, 4, (batch, n), generator=rng) for n in (some.shape[1], tokens)]
+    slots = torch.randint(-1, case.k, (batch, tokens), generator=rng)
+    weight = torch.rand(batch, tokens, generator=rng)
+    return [
+        nearest(case.name, some, features, "cosine", *ranks, False, num_tokens),
+        nearest(case.name, features, some, "euclidean", exclude_self=True),
+        scatter_mean(case.name, features, slots, case.k, weight if batch % 2 else None),
+        knn_density(case.name, features, case.k, num_tokens),
+        knn_density(case.name, features, min(3, tokens), num_tokens, strip_rows=tokens // 3 + 1),
+    ]
+
+
 def of_case(case, dtype) -> list[Call]:
     """Every kernel that serves `case`, every way it can be made to."""
     inputs = case.inputs(dtype=dtype)
@@ -249,6 +331,7 @@ def of_case(case, dtype) -> list[Call]:
         pairwise_sqdist(case.name, features),
         repulsion_step(case.name, features, picked, case.eps, gap=case.batch % 2),
         *(repulsion_select(case.name, **inputs, **way) for way in WAYS),
+        *of_sets(case, features, inputs["num_tokens"]),
     ]
 
 
@@ -346,6 +429,20 @@ def nonsense() -> list[Call]:
             assert ((arrays[-1] >= -1) & (arrays[-1] < len(x))).all(), f"picks out of range: {arrays[-1]}"
 
         return replace(call, judge=judge)
+
+    counts = torch.where(wild == tokens, tokens + 1, wild)
+    none = torch.where(counts == 3, counts, 0)  # as good as
+    for call, array in (
+        (nearest("num_keys", features, features, "cosine", num_keys=none), 2),
+        (knn_density("num_tokens", features, 2, none), 1),
+    ):
+        arrays = [i for i, argument in enumerate(call.args) if isinstance(argument, np.ndarray | At)]
+        args = list(call.args)
+        args[arrays[array]] = index(counts)
+        made.append(replace(call, args=tuple(args)))
+    slots = wild.repeat(tokens)[: batch * tokens].reshape(batch, tokens)
+    call = scatter_mean("assignment", features, torch.where((slots >= 0) & (slots < k), slots, -1), k)
+    made.append(replace(call, args=(*call.args[:6], index(slots), *call.args[7:])))
 
     top, far = 2**63 - 1, 2**62
     for way in WAYS:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from ..ops import scatter_mean
+
 
 def rows(features: Tensor, order: Tensor) -> Tensor:
     """(B, k, C): the rows of features (B, N, C) at order (B, k), zero at -1."""
@@ -12,22 +14,9 @@ def rows(features: Tensor, order: Tensor) -> Tensor:
 
 def weighted_mean(features: Tensor, order: Tensor, assignment: Tensor | None, weight: Tensor | None) -> Tensor:
     """(B, k, C) in the dtype of `features`: the weighted mean of the tokens assigned to each slot; the kept row where
-    nothing of weight is. A token with a NaN or infinity is merged into nothing.
-
-    One product with the one-hot matrix of the assignment, (B, k, N), accumulated in float64: the order of summation,
-    which depends on the batch and the device, is lost when the mean is rounded to float32.
-    """
+    nothing of weight is. A token with a NaN or infinity is merged into nothing."""
     kept = rows(features, order)
     if assignment is None:
         return kept
-    share, mass = slot_sums(features, order.shape[1], assignment, weight)
-    mean = (share / mass.clamp(min=torch.finfo(torch.float64).tiny)[..., None]).float().to(features.dtype)
+    mean, mass = scatter_mean(features, assignment, order.shape[1], weight)
     return torch.where(((order >= 0) & (mass > 0))[..., None], mean, kept)
-
-
-def slot_sums(features: Tensor, k: int, assignment: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Weighted sums (B, k, C) and weights (B, k) of the finite tokens of each slot, in float64."""
-    finite = features.isfinite().all(-1)
-    one_hot = (assignment[:, None] == torch.arange(k, device=features.device)[:, None]) & finite[:, None]
-    one_hot = one_hot.double() if weight is None else torch.where(one_hot, weight.double()[:, None], 0.0)
-    return one_hot @ torch.where(finite[..., None], features, 0).double(), one_hot.sum(-1)

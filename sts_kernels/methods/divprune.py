@@ -7,22 +7,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ._greedy import farthest, usable_rows
+from ..ops import farthest_select, nearest
 from .base import Method, Pool, Selection
-
-BLOCK = 1 << 24  # cosines at a time: 128 MiB in float64
 
 
 @dataclass(frozen=True)
 class DivPrune(Method):
-    """Max-min diversity of 1 - cosine: first the token whose nearest neighbour is furthest away, then the token whose
-    nearest pick is furthest away.
+    """Max-min diversity of 1 - cosine: first the token whose nearest neighbour is furthest away (the op `nearest`),
+    then the token whose nearest pick is furthest away (`farthest_select`).
 
-    Two differences to the official code: a token is picked once, and a zero row has cosine 0 to every other. Cosines
-    are products in float64, rounded to float32: the order of summation, which depends on the batch and the device, is
-    lost in the rounding, and equal tokens tie.
+    Two differences to the official code: a token is picked once, and a zero row has cosine 0 to every other.
 
-    Cost: 2 B N (N + k) C flops and a float64 copy of the features. Nothing N x N is stored.
+    Cost: B N (2 N + 3 k) C flops in float32, and a float32 copy of the features. Nothing N x N is stored.
     """
 
     name: ClassVar[str] = "divprune"
@@ -33,14 +29,11 @@ class DivPrune(Method):
     signals: ClassVar[frozenset[str]] = frozenset({"features"})
 
     def pick(self, pool: Pool) -> Selection:
-        x, usable = usable_rows(pool.features, pool.present)
-        x = unit(x.double())
-
-        def distance(token):
-            picked = x.gather(1, token[:, None, None].expand(-1, 1, x.shape[2]))
-            return 1 - cosine(x, picked)[..., 0]
-
-        return Selection(farthest(distance, loneliest(x, usable), usable, pool.k))
+        x = pool.features
+        usable = pool.present & x.isfinite().all(-1)
+        _, largest = nearest(x, x, exclude_self=True, num_keys=pool.count)
+        loneliest = largest.masked_fill(~usable, math.inf).argmin(1)
+        return Selection(farthest_select(x, pool.k, loneliest, metric="cosine", num_tokens=pool.count))
 
 
 def unit(x: Tensor) -> Tensor:
@@ -52,16 +45,3 @@ def unit(x: Tensor) -> Tensor:
 def cosine(a: Tensor, b: Tensor) -> Tensor:
     """(B, M, K) float32 in [-1, 1]: cosines of unit rows (B, M, C) and (B, K, C) in float64."""
     return (a @ b.mT).float().clamp_(-1, 1)
-
-
-def loneliest(x: Tensor, usable: Tensor) -> Tensor:
-    """(B,) int64: the usable token of unit rows x (B, N, C) whose largest cosine to another usable one is smallest."""
-    batch, tokens, _ = x.shape
-    step = max(1, BLOCK // max(1, batch * tokens))
-    position = torch.arange(tokens, device=x.device)
-    largest = []
-    for start in range(0, tokens, step):
-        itself = position[start : start + step, None] == position
-        block = cosine(x[:, start : start + step], x)
-        largest.append(block.masked_fill_(itself | ~usable[:, None], -math.inf).amax(-1))
-    return torch.cat(largest, 1).masked_fill(~usable, math.inf).argmin(1)

@@ -6,15 +6,17 @@ from typing import ClassVar
 import torch
 
 from .. import _checks
-from ._greedy import farthest, usable_rows
+from ..ops import farthest_select
+from ._rank import first_of
 from .base import Method, Pool, Selection, option
 
 
 @dataclass(frozen=True)
 class FPS(Method):
-    """From `anchor` on, the token whose nearest pick is furthest away, in squared Euclidean distance.
+    """From `anchor` on, the token whose nearest pick is furthest away, in squared Euclidean distance: the op
+    `farthest_select`.
 
-    Cost: 3 B k N C flops in float32, k reads of the features.
+    Cost: 3 B k N C flops in float32.
     """
 
     name: ClassVar[str] = "fps"
@@ -27,11 +29,7 @@ class FPS(Method):
         _checks.integer(self.name, "anchor", self.anchor, 0)
 
     def pick(self, pool: Pool) -> Selection:
-        x, usable = usable_rows(pool.features, pool.present)
-
-        def distance(token):
-            centre = x.gather(1, token[:, None, None].expand(-1, 1, x.shape[2]))
-            return (x - centre).square_().sum(-1)
-
-        first = torch.full((pool.batch,), self.anchor if self.anchor < pool.tokens else 0, device=pool.device)
-        return Selection(farthest(distance, first, usable, pool.k))
+        usable = pool.present & pool.features.isfinite().all(-1)
+        token = self.anchor if self.anchor < pool.tokens else 0
+        first = torch.where(usable[:, token], token, first_of(usable))
+        return Selection(farthest_select(pool.features, pool.k, anchor=first, num_tokens=pool.count))

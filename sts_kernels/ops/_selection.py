@@ -31,12 +31,10 @@ def check_padded(op: str, features, k, anchor=None, num_tokens=None) -> None:
 def check_padded_values(op: str, features, anchor=None, num_tokens=None) -> None:
     tokens, counts = features.shape[1], None
     if num_tokens is not None:
+        _checks.counts(op, "num_tokens", num_tokens, tokens, "tokens")
         if not _checks.values_readable(num_tokens):
             return
         counts = num_tokens.tolist()
-        for item, count in enumerate(counts):
-            if not 0 <= count <= tokens:
-                raise ValueError(f"{op}: num_tokens[{item}] must be between 0 and {tokens}, its tokens, got {count}")
     if anchor is not None and _checks.values_readable(anchor):
         for item, value in enumerate(anchor.tolist()):
             count = tokens if counts is None else counts[item]

@@ -24,10 +24,7 @@ def check_values_and_metric(op: str, features, quality, start, metric) -> None:
     for name, value in (("quality", quality), ("start", start)):
         if value is not None:
             check_token_values(op, name, value, _checks.FLOATING, features)
-    if not isinstance(metric, str):
-        raise TypeError(f'{op}: metric must be "euclidean" or "cosine", got {type(metric).__name__}')
-    if metric not in ("euclidean", "cosine"):
-        raise ValueError(f'{op}: metric must be "euclidean" or "cosine", got "{metric}"')
+    _checks.one_of(op, "metric", metric, ("euclidean", "cosine"))
 
 
 def _check(features, k, anchor, quality, start, metric, num_tokens):

@@ -1,0 +1,66 @@
+"""Selection by rank with suppression, of a batch: little is suppressed of Gaussian tokens, much of smooth ones."""
+
+from functools import partial
+
+import torch
+
+from . import baselines, inputs, verify
+from .harness import Bench, Case, Cost, Provider
+from .repulsion_select import BF16, F32, MAIN, fits_gram
+
+
+def _case(group, batch, tokens, channels, k, dtype=F32, data="gaussian", cuda_only=False):
+    return Case(group, {"B": batch, "N": tokens, "C": channels, "K": k}, dtype, data, cuda_only)
+
+
+CASES = [
+    *(_case("main", 1, n, 1024, k, dtype) for dtype in (F32, BF16) for n, k in MAIN),
+    *(_case("smooth", 1, n, 1024, k, dtype, "smooth") for dtype in (F32, BF16) for n, k in MAIN),
+    *(_case("batch", 8, 576, 1024, 192, dtype) for dtype in (F32, BF16)),
+    _case("batch", 64, 576, 1024, 192, BF16, cuda_only=True),
+]
+
+
+def make_inputs(case, device):
+    """AdaVTP's thresholds at an average complexity: a hundredth a rank, 0.25 at the most."""
+    x = inputs.features(case["B"], case["N"], case["C"], case.dtype, device, case.data)
+    shape = case["B"], case["N"]
+    generator = torch.Generator().manual_seed(1)
+    rank = torch.rand(shape, generator=generator).argsort(1).to(device)
+    tau = ((rank + 1) * 0.01).clamp(max=0.25)
+    return {"features": x, "rank": rank, "tau": tau, "k": case["K"]}
+
+
+def cost(case):
+    """The features are read once. Each of K picks is compared at least with the picks before it."""
+    items, tokens, channels, k = (case[name] for name in "BNCK")
+    token = channels * case.dtype.itemsize + 8 + 4
+    return Cost(bytes=items * (tokens * token + 8 * k), flops=items * k * k * channels)
+
+
+def check(case, given, picks):
+    assert picks.shape == (case["B"], case["K"])
+
+    def error_of(item, features, picks):
+        return verify.oracle.suppress_error(features, given["rank"][item], given["tau"][item], picks)
+
+    verify.selections(zip(given["features"], picks, strict=True), error_of)
+
+
+def _baseline(name, loop):
+    return Provider(
+        name=name,
+        bind=lambda case, given: partial(loop, **given),
+        fits=lambda case, device: loop is not baselines.suppress_gram_loop or fits_gram(case["B"], case["N"], device),
+        syncs=loop is baselines.suppress_best_ranks,
+    )
+
+
+BENCH = Bench(
+    op="suppress_select",
+    cases=CASES,
+    make_inputs=make_inputs,
+    cost=cost,
+    check=check,
+    baselines=[_baseline(*loop) for loop in baselines.SUPPRESS_LOOPS.items()],
+)

@@ -1,0 +1,28 @@
+// Arguments of knn_density, checked once for CPU and CUDA.
+#pragma once
+#include "torch_glue.h"
+
+namespace sts {
+
+struct KnnDensity {
+  static constexpr const char* op = "knn_density";
+  Tensor features;
+  int64_t k;
+  std::optional<Tensor> num_tokens;
+
+  KnnDensity(const Tensor& features_, int64_t k_, const std::optional<Tensor>& num_tokens_)
+      : features(checked_features(op, features_, 3)),
+        k(k_),
+        num_tokens(checked_vector(op, "num_tokens", num_tokens_, features_.size(0), features_)) {
+    STD_TORCH_CHECK(k >= 1 && k <= features.size(1), "sts_kernels::knn_density: k must be between 1 and ", features.size(1), ", got ", k);
+  }
+
+  // `counts` must be readable by the host, or null.
+  void check_values(const int64_t* counts) const {
+    for (int64_t b = 0; counts && b < features.size(0); ++b)
+      STD_TORCH_CHECK(counts[b] >= 0 && counts[b] <= features.size(1), "sts_kernels::knn_density: num_tokens[", b,
+                      "] must be between 0 and ", features.size(1), ", got ", counts[b]);
+  }
+};
+
+}  // namespace sts

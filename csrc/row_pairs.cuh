@@ -1,0 +1,177 @@
+// What: |a - b|^2 or a.b of every row a of one set with every row b of another, handed to `take` pair by pair; nothing is stored here.
+// Chosen when: always. Sums are float32 on CUDA cores: differences do not cancel, and products of 16-bit rows are exact.
+// Steps: of a block, for one square tile of pairs after another: (1) load a stage of 32 channels of both sides; (2) add it to the 4 x 4
+//   pairs of each thread; (3) hand them over. Stages are summed channel by channel in ascending order and then one to another: a pair's
+//   bits depend on the pair alone, and the error of a sum grows with channels / 32.
+// Synchronisation: two block barriers a stage. Blocks know nothing of each other.
+#pragma once
+#include "rows.cuh"
+
+namespace sts {
+
+// Of a row: the power of two it is scaled by, and 1 / |row| of the scaled row, or 0 for a zero row; NaN: the row does not count.
+struct __align__(8) RowInfo {
+  float scale, per_norm;
+  __device__ __forceinline__ bool counts() const { return per_norm == per_norm; }
+};
+
+constexpr int kRowInfoThreads = 256;
+
+// A warp a row. counts: of each item, the rows that count; null: all. cosine: false leaves scale and per_norm at 1.
+template <class scalar_t>
+__global__ void __launch_bounds__(kRowInfoThreads)
+    row_info_kernel(Rows<scalar_t> rows, int64_t batch, int64_t count, const int64_t* counts, bool aligned, bool cosine, RowInfo* info) {
+  constexpr int kVec = Chunk<scalar_t>::size;
+  const int lane = threadIdx.x % 32;
+  const int64_t r = static_cast<int64_t>(blockIdx.x) * (kRowInfoThreads / 32) + threadIdx.x / 32;
+  if (r >= batch * count) return;
+  const int64_t b = r / count, i = r % count;
+  const bool present = !counts || (counts[b] <= count && i < counts[b]);
+  const scalar_t* row = rows.row(b, i);
+  float square = 0.f, largest = 0.f;
+  bool finite = present;
+  const int channels = present ? rows.channels : 0;
+#pragma unroll 4
+  for (int c = lane * kVec; c < channels; c += 32 * kVec) {
+    const Chunk<scalar_t> x = load_channels(row, c, channels, aligned);
+#pragma unroll
+    for (int v = 0; v < kVec; ++v) {
+      finite = finite && x[v] - x[v] == 0.f;
+      square = fmaf(x[v], x[v], square);
+      largest = fmaxf(largest, fabsf(x[v]));
+    }
+  }
+  finite = __all_sync(kFullWarp, finite);
+  square = warp_sum(square);
+  RowInfo mine{1.f, finite ? 1.f : __uint_as_float(0x7fc00000u)};
+  if (cosine && finite) {
+    if (!(square >= 0x1p-60f && square <= 0x1p60f)) {  // squares of the scaled row neither overflow nor vanish
+#pragma unroll
+      for (int offset = 16; offset > 0; offset /= 2) largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, offset));
+      const int exponent = static_cast<int>(254u - (__float_as_uint(largest) >> 23));
+      mine.scale = __uint_as_float(static_cast<uint32_t>(exponent < 1 ? 1 : exponent > 253 ? 253 : exponent) << 23);
+      square = 0.f;
+      for (int c = lane * kVec; c < channels; c += 32 * kVec) {
+        const Chunk<scalar_t> x = load_channels(row, c, channels, aligned);
+#pragma unroll
+        for (int v = 0; v < kVec; ++v) square = fmaf(x[v] * mine.scale, x[v] * mine.scale, square);
+      }
+      square = warp_sum(square);
+    }
+    mine.per_norm = square > 0.f ? 1.f / sqrtf(square) : 0.f;
+  }
+  if (lane == 0) info[r] = mine;
+}
+
+template <class scalar_t>
+cudaError_t launch_row_info(const Rows<scalar_t>& rows, int64_t batch, int64_t count, const int64_t* counts, bool cosine, RowInfo* info,
+                            cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(ceil_div(batch * count, kRowInfoThreads / 32)));
+  const Launch shape{grid, dim3(kRowInfoThreads), 0, 1, false, stream};
+  return launch(row_info_kernel<scalar_t>, shape, rows, batch, count, counts, rows_aligned(rows), cosine, info);
+}
+
+// Rows of every batch entry of one side.
+template <class scalar_t>
+struct Side {
+  Rows<scalar_t> rows;
+  int64_t count;
+  const RowInfo* info;  // (batch, count)
+  bool aligned;
+};
+
+constexpr int kSmallPairTile = 32, kLargePairTile = 64;
+
+// take.template row<kTile>(entry, i, j, values): the pairs of row i of `a` with rows j to j + 3 of `b`, called by all threads of a block
+// together; i and j may be past the end.
+template <class scalar_t, bool kProduct, int kTile, class Take>
+__global__ void __launch_bounds__(kTile* kTile / 16, kTile == kLargePairTile ? 2 : 4)
+    row_pairs_kernel(Side<scalar_t> a, Side<scalar_t> b, int64_t entries, int channels, Take take) {
+  constexpr int kThreads = kTile * kTile / 16;  // each thread has 4 x 4 pairs
+  constexpr int kChannels = 32, kVec = Chunk<scalar_t>::size;
+  constexpr int kLoads = kTile * kChannels / kVec / kThreads;
+  static_assert(kLoads * kVec * kThreads == kTile * kChannels, "a stage is loaded by whole threads");
+  static_assert(kThreads % (kChannels / kVec) == 0, "a thread loads the same channels of every row");
+  __shared__ float stage_a[kChannels][kTile + 4], stage_b[kChannels][kTile + 4];
+  const int tid = threadIdx.x, ti = tid / (kTile / 4) * 4, tj = tid % (kTile / 4) * 4;
+  const int column = tid % (kChannels / kVec) * kVec;
+  const int64_t i0 = static_cast<int64_t>(blockIdx.x) * kTile, tiles = ceil_div(b.count, kTile);
+  const auto row_of_load = [&](int l) { return (l * kThreads + tid) / (kChannels / kVec); };
+
+  for (int64_t entry = blockIdx.z; entry < entries; entry += gridDim.z)
+    for (int64_t tile = blockIdx.y; tile < tiles; tile += gridDim.y) {
+      const int64_t j0 = tile * kTile;
+      const scalar_t *row_a[kLoads], *row_b[kLoads];
+      float scale_a[kLoads], scale_b[kLoads];
+      Chunk<scalar_t> next_a[kLoads], next_b[kLoads];
+#pragma unroll
+      for (int l = 0; l < kLoads; ++l) {  // rows past the end repeat the last one
+        const int64_t i = i0 + row_of_load(l) < a.count ? i0 + row_of_load(l) : a.count - 1;
+        const int64_t j = j0 + row_of_load(l) < b.count ? j0 + row_of_load(l) : b.count - 1;
+        row_a[l] = a.rows.row(entry, i), row_b[l] = b.rows.row(entry, j);
+        if (kProduct) scale_a[l] = a.info[entry * a.count + i].scale, scale_b[l] = b.info[entry * b.count + j].scale;
+      }
+      const auto fetch = [&](int c0) {
+#pragma unroll
+        for (int l = 0; l < kLoads; ++l) {
+          next_a[l] = load_channels(row_a[l], c0 + column, channels, a.aligned);
+          next_b[l] = load_channels(row_b[l], c0 + column, channels, b.aligned);
+        }
+      };
+      float sum[4][4] = {};
+      fetch(0);
+      for (int c0 = 0; c0 < channels; c0 += kChannels) {
+        __syncthreads();  // all are done with the stage before
+        // (1) a stage, and the loads of the next
+#pragma unroll
+        for (int l = 0; l < kLoads; ++l)
+#pragma unroll
+          for (int v = 0; v < kVec; ++v) {
+            stage_a[column + v][row_of_load(l)] = kProduct ? next_a[l][v] * scale_a[l] : next_a[l][v];
+            stage_b[column + v][row_of_load(l)] = kProduct ? next_b[l][v] * scale_b[l] : next_b[l][v];
+          }
+        __syncthreads();  // the stage is there
+        if (c0 + kChannels < channels) fetch(c0 + kChannels);
+        // (2) its sums
+        float run[4][4] = {};
+#pragma unroll 4
+        for (int c = 0; c < kChannels; ++c) {
+          float x[4], y[4];
+#pragma unroll
+          for (int t = 0; t < 4; ++t) x[t] = stage_a[c][ti + t], y[t] = stage_b[c][tj + t];
+#pragma unroll
+          for (int s = 0; s < 4; ++s)
+#pragma unroll
+            for (int t = 0; t < 4; ++t) {
+              const float first = kProduct ? x[s] : x[s] - y[t], second = kProduct ? y[t] : first;
+              run[s][t] = fmaf(first, second, run[s][t]);
+            }
+        }
+#pragma unroll
+        for (int s = 0; s < 4; ++s)
+#pragma unroll
+          for (int t = 0; t < 4; ++t) sum[s][t] += run[s][t];
+      }
+      // (3) the pairs
+#pragma unroll
+      for (int s = 0; s < 4; ++s) take.template row<kTile>(entry, i0 + ti + s, j0 + tj, sum[s]);
+    }
+}
+
+template <bool kProduct, int kTile, class scalar_t, class Take>
+cudaError_t launch_row_pairs_of(const Side<scalar_t>& a, const Side<scalar_t>& b, int64_t entries, const Take& take, cudaStream_t stream) {
+  const auto most = [](int64_t blocks) { return static_cast<unsigned>(blocks < 65535 ? blocks : 65535); };
+  const dim3 grid(static_cast<unsigned>(ceil_div(a.count, kTile)), most(ceil_div(b.count, kTile)), most(entries));
+  const Launch shape{grid, dim3(kTile * kTile / 16), 0, 1, false, stream};
+  return launch(row_pairs_kernel<scalar_t, kProduct, kTile, Take>, shape, a, b, entries, a.rows.channels, take);
+}
+
+template <bool kProduct, class scalar_t, class Take>
+cudaError_t launch_row_pairs(const Side<scalar_t>& a, const Side<scalar_t>& b, int64_t entries, const Take& take, cudaStream_t stream) {
+  // Small tiles where large ones would leave multiprocessors without work.
+  if (ceil_div(a.count, kLargePairTile) * ceil_div(b.count, kLargePairTile) * entries < 2 * device_sm_count())
+    return launch_row_pairs_of<kProduct, kSmallPairTile>(a, b, entries, take, stream);
+  return launch_row_pairs_of<kProduct, kLargePairTile>(a, b, entries, take, stream);
+}
+
+}  // namespace sts

@@ -1,0 +1,40 @@
+// Arguments of scatter_mean, checked once for CPU and CUDA.
+#pragma once
+#include <tuple>
+
+#include "nearest_glue.h"
+
+namespace sts {
+
+struct ScatterMean {
+  static constexpr const char* op = "scatter_mean";
+  Tensor features, assignment;
+  std::optional<Tensor> weight;  // in float32
+  int64_t count;
+
+  ScatterMean(const Tensor& features_, const Tensor& assignment_, int64_t count_, const std::optional<Tensor>& weight_)
+      : features(checked_features(op, features_, 3)), assignment(checked_slots(assignment_, features)), count(count_) {
+    STD_TORCH_CHECK(count >= 1 && count < (int64_t(1) << 31), "sts_kernels::scatter_mean: count must be between 1 and 2^31, got ", count);
+    if (!weight_) return;
+    STD_TORCH_CHECK(is_floating(weight_->scalar_type()), "sts_kernels::scatter_mean: weight must be float32, float16 or bfloat16");
+    weight = checked_per_row(op, "weight", *weight_, ScalarType::Float, features);
+  }
+
+  const int64_t* slots() const { return static_cast<const int64_t*>(assignment.const_data_ptr()); }
+  const float* weights() const { return weight ? static_cast<const float*>(weight->const_data_ptr()) : nullptr; }
+
+  // `slots` must be readable by the host.
+  void check_values(const int64_t* slots) const {
+    for (int64_t i = 0; i < features.size(0) * features.size(1); ++i)
+      STD_TORCH_CHECK(slots[i] >= -1 && slots[i] < count, "sts_kernels::scatter_mean: assignment must be between -1 and ", count - 1,
+                      ", got ", slots[i]);
+  }
+
+ private:
+  static Tensor checked_slots(const Tensor& assignment, const Tensor& features) {
+    STD_TORCH_CHECK(is_index(assignment.scalar_type()), "sts_kernels::scatter_mean: assignment must be int64 or int32");
+    return checked_per_row(op, "assignment", assignment, ScalarType::Long, features);
+  }
+};
+
+}  // namespace sts
