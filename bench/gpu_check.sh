@@ -80,7 +80,7 @@ sanitize() {
       under="compute-sanitizer --tool $tool --error-exitcode 9 --print-limit 20 --log-file $log"
       calls=(--work 2e4) # 251 calls, of 1145
     fi
-    # racecheck did not finish these in 40 s on an H200. One call of each kernel and algorithm, of several warps: 29.
+    # racecheck did not finish these in 40 s on an H200. One call of each kernel and algorithm, of several warps: 68.
     if [ "$tool" = racecheck ]; then calls=(--work 6e4 --per-kernel 1); fi
     printf '\n==== %s\n' "${under:-no tool}"
     : >"$log"

@@ -48,17 +48,6 @@ void add_weighted(const BFloat16* row, double weight, double* sum, int64_t chann
 // Divides a point by its length, in place. A point with a NaN or infinity becomes NaN throughout. False where the length is 0.
 bool to_unit(float* point, int64_t size);
 
-// A rule on rows of length 1. A row of zeros has cosine 0, and squared distance 2, to every row: such a row i holds zero_row_mark(i) in its
-// first channel, which puts it further from every other row than 4.
-template <class Rule>
-struct UnitRows : Rule {
-  template <class T>
-  STS_HOST_DEVICE T weight(T sqdist, T token, float pick) const {
-    return Rule::weight(sqdist > 5.f ? T{} + 2.f : sqdist, token, pick);
-  }
-};
-constexpr float zero_row_mark(int64_t row) { return 16.f * static_cast<float>(row + 1); }  // distinct up to 2^24 rows
-
 // Smallest value and the lowest index that holds it.
 struct Lowest {
   float value;

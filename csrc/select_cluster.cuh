@@ -1,13 +1,19 @@
-// Selection over the stored weights of all pairs of a large item: its tokens are spread over the blocks of a cluster, each of which
-// reads its share of a row. All warps hear from each other once a sweep, which makes several picks:
-//   Candidates are a few tokens of low potential of each warp. Every warp keeps the same account of all of them, one lane for each
-//     warp's: their exact potentials in registers, the weights of their pairs in shared memory.
-//   All other tokens are above a bound: the lowest potential that the warps have said is theirs, and with every pick the smallest weight
-//     in its row more. Floating-point addition is monotone, so that this holds to the bit.
-//   Picks are made among the candidates for as long as they are below the bound. Then all threads add the rows of the picks, in
-//     order, and say which token is now their lowest: it becomes a candidate, but for the sweep after the next, when its weights
-//     have come.
-// So the picks are the plain loop's, bit for bit. Clusters need compute capability 9.0.
+// Selection over the stored weights of all pairs of a large item, by a thread block cluster: blocks share the tokens, each reads its columns of
+// a row, and one exchange of messages makes several picks.
+//
+// What: candidates are a few tokens of low potential of each warp. Every warp keeps the same account of all candidates, lane w of warp w's:
+//   exact potentials in registers, stored values of their pairs in shared memory. All other tokens are at or above a bound. A candidate
+//   below the bound is the plain loop's next pick, bit for bit, whichever rule adds (addition is monotone to the bit).
+// Bound: the lowest potential among the tokens that are no candidates. Where the weight depends on the distance alone, every pick raises it
+//   by the row minimum of the pick (least); for the other rules potentials never fall, and the bound stays.
+// Chosen when: items are large (kClusterFrom) and few enough for four or eight SMs each; compute capability 9.0.
+// Steps, for every exchange:
+//   (1) every warp sends its lowest token that is no candidate to all blocks, and awaits all reports;
+//   (2) that token becomes a candidate of its warp, for the highest of its four; its row is loaded, and sent for the exchange after next;
+//   (3) picks among the candidates while the lowest is below the bound, else the one lowest token outside;
+//   (4) all threads add the rows of the picks, in pick order, and find their lowest token.
+// Synchronisation: DSMEM messages (st.async) that an mbarrier per exchange parity counts; no cluster barrier in the loop. A warp that has all
+//   reports of an exchange knows that every reader is done with the exchange before, so reports are double-buffered.
 #pragma once
 #include "select_stored.cuh"
 
@@ -24,6 +30,7 @@ constexpr int kClusterPicks = 8;  // in a sweep at the most
 struct alignas(16) WarpReport {
   Key lowest;       // of its tokens that are no candidates
   float potential;  // of the token that has become a candidate last
+  float parameter;  // of the token of `lowest`
 };
 
 // In every block of the cluster, written by all of them. Nobody waits for those who read it: a warp that has everyone's reports on a sweep
@@ -67,7 +74,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
   const int64_t b = first_item + blockIdx.x / blocks;
   const Item item = items[b];
   const int tokens = static_cast<int>(item.tokens), first = warp * 32 + lane, step = warps * 32;
-  const int64_t pitch = matrix_pitch(items.tokens), first_row = items.packed() ? item.first : b * items.tokens;  // among all tokens
+  const int64_t pitch = matrix_pitch(items.tokens), first_row = items.first_token(b, item);  // among all tokens
   const float* matrix = stored_weights(items, item, blockIdx.x / blocks, weights);
   int64_t* picked = out + item.out;
 
@@ -78,26 +85,29 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
 
   const Key nothing = make_key(kInfinity, ~0u);
   uint32_t column[kTokens];  // this thread's tokens; past the end the last one, whose weights an infinite potential does not feel
-  float potential[kTokens];
+  float potential[kTokens], parameter[kTokens];
   Key lowest = nothing;
 #pragma unroll
   for (int t = 0; t < kTokens; ++t) {
     const int j = first + t * step;
     column[t] = static_cast<uint32_t>(j < tokens ? j : tokens - 1);
     potential[t] = kInfinity;
+    parameter[t] = kOfDistance<Rule> ? 0.f : items.parameter_of(first_row + static_cast<int>(column[t]));
     if (j >= tokens) continue;
     const float distance = mean_sqdist[first_row + j];
-    potential[t] = distance < kInfinity ? Rule::start() : kLastResort;
-    lowest = lower(lowest, make_key(distance, Candidate::make(j, 0, 0).bits));
+    const float start = kOfDistance<Rule> || !items.start ? kLastResort : items.start[first_row + j];
+    potential[t] = first_potential(rule, distance < kInfinity, start, parameter[t]);
+    lowest = lower(lowest, make_key(first_key(rule, distance, potential[t], items.start, parameter[t]), Candidate::make(j, 0, 0).bits));
   }
+  float low_parameter = 0.f;  // of this thread's lowest; not needed before the first candidates
   unsigned is_candidate = 0;  // bit t: token t of this thread
   float newest_potential = 0.f;
 
   // The account of the candidates of warp `lane`. Without a token, or with one whose row is still to come, the potential is infinite.
   Candidate candidate[kWarpCandidates];
-  float value[kWarpCandidates];
+  float value[kWarpCandidates], candidate_parameter[kWarpCandidates];
 #pragma unroll
-  for (int h = 0; h < kWarpCandidates; ++h) candidate[h] = Candidate::make(0, h, 0), value[h] = kInfinity;
+  for (int h = 0; h < kWarpCandidates; ++h) candidate[h] = Candidate::make(0, h, 0), value[h] = kInfinity, candidate_parameter[h] = 0.f;
   int newest = -1;  // the one that came last, for one sweep
   const auto lowest_candidate = [&] {
     float low = value[0];
@@ -114,14 +124,16 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
   for (int sweep = 0, done = 0, rows_sent = 0;; ++sweep) {
     Arrivals* const arrivals = &board->arrivals[sweep & 1];
     if (threadIdx.x == 0) expect_arrivals(arrivals, warps * sizeof(WarpReport) + rows_sent * kAllCandidates * sizeof(float));
+    // (1)
     lowest = warp_lowest(lowest);
+    if constexpr (!kOfDistance<Rule>) low_parameter = __shfl_sync(kFullWarp, low_parameter, Candidate{key_index(lowest)}.token() % 32);
     __syncwarp();  // all lanes are done with the sweep before
-    if (lane < blocks) send(&board->report[sweep & 1][warp], {lowest, newest_potential}, arrivals, lane);
+    if (lane < blocks) send(&board->report[sweep & 1][warp], {lowest, newest_potential, low_parameter}, arrivals, lane);
     await_arrivals(arrivals, sweep / 2);
-    const WarpReport report = lane < warps ? board->report[sweep & 1][lane] : WarpReport{nothing, kInfinity};
+    const WarpReport report = lane < warps ? board->report[sweep & 1][lane] : WarpReport{nothing, kInfinity, 0.f};
     const Key outside = warp_lowest(report.lowest);  // the lowest of all tokens but the candidates
 
-    // The lowest of a warp takes the place of its highest candidate, if that is higher, or an empty one.
+    // (2) The lowest of a warp takes the place of its highest candidate, if that is higher, or an empty one.
     int highest = 0;
     float highest_value = -kInfinity;
 #pragma unroll
@@ -137,6 +149,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
       if (h != newest) continue;
       leaver = value[h] < kInfinity ? candidate[h].token() : -1;
       candidate[h] = Candidate::make(offered, h, 0);
+      candidate_parameter[h] = report.parameter;
       value[h] = kInfinity;
     }
     rows_sent = __popc(__ballot_sync(kFullWarp, newest >= 0));
@@ -155,16 +168,17 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
 #pragma unroll
       for (int h = 0; h < kWarpCandidates; ++h) {
         // As it was loaded: what is done with it would wait for it, and it is not needed before it is sent.
-        const bool itself = h * 32 + lane == newcomer_place;
+        const bool itself = kOfDistance<Rule> && h * 32 + lane == newcomer_place;
         newcomer_row[h] = __ldg(itself ? reinterpret_cast<const float*>(least) + (first_row + newcomer)
                                        : matrix + newcomer * pitch + candidate[h].token());
       }
     }
 
-    // The picks of this sweep, and this thread's share of their rows.
-    float row[kClusterPicks][kTokens];
-    const auto take = [&](int p, int token) {
+    // (3) The picks of this sweep, and this thread's share of their rows.
+    float row[kClusterPicks][kTokens], pick_parameter[kClusterPicks];
+    const auto take = [&](int p, int token, float its_parameter) {
       if (first == 0) picked[done + p] = token;
+      pick_parameter[p] = its_parameter;
       const uint32_t begin = static_cast<uint32_t>(token) * static_cast<uint32_t>(pitch);  // below 2^26
 #pragma unroll
       for (int t = 0; t < kTokens; ++t) row[p][t] = __ldg(matrix + (begin + column[t]));
@@ -179,14 +193,20 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
         if (p > 0 && (p >= wanted || !(key_value(best) < bound))) break;
         const Candidate chosen{key_index(best)};
         const int place = chosen.place(warps);
-        bound = Rule::add(bound, board->weight[place][place]);
-        take(p, chosen.token());
+        if constexpr (kOfDistance<Rule>) bound = Rule::add(bound, board->weight[place][place]);
+        float its_parameter = 0.f;
+        if constexpr (Rule::kByPick) {
+          const float low = place & 32 ? candidate_parameter[1] : candidate_parameter[0];  // no index: the array stays in registers
+          const float high = place & 32 ? candidate_parameter[3] : candidate_parameter[2];
+          its_parameter = __shfl_sync(kFullWarp, place & 64 ? high : low, place % 32);
+        }
+        take(p, chosen.token(), its_parameter);
 #pragma unroll
         for (int h = 0; h < kWarpCandidates; ++h) {
           // Where there is no potential nothing changes, and what is read has been there before.
           const int its = h * 32 + lane;
           const float weight = candidate[h].came() > chosen.came() ? board->weight[its][place] : board->weight[place][its];
-          value[h] = its == place ? kInfinity : Rule::add(value[h], weight);
+          value[h] = its == place ? kInfinity : after_pick(rule, value[h], weight, candidate_parameter[h], its_parameter);
         }
         best = lowest_candidate();
         count = p + 1;
@@ -194,35 +214,38 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
     } else {
       const Candidate other{key_index(outside)};
       const int token = static_cast<int>(sweep == 0 ? first_pick(item, make_key(key_value(outside), other.token())) : other.token());
-      take(0, token);
+      const float its_parameter = Rule::kByPick ? items.parameter_of(first_row + token) : 0.f;
+      take(0, token, its_parameter);
 #pragma unroll
       for (int h = 0; h < kWarpCandidates; ++h)
-        if (value[h] < kInfinity) value[h] = Rule::add(value[h], __ldg(matrix + token * pitch + candidate[h].token()));
+        if (value[h] < kInfinity)
+          value[h] = after_pick(rule, value[h], __ldg(matrix + token * pitch + candidate[h].token()), candidate_parameter[h], its_parameter);
       count = 1;
     }
     done += count;
     if (done == picks) return;
 
+    // (4)
     float low = kInfinity;
     int low_token = 0;
 #pragma unroll
     for (int p = 0; p < kClusterPicks; ++p) {
       if (p >= count) break;
 #pragma unroll
-      for (int t = 0; t < kTokens; ++t) potential[t] = Rule::add(potential[t], row[p][t]);
+      for (int t = 0; t < kTokens; ++t) potential[t] = after_pick(rule, potential[t], row[p][t], parameter[t], pick_parameter[p]);
     }
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {
       const int j = first + t * step;
       if (j == newcomer) newest_potential = potential[t];
-      if (!(is_candidate >> t & 1) && potential[t] < low) low = potential[t], low_token = j;
+      if (!(is_candidate >> t & 1) && potential[t] < low) low = potential[t], low_token = j, low_parameter = parameter[t];
     }
     lowest = low < kInfinity ? make_key(low, Candidate::make(low_token, 0, 0).bits) : nothing;
     if (newcomer < 0) continue;
     newest_potential = __shfl_sync(kFullWarp, newest_potential, newcomer % 32);
 #pragma unroll
     for (int h = 0; h < kWarpCandidates; ++h)
-      if (h * 32 + lane == newcomer_place) newcomer_row[h] = from_ordered_bits(__float_as_uint(newcomer_row[h]));
+      if (kOfDistance<Rule> && h * 32 + lane == newcomer_place) newcomer_row[h] = from_ordered_bits(__float_as_uint(newcomer_row[h]));
     Arrivals* const next_arrivals = &board->arrivals[(sweep + 1) & 1];
     for (int block = 0; block < blocks; ++block)
 #pragma unroll

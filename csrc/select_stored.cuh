@@ -30,7 +30,7 @@ __device__ __forceinline__ const float* stored_weights(const Items& items, const
   return weights + (items.packed() ? item.first * (pitch + 1) : launched * items.tokens * pitch);
 }
 
-// What a warp reports: its lowest potential (Rule::order) and the token that has it.
+// What a warp reports: its lowest potential (order_of) and the token that has it.
 struct alignas(8) StoredReport {
   uint32_t order, token;
 };
@@ -84,24 +84,30 @@ __global__ void __launch_bounds__((kWarps ? kWarps : kStoredMaxWarps) * 32, 1)
   if (warp >= warps) return;  // packed: the item is smaller than the launch
 
   const float* const matrix = settled(stored_weights(items, item, blockIdx.x, weights) - shift);  // 16-byte aligned
-  const float* const from_mean = mean_sqdist + (items.packed() ? item.first : b * items.tokens);
+  const int64_t first_row = items.first_token(b, item);  // among all tokens
   const uint32_t pitch = static_cast<uint32_t>(settled(static_cast<int>(matrix_pitch(items.tokens))));  // pitch^2 <= 2^26
   const int first = tid * kTokens - shift;
   uint32_t column[kTokens / 4];  // past the end the last 16 bytes of the row are read again
-  float potential[kTokens];
+  float potential[kTokens], parameter[kTokens], start[kTokens], distance[kTokens];
   uint32_t order[kTokens];
-  float distance[kTokens];
+  int at[kTokens];
 #pragma unroll
-  for (int t = 0; t < kTokens; ++t) {  // all loads are issued before one is used
-    const int j = first + t < 0 ? 0 : first + t;
-    distance[t] = __ldg(from_mean + (j < tokens ? j : tokens - 1));
+  for (int t = 0; t < kTokens; ++t) at[t] = first + t < 0 ? 0 : first + t < tokens ? first + t : tokens - 1;
+  load_numbers(mean_sqdist, first_row, at, 0.f, distance);  // all loads are issued before one is used
+  if constexpr (!kOfDistance<Rule>) {
+    load_numbers(items.start, first_row, at, kLastResort, start);
+    load_numbers(items.parameter, first_row, at, 1.f, parameter);
+  } else {
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) start[t] = parameter[t] = 0.f;
   }
 #pragma unroll
   for (int t = 0; t < kTokens; ++t) {
     const int j = first + t;
     const bool inside = j >= 0 && j < tokens;
-    order[t] = __float_as_uint(inside ? distance[t] : kInfinity);  // never negative
-    potential[t] = inside ? (distance[t] < kInfinity ? Rule::start() : kLastResort) : kInfinity;
+    const float before = first_potential(rule, distance[t] < kInfinity, start[t], parameter[t]);
+    order[t] = order_of<Rule>(inside ? first_key(rule, distance[t], before, items.start, parameter[t]) : kInfinity);
+    potential[t] = inside ? before : kInfinity;
     if (t % 4 == 0) column[t / 4] = static_cast<uint32_t>(j < tokens ? j + shift : (tokens + shift - 1) & ~3);
   }
   // (3), (4)
@@ -120,20 +126,21 @@ __global__ void __launch_bounds__((kWarps ? kWarps : kStoredMaxWarps) * 32, 1)
   };
 
   const StoredReport nearest = lowest_token(0);
-  uint32_t pick = static_cast<uint32_t>(first_pick(item, make_key(__uint_as_float(nearest.order), nearest.token)));
+  uint32_t pick = item.anchor >= 0 ? static_cast<uint32_t>(item.anchor) : nearest.order < order_of<Rule>(kInfinity) ? nearest.token : 0;
   for (int step = 1; step < picks; ++step) {
-    float weight[kTokens];
+    float stored[kTokens], pick_parameter = 1.f;
     const uint32_t row = pick * pitch;
 #pragma unroll
     for (int t = 0; t < kTokens; t += 4) {  // (1)
       const float4 four = __ldg(reinterpret_cast<const float4*>(matrix + (row + column[t / 4])));
-      weight[t] = four.x, weight[t + 1] = four.y, weight[t + 2] = four.z, weight[t + 3] = four.w;
+      stored[t] = four.x, stored[t + 1] = four.y, stored[t + 2] = four.z, stored[t + 3] = four.w;
     }
+    if constexpr (Rule::kByPick) pick_parameter = items.parameter_of(first_row + pick);
     if (tid == 0) picked[step - 1] = static_cast<int>(pick);
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {  // (2)
-      potential[t] = Rule::add(potential[t], weight[t]);
-      order[t] = Rule::order(potential[t]);
+      potential[t] = after_pick(rule, potential[t], stored[t], parameter[t], pick_parameter);
+      order[t] = order_of<Rule>(potential[t]);
     }
     pick = lowest_token(step).token;
   }

@@ -1,13 +1,16 @@
-// Selection without stored distances, for items of any size. Groups of resident blocks take an item each and go over its features
-// in sweeps that make several picks at once:
-//   guess: the picks that the plain loop would make next if it had to choose among a few candidates of low potential, of which the
-//     distances of all pairs are computed;
-//   sweep: every block computes the weights of its tokens to the guessed picks, adds them in that order, and notes its lowest
-//     potential after each;
-//   check: of these every block finds the lowest of all. The first guess is the pick at hand, and each that follows is right if it
-//     is the lowest after the one before. Up to the first that is not, the picks are the plain loop's, bit for bit;
-//   add: the weights of those picks are added for good.
-// A wrong guess costs time and never a result.
+// Streaming selection: no N x N matrix, for items of any size. Groups of resident blocks take an item each and stream its features; a sweep
+// drafts several picks and verifies them.
+//
+// What: (1) draft: the plain loop among a few candidates of low potential, whose pair weights are computed beforehand;
+//   (2) sweep: every block computes the weights of its tokens to the drafted picks, adds them in that order, and notes its lowest potential
+//   after each; (3) verify: the lowest of all blocks. The first drafted pick is the pick at hand; each later one is right if it is the
+//   lowest after the one before, and up to the first that is not the picks are the plain loop's, bit for bit; (4) commit: the weights of the
+//   verified picks are added to the potentials. A wrong draft costs time and never a result.
+// Chosen when: the matrix does not fit (kMatrixTokens), or few of many tokens are picked without tensor cores.
+// Rules: any. Weights are stored with the parameters of token and pick in them. Where nothing tells tokens apart before the first pick
+//   (no start), the first draft is poor: candidates are those furthest from the mean (repulsion) or the lowest indices.
+// Synchronisation: three barriers of the group a sweep (GroupBarrier; the launch is cooperative): after the pair weights, after the lowest
+//   potentials, after the commit.
 #pragma once
 #include "sqdist_sweep.cuh"
 #include "token_stats.cuh"
@@ -83,10 +86,12 @@ __device__ __forceinline__ void choose_candidates(const Key* offers, int count, 
   if (lane == 0) candidate[0] = make_key(0.f, static_cast<uint32_t>(pick));
 }
 
-// The weights of the pairs of candidates that fall to this warp of the group.
+// The weights of the pairs of candidates that fall to this warp of the group: row i has those of a pick of candidate i. first_row: of the
+// item, among all tokens.
 template <class scalar_t, class Rule>
-__device__ __forceinline__ void weigh_pairs(const Rows<scalar_t>& rows, int64_t entry, const Item& item, bool aligned, const Rule& rule,
-                                            const Key (&candidate)[kCandidates], int group_warp, int group_warps, float* pair_weight) {
+__device__ __forceinline__ void weigh_pairs(const Rows<scalar_t>& rows, const Items& items, int64_t entry, const Item& item,
+                                            int64_t first_row, bool aligned, const Rule& rule, const Key (&candidate)[kCandidates],
+                                            int group_warp, int group_warps, float* pair_weight) {
   constexpr int kColumns = 2, kStrips = (kCandidates + kColumns - 1) / kColumns;  // pairs whose loads are under way together
   const auto row_of = [&](int slot) { return rows.row(entry, item.first + key_index(candidate[slot])); };
   for (int strip = group_warp; strip < kCandidates * kStrips; strip += group_warps) {
@@ -105,12 +110,17 @@ __device__ __forceinline__ void weigh_pairs(const Rows<scalar_t>& rows, int64_t 
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
       const int j = j0 + n;
-      if (wanted[n] && threadIdx.x % 32 == 0) pair_weight[i * kCandidates + j] = pair_weight[j * kCandidates + i] = rule.weight(sqdist[n]);
+      if (!wanted[n] || threadIdx.x % 32 != 0) continue;
+      const auto parameter_of = [&](int slot) { return kOfDistance<Rule> ? 0.f : items.parameter_of(first_row + key_index(candidate[slot])); };
+      const float of_i = parameter_of(i), of_j = parameter_of(j);
+      pair_weight[i * kCandidates + j] = rule.weight(sqdist[n], of_j, of_i);
+      pair_weight[j * kCandidates + i] = rule.weight(sqdist[n], of_i, of_j);
     }
   }
 }
 
-// By a warp, the same in every block: the plain loop among the candidates. Their keys hold their potentials, but for the `first` pick.
+// By a warp, the same in every block: the plain loop among the candidates. Their keys hold their potentials; where the mean decides the
+// `first` pick, from then on.
 template <class Rule>
 __device__ __forceinline__ void guess_picks(const Key (&candidate)[kCandidates], bool first, const float* pair_weight, int wanted,
                                             SweepPoints& guess) {
@@ -120,7 +130,7 @@ __device__ __forceinline__ void guess_picks(const Key (&candidate)[kCandidates],
 #pragma unroll
   for (int h = 0; h < kLaneCandidates; ++h) {
     key[h] = candidate[1 + 32 * h + lane];
-    potential[h] = key[h] == kNoKey ? kInfinity : first ? Rule::start() : key_value(key[h]);
+    potential[h] = key[h] == kNoKey ? kInfinity : first && Rule::kFromMean ? Rule::start(0.f, 0.f) : key_value(key[h]);
   }
   int chosen = 0, count = 1;
   while (count < wanted) {
@@ -156,6 +166,7 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
                         const scalar_t* centre, float* potential, float* weights, Key* keys, float* floats, unsigned* arrived, int64_t* out) {
   __shared__ Key candidate[kCandidates], lowest[kSweepWarps][kSweepPoints], next[kSweepPoints];
   __shared__ SweepPoints guess;
+  __shared__ float guess_parameter[kSweepPoints];
   const int group = blockIdx.x / group_blocks, groups = gridDim.x / group_blocks, rank = blockIdx.x % group_blocks;
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, group_warp = rank * kSweepWarps + warp;
   const int group_warps = group_blocks * kSweepWarps;
@@ -171,7 +182,7 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
     if (rank == 0)
       for (int64_t i = picks + tid; i < item.picks; i += kSweepThreads) picked[i] = -1;
     if (picks == 0) continue;
-    const int64_t first_row = entry * items.tokens + item.first, stride = all_tokens(items);  // among all tokens
+    const int64_t first_row = items.first_token(b, item), stride = all_tokens(items);  // among all tokens
     float *mine = potential + first_row, *weight = weights + first_row;
     const auto offer = [&](LowestKeys<kOffers> low) {
 #pragma unroll
@@ -199,14 +210,18 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
       __syncthreads();
     };
 
-    // The first pick. Those that follow will be far from it, and so from the mean.
+    // The first pick. Those that follow have low potentials; where these are all equal, they will be far from the first, and so from the
+    // mean.
     Key nearest = kNoKey;
     LowestKeys<kOffers> furthest;
     for (int64_t i = first_token; i < item.tokens; i += token_step) {
       const float distance = mine[i];
-      mine[i] = distance < kInfinity ? Rule::start() : kLastResort;
-      nearest = lower(nearest, make_key(distance, static_cast<uint32_t>(i)));
-      if (distance < kInfinity) furthest.take(make_key(-distance, static_cast<uint32_t>(i)));
+      const float parameter = kOfDistance<Rule> ? 0.f : items.parameter_of(first_row + i);
+      const float start = kOfDistance<Rule> || !items.start ? kLastResort : items.start[first_row + i];
+      const float before = first_potential(rule, distance < kInfinity, start, parameter);
+      mine[i] = before;
+      nearest = lower(nearest, make_key(first_key(rule, distance, before, items.start, parameter), static_cast<uint32_t>(i)));
+      if (before < kLastResort) furthest.take(make_key(Rule::kFromMean ? -distance : before, static_cast<uint32_t>(i)));
     }
     offer(furthest);
     nearest = warp_lowest(nearest);
@@ -222,7 +237,7 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
       if (wanted > 1) {
         if (warp == 0) choose_candidates(shared.offers, group_warps * kOffers, static_cast<int>(pick), wanted, candidate);
         __syncthreads();
-        weigh_pairs(rows, entry, item, aligned, rule, candidate, group_warp, group_warps, shared.pair_weight);
+        weigh_pairs(rows, items, entry, item, first_row, aligned, rule, candidate, group_warp, group_warps, shared.pair_weight);
         barrier.sync();
         if (warp == 0) guess_picks<Rule>(candidate, done == 1, shared.pair_weight, wanted, guess);
       } else if (tid == 0) {
@@ -232,17 +247,22 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
       __syncthreads();
 
       const int count = guess.count;
+      if constexpr (Rule::kByPick) {
+        if (tid < count) guess_parameter[tid] = items.parameter_of(first_row + guess.token[tid]);
+        __syncthreads();
+      }
       Key best = kNoKey;  // of this warp's tokens, after pick `lane`
       const float* item_norms = norms ? norms + first_row : nullptr;
       const scalar_t* item_centre = centre ? centre + b * rows.channels : nullptr;
       Sweep::run(rows, entry, item, aligned, item_norms, item_centre, guess, rank, group_blocks, [&](int64_t i, const float* sqdist) {
         float value = i < item.tokens ? mine[i] : kInfinity;
+        const float parameter = Rule::kByToken && i < item.tokens ? items.parameter_of(first_row + i) : 0.f;
 #pragma unroll
         for (int p = 0; p < kSweepPoints; ++p) {
           if (p >= count) continue;
           Key key = kNoKey;
           if (i < item.tokens) {
-            const float added = rule.weight(sqdist[p]);
+            const float added = rule.weight(sqdist[p], parameter, Rule::kByPick ? guess_parameter[p] : 0.f);
             weight[p * stride + i] = added;
             value = i == guess.token[p] ? kInfinity : Rule::add(value, added);
             key = make_key(value, static_cast<uint32_t>(i));

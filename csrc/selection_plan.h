@@ -1,5 +1,5 @@
 // What a selection keeps in memory and how far it looks ahead, from its shape alone. The rest of the plan on CUDA needs the device:
-// repulsion_select.cuh.
+// selection.cuh.
 #pragma once
 #include <cstdint>
 

@@ -98,7 +98,7 @@ class Walker {
 
   // By the first `before` picks, or by the picks of the block.
   bool is_suppressed(int t, int64_t before) const {
-    const cpu::UnitRows<Suppress> rule;
+    const UnitRows<Suppress> rule;
     const float* sqdist = to_pick_.data() + t * before;
     for (int64_t p = 0; p < before; ++p)
       if (rule.weight(sqdist[p], 1.f, pick_tau_[p]) > 0.f) return true;

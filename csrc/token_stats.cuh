@@ -2,7 +2,7 @@
 // item's finite tokens (the nearest is the default anchor), and for tensor cores the item's centre and each token's squared norm
 // from there. Sums run over fixed chunks of tokens in fixed order.
 #pragma once
-#include "rows.cuh"
+#include "rule.cuh"
 
 namespace sts {
 

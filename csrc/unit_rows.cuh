@@ -1,7 +1,12 @@
-// Rows of features in float32, of length one.
-// What: token i of each item, or the i-th token it lists, divided by its length. A zero row stays zero.
-// Steps, by a warp a row: (1) the largest channel, whose power of two is divided out: that rounds nothing, and squares neither
-//   overflow nor vanish; (2) the length; (3) the division.
+// Rows of features in float32, of length one: the squared distances of unit rows are 2 - 2 cosine of the rows.
+//
+// What: token i of each item, or the i-th token it lists, divided by its length; a warp per row. A row with a NaN or infinity, or that
+//   is no token of its item, is spoiled. A row of zeros has no direction. `state` says so; without it the rows do: a spoiled one is
+//   NaN throughout, and one of zeros holds zero_row_mark.
+// Chosen when: the metric of a selection is cosine. Rows of the copy are 16-byte aligned.
+// Steps: (1) the largest channel, whose power of two is divided out: that rounds nothing, and squares neither overflow nor vanish;
+//   (2) the length; (3) the division.
+// Synchronisation: none but the warp's shuffles.
 #pragma once
 #include "rows.cuh"
 
@@ -11,12 +16,12 @@ constexpr int kUnitThreads = 256;
 constexpr float kSmallestNormal = 1.17549435e-38f;
 
 enum RowState : uint8_t {
-  kSpoiledRow,  // a NaN or infinity, or no row at all
+  kSpoiledRow,
   kZeroRow,
   kUnitRow,
 };
 
-// Unit rows are padded to whole chunks of 16 bytes.
+// Channels of the copy: whole 16-byte chunks.
 STS_HOST_DEVICE int64_t unit_pitch(int64_t channels) { return ceil_div(channels, 4) * 4; }
 
 __device__ __forceinline__ float warp_largest(float value) {
@@ -25,8 +30,8 @@ __device__ __forceinline__ float warp_largest(float value) {
   return value;
 }
 
-// listed: (batch, count) tokens, or null for token i in place i. unit: (batch, count, unit_pitch). state: (batch, count). A place
-// that lists no token of the item is a spoiled row, and its unit row is zero, like that of any spoiled row.
+// listed: (batch, count) tokens, or null for token i in place i. unit: (batch, count, unit_pitch). state: (batch, count), or null. With a
+// state, spoiled rows and rows of zeros are zero.
 template <class scalar_t>
 __global__ void __launch_bounds__(kUnitThreads)
     unit_rows_kernel(Rows<scalar_t> rows, int64_t batch, int64_t tokens, int64_t count, bool aligned, const int64_t* listed, float* unit,
@@ -69,13 +74,17 @@ __global__ void __launch_bounds__(kUnitThreads)
   const float length = good && sum > 0.f ? sqrtf(sum) : kInfinity;
 
   // (3) the division
+  const float spoiled = state ? 0.f : __uint_as_float(0x7fc00000u), zero = state || sum > 0.f ? 0.f : zero_row_mark(token);
   for (int c = lane * kVec; c < pitch; c += 32 * kVec) {
     const Chunk<scalar_t> x = load_channels(row, c, rows.channels, aligned);
 #pragma unroll
-    for (int v = 0; v < kVec; ++v)
-      if (c + v < pitch) out[c + v] = good ? x[v] / power / length : 0.f;
+    for (int v = 0; v < kVec; ++v) {
+      if (c + v >= pitch) continue;
+      const float value = good ? x[v] / power / length + (c + v == 0 ? zero : 0.f) : spoiled;
+      out[c + v] = c + v < rows.channels ? value : 0.f;
+    }
   }
-  if (lane == 0) state[place] = !good ? kSpoiledRow : sum > 0.f ? kUnitRow : kZeroRow;
+  if (state && lane == 0) state[place] = !good ? kSpoiledRow : sum > 0.f ? kUnitRow : kZeroRow;
 }
 
 template <class scalar_t>
@@ -85,5 +94,23 @@ cudaError_t launch_unit_rows(const Rows<scalar_t>& rows, int64_t batch, int64_t 
   return launch(unit_rows_kernel<scalar_t>, Launch{dim3(blocks), dim3(kUnitThreads), 0, 1, false, stream}, rows, batch, tokens, count,
                 rows_aligned(rows), listed, unit, state);
 }
+
+inline Rows<float> unit_rows_of(const float* unit, int64_t tokens, int64_t channels) {
+  const int64_t width = unit_pitch(channels);
+  return {unit, tokens * width, width, static_cast<int>(width)};
+}
+
+#ifdef STS_KERNEL_TABLE
+template <class scalar_t>
+cudaError_t launch_unit_rows_of(const scalar_t* features, int64_t batch, int64_t tokens, int64_t channels, int64_t batch_stride,
+                                int64_t row_stride, float* unit, cudaStream_t stream) {
+  const Rows<scalar_t> rows{features, batch_stride, row_stride, static_cast<int>(channels)};
+  return launch_unit_rows(rows, batch, tokens, tokens, nullptr, unit, nullptr, stream);
+}
+#endif
+
+STS_KERNEL(unit_rows_float32, launch_unit_rows_of<float>);
+STS_KERNEL(unit_rows_float16, launch_unit_rows_of<__half>);
+STS_KERNEL(unit_rows_bfloat16, launch_unit_rows_of<__nv_bfloat16>);
 
 }  // namespace sts

@@ -179,7 +179,7 @@ def test_smoke_calls_of_each_kernel(number):
     groups = Counter((call.kernel, call.way) for call in every)
     assert groups.keys() == {(call.kernel, call.way) for call in smoke.smoke_calls(3e6)}
     assert Counter((call.kernel, call.way) for call in few) == {g: min(n, number) for g, n in groups.items()}
-    assert sum(way.startswith("cluster") for _, way in groups) == 3  # one a dtype
+    assert sum(way.startswith("cluster") for _, way in groups) == 9  # one a rule and dtype
     assert len(few) < len(every) / 4
 
 

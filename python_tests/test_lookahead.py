@@ -1,5 +1,7 @@
 """Drafts of several picks never change a pick: against the plain loop, bit for bit."""
 
+import functools
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,13 +66,20 @@ def emulated():
     """The arrays of a call of the CUDA kernel; by default of that for more tokens than are stored."""
     if reason := build.missing_tool():
         pytest.skip(reason)
-    module = build.module()
 
     def run(x, k, lookahead, matrix_tokens=0, **rest):
         call = operations.repulsion_select("any", x, k, 1e-6, matrix_tokens=matrix_tokens, lookahead=lookahead, **rest)
-        return calls.run_in(module, replace(call, judge=lambda *_: None))
+        return outcome(call)
 
     return run
+
+
+emulator = functools.cache(build.module)
+
+
+def outcome(call):
+    """The arrays of an emulated call, which nothing judges."""
+    return calls.run_in(emulator(), replace(call, judge=lambda *_: None))
 
 
 MAKES = [uniform, grid, repeated, equal, not_finite, far_away, adversary]
@@ -164,23 +173,128 @@ def test_emulated_cuda_kernel_with_stored_weights(emulated, make):
             assert (emulated(x, k, 16)[-1] == picks).all()
 
 
+LAST_RESORT = np.finfo(np.float32).max
+
+
 def plain_loop(x, anchor, k, eps=1e-6):
-    """Algorithm 1 in NumPy, in the order of the kernels and so bit for bit: distances from the emulated kernel."""
-    call = operations.pairwise_sqdist("any", x)
-    sqdist = calls.run_in(build.module(), replace(call, judge=lambda *_: None))[-1]
-    finite = torch.isfinite(x).all(-1).numpy()
-    with np.errstate(over="ignore"):
-        weight = np.where(np.isnan(sqdist), np.float32(0), np.float32(1) / (sqdist + np.float32(eps)))
-    picks = np.full((len(x), k), -1)
-    for b, first in enumerate(anchor):
-        potential = np.where(finite[b], np.float32(0), np.finfo(np.float32).max)
-        pick = first
+    """Algorithm 1 in the order of the kernels, so that it has the same bits."""
+    sqdist = outcome(operations.pairwise_sqdist("any", x))[-1]
+    weight = np.where(np.isnan(sqdist), np.float32(0), np.float32(1) / (sqdist + np.float32(eps)))
+    potential = np.where(torch.isfinite(x).all(-1).numpy(), np.float32(0), LAST_RESORT)
+    return greedy(potential, anchor, k, lambda b, potential, pick: potential + weight[b, pick])
+
+
+def greedy(potential, anchor, k, add):
+    """(B, k): picks from potentials (B, N); add(item, its potentials, pick): after a pick."""
+    picks = np.full((len(potential), k), -1)
+    for b, pick in enumerate(anchor):
+        mine = potential[b]
         for step in range(k):
             picks[b, step] = pick
-            potential = potential + weight[b, pick]
-            potential[pick] = np.inf
-            pick = potential.argmin()
+            mine = add(b, mine, pick)
+            mine[picks[b, : step + 1]] = np.inf
+            pick = mine.argmin()
     return picks
+
+
+def distances(x, metric):
+    """Of the kernels by differences: 2 - 2 cosine, or squared distances."""
+    if metric == "euclidean":
+        return outcome(operations.pairwise_sqdist("any", x))[-1]
+    unit = outcome(operations.unit_rows("any", x))[-1]
+    sqdist = outcome(operations.pairwise_sqdist("any", torch.from_numpy(unit)))[-1]
+    return np.where(sqdist > 5, np.float32(2), sqdist)
+
+
+def plain_farthest(x, k, quality, start, metric):
+    finite = torch.isfinite(x).all(-1).numpy()
+    quality, sqdist = quality.numpy(), distances(x, metric)
+
+    def weight(d, q):
+        value = np.where(d < LAST_RESORT, d, LAST_RESORT) * q
+        return np.where(value > 0, -value, np.float32(0))
+
+    def add(b, potential, pick):
+        return np.maximum(potential, weight(sqdist[b, pick], quality[b]))
+
+    kept = np.full_like(quality, LAST_RESORT) if start is None else start.numpy()
+    usable = finite & (kept >= 0)
+    potential = np.where(usable, weight(kept, quality), LAST_RESORT)
+    key = potential if start is not None else np.where(usable, -quality, LAST_RESORT)
+    return greedy(potential, key.argmin(1), k, add)
+
+
+def plain_suppress(x, k, rank, tau):
+    finite, sqdist = torch.isfinite(x).all(-1).numpy(), distances(x, "cosine")
+    potential = np.where(finite, rank.numpy().astype(np.float32), LAST_RESORT)
+    suppressed, tau = np.float32(2**23), tau.numpy()
+
+    def add(b, potential, pick):
+        near = (sqdist[b, pick] < 2 * tau[b, pick]) & (potential < suppressed)
+        return np.where(near, potential + suppressed, potential)
+
+    return greedy(potential, potential.argmin(1), k, add)
+
+
+RULE_WAYS = (
+    {"matrix_tokens": 8192, "lookahead": 1},
+    {"matrix_tokens": 8192, "item_blocks": 4, "lookahead": 8},
+    {"matrix_tokens": 8192, "item_blocks": 8, "lookahead": 3},
+    {"matrix_tokens": 0, "lookahead": 1},
+    {"matrix_tokens": 0, "lookahead": 3},
+    {"matrix_tokens": 0, "lookahead": 16},
+)
+RULE_SHAPES = [(1, 3, 1), (7, 2, 7), (20, 8, 20), (100, 5, 60)]
+GIVEN = "nothing", "quality", "start", "quality", "start", "nothing"
+
+
+@pytest.mark.parametrize("make", MAKES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_emulated_cuda_kernels_pick_the_farthest(emulated, monkeypatch, make, metric):
+    """Every kernel makes the picks of the plain loop, bit for bit."""
+    monkeypatch.setenv("STS_EMULATE_SMS", "3")
+    g = torch.Generator().manual_seed(16)
+    for (tokens, channels, k), given in zip((*RULE_SHAPES, *RULE_SHAPES[-2:]), itertools.cycle(GIVEN), strict=False):
+        x = make(g, 2, tokens, channels)
+        quality = torch.randint(0, 4, (2, tokens), generator=g) / 3 if given != "nothing" else None
+        start = torch.randint(-1, 5, (2, tokens), generator=g).float() if given == "start" else None
+        expected = plain_farthest(x, k, torch.ones(2, tokens) if quality is None else quality, start, metric)
+        for way in RULE_WAYS:
+            call = operations.farthest_select("any", x, k, None, quality, start, metric, **way)
+            assert (outcome(call)[-1] == expected).all(), way
+
+
+@pytest.mark.parametrize("make", MAKES, ids=lambda f: f.__name__)
+def test_emulated_cuda_kernels_suppress(emulated, monkeypatch, make):
+    monkeypatch.setenv("STS_EMULATE_SMS", "3")
+    g = torch.Generator().manual_seed(17)
+    for tokens, channels, k in RULE_SHAPES:
+        x = make(g, 2, tokens, channels).clone()
+        x[:, ::7] = 0
+        rank = torch.randint(0, tokens, (2, tokens), generator=g)  # not distinct
+        tau = torch.tensor([0.0, 0.1, 0.5, 1.1])[torch.randint(4, (2, tokens), generator=g)]
+        expected = plain_suppress(x, k, rank, tau)
+        for way in RULE_WAYS:
+            assert (outcome(operations.suppress_select("any", x, rank, tau, k, **way))[-1] == expected).all(), way
+
+
+@pytest.mark.parametrize("rule", ["farthest", "suppress"])
+def test_emulated_cuda_kernels_of_many_tokens(emulated, rule):
+    """Every number of warps and of tokens per thread."""
+    g = torch.Generator().manual_seed(18)
+    for tokens, k, blocks in ((1100, 40, 8), (2051, 40, 4), (4150, 30, 8)):
+        x = uniform(g, 1, tokens, 2)
+        quality, rank = torch.rand(1, tokens, generator=g), torch.rand(1, tokens, generator=g).argsort(-1)
+        if rule == "farthest":
+            expected = plain_farthest(x, k, quality, None, "euclidean")
+        else:
+            expected = plain_suppress(x, k, rank, quality / 9)
+        for way in ({"lookahead": 1}, {"lookahead": 8, "item_blocks": blocks}):
+            if rule == "farthest":
+                call = operations.farthest_select("any", x, k, None, quality, **way)
+            else:
+                call = operations.suppress_select("any", x, rank, quality / 9, k, **way)
+            assert (outcome(call)[-1] == expected).all(), way
 
 
 def test_emulated_cuda_kernel_with_stored_weights_of_packed_items(emulated):
@@ -192,7 +306,7 @@ def test_emulated_cuda_kernel_with_stored_weights_of_packed_items(emulated):
     ends, out_ends = np.cumsum([0, *lengths]), np.cumsum([0, *budgets])
     args = x, torch.from_numpy(ends), torch.from_numpy(out_ends), sum(budgets), 1e-6
     call = operations.repulsion_select_varlen("any", *args, matrix_tokens=len(x))
-    packed = calls.run_in(build.module(), replace(call, judge=lambda *_: None))[-1]
+    packed = outcome(call)[-1]
     for begin, end, out, out_end in zip(ends, ends[1:], out_ends, out_ends[1:], strict=False):
         if out_end > out:
             alone = emulated(x[None, begin:end], int(out_end - out), 1, matrix_tokens=len(x))[-1]
@@ -294,6 +408,23 @@ def test_emulated_cuda_kernel_in_sweeps_makes_several_picks_a_sweep(emulated, dt
 def test_cuda_kernels(cuda, tokens, k, make, dtype, monkeypatch):
     x = make(torch.Generator().manual_seed(7), 2, tokens, 64).to("cuda", dtype)
     for plain, ahead in plain_and_ahead(monkeypatch, lambda: sts_kernels.repulsion_select(x, k)):
+        assert torch.equal(ahead, plain)
+
+
+@pytest.mark.parametrize(("tokens", "k"), [(576, 192), (1500, 1500), (2880, 480), (8192, 100), (20_000, 300)])
+@pytest.mark.parametrize("make", [uniform, repeated, not_finite, adversary], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("rule", ["euclidean", "cosine", "suppress"])
+def test_cuda_kernels_of_other_rules(cuda, tokens, k, make, rule, monkeypatch):
+    g = torch.Generator().manual_seed(19)
+    x = make(g, 2, tokens, 64).to("cuda", torch.bfloat16)
+    quality, rank = torch.rand(2, tokens, generator=g).cuda(), torch.rand(2, tokens, generator=g).argsort(-1).cuda()
+
+    def select():
+        if rule == "suppress":
+            return sts_kernels.suppress_select(x, rank, quality, k)
+        return sts_kernels.farthest_select(x, k, quality=quality, metric=rule)
+
+    for plain, ahead in plain_and_ahead(monkeypatch, select):
         assert torch.equal(ahead, plain)
 
 

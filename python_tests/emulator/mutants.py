@@ -370,8 +370,8 @@ MUTANTS = (
     mutant(
         "a picked token can be picked again",
         "repulsion_select",
-        "repulsion_select.cuh",
-        ("return diagonal ? kInfinity : rule.weight(sqdist);", "return rule.weight(sqdist);"),
+        "selection.cuh",
+        ("diagonal ? kInfinity : stored_value(rule, sqdist);", "stored_value(rule, sqdist);"),
     ),
     mutant(
         "more of a row is read than there is",
@@ -488,7 +488,7 @@ MUTANTS = (
     mutant(
         "blocks that wait for blocks that are not resident",
         "repulsion_select",
-        "repulsion_select.cuh",
+        "selection.cuh",
         ("shared_bytes, 1, true, stream}", "shared_bytes, 1, false, stream}"),
         says="deadlock",
     ),
@@ -522,6 +522,50 @@ MUTANTS = (
         "repulsion_select",
         "sqdist_sweep.cuh",
         ("if (lane == owner) sqdist[p] = exact[0];", "if (lane == (owner + 1) % 16) sqdist[p] = exact[0];"),
+    ),
+    # Other rules than repulsion.
+    mutant(
+        "a pick is not marked",
+        "farthest_select",
+        "rule.cuh",
+        ("return stored == kInfinity ? kInfinity : Rule::add(", "return Rule::add("),
+    ),
+    mutant(
+        "a candidate without its quality",
+        "farthest_select",
+        "select_cluster.cuh",
+        ("candidate_parameter[h] = report.parameter;", ""),
+    ),
+    mutant(
+        "the quality of another lane's token",
+        "farthest_select",
+        "select_cluster.cuh",
+        ("Candidate{key_index(lowest)}.token() % 32);", "0);"),
+    ),
+    mutant(
+        "the threshold of another candidate",
+        "suppress_select",
+        "select_cluster.cuh",
+        ("__shfl_sync(kFullWarp, place & 64 ? high : low, place % 32)", "__shfl_sync(kFullWarp, low, 0)"),
+    ),
+    mutant(
+        "thresholds read before they are there",
+        "suppress_select",
+        "select_swept.cuh",
+        ("guess.token[tid]);\n        __syncthreads();", "guess.token[tid]);"),
+        says=RACE,
+    ),
+    mutant(
+        "a zero row is as near as any",
+        "unit_rows",
+        "unit_rows.cuh",
+        ("(c + v == 0 ? zero : 0.f)", "0.f"),
+    ),
+    mutant(
+        "the last channels are not written",
+        "unit_rows",
+        "unit_rows.cuh",
+        ("if (c + v >= pitch) continue;", "if (c + v >= rows.channels) continue;"),
     ),
     # Barriers between blocks.
     mutant(

@@ -6,6 +6,7 @@ from dataclasses import replace
 import cases
 import numpy as np
 import oracle
+import selection_inputs
 import torch
 from cases import Case, VarlenCase
 
@@ -84,6 +85,32 @@ def repulsion_step(name, features, picked, eps, gap=0):
             eps,
             np.full(batch, -7, np.int64),
         ),
+        judge,
+    )
+
+
+def unit_rows(name, features):
+    """The float32 copy that metric="cosine" selects from."""
+    rows = channels_contiguous(features)
+    batch, tokens, channels = rows.shape
+    out = np.full((batch, tokens, channels + -channels % 4), PAD, np.float32)
+
+    def judge(_, got):
+        got, x = torch.from_numpy(got), features.double()
+        assert (got[..., channels:] == 0).all(), "the last channels are not zero"
+        got, finite, zero = got[..., :channels], oracle.finite_rows(features), (features == 0).all(-1)
+        assert got[~finite].isnan().all(), "a row that is not finite"
+        mark = torch.zeros(batch, tokens, channels)
+        mark[..., 0] = 16.0 * (1 + torch.arange(tokens))
+        assert torch.equal(got[zero], mark[zero]), "the mark of a zero row"
+        good = finite & ~zero
+        x = x[good] / x[good].abs().amax(-1, keepdim=True)
+        torch.testing.assert_close(got[good].double(), x / x.norm(dim=-1, keepdim=True), rtol=1e-6, atol=1e-37)
+
+    return Call(
+        name,
+        f"unit_rows_{SUFFIX[features.dtype]}",
+        (as_array(rows), batch, tokens, channels, *strides(rows), out),
         judge,
     )
 
@@ -242,27 +269,14 @@ def diverse(case, dtype) -> list[Call]:
     ]
 
 
-def _select(
-    name,
-    rows,
-    batch,
-    k,
-    eps,
-    anchor,
-    num_tokens,
-    cu_seqlens,
-    cu_budgets,
-    matrix_tokens,
-    item_blocks,
-    lookahead,
-    judge,
-    notes=None,
-):
-    """`matrix_tokens`: up to so many tokens the weights of all pairs are stored, and `item_blocks` blocks share an item
-    (0: as planned). `lookahead`: max picks of an exchange (cluster) or sweep. `notes`: an array for what is noted on
-    the way (launch_repulsion_select)."""
-    packed = cu_seqlens is not None
+def _select(op, name, features, k, options, judge, packed=None, num_tokens=None, way=None, notes=()):
+    """A call of the selection op `op`. options: its arguments between k and num_tokens. packed: (cu_seqlens,
+    cu_budgets). way: `matrix_tokens`, up to so many tokens the weights of all pairs are stored; `item_blocks`, that
+    share an item then (0: as planned); `lookahead`, max picks of an exchange (cluster) or sweep."""
+    way = {"matrix_tokens": 8192, "item_blocks": 0, "lookahead": 16, **(way or {})}
+    rows = channels_contiguous(features)
     tokens, channels = rows.shape[-2:]
+    batch = len(rows) if packed is None else len(packed[0]) - 1
     args = (
         as_array(rows),
         batch,
@@ -270,56 +284,92 @@ def _select(
         channels,
         *strides(rows),
         k,
-        eps,
-        index(anchor),
+        *options,
         index(num_tokens),
-        index(cu_seqlens),
-        index(cu_budgets),
-        matrix_tokens,
-        item_blocks,
-        lookahead,
-        notes,
-        np.full((k,) if packed else (batch, k), PAD, np.int64),
+        *((None, None) if packed is None else map(index, packed)),
+        *way.values(),
+        *notes,
+        np.full((batch, k) if packed is None else (k,), PAD, np.int64),
     )
-    way = "swept" if tokens > matrix_tokens else "cluster" if item_blocks > 1 else "stored"
+    kind = "swept" if tokens > way["matrix_tokens"] else "cluster" if way["item_blocks"] > 1 else "stored"
     return Call(
-        f"{name}-{way}{lookahead}",
-        f"repulsion_select_{SUFFIX[rows.dtype]}",
+        f"{name}-{kind}{way['lookahead']}",
+        f"{op}_{SUFFIX[rows.dtype]}",
         args,
         lambda *arrays: judge(torch.from_numpy(arrays[-1])),
-        f"{way}{lookahead}",
+        f"{kind}{way['lookahead']}",
     )
 
 
-def repulsion_select(
-    name,
-    features,
-    k,
-    eps,
-    anchor=None,
-    num_tokens=None,
-    matrix_tokens=8192,
-    item_blocks=0,
-    lookahead=16,
-    notes=None,
-):
+def repulsion_select(name, features, k, eps, anchor=None, num_tokens=None, notes=None, **way):
+    """`notes`: an array for what is noted on the way (run_selection)."""
+
     def judge(picks):
         oracle.check_select(picks, features, k, eps, anchor, num_tokens)
 
-    rows = channels_contiguous(features)
-    way = matrix_tokens, item_blocks, lookahead
-    return _select(name, rows, len(rows), k, eps, anchor, num_tokens, None, None, *way, judge, notes)
+    options = eps, index(anchor)
+    return _select("repulsion_select", name, features, k, options, judge, None, num_tokens, way, (notes,))
 
 
-def repulsion_select_varlen(
-    name, features, cu_seqlens, cu_budgets, total_k, eps, anchor=None, matrix_tokens=8192, item_blocks=0, lookahead=16
-):
+def repulsion_select_varlen(name, features, cu_seqlens, cu_budgets, total_k, eps, anchor=None, **way):
     def judge(picks):
         oracle.check_select_varlen(picks, features, cu_seqlens, cu_budgets, total_k, eps, anchor)
 
-    rows, batch = channels_contiguous(features), len(cu_seqlens) - 1
-    way = matrix_tokens, item_blocks, lookahead
-    return _select(name, rows, batch, total_k, eps, anchor, None, cu_seqlens, cu_budgets, *way, judge)
+    packed, options = (cu_seqlens, cu_budgets), (eps, index(anchor))
+    return _select("repulsion_select", name, features, total_k, options, judge, packed, None, way, (None,))
+
+
+def _numbers(values):
+    return None if values is None else values.float().contiguous().numpy()
+
+
+def _farthest_options(anchor, quality, start, metric):
+    return index(anchor), _numbers(quality), _numbers(start), int(metric == "cosine")
+
+
+def farthest_select(
+    name, features, k, anchor=None, quality=None, start=None, metric="euclidean", num_tokens=None, **way
+):
+    def judge(picks):
+        oracle.check_farthest(picks, features, k, anchor, quality, start, metric, num_tokens)
+
+    options = _farthest_options(anchor, quality, start, metric)
+    return _select("farthest_select", f"{name}-{metric}", features, k, options, judge, None, num_tokens, way)
+
+
+def farthest_select_varlen(
+    name,
+    features,
+    cu_seqlens,
+    cu_budgets,
+    total_k,
+    anchor=None,
+    quality=None,
+    start=None,
+    metric="euclidean",
+    **way,
+):
+    def judge(picks):
+        oracle.check_farthest_varlen(picks, features, cu_seqlens, cu_budgets, total_k, anchor, quality, start, metric)
+
+    packed, options = (cu_seqlens, cu_budgets), _farthest_options(anchor, quality, start, metric)
+    return _select("farthest_select", f"{name}-{metric}", features, total_k, options, judge, packed, None, way)
+
+
+def suppress_select(name, features, rank, tau, k, num_tokens=None, **way):
+    def judge(picks):
+        oracle.check_suppress(picks, features, rank, tau, k, num_tokens)
+
+    options = _numbers(rank), _numbers(tau)
+    return _select("suppress_select", name, features, k, options, judge, None, num_tokens, way)
+
+
+def suppress_select_varlen(name, features, rank, tau, cu_seqlens, cu_budgets, total_k, **way):
+    def judge(picks):
+        oracle.check_suppress_varlen(picks, features, rank, tau, cu_seqlens, cu_budgets, total_k)
+
+    packed, options = (cu_seqlens, cu_budgets), (_numbers(rank), _numbers(tau))
+    return _select("suppress_select", name, features, total_k, options, judge, packed, None, way)
 
 
 # ---- Calls from the table of cases -------------------------------------------------------------------------------
@@ -375,15 +425,35 @@ def of_case(case, dtype) -> list[Call]:
     ]
 
 
+def rules_of_case(case, dtype, turn) -> list[Call]:
+    """The other selection rules on `case`: of their options and of the ways to select some, by `turn`."""
+    variants, made = ("cosine", "all", "quality", "start", "plain"), []
+    packed = isinstance(case, cases.VarlenCase)
+    if not packed and case.batch == 0:
+        return []
+    farthest, suppress = (
+        (farthest_select_varlen, suppress_select_varlen) if packed else (farthest_select, suppress_select)
+    )
+    for i, way in enumerate(WAYS):
+        if (turn + i) % 2 == 0:
+            given = selection_inputs.of_case("farthest_select", case, variants[(turn + i) % 5], turn, dtype)
+            made.append(farthest(case.name, **given, **way))
+        else:
+            given = selection_inputs.of_case("suppress_select", case, "plain", turn, dtype)
+            made.append(suppress(case.name, **given, **way))
+    return made if packed else [unit_rows(case.name, case.features(dtype=dtype)), *made]
+
+
 def calls(most_work: float) -> list[Call]:
-    """Of every case that costs at most `most_work`, in each of its dtypes; the cheapest case first."""
-    return [
-        call
-        for case in sorted((*cases.CASES, *cases.VARLEN_CASES), key=work)
-        if work(case) <= most_work
-        for dtype in case.dtypes
-        for call in of_case(case, dtype)
-    ]
+    """Of every case that costs at most `most_work`, in each of its dtypes (other rules than repulsion: in one); the
+    cheapest case first."""
+    made = []
+    for turn, case in enumerate(sorted((*cases.CASES, *cases.VARLEN_CASES), key=work)):
+        if work(case) <= most_work:
+            for dtype in case.dtypes:
+                made += of_case(case, dtype)
+            made += rules_of_case(case, case.dtypes[turn % len(case.dtypes)], turn // 3)
+    return made
 
 
 # ---- The few that go everywhere in the kernels: for sanitizers and mutants ---------------------------------------
@@ -419,9 +489,10 @@ def quick() -> list[Call]:
     for i, case in enumerate(PATHS):
         for dtype in cases.FLOATING if case.name in ("stages", "large_tiles", "offset") else (cases.FLOATING[i % 3],):
             calls += of_case(case, dtype)
-    tiny = Case("tiny", 1, 70, 40, 1, cases.tiny).features(
-        dtype=torch.bfloat16
-    )  # products of rows that vanish unscaled
+        calls += rules_of_case(case, cases.FLOATING[i % 3], i)
+        calls += rules_of_case(case, cases.FLOATING[i % 3], i + 1)
+    # Products of rows that vanish unscaled.
+    tiny = Case("tiny", 1, 70, 40, 1, cases.tiny).features(dtype=torch.bfloat16)
     return [*calls, nearest("tiny", tiny, tiny, "cosine", exclude_self=True)]
 
 

@@ -1,0 +1,80 @@
+// Between the selection ops and their kernels: torch's tensors, scratch memory, and unit rows where the metric is cosine.
+#pragma once
+#include <vector>
+
+#include "cuda_glue.h"
+#include "selection.cuh"
+
+namespace sts {
+
+// The index vectors on the host, for the check that STS_KERNELS_CHECK=1 asks for.
+inline void check_device_values(const Selection& selection) {
+  std::vector<std::vector<int64_t>> copies;
+  const auto on_host = [&](const std::optional<Tensor>& value) -> const int64_t* {
+    if (!value) return nullptr;
+    copies.emplace_back(value->size(0));
+    CudaScope::check(cudaMemcpy(copies.back().data(), data_or_null(value), copies.back().size() * sizeof(int64_t), cudaMemcpyDeviceToHost),
+                     "STS_KERNELS_CHECK");
+    return copies.back().data();
+  };
+  copies.reserve(4);
+  Items items = selection.items;
+  items.num_tokens = on_host(selection.num_tokens);
+  items.cu_seqlens = on_host(selection.cu_seqlens);
+  items.cu_budgets = on_host(selection.cu_budgets);
+  items.anchor = on_host(selection.anchor);
+  Selection::check_values(selection.op, items);
+}
+
+template <class scalar_t, class Rule>
+void select_rows(const Selection& selection, const Rows<scalar_t>& rows, Rule rule, cudaStream_t stream, int64_t* picks) {
+  const Items& items = selection.items;
+  const int asked = asked_lookahead(kSweepPoints);
+  const SelectionPlan plan = plan_selection<scalar_t, Rule>(rows, items, kMatrixTokens, asked ? asked : kSweepPoints);
+  // One allocation, its parts on 256-byte boundaries: measured first, then dealt out.
+  int64_t bytes = 0;
+  char* memory = nullptr;
+  const auto allocate = [&](int64_t size) -> void* {
+    char* part = memory ? memory + bytes : nullptr;
+    bytes += ceil_div(size, 256) * 256;
+    return part;
+  };
+  SelectionScratch(plan, items, rows.channels, allocate);
+  const Tensor scratch_memory = new_tensor(selection.features, {bytes}, aoti_torch_dtype_uint8());
+  memory = static_cast<char*>(scratch_memory.mutable_data_ptr());
+  bytes = 0;
+  const SelectionScratch scratch(plan, items, rows.channels, allocate);
+  CudaScope::check(launch_selection(rows, items, plan, scratch, rule, picks, stream), selection.op);
+}
+
+template <class Rule>
+Tensor select(const Selection& selection, Rule rule) {
+  const Items& items = selection.items;
+  const CudaScope scope(selection.features);
+  Tensor out = selection.new_output();
+  int64_t* picks = static_cast<int64_t*>(out.mutable_data_ptr());
+  if (items.count == 0) {  // budgets that no item takes
+    CudaScope::check(cudaMemsetAsync(picks, 0xff, (items.packed() ? items.picks : 0) * sizeof(int64_t), scope.stream()), selection.op);
+    return out;
+  }
+  if (check_values_on_device()) {
+    CudaScope::check(cudaStreamSynchronize(scope.stream()), "STS_KERNELS_CHECK");
+    check_device_values(selection);
+  }
+  dispatch_cuda(selection.features.scalar_type(), [&](auto* element) {
+    const auto rows = rows_of<std::remove_pointer_t<decltype(element)>>(selection.features);
+    if constexpr (!Rule::kFromMean) {  // the rules that have a metric
+      if (selection.cosine) {
+        const int64_t entries = items.packed() ? 1 : items.count;
+        const Tensor unit = new_floats(selection.features, {entries, items.tokens, unit_pitch(rows.channels)});
+        float* copy = static_cast<float*>(unit.mutable_data_ptr());
+        CudaScope::check(launch_unit_rows(rows, entries, items.tokens, items.tokens, nullptr, copy, nullptr, scope.stream()), selection.op);
+        return select_rows(selection, unit_rows_of(copy, items.tokens, rows.channels), UnitRows<Rule>{rule}, scope.stream(), picks);
+      }
+    }
+    if constexpr (!Rule::kByPick) select_rows(selection, rows, rule, scope.stream(), picks);  // Suppress is of unit rows
+  });
+  return out;
+}
+
+}  // namespace sts
