@@ -163,7 +163,7 @@ cudaError_t launch_dedup(const Rows<scalar_t>& rows, int64_t batch, int64_t toke
   const Items items{batch, count, 0, nullptr, nullptr, nullptr, nullptr};
   for (int64_t first = 0; first < batch; first += plan.entries) {
     const int64_t entries = batch - first < plan.entries ? batch - first : plan.entries;
-    error = launch_sqdist_tiles(units, items, first, entries, StoreSqdist{}, scratch.sqdist, stream);
+    error = launch_sqdist_tiles(units, items, first, entries, StoreSqdist{}, items.tokens, scratch.sqdist, stream);
     if (error == cudaSuccess) error = cudaMemsetAsync(scratch.arrived, 0, plan.groups * sizeof(unsigned), stream);
     if (error != cudaSuccess) return error;
     const Launch shape{dim3(plan.groups * plan.group_blocks), dim3(kDedupThreads), 0, 1, true, stream};

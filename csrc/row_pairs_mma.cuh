@@ -53,8 +53,8 @@ __global__ void __launch_bounds__(kMmaThreads<kTile>)
 #pragma unroll
           for (int r = tid / 8; r < kTile; r += kThreads / 8) {  // rows past the end repeat the last one
             const int64_t i = i0 + r < a.count ? i0 + r : a.count - 1, j = j0 + r < b.count ? j0 + r : b.count - 1;
-            cp_async_16(staged(stage_a(step), r, chunk), a.rows.row(entry, i) + c, c < channels);
-            cp_async_16(staged(stage_b(step), r, chunk), b.rows.row(entry, j) + c, c < channels);
+            cp_async_16(stage_a(step) + staged(r, chunk), a.rows.row(entry, i) + c, c < channels);
+            cp_async_16(stage_b(step) + staged(r, chunk), b.rows.row(entry, j) + c, c < channels);
           }
         }
         cp_async_commit();  // empty past the end, so that every wait below counts the same
@@ -83,10 +83,10 @@ __global__ void __launch_bounds__(kMmaThreads<kTile>)
           uint32_t rows[kRows / 16][4], columns[2][4];
 #pragma unroll
           for (int m = 0; m < kRows / 16; ++m)
-            ldmatrix_x4(rows[m], staged(stage_a(step), wi + m * 16 + lane % 16, k * 2 + lane / 16));
+            ldmatrix_x4(rows[m], stage_a(step) + staged(wi + m * 16 + lane % 16, k * 2 + lane / 16));
 #pragma unroll
           for (int n = 0; n < 2; ++n)
-            ldmatrix_x4(columns[n], staged(stage_b(step), wj + n * 16 + lane % 8 + lane / 16 * 8, k * 2 + lane / 8 % 2));
+            ldmatrix_x4(columns[n], stage_b(step) + staged(wj + n * 16 + lane % 8 + lane / 16 * 8, k * 2 + lane / 8 % 2));
 #pragma unroll
           for (int m = 0; m < kRows / 16; ++m)
 #pragma unroll
