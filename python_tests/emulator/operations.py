@@ -262,7 +262,8 @@ def diverse(case, dtype) -> list[Call]:
     if case.values is cases.not_finite:
         exact[:, ::4] = math.inf
     exact[:, 1::9] = 0.0
-    order, keep = listed(case), min(case.k, (case.tokens + 1) // 2)
+    order = listed(case)[:, :200]  # several blocks, and rounds enough for a sanitizer
+    keep = min(case.k, (order.shape[1] + 1) // 2)
     return [
         dpp_select(case.name, inputs["features"], quality, case.k, num_tokens=inputs["num_tokens"]),
         dedup_select(case.name, case.layout(exact), order, keep, step=case.k % 9 + 1, held=case.batch % 2),
