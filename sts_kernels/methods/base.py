@@ -63,6 +63,11 @@ class Cut:
     select: "Callable[[Inside], Selection] | None" = None
     recycled: Callable[[Sequence[int]], int] | None = None
 
+    @property
+    def scoring_layer(self) -> int:
+        """The layer whose query and key score the tokens."""
+        return self.layer if self.score_from == "next" else self.layer - 1
+
 
 @dataclass(frozen=True)
 class Inside:
@@ -84,11 +89,6 @@ class Inside:
     scores: Tensor | None = None
     text_scores: Tensor | None = None
     norm: Callable[[Tensor], Tensor] = lambda x: x
-
-    @property
-    def scoring_layer(self) -> int:
-        """The layer whose query and key score the tokens."""
-        return self.layer if self.score_from == "next" else self.layer - 1
 
 
 @dataclass(frozen=True)
