@@ -247,10 +247,7 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
       __syncthreads();
 
       const int count = guess.count;
-      if constexpr (Rule::kByPick) {
-        if (tid < count) guess_parameter[tid] = items.parameter_of(first_row + guess.token[tid]);
-        __syncthreads();
-      }
+      if (Rule::kByPick && tid < count) guess_parameter[tid] = items.parameter_of(first_row + guess.token[tid]);  // a sweep has barriers
       Key best = kNoKey;  // of this warp's tokens, after pick `lane`
       const float* item_norms = norms ? norms + first_row : nullptr;
       const scalar_t* item_centre = centre ? centre + b * rows.channels : nullptr;

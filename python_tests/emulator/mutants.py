@@ -549,13 +549,6 @@ MUTANTS = (
         ("__shfl_sync(kFullWarp, place & 64 ? high : low, place % 32)", "__shfl_sync(kFullWarp, low, 0)"),
     ),
     mutant(
-        "thresholds read before they are there",
-        "suppress_select",
-        "select_swept.cuh",
-        ("guess.token[tid]);\n        __syncthreads();", "guess.token[tid]);"),
-        says=RACE,
-    ),
-    mutant(
         "a zero row is as near as any",
         "unit_rows",
         "unit_rows.cuh",
