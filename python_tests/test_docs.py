@@ -97,6 +97,7 @@ def test_the_commands_for_installers_name_the_build_requirements():
 
 
 SITES = {"encoder": "before the projector", "projected": "after the projector"}
+QUERIES = {"last": "last token", "raters": "raters", "keys": "pivots by keys", "text": "text alignment"}
 TRANSFORMERS = (ROOT / "docs" / "transformers.md").read_text()
 
 
@@ -108,7 +109,7 @@ def method_row(name: str) -> str:
     acts += [f"layer {', '.join(layers)}"] if layers else []
     signals = list(entry["signals"])
     for cut in entry["cuts"][:1]:
-        signals.append("last token" + (" (next)" if cut["score_from"] == "next" else ""))
+        signals.append(QUERIES[cut["queries"]] + (" (next)" if cut["score_from"] == "next" else ""))
     takes = ", ".join(f"`{option}`" for option in entry["takes"])
     scope = entry["scope"] if entry["site"] else "-"
     return f"| `{name}` | {'; '.join(acts)} | {', '.join(signals) or '-'} | {takes} | {scope} | {entry['positions']} |"
@@ -118,7 +119,6 @@ def test_the_table_of_methods_is_true():
     """A method without a row is allowed: adding one takes no line here."""
     section = TRANSFORMERS.split("\n## Methods\n", 1)[1].split("\n## ", 1)[0]
     rows = [line for line in section.splitlines() if line.startswith("| `")]
-    assert len(rows) >= 8
     assert rows == [method_row(name) for name in methods.names() if f"| `{name}` |" in section]
 
 

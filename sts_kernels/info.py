@@ -99,7 +99,7 @@ def table(ops: dict) -> str:
     width = max(map(len, ops)) + 2
     rows = [f"{'op':<{width}}" + "".join(f"{key:<11}" for key in KEYS).rstrip()]
     reasons: dict[tuple[str, str], dict[str, list[str]]] = {}
-    for name, chosen in ops.items():
+    for name, chosen in sorted(ops.items()):
         rows.append(f"{name:<{width}}" + "".join(f"{chosen[key]['backend']:<11}" for key in KEYS).rstrip())
         for key in KEYS:
             reasons.setdefault((key, chosen[key]["backend"]), {}).setdefault(chosen[key]["why"], []).append(name)
