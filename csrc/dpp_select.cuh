@@ -41,7 +41,7 @@ __device__ __forceinline__ double lane_dot(const float* a, const float* b, int p
 // Groups of `group_blocks` resident blocks; group g takes items g, g + groups, ... and warp w of a group its tokens w, w + warps, ...
 // least: sqrt(floor). unit, state: as unit_rows_kernel leaves them. factor: (groups, tokens, k). distance, scale: (batch, tokens). best:
 // (batch, k + 1) of kNoKey. arrived: a zero for every group.
-static __global__ void __launch_bounds__(kDppThreads, 2)
+static __global__ void __launch_bounds__(kDppThreads, 1)
     dpp_select_kernel(int64_t batch, int64_t tokens, int pitch, int64_t k, int group_blocks, float least, const float* unit, uint8_t* state,
                       const float* quality, const int64_t* num_tokens, double* factor, double* distance, double* scale, Key* best,
                       unsigned* arrived, int64_t* order, float* gain) {

@@ -102,7 +102,7 @@ void check_values(int64_t count) {
   check(agrees(lowest(values.data(), count), values), "lowest is not", count);
   const sts::Repulsion repulsion{0.5f};
   const sts::Farthest farthest;
-  const UnitRows<sts::Farthest> unit_rows;
+  const sts::UnitRows<sts::Farthest> unit_rows;
   std::vector<float> larger = values;
   for (int64_t i = 0; i < count; ++i) sums[i] = values[i] + addend[i], larger[i] = std::fmax(values[i], addend[i]);
   std::vector<float> added = values;

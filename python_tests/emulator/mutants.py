@@ -156,6 +156,7 @@ MUTANTS = (
         "repulsion_select",
         "sqdist_mma.cuh",
         ("marked = __any_sync(kFullWarp, marked);", ""),
+        says="exit status",  # tokens that no weight is known of come after those past the end
     ),
     mutant(
         "marks of a large tile count for its first quarter",

@@ -263,7 +263,9 @@ def test_minus_one_in_an_order_is_no_pick(device):
     assert padded.mean[1] == padded.largest[1] == math.inf
     counts = torch.tensor([5, 10], device=device)  # token 7 is padding of item 0
     ragged = analysis.coverage(x, torch.tensor([[4, 7, 2], [0, 1, 2]], device=device), counts)
-    assert float(ragged.mean[0]) == pytest.approx(float(distances(x[0, :5].cpu(), torch.tensor([4, 2])).mean()), rel=1e-6)
+    assert float(ragged.mean[0]) == pytest.approx(
+        float(distances(x[0, :5].cpu(), torch.tensor([4, 2])).mean()), rel=1e-6
+    )
 
 
 def test_without_a_sync(cuda):
