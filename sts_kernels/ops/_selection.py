@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import _checks
 from .._transforms import stack_offsets
+from ._unit_rows import unit_rows
 
 # Potentials are finite and far below this for finite tokens; a token with a NaN or infinity holds it, so that it is
 # picked after every finite one and before none. A picked token holds +inf.
@@ -173,14 +174,10 @@ def greedy(x: Tensor, k: int, count: Tensor, potential: Tensor, token: Tensor, a
 # ---- Unit rows ---------------------------------------------------------------------------------------------------
 
 
-def unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of x (..., C) float32 divided by their length, and whether a row is zero (...). Such a row stays zero; one
-    with a NaN or infinity becomes NaN."""
+def unit_or_zero(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`unit_rows` of x (..., C), and whether a row is zero (...). A row with a NaN or infinity becomes NaN."""
     largest = x.abs().amax(-1, keepdim=True)
-    zero = largest == 0
-    x = x / torch.where(zero, 1.0, largest)  # so that no square leaves float32's range
-    x = x / torch.where(zero, 1.0, torch.linalg.vector_norm(x, dim=-1, keepdim=True))
-    return torch.where(largest.isfinite(), x, math.nan), zero[..., 0]
+    return torch.where(largest.isfinite(), unit_rows(x), math.nan), largest[..., 0] == 0
 
 
 def unit_sqdist(sqdist: Tensor, zero: Tensor, row: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from ._selection import (
     check_token_values,
     counts,
     greedy,
-    unit_rows,
+    unit_or_zero,
     unit_sqdist,
 )
 
@@ -63,7 +63,7 @@ def farthest_select_reference(features, k, anchor=None, quality=None, start=None
         usable &= start >= 0  # not so where it is NaN
     zero = None
     if metric == "cosine":
-        x, zero = unit_rows(x)
+        x, zero = unit_or_zero(x)
 
     def before(sqdist):
         return torch.where(usable, _potential(sqdist, quality), LAST_RESORT)

@@ -13,7 +13,7 @@ from ._selection import (
     check_token_values,
     counts,
     greedy,
-    unit_rows,
+    unit_or_zero,
     unit_sqdist,
 )
 
@@ -48,7 +48,7 @@ def suppress_select_reference(features, rank, tau, k, num_tokens=None):
     x = features.float().contiguous()
     count = counts(x, num_tokens)
     usable = x.isfinite().all(-1) & (rank >= 0) & (rank < SUPPRESSED)
-    x, zero = unit_rows(x)
+    x, zero = unit_or_zero(x)
     tau = tau.float()
 
     def add(potential, sqdist, row):

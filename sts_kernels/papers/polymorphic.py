@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from ..methods._budget import common_ratio
 from .base import (
     LLAVA,
     LLAVA_13B,
@@ -30,13 +31,8 @@ TIMES = {
 def schedule(budget: int, after: Sequence[int] = CUTS, layers: int = LAYERS) -> list[tuple[int, float]]:
     """(layers, tokens) that start with 2 * budget and shrink by one factor behind each of `after`, to `budget` on
     average. The paper gives the average alone."""
-    depth = [end - start for start, end in zip((0, *after), (*after, layers), strict=True)]
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        factor = (low + high) / 2
-        average = sum(n * 2 * budget * factor**i for i, n in enumerate(depth)) / layers
-        low, high = (factor, high) if average < budget else (low, factor)
-    return [(n, 2 * budget * factor**i) for i, n in enumerate(depth)]
+    ends, factor = (*after, layers), common_ratio("polymorphic", 0.5, tuple(after), layers)
+    return [(end - start, 2 * budget * factor**i) for i, (start, end) in enumerate(zip((0, *after), ends, strict=True))]
 
 
 def counts() -> list[Number]:
