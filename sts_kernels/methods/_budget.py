@@ -164,6 +164,28 @@ def check_after(method: str, budget: int | float, layer: int, layers: int) -> No
         )
 
 
+def one_cut(
+    name: str, budget: Budget, prune_layer: int, ratio: float, layers: int
+) -> tuple[int, Callable[[Sequence[int]], int]]:
+    """The layer of a method with one cut, and how many tokens the cut leaves: `ratio` of them, or what the budget
+    says. prune_layer: the method's option, 2 by default.
+
+    Raises:
+        ValueError: the layer is named twice, is not one, or is none of the LLM's; the budget cannot be met.
+    """
+    if budget.layers is not None and prune_layer != 2:
+        raise ValueError(f"{name}: give either prune_layer or layers, both name the layer")
+    if budget.layers is None:
+        check_layer(name, "prune_layer", prune_layer, layers)
+    named = (prune_layer,) if budget.layers is None else tuple(budget.layers)
+    if len(named) != 1:
+        raise ValueError(f"{name}: layers must name one layer, got {list(named)}")
+    if budget.budget is None:
+        return named[0], partial(prompt_total, shares_of(budget.ratios or [float(ratio)]))
+    check_after(name, budget.budget, named[0], layers)
+    return named[0], partial(prompt_after, name, budget.budget, named[0], layers)
+
+
 def early_layers(layers: int) -> tuple[int, ...]:
     """The prune layers of methods that were published for (3, 7, 16) of 32 or 40 layers and (3, 7, 13) of 28; a
     shallower LLM is pruned at the same shares of its depth as one of 32."""

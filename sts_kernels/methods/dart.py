@@ -1,14 +1,13 @@
 """DART: the visual tokens least like a few pivots."""
 
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from .. import _checks
-from ._budget import Budget, check_after, check_layer, check_share, everything, prompt_after, prompt_total, shares_of
+from ._budget import Budget, check_share, everything, one_cut
 from ._merge import rows
 from ._rank import descending
 from .base import Cut, Inside, Method, Plan, Selection, option
@@ -46,19 +45,8 @@ class DART(Method):
             raise ValueError(f"{self.name}: pivots_image or pivots_text must be at least 1, got 0 and 0")
 
     def make_plan(self, budget: Budget, layers: int, default_layer: int | None) -> Plan:
-        if budget.layers is not None and self.prune_layer != 2:
-            raise ValueError(f"{self.name}: give either prune_layer or layers, both name the layer")
-        if budget.layers is None:
-            check_layer(self.name, "prune_layer", self.prune_layer, layers)
-        named = (self.prune_layer,) if budget.layers is None else tuple(budget.layers)
-        if len(named) != 1:
-            raise ValueError(f"{self.name}: layers must name one layer, got {list(named)}")
-        if budget.budget is None:
-            keep = partial(prompt_total, shares_of(budget.ratios or [float(self.ratio)]))
-        else:
-            check_after(self.name, budget.budget, named[0], layers)
-            keep = partial(prompt_after, self.name, budget.budget, named[0], layers)
-        return Plan(layers, everything, (Cut(named[0], keep, queries="keys", select=self.leave),))
+        layer, keep = one_cut(self.name, budget, self.prune_layer, self.ratio, layers)
+        return Plan(layers, everything, (Cut(layer, keep, queries="keys", select=self.leave),))
 
     def leave(self, inside: Inside) -> Selection:
         image, text = min(self.pivots_image, inside.k), min(self.pivots_text, inside.text.shape[1])
