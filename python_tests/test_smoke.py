@@ -46,15 +46,16 @@ def test_method_keeps_distinct_tokens(device, name):
 
 @pytest.mark.parametrize("name", ["sts", "divprune", "fastv"])
 def test_pruned_model_generates(name):
-    integration = pytest.importorskip("sts_kernels.integrations.transformers")
+    pytest.importorskip("transformers")
     from PIL import Image
 
     from sts_kernels.generate import prepare
+    from sts_kernels.integrations.transformers import prune
     from sts_kernels.integrations.transformers.random_models import build
 
     model, processor = build("tiny", "cpu", torch.float32)
     inputs = prepare(processor, [Image.new("RGB", (336, 336), (200, 120, 40))], "What is in this picture?")
-    with integration.prune(model, name, budget=0.75) as pruning:
+    with prune(model, name, budget=0.75) as pruning:
         ids = model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
     assert ids.shape[1] == inputs["input_ids"].shape[1] + 3
     row = pruning.report.rows[0]
