@@ -1,4 +1,4 @@
-"""`python -m pytest -m smoke`: does this installation work? Ops and methods once each, pruned models, the command line."""
+"""`python -m pytest -m smoke`: does this installation work? Ops and methods once each, pruned models, `info`."""
 
 import json
 
