@@ -99,7 +99,7 @@ def repulsion_step_(
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, device or eps; a potential that may not be written to; `picked` out
-        of range where it can be read. Nothing is written then.
+            of range where it can be read. Nothing is written then.
         NotImplementedError: forward-mode AD or torch.func differentiates `potential` or `features`.
 
     Cost:
