@@ -5,7 +5,7 @@ import math
 import torch
 
 from .. import _checks
-from .._registry import define_op
+from .._registry import define_op, ops
 from .._transforms import fold
 from ._selection import LAST_RESORT, pick
 
@@ -107,4 +107,4 @@ def repulsion_step_(
     """
     _check(potential, features, picked, eps)
     _check_values(features, picked)
-    return torch.ops.sts_kernels.repulsion_step_.default(potential, features, picked, eps)
+    return ops.repulsion_step_.default(potential, features, picked, eps)

@@ -3,7 +3,7 @@
 import torch
 
 from .. import _checks
-from .._registry import define_op
+from .._registry import define_op, ops
 from .._transforms import Derivative, fold
 
 
@@ -134,4 +134,4 @@ def scatter_mean(
     """
     _check(features, assignment, count, weight)
     _check_values(assignment, count)
-    return torch.ops.sts_kernels.scatter_mean.default(features, assignment, count, weight)
+    return ops.scatter_mean.default(features, assignment, count, weight)
