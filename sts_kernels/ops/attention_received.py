@@ -157,6 +157,4 @@ def attention_received(
         16384). Rows of weight 0 and, with row_position, keys that no row of a block sees cost nothing.
     """
     _check(query, key, scale, row_weight, row_position, key_mask, per_head)
-    return ops.attention_received.default(
-        query, key, scale, row_weight, row_position, key_mask, per_head
-    )
+    return ops.attention_received.default(query, key, scale, row_weight, row_position, key_mask, per_head)

@@ -90,6 +90,4 @@ def farthest_select_varlen(
     """
     _check(features, cu_seqlens, cu_budgets, total_k, anchor, quality, start, metric)
     check_packed_values(_OP, features, cu_seqlens, cu_budgets, total_k, anchor)
-    return ops.farthest_select_varlen.default(
-        features, cu_seqlens, cu_budgets, total_k, anchor, quality, start, metric
-    )
+    return ops.farthest_select_varlen.default(features, cu_seqlens, cu_budgets, total_k, anchor, quality, start, metric)
