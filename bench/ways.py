@@ -116,7 +116,7 @@ def show(row: dict) -> None:
     times = "  ".join(f"{name} {row[f'{name}_ms']:>8.4g} ms" for name in ("encode", "prefill"))
     print(
         f"{row['model']:<14} {row['way']:<18} batch {row['batch']:>2}  {tokens}  {times}  "
-        f"first {row['first_p50_ms']:>8.4g} ms  token {row['token_ms']:>7.4g} ms  {row['tokens_per_s']:>8.6g} tokens/s  "
+        f"first {row['first_p50_ms']:>7.4g} ms  token {row['token_ms']:>6.4g} ms {row['tokens_per_s']:>7.5g} tokens/s  "
         f"peak {row['peak_gb'] or '-'} GB  built in {row['build_s']:.3g} s",
         flush=True,
     )
