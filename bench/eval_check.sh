@@ -19,8 +19,9 @@ if [ ! -x "$python" ]; then
   "$python" -m pip install -q "torch==2.13.0" "lmms-eval==0.7.3" decord "filelock<4" "transformers==5.23.0"
 fi
 "$python" -m pip install -q --no-deps .
-cp bench/evaluation/* "$work/"
-PYTHONPATH=$PWD "$python" bench/evaluation/task.py "$work"
+cp bench/evaluation/*.* "$work/"
+export PYTHONPATH=$PWD/bench/evaluation/site # for torchvision; not this folder: its package would hide the installed one
+"$python" bench/evaluation/task.py "$work"
 
 evaluate() { # MODEL_ARGS...
   (cd "$work" && "$python" -m lmms_eval --model sts_llava_hf --batch_size 1 --include_path "$work" --tasks sts_pictures \
