@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from sts_kernels import demo, pairwise_sqdist
+from sts_kernels import _vision, pairwise_sqdist
+from sts_kernels._cli import default_picture, load_picture
 
 from . import inputs
 
@@ -129,7 +130,7 @@ def replay_cluster(x, k, warps=32, of_warp=4, most=8):
 
 def pixels(size):
     """(3, size, size) of the demo's picture, from 0 to 1."""
-    picture = demo.load_picture(demo.default_picture()).convert("RGB").resize((size, size))
+    picture = load_picture(default_picture()).convert("RGB").resize((size, size))
     return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1) / 255
 
 
@@ -206,7 +207,7 @@ def main():
     if options.vit:
         kinds += [("random ViT, 576", random_vit(336), 192), ("random ViT, 2304", random_vit(672), 480)]
     if options.features:
-        x = demo.model_tokens(demo.load_picture(demo.default_picture()), options.features, device).features
+        x = _vision.tokens(_vision.source(options.features, device), load_picture(default_picture())).features
         kinds.append((f"{options.features}, {len(x)}", x, len(x) // 3))
     print("\n".join(policies(kinds)))
     kinds.append(("gaussian, 8192", inputs.features(1, 8192, 256, torch.float32, device)[0], 640))

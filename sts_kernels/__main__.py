@@ -11,6 +11,7 @@ from ._errors import UserError
 COMMANDS = {
     "info": "show which backend serves each op and why, versions and build",
     "demo": "choose visual tokens of a photograph and draw them",
+    "explore": "write a page that shows what each method keeps of your pictures",
     "methods": "list the pruning methods, where each acts, and its options",
     "table": "print the efficiency numbers of a paper beside those that sizes alone give",
     "generate": "ask a vision-language model about pictures, with pruned visual tokens",
