@@ -1,7 +1,7 @@
 """Lets PyPI's torchvision, which is built for CUDA, be imported beside a CPU torch, as vLLM's processors do.
 
 Its library does not load there, and its Python part then registers fake kernels of two ops that do not exist: this
-defines them before. bench/serving_check.sh puts it into site-packages, with a .pth file that imports it in every process.
+defines them before. bench/serving_check.sh puts it into site-packages, beside a .pth file that imports it.
 """
 
 import sys
