@@ -15,7 +15,7 @@ import torch
 from sts_kernels._registry import OPS as OPS_TABLE
 
 from . import __main__ as cli
-from . import backends, breakdown, harness, inputs, plot, prefill, record, timing, ways
+from . import backends, breakdown, harness, inputs, plot, prefill, record, serving, timing, ways
 
 BENCHES = {name: bench for name, bench in harness.discover().items() if bench}
 SMALL = {"B": 2, "N": 96, "C": 64, "K": 12, "S": 50, "Hq": 4, "Hkv": 2, "D": 64}
@@ -151,7 +151,7 @@ def test_a_wrong_provider_is_not_timed(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("path", sorted(record.RESULTS.glob("*.csv")), ids=lambda path: path.name)
 def test_recorded_rows_have_the_columns_of_new_ones(path):
     """Else the next run could not be appended."""
-    own = {"prefill.csv": prefill.COLUMNS, "ways.csv": ways.COLUMNS}
+    own = {"prefill.csv": prefill.COLUMNS, "serving.csv": serving.COLUMNS, "ways.csv": ways.COLUMNS}
     assert tuple(record.read(path)[0]) == own.get(path.name, record.COLUMNS)
 
 
