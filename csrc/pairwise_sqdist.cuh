@@ -8,6 +8,7 @@ namespace sts {
 
 // What is stored for a pair: the distance, exactly zero on the diagonal. The smallest of a row is not asked for.
 struct StoreSqdist {
+  static constexpr bool kOverlap = false;  // the launch ahead is another op's
   static constexpr uint32_t* least = nullptr;
   __device__ float operator()(float sqdist, bool diagonal) const { return diagonal ? 0.f : sqdist; }
 };
@@ -54,6 +55,7 @@ template <class scalar_t, int kTile, class Store>
 __global__ void __launch_bounds__(kTile* kTile / 16, kTile == kLargeTile ? 2 : 4)
     sqdist_tile_kernel(Rows<scalar_t> rows, Items items, int64_t first_entry, int64_t entries, bool aligned, Store store,
                        const unsigned* marks, int64_t pitch, float* out) {
+  await_predecessor();
   constexpr int kThreads = kTile * kTile / 16;  // each thread has 4 x 4 pairs
   constexpr int kChannels = 32, kVec = Chunk<scalar_t>::size;
   constexpr int kLoads = kTile * kChannels / kVec / kThreads;
@@ -148,7 +150,7 @@ cudaError_t launch_sqdist_tiles_of(const Rows<scalar_t>& rows, const Items& item
                                    const unsigned* marks, int64_t pitch, float* out, cudaStream_t stream) {
   const auto tiles = static_cast<unsigned>(ceil_div(items.tokens, kTile));
   const dim3 grid(tiles, tiles, static_cast<unsigned>(entries < 65535 ? entries : 65535));
-  const Launch shape{grid, dim3(kTile * kTile / 16), 0, 1, false, stream};
+  const Launch shape{grid, dim3(kTile * kTile / 16), 0, 1, false, stream, Store::kOverlap || marks};
   return launch(sqdist_tile_kernel<scalar_t, kTile, Store>, shape, rows, items, first_entry, entries, rows_aligned(rows), store, marks, pitch, out);
 }
 

@@ -66,6 +66,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
     select_cluster_kernel(Items items, int64_t first_item, int lookahead, const float* weights, const uint32_t* least,
                           const float* mean_sqdist, Rule rule, int64_t* out) {
 #if defined(STS_EMULATE) || __CUDA_ARCH__ >= 900
+  await_predecessor();
   STS_DYNAMIC_SHARED(ClusterBoard, board);
   const auto cluster = cooperative_groups::this_cluster();
   if (threadIdx.x < 2) init_arrivals(&board->arrivals[threadIdx.x]);
@@ -270,7 +271,7 @@ inline Launch cluster_launch(int64_t tokens, int64_t count, int blocks, cudaStre
   int warps = 1;
   while (warps < kClusterWarps / blocks && 32 * warps * blocks < tokens) warps *= 2;
   return {dim3(static_cast<unsigned>(count * blocks)), dim3(static_cast<unsigned>(32 * warps)), sizeof(ClusterBoard),
-          static_cast<unsigned>(blocks), false, stream};
+          static_cast<unsigned>(blocks), false, stream, true};
 }
 
 }  // namespace sts

@@ -66,6 +66,7 @@ __device__ __forceinline__ StoredReport lowest_report(const StoredReport* report
 template <class Rule, int kTokens, int kWarps>
 __global__ void __launch_bounds__((kWarps ? kWarps : kStoredMaxWarps) * 32, 1)
     select_stored_kernel(Items items, int64_t first_item, const float* weights, const float* mean_sqdist, Rule rule, int64_t* out) {
+  await_predecessor();
   static_assert(kTokens % 4 == 0 && kWarps % 2 == 0, "16-byte loads");
   STS_DYNAMIC_SHARED(unsigned char, shared);
   constexpr int kSlots = kWarps ? kWarps : kStoredMaxWarps;

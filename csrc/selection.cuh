@@ -20,6 +20,7 @@ constexpr int64_t kClusterFrom = 1024;  // items of more tokens are shared by a 
 // tokens the ordered bits of the smallest in each row.
 template <class Rule>
 struct StoreWeight {
+  static constexpr bool kOverlap = true;
   Rule rule;
   uint32_t* least;
   __device__ float operator()(float sqdist, bool diagonal) const { return diagonal ? kInfinity : stored_value(rule, sqdist); }
@@ -163,7 +164,7 @@ cudaError_t launch_selection(const Rows<scalar_t>& rows, const Items& items, con
     }
     const int64_t most_picks = items.picks < items.tokens ? items.picks : items.tokens;
     return with_stored_kernel<Rule>(items.tokens, [&](auto* kernel, int warps, size_t report_bytes) {
-      const Launch shape{dim3(static_cast<unsigned>(count)), dim3(32 * warps), report_bytes + most_picks * sizeof(int), 1, false, stream};
+      const Launch shape{dim3(static_cast<unsigned>(count)), dim3(32 * warps), report_bytes + most_picks * sizeof(int), 1, false, stream, true};
       return launch(kernel, shape, items, first, scratch.weights, scratch.stats.mean_sqdist, rule, out);
     });
   };

@@ -92,6 +92,7 @@ template <class scalar_t, int kTile, class Store>
 __global__ void __launch_bounds__(kMmaThreads<kTile>)
     sqdist_mma_kernel(Rows<scalar_t> rows, int64_t tokens, int64_t first_entry, int64_t entries, const float* norms,
                       const scalar_t* centre, Store store, unsigned* marks, int64_t mark_tiles, int64_t pitch, float* out) {
+  await_predecessor();
   constexpr int kRows = kWarpRows<kTile>, kColumns = kWarpColumns, kThreads = kMmaThreads<kTile>, kMarks = kTile / kMarkTile;
   STS_DYNAMIC_SHARED(scalar_t, shared);
   __shared__ bool warp_marked[kTile / kRows][kTile / kColumns];
@@ -248,7 +249,7 @@ cudaError_t launch_sqdist_mma_of(const Rows<scalar_t>& rows, const Items& items,
                                  const TokenStats& stats, Store store, unsigned* marks, int64_t pitch, float* out, cudaStream_t stream) {
   const auto tiles = static_cast<unsigned>(ceil_div(items.tokens, kTile));
   const dim3 grid(tiles, tiles, static_cast<unsigned>(entries < 65535 ? entries : 65535));
-  const Launch shape{grid, dim3(kMmaThreads<kTile>), kMmaSharedBytes<kTile>, 1, false, stream};
+  const Launch shape{grid, dim3(kMmaThreads<kTile>), kMmaSharedBytes<kTile>, 1, false, stream, Store::kOverlap};
   return launch(sqdist_mma_kernel<scalar_t, kTile, Store>, shape, rows, items.tokens, first_entry, entries, stats.norms,
                 reinterpret_cast<const scalar_t*>(stats.centre), store, marks, mark_tiles(items.tokens), pitch, out);
 }

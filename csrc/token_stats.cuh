@@ -121,6 +121,7 @@ __global__ void __launch_bounds__(kStatsThreads, 1)
 // The mean and the centre of each item.
 template <class scalar_t>
 __global__ void __launch_bounds__(kStatsThreads) mean_kernel(Items items, int channels, TokenStats stats) {
+  await_predecessor();
   for (int64_t b = blockIdx.y; b < items.count; b += gridDim.y) {
     const Item item = items[b];
     const int c = blockIdx.x * kStatsThreads + threadIdx.x;
@@ -159,6 +160,7 @@ __global__ void __launch_bounds__(kStatsThreads) mean_kernel(Items items, int ch
 // How far each token is from the mean and from the centre of its item.
 template <class scalar_t, bool kWhole>
 __global__ void __launch_bounds__(kStatsThreads) mean_sqdist_kernel(Rows<scalar_t> rows, Items items, bool aligned, TokenStats stats) {
+  await_predecessor();
   constexpr int kVec = Chunk<scalar_t>::size, kWarps = kStatsThreads / 32;
   constexpr int kUnroll = 4, kParts = kVec / Chunk<float>::size;  // loads under way together; chunks of the mean for one of the row
   const int lane = threadIdx.x % 32;
@@ -213,15 +215,17 @@ template <class scalar_t>
 cudaError_t launch_token_stats(const Rows<scalar_t>& rows, const Items& items, const TokenStats& stats, cudaStream_t stream) {
   const bool aligned = rows_aligned(rows);
   const auto depth = static_cast<unsigned>(items.count < 65535 ? items.count : 65535);
-  const auto shape = [&](int64_t blocks) { return Launch{dim3(static_cast<unsigned>(blocks), depth), dim3(kStatsThreads), 0, 1, false, stream}; };
+  const auto shape = [&](int64_t blocks, bool overlap) {
+    return Launch{dim3(static_cast<unsigned>(blocks), depth), dim3(kStatsThreads), 0, 1, false, stream, overlap};
+  };
   const bool whole = aligned && rows.channels % Chunk<scalar_t>::size == 0;
   cudaError_t error = launch(whole ? sum_chunks_kernel<scalar_t, true> : sum_chunks_kernel<scalar_t, false>,
-                             shape(ceil_div(items.tokens, kStatsChunk)), rows, items, aligned, stats);
+                             shape(ceil_div(items.tokens, kStatsChunk), false), rows, items, aligned, stats);
   if (error != cudaSuccess || !(stats.sums || stats.norms)) return error;
-  error = launch(mean_kernel<scalar_t>, shape(ceil_div(rows.channels, kStatsThreads)), items, rows.channels, stats);
+  error = launch(mean_kernel<scalar_t>, shape(ceil_div(rows.channels, kStatsThreads), true), items, rows.channels, stats);
   if (error != cudaSuccess) return error;
   return launch(whole ? mean_sqdist_kernel<scalar_t, true> : mean_sqdist_kernel<scalar_t, false>,
-                shape(ceil_div(items.tokens, kStatsThreads / 32)), rows, items, aligned, stats);
+                shape(ceil_div(items.tokens, kStatsThreads / 32), true), rows, items, aligned, stats);
 }
 
 #ifdef STS_KERNEL_TABLE

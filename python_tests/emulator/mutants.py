@@ -441,6 +441,24 @@ MUTANTS = (
         "select_cluster.cuh",
         ("is_candidate &= ~(1u << t);", ";"),
     ),
+    # Launches that overlap.
+    mutant(
+        "picks that do not wait for the weights",
+        "repulsion_select",
+        "select_stored.cuh",
+        ("  await_predecessor();\n", ""),
+        says="before await_predecessor",
+    ),
+    mutant(
+        "distances that do not wait for the mean",
+        "repulsion_select",
+        "token_stats.cuh",
+        (
+            "Items items, bool aligned, TokenStats stats) {\n  await_predecessor();\n",
+            "Items items, bool aligned, TokenStats stats) {\n",
+        ),
+        says="before await_predecessor",
+    ),
     # A selection in sweeps.
     mutant(
         "one buffer of what blocks have lowest",
