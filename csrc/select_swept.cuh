@@ -158,16 +158,23 @@ __device__ __forceinline__ void guess_picks(const Key (&candidate)[kCandidates],
   }
 }
 
-// Groups of `group_blocks` resident blocks; group g takes items g, g + groups, ... `potential` holds the distances to the mean on
-// entry. weights: (lookahead, all tokens). keys, floats: a SweepExchange for every group. arrived: a zero for every group.
+// Groups of resident blocks; group g takes items g, g + groups, ... `potential` holds the distances to the mean on entry. listed: null, or
+// how many items there are to take, and which; then there are no more groups than items. most_groups, most_blocks: of a group, at the most.
+// weights: (lookahead, all tokens). keys: of as many blocks. floats, arrived: a SweepExchange's and a zero for every group.
 template <class Sweep, class scalar_t, class Rule>
 __global__ void __launch_bounds__(kSweepThreads, 2)
-    select_swept_kernel(Rows<scalar_t> rows, Items items, bool aligned, int group_blocks, int lookahead, Rule rule, const float* norms,
-                        const scalar_t* centre, float* potential, float* weights, Key* keys, float* floats, unsigned* arrived, int64_t* out) {
+    select_swept_kernel(Rows<scalar_t> rows, Items items, const int* listed, bool aligned, int most_groups, int most_blocks, int lookahead,
+                        Rule rule, const float* norms, const scalar_t* centre, float* potential, float* weights, Key* keys, float* floats,
+                        unsigned* arrived, int64_t* out) {
   __shared__ Key candidate[kCandidates], lowest[kSweepWarps][kSweepPoints], next[kSweepPoints];
   __shared__ SweepPoints guess;
   __shared__ float guess_parameter[kSweepPoints];
-  const int group = blockIdx.x / group_blocks, groups = gridDim.x / group_blocks, rank = blockIdx.x % group_blocks;
+  const int64_t count = listed ? listed[0] : items.count;
+  const int groups = static_cast<int>(count < most_groups ? count : most_groups);
+  if (groups == 0) return;
+  const int group_blocks = min(static_cast<int>(gridDim.x) / groups, most_blocks), group = blockIdx.x / group_blocks;
+  const int rank = blockIdx.x % group_blocks;
+  if (group >= groups) return;
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, group_warp = rank * kSweepWarps + warp;
   const int group_warps = group_blocks * kSweepWarps;
   const int64_t first_token = static_cast<int64_t>(rank) * kSweepThreads + tid, token_step = static_cast<int64_t>(group_blocks) * kSweepThreads;
@@ -175,7 +182,8 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
   GroupBarrier barrier(arrived + group, group_blocks);
   int turn = 0;
 
-  for (int64_t b = group; b < items.count; b += groups) {
+  for (int64_t at = group; at < count; at += groups) {
+    const int64_t b = listed ? listed[1 + at] : at;
     const Item item = items[b];
     const int64_t entry = items.packed() ? 0 : b, picks = item.picks < item.tokens ? item.picks : item.tokens;
     int64_t* picked = out + item.out;

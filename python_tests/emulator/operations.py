@@ -272,9 +272,11 @@ def diverse(case, dtype) -> list[Call]:
 
 def _select(op, name, features, k, options, judge, packed=None, num_tokens=None, way=None, notes=()):
     """A call of the selection op `op`. options: its arguments between k and num_tokens. packed: (cu_seqlens,
-    cu_budgets). way: `matrix_tokens`, up to so many tokens the weights of all pairs are stored; `item_blocks`, that
-    share an item then (0: as planned); `lookahead`, max picks of an exchange (cluster) or sweep."""
-    way = {"matrix_tokens": 8192, "item_blocks": 0, "lookahead": 16, **(way or {})}
+    cu_budgets). way: `max_seqlen`, of packed items; `matrix_tokens`, up to so many tokens the weights of all pairs are
+    stored; `item_blocks`, that share an item then (0: as planned); `lookahead`, max picks of an exchange (cluster) or
+    sweep; `wave_floats`, weights of packed items in memory at a time (0: as planned)."""
+    default = {"max_seqlen": 2**63 - 1, "matrix_tokens": 8192, "item_blocks": 0, "lookahead": 16, "wave_floats": 0}
+    way = {**default, **(way or {})}
     rows = channels_contiguous(features)
     tokens, channels = rows.shape[-2:]
     batch = len(rows) if packed is None else len(packed[0]) - 1
@@ -292,7 +294,10 @@ def _select(op, name, features, k, options, judge, packed=None, num_tokens=None,
         *notes,
         np.full((batch, k) if packed is None else (k,), PAD, np.int64),
     )
-    kind = "swept" if tokens > way["matrix_tokens"] else "cluster" if way["item_blocks"] > 1 else "stored"
+    longest = tokens if packed is None else max(0, *packed[0].diff().tolist())
+    kind = "swept" if longest > way["matrix_tokens"] else "cluster" if way["item_blocks"] > 1 else "stored"
+    if way["wave_floats"]:
+        kind = f"waves-{kind}"
     return Call(
         f"{name}-{kind}{way['lookahead']}",
         f"{op}_{SUFFIX[rows.dtype]}",
@@ -391,6 +396,15 @@ WAYS = (  # to select
 )
 
 
+def ways(case) -> tuple:
+    """The ways to select of `case`. Packed items also in waves of as few as fit, longer ones in sweeps; and with a
+    bound on their length, which makes waves of them all."""
+    if not isinstance(case, cases.VarlenCase):
+        return WAYS
+    tight = {"max_seqlen": max(case.lengths), "wave_floats": 1}
+    return *WAYS, {"matrix_tokens": 40, "wave_floats": 1}, tight, {**tight, "item_blocks": 4}
+
+
 def of_sets(case, features, num_tokens) -> list[Call]:
     """Kernels that compare or merge rows: all tokens with some of them, merged into slots at random."""
     rng = torch.Generator().manual_seed(5)
@@ -412,7 +426,7 @@ def of_case(case, dtype) -> list[Call]:
     """Every kernel that serves `case`, every way it can be made to."""
     inputs = case.inputs(dtype=dtype)
     if isinstance(case, cases.VarlenCase):
-        return [repulsion_select_varlen(case.name, **inputs, **way) for way in WAYS]
+        return [repulsion_select_varlen(case.name, **inputs, **way) for way in ways(case)]
     if case.batch == 0:
         return []  # nothing is launched
     features, anchor = inputs["features"], inputs["anchor"]
@@ -435,7 +449,7 @@ def rules_of_case(case, dtype, turn) -> list[Call]:
     farthest, suppress = (
         (farthest_select_varlen, suppress_select_varlen) if packed else (farthest_select, suppress_select)
     )
-    for i, way in enumerate(WAYS):
+    for i, way in enumerate(ways(case)):
         if (turn + i) % 2 == 0:
             given = selection_inputs.of_case("farthest_select", case, variants[(turn + i) % 5], turn, dtype)
             made.append(farthest(case.name, **given, **way))
