@@ -511,6 +511,24 @@ def quick() -> list[Call]:
     return [*calls, nearest("tiny", tiny, tiny, "cosine", exclude_self=True)]
 
 
+def own_items(cu_seqlens, cu_budgets, anchor, tokens, total, max_seqlen) -> list:
+    """(item, rows, places in the result) of the packed items of which there is something to pick: those whose numbers
+    make sense, and whose rows and places begin after those of the items before."""
+    starts, budgets = cu_seqlens.tolist(), cu_budgets.tolist()
+    own, row_end, place_end = [], 0, 0
+    for item in range(len(starts) - 1):
+        (first, end), (out, out_end) = starts[item : item + 2], budgets[item : item + 2]
+        if not 0 <= out <= out_end <= total:
+            out = out_end = 0
+        fits = 0 <= first <= end <= tokens and (max_seqlen is None or end - first <= max_seqlen)
+        if fits and anchor is not None and first < end and out < out_end:
+            fits = 0 <= anchor[item] < end - first
+        if fits and first >= row_end and out >= place_end and out < out_end:
+            own.append((item, slice(first, end), slice(out, out_end)))
+        row_end, place_end = max(row_end, end if fits else 0), max(place_end, out_end)
+    return own
+
+
 def nonsense() -> list[Call]:
     """Numbers in device memory that make no sense: kernels stay in bounds, and the items concerned come out as -1."""
     batch, tokens, k = 6, 40, 12
@@ -534,11 +552,21 @@ def nonsense() -> list[Call]:
         return replace(call, judge=judge)
 
     def packed(name, cu_seqlens, cu_budgets, anchor, way):
-        x = features.reshape(-1, 8)
-        call = repulsion_select_varlen(name, x, cu_seqlens, cu_budgets, 30, 1e-6, anchor, **way)
+        x, total = features.reshape(-1, 8), 30
+        call = repulsion_select_varlen(name, x, cu_seqlens, cu_budgets, total, 1e-6, anchor, **way)
+        own = own_items(cu_seqlens, cu_budgets, anchor, len(x), total, way.get("max_seqlen"))
 
         def judge(*arrays):
-            assert ((arrays[-1] >= -1) & (arrays[-1] < len(x))).all(), f"picks out of range: {arrays[-1]}"
+            picks, free = torch.from_numpy(arrays[-1]), torch.ones(total, dtype=torch.bool)
+            for item, rows, places in own:
+                free[places] = False
+                kept = min(places.stop - places.start, rows.stop - rows.start)
+                part = picks[places]
+                assert (part[kept:] == -1).all(), f"item {item}: no -1 past its tokens: {part}"
+                first = None if anchor is None else anchor[item].item()
+                error = oracle.greedy_error(x[rows], part[:kept], 1e-6, first) if kept else ""
+                assert not error, f"item {item}: {error}"
+            assert (picks[free] == -1).all(), f"picks for items that make no sense: {picks}"
 
         return replace(call, judge=judge)
 
@@ -561,11 +589,16 @@ def nonsense() -> list[Call]:
         made.append(selected("anchor", wild == 3, wild, everything, way))
         counts = torch.where(wild == tokens, tokens + 1, wild)
         made.append(selected("num_tokens", wild == 3, torch.zeros_like(wild), counts, way))
+    bounded = {"max_seqlen": 60, "wave_floats": 1}
+    for way in (*WAYS, {"matrix_tokens": 40, "wave_floats": 1}, bounded, {**bounded, "item_blocks": 4}):
         for name, seqlens, budgets in (
             ("offsets", [0, -5, 300, 20, -top - 1, top, 240], [0, 5, 10, 15, 20, 25, 30]),
             ("wrap", [top, -top - 1, far, -far, 0, top, 1], [0, 5, 10, 15, 20, 25, 30]),
             ("budgets", [0, 40, 80, 120, 160, 200, 240], [0, 99, -7, top, -top - 1, far, 30]),
             ("past", [0, 40, 80, 120, 160, 200, 241], [0, 5, 10, 15, 20, 25, 31]),
+            ("overlap", [0, 60, 30, 90, 150, 0, 240], [0, 5, 10, 15, 20, 25, 30]),
+            ("places", [0, 40, 80, 120, 160, 200, 240], [0, 10, 5, 15, 20, 25, 30]),
+            ("long", [0, 60, 120, 181, 182, 182, 240], [0, 5, 10, 15, 20, 25, 30]),
         ):
             made.append(packed(name, torch.tensor(seqlens), torch.tensor(budgets), None, way))
             made.append(packed(f"{name}-anchor", torch.tensor(seqlens), torch.tensor(budgets), wild, way))
