@@ -6,8 +6,10 @@
 //   how many tiles of pairs the items before it have: a tile's item is found by search.
 //   Items whose weights do not fit in memory together are in several waves: runs of items, as long as they fit.
 // Chosen when: the batch is packed. Sums of squares cannot be known on the host, which knows bounds alone (PackedShape).
-// Steps, for kPlanThreads items at a time: (1) an item's rows and places are its own if none before ends behind their begin: a maximum scan;
-//   (2) sums of floats, tiles and large items before each: a sum scan; (3) waves: the first item past the end opens the next.
+// Steps, for kPlanThreads items at a time:
+//   (1) an item's rows and places are its own if no item before ends behind their begin: a maximum scan;
+//   (2) sums of the floats, tiles and large items before each: a sum scan;
+//   (3) waves: the first item that does not fit opens the next.
 // Synchronisation: one block; __syncthreads in the scans, and around what the thread of a wave's first item tells the others.
 #pragma once
 #include "rows.cuh"

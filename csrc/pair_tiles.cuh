@@ -25,7 +25,8 @@ struct PaddedTiles {
   template <int kTile>
   __device__ __forceinline__ PairTile at(int64_t turn) const {
     const int64_t entry = first_entry + turn;
-    return {entry, 0, entry, entry * tokens, tokens, pitch, turn * tokens * pitch, int64_t(blockIdx.y) * kTile, int64_t(blockIdx.x) * kTile};
+    const int64_t i = int64_t(blockIdx.y) * kTile, j = int64_t(blockIdx.x) * kTile;
+    return {entry, 0, entry, entry * tokens, tokens, pitch, turn * tokens * pitch, i, j};
   }
   // Where the mark of part (i, j) of this block's tile is, or -1 past the end; kParts: parts along a side. Marks are (entries, side, side).
   template <int kParts>

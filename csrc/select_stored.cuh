@@ -1,7 +1,7 @@
 // Selection over the stored weights of all pairs: the plain loop.
 //
-// What: one block per item, padded or packed, runs Algorithm 1 with the potentials in registers. A pick is a dependency chain (row of weights from L2, add,
-//   argmin of the block), and its latency is the run time; so the loop holds nothing that is not in the chain.
+// What: one block per item, of a padded batch or a packed one, runs Algorithm 1 with the potentials in registers. A pick is a dependency
+//   chain (row of weights from L2, add, argmin of the block), and its latency is the run time; so the loop holds nothing that is not in it.
 // Chosen when: the matrix fits (kMatrixTokens), and the item is small, or items are many, or the device has no clusters
 //   (select_cluster.cuh).
 // Steps, for every pick:

@@ -247,7 +247,8 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
       if (wanted > 1) {
         if (warp == 0) choose_candidates(shared.offers, group_blocks * kSweepWarps * kOffers, static_cast<int>(pick), wanted, candidate);
         __syncthreads();
-        weigh_pairs(rows, items, entry, item, first_row, aligned, rule, candidate, group_warp, group_blocks * kSweepWarps, shared.pair_weight);
+        weigh_pairs(rows, items, entry, item, first_row, aligned, rule, candidate, group_warp, group_blocks * kSweepWarps,
+                    shared.pair_weight);
         barrier.sync();
         if (warp == 0) guess_picks<Rule>(candidate, done == 1, shared.pair_weight, wanted, guess);
       } else if (tid == 0) {

@@ -122,8 +122,8 @@ SelectionPlan plan_selection(const Rows<scalar_t>& rows, const Items& items, int
 struct SelectionScratch {
   TokenStats stats{};
   PackedPlan packed{};          // packed
-  float* weights = nullptr;     // stored: padded (entries, tokens, matrix_pitch(tokens)), packed those of a wave; swept: (lookahead, all tokens)
-  unsigned* marks = nullptr;    // stored on tensor cores: padded (entries, side, side) tiles of kMarkTile, packed the parts of all tiles
+  float* weights = nullptr;     // stored: (entries, tokens, matrix_pitch(tokens)), or of a wave; swept: (lookahead, all tokens)
+  unsigned* marks = nullptr;    // stored on tensor cores: (entries, side, side) tiles of kMarkTile tokens, or (tiles, parts)
   uint32_t* least = nullptr;    // stored, with items shared by clusters: the smallest weight of every row (all tokens)
   Key* keys = nullptr;          // swept: a SweepExchange for every group
   float* floats = nullptr;      // swept: the same
@@ -181,7 +181,8 @@ class SelectionLaunch {
       if (error == cudaSuccess) error = launch_packed_plan(items_, plan_.packed, scratch_.packed, stream_);
       items_.planned = scratch_.packed.items;
     }
-    if (error == cudaSuccess && scratch_.least) error = cudaMemsetAsync(scratch_.least, 0xff, all_tokens(items_) * sizeof(uint32_t), stream_);
+    if (error == cudaSuccess && scratch_.least)
+      error = cudaMemsetAsync(scratch_.least, 0xff, all_tokens(items_) * sizeof(uint32_t), stream_);
     if (error == cudaSuccess) error = launch_token_stats(rows_, items_, scratch_.stats, stream_);
     if (error == cudaSuccess && plan_.stored) error = items_.packed() ? select_waves() : select_entries();
     return error == cudaSuccess && plan_.swept ? sweep() : error;
@@ -195,15 +196,16 @@ class SelectionLaunch {
       const int64_t held = items_.count - first < plan_.entries ? items_.count - first : plan_.entries;
       cudaError_t error = weigh([&](auto mma, const auto& store) {
         if constexpr (decltype(mma)::value)
-          return launch_sqdist_mma(rows_, items_, first, held, plan_.tile, scratch_.stats, store, scratch_.marks, pitch, scratch_.weights, stream_);
+          return launch_sqdist_mma(rows_, items_, first, held, plan_.tile, scratch_.stats, store, scratch_.marks, pitch, scratch_.weights,
+                                   stream_);
         else return launch_sqdist_tiles(rows_, items_, first, held, store, pitch, scratch_.weights, stream_);
       });
       if (error != cudaSuccess) return error;
       const StoredItems stored{items_, scratch_.weights, first, nullptr, nullptr};
-      error = plan_.item_blocks > 1 ? select_in_clusters(stored, items_.tokens, held)
-                                    : with_stored_kernel<Rule>(items_.tokens, [&](auto* kernel, int warps, size_t report_bytes) {
-                                        return select_in_blocks(kernel, stored, held, warps, report_bytes + most_picks * sizeof(int));
-                                      });
+      const auto in_blocks = [&](auto* kernel, int warps, size_t report_bytes) {
+        return select_in_blocks(kernel, stored, held, warps, report_bytes + most_picks * sizeof(int));
+      };
+      error = plan_.item_blocks > 1 ? select_in_clusters(stored, items_.tokens, held) : with_stored_kernel<Rule>(items_.tokens, in_blocks);
       if (error != cudaSuccess) return error;
     }
     return cudaSuccess;
@@ -224,10 +226,10 @@ class SelectionLaunch {
       });
       if (error != cudaSuccess) return error;
       const StoredItems stored{items_, scratch_.weights, 0, at.wave, at.matrices};
-      error = plan_.item_blocks > 1 ? select_in_clusters(stored, longest, items_.count)
-                                    : with_packed_kernel<Rule>(longest, [&](auto* kernel, int warps, size_t report_bytes) {
-                                        return select_in_blocks(kernel, stored, items_.count, warps, report_bytes + most_picks * sizeof(int));
-                                      });
+      const auto in_blocks = [&](auto* kernel, int warps, size_t report_bytes) {
+        return select_in_blocks(kernel, stored, items_.count, warps, report_bytes + most_picks * sizeof(int));
+      };
+      error = plan_.item_blocks > 1 ? select_in_clusters(stored, longest, items_.count) : with_packed_kernel<Rule>(longest, in_blocks);
       if (error != cudaSuccess) return error;
     }
     return cudaSuccess;

@@ -91,7 +91,8 @@ class TileCopy {
 // norms: (all tokens). centre: (items, channels). marks: of a tile of kMarkTile tokens, whether it has a marked pair.
 template <class scalar_t, int kTile, class Tiles, class Store>
 __global__ void __launch_bounds__(kMmaThreads<kTile>)
-    sqdist_mma_kernel(Rows<scalar_t> rows, Tiles tiles, const float* norms, const scalar_t* centre, Store store, unsigned* marks, float* out) {
+    sqdist_mma_kernel(Rows<scalar_t> rows, Tiles tiles, const float* norms, const scalar_t* centre, Store store, unsigned* marks,
+                      float* out) {
   constexpr int kRows = kWarpRows<kTile>, kColumns = kWarpColumns, kThreads = kMmaThreads<kTile>, kMarks = kTile / kMarkTile;
   STS_DYNAMIC_SHARED(scalar_t, shared);
   __shared__ bool warp_marked[kTile / kRows][kTile / kColumns];
@@ -108,7 +109,8 @@ __global__ void __launch_bounds__(kMmaThreads<kTile>)
     const bool has_pairs = j0 + wj < width && i0 + wi < j0 + wj + kColumns;  // before the end, and not all below the diagonal
     const int side_b = i0 == j0 ? 0 : kTile * kMmaChannels;  // a diagonal tile reads once
     const TileCopy<scalar_t, kTile, kThreads> copy_a(rows, i0, width), copy_b(rows, j0, width);
-    // The row and the half of 16 channels whose address this lane gives ldmatrix. The swizzle turns 16 channels further into an exclusive or.
+    // The row and the half of 16 channels whose address this lane gives ldmatrix. The swizzle turns 16 channels further into an exclusive
+    // or.
     const int at_a = staged(wi + lane % 16, lane / 16), at_b = side_b + staged(wj + lane % 8 + lane / 16 * 8, lane / 8 % 2);
     const scalar_t* chunk = rows.row(tile.entry, tile.row) + tid % 8 * 8;
     const scalar_t* centre_chunk = centre + tile.item * rows.channels + tid % 8 * 8;

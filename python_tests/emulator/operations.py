@@ -496,13 +496,21 @@ PATHS = (
     Case("pitched", 2, 9, 13, 9, layout=pitched),  # aligned rows whose end is not
     Case("ragged", 3, 40, 8, 20, num_tokens=(40, 7, 0), anchor=(39, 6, 0)),
     VarlenCase("packed", (31, 0, 70, 9), (15, 0, 20, 1), 16),
+    VarlenCase(
+        "packed_tiles", (150, 70, 1, 200, 140), (9, 12, 1, 5, 40), 72, cases.near_duplicates
+    ),  # as "large_tiles"
+    VarlenCase("packed_many", tuple(b % 4 for b in range(270)), tuple(b % 4 // 2 + b % 2 for b in range(270)), 4),
 )
 
 
 def quick() -> list[Call]:
     calls = []
     for i, case in enumerate(PATHS):
-        for dtype in cases.FLOATING if case.name in ("stages", "large_tiles", "offset") else (cases.FLOATING[i % 3],):
+        for dtype in (
+            cases.FLOATING
+            if case.name in ("stages", "large_tiles", "offset", "packed_tiles")
+            else (cases.FLOATING[i % 3],)
+        ):
             calls += of_case(case, dtype)
         calls += rules_of_case(case, cases.FLOATING[i % 3], i)
         calls += rules_of_case(case, cases.FLOATING[i % 3], i + 1)
