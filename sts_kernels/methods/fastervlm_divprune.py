@@ -70,7 +70,9 @@ class FasterVLMDivPrune(_adaptive.Mixing):
                 for i, row in zip(items, distance, strict=True):
                     start[starts[i] : starts[i + 1]] = row
             sizes = (_packed.host(values, device, torch.int32) for values in (starts, slots))
-            diverse = farthest_select_varlen(features, *sizes, slots[-1], start=start, metric="cosine")
+            diverse = farthest_select_varlen(
+                features, *sizes, slots[-1], start=start, metric="cosine", max_seqlen=max(lengths)
+            )
             order = torch.empty_like(diverse)
             for items, first, attended in begun:
                 rows = joined(first, attended, _packed.batch(diverse, items, slots, first.shape[1]))
