@@ -65,16 +65,21 @@ def attention_mask(
     )
 
 
-def contiguous_positions(valid: torch.Tensor) -> torch.Tensor:
-    """(B, P) int64: tokens numbered from 0 on, row by row; pad slots 0."""
-    return (valid.long().cumsum(1) - 1).clamp(min=0)
+def contiguous_positions(valid: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+    """(B, P) int64: tokens numbered without gaps, the last of row b as end[b]. Pad slots have some number, at least 0.
+
+    Rotary attention sees differences of positions alone. So it does not matter where the numbers start, and where they
+    end as in the full prompt, the tokens that follow it are numbered by the caller in every segment.
+    """
+    number = valid.long().cumsum(1)
+    return (end.to(valid.device)[:, None] - number[:, -1:] + number).clamp(min=0)
 
 
-def later_positions(valid: torch.Tensor | None, shape: tuple[int, int], queries: int, device) -> torch.Tensor:
-    """The last `queries` of the columns numbered as `contiguous_positions` does. valid: as in `attention_mask`."""
-    if valid is None:
-        return torch.arange(shape[1] - queries, shape[1], device=device)[None].expand(shape[0], -1)
-    return contiguous_positions(valid.to(device))[:, -queries:]
+def last_positions(valid: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """(B,) int64: the position of each row's last token."""
+    column = torch.arange(valid.shape[1], device=valid.device)
+    last = torch.where(valid, column, -1).argmax(1, keepdim=True)
+    return positions.gather(1, last.to(positions.device))[:, 0]
 
 
 def behind(marked: torch.Tensor, trailing: int) -> torch.Tensor:

@@ -18,10 +18,9 @@ class Segment:
 class PrunedPrompt:
     """What a cache holds of a prompt of `length` columns, segment by segment."""
 
-    def __init__(self, length: int, segments: list[Segment], contiguous: bool):
+    def __init__(self, length: int, segments: list[Segment]):
         self.length = length
         self.segments = segments
-        self.contiguous = contiguous  # whether each segment numbers its tokens anew
         self.ragged = False  # whether a later turn came with an attention mask, which may hold padding
         self.running = False  # whether the hooks are around the text model right now
 
