@@ -12,7 +12,7 @@ import torch
 from ...methods import Cut, Method
 from ...ops import attention_received, last_query_scores
 from . import attention_capture, masks, unsupported
-from .cache import attach_state, layer_length
+from .cache import attach_state, columns_behind
 from .compat import output_cache
 from .cut_selection import PlannedCut, leave, raters_of
 from .prompt import Row, separators
@@ -47,6 +47,11 @@ class Prefill(Forward):
     raters: torch.Tensor | None = None  # (B, text_width) float32: how much their attention counts, where a cut asks
     scores: torch.Tensor | None = None  # (B, P) of the next cut
     left: list[tuple] = field(default_factory=list)  # columns and slots after each cut made so far
+
+    @property
+    def widths(self) -> dict[int, int]:
+        """Columns of the prompt in each segment that there will be, by its first layer."""
+        return {0: self.prompt.segments[0].length, **{p.cut.layer: max(p.lengths) for p in self.cuts}}
 
 
 class LayerPruner:
@@ -124,27 +129,38 @@ class LayerPruner:
         by_hand: not in generate(), whose masks hold no padding in the columns of an answer.
         """
         embeds = kwargs["inputs_embeds"]
-        batch, queries = embeds.shape[:2]
-        mask = unsupported.plain_mask(kwargs.get("attention_mask"))
+        past = cache.get_seq_length()
+        run = Decoding(prompt, self.later_masks(kwargs.get("attention_mask"), cache, prompt, embeds, by_hand))
+        return run, self._full_positions(kwargs, *embeds.shape[:2], past)
+
+    def later_masks(self, mask, cache, prompt: PrunedPrompt, like: torch.Tensor, by_hand: bool) -> list:
+        """A mask for each segment, for new tokens behind a pruned prompt. like: (B, new tokens, any) of embeddings."""
+        batch, queries = like.shape[:2]
+        mask = unsupported.plain_mask(mask)
         prompt.ragged |= mask is not None and (queries > 1 or by_hand)
-        past = layer_length(cache, 0)
-        new = past - prompt.segments[0].length + queries
+        behind = columns_behind(cache, prompt)
+        new = behind + queries
         later = mask[:, prompt.length : prompt.length + new].bool() if prompt.ragged and mask is not None else None
         if later is not None and later.shape[1] != new:
             raise ValueError(
                 f"sts_kernels: attention_mask must cover the {prompt.length + new} columns of the cache and of the new "
                 f"tokens, got {mask.shape[1]}"
             )
-        run = Decoding(prompt)
-        kwargs = self._full_positions(kwargs, batch, queries, past + prompt.hidden)
+        found = []
         for segment in prompt.segments:
-            held = layer_length(cache, segment.start)
-            valid = _joined(segment.valid, later, (batch, segment.length, new), embeds.device)
-            run.masks.append(self._mask(valid, queries, held, embeds))
-        return run, kwargs
+            valid = _joined(segment.valid, later, (batch, segment.length, new), like.device)
+            slots = None if prompt.slots is None else cache.layers[segment.start].max_cache_len
+            if slots is not None and slots < segment.length + new:
+                raise ValueError(
+                    f"sts_kernels: the static cache has room for {slots - segment.length} tokens behind its pruned "
+                    f"prompt, got {new}; give generate() a larger max_cache_len with the prompt"
+                )
+            found.append(self._mask(valid, queries, segment.length + behind, like, slots))
+        prompt.later = new
+        return found
 
-    def _mask(self, valid, queries: int, past: int, like: torch.Tensor):
-        return masks.attention_mask(unsupported.attention_of(self.text), valid, queries, past, like)
+    def _mask(self, valid, queries: int, past: int, like: torch.Tensor, slots: int | None = None):
+        return masks.attention_mask(unsupported.attention_of(self.text), valid, queries, past, like, slots)
 
     @staticmethod
     def _full_positions(kwargs: dict, batch: int, length: int, past: int) -> dict:
@@ -259,7 +275,8 @@ class LayerPruner:
             output.last_hidden_state = full.scatter(1, home[..., None].expand_as(hidden), hidden)[:, :spare]
         if (cache := output_cache(output)) is not None:
             run.prompt.trim(run.trailing)
-            attach_state(cache, run.prompt)
+            if run.prompt.slots is None:
+                attach_state(cache, run.prompt)
 
 
 def _hidden(args: tuple, kwargs: dict) -> torch.Tensor:

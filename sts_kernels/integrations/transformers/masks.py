@@ -39,23 +39,24 @@ def take_rotary(table: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
 
 
 def attention_mask(
-    attention: str, valid: torch.Tensor | None, queries: int, past: int, like: torch.Tensor
+    attention: str, valid: torch.Tensor | None, queries: int, past: int, like: torch.Tensor, slots: int | None = None
 ) -> torch.Tensor | None:
     """The causal mask that attention layers of this implementation take.
 
     Layers get one mask for all their different cache lengths from the library, so the pruned prompt brings its own:
     None where the kernel needs none, (B, keys) for FlashAttention, (B or 1, 1, queries, keys) bool for SDPA,
-    additive for eager. `valid` (B, past + queries) bool marks the columns that are tokens; None: all are. Nothing is
-    read back to the host.
+    additive for eager. `valid` (B, past + queries) bool marks the columns that are tokens; None: all are. A static
+    cache has a number of `slots`, filled or not. Nothing is read back to the host.
     """
     if "flash" in attention:
         return valid
-    if valid is None and (queries == 1 or (past == 0 and attention == "sdpa")):
+    if slots is None and valid is None and (queries == 1 or (past == 0 and attention == "sdpa")):
         return None
-    key = torch.arange(past + queries, device=like.device)
-    query = key[past:, None]
+    key = torch.arange(slots or past + queries, device=like.device)
+    query = key[past : past + queries, None]
     allowed = (key <= query)[None, None]
     if valid is not None:
+        valid = torch.nn.functional.pad(valid, (0, len(key) - valid.shape[1]))
         # A pad slot sees itself: a row without any key would be NaN in some kernels.
         allowed = (allowed & valid.to(like.device)[:, None, None, :]) | (key == query)
     if attention == "sdpa":
