@@ -148,9 +148,14 @@ def test_prompt_lookup(device):
     """Drafts are taken back from the slots. transformers 4 itself takes a growing cache instead, with a warning."""
     model, prompt = models.shared("llava", "sdpa", device), models.prompt_of("llava", 1, seed=5)
     prompt.ids += models.words(3, 7) * 4
+    options = {"eos_token_id": [99], "prompt_lookup_num_tokens": 3, **STATIC}
+    try:
+        models.generate(model, [prompt], 2, **options)
+    except ValueError as error:
+        pytest.skip(f"the plain model cannot: {error}")
     with prune(model, "sts", keep=KEEP, **SEVERAL):
         plain = models.generate(model, [prompt], 10, eos_token_id=[99])
-        drafted = models.generate(model, [prompt], 10, eos_token_id=[99], prompt_lookup_num_tokens=3, **STATIC)
+        drafted = models.generate(model, [prompt], 10, **options)
     length = min(plain.sequences.shape[1], drafted.sequences.shape[1])
     assert torch.equal(plain.sequences[:, :length], drafted.sequences[:, :length])
 
