@@ -15,6 +15,8 @@ from collections.abc import Callable
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
+from .hooks import MASKS
+
 _state = threading.local()
 _PREFIX = "sts_capture_"  # the implementation's name follows, as the library looks for "flash" in it
 
@@ -52,7 +54,7 @@ def _same(config):
 def _wrapper(implementation: str) -> Callable:
     def capturing(module, query, key, *args, **kwargs):
         config = module.config
-        if isinstance(config, _CapturingConfig):
+        if MASKS not in kwargs and isinstance(config, _CapturingConfig):
             config._sts_callback(module, query, key, kwargs)
             if getattr(_state, "stopped", False):
                 raise _Stop

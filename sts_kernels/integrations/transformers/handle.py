@@ -145,6 +145,11 @@ class PruningHandle:
         for module in self.model.modules():
             if isinstance(module, transformers.GenerationMixin) and any(part is self.base for part in module.modules()):
                 self._hooks.shadow(module, "generate", functools.partial(self._generate, module))
+                self._hooks.shadow(module, "prepare_inputs_for_generation", self._llm.prepare_inputs)
+                masks = transformers.masking_utils.create_masks_for_generate
+                self._hooks.shadow(module, "create_masks_for_generate", self._llm.create_masks, masks)
+                if hasattr(module, compat.OLD_MASKS):
+                    self._hooks.shadow(module, compat.OLD_MASKS, self._llm.create_masks)
         for kind in prompt.KINDS:
             if hasattr(self.base, f"get_{kind}_features"):
                 self._hooks.shadow(self.base, f"get_{kind}_features", functools.partial(self._encode, kind))
@@ -166,10 +171,13 @@ class PruningHandle:
         self._captured.append(attention)
         attention_capture.attach(attention, callback)
 
-    @staticmethod
-    def _forget_graphs() -> None:
-        """Compiled code does not look for hooks again: what was compiled with other ones must go."""
-        if compiled():
+    def _forget_graphs(self) -> None:
+        """Compiled code does not look for hooks again: graphs of parts of the model, with hooks or without, must go.
+
+        Graphs of the whole model may stay. They know a pruned prompt by the class of its cache, new images by the
+        methods shadowed here, and no hook is in them: a hook breaks a graph, or leaves nothing but its mask in it.
+        """
+        if compiled("graph_break") or any(map(_compiled_alone, self.model.modules())):
             torch.compiler.reset()
 
     # --- around the model ---
@@ -178,7 +186,8 @@ class PruningHandle:
         """Refuses before anything runs what `checked_caller` refuses where a generate() that is not shadowed calls."""
         session, images = self._sessions.now, _has_images(kwargs)
         if images:
-            unsupported.check_generation(module, kwargs, compat.cache_of(kwargs))
+            unsupported.check_generation(module, self.text, kwargs, compat.cache_of(kwargs))
+            module.__dict__.pop("_cache", None)  # transformers 4 keeps a static cache, of one length for all layers
         me = threading.get_ident()
         with self._lock:
             unsupported.check_threads(self.base, self._llm.generating - {me})
@@ -212,9 +221,15 @@ class PruningHandle:
         session.placed = placed = Placed(ids, given.get("attention_mask"), embeds is not None)
         if _has_images(given):
             unsupported.check_gradients(self.base)
-            unsupported.check_cache(compat.cache_of(given))
-            placed.prompt_length = unsupported.checked_caller(self.base, session.checked).prompt_length
+            unsupported.check_cache(compat.cache_of(given), self.text)
+            caller = unsupported.checked_caller(self.base, session.checked)
+            placed.prompt_length, placed.columns = caller.prompt_length, caller.columns
             placed.modality = prompt.placeholders(self.base, self._encoder.token_ids, ids, embeds)
+
+
+def _compiled_alone(module) -> bool:
+    forward = vars(module).get("forward")
+    return module._compiled_call_impl is not None or hasattr(forward, "_torchdynamo_orig_callable")
 
 
 def _copy_is_plain(module) -> None:
