@@ -69,9 +69,9 @@ class Encoder:
         """-> rows (R, D) as the LLM gets them, in the order of the prompts; their places (1 + axes, R); which of them a
         cut may drop, (R,); and the same rows of each deepstack layer."""
         encoded = self.adapter.fixed_encoder.run(self.base, self._tables, self.pixels)
-        projector = self.adapter.projector(self.base)
+        projector = self.adapter.projector(self.base).forward  # without its hooks
         x = encoded.rows
-        features = self.adapter.features(projector, x)
+        features = self.adapter.features(self.adapter.projector(self.base), x)
         flat = features.reshape(-1, features.shape[-1])
         together = x.reshape(len(flat), -1)  # the rows of a feature side by side
         which, values = self._assembly.used, None

@@ -9,7 +9,6 @@ import copy
 import functools
 import itertools
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -107,6 +106,19 @@ class Slots:
         return keys, values
 
 
+@dataclass
+class _Prefill:
+    """What cuts look at, as in `layer_pruning.Prefill`: masks are (B, width) of the segment under way."""
+
+    slots: Tensor
+    candidates: Tensor
+    text: Tensor
+    text_width: int
+    trailing: int = 0
+    scores: Tensor | None = None
+    raters: Tensor | None = None
+
+
 class Runner:
     """`prefill` and `decode` of one Shape, on buffers of their own.
 
@@ -177,14 +189,8 @@ class Runner:
         places = torch.where(visual, self.places[:, source], given["places"])
         lengths, slot = given["lengths"], torch.arange(shape.slots, device=self.device)
         valid = slot < lengths[0][:, None]
-        run = SimpleNamespace(
-            slots=valid,
-            candidates=visual & self.candidate[source],
-            text=valid & (slot >= given["behind"][:, None]),
-            text_width=shape.text,
-            trailing=0,
-            scores=None,
-            raters=None,
+        run = _Prefill(
+            valid, visual & self.candidate[source], valid & (slot >= given["behind"][:, None]), shape.text
         )
         columns = [places[0]]
         rotary = self._rotary(hidden, slot.expand(shape.batch, -1) if self.contiguous else places[1:])
@@ -274,7 +280,7 @@ class Runner:
 
     def _run(self, layer: int, hidden: Tensor, mask: Tensor | None, rotary, **extra) -> Tensor:
         given = {compat.CACHE: self._cache, "position_embeddings": rotary, "position_ids": None, "use_cache": True}
-        out = self.text.layers[layer](hidden, attention_mask=mask, **given, **extra)
+        out = self.text.layers[layer].forward(hidden, attention_mask=mask, **given, **extra)  # without its hooks
         return out[0] if isinstance(out, tuple) else out
 
 
