@@ -236,6 +236,9 @@ class Runner:
         run.slots = slot < self.prompt.tensors["lengths"][number + 1][:, None]
         run.candidates = run.candidates.gather(1, index) & run.slots
         run.text = run.text.gather(1, index) & run.slots
+        if run.text_width > shape.width:  # `masks.compact` pads on the left
+            run.text_width = shape.width
+            run.raters = None if run.raters is None else run.raters[:, -shape.width :]
         if self.contiguous:
             return hidden, self._rotary(hidden, slot.expand(len(hidden), -1)), index
         return hidden, tuple(masks.take_rotary(table, index) for table in rotary), index
