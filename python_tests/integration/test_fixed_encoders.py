@@ -1,12 +1,19 @@
 """Encoders of fixed shapes: they hand on what the model's own encoder hands on, and read no value."""
 
+import contextlib
+import math
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from sts_kernels.integrations.transformers import attention_capture, prompt, prune, vision_attention, vision_pruning
+from sts_kernels.integrations.transformers import attention_capture, prompt, vision_attention
 from sts_kernels.integrations.transformers.adapters import EncodeCall, adapter_of
+from sts_kernels.integrations.transformers.random_models import RANDOM
 
 from . import models
+from .models import transformers
 
 # Pictures of the rows of a batch; the families that have several take other sizes for each of a row.
 BATCHES = {"one": (1,), "several": (3, 1), "many": (4, 2, 1)}
@@ -39,9 +46,9 @@ def plain(model, inputs: dict):
         seen["deepstack"] = kwargs.get("deepstack_visual_embeds") or []
 
     hooks = [
-        adapter_of(base.config.model_type).projector(base).register_forward_pre_hook(
-            lambda module, args: seen.update(rows=args[0])
-        ),
+        adapter_of(base.config.model_type)
+        .projector(base)
+        .register_forward_pre_hook(lambda module, args: seen.update(rows=args[0])),
         base.language_model.register_forward_pre_hook(before_text, with_kwargs=True),
     ]
     try:
@@ -52,22 +59,123 @@ def plain(model, inputs: dict):
     return seen["rows"], seen["deepstack"]
 
 
+@contextlib.contextmanager
+def calls_of(adapter, base, kind: str):
+    """Query, key and scale of the encoder's attention that methods look at."""
+    module, calls = adapter.vision_attention(base, kind), []
+    attention_capture.attach(module, lambda module, q, k, given: calls.extend(vision_attention.calls_of(q, k, given)))
+    try:
+        yield calls
+    finally:
+        attention_capture.detach(module)
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("counts", BATCHES.values(), ids=BATCHES)
 @pytest.mark.parametrize(("family", "kind"), KINDS)
 @torch.no_grad()
-def test_rows_are_the_models_own(family, kind, counts, attention, device):
+def test_rows_and_signals_are_the_models_own(family, kind, counts, attention, device):
     model = models.shared(family, attention, device)
-    inputs = models.batch(model, prompts_of(family, kind, counts))
-    wanted, deep = plain(model, inputs)
-    adapter, base = adapter_of(model.model.config.model_type), model.model
+    inputs, base = models.batch(model, prompts_of(family, kind, counts)), model.model
+    adapter = adapter_of(base.config.model_type)
     encoder, call = adapter.fixed_encoder, call_of(model, inputs, kind)
+    with calls_of(adapter, base, kind) as own_calls:
+        own_rows, own_deepstack = plain(model, inputs)
     shape = encoder.shape(base, call)
     tables = {name: table.to(device) for name, table in encoder.tables(base, shape).items()}
-    found = encoder.run(base, tables, pixels_of(inputs, kind))
-    torch.testing.assert_close(found.rows, wanted, rtol=0, atol=1e-5)
-    features = adapter.features(adapter.projector(base), found.rows)
+    with calls_of(adapter, base, kind) as calls:
+        found = encoder.run(base, tables, pixels_of(inputs, kind))
+    close(found.rows, own_rows)
+    assert len(found.deepstack) == len(own_deepstack) == (2 if family == "qwen3_vl" else 0)
+    for (projector, rows), own in zip(found.deepstack, own_deepstack, strict=True):
+        close(projector(rows), own)
+    features = adapter.features(adapter.projector(base), found.rows).shape
+    assert features[:-1] == shape.features
+    calls = encoder.calls(base, shape, calls)
+    for find in (adapter.attention, adapter.keys):
+        close(find(base, calls, features), find(base, own_calls, features))
+
+
+def close(found: torch.Tensor, own: torch.Tensor) -> None:
+    torch.testing.assert_close(found, own, rtol=0, atol=1e-5)
+
+
+# --- at true size, on meta tensors: whatever needs a value raises ---
+
+
+class HostTensors(TorchDispatchMode):
+    """Notes every op that meets a tensor on the host; numbers do not count."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
+        if any(x.device.type == "cpu" and x.ndim for x in tensors):
+            self.seen.append(str(func))
+        return out
+
+
+GRIDS = [[1, 72, 72], [2, 16, 20], [1, 30, 46]]
+PATCHES = sum(math.prod(grid) for grid in GRIDS)
+
+
+def _qwen3_vl():  # 4.57 has no default for what MROPE3 says
+    return transformers.Qwen3VLConfig(text_config={"head_dim": 64, **models.MROPE3})
+
+
+TRUE_SIZES = {  # configuration, shape of the pixel values, sizes
+    "llava": (RANDOM["llava-1.5-7b"].config, (2, 3, 336, 336), {}),
+    "llava_next": (RANDOM["llava-next-7b"].config, (2, 5, 3, 336, 336), {"image_sizes": [[672, 672], [300, 500]]}),
+    "video_llava": (transformers.VideoLlavaConfig, (2, 8, 3, 224, 224), {}),
+    "qwen2_vl": (transformers.Qwen2VLConfig, (PATCHES, 1176), {"image_grid_thw": GRIDS}),
+    "qwen2_5_vl": (RANDOM["qwen2.5-vl-7b"].config, (PATCHES, 1176), {"image_grid_thw": GRIDS}),
+    "qwen3_vl": (_qwen3_vl, (PATCHES, 1536), {"image_grid_thw": GRIDS}),
+    "internvl": (transformers.InternVLConfig, (5, 3, 448, 448), {}),
+}
+
+
+def at_true_size(family: str):
+    """The model, its pixel values, and the call of its encoder with sizes on the host."""
+    config, pixels, sizes = TRUE_SIZES[family]
+    kind = "video" if len(pixels) == 5 and family == "video_llava" else "image"
+    name = "pixel_values_videos" if kind == "video" else "pixel_values"
+    with torch.device("meta"):
+        model = models.class_of(family)._from_config(config(), attn_implementation="sdpa", dtype=torch.bfloat16).eval()
+        pixels = torch.empty(pixels, dtype=torch.bfloat16)
+    sizes = {key: torch.tensor(value) for key, value in sizes.items()}
+    return model, pixels, EncodeCall(kind, {name: pixels, **sizes}, lambda kind: [])
+
+
+@pytest.mark.parametrize("family", models.FAMILIES)
+@torch.no_grad()
+def test_nothing_is_read_at_true_size(family):
+    model, pixels, call = at_true_size(family)
+    adapter, base = adapter_of(model.model.config.model_type), model.model
+    encoder = adapter.fixed_encoder
+    shape = encoder.shape(base, call)
+    tables = {name: table.to("meta") for name, table in encoder.tables(base, shape).items()}
+    with HostTensors() as host, calls_of(adapter, base, call.kind) as calls:
+        found = encoder.run(base, tables, pixels)
+        features = adapter.features(adapter.projector(base), found.rows)
+        calls = encoder.calls(base, shape, calls)
+        signals = adapter.attention(base, calls, features.shape), adapter.keys(base, calls, features.shape)
+        rows = [projector(rows) for projector, rows in [(adapter.projector(base), found.rows), *found.deepstack]]
+    assert not host.seen
     assert features.shape[:-1] == shape.features
-    assert len(found.deepstack) == len(deep) == (2 if family == "qwen3_vl" else 0)
-    for (projector, rows), own in zip(found.deepstack, deep, strict=True):
-        torch.testing.assert_close(projector(rows), own, rtol=0, atol=1e-5)
+    count = features.shape[:-1].numel()
+    assert [len(signal) for signal in signals] == [count, count]
+    assert all(row.shape[:-1].numel() == count for row in rows)
+
+
+@pytest.mark.parametrize("family", models.FAMILIES)
+@torch.no_grad()
+def test_the_models_own_forward_reads(family):
+    """The control: meta tensors have no values."""
+    model, pixels, call = at_true_size(family)
+    inputs = {name: value.to("meta") for name, value in call.arguments.items()}
+    ids = torch.zeros(1, 4000, dtype=torch.long, device="meta")
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"), HostTensors():
+        model(input_ids=ids, **inputs)
