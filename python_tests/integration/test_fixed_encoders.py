@@ -174,7 +174,7 @@ def test_nothing_is_read_at_true_size(family):
 @torch.no_grad()
 def test_the_models_own_forward_reads(family):
     """The control: meta tensors have no values."""
-    model, pixels, call = at_true_size(family)
+    model, _, call = at_true_size(family)
     inputs = {name: value.to("meta") for name, value in call.arguments.items()}
     ids = torch.zeros(1, 4000, dtype=torch.long, device="meta")
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"), HostTensors():
