@@ -59,20 +59,16 @@ def _wrapper(implementation: str) -> Callable:
             if "flash" in implementation:  # reads the implementation from module.config again
                 module = copy.copy(module)
                 module.config = config._sts_config
-        return _named(implementation, module)(module, query, key, *args, **kwargs)
+        return function_of(implementation, module)(module, query, key, *args, **kwargs)
 
     return capturing
 
 
-def _named(implementation: str, module: torch.nn.Module) -> Callable:
+def function_of(implementation: str, module: torch.nn.Module) -> Callable:
+    """What the attention module calls under this name; each model has an eager one of its own."""
     if implementation == "eager":
         return sys.modules[type(module).__module__].eager_attention_forward
     return ALL_ATTENTION_FUNCTIONS[implementation]
-
-
-def function_of(module: torch.nn.Module) -> Callable:
-    """The attention that this module calls; it shows query and key while a callback is attached."""
-    return _named(module.config._attn_implementation or "eager", module)
 
 
 class _Stop(Exception):

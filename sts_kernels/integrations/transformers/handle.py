@@ -1,5 +1,6 @@
 """PruningHandle: the hooks of one pruned model, from installation to removal."""
 
+import contextlib
 import functools
 import threading
 import warnings
@@ -83,7 +84,9 @@ class PruningHandle:
         relevance=None,
     ):
         self.model, self.base, self.adapter, self.method, self.plan = model, base, adapter, method, plan
-        self.text, contiguous = base.language_model, positions == "contiguous"
+        self.text, self.scope = base.language_model, scope
+        self.contiguous = contiguous = positions == "contiguous"
+        self._graphs: Captured | None = None
         unsupported.check_model(model, base, self.text, [cut.layer for cut in plan.cuts], contiguous)
         unsupported.check_signals(method, adapter)
         self._known: weakref.WeakSet[Session] = weakref.WeakSet()
@@ -141,6 +144,30 @@ class PruningHandle:
             raise ValueError(f"sts_kernels: prompt_length must be an int of at least 1, or None, got {columns!r}")
         self._llm.prompt_length = columns
 
+    def compile(
+        self,
+        prompt_tokens: int | tuple[int, ...] | None = None,
+        max_new_tokens: int = 256,
+        batch_size: int | tuple[int, ...] = 1,
+        backend: str | None = None,
+        strict: bool = False,
+    ) -> "list[Bucket]":
+        """Makes generate() run on graphs of fixed shapes."""
+        from .captured import Captured
+
+        tokens = (prompt_tokens,) if isinstance(prompt_tokens, int) else prompt_tokens
+        batches = (batch_size,) if isinstance(batch_size, int) else tuple(batch_size)
+        first = self._graphs is None
+        self._graphs = Captured(self, tokens, max_new_tokens, batches, backend, strict)
+        if first:
+            for module in self.model.modules():
+                if isinstance(module, transformers.GenerationMixin) and any(p is self.base for p in module.modules()):
+                    self._hooks.shadow(module, "forward", functools.partial(self._forward, module))
+        return []
+
+    def _forward(self, module, original, *args, **kwargs):
+        return self._graphs.forward(module, original, *args, **kwargs)
+
     def _install(self) -> None:
         for module in self.model.modules():
             if isinstance(module, transformers.GenerationMixin) and any(part is self.base for part in module.modules()):
@@ -185,8 +212,10 @@ class PruningHandle:
             inner = me in self._llm.generating
             self._llm.generating.add(me)
         outer, session.checked = session.checked, images
+        served = contextlib.nullcontext() if self._graphs is None else self._graphs.serving(module, args, kwargs)
         try:
-            return original(*args, **kwargs)
+            with served:
+                return original(*args, **kwargs)
         finally:
             session.checked = outer
             if not inner:
@@ -196,6 +225,8 @@ class PruningHandle:
         session = self._sessions.now
         if session.encoding is not None:  # Qwen3-VL's videos pass through get_image_features
             return original(*args, **kwargs)
+        if self._graphs is not None and (later := self._graphs.deferred(kind, original, args, kwargs)) is not None:
+            return later
         # A forward of the base model looks at them before it encodes.
         caller = unsupported.checked_caller(self.base, session.checked or session.placed is not None)
         out = self._encoder.encode(kind, caller, self._timer, original, args, kwargs)

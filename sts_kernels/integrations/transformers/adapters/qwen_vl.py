@@ -186,7 +186,7 @@ def attend(attention, x: torch.Tensor, rotary: torch.Tensor, runs) -> torch.Tens
     rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb_vision
     parts = *rotate(*parts[:2], *rotary), parts[2]
     parts = zip(*(part.split([n * length for n, length in runs]) for part in parts), strict=True)
-    function, out = attention_capture.function_of(attention), []
+    function, out = attention_capture.function_of(attention.config._attn_implementation or "eager", attention), []
     for run, part in zip(runs, parts, strict=True):
         query, key, value = (x.unflatten(0, run).transpose(1, 2) for x in part)
         scale = {"dropout": 0.0, "scaling": attention.scaling, "is_causal": False}
