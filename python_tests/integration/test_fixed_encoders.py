@@ -8,8 +8,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sts_kernels.integrations.transformers import attention_capture, prompt, vision_attention
+from sts_kernels.integrations.transformers import (
+    attention_capture,
+    dropped,
+    prompt,
+    prune,
+    vision_attention,
+    vision_pruning,
+)
 from sts_kernels.integrations.transformers.adapters import EncodeCall, adapter_of
+from sts_kernels.integrations.transformers.captured.encoder import Encoder
+from sts_kernels.integrations.transformers.captured.graphs import Graphs
 from sts_kernels.integrations.transformers.random_models import RANDOM
 
 from . import models
@@ -98,6 +107,99 @@ def test_rows_and_signals_are_the_models_own(family, kind, counts, attention, de
 
 def close(found: torch.Tensor, own: torch.Tensor) -> None:
     torch.testing.assert_close(found, own, rtol=0, atol=1e-5)
+
+
+# --- with what a method drops, against the hooks ---
+
+LLAVA = ("llava", "llava_next", "video_llava")
+ONE_ROW_A_FEATURE = tuple(family for family in models.FAMILIES if family != "qwen3_vl")
+METHODS = {  # name, options, families
+    "sts": ("sts", {"keep": 10}, models.FAMILIES),
+    "sts by share": ("sts", {"keep": 0.3, "rho": 1.0}, models.FAMILIES),
+    "sts by crop": ("sts", {"keep": 9, "scope": "crop"}, models.FAMILIES),
+    "sts from the most attended": ("sts", {"keep": 7, "anchor": "saliency"}, models.FAMILIES),
+    "sts, all tokens": ("sts", {"keep": 1.0}, models.FAMILIES),
+    "divprune": ("divprune", {"keep": 10}, models.FAMILIES),
+    "divprune by crop": ("divprune", {"keep": 11, "scope": "crop"}, models.FAMILIES),
+    "fps": ("fps", {"keep": 7}, models.FAMILIES),
+    "fastervlm": ("fastervlm", {"keep": 9}, models.FAMILIES),
+    "fastervlm of the image": ("fastervlm", {"keep": 0.4, "scope": "image"}, models.FAMILIES),
+    "vispruner": ("vispruner", {"keep": 12}, models.FAMILIES),
+    "adavtp": ("adavtp", {"keep": 11, "complexity": "participation"}, models.FAMILIES),
+    "adavtp in the encoder": ("adavtp", {"keep": 9, "complexity": "entropy", "space": "encoder"}, models.FAMILIES),
+    "fastervlm_divprune": ("fastervlm_divprune", {"keep": 13}, models.FAMILIES),
+    "uniform": ("uniform", {"keep": 5}, models.FAMILIES),
+    "random": ("random", {"keep": 0.5}, models.FAMILIES),
+    "visionzip": ("visionzip", {"keep": 13}, ONE_ROW_A_FEATURE),
+    "tome": ("tome", {"keep": 10}, ONE_ROW_A_FEATURE),
+    "polymorphic": ("polymorphic", {"keep": 11}, ONE_ROW_A_FEATURE),
+    "prumerge": ("prumerge", {"keep": 11, "neighbours": 8}, LLAVA),
+    "nothing before the LLM": ("fastv", {"layers": [2], "ratios": [3]}, models.FAMILIES),
+}
+
+
+def by_hooks(model, inputs: dict) -> dict:
+    """What enters the LLM: rows, the placeholder of each, counted over the batch, and rows of the deepstack layers."""
+    base, seen = model.model, {}
+    token = prompt.token_ids(base.config)["image"]
+
+    def before_text(module, args, kwargs):
+        placed = kwargs["inputs_embeds"][inputs["input_ids"] == token]
+        stays = ~dropped.is_dropped(placed)
+        deep = [part[stays] for part in kwargs.get("deepstack_visual_embeds") or []]
+        seen.update(rows=placed[stays], token=stays.nonzero()[:, 0], deepstack=deep)
+        raise Entered
+
+    hook = base.language_model.register_forward_pre_hook(before_text, prepend=True, with_kwargs=True)
+    try:
+        with pytest.raises(Entered):
+            model(**inputs)
+    finally:
+        hook.remove()
+    return seen
+
+
+class Entered(Exception):
+    pass
+
+
+def encoder_of(model, pruning, inputs: dict, call: EncodeCall, pixels: torch.Tensor) -> Encoder:
+    base, adapter = model.model, pruning.adapter
+    shape = adapter.fixed_encoder.shape(base, call)
+    items = adapter.layout(base, call, torch.Size((*shape.features, 1)))
+    items = vision_pruning.with_budgets(items, pruning.plan)
+    order = None if adapter.order is None else adapter.order(base, call)
+    made = Encoder(base, adapter, pruning.method, pruning.scope, shape, items, order, pixels, axes=0)
+    made.pixels.copy_(pixels)
+    made.places.copy_(torch.arange(made.places.shape[1]))
+    return made
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("family", models.FAMILIES)
+@torch.no_grad()
+def test_what_is_kept_is_what_the_hooks_keep(family, name, device):
+    method, options, families = METHODS[name]
+    if family not in families:
+        pytest.skip("the method does not run on this family")
+    model = models.shared(family, device=device)
+    for counts in BATCHES.values():
+        inputs = models.batch(model, prompts_of(family, "image", counts))
+        pixels = pixels_of(inputs, "image")
+        with prune(model, method, **options) as pruning:
+            own = by_hooks(model, inputs)
+            encoder = encoder_of(model, pruning, inputs, call_of(model, inputs, "image"), pixels)
+            out = encoder.ready(Graphs(device, None)).run()
+        assert out["places"][0].tolist() == own["token"].tolist()
+        close(out["rows"], own["rows"])
+        if family == "llava_next":
+            newline = (own["rows"] == model.model.image_newline).all(1)
+            assert out["candidate"].tolist() == (~newline).tolist()
+        else:
+            assert out["candidate"].all()
+        assert len(out["deepstack"]) == len(own["deepstack"]) == (2 if family == "qwen3_vl" else 0)
+        for found, wanted in zip(out["deepstack"], own["deepstack"], strict=True):
+            close(found, wanted)
 
 
 # --- at true size, on meta tensors: whatever needs a value raises ---
