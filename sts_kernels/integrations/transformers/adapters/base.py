@@ -174,19 +174,30 @@ class FixedLlavaEncoder(FixedEncoder):
     def shape(self, base, call):
         if call.arguments.get("image_sizes") is not None:
             raise NotImplementedError("images of variable resolution (Pixtral)")
-        config, images = base.config.vision_config, call.arguments["pixel_values"].shape[0]
-        strategy = call.arguments.get("vision_feature_select_strategy") or base.config.vision_feature_select_strategy
-        tokens = (config.image_size // config.patch_size) ** 2 + (strategy != "default")
-        return EncoderShape((images, tokens), strategy)
+        return EncoderShape((call.arguments["pixel_values"].shape[0], tower_tokens(base, call, base.vision_tower)))
 
     def run(self, base, tables, pixel_values):
-        return Features(tower_features(base, pixel_values))
+        return Features(tower_features(base, base.vision_tower, pixel_values))
 
 
-def tower_features(base, pixel_values: torch.Tensor) -> torch.Tensor:
-    """(n, 3, H, W) -> (n, tokens, C): of the layers that the projector takes its features from, side by side."""
+def class_token_dropped(base) -> bool:
+    return base.config.vision_feature_select_strategy == "default"
+
+
+def tower_tokens(base, call, tower) -> int:
+    """Features of a crop, if they are those of the configuration."""
+    for name in ("vision_feature_layer", "vision_feature_select_strategy"):
+        given, own = call.arguments.get(name), getattr(base.config, name)
+        if given is not None and given != own:
+            raise NotImplementedError(f"{name} {given!r}, where the configuration has {own!r}")
+    return getattr(tower, "vision_model", tower).embeddings.num_positions - class_token_dropped(base)
+
+
+def tower_features(base, tower, pixel_values: torch.Tensor, whole: bool = False) -> torch.Tensor:
+    """(n, 3, H, W) -> (n, tokens, C): of the layers that the projector takes its features from, side by side. whole:
+    with [CLS], whatever the configuration says."""
     layers = base.config.vision_feature_layer
-    states = base.vision_tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
-    first = int(base.config.vision_feature_select_strategy == "default")  # without [CLS]
+    states = tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
+    first = int(not whole and class_token_dropped(base))
     found = [states[layer][:, first:] for layer in ([layers] if isinstance(layers, int) else layers)]
     return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
