@@ -25,7 +25,7 @@ from .graphs import Graph, Graphs
 from .runner import Runner, Shape
 
 STEP, MOST = 64, 8  # of buckets: slots between two, and how many of each kind are kept
-PIXELS = "pixel_values"
+PIXELS = ("pixel_values", "pixel_values_images")
 NO_GENERATION = {  # options of generate() that graphs do not serve, and the value that leaves them out
     "num_beams": (None, 1),
     "num_return_sequences": (None, 1),
@@ -245,8 +245,9 @@ class Captured:
             if kind != KIND or not isinstance(later, _Deferred):
                 raise _Refused(f"{kind}s that are encoded already, or are no images")
             arguments |= inspect.signature(later.original).bind_partial(*later.args, **later.kwargs).arguments
-        arguments = {k: v if k == PIXELS else _on_host(v) for k, v in arguments.items()}
-        ids, mask, pixels = arguments["input_ids"], arguments.get("attention_mask"), arguments.get(PIXELS)
+        pixels = next((arguments[name] for name in PIXELS if arguments.get(name) is not None), None)
+        arguments = {k: v if k in PIXELS else _on_host(v) for k, v in arguments.items()}
+        ids, mask = arguments["input_ids"], arguments.get("attention_mask")
         if mask is not None and mask.shape != ids.shape:
             raise _Refused("the attention mask is not one of padding")
         valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
@@ -316,8 +317,15 @@ class Captured:
             mine[:count].copy_(rows)
 
     def _positions(self, arguments: dict, valid: Tensor) -> Tensor:
-        """(axes, B, S): rotary positions of the full prompt."""
-        return (valid.long().cumsum(1) - 1).clamp(min=0)[None]
+        """(axes, B, S): rotary positions of the full prompt, as the model itself numbers them."""
+        index = getattr(self.base, "get_rope_index", None)
+        if index is not None and any(arguments.get(f"{kind}_grid_thw") is not None for kind in prompt.KINDS):
+            wanted = inspect.signature(index).parameters
+            if "mm_token_type_ids" not in wanted or arguments.get("mm_token_type_ids") is not None:
+                given = {name: arguments[name] for name in wanted if arguments.get(name) is not None}
+                with torch.device("cpu"):
+                    return index(**given | {"attention_mask": valid.long()})[0]
+        return (valid.long().cumsum(1) - 1).clamp(min=0).expand(self.axes, -1, -1)
 
     def _report(self, given: layout.Prompt, shape: Shape, columns: list[Tensor], clock: dict) -> None:
         plan, rows = self.plan, len(given.rows)

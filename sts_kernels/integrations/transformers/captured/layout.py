@@ -86,6 +86,8 @@ def fill(given: Prompt, shape: Shape, plan: Plan) -> tuple[dict[str, Tensor], Te
             source[index, :count][kept_visual] = torch.arange(first, first + many)
             first += many
             behind[index] = int(kept_visual.nonzero()[-1]) + 1 if many else 0
+            if len(columns) and visual[-1] and axes > 1:
+                raise NotImplementedError("a prompt that ends with an image")
             position[index] = full[1:].max() + 1 if count else 0
         made = planned_cuts(plan.cuts, given.rows, given.entering)
         for number, numbers in enumerate([given.entering, *(planned.lengths for planned in made)]):
