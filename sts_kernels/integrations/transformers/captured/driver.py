@@ -21,7 +21,7 @@ from ..report import describe
 from ..vision_pruning import with_budgets
 from . import layout
 from .encoder import KIND, Encoder
-from .graphs import Graph, Graphs
+from .graphs import Buffers, Graph, Graphs
 from .runner import Runner, Shape
 
 STEP, MOST = 64, 8  # of buckets: slots between two, and how many of each kind are kept
@@ -131,6 +131,7 @@ class Captured:
         self.axes = 3 if hasattr(self.base, "rope_deltas") else 1
         self.deepstack = len(getattr(getattr(self.base, "visual", None), "deepstack_merger_list", ()))
         self.graphs = Graphs(self.text.embed_tokens.weight.device, backend)
+        self._buffers = Buffers(self.text.embed_tokens.weight.detach())
         self._runners: OrderedDict[Shape, _Ready] = OrderedDict()
         self._encoders: OrderedDict[tuple, tuple[Encoder, Graph]] = OrderedDict()
         self._items: OrderedDict[tuple, list] = OrderedDict()
@@ -367,6 +368,7 @@ class Captured:
                 self.axes,
                 self.deepstack,
                 shape,
+                self._buffers,
             )
             prefill, decode = runner.ready(self.graphs)
             slots = tuple(segment.room for segment in runner.segments)

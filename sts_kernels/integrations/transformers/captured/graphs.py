@@ -42,6 +42,19 @@ class Inputs:
             self._read.record()
 
 
+class Buffers:
+    """Memory by name, as large as the largest tensor taken under it: buckets run one at a time and share it."""
+
+    def __init__(self, like: torch.Tensor):
+        self._like, self._flat = like, {}
+
+    def take(self, name, shape: tuple[int, ...]) -> torch.Tensor:
+        size = torch.Size(shape).numel()
+        if name not in self._flat or self._flat[name].numel() < size:
+            self._flat[name] = self._like.new_zeros(size)
+        return self._flat[name][:size].view(shape)
+
+
 def _views(flat: torch.Tensor, shapes: dict[str, tuple[int, ...]], sizes: list[int]) -> dict[str, torch.Tensor]:
     return {name: part.view(shapes[name]) for name, part in zip(shapes, flat.split(sizes), strict=True)}
 

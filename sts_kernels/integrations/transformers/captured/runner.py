@@ -19,7 +19,7 @@ from ....methods._keep_top import best_of
 from .. import compat, masks
 from ..cut_selection import PlannedCut, leave, raters_of
 from ..layer_pruning import scores_of
-from .graphs import Graph, Graphs, Inputs, attending
+from .graphs import Buffers, Graph, Graphs, Inputs, attending
 
 ATTENTION = "sts_captured"
 ALIGNMENT = 16  # slots: masks and keys whose rows the attention kernels can load as vectors
@@ -69,38 +69,37 @@ class Shape:
         return [self.slots, *(cut.width for cut in self.cuts)]
 
 
+@dataclass
 class Segment:
-    """Layers that hold the same slots: their keys and values, and how many slots of each row are taken."""
+    """Layers that hold the same slots of a prompt, and how many of each row are taken."""
 
-    def __init__(self, layers: range, slots: int, keys: Tensor, filled: Tensor):
-        self.layers, self.slots, self.filled = layers, slots, filled
-        self._keys = keys  # (layers, 2, B, heads, slots and room for what follows, D)
-
-    @property
-    def room(self) -> int:
-        return self._keys.shape[4]
-
-    def clear_behind(self) -> None:
-        """What earlier prompts left behind the prompt: masked keys get no weight, but 0 x NaN would be NaN."""
-        self._keys[..., self.slots :, :].zero_()
-
-    def of(self, layer: int) -> tuple[Tensor, Tensor]:
-        return self._keys[layer - self.layers.start].unbind(0)
+    layers: range
+    room: int  # slots of the prompt, and of what may follow
+    filled: Tensor  # (B,)
 
 
 class Slots:
     """The cache that layers are given: a prompt fills the first slots, a token the next one of its row."""
 
-    def __init__(self, segments: list[Segment]):
-        self._of_layer = {layer: (segment, *segment.of(layer)) for segment in segments for layer in segment.layers}
+    def __init__(self, segments: list[Segment], buffers: Buffers, batch: int, heads: int, dim: int):
+        shapes = {layer: (batch, heads, segment.room, dim) for segment in segments for layer in segment.layers}
+        self.keys = {layer: buffers.take(("keys", layer), shape) for layer, shape in shapes.items()}
+        self.values = {layer: buffers.take(("values", layer), shape) for layer, shape in shapes.items()}
+        self.filled = {layer: segment.filled for segment in segments for layer in segment.layers}
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (*self.keys.values(), *self.values.values()))
 
     def update(self, key: Tensor, value: Tensor, layer: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        segment, keys, values = self._of_layer[layer]
+        keys, values = self.keys[layer], self.values[layer]
         if key.shape[2] > 1:  # a prompt attends to itself alone
-            keys[:, :, : key.shape[2]] = key
-            values[:, :, : key.shape[2]] = value
+            # Zeros behind it: masked slots get no weight, but 0 times the NaN of an earlier prompt would be NaN.
+            behind = key.new_zeros(()).expand(*key.shape[:2], keys.shape[2] - key.shape[2], key.shape[3])
+            torch.cat([key, behind], 2, out=keys)
+            torch.cat([value, behind], 2, out=values)
             return key, value
-        slot = segment.filled[:, None, None, None].expand_as(key)
+        slot = self.filled[layer][:, None, None, None].expand_as(key)
         keys.scatter_(2, slot, key)
         values.scatter_(2, slot, value)
         return keys, values
@@ -126,7 +125,18 @@ class Runner:
     encoder makes of its images, and `token` the next token of each row.
     """
 
-    def __init__(self, text, head, method: Method, plan: Plan, contiguous: bool, axes: int, deepstack: int, shape: Shape):
+    def __init__(
+        self,
+        text,
+        head,
+        method: Method,
+        plan: Plan,
+        contiguous: bool,
+        axes: int,
+        deepstack: int,
+        shape: Shape,
+        buffers: Buffers,
+    ):
         self.text, self.head, self.method, self.contiguous, self.axes = text, head, method, contiguous, axes
         self.shape = shape
         weight = text.embed_tokens.weight
@@ -141,8 +151,10 @@ class Runner:
             self.token = torch.zeros(shape.batch, 1, dtype=torch.int64, device=self.device)
             self.position = torch.zeros(shape.batch, dtype=torch.int64, device=self.device)
             self.segments = self._segments(plan)
+            config = text.config
+            dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+            self._cache = Slots(self.segments, buffers, shape.batch, config.num_key_value_heads, dim)
             self._cuts = [self._planned(plan.cuts[cut.index], cut) for cut in shape.cuts]
-        self._cache = Slots(self.segments)
         self._attention = _configs(text)
 
     def ready(self, graphs: Graphs) -> tuple[Graph, Graph]:
@@ -154,19 +166,16 @@ class Runner:
     @property
     def bytes(self) -> int:
         """Of keys and values."""
-        return sum(segment._keys.nbytes for segment in self.segments)
+        return self._cache.bytes
 
     def _segments(self, plan: Plan) -> list[Segment]:
-        shape, config, weight = self.shape, self.text.config, self.text.embed_tokens.weight
-        heads = config.num_key_value_heads
-        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        shape = self.shape
         bounds = [0, *(plan.cuts[cut.index].layer for cut in shape.cuts), len(self.text.layers)]
         found = []
         for (start, end), width in zip(itertools.pairwise(bounds), shape.widths, strict=True):
             room = -(-(width + shape.new) // ALIGNMENT) * ALIGNMENT
-            keys = weight.new_zeros(end - start, 2, shape.batch, heads, room, dim)
             filled = torch.zeros(shape.batch, dtype=torch.int64, device=self.device)
-            found.append(Segment(range(start, end), width, keys, filled))
+            found.append(Segment(range(start, end), room, filled))
         return found
 
     def _planned(self, cut: Cut, shape: CutShape) -> PlannedCut:
@@ -206,7 +215,6 @@ class Runner:
                 hidden = self._layer(run, layer, following, hidden, rotary)
                 if layer < len(deep):
                     hidden = hidden + deep[layer]
-            segment.clear_behind()
             segment.filled.copy_(lengths[number])
         self.position.copy_(given["position"])
         last = (lengths[-1] - 1).clamp(min=0)
@@ -264,7 +272,7 @@ class Runner:
         rotary = None if self.contiguous else self._rotary(hidden, self.position[:, None].expand(self.axes, -1, 1))
         for segment in self.segments:
             slot = torch.arange(segment.room, device=self.device)
-            reach = (slot <= segment.filled[:, None])[:, None, None]
+            reach = _additive(slot <= segment.filled[:, None], hidden)
             if self.contiguous:
                 rotary = self._rotary(hidden, segment.filled[:, None])
             for layer in segment.layers:
@@ -314,6 +322,12 @@ def layout_shapes(shape: Shape, axes: int) -> dict[str, tuple[int, ...]]:
         "behind": (batch,),
         "position": (batch,),
     }
+
+
+def _additive(allowed: Tensor, like: Tensor) -> Tensor:
+    """(B, keys) bool -> (B, 1, 1, keys): the mask in the form that kernels take, made once for all layers."""
+    mask = torch.zeros(allowed.shape, dtype=like.dtype, device=like.device).masked_fill(~allowed, -torch.inf)
+    return mask[:, None, None]
 
 
 def _configs(text) -> dict[torch.nn.Module, object]:
