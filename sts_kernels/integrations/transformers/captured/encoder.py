@@ -1,5 +1,4 @@
-"""Vision encoder and projector of one batch of images, with what a method drops before the LLM, as one function of fixed
-shapes."""
+"""Vision encoder and projector of a batch of images, and what a method keeps, as one function of fixed shapes."""
 
 import copy
 from collections.abc import Sequence
