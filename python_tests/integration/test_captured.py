@@ -287,6 +287,25 @@ def test_inference_mode_and_plain_forwards(device):
             close(model(**models.batch(model, prompts)).logits, plain)
 
 
+def test_times_of_a_prompt(device):
+    model = models.shared("llava", "sdpa", device)
+    with apply_sts(model, CONFIG, measure=True) as handle:
+        handle.compile(strict=True)
+        models.generate(model, prompts_of("llava"), 1)
+        assert handle.report.encode_ms > 0
+        assert handle.report.prefill_ms > 0
+
+
+@pytest.mark.parametrize("through", ["hooks", "graphs"])
+def test_merging_rows_of_several(through):
+    model = models.shared("qwen3_vl")
+    with prune(model, "tome", budget=6) as handle:
+        if through == "graphs":
+            handle.compile(strict=True)
+        with pytest.raises(NotImplementedError, match="tome merges features before the projector"):
+            models.generate(model, prompts_of("qwen3_vl"), 1)
+
+
 def test_threads_wait_for_each_other():
     model = models.shared("llava")
     prompts = [prompts_of("llava", seed=seed) for seed in range(4)]

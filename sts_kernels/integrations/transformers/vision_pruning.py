@@ -118,6 +118,16 @@ def _pooled(pools: Pools, features: torch.Tensor, attention, keys) -> dict[str, 
     return {name: x if x is None or everything else x[pools.rows] for name, x in moved.items()}
 
 
+def merged_rows(method: Method, family: str, x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """`values` of `Kept` in place of x, the rows that the projector would get."""
+    if x.shape != values.shape:
+        raise NotImplementedError(
+            f"sts_kernels: {method.name} merges features before the projector, which {family} does not allow: its "
+            "features are made of several rows"
+        )
+    return values.to(x.dtype)
+
+
 def _beside_text(
     method: Method, lengths: list[int], budgets: list[int], signals: dict, texts: list[torch.Tensor]
 ) -> Selection:

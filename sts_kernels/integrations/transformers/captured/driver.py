@@ -428,6 +428,8 @@ def _arguments(kwargs: dict) -> tuple[dict, Tensor | None]:
             raise _Refused(f"{kind}s that are encoded already, or are no images")
         arguments |= inspect.signature(later.original).bind_partial(*later.args, **later.kwargs).arguments
     pixels = next((arguments[name] for name in PIXELS if arguments.get(name) is not None), None)
+    for name in ("position_ids", "cache_position"):  # the library's own, made from what else is here
+        arguments.pop(name, None)
     host = {k: v.cpu() for k, v in arguments.items() if isinstance(v, Tensor) and not v.is_floating_point()}
     return arguments | host, pixels
 

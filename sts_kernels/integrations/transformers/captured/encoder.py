@@ -81,7 +81,9 @@ class Encoder:
             rows = projected[which] if values is None else values.to(projected.dtype)
         else:
             which, values = self._selected(flat)
-            picked = together[which].view(-1, x.shape[-1]) if values is None else values.to(x.dtype)
+            picked = together[which].view(-1, x.shape[-1])
+            if values is not None:
+                picked = vision_pruning.merged_rows(self.method, self.adapter.name, picked, values)
             rows = projector(picked)
         deepstack = [
             module(part.reshape(len(flat), -1)[which].view(-1, part.shape[-1])) for module, part in encoded.deepstack

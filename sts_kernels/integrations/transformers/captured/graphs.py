@@ -37,7 +37,7 @@ class Inputs:
             self._staging[name].copy_(value)
         self._device.copy_(self._host, non_blocking=True)
         if self._read is not None:
-            self._read.record()
+            self._read.record(torch.cuda.current_stream(self._device.device))
 
 
 class Buffers:
