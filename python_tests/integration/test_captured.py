@@ -699,7 +699,7 @@ def test_replays_equal_the_functions_themselves(cuda):
         assert len(handle._graphs.built) == 2
         for ready in handle._graphs._runners.values():
             replayed = ready.prefill.run()["logits"].clone(), ready.decode.run()["logits"].clone()
-            with graphs.quietly(), graphs.attending(ready.runner._attention):
+            with graphs.quietly(), graphs.replaced(ready.runner.replacements(True)):
                 plain = ready.runner.prefill()["logits"].clone(), ready.runner.decode()["logits"].clone()
             for mine, other in zip(replayed, plain, strict=True):
                 assert torch.equal(mine, other)
