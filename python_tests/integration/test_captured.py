@@ -682,7 +682,7 @@ def test_mutant_is_caught(name):
 
 def test_what_an_earlier_prompt_left_is_caught():
     """Without zeros behind a prompt its masked slots would hold the NaN of the one before."""
-    with mutated(runner, "key.new_zeros(())", "key.new_full((), torch.nan)"):
+    with mutated(runner, "slots[:, prompt:].zero_()", "slots[:, prompt:].fill_(torch.nan)"):
         assert disagreement(prompts_of("llava")) > 1e-3
 
 
