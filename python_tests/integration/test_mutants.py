@@ -169,7 +169,7 @@ MUTANTS = {
         "sum(map(self._share_after, images, kept))",
         "kept[0] * 4 // 10",
     ),
-    "least important tokens": ("llava", cut_selection, "_best(scores, candidates", "_best(-scores, candidates"),
+    "least important tokens": ("llava", cut_selection, "best_of(scores, candidates", "best_of(-scores, candidates"),
     "images of a batch as one": ("llava", vision_pruning, "pool + start for pool", "pool for pool"),
     "rows restored in order": (
         "qwen2_5_vl",

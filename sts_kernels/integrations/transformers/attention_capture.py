@@ -61,13 +61,16 @@ def _wrapper(implementation: str) -> Callable:
             if "flash" in implementation:  # reads the implementation from module.config again
                 module = copy.copy(module)
                 module.config = config._sts_config
-        if implementation == "eager":
-            run = sys.modules[type(module).__module__].eager_attention_forward
-        else:
-            run = ALL_ATTENTION_FUNCTIONS[implementation]
-        return run(module, query, key, *args, **kwargs)
+        return function_of(implementation, module)(module, query, key, *args, **kwargs)
 
     return capturing
+
+
+def function_of(implementation: str, module: torch.nn.Module) -> Callable:
+    """What the attention module calls under this name; each model has an eager one of its own."""
+    if implementation == "eager":
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[implementation]
 
 
 class _Stop(Exception):

@@ -14,7 +14,7 @@ from ...ops import attention_received, last_query_scores
 from . import attention_capture, masks, unsupported
 from .cache import attach_state, columns_behind
 from .compat import output_cache
-from .cut_selection import PlannedCut, leave, raters_of
+from .cut_selection import PlannedCut, leave, planned_cuts, raters_of
 from .prompt import Row, separators
 from .segments import PrunedPrompt, Segment
 
@@ -78,15 +78,8 @@ class LayerPruner:
 
         modality, valid (None: no padding) and dropped: (B, S), of the columns of the prompt.
         """
-        planned, lengths = [], [row.length + trailing - row.num_visual + row.num_kept for row in rows]
-        before = [row.num_kept for row in rows]
-        for index, cut in enumerate(cuts):
-            left = [row.left[index] for row in rows]
-            if left != before:
-                lengths_here = [n - row.num_kept + mine for n, row, mine in zip(lengths, rows, left, strict=True)]
-                recycled = [row.recycled[index] for row in rows]
-                planned.append(PlannedCut(cut, before, left, recycled, lengths_here))
-            before = left
+        lengths = [row.length + trailing - row.num_visual + row.num_kept for row in rows]
+        planned = planned_cuts(cuts, rows, lengths)
         if not planned and all(row.num_kept == row.num_visual for row in rows):
             return None
         embeds = kwargs["inputs_embeds"]
@@ -204,23 +197,8 @@ class LayerPruner:
         if not isinstance(run, Prefill) or len(run.prompt.segments) > len(run.cuts):
             return
         cut = run.cuts[len(run.prompt.segments) - 1].cut
-        if layer != cut.scoring_layer:
-            return
-        column = torch.arange(key.shape[2], device=key.device)
-        slots = run.slots.to(key.device)
-        if cut.queries == "keys":
-            run.scores = key.abs().sum((1, 3), dtype=torch.float32)
-            return
-        if cut.queries == "raters":
-            asking, _ = masks.compact(run.text.to(key.device), run.text_width)
-            rows = masks.take(query.transpose(1, 2), asking)
-            raters = run.raters.to(key.device)
-            run.scores = attention_received(rows, key.transpose(1, 2), scale, raters, asking, slots)
-            return
-        last = torch.where(slots & (column < key.shape[2] - run.trailing), column, 0).argmax(1)
-        row = query.gather(2, last[:, None, None, None].expand(-1, query.shape[1], 1, query.shape[3]))[:, :, 0]
-        seen = slots & (column <= last[:, None])  # drafts and earlier answers follow the query
-        run.scores = last_query_scores(row, key.transpose(1, 2), scale, seen)
+        if layer == cut.scoring_layer:
+            run.scores = scores_of(run, cut, query, key, scale)
 
     def _cut(self, run: Prefill, planned: PlannedCut, layer, args: tuple, kwargs: dict):
         hidden = _hidden(args, kwargs)
@@ -277,6 +255,23 @@ class LayerPruner:
             run.prompt.trim(run.trailing)
             if run.prompt.slots is None:
                 attach_state(cache, run.prompt)
+
+
+def scores_of(run, cut: Cut, query: torch.Tensor, key: torch.Tensor, scale: float | None) -> torch.Tensor:
+    """(B, P) float32, by query and key (B, heads, P, D) of the layer that scores. run: the Prefill."""
+    column = torch.arange(key.shape[2], device=key.device)
+    slots = run.slots.to(key.device)
+    if cut.queries == "keys":
+        return key.abs().sum((1, 3), dtype=torch.float32)
+    if cut.queries == "raters":
+        asking, _ = masks.compact(run.text.to(key.device), run.text_width)
+        rows = masks.take(query.transpose(1, 2), asking)
+        raters = run.raters.to(key.device)
+        return attention_received(rows, key.transpose(1, 2), scale, raters, asking, slots)
+    last = torch.where(slots & (column < key.shape[2] - run.trailing), column, 0).argmax(1)
+    row = query.gather(2, last[:, None, None, None].expand(-1, query.shape[1], 1, query.shape[3]))[:, :, 0]
+    seen = slots & (column <= last[:, None])  # drafts and earlier answers follow the query
+    return last_query_scores(row, key.transpose(1, 2), scale, seen)
 
 
 def _hidden(args: tuple, kwargs: dict) -> torch.Tensor:

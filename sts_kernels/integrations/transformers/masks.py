@@ -19,6 +19,13 @@ def compact(
     return columns, keep.gather(1, columns)
 
 
+def compact_right(keep: torch.Tensor, width: int, place: torch.Tensor | None = None) -> torch.Tensor:
+    """`compact`, padded on the right: columns (B, width) alone. A row's kept ones come first."""
+    last = keep.shape[1] * (keep.shape[1] + 1)  # behind every place that a cut gives
+    rank = (~keep).to(torch.int8) if place is None else torch.where(keep, place, last)
+    return torch.argsort(rank, dim=1, stable=True)[:, :width]
+
+
 def take(x: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """x (B, S, ...) -> (B, P, ...) at columns (B, P)."""
     index = columns.to(x.device).reshape(columns.shape + (1,) * (x.ndim - 2))
