@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ def default_picture() -> Path:
     return installed if installed.exists() else Path(__file__).parents[1] / "examples" / "pictures" / "coffee.jpg"
 
 
-def load_picture(path):
+def load_picture(path: Any) -> Any:
     """The picture at `path` (its first frame), upright, in RGB, on white where it is transparent."""
     try:
         from PIL import Image
@@ -30,7 +31,7 @@ def load_picture(path):
         raise UserError(f"cannot read the image {path}: {first_line(error)}") from error
 
 
-def to_rgb(image):
+def to_rgb(image: Any) -> Any:
     """`image` of any mode as RGB, with its greys: what is deeper than 8 bits is scaled, where Pillow would clip it."""
     from PIL import Image, ImageOps
 
@@ -45,15 +46,15 @@ def to_rgb(image):
     return upright.convert("RGB")
 
 
-def white_of(image) -> int | None:
+def white_of(image: Any) -> int | None:
     """The value of full white in a grey picture of mode I, I;16 or F, where that is known."""
     if image.mode.startswith("I;16"):
         bits = getattr(image, "tag_v2", {}).get(258, 16)  # BitsPerSample of a TIFF: 12-bit ones have this mode too
-        return 2 ** (bits[0] if isinstance(bits, tuple) else bits) - 1
+        return (1 << int(bits[0] if isinstance(bits, tuple) else bits)) - 1
     return 65535 if image.mode == "I" and image.format in ("PNG", "PPM") else None  # so Pillow opens 16 bits
 
 
-def scale_grey(image, white: int | None):
+def scale_grey(image: Any, white: int | None) -> Any:
     """A grey picture of mode I, I;16 or F as L: from 0 to `white`, to the next usual white, or else its own range."""
     grey, black = image.convert("F"), 0
     low, high = grey.getextrema()
@@ -69,7 +70,7 @@ def scale_grey(image, white: int | None):
     return grey
 
 
-def save(picture, path: str) -> None:
+def save(picture: Any, path: str) -> None:
     try:
         picture.save(path)
     except Exception as error:

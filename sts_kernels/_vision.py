@@ -252,7 +252,7 @@ def _model_source(name: str, device: torch.device) -> Source:
 def _key_projection(model: torch.nn.Module, layers: int) -> torch.nn.Module:
     """Of the layer whose output is taken, the last but one."""
     ending = f"layers.{max(0, layers - 2)}.self_attn.k_proj"
-    return next(module for name, module in model.named_modules() if name.endswith(ending))
+    return model.get_submodule(next(name for name, _ in model.named_modules() if name.endswith(ending)))
 
 
 def _of_output(output: Any, key: Tensor, name: str, side: int, heads: int) -> Signals:

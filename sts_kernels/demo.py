@@ -158,7 +158,7 @@ def median_ms(function: Callable[[], object], device: torch.device, runs: int = 
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    times = []
+    times: list[float] = []
     while len(times) < 3 or (len(times) < runs and sum(times) < seconds):
         finish()
         start = time.perf_counter()

@@ -114,7 +114,7 @@ def run(args: Any) -> int:
 def files(given: Sequence[str]) -> list[Path]:
     """The pictures that `given` names: files as they are, of a folder those that look like pictures, by name."""
     found: list[Path] = []
-    for path in map(Path, given or [default_picture()]):
+    for path in [Path(name) for name in given] or [default_picture()]:
         if not path.is_dir():
             found.append(path)
             continue
