@@ -17,7 +17,7 @@
 #     TORCH_CUDA_ARCH_LIST as for every build; 9.0 alone saves time on an H100 or H200
 set -euo pipefail
 exec </dev/null
-declare -A WEIGHT=([build]=16 [tests]=15 [sanitize]=14 [bench]=13 [models]=17)  # shares of the time
+declare -A WEIGHT=([build]=16 [tests]=15 [sanitize]=14 [bench]=13 [models]=22)  # shares of the time
 
 if [ $# -ne 1 ]; then
   sed -n '2,/^set /{/^set /!s/^# \{0,1\}//p}' "$0" >&2
@@ -132,10 +132,11 @@ models() { # what decides about cuDNN attention; whole models of true size, with
   python3 -m bench.backends --device cuda || return 1
   local end=$((SECONDS + SECONDS_LEFT - 40)) status=0
   timeout 80 python3 -m bench.decode_plans || status=1
-  local options=(--csv "$OUT/prefill.csv" --seconds $((end - SECONDS)))
+  local options=() left=$((end - SECONDS))
   if [ -n "${STS_CHECK_COMMIT:-}" ]; then options+=(--commit "$STS_CHECK_COMMIT"); fi
   if [ -n "${STS_CHECK_QUICK:-}" ]; then options+=(--model llava-1.5-7b --samples 5); fi
-  python3 -m bench.prefill "${options[@]}" || status=1
+  python3 -m bench.prefill --csv "$OUT/prefill.csv" --seconds $((left / 3)) "${options[@]}" || status=1
+  python3 -m bench.ways --csv "$OUT/ways.csv" --seconds $((end - SECONDS)) "${options[@]}" || status=1
   return $status
 }
 

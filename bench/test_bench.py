@@ -15,7 +15,7 @@ import torch
 from sts_kernels._registry import OPS as OPS_TABLE
 
 from . import __main__ as cli
-from . import backends, breakdown, harness, inputs, plot, prefill, record, timing
+from . import backends, breakdown, harness, inputs, plot, prefill, record, serving, timing, ways
 
 BENCHES = {name: bench for name, bench in harness.discover().items() if bench}
 SMALL = {"B": 2, "N": 96, "C": 64, "K": 12, "S": 50, "Hq": 4, "Hkv": 2, "D": 64}
@@ -151,18 +151,20 @@ def test_a_wrong_provider_is_not_timed(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("path", sorted(record.RESULTS.glob("*.csv")), ids=lambda path: path.name)
 def test_recorded_rows_have_the_columns_of_new_ones(path):
     """Else the next run could not be appended."""
-    assert tuple(record.read(path)[0]) == (prefill.COLUMNS if path.name == "prefill.csv" else record.COLUMNS)
+    own = {"prefill.csv": prefill.COLUMNS, "serving.csv": serving.COLUMNS, "ways.csv": ways.COLUMNS}
+    assert tuple(record.read(path)[0]) == own.get(path.name, record.COLUMNS)
 
 
-def test_gpu_numbers_of_the_readme_are_rows():
-    """Its table of the H200: op and Gram loop, each as a CUDA graph and eager, with a cold L2 cache."""
+def test_gpu_numbers_of_the_docs_are_rows():
+    """The table of the H200: op and Gram loop, each as a CUDA graph and eager, with a cold L2 cache."""
     rows = {
         (row["B"], row["N"], row["K"], row["provider"], row["mode"]): float(row["p50_us"])
         for row in record.read(record.RESULTS / "nvidia-h200.csv")
         if (row["op"], row["C"], row["dtype"], row["data"]) == ("repulsion_select", "1024", "bfloat16", "gaussian")
         and row["cold_l2"] == "1"
     }
-    table = (record.ROOT / "README.md").read_text().split("| B x N / K |")[1].split("\n\n")[0].splitlines()[2:]
+    page = (record.ROOT / "docs/performance.md").read_text()
+    table = page.split("| B x N / K |")[1].split("\n\n")[0].splitlines()[2:]
     assert table
     for line in table:
         shape, *said = (cell.strip() for cell in line.strip("|").split("|"))

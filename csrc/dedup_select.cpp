@@ -142,4 +142,4 @@ Tensor dedup_select_cpu(const Tensor& features, const Tensor& order, int64_t kee
 }  // namespace
 }  // namespace sts
 
-STABLE_TORCH_LIBRARY_IMPL(sts_kernels, CPU, m) { m.impl("dedup_select", TORCH_BOX(&sts::dedup_select_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(STS_NAMESPACE, CPU, m) { m.impl("dedup_select", TORCH_BOX(&sts::dedup_select_cpu)); }

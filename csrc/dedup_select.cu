@@ -38,4 +38,4 @@ Tensor dedup_select_cuda(const Tensor& features, const Tensor& order, int64_t ke
 }  // namespace
 }  // namespace sts
 
-STABLE_TORCH_LIBRARY_IMPL(sts_kernels, CUDA, m) { m.impl("dedup_select", TORCH_BOX(&sts::dedup_select_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(STS_NAMESPACE, CUDA, m) { m.impl("dedup_select", TORCH_BOX(&sts::dedup_select_cuda)); }

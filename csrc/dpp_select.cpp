@@ -246,4 +246,4 @@ std::tuple<Tensor, Tensor> dpp_select_cpu(const Tensor& features, const Tensor& 
 }  // namespace
 }  // namespace sts
 
-STABLE_TORCH_LIBRARY_IMPL(sts_kernels, CPU, m) { m.impl("dpp_select", TORCH_BOX(&sts::dpp_select_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(STS_NAMESPACE, CPU, m) { m.impl("dpp_select", TORCH_BOX(&sts::dpp_select_cpu)); }

@@ -40,4 +40,4 @@ std::tuple<Tensor, Tensor> dpp_select_cuda(const Tensor& features, const Tensor&
 }  // namespace
 }  // namespace sts
 
-STABLE_TORCH_LIBRARY_IMPL(sts_kernels, CUDA, m) { m.impl("dpp_select", TORCH_BOX(&sts::dpp_select_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(STS_NAMESPACE, CUDA, m) { m.impl("dpp_select", TORCH_BOX(&sts::dpp_select_cuda)); }

@@ -25,7 +25,7 @@ Tensor farthest_select_varlen_cpu(const Tensor& features, const Tensor& cu_seqle
 }  // namespace
 }  // namespace sts
 
-STABLE_TORCH_LIBRARY_IMPL(sts_kernels, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(STS_NAMESPACE, CPU, m) {
   m.impl("farthest_select", TORCH_BOX(&sts::farthest_select_cpu));
   m.impl("farthest_select_varlen", TORCH_BOX(&sts::farthest_select_varlen_cpu));
 }

@@ -19,7 +19,7 @@ Tensor farthest_select_varlen_cuda(const Tensor& features, const Tensor& cu_seql
 }  // namespace
 }  // namespace sts
 
-STABLE_TORCH_LIBRARY_IMPL(sts_kernels, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(STS_NAMESPACE, CUDA, m) {
   m.impl("farthest_select", TORCH_BOX(&sts::farthest_select_cuda));
   m.impl("farthest_select_varlen", TORCH_BOX(&sts::farthest_select_varlen_cuda));
 }

@@ -115,4 +115,4 @@ Tensor knn_density_cpu(const Tensor& features, int64_t k, std::optional<Tensor> 
 }  // namespace
 }  // namespace sts
 
-STABLE_TORCH_LIBRARY_IMPL(sts_kernels, CPU, m) { m.impl("knn_density", TORCH_BOX(&sts::knn_density_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(STS_NAMESPACE, CPU, m) { m.impl("knn_density", TORCH_BOX(&sts::knn_density_cpu)); }

@@ -28,4 +28,4 @@ Tensor knn_density_cuda(const Tensor& features, int64_t k, std::optional<Tensor>
 }  // namespace
 }  // namespace sts
 
-STABLE_TORCH_LIBRARY_IMPL(sts_kernels, CUDA, m) { m.impl("knn_density", TORCH_BOX(&sts::knn_density_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(STS_NAMESPACE, CUDA, m) { m.impl("knn_density", TORCH_BOX(&sts::knn_density_cuda)); }

@@ -145,4 +145,4 @@ std::tuple<Tensor, Tensor> nearest_cpu(const Tensor& query, const Tensor& key, s
 }  // namespace
 }  // namespace sts
 
-STABLE_TORCH_LIBRARY_IMPL(sts_kernels, CPU, m) { m.impl("nearest", TORCH_BOX(&sts::nearest_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(STS_NAMESPACE, CPU, m) { m.impl("nearest", TORCH_BOX(&sts::nearest_cpu)); }

@@ -31,4 +31,4 @@ std::tuple<Tensor, Tensor> nearest_cuda(const Tensor& query, const Tensor& key, 
 }  // namespace
 }  // namespace sts
 
-STABLE_TORCH_LIBRARY_IMPL(sts_kernels, CUDA, m) { m.impl("nearest", TORCH_BOX(&sts::nearest_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(STS_NAMESPACE, CUDA, m) { m.impl("nearest", TORCH_BOX(&sts::nearest_cuda)); }

@@ -24,4 +24,4 @@ Tensor pairwise_sqdist_cpu(const Tensor& features) {
 }  // namespace
 }  // namespace sts
 
-STABLE_TORCH_LIBRARY_IMPL(sts_kernels, CPU, m) { m.impl("pairwise_sqdist", TORCH_BOX(&sts::pairwise_sqdist_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(STS_NAMESPACE, CPU, m) { m.impl("pairwise_sqdist", TORCH_BOX(&sts::pairwise_sqdist_cpu)); }

@@ -23,4 +23,4 @@ Tensor pairwise_sqdist_cuda(const Tensor& features) {
 }  // namespace
 }  // namespace sts
 
-STABLE_TORCH_LIBRARY_IMPL(sts_kernels, CUDA, m) { m.impl("pairwise_sqdist", TORCH_BOX(&sts::pairwise_sqdist_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(STS_NAMESPACE, CUDA, m) { m.impl("pairwise_sqdist", TORCH_BOX(&sts::pairwise_sqdist_cuda)); }

@@ -22,7 +22,7 @@ Tensor repulsion_select_varlen_cpu(const Tensor& features, const Tensor& cu_seql
 }  // namespace
 }  // namespace sts
 
-STABLE_TORCH_LIBRARY_IMPL(sts_kernels, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(STS_NAMESPACE, CPU, m) {
   m.impl("repulsion_select", TORCH_BOX(&sts::repulsion_select_cpu));
   m.impl("repulsion_select_varlen", TORCH_BOX(&sts::repulsion_select_varlen_cpu));
 }

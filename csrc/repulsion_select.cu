@@ -16,7 +16,7 @@ Tensor repulsion_select_varlen_cuda(const Tensor& features, const Tensor& cu_seq
 }  // namespace
 }  // namespace sts
 
-STABLE_TORCH_LIBRARY_IMPL(sts_kernels, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(STS_NAMESPACE, CUDA, m) {
   m.impl("repulsion_select", TORCH_BOX(&sts::repulsion_select_cuda));
   m.impl("repulsion_select_varlen", TORCH_BOX(&sts::repulsion_select_varlen_cuda));
 }

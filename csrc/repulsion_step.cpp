@@ -49,4 +49,4 @@ Tensor repulsion_step_cpu(Tensor potential, const Tensor& features, const Tensor
 }  // namespace
 }  // namespace sts
 
-STABLE_TORCH_LIBRARY_IMPL(sts_kernels, CPU, m) { m.impl("repulsion_step_", TORCH_BOX(&sts::repulsion_step_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(STS_NAMESPACE, CPU, m) { m.impl("repulsion_step_", TORCH_BOX(&sts::repulsion_step_cpu)); }

@@ -33,4 +33,4 @@ Tensor repulsion_step_cuda(Tensor potential, const Tensor& features, const Tenso
 }  // namespace
 }  // namespace sts
 
-STABLE_TORCH_LIBRARY_IMPL(sts_kernels, CUDA, m) { m.impl("repulsion_step_", TORCH_BOX(&sts::repulsion_step_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(STS_NAMESPACE, CUDA, m) { m.impl("repulsion_step_", TORCH_BOX(&sts::repulsion_step_cuda)); }

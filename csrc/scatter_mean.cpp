@@ -64,4 +64,4 @@ std::tuple<Tensor, Tensor> scatter_mean_cpu(const Tensor& features, const Tensor
 }  // namespace
 }  // namespace sts
 
-STABLE_TORCH_LIBRARY_IMPL(sts_kernels, CPU, m) { m.impl("scatter_mean", TORCH_BOX(&sts::scatter_mean_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(STS_NAMESPACE, CPU, m) { m.impl("scatter_mean", TORCH_BOX(&sts::scatter_mean_cpu)); }

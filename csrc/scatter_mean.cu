@@ -30,4 +30,4 @@ std::tuple<Tensor, Tensor> scatter_mean_cuda(const Tensor& features, const Tenso
 }  // namespace
 }  // namespace sts
 
-STABLE_TORCH_LIBRARY_IMPL(sts_kernels, CUDA, m) { m.impl("scatter_mean", TORCH_BOX(&sts::scatter_mean_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(STS_NAMESPACE, CUDA, m) { m.impl("scatter_mean", TORCH_BOX(&sts::scatter_mean_cuda)); }

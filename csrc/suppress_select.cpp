@@ -152,7 +152,7 @@ Tensor suppress_select_varlen_cpu(const Tensor& features, const Tensor& rank, co
 }  // namespace
 }  // namespace sts
 
-STABLE_TORCH_LIBRARY_IMPL(sts_kernels, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(STS_NAMESPACE, CPU, m) {
   m.impl("suppress_select", TORCH_BOX(&sts::suppress_select_cpu));
   m.impl("suppress_select_varlen", TORCH_BOX(&sts::suppress_select_varlen_cpu));
 }

@@ -16,7 +16,7 @@ Tensor suppress_select_varlen_cuda(const Tensor& features, const Tensor& rank, c
 }  // namespace
 }  // namespace sts
 
-STABLE_TORCH_LIBRARY_IMPL(sts_kernels, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(STS_NAMESPACE, CUDA, m) {
   m.impl("suppress_select", TORCH_BOX(&sts::suppress_select_cuda));
   m.impl("suppress_select_varlen", TORCH_BOX(&sts::suppress_select_varlen_cuda));
 }

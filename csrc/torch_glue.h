@@ -20,6 +20,11 @@
 
 #include "items.h"
 
+// torch.ops.<STS_NAMESPACE> is where the ops are. A copy of the package with another namespace can be loaded beside this one.
+#ifndef STS_NAMESPACE
+#define STS_NAMESPACE sts_kernels
+#endif
+
 namespace sts {
 
 using torch::headeronly::ScalarType;

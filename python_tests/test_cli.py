@@ -21,7 +21,7 @@ from sts_kernels._registry import OPS, Op
 
 SIDE, PATCH = 24, 14
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-LABELS = ["package", "torch", "triton", "transformers", "python", "gpu", "build", "environment"]
+LABELS = ["package", "torch", "triton", "transformers", "vllm", "python", "gpu", "build", "environment"]
 NAME = "python -m sts_kernels"
 
 

@@ -13,8 +13,9 @@ from sts_kernels._registry import OPS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+DOCS = {page.name: page.read_text() for page in sorted((ROOT / "docs").glob("*.md"))}
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def blocks(text, language):
@@ -23,7 +24,7 @@ def blocks(text, language):
 
 def test_adding_an_op_quotes_the_files():
     """Each quote names its file on its first line; its parts, between lines of "...", are there in that order."""
-    text = (ROOT / "docs" / "adding-an-op.md").read_text()
+    text = DOCS["adding-an-op.md"]
     quotes = blocks(text, "python") + blocks(text, "cpp")
     assert len(quotes) == 6
     for quote in quotes:
@@ -34,9 +35,19 @@ def test_adding_an_op_quotes_the_files():
             source = source[source.index(part) + len(part) :]
 
 
-def test_the_first_sample_runs():
+def test_readme_is_short():
+    assert len(README.splitlines()) <= 130
+    assert max(map(len, README.splitlines())) <= 110
+
+
+def test_every_page_is_in_the_navigation_once():
+    listed = re.findall(r"^ +- ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(DOCS)
+
+
+def test_the_sample_of_the_kernels_runs():
     names = {}
-    exec(blocks(README, "python")[0], names)
+    exec(blocks(README, "python")[1], names)
     assert names["kept"].shape == (8, 64)
     assert names["tokens"].shape == (8, 64, 1024)
     first = names["kept"][0].sort().values
@@ -54,9 +65,10 @@ def test_try_it_is_two_commands():
     assert tests.endswith("python -m pytest python_tests\n")
 
 
-def test_readme_names_ops_with_their_arguments():
-    rows = re.findall(r"^\| `(\w+)\((.*?)\)`", README.split("\n## Ops\n", 1)[1].split("\n## ", 1)[0], re.MULTILINE)
-    assert len(rows) >= 4
+def test_ops_are_listed_with_their_arguments():
+    rows = re.findall(r"^\| `(\w+)\((.*?)\)`", DOCS["ops.md"], re.MULTILINE)
+    assert set(OPS) == {op for op, _ in rows} | set(re.findall(r"`(\w+_varlen)`", DOCS["ops.md"]))
+    assert {op for op in OPS if f"`{op}" in README or op.endswith("_varlen")} == set(OPS)
     for op, arguments in rows:
         assert [a.name for a in torch._C.parse_schema(OPS[op].schema).arguments] == arguments.split(", ")
 
@@ -70,13 +82,13 @@ def test_links_lead_somewhere(page):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
-def test_readme_names_every_variable_the_code_reads():
+def test_every_variable_that_the_code_reads_is_documented():
     sources = [ROOT / "setup.py", ROOT / "python_tests/conftest.py", *(ROOT / "sts_kernels").rglob("*.py")]
     sources += [*(ROOT / "csrc").rglob("*"), ROOT / "CMakeLists.txt"]
     text = "\n".join(source.read_text() for source in sources if source.is_file())
     read = set(re.findall(r"""(?:environ\.get\(|environ\[|switch\(|getenv\()["'](STS_KERNELS_\w+)""", text))
     assert len(read) >= 5
-    assert read == {name for name in re.findall(r"^\| `(STS_KERNELS_\w+)", README, re.MULTILINE)} & read
+    assert read == {name for name in re.findall(r"^\| `(STS_KERNELS_\w+)", DOCS["build.md"], re.MULTILINE)} & read
 
 
 def test_extras_are_those_of_pyproject():
@@ -93,12 +105,12 @@ def test_extras_are_those_of_pyproject():
 def test_the_commands_for_installers_name_the_build_requirements():
     requires = re.findall(r'"([^"]+)"', re.search(r"^requires = \[(.*)\]", PYPROJECT, re.M)[1])
     quoted = " ".join(r if r.isalpha() else f'"{r}"' for r in requires)
-    assert README.count(f" torch {quoted} && ") == 2
+    assert DOCS["build.md"].count(f" torch {quoted} && ") == 2
 
 
 SITES = {"encoder": "before the projector", "projected": "after the projector"}
 QUERIES = {"last": "last token", "raters": "raters", "keys": "pivots by keys", "text": "text alignment"}
-TRANSFORMERS = (ROOT / "docs" / "transformers.md").read_text()
+TRANSFORMERS = DOCS["transformers.md"]
 
 
 def method_row(name: str) -> str:

@@ -135,11 +135,11 @@ def test_the_command_line(capsys, name):
     assert given["accuracy"][0]["command"] == paper.accuracy[0].command()
 
 
-def test_it_says_whether_lmms_eval_can_prune(capsys, monkeypatch):
-    for models, said in (([], True), (["sts_llava_hf"], False)):
-        monkeypatch.setattr(table, "lmms_models", lambda models=models: models)
+def test_it_says_whether_lmms_eval_is_there(capsys, monkeypatch):
+    for spec, said in ((None, True), (object(), False)):
+        monkeypatch.setattr(table.importlib.util, "find_spec", lambda name, spec=spec: spec)
         main(["table", "--paper", "sts"])
-        assert ("none is installed" in capsys.readouterr().out) == said
+        assert ("lmms-eval is not installed" in capsys.readouterr().out) == said
 
 
 @pytest.mark.parametrize("argv", [["table"], ["table", "--paper", "other"]])

@@ -58,11 +58,16 @@ def status() -> Status:
     return status
 
 
-def load() -> Status:
+def build_info() -> dict:
+    """What the build recorded; empty where there was none."""
     try:
-        build = json.loads(BUILD_INFO.read_text())
+        return json.loads(BUILD_INFO.read_text())
     except (OSError, ValueError):
-        build = {}
+        return {}
+
+
+def load() -> Status:
+    build = build_info()
     if os.environ.get("STS_KERNELS_DISABLE") == "1":
         return Status(False, "STS_KERNELS_DISABLE=1 is set", build, chosen=True)
     if not LIBRARY.exists():

@@ -15,7 +15,8 @@ import torch
 
 from . import _native, _transforms
 
-NAMESPACE = "sts_kernels"
+NAMESPACE = _native.build_info().get("namespace", "sts_kernels")
+ops = getattr(torch.ops, NAMESPACE)  # how the package calls its own ops
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,9 @@ class _Registrations:
 
     @staticmethod
     def of_this_process() -> "_Registrations":
-        namespace = getattr(torch.ops, NAMESPACE)
-        if "_registrations" not in vars(namespace):
-            namespace._registrations = _Registrations(torch.library.Library(NAMESPACE, "DEF"))
-        return namespace._registrations
+        if "_registrations" not in vars(ops):
+            ops._registrations = _Registrations(torch.library.Library(NAMESPACE, "DEF"))
+        return ops._registrations
 
     def define(self, name: str, schema: str) -> bool:
         """False where the op is there already."""
@@ -115,7 +115,7 @@ def define_op(
                 return reference(*args)
 
         first = _registrations.define(name, schema)
-        overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+        overload = getattr(ops, name).default
         kernels = {"CompositeExplicitAutograd": fallback, **_transforms.autograd(overload, discrete, derivative)}
         if triton is not None and importlib.util.find_spec("triton") is not None:
             kernels["CUDA"] = triton

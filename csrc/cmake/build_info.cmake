@@ -26,6 +26,7 @@ file(CONFIGURE OUTPUT build_info.json @ONLY CONTENT [[{
   "commit": "@commit@",
   "summary": "@summary@",
   "library": true,
+  "namespace": "@STS_NAMESPACE@",
   "reason": "@CUDA_REASON@",
   "torch": "@torch_headers@",
   "torch_target": "@TORCH_FLOOR@",

@@ -158,7 +158,7 @@ class Method:
 
         Raises:
             TypeError, ValueError: a sentence that names the method, the option, what was expected and what came. Where
-            only the number of tokens shows that a budget is impossible, `Plan.keep` and `Cut.keep` raise it.
+                only the number of tokens shows that a budget is impossible, `Plan.keep` and `Cut.keep` raise it.
         """
         if not isinstance(budget, Budget):
             raise TypeError(f"{self.name}: budget must be a Budget, got {type(budget).__name__}")
@@ -202,7 +202,7 @@ class Method:
 
         Raises:
             TypeError, ValueError: the message names the method, the argument, what was expected and what came. Values
-            of num_tokens out of range are an error on the CPU; on a GPU such an item comes out as -1 throughout.
+                of num_tokens out of range are an error on the CPU; on a GPU such an item comes out as -1 throughout.
         """
         if self.site is None:
             raise ValueError(f"{self.name}: prunes inside the LLM only, so there is nothing to select before it")

@@ -5,7 +5,7 @@ import math
 import torch
 
 from .. import _checks
-from .._registry import define_op
+from .._registry import define_op, ops
 from .._transforms import fold
 from .last_query_scores import check, check_keys, in_rows
 
@@ -194,6 +194,4 @@ def attention_received(
         16384). Rows of weight 0 and, with row_position, keys that no row of a block sees cost nothing.
     """
     _check(query, key, scale, row_weight, row_position, key_mask, per_head)
-    return torch.ops.sts_kernels.attention_received.default(
-        query, key, scale, row_weight, row_position, key_mask, per_head
-    )
+    return ops.attention_received.default(query, key, scale, row_weight, row_position, key_mask, per_head)

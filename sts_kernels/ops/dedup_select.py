@@ -5,7 +5,7 @@ import math
 import torch
 
 from .. import _checks
-from .._registry import define_op
+from .._registry import define_op, ops
 from .._transforms import fold
 from ._unit_rows import unit_rows
 
@@ -130,4 +130,4 @@ def dedup_select(features: torch.Tensor, order: torch.Tensor, keep: int, step: i
     """
     _check(features, order, keep, step)
     _check_values(features, order)
-    return torch.ops.sts_kernels.dedup_select.default(features, order, keep, step)
+    return ops.dedup_select.default(features, order, keep, step)

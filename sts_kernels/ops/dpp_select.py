@@ -5,7 +5,7 @@ import math
 import torch
 
 from .. import _checks
-from .._registry import define_op
+from .._registry import define_op, ops
 from .._transforms import fold
 from ._selection import check_padded, check_padded_values, check_token_values, counts
 from ._unit_rows import unit_rows
@@ -141,4 +141,4 @@ def dpp_select(
     """
     _check(features, quality, k, floor, num_tokens)
     check_padded_values("dpp_select", features, num_tokens=num_tokens)
-    return torch.ops.sts_kernels.dpp_select.default(features, quality, k, floor, num_tokens)
+    return ops.dpp_select.default(features, quality, k, floor, num_tokens)

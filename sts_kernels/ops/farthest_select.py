@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .._registry import define_op
+from .._registry import define_op, ops
 from .._transforms import fold
 from ._selection import (
     LAST_RESORT,
@@ -155,4 +155,4 @@ def farthest_select(
     """
     _check(features, k, anchor, quality, start, metric, num_tokens)
     check_padded_values(_OP, features, anchor, num_tokens)
-    return torch.ops.sts_kernels.farthest_select.default(features, k, anchor, quality, start, metric, num_tokens)
+    return ops.farthest_select.default(features, k, anchor, quality, start, metric, num_tokens)

@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .._registry import define_op
+from .._registry import define_op, ops
 from ._selection import by_item, check_packed, check_packed_values, vmap_packed
 from .farthest_select import check_values_and_metric, farthest_select_reference
 
@@ -90,6 +90,4 @@ def farthest_select_varlen(
     """
     _check(features, cu_seqlens, cu_budgets, total_k, anchor, quality, start, metric)
     check_packed_values(_OP, features, cu_seqlens, cu_budgets, total_k, anchor)
-    return torch.ops.sts_kernels.farthest_select_varlen.default(
-        features, cu_seqlens, cu_budgets, total_k, anchor, quality, start, metric
-    )
+    return ops.farthest_select_varlen.default(features, cu_seqlens, cu_budgets, total_k, anchor, quality, start, metric)

@@ -5,7 +5,7 @@ import math
 import torch
 
 from .. import _checks
-from .._registry import define_op
+from .._registry import define_op, ops
 from .._transforms import fold
 from .nearest import BLOCK, finite_rows, sqdist
 
@@ -78,4 +78,4 @@ def knn_density(features: torch.Tensor, k: int, num_tokens: torch.Tensor | None 
     """
     _check(features, k, num_tokens)
     _checks.counts("knn_density", "num_tokens", num_tokens, features.shape[1], "tokens")
-    return torch.ops.sts_kernels.knn_density.default(features, k, num_tokens)
+    return ops.knn_density.default(features, k, num_tokens)

@@ -5,7 +5,7 @@ import math
 import torch
 
 from .. import _checks
-from .._registry import define_op
+from .._registry import define_op, ops
 from .._transforms import fold
 
 CHUNK = 1 << 18  # elements of a 16-bit cache that the reference widens to float32 at a time: stays in the CPU's cache
@@ -149,4 +149,4 @@ def last_query_scores(
         On a GPU two kernel launches, or one where the keys of an item are few; nothing is read back to the host.
     """
     _check(query, key, scale, key_mask)
-    return torch.ops.sts_kernels.last_query_scores.default(query, key, scale, key_mask)
+    return ops.last_query_scores.default(query, key, scale, key_mask)

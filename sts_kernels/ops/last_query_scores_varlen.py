@@ -5,7 +5,7 @@ import itertools
 import torch
 
 from .. import _checks
-from .._registry import define_op
+from .._registry import define_op, ops
 from .._transforms import stack_offsets
 from .last_query_scores import check, in_rows, item_scores
 
@@ -108,4 +108,4 @@ def last_query_scores_varlen(
     _check(query, key, cu_seqlens, max_seqlen, scale)
     if _checks.values_readable(cu_seqlens):
         _check_values(key, cu_seqlens, max_seqlen)
-    return torch.ops.sts_kernels.last_query_scores_varlen.default(query, key, cu_seqlens, max_seqlen, scale)
+    return ops.last_query_scores_varlen.default(query, key, cu_seqlens, max_seqlen, scale)

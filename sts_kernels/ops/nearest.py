@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from .. import _checks
-from .._registry import define_op
+from .._registry import define_op, ops
 from .._transforms import Derivative, fold
 
 METRICS = ("cosine", "euclidean")
@@ -217,4 +217,4 @@ def nearest(
     """
     _check(query, key, metric, query_rank, key_rank, exclude_self, num_keys)
     _checks.counts("nearest", "num_keys", num_keys, key.shape[1], "keys")
-    return torch.ops.sts_kernels.nearest.default(query, key, metric, query_rank, key_rank, exclude_self, num_keys)
+    return ops.nearest.default(query, key, metric, query_rank, key_rank, exclude_self, num_keys)

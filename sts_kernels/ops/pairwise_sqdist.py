@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from .. import _checks
-from .._registry import define_op
+from .._registry import define_op, ops
 from .._transforms import Derivative, fold
 
 
@@ -76,4 +76,4 @@ def pairwise_sqdist(features: torch.Tensor) -> torch.Tensor:
         gradient takes as much again, 2 B N^2 C flops in float64, and scratch of 20 B N^2 bytes.
     """
     _check(features)
-    return torch.ops.sts_kernels.pairwise_sqdist.default(features)
+    return ops.pairwise_sqdist.default(features)

@@ -5,7 +5,7 @@ import math
 import torch
 
 from .. import _checks
-from .._registry import define_op
+from .._registry import define_op, ops
 from .._transforms import fold
 from ._selection import LAST_RESORT, check_padded, check_padded_values, counts, greedy
 from .repulsion_step import weight
@@ -105,4 +105,4 @@ def repulsion_select(
     """
     _check(features, k, eps, anchor, num_tokens)
     check_padded_values(_OP, features, anchor, num_tokens)
-    return torch.ops.sts_kernels.repulsion_select.default(features, k, eps, anchor, num_tokens)
+    return ops.repulsion_select.default(features, k, eps, anchor, num_tokens)

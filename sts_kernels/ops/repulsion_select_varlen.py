@@ -5,7 +5,7 @@ from functools import partial
 import torch
 
 from .. import _checks
-from .._registry import define_op
+from .._registry import define_op, ops
 from ._selection import by_item, check_packed, check_packed_values, vmap_packed
 from .repulsion_select import repulsion_select_reference
 
@@ -86,4 +86,4 @@ def repulsion_select_varlen(
     """
     _check(features, cu_seqlens, cu_budgets, total_k, eps, anchor)
     check_packed_values(_OP, features, cu_seqlens, cu_budgets, total_k, anchor)
-    return torch.ops.sts_kernels.repulsion_select_varlen.default(features, cu_seqlens, cu_budgets, total_k, eps, anchor)
+    return ops.repulsion_select_varlen.default(features, cu_seqlens, cu_budgets, total_k, eps, anchor)

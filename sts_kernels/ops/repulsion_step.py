@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from .. import _checks
-from .._registry import define_op
+from .._registry import define_op, ops
 from .._transforms import fold
 from ._selection import LAST_RESORT, pick
 
@@ -102,7 +102,7 @@ def repulsion_step_(
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, device or eps; a potential that may not be written to; `picked` out
-        of range where it can be read. Nothing is written then.
+            of range where it can be read. Nothing is written then.
         NotImplementedError: forward-mode AD or torch.func differentiates `potential` or `features`.
 
     Cost:
@@ -110,4 +110,4 @@ def repulsion_step_(
     """
     _check(potential, features, picked, eps)
     _check_values(features, picked)
-    return torch.ops.sts_kernels.repulsion_step_.default(potential, features, picked, eps)
+    return ops.repulsion_step_.default(potential, features, picked, eps)

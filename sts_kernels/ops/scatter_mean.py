@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from .. import _checks
-from .._registry import define_op
+from .._registry import define_op, ops
 from .._transforms import Derivative, fold
 
 
@@ -159,4 +159,4 @@ def scatter_mean(
     """
     _check(features, assignment, count, weight)
     _check_values(assignment, count)
-    return torch.ops.sts_kernels.scatter_mean.default(features, assignment, count, weight)
+    return ops.scatter_mean.default(features, assignment, count, weight)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .._registry import define_op
+from .._registry import define_op, ops
 from .._transforms import fold
 from ._selection import (
     LAST_RESORT,
@@ -101,4 +101,4 @@ def suppress_select(
     """
     _check(features, rank, tau, k, num_tokens)
     check_padded_values(_OP, features, None, num_tokens)
-    return torch.ops.sts_kernels.suppress_select.default(features, rank, tau, k, num_tokens)
+    return ops.suppress_select.default(features, rank, tau, k, num_tokens)

@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .._registry import define_op
+from .._registry import define_op, ops
 from ._selection import by_item, check_packed, check_packed_values, vmap_packed
 from .suppress_select import check_rank_and_tau, suppress_select_reference
 
@@ -79,4 +79,4 @@ def suppress_select_varlen(
     """
     _check(features, rank, tau, cu_seqlens, cu_budgets, total_k)
     check_packed_values(_OP, features, cu_seqlens, cu_budgets, total_k)
-    return torch.ops.sts_kernels.suppress_select_varlen.default(features, rank, tau, cu_seqlens, cu_budgets, total_k)
+    return ops.suppress_select_varlen.default(features, rank, tau, cu_seqlens, cu_budgets, total_k)

@@ -36,17 +36,21 @@ def layout(model, call, shape):
     return items
 
 
-def windows(model, call):
-    """Qwen2.5-VL: the groups of a frame window by window, each in raster order."""
-    visual, order, start = model.visual, [], 0
-    merge = visual.spatial_merge_size
+def window_order(visual, grids: list[list[int]]) -> torch.Tensor:
+    """Qwen2.5-VL: the groups of a frame window by window, each in raster order. visual: the encoder or its
+    configuration."""
+    order, start, merge = [], 0, visual.spatial_merge_size
     side = visual.window_size // merge // visual.patch_size
-    for frames, height, width in grids_of(call):
+    for frames, height, width in grids:
         for _ in range(frames):
             frame = torch.arange(start, start + height * width // merge**2, device="cpu").view(height // merge, -1)
             order += [part.flatten() for rows in frame.split(side) for part in rows.split(side, 1)]
             start += frame.numel()
     return torch.cat(order)
+
+
+def windows(model, call):
+    return window_order(model.visual, grids_of(call))
 
 
 def attention(model, kind):

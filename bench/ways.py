@@ -1,0 +1,206 @@
+"""`python -m bench.ways`: ways of running a model, plain and pruned: time to the first token, and of each further one.
+
+True sizes with random weights: times, memory and shapes are those of the real models, answers mean nothing. One row a
+model, way, batch and budget.
+
+eager              generate() as it is
+static             generate(cache_implementation="static"): transformers compiles the decode step, on a GPU
+captured           PruningHandle.compile(): encoder, prefill and decode step, on a GPU each in a CUDA graph
+captured-inductor  the same, each compiled by Inductor before it is captured
+
+build    s until the first answer is there: what compiles and captures
+encode   ms of vision encoder, selection and projector; prefill: of the LLM's forward over the prompt. Both between
+         syncs, by the pruning's own clock, so the plain model is one that is pruned with a budget of all tokens
+first    ms until the first token: generate() of one token
+token    ms a further token: generate() of 65 tokens less generate() of one, over 64; tokens/s: of that long answer, all
+         rows of the batch together
+
+All rows of a batch are the same picture and question. cuDNN's attention is off: it plans every new length of the keys
+anew, in tens of ms.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from . import backends, record, timing
+from .prefill import BUDGETS, OPS_TIMED, cudnn_attention, elapsed_ms, number, picture
+
+COLUMNS = (
+    *("timestamp", "commit", "model", "way", "batch", "budget", "dtype", "attention", "prompt", "visual", "keep"),
+    *("keep_after", "build_s", "encode_ms", "prefill_ms", "first_p20_ms", "first_p50_ms", "first_p80_ms", "token_ms"),
+    *("tokens_per_s", "samples", "peak_gb", "weights_gb", "device", "threads", "torch", "transformers"),
+)
+WAYS = ("eager", "static", "captured", "captured-inductor")
+NEW_TOKENS = 64  # further ones of an answer that is timed
+
+
+class Way:
+    """A model made to run in one way: `answer(tokens)`, with the report of the last prompt."""
+
+    def __init__(self, name: str, model, inputs: dict, pruning):
+        self.model, self.inputs, self.pruning = model, inputs, pruning
+        self.options = {"cache_implementation": "static"} if name == "static" else {}
+        if name.startswith("captured"):
+            backend = name.removeprefix("captured").removeprefix("-") or None
+            batch = len(inputs["input_ids"])
+            pruning.compile(batch_size=batch, max_new_tokens=NEW_TOKENS + 1, backend=backend, strict=True)
+
+    def answer(self, tokens: int) -> None:
+        options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, **self.options}
+        with torch.inference_mode():
+            self.model.generate(**self.inputs, **options)
+
+
+def measure(way: Way, device: torch.device, samples: int) -> dict:
+    begun = time.perf_counter()
+    way.answer(1 + NEW_TOKENS)
+    out = {"build_s": round(time.perf_counter() - begun, 2), "samples": samples}
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    way.answer(1 + NEW_TOKENS)
+    first, long, clock = [], [], {"encode": [], "prefill": []}
+    for _ in range(samples):
+        first.append(elapsed_ms(lambda: way.answer(1), device))
+        for name, taken in clock.items():
+            taken.append(way.pruning.report.measured[name])
+    for _ in range(max(3, samples // 4)):
+        long.append(elapsed_ms(lambda: way.answer(1 + NEW_TOKENS), device))
+    for percent, value in zip((20, 50, 80), timing.percentiles(first), strict=True):
+        out[f"first_p{percent}_ms"] = round(value, 3)
+    for name, taken in clock.items():
+        out[f"{name}_ms"] = round(timing.percentiles(taken)[1], 3)
+    whole = timing.percentiles(long)[1]
+    out["token_ms"] = round((whole - out["first_p50_ms"]) / NEW_TOKENS, 3)
+    out["tokens_per_s"] = round(1e3 * (1 + NEW_TOKENS) * len(way.inputs["input_ids"]) / whole, 1)
+    if device.type == "cuda":
+        out["peak_gb"] = round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
+    row = way.pruning.report.rows[0]
+    return out | {"prompt": row.prompt, "visual": row.tokens, "keep": row.after_stage1, "keep_after": row.after_stage2}
+
+
+def rows(name: str, args):
+    """Yields a row for each way, batch and budget of a model."""
+    import transformers
+
+    from sts_kernels.generate import prepare
+    from sts_kernels.integrations.transformers import prune
+    from sts_kernels.integrations.transformers.random_models import RANDOM, build
+
+    dtype = getattr(torch, args.dtype)
+    model, processor = build(name, args.device, dtype, args.attn)
+    one = dict(
+        prepare(processor, [picture(RANDOM[name].image_size)], "What is in this picture?").to(args.device, dtype)
+    )
+    shared = {**record.environment(args.device, args.commit), "transformers": transformers.__version__}
+    shared |= {"model": name, "dtype": args.dtype, "attention": args.attn}
+    shared["weights_gb"] = round(sum(p.nbytes for p in model.parameters()) / 1e9, 3)
+    for batch in args.batch:
+        inputs = {key: value.repeat(batch, *[1] * (value.ndim - 1)) for key, value in one.items()}
+        for kind in args.way:
+            for budget in (1.0, *(args.budget or BUDGETS[name])):
+                with prune(model, "sts", budget=budget, profile=True, cudnn_attention=True) as pruning:
+                    row = {**shared, "way": kind, "batch": batch, "budget": "all" if budget == 1.0 else budget}
+                    row |= measure(Way(kind, model, inputs, pruning), args.device, args.samples)
+                torch.compiler.reset()
+                if args.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                yield {column: row.get(column, "") for column in COLUMNS}
+
+
+def show(row: dict) -> None:
+    tokens = " -> ".join(f"{row[name]:>4}" for name in ("visual", "keep", "keep_after"))
+    times = "  ".join(f"{name} {row[f'{name}_ms']:>8.4g} ms" for name in ("encode", "prefill"))
+    print(
+        f"{row['model']:<14} {row['way']:<18} batch {row['batch']:>2}  {tokens}  {times}  "
+        f"first {row['first_p50_ms']:>7.4g} ms  token {row['token_ms']:>6.4g} ms {row['tokens_per_s']:>7.5g} tokens/s  "
+        f"peak {row['peak_gb'] or '-'} GB  built in {row['build_s']:.3g} s",
+        flush=True,
+    )
+
+
+def draw(rows: list[dict], png: Path) -> int:
+    """Time to the first token, and of each further one, against the budget: a row of panels a model and batch. Returns
+    how many lines there were to draw."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    newest = {(row["model"], int(row["batch"]), row["way"], row["budget"]): row for row in rows}
+    groups = sorted({key[:2] for key in newest})
+    if not groups:
+        return 0
+    figure, panels = pyplot.subplots(
+        len(groups), 2, figsize=(10, 3.2 * len(groups)), layout="constrained", squeeze=False
+    )
+    lines = 0
+    for (model, batch), axes in zip(groups, panels, strict=True):
+        for colour, way in enumerate(WAYS):
+            mine = [row for key, row in newest.items() if key[:3] == (model, batch, way)]
+            mine.sort(key=lambda row: int(row["keep"]))
+            lines += bool(mine)
+            for panel, column in zip(axes, ("first_p50_ms", "token_ms"), strict=True):
+                points = [(average(row), float(row[column])) for row in mine]
+                panel.plot(*zip(*points, strict=True) if points else ((), ()), "o-", color=f"C{colour}", label=way)
+        for panel, what in zip(axes, ("time to the first token, ms", "a further token, ms"), strict=True):
+            panel.set(title=f"{model}, batch {batch}", xlabel="visual tokens a layer", ylabel=what, ylim=(0, None))
+            panel.grid(True, alpha=0.2)
+    panels[0][0].legend(frameon=False)
+    last = rows[-1]
+    figure.suptitle(f"{last['device']}, {last['dtype']}, torch {last['torch']}", fontsize=10)
+    png.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(png, dpi=120)
+    pyplot.close(figure)
+    return lines
+
+
+def average(row: dict) -> float:
+    """Visual tokens of the prompt, averaged over the layers."""
+    return (int(row["keep"]) + int(row["keep_after"])) / 2
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.ways", description=__doc__.splitlines()[0].split(": ", 1)[1])
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--model", action="append", choices=BUDGETS, help="default: the LLaVA ones on a GPU, else tiny")
+    parser.add_argument("--way", nargs="+", choices=WAYS, default=WAYS)
+    parser.add_argument("--batch", nargs="+", type=int, default=(1, 16))
+    parser.add_argument("--budget", nargs="+", type=number, help="tokens or a share; default: the paper's")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cuda" if cuda else "cpu"))
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"))
+    parser.add_argument("--attn", default="sdpa", help="attention implementation (default: sdpa)")
+    parser.add_argument("--samples", type=int, default=12, help="first tokens a row (default: 12)")
+    parser.add_argument("--seconds", type=float, help="start no further row after so many")
+    parser.add_argument("--csv", type=Path, help="default: bench/results/ways.csv")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the rows of --csv instead of measuring")
+    parser.add_argument("--commit", help="what to record as commit where there is no git checkout")
+    backends.add_argument(parser)
+    args = parser.parse_args(argv)
+    path = args.csv or record.RESULTS / "ways.csv"
+    if args.plot:
+        lines = draw(record.read(path), args.plot) if path.exists() else 0
+        print(f"drew {args.plot}" if lines else f"{path} has no rows to draw; measure first")
+        return 0 if lines else 2
+    if args.device.type == "cuda" and not cuda:
+        parser.error(f"--device {args.device}: torch {torch.__version__} sees no CUDA GPU")
+    args.dtype = args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32")
+    backends.stop_unless_compiled(args.device, OPS_TIMED, args.allow_reference)
+    begun = time.monotonic()
+    with cudnn_attention(False):
+        for name in args.model or (["llava-1.5-7b", "llava-next-7b"] if args.device.type == "cuda" else ["tiny"]):
+            print(f"building {name} with random weights", file=sys.stderr, flush=True)
+            for row in rows(name, args):
+                record.append(path, [row], COLUMNS)
+                show(row)
+                if args.seconds and time.monotonic() - begun > args.seconds:
+                    print(f"{args.seconds:g} s are over, the rest is left out")
+                    return 0
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

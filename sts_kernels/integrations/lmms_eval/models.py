@@ -1,0 +1,102 @@
+"""The classes behind `manifests`: STSLlavaHf is Pruned in front of lmms-eval's LlavaHf, and so on for each family."""
+
+import dataclasses
+import functools
+import importlib
+from unittest import mock
+
+from ... import methods
+from ...methods import Budget, Method
+from ..transformers import prune
+from . import FAMILIES
+
+AMOUNTS = ("budget", "keep", "layers", "ratios")
+PLACES = ("scope", "positions", "score_from", "cudnn_attention")  # further options of prune that are words
+
+
+class PruningFailed(SystemExit):
+    """Ends the run. lmms-eval logs an Exception of generate() and scores an empty answer, which is a wrong number."""
+
+
+def configure(arguments: dict) -> tuple[Method, dict]:
+    """Takes what concerns pruning out of --model_args -> the method, and the other options of `prune`.
+
+    Lists are written with plus signs: layers=8+16+24,ratios=0.5+0.25+64.
+
+    Raises:
+        TypeError, ValueError: one sentence, before any weights are loaded.
+    """
+    name = arguments.pop("method", "sts")
+    known = {field.name for kind in (methods.create(name),) for field in dataclasses.fields(kind)}
+    method = methods.create(name, **{option: arguments.pop(option) for option in known & arguments.keys()})
+    amounts = {option: _numbers(arguments.pop(option)) for option in AMOUNTS if option in arguments}
+    for option in ("layers", "ratios"):
+        if option in amounts and not isinstance(amounts[option], list):
+            amounts[option] = [amounts[option]]
+    if not amounts and "budget" in method.takes:
+        raise ValueError(f"sts_kernels: --model_args must say how many tokens {name} keeps, for example budget=128")
+    Budget(**amounts).check(name, method.takes, 1 << 30)
+    return method, {**amounts, **{option: arguments.pop(option) for option in PLACES if option in arguments}}
+
+
+def _numbers(value):
+    if not isinstance(value, str):
+        return value
+    parts = [float(part) if "." in part else int(part) for part in value.split("+")]
+    return parts if "+" in value else parts[0]
+
+
+class Pruned:
+    """In front of a model of lmms-eval: prunes the model that it loads, and says at the end what was kept."""
+
+    is_simple = False
+
+    def __init__(self, *args, **kwargs):
+        method, options = configure(kwargs)
+        super().__init__(*args, **kwargs)
+        self._pruning = prune(self.model, method, **options)
+        self._pruned_rows = []
+        said = ", ".join(f"{name}={value}" for name, value in {**options, **method.options()}.items())
+        print(f"sts_kernels: {method.name} prunes this model, {said}")
+
+    def generate_until(self, requests):
+        with mock.patch.object(self.model, "generate", functools.partial(self._generate, self.model.generate)):
+            answers = super().generate_until(requests)
+        print(self._summary(len(requests)))
+        return answers
+
+    def _generate(self, generate, *args, **kwargs):
+        before = self._pruning.report
+        try:
+            out = generate(*args, **kwargs)
+        except Exception as error:
+            raise PruningFailed(f"sts_kernels: {type(error).__name__}: {error}") from error
+        report = self._pruning.report
+        if report is not before:
+            self._pruned_rows += report.rows
+        return out
+
+    def _summary(self, prompts: int) -> str:
+        rows = self._pruned_rows
+        if not rows:
+            return f"sts_kernels: none of {prompts} prompts had images, nothing was pruned"
+        means = [sum(row.kept[step] for row in rows) / len(rows) for step in range(len(rows[0].kept))]
+        steps = " -> ".join(f"{mean:.1f}" for mean in (sum(row.tokens for row in rows) / len(rows), *means))
+        average = sum(row.average for row in rows) / len(rows)
+        return (
+            f"sts_kernels: {len(rows)} of {prompts} prompts had images; visual tokens a prompt {steps}, "
+            f"{average:.1f} averaged over the layers"
+        )
+
+
+@functools.cache
+def _pruned(name: str) -> type:
+    family = next(family for family, known in FAMILIES.items() if known == name)
+    base = getattr(importlib.import_module(f"lmms_eval.models.chat.{family}"), name)
+    return type(f"STS{name}", (Pruned, base), {"__module__": __name__})
+
+
+def __getattr__(name: str) -> type:
+    if name.removeprefix("STS") in FAMILIES.values() and name.startswith("STS"):
+        return _pruned(name.removeprefix("STS"))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

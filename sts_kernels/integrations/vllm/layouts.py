@@ -1,0 +1,103 @@
+"""How the tokens of an image lie in the features of its encoder, from its size alone. Needs no vLLM.
+
+The front end and the workers ask the same functions, so they agree on every number of tokens.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
+
+from ...methods import Plan
+from ..transformers.adapters.qwen_vl import window_order
+from ..transformers.visual_item import VisualItem, square
+from .settings import refuse
+
+
+@dataclass(frozen=True)
+class Layout:
+    """
+    item: the image, as the transformers integration describes it. Its feature_of_token is always there.
+    grid: rows and columns of its tokens, where the LLM's rotary positions have three axes. None: they have one.
+    """
+
+    item: VisualItem
+    grid: tuple[int, int] | None = None
+
+    @functools.cached_property
+    def token_of_feature(self) -> torch.Tensor:
+        """(num_features,) int64, -1: the model discards it."""
+        order = self.item.feature_of_token
+        used = (order >= 0).nonzero()[:, 0]
+        return torch.full((self.item.num_features,), -1).index_copy_(0, order[used], used)
+
+    @functools.cached_property
+    def positions(self) -> torch.Tensor:
+        """(num_tokens, 3) int64: rotary positions of the tokens, counted from the first."""
+        token = torch.arange(self.item.num_tokens)
+        if self.grid is None:
+            return token[:, None].expand(-1, 3)
+        return torch.stack([torch.zeros_like(token), token // self.grid[1], token % self.grid[1]], 1)
+
+    def kept(self, plan: Plan) -> int:
+        """Tokens that stay."""
+        return plan.keep(self.item.num_visual) + self.item.num_tokens - self.item.num_visual
+
+
+def side(config) -> int:
+    return config.vision_config.image_size // config.vision_config.patch_size
+
+
+def llava(config) -> Layout:
+    refuse("%s is not supported", {"LLaVA with a Pixtral tower": config.vision_config.model_type == "pixtral"})
+    class_token = config.vision_config.model_type == "clip_vision_model"
+    tokens = side(config) ** 2 + class_token - (config.vision_feature_select_strategy == "default")
+    return Layout(VisualItem("image", [tokens], [square(tokens)], torch.arange(tokens)))
+
+
+def llava_next(config, height: int, width: int) -> Layout:
+    """The whole picture, then its crops side by side without their padding, each row with a newline behind it."""
+    n, pixels = side(config), config.vision_config.image_size
+    rows, columns = get_anyres_image_grid_shape((height, width), config.image_grid_pinpoints, pixels)
+    crops = 1 + rows * columns
+    numbers = torch.arange(crops * n * n).view(crops, n, n)
+    picture = numbers[1:].view(rows, columns, n, n).transpose(1, 2).reshape(1, rows * n, columns * n)
+    picture = torch.nn.functional.pad(unpad_image(picture, (height, width))[0], (0, 1), value=-1)
+    order = torch.cat([numbers[0].flatten(), picture.flatten()])
+    return Layout(VisualItem("image", [n * n] * crops, [(n, n)] * crops, order))
+
+
+def qwen_vl(config, frames: int, height: int, width: int) -> Layout:
+    """Qwen2.5-VL's features lie attention window by attention window."""
+    vision = config.vision_config
+    grid = height // vision.spatial_merge_size, width // vision.spatial_merge_size
+    tokens, windowed = grid[0] * grid[1], hasattr(vision, "window_size")
+    order = window_order(vision, [[frames, height, width]]).argsort() if windowed else torch.arange(tokens)
+    return Layout(VisualItem("image", [tokens], [grid], order), grid)
+
+
+class Family(NamedTuple):
+    """
+    adapter: `config.model_type`, by which the transformers integration finds its adapter.
+    layout: (config, *size) -> Layout.
+    size: the name by which vLLM's processor gives an image's size. None: all images are alike.
+    grid: the LLM's rotary positions have three axes, and the family takes videos too.
+    """
+
+    adapter: str
+    layout: Callable[..., Layout]
+    size: str | None = None
+    grid: bool = False
+
+    def of(self, config, data) -> Layout:
+        """data: what vLLM's processor made of an image."""
+        return self.layout(config, *(data[self.size].data.flatten().tolist() if self.size else ()))
+
+
+LLAVA = Family("llava", llava)
+LLAVA_NEXT = Family("llava_next", llava_next, "image_sizes")
+QWEN2_5_VL = Family("qwen2_5_vl", qwen_vl, "image_grid_thw", True)
+QWEN3_VL = Family("qwen3_vl", qwen_vl, "image_grid_thw", True)

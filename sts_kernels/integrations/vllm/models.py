@@ -1,0 +1,260 @@
+"""The workers: vLLM's models, with the features of images picked from before they become tokens of the LLM.
+
+Where a token belongs in its image travels behind its embedding, as it does where vLLM prunes videos: in DIGITS more
+channels, as digits that every dtype holds exactly. vLLM takes the positions of a step from `get_mrope_input_positions`,
+where all tokens of an image stand at its first. What is to be added for each lies in a buffer: `embed_input_ids` fills
+it, `forward` reads it. Neither needs to know which request a token is of, and CUDA graphs find the buffer at its place.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from vllm.distributed import get_pp_group, get_tp_group
+from vllm.model_executor.models import llava, llava_next, qwen2_5_vl, qwen3_vl
+
+from ... import __version__
+from ...methods._packed import offsets
+from ..transformers import vision_attention, vision_pruning
+from ..transformers.adapters import adapter_of
+from . import layouts, logger
+from .layouts import Layout
+from .processor import serves
+from .settings import Settings, read, refuse
+
+BASE, DIGITS = 128, 6  # two digits for each of three axes: positions below 2^15 in bfloat16, which holds 0 to 256
+ROTATIONS = ("default", "linear", "llama3")  # with a table of any length
+
+
+def batches(sizes: Sequence[int], budget: int) -> Iterator[slice]:
+    """Runs of items of at most `budget` together, or of one that is larger."""
+    start, total = 0, 0
+    for i, size in enumerate([*sizes, budget + 1]):  # the last one closes the last run
+        total += size
+        if i > start and total > budget:
+            yield slice(start, i)
+            start, total = i, size
+
+
+def numbered(parts: list[torch.Tensor], sizes: Sequence[int], device) -> torch.Tensor:
+    """Numbers within items of these sizes, as numbers within all of them; -1 stays."""
+    starts = offsets(sizes)[:-1]
+    shifted = [torch.where(part < 0, part, part + start) for part, start in zip(parts, starts, strict=True)]
+    return torch.cat(shifted).to(device, non_blocking=True)
+
+
+class Prunes:
+    """Mixin in front of a family's model. `processor.serves` gives it its family.
+
+    A family writes encode(image_input, part, layouts of the part): the features as the projector gets them, and the
+    tokens that they become, or None where those are made only of what is kept.
+    """
+
+    family: layouts.Family
+    supports_tower_connector_lora = False  # it counts rows of the encoder by tokens of the prompt
+
+    def __init__(self, *, vllm_config, prefix: str = ""):
+        self.check(vllm_config, asked := read(vllm_config.model_config.hf_config))
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.asked, self.adapter = asked, adapter_of(self.family.adapter)
+        # vLLM counts pruned tokens against this budget. The encoder runs on whole images.
+        self.encoder_budget = vllm_config.scheduler_config.max_num_encoder_input_tokens
+        tokens = vllm_config.scheduler_config.max_num_batched_tokens + 1
+        added = torch.zeros(3, tokens, dtype=torch.int64) if asked.positions == "original" else None
+        self.register_buffer("added_positions", added, persistent=False)
+        self.calls: list[tuple] = []  # query and key of the encoder's attention
+        if asked.method.signals & {"attention", "keys"}:
+            self.attention_module().register_forward_pre_hook(self.capture, with_kwargs=True)
+        if get_tp_group().rank_in_group == 0 and get_pp_group().is_first_rank:
+            logger.info("sts_kernels %s: %s", __version__, asked)
+
+    def check(self, vllm_config, asked: Settings) -> None:
+        """Refuses what would be pruned wrongly."""
+        config, multimodal = vllm_config.model_config.hf_config, vllm_config.model_config.multimodal_config
+        parallel, compilation = vllm_config.parallel_config, vllm_config.compilation_config
+        text = config.get_text_config()
+        rotation = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
+        window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+        moved, merges = asked.positions == "contiguous", "keys" in asked.method.signals
+        reasons = {
+            "--enable-mm-embeds": multimodal.enable_mm_embeds,
+            "--video-pruning-rate": multimodal.is_multimodal_pruning_enabled(),
+            "--mm-encoder-tp-mode data": multimodal.mm_encoder_tp_mode == "data",
+            "compile_mm_encoder": compilation.compile_mm_encoder,
+            "cudagraph_mm_encoder": compilation.cudagraph_mm_encoder,
+            f"{asked.method.name}, which merges features,": merges and self.family is layouts.QWEN3_VL,
+            'positions="contiguous"': moved and self.family.grid,
+        }
+        original = {
+            f"an LLM with a sliding window of {window}": window is not None,
+            f"an LLM with rotary positions of type {rotation}": not self.family.grid and rotation not in ROTATIONS,
+            "--pipeline-parallel-size above 1": parallel.pipeline_parallel_size > 1,
+            "microbatching (--enable-dbo, --ubatch-size)": parallel.use_ubatching,
+            "speculative decoding": vllm_config.speculative_config is not None,
+        }
+        refuse("the vLLM plugin does not support %s", reasons)
+        refuse('the vLLM plugin does not support %s with positions="original"', {} if moved else original)
+
+    def attention_module(self) -> torch.nn.Module:
+        return self.adapter.vision_attention(self, "image").attn
+
+    def capture(self, module, args, kwargs) -> None:
+        query, key = args[:2] if args else (kwargs["query"], kwargs["key"])
+        query, key = (x.reshape(*x.shape[:2], -1, module.head_size).transpose(1, 2) for x in (query, key))
+        about = {"scaling": module.scale, "cu_seq_lens_q": kwargs.get("cu_seqlens")}
+        self.calls += vision_attention.calls_of(query, key, about)
+
+    # --- from pixels to tokens ---
+
+    def project(self, features: torch.Tensor) -> torch.Tensor:
+        return self.adapter.projector(self)(features)
+
+    def _process_image_input(self, image_input) -> Sequence[torch.Tensor]:
+        sizes = image_input[self.family.size].tolist() if self.family.size else [()] * len(image_input["pixel_values"])
+        found = [self.family.layout(self.config, *size) for size in sizes]
+        items = vision_pruning.with_budgets([layout.item for layout in found], self.asked.plan)
+        features, tokens, attention, keys = self.encode_all(image_input, found)
+        before = self.asked.method.site == "encoder"  # the projector
+        if tokens is None and not before:
+            tokens = self.project(features)
+        pool = features if before else tokens[:, : self.config.get_text_config().hidden_size]
+        kept = vision_pruning.select(self.asked.method, self.asked.scope, pool, items, attention, keys)
+        if kept is None:
+            used = [torch.cat(item.candidates()) for item in items]
+            kept = vision_pruning.Kept(numbered(used, [item.num_features for item in items], pool.device))
+        group = get_tp_group()  # ranks pick from equal features; the first one's picks for all make it certain
+        rows = group.broadcast(kept.rows, src=0)
+        if kept.values is None:
+            embeds = self.project(features[rows]) if tokens is None else tokens[rows]
+        else:
+            embeds = group.broadcast(kept.values, src=0).to(features.dtype)
+            embeds = self.project(embeds) if before else embeds
+        return self.laid_out(embeds, rows, found)
+
+    def encode_all(self, image_input, found: list[Layout]) -> Iterator[torch.Tensor | None]:
+        """Features, tokens, attention and keys of all images, a row for each feature; None: not made, or not asked."""
+        columns, group = [], get_tp_group()
+        for part in batches([layout.item.num_features for layout in found], self.encoder_budget):
+            features, tokens = self.encode(image_input, part, found[part])
+            calls, self.calls = self.calls, []
+            columns.append([features.flatten(0, -2), tokens])
+            for name, find in (("attention", self.adapter.attention), ("keys", self.adapter.keys)):
+                signal = None
+                if name in self.asked.method.signals:  # the mean over heads, of which each rank has as many
+                    signal = find(self, calls, features.shape).contiguous()
+                    signal = group.all_reduce(signal) / group.world_size
+                columns[-1].append(signal)
+        return (None if column[0] is None else torch.cat(column) for column in zip(*columns, strict=True))
+
+    def laid_out(self, embeds: torch.Tensor, rows: torch.Tensor, found: list[Layout]) -> Sequence[torch.Tensor]:
+        """The tokens of each image in their order, separators among them. rows: the feature that each embedding is."""
+        sizes = [layout.item.num_tokens for layout in found]
+        separators = [(layout.item.feature_of_token < 0).nonzero()[:, 0] for layout in found]
+        tokens = numbered([layout.token_of_feature for layout in found], sizes, rows.device)[rows]
+        if any(map(len, separators)):
+            tokens = torch.cat([tokens, numbered(separators, sizes, rows.device)])
+            embeds = torch.cat([embeds, self.image_newline.to(embeds.dtype).expand(len(tokens) - len(rows), -1)])
+        tokens, order = tokens.sort()
+        embeds = embeds[order]
+        if self.added_positions is not None:
+            place = torch.cat([layout.positions for layout in found]).to(rows.device)[tokens]
+            embeds = torch.cat([embeds, (place // BASE).to(embeds.dtype), (place % BASE).to(embeds.dtype)], 1)
+        return embeds.split([layout.kept(self.asked.plan) for layout in found])
+
+    # --- from tokens to the LLM ---
+
+    def get_mrope_input_positions(self, input_tokens, mm_features) -> tuple[torch.Tensor, int]:
+        """The prompt's tokens at their positions in the whole prompt, all tokens of an image at that of its first."""
+        whole, spread, source, at = [], [], [], 0
+        for feature in sorted(mm_features, key=lambda feature: feature.mm_position.offset):
+            start, length = feature.mm_position.offset, feature.mm_position.length
+            tokens = self.family.of(self.config, feature.data).item.num_tokens
+            source += range(len(whole), len(whole) + start - at)
+            whole += input_tokens[at:start]
+            source += [len(whole)] * length
+            spread.append(replace(feature, mm_position=replace(feature.mm_position, offset=len(whole), length=tokens)))
+            whole += [input_tokens[start]] * tokens
+            at = start + length
+        source += range(len(whole), len(whole) + len(input_tokens) - at)
+        whole += input_tokens[at:]
+        plain = torch.arange(len(whole)).expand(3, -1), 0
+        positions, delta = super().get_mrope_input_positions(whole, spread) if self.family.grid else plain
+        return positions[:, source], delta + len(whole) - len(input_tokens)
+
+    def embed_input_ids(self, input_ids, multimodal_embeddings=None, *, is_multimodal=None) -> torch.Tensor:
+        if self.added_positions is not None:
+            self.added_positions.zero_()
+            if multimodal_embeddings is not None and len(multimodal_embeddings):
+                high, low = torch.cat([x[:, -DIGITS:] for x in multimodal_embeddings]).long().chunk(2, 1)
+                self.added_positions[:, : len(input_ids)][:, is_multimodal] = (high * BASE + low).T
+                multimodal_embeddings = [x[:, :-DIGITS] for x in multimodal_embeddings]
+        return super().embed_input_ids(input_ids, multimodal_embeddings, is_multimodal=is_multimodal)
+
+    def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None, **kwargs):
+        if self.added_positions is not None:
+            positions = positions + self.added_positions[:, : positions.shape[1]]
+            positions = positions if self.family.grid else positions[0]
+        return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
+
+
+# --- families ---
+
+
+class Llava(Prunes):
+    """The LLM's positions are plain. vLLM asks a model for positions only where it says that they have three axes."""
+
+    supports_mrope = True
+
+    def check(self, vllm_config, asked: Settings) -> None:
+        """And makes the table of rotations as long as the longest prompt is with all tokens of its images."""
+        super().check(vllm_config, asked)
+        model, config = vllm_config.model_config, vllm_config.model_config.hf_config
+        images = model.max_model_len // asked.plan.keep(layouts.side(config) ** 2)
+        sizes = config.image_grid_pinpoints if self.family.size else [()]
+        most = max(self.family.layout(config, *size).item.num_tokens for size in sizes)
+        text = config.get_text_config()
+        text.max_position_embeddings = max(text.max_position_embeddings, model.max_model_len + images * most)
+
+    def attention_module(self) -> torch.nn.Module:
+        return self.vision_tower.vision_model.encoder.layers[-1].self_attn.attn  # vLLM builds no layer behind it
+
+    def encode(self, image_input, part, found):
+        pixels = image_input["pixel_values"][part]
+        if self.family.size:  # crops of images of one request may have been padded to a number that all have
+            pixels = torch.cat([x[: len(layout.item.crops)] for x, layout in zip(pixels, found, strict=True)])
+        return self._image_pixels_to_features(self.vision_tower, pixels), None
+
+
+class Qwen(Prunes):
+    """The features are what the merger gets. It runs on all of them, within the encoder."""
+
+    def encode(self, image_input, part, found):
+        grids, features = image_input["image_grid_thw"], []
+        ends = offsets(grids.prod(-1).tolist())
+        pixels = image_input["pixel_values"][ends[part.start] : ends[part.stop]]
+        given = {"type": "pixel_values", "pixel_values": pixels, "image_grid_thw": grids[part]}
+        projector, read_features = self.adapter.projector(self), self.adapter.features
+        with projector.register_forward_pre_hook(lambda module, args: features.append(read_features(module, args[0]))):
+            images = super(Prunes, self)._process_image_input(given)
+        tokens = [x[layout.token_of_feature.to(x.device)] for x, layout in zip(images, found, strict=True)]
+        return features[0], torch.cat(tokens)
+
+
+@serves(layouts.LLAVA)
+class STSLlava(Llava, llava.LlavaForConditionalGeneration):
+    """LLaVA-1.5."""
+
+
+@serves(layouts.LLAVA_NEXT)
+class STSLlavaNext(Llava, llava_next.LlavaNextForConditionalGeneration):
+    """LLaVA-NeXT."""
+
+
+@serves(layouts.QWEN2_5_VL)
+class STSQwen2_5_VL(Qwen, qwen2_5_vl.Qwen2_5_VLForConditionalGeneration):
+    """Qwen2.5-VL."""
+
+
+@serves(layouts.QWEN3_VL)
+class STSQwen3VL(Qwen, qwen3_vl.Qwen3VLForConditionalGeneration):
+    """Qwen3-VL."""

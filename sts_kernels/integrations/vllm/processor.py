@@ -1,0 +1,82 @@
+"""The front end: prompts with as many placeholders as tokens will be kept, and image hashes that say so.
+
+vLLM sizes a prompt before the image is encoded, so the number is a function of the image's size alone.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from . import layouts, settings
+
+
+class Prunes:
+    """Mixin in front of a family's processor."""
+
+    family: layouts.Family
+
+    def _get_prompt_updates(self, mm_items, hf_processor_mm_kwargs, out_mm_kwargs) -> Sequence:
+        config = self.info.get_hf_config()
+        plan = settings.read(config).plan
+
+        def kept(whole, index: int) -> list[int]:
+            layout, tokens = self.family.of(config, out_mm_kwargs["image"][index]), whole(index)
+            if len(tokens) != layout.item.num_tokens:
+                raise RuntimeError(
+                    f"sts_kernels: expected {layout.item.num_tokens} tokens of an image, got {len(tokens)}"
+                )
+            return tokens[: layout.kept(plan)]
+
+        updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
+        return [x if x.modality != "image" else replace(x, replacement=partial(kept, x.replacement)) for x in updates]
+
+    def _get_mm_hashes(self, inputs) -> Mapping:
+        """What is kept of an image has a hash of its own: servers may share a store of encoded images or blocks."""
+        tag = settings.read(self.info.get_hf_config()).tag()
+        hashes = super()._get_mm_hashes(inputs)
+        return {kind: [f"{value}-{tag}" for value in values] for kind, values in hashes.items()}
+
+
+class ImagesOnly:
+    """Mixin in front of a family's information: videos are refused, as their tokens would not be pruned."""
+
+    def get_supported_mm_limits(self) -> Mapping:
+        return {"image": None, "video": 0}
+
+    def get_mm_max_tokens_per_item(self, seq_len, mm_counts) -> None:
+        return None  # as many as a dummy image has: pruned
+
+
+def serves(family: layouts.Family):
+    """Decorator of a model class: the processor of the vLLM model that it is made from, with pruned prompts."""
+
+    def decorate(model: type) -> type:
+        vllm = model._processor_factory
+
+        def information(ctx):
+            """vLLM calls it when it makes a model's configuration, which it sends to all its processes. So what is
+            asked for is written there: what a variable says, and the pruned model's own name, which a process without
+            the variable knows too. Called again, it changes nothing."""
+            config = ctx.model_config.hf_config
+            asked = settings.read(config)
+            config.sts = asked.options
+            config.architectures = [name if name.startswith("STS") else f"STS{name}" for name in config.architectures]
+            if asked.positions == "original" and not family.grid:
+                # vLLM asks a model for the positions of its tokens where any part of its configuration has M-RoPE. The
+                # LLM's own part stays as it is.
+                config.rope_parameters = {"mrope_section": [1, 0, 0]}
+            found = vllm.info(ctx)
+            return type("STSInformation", (ImagesOnly, type(found)), {})(ctx) if family.grid else found
+
+        def processor(info, dummy_inputs):
+            found = type(vllm.processor(info, dummy_inputs))
+            return type(f"STS{found.__name__}", (Prunes, found), {"family": family})(info, dummy_inputs)
+
+        model.family = family
+        return MULTIMODAL_REGISTRY.register_processor(processor, info=information, dummy_inputs=vllm.dummy_inputs)(
+            model
+        )
+
+    return decorate
