@@ -58,12 +58,13 @@ def status() -> Status:
     return status
 
 
-def build_info() -> dict:
+def build_info() -> dict[str, Any]:
     """What the build recorded; empty where there was none."""
     try:
-        return json.loads(BUILD_INFO.read_text())
+        recorded: dict[str, Any] = json.loads(BUILD_INFO.read_text())
     except (OSError, ValueError):
         return {}
+    return recorded
 
 
 def load() -> Status:
