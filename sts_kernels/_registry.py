@@ -42,7 +42,6 @@ class Op:
         return _native.status().why(key)
 
 
-F = TypeVar("F", bound=Callable[..., Any])
 OPS: dict[str, Op] = {}
 
 
@@ -81,6 +80,7 @@ class _Registrations:
 
 
 _registrations = _Registrations.of_this_process()
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def define_op(

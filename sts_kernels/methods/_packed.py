@@ -1,6 +1,6 @@
 """Selections of packed items: groups of equal length and budget run as padded batches without padding."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -9,10 +9,8 @@ from torch import Tensor
 from .. import _checks
 from ._pool import ARGUMENTS, SCORES, Pool
 
-Rows = TypeVar("Rows", Tensor, Tensor | None)
 
-
-def host(values: Sequence[int], device: Any, dtype: torch.dtype = torch.int64) -> Tensor:
+def host(values: Sequence[int], device, dtype: torch.dtype = torch.int64) -> Tensor:
     """Host ints on `device`, whatever the default device is. A copy to the device; nothing comes back."""
     return torch.tensor(values, dtype=dtype, device="cpu").to(device, non_blocking=True)
 
@@ -27,7 +25,7 @@ def offsets(lengths: Sequence[int]) -> list[int]:
 
 def check(
     op: str,
-    signals: Iterable[str],
+    signals: Any,
     lengths: list[int],
     budgets: list[int],
     features: Tensor | None,
@@ -74,6 +72,9 @@ def groups(lengths: Sequence[int], budgets: Sequence[int]) -> dict[tuple[int, in
         if shape[1]:
             found.setdefault(shape, []).append(item)
     return found
+
+
+Rows = TypeVar("Rows", Tensor, Tensor | None)
 
 
 def batch(value: Rows, items: Sequence[int], starts: Sequence[int], length: int) -> Rows:

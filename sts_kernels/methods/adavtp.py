@@ -82,6 +82,7 @@ class AdaVTP(_adaptive.Adaptive):
     ) -> Selection:
         """One launch, whatever the lengths and budgets."""
         device = _packed.check(self.name, self.signals, lengths, budgets, features, scores, text, keys)
+        assert features is not None  # as checked
         total = sum(budgets)
         if not total:
             return Selection(torch.empty(0, dtype=torch.int64, device=device), method=self)
@@ -94,5 +95,4 @@ class AdaVTP(_adaptive.Adaptive):
             seqlens, slots = (
                 _packed.host(_packed.offsets(values), device, torch.int32) for values in (lengths, budgets)
             )
-            assert features is not None  # as checked
             return Selection(suppress_select_varlen(features, rank, tau, seqlens, slots, total), method=self)
