@@ -1,6 +1,7 @@
 """Visual tokens of a picture, from pixels or from a trained vision model, for the commands that show selections."""
 
 import functools
+from argparse import ArgumentParser
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +103,7 @@ class Tokens:
         return PATCHES.format(side=self.side, count=self.side**2, size=self.patch)
 
 
-def add_argument(parser: Any) -> None:
+def add_argument(parser: ArgumentParser) -> None:
     """--features, of the commands that take a picture."""
     patches = PATCHES.format(side=PATCH_GRID, count=PATCH_GRID**2, size=PATCH_SIZE)
     parser.add_argument(
