@@ -20,7 +20,10 @@ if [ ! -x "$python" ]; then
 fi
 "$python" -m pip install -q --no-deps .
 cp bench/evaluation/*.* "$work/"
-export PYTHONPATH=$PWD/bench/evaluation/site # for torchvision; not this folder: its package would hide the installed one
+mkdir -p "$work/site" # Python runs sitecustomize.py at its start; this folder's package would hide the installed one
+cp python_tests/serving/torchvision_without_cuda.py "$work/site/"
+echo "import torchvision_without_cuda" >"$work/site/sitecustomize.py"
+export PYTHONPATH=$work/site
 "$python" bench/evaluation/task.py "$work"
 
 evaluate() { # MODEL_ARGS...
