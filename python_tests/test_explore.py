@@ -1,6 +1,7 @@
 """`explore`: the numbers on the page against the methods' own selections, and the page in a real browser."""
 
 import base64
+import dataclasses
 import itertools
 import json
 import re
@@ -167,6 +168,19 @@ def test_curves_are_those_of_the_kept_rows():
                 assert entry[key][i] == pytest.approx(value, rel=1e-3, abs=1e-4), (name, key, k)
 
 
+def test_tokens_on_a_device(device):
+    tokens = made_up()
+    moved = {name: getattr(tokens, name).to(device) for name in ("features", "attention", "keys")}
+    tokens = dataclasses.replace(tokens, **moved)
+    shown = data_of(tokens)["pictures"][0]["methods"]
+    for name in NESTED:
+        order = selection(name, tokens, tokens.count)[1][0].order[0].tolist()
+        assert unpack(shown[name]["order"]).tolist() == order
+    assert unpack(shown["visionzip"]["runs"][4]["order"]).tolist() == (
+        selection("visionzip", tokens, explore.ladder(36)[4])[1][0].order[0].tolist()
+    )
+
+
 def test_equal_tokens_stand_for_themselves():
     x = torch.zeros(3, 2)
     counts, picks, away = explore.replacements(torch.cdist(x, x), torch.tensor([2, 0, 1]))
@@ -305,6 +319,8 @@ def test_explore_refuses(tmp_path, capsys):
     assert "--crops must be at least 1, got 0" in refusal(capsys, "--crops", 0)
     assert "--crops 4 makes 9792 tokens, and the page takes 8192" in refusal(capsys, "--crops", 4)
     assert "--limit must be at least 1, got 0" in refusal(capsys, "--limit", 0)
+    Image.new("RGB", (23, 99)).save(tmp_path / "small.png")
+    assert "small.png: the image is too small: " in refusal(capsys, tmp_path / "small.png")
     out = tmp_path / "no" / "page.html"
     assert f"cannot write the page {out}: No such file" in refusal(capsys, "--methods", "uniform", "--out", out)
 

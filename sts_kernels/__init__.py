@@ -35,4 +35,4 @@ else:
     _native.status()  # loads the compiled library, now that the schemas exist
 finally:
     if _filter in warnings.filters:
-        warnings.filters.remove(_filter)
+        warnings.filters.remove(_filter)  # type: ignore[attr-defined]  # typeshed has it as a Sequence

@@ -3,6 +3,8 @@
 import argparse
 import importlib
 import sys
+from types import ModuleType
+from typing import NoReturn
 
 from . import __version__, _process, _torch_error
 from ._errors import UserError
@@ -20,7 +22,7 @@ MODULES = {"methods": "list_methods"}  # where it is not the command's name
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")
 
 
@@ -29,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog=_process.NAME, description="Visual-token pruning for vision-language models.")
     parser.add_argument("--version", action="version", version=f"sts_kernels {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
-    command = None
+    command: ModuleType | None = None
     for name, summary in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=summary, description=f"{summary.capitalize()}.")
         if argv[:1] == [name]:
@@ -45,7 +47,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return 2
     try:
-        return command.run(args)
+        assert command is not None  # argparse has found its name
+        return int(command.run(args))
     except UserError as error:
         parser.exit(2, f"{parser.prog} {args.command}: {error}\n")
 

@@ -4,6 +4,7 @@ import functools
 import math
 import os
 import warnings
+from typing import Any
 
 import torch
 from torch._C import _functorch
@@ -18,7 +19,7 @@ MAX_FLOAT32 = torch.finfo(torch.float32).max
 MAX_INT = 2**63 - 1
 
 
-def tensor(op: str, name: str, value, dtypes: tuple, shape: str, ndim: int) -> None:
+def tensor(op: str, name: str, value: Any, dtypes: tuple[Any, ...], shape: str, ndim: int) -> None:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{op}: {name} must be a tensor of shape {shape}, got {type(value).__name__}")
     _dense(op, name, value)
@@ -42,14 +43,22 @@ def _dense(op: str, name: str, value: torch.Tensor) -> None:
         raise TypeError(f"{op}: {name} must be a dense tensor, got a quantized one; give {name}.dequantize()")
 
 
-def features(op: str, value, shape: str = "(B, N, C)", name: str = "features") -> None:
+def features(op: str, value: Any, shape: str = "(B, N, C)", name: str = "features") -> None:
     tensor(op, name, value, FLOATING, shape, shape.count(",") + 1)
     tokens, channels = value.shape[-2:]
     if tokens == 0 or channels == 0:
         raise ValueError(f"{op}: {name} must have at least one token and one channel, got shape {tuple(value.shape)}")
 
 
-def per_token(op: str, name: str, value, dtypes: tuple, like: torch.Tensor, shape: str = "(B, N)", other="features"):
+def per_token(
+    op: str,
+    name: str,
+    value: Any,
+    dtypes: tuple[Any, ...],
+    like: torch.Tensor,
+    shape: str = "(B, N)",
+    other: str = "features",
+) -> None:
     """One number per row of `like`, the tensor called `other`, on its device."""
     tensor(op, name, value, dtypes, shape, 2)
     if value.shape != like.shape[:2]:
@@ -57,7 +66,7 @@ def per_token(op: str, name: str, value, dtypes: tuple, like: torch.Tensor, shap
     same_device(op, name, value, like, other)
 
 
-def index_vector(op: str, name: str, value, length: int, shape: str, like: torch.Tensor) -> None:
+def index_vector(op: str, name: str, value: Any, length: int, shape: str, like: torch.Tensor) -> None:
     """An integer vector of `length` on the device of the features. Its values are checked elsewhere."""
     tensor(op, name, value, INTEGER, shape, 1)
     if value.shape[0] != length:
@@ -70,12 +79,12 @@ def same_device(op: str, name: str, value: torch.Tensor, like: torch.Tensor, oth
         raise ValueError(f"{op}: {name} must be on the device of {other}, {like.device}, got {value.device}")
 
 
-def _shown(value) -> str:
+def _shown(value: Any) -> str:
     """Python refuses to write out the longest ints."""
     return str(value) if not isinstance(value, int) or abs(value) < 10**400 else "an int of more than 400 digits"
 
 
-def integer(op: str, name: str, value, low: int, high=None, why: str = "") -> None:
+def integer(op: str, name: str, value: Any, low: int, high: Any = None, why: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
         raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
     highest = MAX_INT if high is None else high
@@ -84,21 +93,21 @@ def integer(op: str, name: str, value, low: int, high=None, why: str = "") -> No
         raise ValueError(f"{op}: {name} must be {span}, got {_shown(value)}")
 
 
-def one_of(op: str, name: str, value, allowed: tuple) -> None:
+def one_of(op: str, name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     if not isinstance(value, str):
         raise TypeError(f"{op}: {name} must be a str, got {type(value).__name__}")
     if value not in allowed:
         raise ValueError(f"{op}: {name} must be {' or '.join(map(repr, allowed))}, got {value!r}")
 
 
-def eps(op: str, value) -> None:
+def eps(op: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat):
         raise TypeError(f"{op}: eps must be a float, got {type(value).__name__}")
     if not MIN_EPS <= value <= MAX_EPS:
         raise ValueError(f"{op}: eps must be between {MIN_EPS} and {MAX_EPS}, got {_shown(value)}")
 
 
-def in_float32(op: str, name: str, value) -> None:
+def in_float32(op: str, name: str, value: Any) -> None:
     if not -MAX_FLOAT32 <= value <= MAX_FLOAT32:
         raise ValueError(f"{op}: {name} must be finite in float32, got {_shown(value)}")
 
@@ -153,7 +162,7 @@ def _overlaps_itself(value: torch.Tensor) -> bool:
     for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
         if size > 1 and stride <= reach:  # true of every overlap, and of few other layouts
             offsets = _offsets(value)
-            return offsets.unique().numel() < offsets.numel()
+            return bool(offsets.unique().numel() < offsets.numel())
         reach += stride * (size - 1)
     return False
 
@@ -169,7 +178,7 @@ def _share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
         + torch.arange(0, t.element_size(), piece, device="cpu")
         for t in (a, b)
     ]
-    return torch.isin(*pieces).any().item()
+    return bool(torch.isin(*pieces).any())
 
 
 def _extent(value: torch.Tensor) -> int:

@@ -2,10 +2,14 @@
 
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ._errors import UserError, needs
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 # What full white may be where a mode does not say it: the smallest that holds all values.
 WHITES = {"I": (255, 65535), "F": (1, 255, 65535)}
@@ -17,7 +21,7 @@ def default_picture() -> Path:
     return installed if installed.exists() else Path(__file__).parents[1] / "examples" / "pictures" / "coffee.jpg"
 
 
-def load_picture(path):
+def load_picture(path: str | Path) -> "Image":
     """The picture at `path` (its first frame), upright, in RGB, on white where it is transparent."""
     try:
         from PIL import Image
@@ -30,7 +34,7 @@ def load_picture(path):
         raise UserError(f"cannot read the image {path}: {first_line(error)}") from error
 
 
-def to_rgb(image):
+def to_rgb(image: "Image") -> "Image":
     """`image` of any mode as RGB, with its greys: what is deeper than 8 bits is scaled, where Pillow would clip it."""
     from PIL import Image, ImageOps
 
@@ -45,31 +49,31 @@ def to_rgb(image):
     return upright.convert("RGB")
 
 
-def white_of(image) -> int | None:
+def white_of(image: "Image") -> int | None:
     """The value of full white in a grey picture of mode I, I;16 or F, where that is known."""
     if image.mode.startswith("I;16"):
         bits = getattr(image, "tag_v2", {}).get(258, 16)  # BitsPerSample of a TIFF: 12-bit ones have this mode too
-        return 2 ** (bits[0] if isinstance(bits, tuple) else bits) - 1
+        return (1 << int(bits[0] if isinstance(bits, tuple) else bits)) - 1
     return 65535 if image.mode == "I" and image.format in ("PNG", "PPM") else None  # so Pillow opens 16 bits
 
 
-def scale_grey(image, white: int | None):
+def scale_grey(image: "Image", white: int | None) -> "Image":
     """A grey picture of mode I, I;16 or F as L: from 0 to `white`, to the next usual white, or else its own range."""
-    grey, black = image.convert("F"), 0
-    low, high = grey.getextrema()
+    grey = image.convert("F")
+    extrema: Any = grey.getextrema()  # of one band
+    low, high = map(float, extrema)
     if not math.isfinite(low) or not math.isfinite(high):
         raise ValueError("it has values that are not finite")
     if white is None and low >= 0:
         white = next((w for w in WHITES.get(image.mode, ()) if high <= w), None)
-    if white is None:
-        black, white = low, high
-    scale = 255 / max(white - black, 1e-30)
+    black, top = (low, high) if white is None else (0.0, float(white))
+    scale = 255 / max(top - black, 1e-30)
     grey = grey.point(lambda value: value * scale + (0.5 - black * scale)).convert("L")
     grey.info.pop("transparency", None)  # one of the values before
     return grey
 
 
-def save(picture, path: str) -> None:
+def save(picture: "Image", path: str) -> None:
     try:
         picture.save(path)
     except Exception as error:

@@ -10,6 +10,7 @@ import urllib.parse
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,7 +26,7 @@ TORCH_FLOOR = (2, 10)
 class Status:
     loaded: bool
     reason: str  # why it is not loaded; "" when it is
-    build: dict = field(default_factory=dict)  # what the build recorded: torch headers, CUDA, architectures, compiler
+    build: dict[str, Any] = field(default_factory=dict)  # as recorded: torch headers, CUDA, architectures, compiler
     remedy: str = ""  # what to type, so that it loads; "" where it is left out on purpose, or there is none
     chosen: bool = False  # left out on purpose
 
@@ -57,12 +58,13 @@ def status() -> Status:
     return status
 
 
-def build_info() -> dict:
+def build_info() -> dict[str, Any]:
     """What the build recorded; empty where there was none."""
     try:
-        return json.loads(BUILD_INFO.read_text())
+        recorded: dict[str, Any] = json.loads(BUILD_INFO.read_text())
     except (OSError, ValueError):
         return {}
+    return recorded
 
 
 def load() -> Status:
@@ -82,7 +84,7 @@ def load() -> Status:
     return Status(True, "", build)
 
 
-def missing(build: dict) -> Status:
+def missing(build: dict[str, Any]) -> Status:
     """What a missing library comes of. A build on Linux makes one, fails, or is told to leave it out."""
     if other := installed_elsewhere():
         reason = f"{LIBRARY.parent} hides the installed package in {other}, which has the compiled library"
@@ -99,7 +101,7 @@ def missing(build: dict) -> Status:
 def installed_elsewhere() -> Path | None:
     """The folder of an installed package with a library, where this one is another copy."""
     for distribution in importlib.metadata.distributions(name="sts-kernels"):
-        library = Path(distribution.locate_file("sts_kernels")) / LIBRARY.name
+        library = Path(str(distribution.locate_file("sts_kernels"))) / LIBRARY.name
         if library.exists():
             return library.parent
     return None
@@ -121,7 +123,7 @@ def rebuild(*settings: str) -> str:
 def origin() -> tuple[str, bool]:
     """What pip installed this package from, "" where that is not known, and whether it is an editable installation."""
     try:
-        direct = json.loads(importlib.metadata.distribution("sts-kernels").read_text("direct_url.json"))
+        direct = json.loads(importlib.metadata.distribution("sts-kernels").read_text("direct_url.json") or "{}")
     except (importlib.metadata.PackageNotFoundError, TypeError, ValueError):
         direct = {}
     url = direct.get("url", "")

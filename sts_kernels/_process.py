@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from typing import Any
 
 NAME = "python -m sts_kernels"
 
@@ -20,7 +21,7 @@ def end_on_interrupt() -> None:
     a callback and forgotten.
     """
 
-    def end(signum, frame):
+    def end(signum: Any, frame: Any) -> None:
         try:
             sys.stdout.flush()
         finally:

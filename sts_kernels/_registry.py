@@ -9,6 +9,7 @@ import importlib.util
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 
@@ -22,7 +23,7 @@ ops = getattr(torch.ops, NAMESPACE)  # how the package calls its own ops
 class Op:
     name: str
     schema: str
-    reference: Callable
+    reference: Callable[..., Any]
     triton: bool
 
     def backend(self, key: str) -> str:
@@ -60,7 +61,7 @@ class _Registrations:
     def __init__(self, library: torch.library.Library):
         self.library = library
         self.schemas: dict[str, str] = {}
-        self.kernels: dict[str, dict[str, Callable]] = {}
+        self.kernels: dict[str, dict[str, Callable[..., Any]]] = {}
 
     @staticmethod
     def of_this_process() -> "_Registrations":
@@ -78,24 +79,25 @@ class _Registrations:
         self.schemas[name] = schema
         return True
 
-    def put(self, name: str, key: str, kernel: Callable) -> Callable:
+    def put(self, name: str, key: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
         kernels = self.kernels.setdefault(name, {})
         kernels[key] = kernel
         return lambda *args, **kwargs: kernels[key](*args, **kwargs)
 
 
 _registrations = _Registrations.of_this_process()
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def define_op(
     schema: str,
     *,
-    fake: Callable,
-    vmap: Callable,
-    triton: Callable | None = None,
+    fake: Callable[..., Any],
+    vmap: Callable[..., Any],
+    triton: Callable[..., Any] | None = None,
     discrete: bool = False,
     derivative: "_transforms.Derivative | None" = None,
-):
+) -> Callable[[F], F]:
     """Decorates an op's reference: defines `schema` and registers all that serves it.
 
     Args:
@@ -108,11 +110,11 @@ def define_op(
     """
     name = schema[: schema.index("(")]
 
-    def register(reference: Callable) -> Callable:
+    def register(reference: F) -> F:
         op = Op(name, schema, reference, triton is not None)
 
         @functools.wraps(reference)
-        def fallback(*args):
+        def fallback(*args: Any) -> Any:
             if any(isinstance(a, torch.Tensor) and a.is_cuda for a in args):
                 _warn_fallback(op)
             with torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():  # as in a compiled kernel

@@ -1,7 +1,7 @@
 """What an op gives to autograd, forward-mode AD, torch.func and vmap. Only _registry calls it."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch._C import _functorch
@@ -18,11 +18,13 @@ class Derivative(NamedTuple):
     """Of the floating-point outputs; integer outputs are indices and have none. Arguments come with their defaults
     filled in. Both functions are differentiable themselves, and see no autocast."""
 
-    vjp: Callable  # (*grads of floating outputs, *integer outputs, *arguments) -> a gradient or None per argument
-    jvp: Callable  # (*tangents or None, *integer outputs, *arguments) -> the tangent of each floating output
+    # (*grads of floating outputs, *integer outputs, *arguments) -> a gradient or None per argument
+    vjp: Callable[..., Any]
+    # (*tangents or None, *integer outputs, *arguments) -> the tangent of each floating output
+    jvp: Callable[..., Any]
 
 
-def autograd(overload, discrete: bool, derivative: Derivative | None) -> dict[str, Callable]:
+def autograd(overload: Any, discrete: bool, derivative: Derivative | None) -> dict[str, Any]:
     """The op's kernels above its backends, by dispatch key."""
     if derivative is not None:
         return {"Autograd": _differentiable(overload, derivative)}
@@ -32,12 +34,12 @@ def autograd(overload, discrete: bool, derivative: Derivative | None) -> dict[st
     return {"Autograd": fallthrough_kernel if discrete else _not_differentiable(overload)}
 
 
-def _written(overload) -> int | None:
+def _written(overload: Any) -> int | None:
     """Position of the argument that the op writes to."""
     return next((i for i, a in enumerate(overload._schema.arguments) if a.alias_info and a.alias_info.is_write), None)
 
 
-def _below_autograd(overload, keyset, arguments):
+def _below_autograd(overload: Any, keyset: Any, arguments: Any) -> Any:
     with torch._C._AutoDispatchBelowAutograd():
         return overload.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
 
@@ -47,7 +49,7 @@ def _transformed() -> bool:
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
-def _unpack_dual(value: torch.Tensor):
+def _unpack_dual(value: torch.Tensor) -> Any:
     """As forward_ad.unpack_dual, which does not know of a level that a compiled graph has entered."""
     return torch._VF._unpack_dual(value, level=0)
 
@@ -56,7 +58,7 @@ def _has_tangent(value: torch.Tensor) -> bool:
     return _unpack_dual(value).tangent is not None
 
 
-def _refuse_lost_derivatives(overload, arguments) -> None:
+def _refuse_lost_derivatives(overload: Any, arguments: Any) -> None:
     """Reverse mode outside torch.func needs none of it: there the output says requires_grad=False."""
     for argument, value in zip(overload._schema.arguments, arguments, strict=False):
         if not isinstance(value, torch.Tensor):
@@ -68,8 +70,8 @@ def _refuse_lost_derivatives(overload, arguments) -> None:
             )
 
 
-def _not_differentiable(overload):
-    def kernel(keyset, *arguments):
+def _not_differentiable(overload: Any) -> Any:
+    def kernel(keyset: Any, *arguments: Any) -> Any:
         if _transformed():
             _refuse_lost_derivatives(overload, arguments)
         return _below_autograd(overload, keyset, arguments)
@@ -77,10 +79,10 @@ def _not_differentiable(overload):
     return kernel
 
 
-def _in_place(overload, written: int):
+def _in_place(overload: Any, written: int) -> Any:
     name = overload._schema.arguments[written].name
 
-    def kernel(keyset, *arguments):
+    def kernel(keyset: Any, *arguments: Any) -> Any:
         if _transformed():
             _refuse_lost_derivatives(overload, arguments)
         target = arguments[written]
@@ -100,12 +102,12 @@ def _in_place(overload, written: int):
     return kernel
 
 
-def _differentiable(overload, derivative: Derivative):
+def _differentiable(overload: Any, derivative: Derivative) -> Any:
     defaults = [a.default_value if a.has_default_value() else None for a in overload._schema.arguments]
 
     class Function(_SingleLevelFunction):  # torch.func calls the Autograd key at each of its levels
         @staticmethod
-        def forward(ctx, keyset, *arguments):
+        def forward(ctx: Any, keyset: Any, *arguments: Any) -> Any:
             # An autograd.Function switches both modes off; torch.func's outer levels need them.
             with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
                 out = _below_autograd(overload, keyset, arguments)
@@ -121,13 +123,13 @@ def _differentiable(overload, derivative: Derivative):
             return out
 
         @staticmethod
-        def backward(ctx, *grads):
-            grads = [grad for grad, floating in zip(grads, ctx.floating, strict=True) if floating]
+        def backward(ctx: Any, *grads: Any) -> Any:
+            grads = tuple(grad for grad, floating in zip(grads, ctx.floating, strict=True) if floating)
             values = (c if a is None else a for a, c in zip(ctx.saved_tensors, ctx.constants, strict=True))
             return None, *derivative.vjp(*grads, *values)
 
         @staticmethod
-        def jvp(ctx, keyset, *tangents):
+        def jvp(ctx: Any, keyset: Any, *tangents: Any) -> Any:
             with forward_ad._set_fwd_grad_enabled(True):
                 values = (
                     c if a is None else _unpack_dual(a).primal if a.is_floating_point() else a
@@ -139,22 +141,22 @@ def _differentiable(overload, derivative: Derivative):
             out = iter(out if isinstance(out, tuple) else (out,))
             return tuple(next(out) if floating else None for floating in ctx.floating)
 
-    def kernel(keyset, *arguments):
+    def kernel(keyset: Any, *arguments: Any) -> Any:
         tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
         backward = torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
         if backward or (_transformed() and any(map(_has_tangent, tensors))):
             with enable_single_level_autograd_function():
-                return Function.apply(keyset, *arguments, *defaults[len(arguments) :])
+                return Function.apply(keyset, *arguments, *defaults[len(arguments) :])  # type: ignore[attr-defined]
         return _below_autograd(overload, keyset, arguments)
 
     return kernel
 
 
-def vmap(overload, rule: Callable):
+def vmap(overload: Any, rule: Callable[..., Any]) -> Any:
     """`rule` as torch.library.register_vmap wants it: the mapped axis comes first, in every tensor."""
     written = _written(overload)
 
-    def kernel(info, in_dims, *arguments):
+    def kernel(info: Any, in_dims: Any, *arguments: Any) -> Any:
         if written is not None and in_dims[written] is None:
             name = overload._schema.arguments[written].name
             raise ValueError(f"{overload._opname}: {name} is written to, so vmap must map it where it maps any tensor")
@@ -164,19 +166,22 @@ def vmap(overload, rule: Callable):
     return kernel
 
 
-def _in_front(lanes: int, value, dim: int | None):
+def _in_front(lanes: int, value: Any, dim: int | None) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     return value.expand(lanes, *value.shape) if dim is None else value.movedim(dim, 0)
 
 
-def fold(call: Callable) -> Callable:
+def fold(call: Callable[..., Any]) -> Callable[..., Any]:
     """The vmap rule of an op whose tensors all begin with the batch: the mapped axis makes a larger batch."""
 
-    def rule(*arguments):
+    def rule(*arguments: Any) -> Any:
         lanes, batch = arguments[0].shape[:2]
         out = call(*(a.flatten(0, 1) if isinstance(a, torch.Tensor) else a for a in arguments))
-        apart = lambda value: value.unflatten(0, (lanes, batch))  # noqa: E731
+
+        def apart(value: torch.Tensor) -> Any:
+            return value.unflatten(0, (lanes, batch))
+
         return tuple(map(apart, out)) if isinstance(out, tuple) else apart(out)
 
     return rule

@@ -1,6 +1,7 @@
 """Visual tokens of a picture, from pixels or from a trained vision model, for the commands that show selections."""
 
 import functools
+from argparse import ArgumentParser
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +103,7 @@ class Tokens:
         return PATCHES.format(side=self.side, count=self.side**2, size=self.patch)
 
 
-def add_argument(parser: Any) -> None:
+def add_argument(parser: ArgumentParser) -> None:
     """--features, of the commands that take a picture."""
     patches = PATCHES.format(side=PATCH_GRID, count=PATCH_GRID**2, size=PATCH_SIZE)
     parser.add_argument(
@@ -252,7 +253,7 @@ def _model_source(name: str, device: torch.device) -> Source:
 def _key_projection(model: torch.nn.Module, layers: int) -> torch.nn.Module:
     """Of the layer whose output is taken, the last but one."""
     ending = f"layers.{max(0, layers - 2)}.self_attn.k_proj"
-    return next(module for name, module in model.named_modules() if name.endswith(ending))
+    return model.get_submodule(next(name for name, _ in model.named_modules() if name.endswith(ending)))
 
 
 def _of_output(output: Any, key: Tensor, name: str, side: int, heads: int) -> Signals:

@@ -10,7 +10,7 @@ Shared by all functions:
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ class Coverage(NamedTuple):
     largest: Tensor
 
 
-def _present(op: str, like: Tensor, num_tokens) -> Tensor:
+def _present(op: str, like: Tensor, num_tokens: Tensor | None) -> Tensor:
     """(B, N) bool: the tokens that count."""
     batch, tokens = like.shape[:2]
     position = torch.arange(tokens, device=like.device)
@@ -54,7 +54,7 @@ def _present(op: str, like: Tensor, num_tokens) -> Tensor:
     return position < num_tokens[:, None]
 
 
-def _tokens(op: str, features, num_tokens) -> tuple[Tensor, Tensor, Tensor]:
+def _tokens(op: str, features: Tensor, num_tokens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Features in float64, zero where they do not count or their item is bad; the tokens present; items to be NaN."""
     _checks.features(op, features)
     present = _present(op, features, num_tokens)
@@ -63,7 +63,7 @@ def _tokens(op: str, features, num_tokens) -> tuple[Tensor, Tensor, Tensor]:
     return torch.where(counts[..., None], features, 0).double(), present, bad
 
 
-def _scores(op: str, scores, num_tokens) -> tuple[Tensor, Tensor, Tensor]:
+def _scores(op: str, scores: Tensor, num_tokens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """The same of scores."""
     _checks.tensor(op, "scores", scores, SCORES, "(B, N)", 2)
     if scores.shape[1] == 0:
@@ -213,7 +213,9 @@ def _std(values: Tensor, counts: Tensor) -> Tensor:
     return (torch.where(counts, values - mean, 0.0).square().sum(1) / number[:, 0]).sqrt()
 
 
-def _best(op: str, scores, share, num_tokens) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _best(
+    op: str, scores: Tensor, share: Any, num_tokens: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Scores sorted descending, their indices, which of them are the best `share`, tokens of each item, bad items."""
     s, present, bad = _scores(op, scores, num_tokens)
     if isinstance(share, bool) or not isinstance(share, int | float):

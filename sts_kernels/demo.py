@@ -6,6 +6,7 @@ import random
 import statistics
 import sys
 import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,7 @@ MEASURES = {  # of the kept tokens, and how they are printed
 }
 
 
-def add_arguments(parser: Any) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "image",
         nargs="?",
@@ -46,7 +47,7 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print it as one JSON object")
 
 
-def run(args: Any) -> int:
+def run(args: Namespace) -> int:
     device = find_device(args.device)
     picture = load_picture(args.image or default_picture())
     source = _vision.source(args.features, device)
@@ -158,7 +159,7 @@ def median_ms(function: Callable[[], object], device: torch.device, runs: int = 
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    times = []
+    times: list[float] = []
     while len(times) < 3 or (len(times) < runs and sum(times) < seconds):
         finish()
         start = time.perf_counter()

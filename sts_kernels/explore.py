@@ -10,6 +10,7 @@ import io
 import json
 import math
 import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -46,7 +47,7 @@ class Subject(NamedTuple):
     tokens: Tokens
 
 
-def add_arguments(parser: Any) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "images",
         nargs="*",
@@ -77,7 +78,7 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument("--device", help="where to run (default: cuda if there is one, else cpu)")
 
 
-def run(args: Any) -> int:
+def run(args: Namespace) -> int:
     if args.limit < 1:
         raise UserError(f"--limit must be at least 1, got {args.limit}")
     if args.crops < 1:
@@ -92,7 +93,7 @@ def run(args: Any) -> int:
         raise UserError(f"--crops {args.crops} makes {tokens} tokens, and the page takes {MOST_TOKENS}")
     if args.keep is not None and not 1 <= args.keep <= tokens:
         raise UserError(f"--keep must be between 1 and {tokens}, the number of tokens, got {args.keep}")
-    subjects = [Subject(name, _vision.tokens(source, picture, args.crops)) for name, picture in pictures.items()]
+    subjects = [subject(name, picture, source, args.crops) for name, picture in pictures.items()]
     chosen, left_out = choose(args.methods, subjects[0].tokens)
     first = args.methods[0] if args.methods else "sts"
     data = page_data(subjects, source, chosen, left_out, args.keep or max(1, min(64, tokens // 4)), first)
@@ -111,10 +112,17 @@ def run(args: Any) -> int:
     return 0
 
 
+def subject(name: str, picture: "Image", source: Source, crops: int) -> Subject:
+    try:
+        return Subject(name, _vision.tokens(source, picture, crops))
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
+
+
 def files(given: Sequence[str]) -> list[Path]:
     """The pictures that `given` names: files as they are, of a folder those that look like pictures, by name."""
     found: list[Path] = []
-    for path in map(Path, given or [default_picture()]):
+    for path in [Path(name) for name in given] or [default_picture()]:
         if not path.is_dir():
             found.append(path)
             continue

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 MB = 2**20
 
@@ -43,7 +44,7 @@ class LLMSize:
     bytes: int  # of one cached number
 
     @classmethod
-    def of(cls, config, dtype) -> "LLMSize":
+    def of(cls, config: Any, dtype: Any) -> "LLMSize":
         """Of a configuration of transformers and a torch.dtype."""
         heads = config.num_attention_heads
         dim = getattr(config, "head_dim", None) or config.hidden_size // heads

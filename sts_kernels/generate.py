@@ -3,6 +3,8 @@
 import ast
 import sys
 import time
+from argparse import ArgumentParser, Namespace
+from typing import Any
 
 import torch
 
@@ -39,7 +41,7 @@ def option(text: str) -> tuple[str, object]:
         return name, value
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", metavar="ID_OR_PATH", help="a checkpoint: hub id or local directory")
     source.add_argument(
@@ -84,7 +86,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--device", help="where to run (default: cuda if there is one, else cpu)")
 
 
-def run(args) -> int:
+def run(args: Namespace) -> int:
     images = [load_picture(path) for path in args.image]
     device, (method, amounts) = find_device(args.device), configure(args)
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
@@ -123,7 +125,7 @@ def run(args) -> int:
     return 0
 
 
-def configure(args) -> tuple[Method, dict]:
+def configure(args: Namespace) -> tuple[Method, dict[str, Any]]:
     """The method, and how many tokens, checked as far as that goes without a model."""
     options = dict(args.option)
     options |= {n: v for n in ("keep_after", "prune_layer") if (v := getattr(args, n)) is not None}
@@ -139,7 +141,7 @@ def configure(args) -> tuple[Method, dict]:
         raise UserError(str(error)) from error
 
 
-def load(args, device: torch.device, dtype: torch.dtype):
+def load(args: Namespace, device: torch.device, dtype: torch.dtype) -> Any:
     name, start = args.model or args.random, time.perf_counter()
     print(f"loading {name} ...", end="", file=sys.stderr, flush=True)
     try:
@@ -162,7 +164,7 @@ def load(args, device: torch.device, dtype: torch.dtype):
     return model, processor
 
 
-def prepare(processor, images: list, prompt: str):
+def prepare(processor: Any, images: list[Any], prompt: str) -> Any:
     turn = [*({"type": "image"} for _ in images), {"type": "text", "text": prompt}]
     try:
         text = processor.apply_chat_template([{"role": "user", "content": turn}], add_generation_prompt=True)
@@ -173,7 +175,9 @@ def prepare(processor, images: list, prompt: str):
         ) from error
 
 
-def ask(integration, model, processor, inputs, method: Method, amounts: dict, new_tokens: int):
+def ask(
+    integration: Any, model: Any, processor: Any, inputs: Any, method: Method, amounts: dict[str, Any], new_tokens: int
+) -> Any:
     """-> the answer, the report, seconds."""
     with integration.prune(model, method, profile=True, **amounts) as pruning:
         start = time.perf_counter()

@@ -8,6 +8,7 @@ import platform
 import re
 import sys
 import textwrap
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,11 @@ INDENT = 14
 VARIABLES = ("TORCH_CUDA_ARCH_LIST", "CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print it as one JSON object")
 
 
-def run(args) -> int:
+def run(args: Namespace) -> int:
     """Status 1 where no op works."""
     data = collect()
     if sys.stdout is not None:  # closed
@@ -35,7 +36,7 @@ def run(args) -> int:
     return 0 if data["ops"] else 1
 
 
-def collect() -> dict:
+def collect() -> dict[str, Any]:
     """All that `info` shows. The keys stay; the strings are for people."""
     data = {"version": __version__, "ops": {}, "error": ""}
     try:
@@ -58,7 +59,7 @@ def collect() -> dict:
     return data
 
 
-def report(data: dict | None = None) -> str:
+def report(data: dict[str, Any] | None = None) -> str:
     data = collect() if data is None else data
     facts = data | {"environment": variables(data["environment"])}
     lines = [wrap(f"{name:<{INDENT}}{facts[name]}") for name in LABELS]
@@ -72,7 +73,7 @@ def wrap(line: str) -> str:
     return textwrap.fill(line, 110, subsequent_indent=" " * INDENT, break_long_words=False, break_on_hyphens=False)
 
 
-def probe(function: Callable[..., Any], *args) -> Any:
+def probe(function: Callable[..., Any], *args: Any) -> Any:
     """What `function` returns, or as text why it failed."""
     try:
         return function(*args)
@@ -85,7 +86,7 @@ def failure(error: Exception) -> str:
     return f"failed: {type(error).__name__}{': ' + message[0] if message else ''}"
 
 
-def backends() -> dict:
+def backends() -> dict[str, Any]:
     """Of each op and dispatch key the backend, and why that one."""
     from ._registry import OPS
 
@@ -95,7 +96,7 @@ def backends() -> dict:
     }
 
 
-def table(ops: dict) -> str:
+def table(ops: dict[str, Any]) -> str:
     """The backends of each op, then what explains them."""
     width = max(map(len, ops)) + 2
     rows = [f"{'op':<{width}}" + "".join(f"{key:<11}" for key in KEYS).rstrip()]
@@ -154,9 +155,9 @@ def gpus() -> str:
     import torch
 
     if not torch.cuda.is_available():
-        return "none visible to torch; driver " + probe(driver)
+        return f"none visible to torch; driver {probe(driver)}"
     cards = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    return ", ".join(f"{card.name} (sm_{card.major}{card.minor})" for card in cards) + "; driver " + probe(driver)
+    return ", ".join(f"{card.name} (sm_{card.major}{card.minor})" for card in cards) + f"; driver {probe(driver)}"
 
 
 def driver() -> str:
@@ -183,7 +184,7 @@ def variables(environment: dict[str, str] | str) -> str:
     return ", ".join(f"{name}={value}" for name, value in environment.items()) or "nothing set"
 
 
-def library() -> dict:
+def library() -> dict[str, Any]:
     from . import _native
 
     status = _native.status()

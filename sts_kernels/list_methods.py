@@ -2,6 +2,8 @@
 
 import json
 import sys
+from argparse import ArgumentParser, Namespace
+from typing import Any
 
 from . import methods
 
@@ -14,11 +16,11 @@ QUERIES = {
 }
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print it as one JSON object")
 
 
-def run(args) -> int:
+def run(args: Namespace) -> int:
     described = [methods.describe(name) for name in methods.names()]
     if args.json:
         json.dump({entry["name"]: entry for entry in described}, sys.stdout, indent=2, default=str)
@@ -28,7 +30,7 @@ def run(args) -> int:
     return 0
 
 
-def text(entry: dict) -> str:
+def text(entry: dict[str, Any]) -> str:
     lines = [entry["name"], f"  paper      {entry['paper']}", f"  acts       {'; '.join(places(entry))}"]
     if entry["signals"]:
         lines.append(f"  looks at   {', '.join(entry['signals'])} of the visual tokens")
@@ -44,7 +46,7 @@ def text(entry: dict) -> str:
     return "\n".join(lines)
 
 
-def places(entry: dict) -> list[str]:
+def places(entry: dict[str, Any]) -> list[str]:
     """Where it acts, in an LLM of 32 layers."""
     found = [SITES[entry["site"]]] if entry["site"] else []
     if cuts := entry["cuts"]:

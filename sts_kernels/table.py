@@ -4,18 +4,20 @@ import dataclasses
 import importlib.util
 import json
 import sys
+from argparse import ArgumentParser, Namespace
+from typing import Any
 
 from . import methods, papers
 
 HEAD = ("where", "row", "number", "paper", "here", "off", "how")
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--paper", choices=papers.names(), required=True, help="whose numbers")
     parser.add_argument("--json", action="store_true", help="print it as one JSON object")
 
 
-def run(args) -> int:
+def run(args: Namespace) -> int:
     paper = papers.load(args.paper)
     if args.json:
         json.dump(as_dict(args.paper, paper), sys.stdout, indent=2)
@@ -29,7 +31,7 @@ def title(name: str) -> str:
     return f"{name}: {methods.describe(name)['paper']}" if name in methods.names() else name
 
 
-def as_dict(name: str, paper: papers.Paper) -> dict:
+def as_dict(name: str, paper: papers.Paper) -> dict[str, Any]:
     rows = [{**dataclasses.asdict(number), "off": number.off} for number in paper.numbers]
     tables = [{**dataclasses.asdict(table), "command": table.command()} for table in paper.accuracy]
     return {
@@ -71,7 +73,7 @@ def numbers(paper: papers.Paper) -> str:
 
 
 def notes(paper: papers.Paper) -> str:
-    rows = {}
+    rows: dict[str, dict[str, None]] = {}
     for number in paper.numbers:
         if number.note:
             rows.setdefault(number.note, {})[f"{number.table}, {number.row}"] = None

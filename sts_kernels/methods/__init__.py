@@ -4,6 +4,7 @@ import functools
 import importlib
 import pkgutil
 from dataclasses import MISSING, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ def _class(name: str) -> type[Method]:
     raise TypeError(f"methods: {name}.py must define a Method whose name is {name!r}")
 
 
-def _known(name) -> type[Method]:
+def _known(name: str) -> type[Method]:
     if not isinstance(name, str):
         raise TypeError(f"methods: name must be a str, got {type(name).__name__}")
     if name not in names():
@@ -51,7 +52,7 @@ def _known(name) -> type[Method]:
     return _class(name)
 
 
-def create(name: str, **options) -> Method:
+def create(name: str, **options: Any) -> Method:
     """The method `name` with its own options; `describe(name)` lists them.
 
     Raises:
@@ -66,7 +67,7 @@ def create(name: str, **options) -> Method:
     return kind(**options)
 
 
-def describe(name: str) -> dict:
+def describe(name: str) -> dict[str, Any]:
     """What `name` is: name, paper, site, signals, scope, positions, takes (of Budget), cuts (in an LLM of 32 layers,
     with a family's default layer of 16) and options, each with its default and documentation."""
     kind = _known(name)
@@ -90,7 +91,7 @@ def describe(name: str) -> dict:
     }
 
 
-def _check_merge(op: str, features, selection, ndim: int) -> None:
+def _check_merge(op: str, features: Tensor, selection: Selection, ndim: int) -> None:
     if not isinstance(selection, Selection):
         raise TypeError(f"{op}: selection must be a Selection, got {type(selection).__name__}")
     _checks.features(op, features, "(B, N, C)" if ndim == 3 else "(T, C)")
@@ -144,7 +145,7 @@ def merge_packed(features: Tensor, selection: Selection, lengths: list[int], bud
         raise ValueError(
             f"{op}: selection must have {slots[-1]} picks, the sum of budgets, got {selection.order.shape[0]}"
         )
-    parts: list = [None] * len(lengths)
+    parts: list[Any] = [None] * len(lengths)
     for (length, budget), items in _packed.groups(lengths, budgets).items():
         part = Selection(
             _packed.batch(selection.order, items, slots, budget),

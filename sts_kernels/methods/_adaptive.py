@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ SHARES = (0.1, 0.9)  # least and largest share of attention tokens
 COUNTS = (0.8, 1.2)  # least and largest count, in parts of the one asked for (App. B.5)
 
 
-def share(op: str, name: str, value) -> None:
+def share(op: str, name: str, value: Any) -> None:
     """A share from 0 to 1, both included."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{op}: {name} must be a float, got {value!r}")
@@ -24,7 +24,7 @@ def share(op: str, name: str, value) -> None:
         raise ValueError(f"{op}: {name} must be between 0 and 1, got {value}")
 
 
-def positive(op: str, name: str, value) -> None:
+def positive(op: str, name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{op}: {name} must be a float, got {value!r}")
     if not 0 < value < float("inf"):
@@ -44,7 +44,7 @@ class Adaptive(Method):
     complexity: str = option("erank", "of an image: erank, participation (ratio) or entropy (of the attention)")
     erank_avg: float = option(ERANK_AVG, "average complexity, of erank on LLaVA-1.5's projected features by default")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _checks.one_of(self.name, "complexity", self.complexity, MEASURES)
         positive(self.name, "erank_avg", self.erank_avg)
 
@@ -71,7 +71,7 @@ class Adaptive(Method):
         if not len(values) or not values.isfinite().all():
             what = "at least one image" if not len(values) else "finite values only"
             raise ValueError(f"{self.name}: calibrate needs {name} of {what}")
-        new = {"erank_avg": float(values.mean())}
+        new: dict[str, Any] = {"erank_avg": float(values.mean())}
         if "erank_iqr" in {own.name for own in fields(self)}:
             low, high = values.quantile(torch.tensor([0.25, 0.75], dtype=torch.float64)).tolist()
             if low == high:
@@ -89,7 +89,7 @@ class Mixing(Adaptive):
     erank_iqr: float = option(ERANK_IQR, "third less first quartile of the complexity, for mixing")
     mixing: str = option("fixed", "share of attention tokens: fixed, adaptive (less in a complex image) or inverse")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         positive(self.name, "erank_iqr", self.erank_iqr)
         _checks.one_of(self.name, "mixing", self.mixing, ("fixed", "adaptive", "inverse"))

@@ -6,11 +6,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from .. import _checks
 
 
-def check_amount(op: str, name: str, value) -> None:
+def check_amount(op: str, name: str, value: Any) -> None:
     """A number of tokens (int) or a share of them (float up to 1)."""
     if value is None:
         return
@@ -24,7 +25,7 @@ def check_amount(op: str, name: str, value) -> None:
         )
 
 
-def check_share(op: str, name: str, value) -> None:
+def check_share(op: str, name: str, value: Any) -> None:
     """A float above 0 and at most 1."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{op}: {name} must be a float, got {value!r}")
@@ -98,14 +99,14 @@ class Budget:
             )
 
 
-def check_layer(method: str, name: str, value, layers: int) -> None:
+def check_layer(method: str, name: str, value: Any, layers: int) -> None:
     """A layer that something can be pruned behind, in an LLM of `layers` layers."""
     _checks.integer(method, name, value, 1)
     if value >= layers:
         raise ValueError(f"{method}: {name} must be at most {layers - 1}, the LLM has {layers} layers, got {value}")
 
 
-def _check_layers(method: str, values, layers: int) -> None:
+def _check_layers(method: str, values: Any, layers: int) -> None:
     if isinstance(values, str) or not isinstance(values, Sequence):
         raise TypeError(f"{method}: layers must be a list of ints, got {values!r}")
     for value in values:
@@ -114,7 +115,7 @@ def _check_layers(method: str, values, layers: int) -> None:
         raise ValueError(f"{method}: layers must name at least one layer and ascend, got {list(values)}")
 
 
-def _check_ratios(method: str, values) -> None:
+def _check_ratios(method: str, values: Any) -> None:
     if isinstance(values, str) or not isinstance(values, Sequence):
         raise TypeError(f"{method}: ratios must be a list of shares (float) or numbers of tokens (int), got {values!r}")
     for value in values:

@@ -7,7 +7,7 @@ import torch
 from .. import _checks
 
 
-def _check(scores, candidates, k):
+def _check(scores: torch.Tensor, candidates: torch.Tensor, k: int) -> None:
     op = "keep_top"
     _checks.tensor(op, "scores", scores, (*_checks.FLOATING, torch.float64), "(B, S)", 2)
     _checks.tensor(op, "candidates", candidates, (torch.bool,), "(B, S)", 2)

@@ -1,9 +1,11 @@
 """Rows of the tokens kept, with the tokens merged into them."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ..ops import scatter_mean
+from ..ops.scatter_mean import scatter_mean
 
 
 def rows(features: Tensor, order: Tensor) -> Tensor:
@@ -22,7 +24,7 @@ def weighted_mean(features: Tensor, order: Tensor, assignment: Tensor | None, we
     return torch.where(((order >= 0) & (mass > 0))[..., None], mean, kept)
 
 
-def others(features: Tensor, selection) -> Tensor:
+def others(features: Tensor, selection: Any) -> Tensor:
     """(B, k, C) float32: of each slot the weighted mean of the tokens merged into the kept one, which does not count;
     zero where there are none, or the slot is not used."""
     order, k = selection.order, selection.order.shape[1]

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -47,13 +48,22 @@ def offsets(lengths: Sequence[int]) -> list[int]:
     return starts
 
 
-def check(op: str, signals, lengths, budgets, features, scores, text, keys) -> torch.device:
+def check(
+    op: str,
+    signals: Any,
+    lengths: list[int],
+    budgets: list[int],
+    features: Tensor | None,
+    scores: Tensor | None,
+    text: Tensor | None,
+    keys: Tensor | None,
+) -> torch.device:
     """Checks the arguments of `Method.select_packed`, and returns the device of its tensors."""
     for name, values in (("lengths", lengths), ("budgets", budgets)):
         if not isinstance(values, Sequence):
             raise TypeError(f"{op}: {name} must be a list of ints, got {type(values).__name__}")
-        for value in values:
-            _checks.integer(op, name, value, 0)
+        for number in values:
+            _checks.integer(op, name, number, 0)
     if len(lengths) != len(budgets):
         raise ValueError(f"{op}: budgets must have one number for each of the {len(lengths)} items, got {len(budgets)}")
     for item, (length, budget) in enumerate(zip(lengths, budgets, strict=True)):
@@ -89,12 +99,23 @@ def groups(lengths: Sequence[int], budgets: Sequence[int]) -> dict[tuple[int, in
     return found
 
 
-def batch(value: Tensor | None, items: Sequence[int], starts: Sequence[int], length: int) -> Tensor | None:
+Rows = TypeVar("Rows", Tensor, Tensor | None)
+
+
+def batch(value: Rows, items: Sequence[int], starts: Sequence[int], length: int) -> Rows:
     """(items, length, ...): the rows of `items` of a packed value, each from its start on."""
     return None if value is None else torch.stack([value[starts[i] : starts[i] + length] for i in items])
 
 
-def pools(device, lengths, budgets, features, scores, text, keys) -> Iterator[tuple[list[int], Pool]]:
+def pools(
+    device: Any,
+    lengths: list[int],
+    budgets: list[int],
+    features: Tensor | None,
+    scores: Tensor | None,
+    text: Tensor | None,
+    keys: Tensor | None,
+) -> Iterator[tuple[list[int], Pool]]:
     """The items of each group, and their pool, of checked arguments."""
     starts = offsets(lengths)
     for (length, budget), items in groups(lengths, budgets).items():
@@ -109,16 +130,24 @@ def pools(device, lengths, budgets, features, scores, text, keys) -> Iterator[tu
 OF_TOKENS = {1: -1, 2: 0}  # columns of a Selection with a row for each token, and what a token has that goes nowhere
 
 
-def columns(selection) -> tuple[Tensor | None, ...]:
+def columns(selection: Any) -> tuple[Tensor | None, ...]:
     """Order, assignment, weight and sources."""
     return selection.order, selection.assignment, selection.weight, selection.sources
 
 
-def select(method, lengths, budgets, features, scores, text, keys):
+def select(
+    method: Any,
+    lengths: list[int],
+    budgets: list[int],
+    features: Tensor | None,
+    scores: Tensor | None,
+    text: Tensor | None,
+    keys: Tensor | None,
+) -> Any:
     """`Method.select_packed` by groups."""
     from .base import Selection
 
-    parts: list = [None] * len(lengths)  # of each item: the columns of a Selection
+    parts: list[Any] = [None] * len(lengths)  # of each item: the columns of a Selection
     device = check(method.name, method.signals, lengths, budgets, features, scores, text, keys)
     for items, pool in pools(device, lengths, budgets, features, scores, text, keys):
         picked = method.selection(pool)
@@ -126,7 +155,7 @@ def select(method, lengths, budgets, features, scores, text, keys):
             parts[item] = [None if v is None else v[i] for v in columns(picked)]
     if not any(parts):
         return Selection(torch.empty(0, dtype=torch.int64, device=device), method=method)
-    packed = []
+    packed: list[Tensor | None] = []
     for column, value in enumerate(next(filter(None, parts))):
         if value is None:
             packed.append(None)
@@ -138,10 +167,20 @@ def select(method, lengths, budgets, features, scores, text, keys):
             elif column in OF_TOKENS:  # an item without a budget
                 rows.append(value.new_full((length,), OF_TOKENS[column]))
         packed.append(torch.cat(rows))
-    return Selection(*packed, method)
+    order, assignment, weight, sources = packed
+    assert order is not None
+    return Selection(order, assignment, weight, sources, method)
 
 
-def fit_budgets(method, lengths, budgets, features, scores, text, keys) -> list[int]:
+def fit_budgets(
+    method: Any,
+    lengths: list[int],
+    budgets: list[int],
+    features: Tensor | None,
+    scores: Tensor | None,
+    text: Tensor | None,
+    keys: Tensor | None,
+) -> list[int]:
     """`Method.fit_budgets` by groups."""
     device = check(method.name, method.signals, lengths, budgets, features, scores, text, keys)
     found, owners = [], []

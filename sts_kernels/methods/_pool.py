@@ -1,6 +1,7 @@
 """Checked input of one selection."""
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ ARGUMENTS = {  # of each signal
     "text": "text",
 }
 SHAPES = {"features": "(B, N, C)", "scores": "(B, N)", "keys": "(B, N, D)", "text": "(B, M, C)"}
+ABSENT = cast(Tensor, None)  # a signal that the method does not name, and so does not look at
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,10 @@ class Pool:
     count: Tensor
     present: Tensor
     num_tokens: Tensor | None = None
-    features: Tensor | None = None
-    scores: Tensor | None = None
-    text: Tensor | None = None
-    keys: Tensor | None = None
+    features: Tensor = ABSENT
+    scores: Tensor = ABSENT
+    text: Tensor = ABSENT
+    keys: Tensor = ABSENT
 
     @property
     def device(self) -> torch.device:
@@ -58,7 +60,16 @@ class Pool:
         return usable
 
     @staticmethod
-    def of(op: str, signals: frozenset[str], k, features, scores, text, keys, num_tokens) -> "Pool":
+    def of(
+        op: str,
+        signals: frozenset[str],
+        k: int,
+        features: Tensor | None,
+        scores: Tensor | None,
+        text: Tensor | None,
+        keys: Tensor | None,
+        num_tokens: Tensor | None,
+    ) -> "Pool":
         """Checks the arguments of `Method.select` of method `op`."""
         given = {"features": features, "scores": scores, "keys": keys, "text": text}
         for signal in sorted(signals):
@@ -72,7 +83,8 @@ class Pool:
         for name, value in (("keys", keys), ("text", text)):
             if value is not None:
                 _checks.tensor(op, name, value, _checks.FLOATING, SHAPES[name], 3)
-        sizes = [(name, given[name]) for name in ("features", "scores", "keys") if given[name] is not None]
+        tensors = {name: value for name, value in given.items() if value is not None}
+        sizes = [(name, tensors[name]) for name in ("features", "scores", "keys") if name in tensors]
         if not sizes:
             raise ValueError(f"{op}: give features, scores or keys, their shape says how many tokens there are")
         first, like = sizes[0]
@@ -90,7 +102,7 @@ class Pool:
         return Pool.sized(k, batch, tokens, like.device, num_tokens, **given)
 
     @staticmethod
-    def sized(k: int, batch: int, tokens: int, device, num_tokens: Tensor | None = None, **signals) -> "Pool":
+    def sized(k: int, batch: int, tokens: int, device: Any, num_tokens: Tensor | None = None, **signals: Any) -> "Pool":
         """A pool of `batch` items of `tokens` tokens, for input that is checked."""
         if num_tokens is None:
             count = torch.full((batch,), tokens, dtype=torch.int64, device=device)

@@ -1,7 +1,7 @@
 """AdaVTP: attended tokens, apart from each other as far as the image is simple."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ class AdaVTP(_adaptive.Adaptive):
     space: str = option("projected", "whose features: those that the LLM gets, or those of the encoder")
     count: str = option("fixed", "tokens of an image: fixed, or adaptive (more where it is complex)")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.tau_max, bool) or not isinstance(self.tau_max, int | float):
             raise TypeError(f"{self.name}: tau_max must be a float, got {self.tau_max!r}")
@@ -70,14 +70,24 @@ class AdaVTP(_adaptive.Adaptive):
     def pick(self, pool: Pool) -> Selection:
         return Selection(suppress_select(pool.features, *self.walk(pool), pool.k, pool.count))
 
-    def select_packed(self, lengths, budgets, *, features=None, scores=None, text=None, keys=None) -> Selection:
+    def select_packed(
+        self,
+        lengths: list[int],
+        budgets: list[int],
+        *,
+        features: Tensor | None = None,
+        scores: Tensor | None = None,
+        text: Tensor | None = None,
+        keys: Tensor | None = None,
+    ) -> Selection:
         """One launch, whatever the lengths and budgets."""
         device = _packed.check(self.name, self.signals, lengths, budgets, features, scores, text, keys)
+        assert features is not None  # as checked
         total = sum(budgets)
         if not total:
             return Selection(torch.empty(0, dtype=torch.int64, device=device), method=self)
         with torch.no_grad():
-            parts: list = [None] * len(lengths)
+            parts: list[Any] = [None] * len(lengths)
             for items, pool in _packed.pools(device, lengths, lengths, features, scores, None, None):
                 for i, *part in zip(items, *self.walk(pool), strict=True):
                     parts[i] = part

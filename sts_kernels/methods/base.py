@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import _checks
 from . import _merge, _packed
 from ._budget import Budget, take
-from ._pool import Pool
+from ._pool import ABSENT, Pool
 
 __all__ = ["Budget", "Cut", "Inside", "Method", "Plan", "Pool", "Selection", "option"]
 
@@ -86,8 +86,8 @@ class Inside:
     visual: Tensor
     text: Tensor
     text_mask: Tensor
-    scores: Tensor | None = None
-    text_scores: Tensor | None = None
+    scores: Tensor = ABSENT
+    text_scores: Tensor = ABSENT
     norm: Callable[[Tensor], Tensor] = lambda x: x
 
 
@@ -114,7 +114,7 @@ class Plan:
         return (total + left * (self.layers - start)) / self.layers
 
 
-def option(default, doc: str):
+def option(default: Any, doc: str) -> Any:
     """A dataclass field that is an option of a method, with its documentation."""
     return field(default=default, metadata={"doc": doc})
 
@@ -260,7 +260,8 @@ class Method:
         """
         if self.site is None:
             raise ValueError(f"{self.name}: prunes inside the LLM only, so there is nothing to select before it")
-        return _packed.select(self, lengths, budgets, features, scores, text, keys)
+        selection: Selection = _packed.select(self, lengths, budgets, features, scores, text, keys)
+        return selection
 
     def fit_budgets(
         self,

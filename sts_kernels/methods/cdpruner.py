@@ -41,7 +41,7 @@ class CDPruner(Method):
     by: str = option("scores", "relevance: given as scores, or from the cosines to the text")
     negate: bool = option(True, "with by=text: dissimilar means relevant, as in the official code's CLIP space")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _checks.one_of(self.name, "by", self.by, RELEVANCE)
         if not isinstance(self.negate, bool):
             raise TypeError(f"{self.name}: negate must be True or False, got {self.negate!r}")

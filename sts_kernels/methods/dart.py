@@ -36,7 +36,7 @@ class DART(Method):
     pivots_image: int = option(4, "visual tokens that are pivots")
     pivots_text: int = option(4, "text tokens behind the image that are pivots")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _checks.integer(self.name, "prune_layer", self.prune_layer, 1)
         check_share(self.name, "ratio", self.ratio)
         _checks.integer(self.name, "pivots_image", self.pivots_image, 0)
@@ -89,9 +89,10 @@ def least_alike(visual: Tensor, pivots: Tensor, chosen: Tensor, share: Tensor, k
         share: (B, P) int64, how many each pivot takes; Q plus the sum of a row is k.
     """
     (batch, tokens, _), device = visual.shape, visual.device
-    slot, done = torch.arange(tokens, device=device), chosen.shape[1]
+    slot, first = torch.arange(tokens, device=device), chosen.shape[1]
     turn = torch.full((batch, tokens), tokens, dtype=torch.int64, device=device)  # in which each token was picked
-    turn = turn.scatter(1, chosen, slot[:done].expand(batch, -1))
+    turn = turn.scatter(1, chosen, slot[:first].expand(batch, -1))
+    done = share.new_full((batch, 1), first)
     for number in range(pivots.shape[1]):
         alike = (visual @ pivots[:, number, :, None])[..., 0].float().nan_to_num(nan=2.0)
         order = alike.masked_fill(turn < tokens, 3.0).sort(dim=1, stable=True).indices

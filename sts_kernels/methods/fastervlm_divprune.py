@@ -30,7 +30,7 @@ class FasterVLMDivPrune(_adaptive.Mixing):
 
     attention_ratio: float = option(0.5, "share of the tokens kept by attention (r)")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         _adaptive.share(self.name, "attention_ratio", self.attention_ratio)
 
@@ -56,7 +56,16 @@ class FasterVLMDivPrune(_adaptive.Mixing):
         rank = torch.empty_like(ranked).scatter_(1, ranked, place.expand_as(ranked))
         return first, attended, torch.where(usable & (rank >= attended), (2 - 2 * cosine).clamp(min=0), -1.0)
 
-    def select_packed(self, lengths, budgets, *, features=None, scores=None, text=None, keys=None) -> Selection:
+    def select_packed(
+        self,
+        lengths: list[int],
+        budgets: list[int],
+        *,
+        features: Tensor | None = None,
+        scores: Tensor | None = None,
+        text: Tensor | None = None,
+        keys: Tensor | None = None,
+    ) -> Selection:
         """One max-min launch, whatever the lengths and budgets."""
         device = _packed.check(self.name, self.signals, lengths, budgets, features, scores, text, keys)
         starts, slots = _packed.offsets(lengths), _packed.offsets(budgets)
@@ -69,10 +78,10 @@ class FasterVLMDivPrune(_adaptive.Mixing):
                 begun.append((items, first, attended))
                 for i, row in zip(items, distance, strict=True):
                     start[starts[i] : starts[i + 1]] = row
-            sizes = (_packed.host(values, device, torch.int32) for values in (starts, slots))
-            diverse = farthest_select_varlen(
-                features, *sizes, slots[-1], start=start, metric="cosine", max_seqlen=max(lengths)
-            )
+            cu_seqlens, cu_budgets = (_packed.host(values, device, torch.int32) for values in (starts, slots))
+            assert features is not None  # as checked
+            sizes = cu_seqlens, cu_budgets, slots[-1]
+            diverse = farthest_select_varlen(features, *sizes, start=start, metric="cosine", max_seqlen=max(lengths))
             order = torch.empty_like(diverse)
             for items, first, attended in begun:
                 rows = joined(first, attended, _packed.batch(diverse, items, slots, first.shape[1]))

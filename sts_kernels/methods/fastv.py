@@ -27,7 +27,7 @@ class FastV(Method):
     prune_layer: int = option(2, "layers that run on all tokens (the paper's K)")
     ratio: float = option(0.5, "share of the tokens that stays, without a budget or ratios (the paper's 1 - R)")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _checks.integer(self.name, "prune_layer", self.prune_layer, 1)
         check_share(self.name, "ratio", self.ratio)
 

@@ -25,7 +25,7 @@ class FPS(Method):
 
     anchor: int = option(0, "first pick; an item that lacks this token starts at its lowest finite one")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _checks.integer(self.name, "anchor", self.anchor, 0)
 
     def pick(self, pool: Pool) -> Selection:

@@ -1,5 +1,6 @@
 """PolyMorphic: tokens of little attention are merged before the LLM, and inside it those that the text is not about."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -52,7 +53,7 @@ class PolyMorphic(Method):
     factor: float = option(2.0, "budgets of tokens that enter the LLM, where a budget is given (K_f)")
     llm_only: bool = option(False, "stage 2 alone: all tokens enter the LLM")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("retained", "merged", "factor"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float):
@@ -111,7 +112,13 @@ class PolyMorphic(Method):
         totals = [partial(prompt_total, keeps[: i + 1]) for i in range(len(places))]
         return self._plan(partial(entering, factor, amount), totals, places, layers)
 
-    def _plan(self, keep, totals, places, layers: int) -> Plan:
+    def _plan(
+        self,
+        keep: Callable[[int], int],
+        totals: Sequence[Callable[[Sequence[int]], int]],
+        places: Sequence[int],
+        layers: int,
+    ) -> Plan:
         cuts = (Cut(p, total, "text", select=self.leave) for p, total in zip(places, totals, strict=True))
         return Plan(layers, keep, tuple(cuts))
 

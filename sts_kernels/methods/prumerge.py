@@ -41,7 +41,7 @@ class PruMerge(Method):
     plus: bool = option(False, "PruMerge+: three quarters of the tokens evenly spread")
     neighbours: int = option(32, "tokens merged into each one that is picked")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.plus, bool):
             raise TypeError(f"{self.name}: plus must be True or False, got {self.plus!r}")
         _checks.integer(self.name, "neighbours", self.neighbours, 1)
@@ -99,9 +99,14 @@ class PruMerge(Method):
 
     def merge(self, features: Tensor, selection: Selection) -> Tensor:
         order, sources, weight = selection.order, selection.sources, selection.weight
+        assert sources is not None  # these three as `pick` makes them
+        assert weight is not None
+        assert selection.assignment is not None
         finite = features.isfinite().all(-1)
         x = torch.where(finite[..., None], features, 0).double() * weight.double()[..., None]
-        near = sum(_merge.rows(x, column) for column in sources.unbind(-1))  # in one order, whatever the batch
+        near = torch.zeros_like(x[:, :1])
+        for column in sources.unbind(-1):  # in one order, whatever the batch
+            near = near + _merge.rows(x, column)
         mean, mass = scatter_mean(features.float(), selection.assignment, order.shape[1], weight)
         all_others = ((sources[..., 0] == order) & (order >= 0))[..., None]
         rows = torch.where(all_others, mean.double() * mass[..., None], _merge.rows(features, order).double() + near)

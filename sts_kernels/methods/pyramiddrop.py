@@ -28,7 +28,7 @@ class PyramidDrop(Method):
 
     ratio: float = option(0.5, "share of its tokens that each prune layer leaves, without a budget or ratios (lambda)")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_share(self.name, "ratio", self.ratio)
 
     def make_plan(self, budget: Budget, layers: int, default_layer: int | None) -> Plan:

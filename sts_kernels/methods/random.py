@@ -1,7 +1,7 @@
 """Random tokens: the baseline of every table."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -11,7 +11,7 @@ from .base import Method, Pool, Selection, option
 _MASK = 0xFFFFFFFF  # 32-bit arithmetic in int64: products wrap at 2^64, their low 32 bits are right
 
 
-def _scramble(value):
+def _scramble(value: Any) -> Any:
     """The finaliser of MurmurHash3: a bijection of 32-bit numbers. A tensor or an int, the same on every device."""
     value = ((value ^ (value >> 16)) * 0x85EBCA6B) & _MASK
     value = ((value ^ (value >> 13)) * 0xC2B2AE35) & _MASK
@@ -28,7 +28,7 @@ class Random(Method):
 
     seed: int = option(0, "other seeds give other orders; 0 to 2^63 - 1")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _checks.integer(self.name, "seed", self.seed, 0, 2**63 - 1)
 
     def pick(self, pool: Pool) -> Selection:

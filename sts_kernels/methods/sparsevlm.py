@@ -4,7 +4,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ class SparseVLM(Method):
     recycle: float = option(0.3, "share of the dropped tokens that is recycled; 0: none (tau)")
     per_cluster: int = option(10, "recycled tokens of a cluster (1 / theta)")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.retained_tokens is not None and self.retained_tokens not in TABLES:
             known = ", ".join(map(str, TABLES))
             raise ValueError(f"{self.name}: retained_tokens must be one of {known}, got {self.retained_tokens!r}")
@@ -106,10 +106,10 @@ class SparseVLM(Method):
             tokens = kept + clusters
         return counts
 
-    def _of_shares(self, shares, images: Sequence[int]) -> list[tuple[int, int]]:
+    def _of_shares(self, shares: Any, images: Sequence[int]) -> list[tuple[int, int]]:
         return self.chain(sum(images), [prompt_total(shares[: i + 1], images) for i in range(len(shares))])
 
-    def _of_budget(self, amount: int | float, places: tuple[int, ...], layers: int, images: Sequence[int]):
+    def _of_budget(self, amount: int | float, places: tuple[int, ...], layers: int, images: Sequence[int]) -> Any:
         return _solved(self, sum(images), sum(take(amount, tokens) for tokens in images), places, layers)
 
     # --- tokens ---
@@ -138,11 +138,11 @@ class SparseVLM(Method):
         return Selection(torch.cat([ranked[:, :kept], spare.gather(1, centers)], dim=1), assignment, method=self)
 
 
-def _left(counts, index: int, images: Sequence[int]) -> int:
+def _left(counts: Any, index: int, images: Sequence[int]) -> int:
     return sum(counts(images)[index]) if sum(images) else 0
 
 
-def _recycled(counts, index: int, images: Sequence[int]) -> int:
+def _recycled(counts: Any, index: int, images: Sequence[int]) -> int:
     return counts(images)[index][1] if sum(images) else 0
 
 
@@ -157,7 +157,7 @@ def _solved(method: SparseVLM, tokens: int, wanted: int, places: tuple[int, ...]
     def chain(ratio: float) -> list[tuple[int, int]]:
         return method.chain(tokens, [take(ratio ** (i + 1), tokens) for i in range(len(places))])
 
-    def total(counts) -> int:
+    def total(counts: list[tuple[int, int]]) -> int:
         left = sum(sum(c) * (end - place) for c, place, end in zip(counts, places, ends, strict=True))
         return tokens * places[0] + left
 

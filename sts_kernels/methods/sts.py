@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -68,7 +68,7 @@ class STSConfig:
     anchor: str = "mean"
     scope: str = "image"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("budget", "keep", "keep_after"):
             check_amount("STSConfig", name, getattr(self, name))
         if self.budget is None and self.keep is None and self.keep_after is None:
@@ -110,6 +110,7 @@ class STSPlan:
 
     @property
     def prune_layer(self) -> int:
+        assert self.config.prune_layer is not None  # STSConfig.plan sets it
         return self.config.prune_layer
 
     def keep(self, tokens: int) -> int:
@@ -120,7 +121,7 @@ class STSPlan:
         budget = take(config.budget, tokens)
         if budget == tokens:
             return tokens
-        shallow, deep = config.prune_layer, self.layers - config.prune_layer
+        shallow, deep = self.prune_layer, self.layers - self.prune_layer
         return min(tokens, max(1, round_half_up(budget * self.layers / (shallow + deep * config.rho))))
 
     def keep_after(self, images: Sequence[int]) -> int:
@@ -144,7 +145,7 @@ class STSPlan:
         if config.budget is None:
             return max(1, round_half_up(config.rho * kept))
         total = take(config.budget, tokens) * self.layers
-        left = (total - config.prune_layer * kept) / (self.layers - config.prune_layer)
+        left = (total - self.prune_layer * kept) / (self.layers - self.prune_layer)
         return min(kept, max(1, round_half_up(left)))
 
     def average(self, kept: int, after: int) -> float:
@@ -182,7 +183,7 @@ class STS(Method):
     keep_after: int | float | None = option(None, "tokens of a prompt, over all its images, that stage 2 leaves")
     llm_only: bool = option(False, "stage 2 alone: all tokens enter the LLM")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.llm_only, bool):
             raise TypeError(f"{self.name}: llm_only must be True or False, got {self.llm_only!r}")
         with _named(self.name):
@@ -196,7 +197,7 @@ class STS(Method):
         method = cls(config.eps, config.anchor, config.rho, config.prune_layer, config.keep_after)
         return method, Budget(budget=config.budget, keep=config.keep)
 
-    def _config(self, **given) -> STSConfig:
+    def _config(self, **given: Any) -> STSConfig:
         own = ("eps", "anchor", "rho", "prune_layer", "keep_after")
         return STSConfig(**{**{name: getattr(self, name) for name in own}, **given})
 
@@ -229,10 +230,11 @@ class STS(Method):
     def _staged(self, budget: Budget, layers: int, layer: int) -> Plan:
         """`layers` and `ratios` as they are, after stage 1's `keep`."""
         places = (layer,) if budget.layers is None else tuple(budget.layers)
-        if len(places) != len(budget.ratios):
-            raise ValueError(f"{self.name}: ratios must have one number without layers, got {len(budget.ratios)}")
+        ratios = budget.ratios or ()
+        if len(places) != len(ratios):
+            raise ValueError(f"{self.name}: ratios must have one number without layers, got {len(ratios)}")
         keep = everything if budget.keep is None else partial(take, budget.keep)
-        keeps = [keep, *shares_of(budget.ratios)]
+        keeps = [keep, *shares_of(ratios)]
         cuts = (Cut(place, partial(prompt_total, keeps[: i + 2])) for i, place in enumerate(places))
         return Plan(layers, keep, tuple(cuts))
 
@@ -244,12 +246,22 @@ class STS(Method):
             anchor = _most_salient(pool.scores, pool.present)
         return Selection(repulsion_select(pool.features, pool.k, self.eps, anchor, pool.num_tokens))
 
-    def select_packed(self, lengths, budgets, *, features=None, scores=None, text=None, keys=None) -> Selection:
+    def select_packed(
+        self,
+        lengths: list[int],
+        budgets: list[int],
+        *,
+        features: Tensor | None = None,
+        scores: Tensor | None = None,
+        text: Tensor | None = None,
+        keys: Tensor | None = None,
+    ) -> Selection:
         """One launch: `repulsion_select` where all items are alike, else `repulsion_select_varlen`."""
         device = _packed.check(self.name, self.signals, lengths, budgets, features, scores, text, keys)
         total = sum(budgets)
         if not total:
             return Selection(torch.empty(0, dtype=torch.int64, device=device), method=self)
+        assert features is not None  # as checked
         anchor = self._packed_anchor(lengths, features, scores)
         if min(lengths) == max(lengths) and min(budgets) == max(budgets):
             items = features.unflatten(0, (len(lengths), lengths[0]))
@@ -268,6 +280,7 @@ class STS(Method):
             return None
         if self.anchor == "first":
             return torch.zeros(len(lengths), dtype=torch.int64, device=features.device)
+        assert scores is not None  # as checked
         parts = [part[None] for part in scores.split(lengths)]
         best = [
             _most_salient(part, torch.ones_like(part, dtype=torch.bool)) if part.shape[1] else part.new_zeros(1).long()

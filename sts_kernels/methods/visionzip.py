@@ -1,7 +1,7 @@
 """VisionZip: the tokens that the vision encoder attends to, and a few into which all others are merged."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ class VisionZip(Method):
     dominant: int = option(54, "part of the tokens kept as they are, against contextual")
     contextual: int = option(10, "part of the tokens that others are merged into, against dominant")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("dominant", "contextual"):
             _checks.integer(self.name, name, getattr(self, name), 0)
         if not self.dominant + self.contextual:
@@ -66,7 +66,7 @@ class VisionZip(Method):
         own = target | (rank < dominant) | (pool.present & ~usable & (rank < pool.k))
         return Selection(order, torch.where(own, slot, torch.where(rest, joined, -1)))
 
-    def dominant_of(self, k):
+    def dominant_of(self, k: Any) -> Any:
         """Of k tokens, an int or a tensor of them: k dominant / (dominant + contextual), rounded half up."""
         parts = self.dominant + self.contextual
         return (2 * k * self.dominant + parts) // (2 * parts)

@@ -37,7 +37,7 @@ class VisPruner(_adaptive.Mixing):
 
     important_ratio: float = option(0.5, "share of the tokens kept by attention (r)")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         _adaptive.share(self.name, "important_ratio", self.important_ratio)
 
@@ -49,10 +49,10 @@ class VisPruner(_adaptive.Mixing):
         place = torch.arange(pool.tokens, device=pool.device)
         listed = ranked.masked_fill(place >= number, -1)
         if self.mixing == "fixed":
-            important = int(pool.k * self.important_ratio)
-            order = ranked[:, :important]
-            if important < pool.k:
-                diverse = dedup_select(pool.features, listed[:, important:], pool.k - important, STEP)
+            most = int(pool.k * self.important_ratio)
+            order = ranked[:, :most]
+            if most < pool.k:
+                diverse = dedup_select(pool.features, listed[:, most:], pool.k - most, STEP)
                 order = torch.cat([order, diverse], 1)
         else:
             important = (pool.k * self.shares(self.important_ratio, pool, usable)).long()[:, None]

@@ -13,7 +13,15 @@ BLOCK = 1 << 19  # attention weights that the reference holds at a time
 MIN_ROWS = 32  # of a block, however many keys there are: fewer would read the keys too often
 
 
-def _check(query, key, scale, row_weight, row_position, key_mask, per_head):
+def _check(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scale: float | None,
+    row_weight: torch.Tensor | None,
+    row_position: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    per_head: bool,
+) -> None:
     op = "attention_received"
     check(op, query, key, scale, query_shape="(B, R, Hq, D)")
     check_keys(op, query, key, key_mask)
@@ -35,17 +43,33 @@ def _check(query, key, scale, row_weight, row_position, key_mask, per_head):
         raise TypeError(f"{op}: per_head must be a bool, got {type(per_head).__name__}")
 
 
-def _out(query, key, per_head):
+def _out(query: torch.Tensor, key: torch.Tensor, per_head: bool) -> torch.Tensor:
     (batch, keys), heads = key.shape[:2], query.shape[2]
     return query.new_empty((batch, heads, keys) if per_head else (batch, keys), dtype=torch.float32)
 
 
-def _fake(query, key, scale=None, row_weight=None, row_position=None, key_mask=None, per_head=False):
+def _fake(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scale: float | None = None,
+    row_weight: torch.Tensor | None = None,
+    row_position: torch.Tensor | None = None,
+    key_mask: torch.Tensor | None = None,
+    per_head: bool = False,
+) -> torch.Tensor:
     _check(query, key, scale, row_weight, row_position, key_mask, per_head)
     return _out(query, key, per_head)
 
 
-def _triton(query, key, scale=None, row_weight=None, row_position=None, key_mask=None, per_head=False):
+def _triton(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scale: float | None = None,
+    row_weight: torch.Tensor | None = None,
+    row_position: torch.Tensor | None = None,
+    key_mask: torch.Tensor | None = None,
+    per_head: bool = False,
+) -> torch.Tensor:
     from . import _attention_received_triton as kernels
 
     _check(query, key, scale, row_weight, row_position, key_mask, per_head)
@@ -53,7 +77,14 @@ def _triton(query, key, scale=None, row_weight=None, row_position=None, key_mask
     return kernels.received(out, query, key, scale, row_weight, row_position, key_mask, per_head)
 
 
-def _item(query, key, scale, weight, position, allowed):
+def _item(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scale: float,
+    weight: torch.Tensor | None,
+    position: torch.Tensor | None,
+    allowed: torch.Tensor | None,
+) -> torch.Tensor:
     """One item: query (R, Hq, D), key (S, Hkv, D), weight and position (R,), allowed (S,) -> (Hq, S) float32."""
     (rows, heads, _), (keys, kv_heads, _) = query.shape, key.shape
     group = heads // kv_heads
@@ -99,14 +130,20 @@ def _item(query, key, scale, weight, position, allowed):
     vmap=fold(lambda query, key, *rest: attention_received(in_rows(query), in_rows(key), *rest)),
 )
 def attention_received_reference(
-    query, key, scale=None, row_weight=None, row_position=None, key_mask=None, per_head=False
-):
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scale: float | None = None,
+    row_weight: torch.Tensor | None = None,
+    row_position: torch.Tensor | None = None,
+    key_mask: torch.Tensor | None = None,
+    per_head: bool = False,
+) -> torch.Tensor:
     _check(query, key, scale, row_weight, row_position, key_mask, per_head)
     out = _out(query, key, per_head)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     for item in range(len(out)):
-        options = (None if value is None else value[item] for value in (row_weight, row_position, key_mask))
-        received = _item(query[item], key[item], scale, *options)
+        weight, position, mask = (None if v is None else v[item] for v in (row_weight, row_position, key_mask))
+        received = _item(query[item], key[item], scale, weight, position, mask)
         out[item] = received if per_head else received.mean(0)
     return out
 

@@ -12,7 +12,7 @@ from ._unit_rows import unit_rows
 MOST_LISTED = 8192  # whose distances to each other take 256 MiB. Also in csrc/dedup_glue.h.
 
 
-def _check(features, order, keep, step):
+def _check(features: torch.Tensor, order: torch.Tensor, keep: int, step: int) -> None:
     op = "dedup_select"
     _checks.features(op, features)
     _checks.tensor(op, "order", order, _checks.INTEGER, "(B, R)", 2)
@@ -25,7 +25,7 @@ def _check(features, order, keep, step):
     _checks.integer(op, "step", step, 1)
 
 
-def _check_values(features, order):
+def _check_values(features: torch.Tensor, order: torch.Tensor) -> None:
     if not _checks.values_readable(order):
         return
     tokens = features.shape[1]
@@ -36,7 +36,7 @@ def _check_values(features, order):
         )
 
 
-def _fake(features, order, keep, step=8):
+def _fake(features: torch.Tensor, order: torch.Tensor, keep: int, step: int = 8) -> torch.Tensor:
     _check(features, order, keep, step)
     return features.new_empty((features.shape[0], keep), dtype=torch.int64)
 
@@ -47,7 +47,7 @@ def _fake(features, order, keep, step=8):
     vmap=fold(lambda *arguments: dedup_select(*arguments)),
     discrete=True,
 )
-def dedup_select_reference(features, order, keep, step=8):
+def dedup_select_reference(features: torch.Tensor, order: torch.Tensor, keep: int, step: int = 8) -> torch.Tensor:
     _check(features, order, keep, step)
     _check_values(features, order)
     batch, tokens, channels = features.shape

@@ -15,7 +15,9 @@ from ._unit_rows import unit_rows
 IN_SPAN = 1e-10
 
 
-def _check(features, quality, k, floor, num_tokens):
+def _check(
+    features: torch.Tensor, quality: torch.Tensor, k: int, floor: float, num_tokens: torch.Tensor | None
+) -> None:
     op = "dpp_select"
     check_padded(op, features, k, num_tokens=num_tokens)
     check_token_values(op, "quality", quality, _checks.FLOATING, features)
@@ -25,7 +27,9 @@ def _check(features, quality, k, floor, num_tokens):
         raise ValueError(f"{op}: floor must be between 0 and 1, got {floor}")
 
 
-def _fake(features, quality, k, floor=1e-7, num_tokens=None):
+def _fake(
+    features: torch.Tensor, quality: torch.Tensor, k: int, floor: float = 1e-7, num_tokens: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     _check(features, quality, k, floor, num_tokens)
     batch = features.shape[0]
     return (
@@ -40,7 +44,9 @@ def _fake(features, quality, k, floor=1e-7, num_tokens=None):
     fake=_fake,
     vmap=fold(lambda *arguments: dpp_select(*arguments)),
 )
-def dpp_select_reference(features, quality, k, floor=1e-7, num_tokens=None):
+def dpp_select_reference(
+    features: torch.Tensor, quality: torch.Tensor, k: int, floor: float = 1e-7, num_tokens: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     _check(features, quality, k, floor, num_tokens)
     check_padded_values("dpp_select", features, num_tokens=num_tokens)
     batch, tokens, channels = features.shape
@@ -86,7 +92,7 @@ def dpp_select_reference(features, quality, k, floor=1e-7, num_tokens=None):
     return order, gain
 
 
-def _first_largest(value, left):
+def _first_largest(value: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
     """(B,): the lowest index among the largest of value (B, N) at tokens left."""
     largest = torch.where(left, value, -math.inf).amax(-1, keepdim=True)
     return (left & (value == largest)).int().argmax(-1)

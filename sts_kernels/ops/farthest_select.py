@@ -20,19 +20,37 @@ from ._selection import (
 _OP = "farthest_select"
 
 
-def check_values_and_metric(op: str, features, quality, start, metric) -> None:
+def check_values_and_metric(
+    op: str, features: Tensor, quality: Tensor | None, start: Tensor | None, metric: str
+) -> None:
     for name, value in (("quality", quality), ("start", start)):
         if value is not None:
             check_token_values(op, name, value, _checks.FLOATING, features)
     _checks.one_of(op, "metric", metric, ("euclidean", "cosine"))
 
 
-def _check(features, k, anchor, quality, start, metric, num_tokens):
+def _check(
+    features: Tensor,
+    k: int,
+    anchor: Tensor | None,
+    quality: Tensor | None,
+    start: Tensor | None,
+    metric: str,
+    num_tokens: Tensor | None,
+) -> None:
     check_padded(_OP, features, k, anchor, num_tokens)
     check_values_and_metric(_OP, features, quality, start, metric)
 
 
-def _fake(features, k, anchor=None, quality=None, start=None, metric="euclidean", num_tokens=None):
+def _fake(
+    features: Tensor,
+    k: int,
+    anchor: Tensor | None = None,
+    quality: Tensor | None = None,
+    start: Tensor | None = None,
+    metric: str = "euclidean",
+    num_tokens: Tensor | None = None,
+) -> Tensor:
     _check(features, k, anchor, quality, start, metric, num_tokens)
     return features.new_empty((features.shape[0], k), dtype=torch.int64)
 
@@ -50,7 +68,15 @@ def _potential(sqdist: Tensor, quality: Tensor) -> Tensor:
     vmap=fold(lambda *arguments: farthest_select(*arguments)),
     discrete=True,
 )
-def farthest_select_reference(features, k, anchor=None, quality=None, start=None, metric="euclidean", num_tokens=None):
+def farthest_select_reference(
+    features: Tensor,
+    k: int,
+    anchor: Tensor | None = None,
+    quality: Tensor | None = None,
+    start: Tensor | None = None,
+    metric: str = "euclidean",
+    num_tokens: Tensor | None = None,
+) -> Tensor:
     _check(features, k, anchor, quality, start, metric, num_tokens)
     check_padded_values(_OP, features, anchor, num_tokens)
     x = features.float().contiguous()
@@ -65,10 +91,10 @@ def farthest_select_reference(features, k, anchor=None, quality=None, start=None
     if metric == "cosine":
         x, zero = unit_or_zero(x)
 
-    def before(sqdist):
+    def before(sqdist: Tensor) -> Tensor:
         return torch.where(usable, _potential(sqdist, quality), LAST_RESORT)
 
-    def add(potential, sqdist, row):
+    def add(potential: Tensor, sqdist: Tensor, row: Tensor) -> Tensor:
         sqdist = sqdist if zero is None else unit_sqdist(sqdist, zero, row)
         weight = _potential(sqdist, quality)
         return torch.where(weight > potential, weight, potential)

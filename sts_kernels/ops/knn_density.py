@@ -10,7 +10,7 @@ from .._transforms import fold
 from .nearest import BLOCK, finite_rows, sqdist
 
 
-def _check(features, k, num_tokens):
+def _check(features: torch.Tensor, k: int, num_tokens: torch.Tensor | None) -> None:
     op = "knn_density"
     _checks.features(op, features)
     _checks.integer(op, "k", k, 1, features.shape[1], " (the number of tokens)")
@@ -18,7 +18,7 @@ def _check(features, k, num_tokens):
         _checks.index_vector(op, "num_tokens", num_tokens, features.shape[0], "(B,)", features)
 
 
-def _fake(features, k, num_tokens=None):
+def _fake(features: torch.Tensor, k: int, num_tokens: torch.Tensor | None = None) -> torch.Tensor:
     _check(features, k, num_tokens)
     return features.new_empty(features.shape[:2], dtype=torch.float32)
 
@@ -28,7 +28,7 @@ def _fake(features, k, num_tokens=None):
     fake=_fake,
     vmap=fold(lambda *arguments: knn_density(*arguments)),
 )
-def knn_density_reference(features, k, num_tokens=None):
+def knn_density_reference(features: torch.Tensor, k: int, num_tokens: torch.Tensor | None = None) -> torch.Tensor:
     _check(features, k, num_tokens)
     _checks.counts("knn_density", "num_tokens", num_tokens, features.shape[1], "tokens")
     out = _fake(features, k)

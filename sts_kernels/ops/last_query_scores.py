@@ -11,7 +11,14 @@ from .._transforms import fold
 CHUNK = 1 << 18  # elements of a 16-bit cache that the reference widens to float32 at a time: stays in the CPU's cache
 
 
-def check(op, query, key, scale, key_shape="(B, S, Hkv, D)", query_shape="(B, Hq, D)"):
+def check(
+    op: str,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scale: float | None,
+    key_shape: str = "(B, S, Hkv, D)",
+    query_shape: str = "(B, Hq, D)",
+) -> None:
     """The checks that all attention ops share."""
     _checks.tensor(op, "query", query, _checks.FLOATING, query_shape, query_shape.count(",") + 1)
     _checks.tensor(op, "key", key, _checks.FLOATING, key_shape, key_shape.count(",") + 1)
@@ -37,18 +44,18 @@ def check(op, query, key, scale, key_shape="(B, S, Hkv, D)", query_shape="(B, Hq
         _checks.in_float32(op, "scale", scale)
 
 
-def in_rows(value):
+def in_rows(value: torch.Tensor) -> torch.Tensor:
     """With contiguous rows, which vmap may have taken apart."""
     return value if value.stride(-1) == 1 else value.contiguous()
 
 
-def _check(query, key, scale, key_mask):
+def _check(query: torch.Tensor, key: torch.Tensor, scale: float | None, key_mask: torch.Tensor | None) -> None:
     op = "last_query_scores"
     check(op, query, key, scale)
     check_keys(op, query, key, key_mask)
 
 
-def check_keys(op, query, key, key_mask):
+def check_keys(op: str, query: torch.Tensor, key: torch.Tensor, key_mask: torch.Tensor | None) -> None:
     """The checks of padded keys (B, S, Hkv, D)."""
     if key.shape[0] != query.shape[0]:
         raise ValueError(f"{op}: key must have the batch size of query, {query.shape[0]}, got {key.shape[0]}")
@@ -63,19 +70,25 @@ def check_keys(op, query, key, key_mask):
         _checks.same_device(op, "key_mask", key_mask, query, "query")
 
 
-def _fake(query, key, scale=None, key_mask=None):
+def _fake(
+    query: torch.Tensor, key: torch.Tensor, scale: float | None = None, key_mask: torch.Tensor | None = None
+) -> torch.Tensor:
     _check(query, key, scale, key_mask)
     return query.new_empty((key.shape[0], key.shape[1]), dtype=torch.float32)
 
 
-def _triton(query, key, scale=None, key_mask=None):
+def _triton(
+    query: torch.Tensor, key: torch.Tensor, scale: float | None = None, key_mask: torch.Tensor | None = None
+) -> torch.Tensor:
     from . import _last_query_scores_triton as kernels
 
     _check(query, key, scale, key_mask)
     return kernels.scores(query, key, scale, key_mask)
 
 
-def item_scores(query, key, scale, allowed=None):
+def item_scores(
+    query: torch.Tensor, key: torch.Tensor, scale: float | None, allowed: torch.Tensor | None = None
+) -> torch.Tensor:
     """One item: query (Hq, D), key (S, Hkv, D), allowed (S,) bool or None -> (S,) float32."""
     (heads, dim), (keys, kv_heads, _) = query.shape, key.shape
     groups = query.float().mul(dim**-0.5 if scale is None else scale).reshape(kv_heads, heads // kv_heads, dim)
@@ -94,7 +107,9 @@ def item_scores(query, key, scale, allowed=None):
     triton=_triton,
     vmap=fold(lambda query, key, *rest: last_query_scores(in_rows(query), in_rows(key), *rest)),
 )
-def last_query_scores_reference(query, key, scale=None, key_mask=None):
+def last_query_scores_reference(
+    query: torch.Tensor, key: torch.Tensor, scale: float | None = None, key_mask: torch.Tensor | None = None
+) -> torch.Tensor:
     _check(query, key, scale, key_mask)
     out = query.new_empty(key.shape[:2], dtype=torch.float32)
     for item in range(len(out)):

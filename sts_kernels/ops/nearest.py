@@ -1,6 +1,7 @@
 """The best match of every row of one set among the rows of another."""
 
 import math
+from typing import Any
 
 import torch
 
@@ -13,7 +14,15 @@ RANKS = (*_checks.FLOATING, torch.float64, *_checks.INTEGER)
 BLOCK = 1 << 22  # pairs that the reference has at a time, in float64
 
 
-def _check(query, key, metric, query_rank, key_rank, exclude_self, num_keys):
+def _check(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    metric: str,
+    query_rank: torch.Tensor | None,
+    key_rank: torch.Tensor | None,
+    exclude_self: bool,
+    num_keys: torch.Tensor | None,
+) -> None:
     op = "nearest"
     _checks.features(op, query, "(B, M, C)", "query")
     _checks.features(op, key, "(B, K, C)", "key")
@@ -39,7 +48,15 @@ def _check(query, key, metric, query_rank, key_rank, exclude_self, num_keys):
         _checks.index_vector(op, "num_keys", num_keys, query.shape[0], "(B,)", query)
 
 
-def _fake(query, key, metric="cosine", query_rank=None, key_rank=None, exclude_self=False, num_keys=None):
+def _fake(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    metric: str = "cosine",
+    query_rank: torch.Tensor | None = None,
+    key_rank: torch.Tensor | None = None,
+    exclude_self: bool = False,
+    num_keys: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     _check(query, key, metric, query_rank, key_rank, exclude_self, num_keys)
     size = query.shape[:2]
     return query.new_empty(size, dtype=torch.int64), query.new_empty(size, dtype=torch.float32)
@@ -66,7 +83,7 @@ def finite_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 # ---- Derivative: of the value of each pair (i, index[i]), in float64 ---------------------------------------------
 
 
-def _pairs(query, key, index):
+def _pairs(query: torch.Tensor, key: torch.Tensor, index: torch.Tensor) -> Any:
     """Matched rows (B, M, C) in float64, zero where there is no match, and the factor (B, M, 1): 1, or 0 there."""
     matched = (index >= 0)[..., None]
     row = index.clamp(min=0)[..., None].expand(-1, -1, key.shape[2])
@@ -74,7 +91,7 @@ def _pairs(query, key, index):
     return q, k, row, matched
 
 
-def _slopes(q, k, metric):
+def _slopes(q: torch.Tensor, k: torch.Tensor, metric: str) -> Any:
     """Derivatives (B, M, C) of each pair's value by q and by k."""
     if metric == "euclidean":
         return 2 * (q - k), 2 * (k - q)
@@ -84,13 +101,15 @@ def _slopes(q, k, metric):
     return (unit_k - cosine * unit_q) * per_q, (unit_q - cosine * unit_k) * per_k
 
 
-def _normalised(x):
+def _normalised(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     square = x.square().sum(-1, keepdim=True)
     per_norm = torch.where(square > 0, square, 1.0).rsqrt() * (square > 0)
     return x * per_norm, per_norm
 
 
-def _vjp(grad, index, query, key, metric, *rest):
+def _vjp(
+    grad: torch.Tensor, index: torch.Tensor, query: torch.Tensor, key: torch.Tensor, metric: str, *rest: Any
+) -> Any:
     q, k, row, matched = _pairs(query, key, index)
     by_query, by_key = _slopes(q, k, metric)
     pull = torch.where(matched, grad.double()[..., None], 0.0)
@@ -98,7 +117,7 @@ def _vjp(grad, index, query, key, metric, *rest):
     return (pull * by_query).to(query.dtype), for_key.to(key.dtype), None, *(None for _ in rest)
 
 
-def _jvp(query_tangent, key_tangent, *arguments):
+def _jvp(query_tangent: Any, key_tangent: Any, *arguments: Any) -> Any:
     index, query, key, metric, *_ = arguments[5:]
     q, k, row, matched = _pairs(query, key, index)
     by_query, by_key = _slopes(q, k, metric)
@@ -113,7 +132,15 @@ def _jvp(query_tangent, key_tangent, *arguments):
     vmap=fold(lambda *arguments: nearest(*arguments)),
     derivative=Derivative(_vjp, _jvp),
 )
-def nearest_reference(query, key, metric="cosine", query_rank=None, key_rank=None, exclude_self=False, num_keys=None):
+def nearest_reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    metric: str = "cosine",
+    query_rank: torch.Tensor | None = None,
+    key_rank: torch.Tensor | None = None,
+    exclude_self: bool = False,
+    num_keys: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     _check(query, key, metric, query_rank, key_rank, exclude_self, num_keys)
     _checks.counts("nearest", "num_keys", num_keys, key.shape[1], "keys")
     batch, rows, keys = query.shape[0], query.shape[1], key.shape[1]
@@ -132,7 +159,7 @@ def nearest_reference(query, key, metric="cosine", query_rank=None, key_rank=Non
         q = query[:, part]
         distance = (-(q @ key.mT).clamp(-1, 1) if metric == "cosine" else sqdist(q, key)).float()
         allowed = usable[:, None] & finite[:, part, None]
-        if query_rank is not None:
+        if query_rank is not None and key_rank is not None:  # both, or none
             allowed = allowed & (key_rank.double()[:, None] < query_rank.double()[:, part, None])
         if exclude_self:
             allowed = allowed & (position[:rows][part, None] != position[:keys])

@@ -1,5 +1,7 @@
 """Squared distances between all pairs of tokens."""
 
+from typing import Any
+
 import torch
 
 from .. import _checks
@@ -7,17 +9,17 @@ from .._registry import define_op, ops
 from .._transforms import Derivative, fold
 
 
-def _check(features):
+def _check(features: torch.Tensor) -> None:
     _checks.features("pairwise_sqdist", features)
 
 
-def _fake(features):
+def _fake(features: torch.Tensor) -> torch.Tensor:
     _check(features)
     batch, tokens, _ = features.shape
     return features.new_empty((batch, tokens, tokens), dtype=torch.float32)
 
 
-def _jvp(tangent, features):
+def _jvp(tangent: torch.Tensor, features: torch.Tensor) -> Any:
     """2 (x_i - x_j) . (t_i - t_j). In float64 the expanded form does not cancel, whatever x and t are rounded to."""
     x, t = features.double(), tangent.double()
     cross = x @ t.mT
@@ -25,7 +27,7 @@ def _jvp(tangent, features):
     return (2 * (own[:, :, None] + own[:, None, :] - cross - cross.mT)).float()
 
 
-def _vjp(grad, features):
+def _vjp(grad: torch.Tensor, features: torch.Tensor) -> Any:
     """2 sum_j (g_ij + g_ji) (x_i - x_j), in float64 as well. Equal tokens add nothing, however large their g."""
     equal = pairwise_sqdist(features.detach()) == 0
     x, pull = features.double(), grad.double().masked_fill(equal, 0.0)
@@ -39,7 +41,7 @@ def _vjp(grad, features):
     vmap=fold(lambda features: pairwise_sqdist(features)),
     derivative=Derivative(_vjp, _jvp),
 )
-def pairwise_sqdist_reference(features):
+def pairwise_sqdist_reference(features: torch.Tensor) -> torch.Tensor:
     _check(features)
     x = features.float().contiguous()  # so that every pair is summed in the same order
     # Row by row by differences: the expanded form |a|^2 + |b|^2 - 2ab cancels for near-duplicates.

@@ -13,12 +13,20 @@ from .repulsion_step import weight
 _OP = "repulsion_select"
 
 
-def _check(features, k, eps, anchor, num_tokens):
+def _check(
+    features: torch.Tensor, k: int, eps: float, anchor: torch.Tensor | None, num_tokens: torch.Tensor | None
+) -> None:
     check_padded(_OP, features, k, anchor, num_tokens)
     _checks.eps(_OP, eps)
 
 
-def _fake(features, k, eps=1e-6, anchor=None, num_tokens=None):
+def _fake(
+    features: torch.Tensor,
+    k: int,
+    eps: float = 1e-6,
+    anchor: torch.Tensor | None = None,
+    num_tokens: torch.Tensor | None = None,
+) -> torch.Tensor:
     _check(features, k, eps, anchor, num_tokens)
     return features.new_empty((features.shape[0], k), dtype=torch.int64)
 
@@ -39,7 +47,13 @@ def nearest_to_mean(x: torch.Tensor, usable: torch.Tensor) -> torch.Tensor:
     vmap=fold(lambda *arguments: repulsion_select(*arguments)),
     discrete=True,
 )
-def repulsion_select_reference(features, k, eps=1e-6, anchor=None, num_tokens=None):
+def repulsion_select_reference(
+    features: torch.Tensor,
+    k: int,
+    eps: float = 1e-6,
+    anchor: torch.Tensor | None = None,
+    num_tokens: torch.Tensor | None = None,
+) -> torch.Tensor:
     _check(features, k, eps, anchor, num_tokens)
     check_padded_values(_OP, features, anchor, num_tokens)
     x = features.float().contiguous()

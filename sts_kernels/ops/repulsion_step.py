@@ -1,6 +1,7 @@
 """One step of STS Algorithm 1, for code that keeps its own loop."""
 
 import math
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ def weight(sqdist: torch.Tensor, eps: float) -> torch.Tensor:
     return torch.where(sqdist.isnan(), 0.0, 1 / (sqdist + eps))
 
 
-def _check(potential, features, picked, eps):
+def _check(potential: torch.Tensor, features: torch.Tensor, picked: torch.Tensor, eps: float) -> None:
     op = "repulsion_step_"
     _checks.features(op, features)
     _checks.tensor(op, "potential", potential, (torch.float32,), "(B, N)", 2)
@@ -29,7 +30,7 @@ def _check(potential, features, picked, eps):
     _checks.writable(op, "potential", potential, features=features, picked=picked)
 
 
-def _check_values(features, picked):
+def _check_values(features: torch.Tensor, picked: torch.Tensor) -> None:
     if not _checks.values_readable(picked):
         return
     tokens = features.shape[1]
@@ -38,12 +39,12 @@ def _check_values(features, picked):
             raise ValueError(f"repulsion_step_: picked[{item}] must be between -1 and {tokens - 1}, got {value}")
 
 
-def _fake(potential, features, picked, eps=1e-6):
+def _fake(potential: torch.Tensor, features: torch.Tensor, picked: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
     _check(potential, features, picked, eps)
     return features.new_empty((features.shape[0],), dtype=torch.int64)
 
 
-def _vmap(potential, features, picked, *eps):
+def _vmap(potential: torch.Tensor, features: torch.Tensor, picked: torch.Tensor, *eps: float) -> Any:
     _checks.writable("repulsion_step_", "potential", potential)
     folded = potential.flatten(0, 1).clone()
     token = fold(lambda x, *arguments: repulsion_step_(folded, x, *arguments))(features, picked, *eps)
@@ -56,7 +57,9 @@ def _vmap(potential, features, picked, *eps):
     fake=_fake,
     vmap=_vmap,
 )
-def repulsion_step_reference(potential, features, picked, eps=1e-6):
+def repulsion_step_reference(
+    potential: torch.Tensor, features: torch.Tensor, picked: torch.Tensor, eps: float = 1e-6
+) -> torch.Tensor:
     _check(potential, features, picked, eps)
     _check_values(features, picked)
     x = features.float().contiguous()  # so that equal tokens are summed in the same order, and tie

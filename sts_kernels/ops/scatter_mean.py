@@ -1,5 +1,7 @@
 """Weighted means of the tokens assigned to each slot."""
 
+from typing import Any
+
 import torch
 
 from .. import _checks
@@ -7,7 +9,7 @@ from .._registry import define_op, ops
 from .._transforms import Derivative, fold
 
 
-def _check(features, assignment, count, weight):
+def _check(features: torch.Tensor, assignment: torch.Tensor, count: int, weight: torch.Tensor | None) -> None:
     op = "scatter_mean"
     _checks.features(op, features)
     _checks.per_token(op, "assignment", assignment, _checks.INTEGER, features)
@@ -16,7 +18,7 @@ def _check(features, assignment, count, weight):
         _checks.per_token(op, "weight", weight, _checks.FLOATING, features)
 
 
-def _check_values(assignment, count):
+def _check_values(assignment: torch.Tensor, count: int) -> None:
     if not _checks.values_readable(assignment):
         return
     wrong = ((assignment < -1) | (assignment >= count)).nonzero()
@@ -28,13 +30,17 @@ def _check_values(assignment, count):
         )
 
 
-def _fake(features, assignment, count, weight=None):
+def _fake(
+    features: torch.Tensor, assignment: torch.Tensor, count: int, weight: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     _check(features, assignment, count, weight)
     batch, _, channels = features.shape
     return features.new_empty((batch, count, channels)), features.new_empty((batch, count), dtype=torch.float32)
 
 
-def _members(features, assignment, count, weight):
+def _members(
+    features: torch.Tensor, assignment: torch.Tensor, count: int, weight: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """In float64: tokens x (B, N, C) and their weights (B, N), zero for tokens that count nowhere; and the slots (B, N)
     of the others, `count` for those."""
     counts = features.isfinite().all(-1) & (assignment >= 0) & (assignment < count)
@@ -45,27 +51,34 @@ def _members(features, assignment, count, weight):
     return x, counts.double() if weight is None else torch.where(counts, weight.double(), 0.0), slot
 
 
-def _sums(values, slot, count):
+def _sums(values: torch.Tensor, slot: torch.Tensor, count: int) -> torch.Tensor:
     """(B, count, ...) sums of values (B, N, ...) by slot."""
     out = values.new_zeros((values.shape[0], count + 1, *values.shape[2:]))
     index = slot if values.ndim == 2 else slot[..., None].expand(values.shape)
     return out.scatter_add(1, index, values)[:, :-1]
 
 
-def _statistics(x, w, slot, count):
+def _statistics(x: torch.Tensor, w: torch.Tensor, slot: torch.Tensor, count: int) -> Any:
     """Means, masses, and 1 / mass, which is 0 where no mass is."""
     mass = _sums(w, slot, count)
     per_mass = torch.where(mass > 0, 1 / torch.where(mass > 0, mass, 1.0), 0.0)
     return _sums(x * w[..., None], slot, count) * per_mass[..., None], mass, per_mass
 
 
-def _at(values, slot):
+def _at(values: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
     """The row of values (B, count, ...) at the slot of each token, zero for a token of no slot."""
     padded = torch.cat([values, torch.zeros_like(values[:, :1])], 1)
     return padded.gather(1, slot if values.ndim == 2 else slot[..., None].expand(-1, -1, values.shape[2]))
 
 
-def _vjp(mean_grad, mass_grad, features, assignment, count, weight):
+def _vjp(
+    mean_grad: torch.Tensor,
+    mass_grad: torch.Tensor,
+    features: torch.Tensor,
+    assignment: torch.Tensor,
+    count: int,
+    weight: torch.Tensor | None,
+) -> Any:
     x, w, slot = _members(features, assignment, count, weight)
     mean, _, per_mass = _statistics(x, w, slot, count)
     pull = _at(mean_grad.double() * per_mass[..., None], slot)
@@ -76,7 +89,16 @@ def _vjp(mean_grad, mass_grad, features, assignment, count, weight):
     return for_features, None, None, for_weight.to(weight.dtype)
 
 
-def _jvp(features_tangent, _, __, weight_tangent, features, assignment, count, weight):
+def _jvp(
+    features_tangent: Any,
+    _: Any,
+    __: Any,
+    weight_tangent: Any,
+    features: torch.Tensor,
+    assignment: torch.Tensor,
+    count: int,
+    weight: torch.Tensor | None,
+) -> Any:
     x, w, slot = _members(features, assignment, count, weight)
     mean, mass, per_mass = _statistics(x, w, slot, count)
     moved = torch.where((slot < count)[..., None], features_tangent.double(), 0.0) * w[..., None]
@@ -94,11 +116,14 @@ def _jvp(features_tangent, _, __, weight_tangent, features, assignment, count, w
     vmap=fold(lambda *arguments: scatter_mean(*arguments)),
     derivative=Derivative(_vjp, _jvp),
 )
-def scatter_mean_reference(features, assignment, count, weight=None):
+def scatter_mean_reference(
+    features: torch.Tensor, assignment: torch.Tensor, count: int, weight: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     _check(features, assignment, count, weight)
     _check_values(assignment, count)
     out, total = _fake(features, assignment, count, weight)
-    mean, mass, _ = _statistics(*_members(features, assignment, count, weight), count)
+    x, w, slot = _members(features, assignment, count, weight)
+    mean, mass, _ = _statistics(x, w, slot, count)
     return out.copy_(mean.float()), total.copy_(mass)
 
 

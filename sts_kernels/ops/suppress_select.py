@@ -21,17 +21,17 @@ _OP = "suppress_select"
 SUPPRESSED = 2.0**23  # above every rank, and the sum of both is exact in float32
 
 
-def check_rank_and_tau(op: str, features, rank, tau) -> None:
+def check_rank_and_tau(op: str, features: Tensor, rank: Tensor, tau: Tensor) -> None:
     check_token_values(op, "rank", rank, _checks.INTEGER, features)
     check_token_values(op, "tau", tau, _checks.FLOATING, features)
 
 
-def _check(features, rank, tau, k, num_tokens):
+def _check(features: Tensor, rank: Tensor, tau: Tensor, k: int, num_tokens: Tensor | None) -> None:
     check_padded(_OP, features, k, None, num_tokens)
     check_rank_and_tau(_OP, features, rank, tau)
 
 
-def _fake(features, rank, tau, k, num_tokens=None):
+def _fake(features: Tensor, rank: Tensor, tau: Tensor, k: int, num_tokens: Tensor | None = None) -> Tensor:
     _check(features, rank, tau, k, num_tokens)
     return features.new_empty((features.shape[0], k), dtype=torch.int64)
 
@@ -42,7 +42,9 @@ def _fake(features, rank, tau, k, num_tokens=None):
     vmap=fold(lambda *arguments: suppress_select(*arguments)),
     discrete=True,
 )
-def suppress_select_reference(features, rank, tau, k, num_tokens=None):
+def suppress_select_reference(
+    features: Tensor, rank: Tensor, tau: Tensor, k: int, num_tokens: Tensor | None = None
+) -> Tensor:
     _check(features, rank, tau, k, num_tokens)
     check_padded_values(_OP, features, None, num_tokens)
     x = features.float().contiguous()
@@ -51,7 +53,7 @@ def suppress_select_reference(features, rank, tau, k, num_tokens=None):
     x, zero = unit_or_zero(x)
     tau = tau.float()
 
-    def add(potential, sqdist, row):
+    def add(potential: Tensor, sqdist: Tensor, row: Tensor) -> Tensor:
         near = unit_sqdist(sqdist, zero, row) < 2 * tau.gather(1, row)
         return torch.where(near & (potential < SUPPRESSED), potential + SUPPRESSED, potential)
 

@@ -15,4 +15,5 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Paper:
-    return importlib.import_module(f".{name}", __name__).paper()
+    paper: Paper = importlib.import_module(f".{name}", __name__).paper()
+    return paper

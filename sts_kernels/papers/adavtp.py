@@ -1,5 +1,7 @@
 """AdaVTP (AgilePruner): FLOPs and the time of erank."""
 
+from typing import Any
+
 from .base import (
     ADAVTP,
     EIGHT,
@@ -23,7 +25,7 @@ FLOPS = f"(4nd^2 + 2n^2d + 2ndm) a layer, visual tokens and {TEXT} others: DivPr
 
 def numbers() -> list[Number]:
     whole, kept, sparse = (tera(VICUNA_7B, n, TEXT, ADAVTP) for n in (576, 64, sparsevlm_segments(64)))
-    rows = [
+    rows: list[tuple[Any, ...]] = [
         ("Tab. 9", "LLaVA-1.5-7B", "TFLOPs", "3.14", whole, FLOPS),
         ("Tab. 9", "AdaVTP, DivPrune, VisPruner, 64 tokens", "TFLOPs", "0.48", kept, FLOPS),
         (

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..flops import CONVENTIONS, REPORT, Convention, LLMSize
 
@@ -84,7 +85,7 @@ def budgets(method: str, *values: int | float) -> list[str]:
     return [f"method={method},budget={value}" for value in values]
 
 
-def tera(size: LLMSize, segments, text: int = 0, convention: Convention = REPORT) -> float:
+def tera(size: LLMSize, segments: Any, text: int = 0, convention: Convention = REPORT) -> float:
     """Prefill TFLOPs; `segments` are (layers, visual tokens), or the number of tokens in all layers."""
     if isinstance(segments, int):
         segments = [(size.layers, segments)]

@@ -11,7 +11,7 @@ BUDGETS = (
     ("Tab. 4", "LLaVA-1.5-13B", 40, 16, 576, (128, 64, 32)),
     ("Tab. 5", "Qwen2.5-VL-7B, of 1000 tokens", 28, 14, 1000, (0.2, 0.1)),
 )
-PRINTED = {("Tab. 1", 128): ("192", "64")}  # in Sec. 5.1
+PRINTED: dict[tuple[str, float], tuple[str, str]] = {("Tab. 1", 128): ("192", "64")}  # in Sec. 5.1
 SWEEP = (4, 8, 12, 16, 20)  # L_prune of App. B.3: half the tokens before it, 37.5 % on average
 
 

@@ -1,5 +1,7 @@
 """VisPruner: FLOPs and cache beside FastV's."""
 
+from typing import Any
+
 from ..flops import Convention, LLMSize
 from .base import (
     CACHE,
@@ -63,7 +65,9 @@ REPEATED = ((640, 720, ("11.5", "360", "13.5", "380")), (160, 145, ("3.8", "80",
 FASTV_CACHE = {640: 2560, 160: 640}  # tokens before pruning that Table 5's cache of FastV follows from
 
 
-def pair(table, row, size, crops, segments, printed, notes=("", ""), tail="") -> list[Number]:
+def pair(
+    table: Any, row: Any, size: Any, crops: Any, segments: Any, printed: Any, notes: Any = ("", ""), tail: str = ""
+) -> list[Number]:
     """FLOPs and cache of one row."""
     flops = tera(size, segments, 0, VISUAL) + crops * ENCODER
     cache = size.kv_mb(sum(layers * tokens for layers, tokens in segments))
@@ -73,7 +77,7 @@ def pair(table, row, size, crops, segments, printed, notes=("", ""), tail="") ->
     ]
 
 
-def fastv(size, before, kept):
+def fastv(size: Any, before: Any, kept: Any) -> Any:
     return [(FASTV_LAYERS, before), (size.layers - FASTV_LAYERS, kept)]
 
 
