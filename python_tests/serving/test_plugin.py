@@ -63,8 +63,6 @@ def built(family: str, changes: dict | None = None, **sts):
     models = importlib.import_module("sts_kernels.integrations.vllm.models")
     config = config_of(family, **sts)
     model = getattr(models, CLASSES[family])(vllm_config=fake_vllm.configuration(config, **(changes or {})))
-    if family.startswith("llava"):
-        model.image_newline = torch.full((CHANNELS,), 7.0)
     return model
 
 
@@ -185,12 +183,15 @@ def test_the_configuration_tells_all_processes(vllm, monkeypatch, family):
 # ---- the workers -------------------------------------------------------------------------------------------------
 
 
-def pruned(family: str, sizes, seed: int = 0, **sts):
+def pruned(family: str, sizes, device="cpu", dtype=torch.float32, **sts):
     """Runs the worker's part on random features. Returns the model, layouts, features and its output."""
     model = built(family, **sts)
     found = [FAMILIES[family].layout(model.config, *size) for size in sizes]
-    generator = torch.Generator().manual_seed(seed)
-    features = [torch.randn(layout.item.num_features, CHANNELS, generator=generator) for layout in found]
+    generator = torch.Generator().manual_seed(0)
+    features = [
+        torch.randn(layout.item.num_features, CHANNELS, generator=generator).to(device, dtype) for layout in found
+    ]
+    model.image_newline = torch.full((CHANNELS,), 7.0, device=device)
     parts = []
 
     def encode(image_input, part, layouts_of_part):
@@ -203,32 +204,33 @@ def pruned(family: str, sizes, seed: int = 0, **sts):
     return model, found, features, model._process_image_input(images), parts
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("positions", settings.POSITIONS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_images_of_one_call_are_picked_from_each_for_itself(vllm, family, positions):
+def test_images_of_one_call_are_picked_from_each_for_itself(vllm, device, family, positions, dtype):
     """Ragged images together give what each gives alone, in the order of its tokens, newlines kept."""
     if family.startswith("qwen") and positions == "contiguous":
         pytest.skip("refused")
     sizes = SIZES[family]
-    model, found, features, together, _ = pruned(family, sizes, keep=6, positions=positions)
+    model, found, features, together, _ = pruned(family, sizes, device, dtype, keep=6, positions=positions)
     for layout, feature, tokens in zip(found, features, together, strict=True):
         order = (
             methods.create("sts", rho=1.0)
             .select(k=6, features=feature[torch.cat(layout.item.candidates())][None])
             .order[0]
         )
-        rows = torch.cat(layout.item.candidates())[order]
+        rows = torch.cat(layout.item.candidates())[order.cpu()]
         kept = torch.zeros(layout.item.num_features, dtype=torch.bool).index_fill_(0, rows, True)
         expected, places = [], []
         for token, row in enumerate(layout.item.feature_of_token.tolist()):
             if row < 0 or kept[row]:
-                expected.append(torch.full((CHANNELS,), 7.0) if row < 0 else feature[row])
+                expected.append(model.image_newline.to(dtype) if row < 0 else feature[row])
                 places.append(token)
         assert len(tokens) == layout.kept(model.asked.plan) == len(expected)
         assert torch.equal(tokens[:, :CHANNELS], torch.stack(expected))
         if positions == "original":
             high, low = tokens[:, CHANNELS:].long().chunk(2, 1)
-            assert torch.equal(high * 128 + low, layout.positions[places])
+            assert torch.equal((high * 128 + low).cpu(), layout.positions[places])
         else:
             assert tokens.shape[1] == CHANNELS
     assert all(x.dtype == torch.int64 for x in vllm.group.sent)  # picks, from the first rank

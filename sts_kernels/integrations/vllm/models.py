@@ -157,7 +157,7 @@ class Prunes:
         tokens, order = tokens.sort()
         embeds = embeds[order]
         if self.added_positions is not None:
-            place = torch.cat([layout.positions for layout in found]).to(rows.device)[tokens]
+            place = torch.cat([layout.positions for layout in found]).to(rows.device, non_blocking=True)[tokens]
             embeds = torch.cat([embeds, (place // BASE).to(embeds.dtype), (place % BASE).to(embeds.dtype)], 1)
         return embeds.split([layout.kept(self.asked.plan) for layout in found])
 
