@@ -267,6 +267,15 @@ def test_positions_survive_every_dtype(vllm, dtype):
     assert model.forward(None, torch.full((3, 8), 10)).tolist() == [10] * 8  # nothing of the step before
 
 
+def test_positions_keep_their_address(vllm):
+    """A CUDA graph of a part of the LLM reads them where they were when it was captured."""
+    for family in ("llava", "qwen2_5_vl"):
+        model = built(family, keep=2)
+        first, second = (model.forward(None, torch.full((3, n), n)) for n in (8, 5))
+        assert first.data_ptr() == second.data_ptr()
+        assert second.tolist() == ([5] * 5 if family == "llava" else [[5] * 5] * 3)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_positions_are_those_of_the_whole_prompt(vllm, family):
     """Text and image tokens stand where transformers puts them in the prompt with all tokens."""
@@ -465,7 +474,7 @@ def test_settings_of_the_engine_are_refused(vllm, family, sts, changes, sentence
 
 def test_contiguous_positions_need_less(vllm):
     changes = {"pipeline_parallel_size": 2, "use_ubatching": True, "speculative_config": "eagle"}
-    assert built("llava", changes, keep=8, positions="contiguous").added_positions is None
+    assert built("llava", changes, keep=8, positions="contiguous").places is None
 
 
 def test_language_models_are_refused(vllm):
