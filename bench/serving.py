@@ -194,8 +194,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--csv", type=Path, default=record.RESULTS / "serving.csv")
     parser.add_argument("--commit", help="of the rows, where the checkout does not tell")
     parser.add_argument("--log", type=Path, default=Path("serving"), help="path of the servers' logs, without suffix")
-    parser.add_argument("options", nargs="*", help="of the server, behind --")
-    args = parser.parse_args(argv)
+    parser.epilog = "What follows a -- are options of the server."
+    argv = sys.argv[1:] if argv is None else argv
+    end = argv.index("--") if "--" in argv else len(argv)
+    args = parser.parse_args(argv[:end])
+    args.options = argv[end + 1 :]
     args.size = tuple(args.size)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shared = record.environment(device, args.commit) | {"model": Path(args.model).name, "dtype": args.dtype}
