@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import logging
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -158,7 +159,8 @@ def test_hashes_tell_what_is_kept(vllm):
     hashes = {}
     for sts in ({"keep": 5}, {"keep": 6}, {"keep": 5, "method": "divprune"}, {"keep": 5, "positions": "contiguous"}):
         (value,) = front_end("llava", **sts)[0]._get_mm_hashes(["abc"])["image"]
-        assert value.startswith("abc-")
+        assert value.startswith("abc-sts-")
+        assert re.fullmatch(r"[\w.=-]+", value)
         hashes[value] = sts
         assert front_end("llava", **sts)[0]._get_mm_hashes(["abc"])["image"] == [value]
     assert len(hashes) == 4
