@@ -57,6 +57,7 @@ def ask(url: str, model: str, image: str, question: str, tokens: int) -> dict:
         "max_tokens": tokens,
         "temperature": 0,
         "ignore_eos": True,
+        "return_token_ids": True,  # text hides ids that are no text
     }
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body).encode(), headers)
@@ -68,6 +69,7 @@ def ask(url: str, model: str, image: str, question: str, tokens: int) -> dict:
         raise RuntimeError(f"{error}: {error.read().decode()[:500]}") from None
     return {
         "text": found["choices"][0]["message"]["content"],
+        "ids": found["choices"][0]["token_ids"],
         "prompt": found["usage"]["prompt_tokens"],
         "output": found["usage"]["completion_tokens"],
         "ms": 1000 * (time.perf_counter() - begun),
@@ -119,8 +121,8 @@ def load(url: str, args, images: list[str]) -> tuple[list[dict | None], float]:
     return answers, time.perf_counter() - begun
 
 
-def oracle(args, images: list, keep: str | None) -> list[str]:
-    """What transformers answers."""
+def oracle(args, images: list, keep: str | None) -> list[list[int]]:
+    """The ids that transformers answers."""
     import transformers
 
     from sts_kernels.integrations.transformers import prune
@@ -130,13 +132,13 @@ def oracle(args, images: list, keep: str | None) -> list[str]:
     content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     amount = keep and (int(keep) if keep.isdigit() else float(keep))
-    texts = []
+    answers = []
     with prune(model.eval(), "sts", keep=amount, rho=1.0) if keep else contextlib.nullcontext():
         for image in images:
             inputs = processor(images=[image], text=text, return_tensors="pt")
             ids = model.generate(**inputs, max_new_tokens=args.tokens, min_new_tokens=args.tokens, do_sample=False)
-            texts.append(processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-    return texts
+            answers.append(ids[0, inputs["input_ids"].shape[1] :].tolist())
+    return answers
 
 
 def measure(args, keep: str | None) -> dict:
@@ -158,8 +160,8 @@ def measure(args, keep: str | None) -> dict:
     return {
         "keep": keep or "all",
         "failed": len(answers) - len(good),
-        "differ_alone": sum(a != b for a, b in zip(texts(answers), texts(alone), strict=True)),
-        "differ_oracle": sum(a != b for a, b in zip(texts(answers), expected, strict=True)) if expected else "",
+        "differ_alone": sum(a != b for a, b in zip(ids_of(answers), ids_of(alone), strict=True)),
+        "differ_oracle": sum(a != b for a, b in zip(ids_of(answers), expected, strict=True)) if expected else "",
         "prompt_tokens": sum(answer["prompt"] for answer in good),
         "output_tokens": sum(answer["output"] for answer in good),
         "seconds": round(seconds, 2),
@@ -170,8 +172,8 @@ def measure(args, keep: str | None) -> dict:
     }
 
 
-def texts(answers: list[dict | None]) -> list[str | None]:
-    return [answer and answer["text"] for answer in answers]
+def ids_of(answers: list[dict | None]) -> list[list[int] | None]:
+    return [answer and answer["ids"] for answer in answers]
 
 
 def vllm_version() -> str:
@@ -194,8 +196,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--csv", type=Path, default=record.RESULTS / "serving.csv")
     parser.add_argument("--commit", help="of the rows, where the checkout does not tell")
     parser.add_argument("--log", type=Path, default=Path("serving"), help="path of the servers' logs, without suffix")
-    parser.add_argument("options", nargs="*", help="of the server, behind --")
-    args = parser.parse_args(argv)
+    parser.epilog = "What follows a -- are options of the server."
+    argv = sys.argv[1:] if argv is None else argv
+    end = argv.index("--") if "--" in argv else len(argv)
+    args = parser.parse_args(argv[:end])
+    args.options = argv[end + 1 :]
     args.size = tuple(args.size)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shared = record.environment(device, args.commit) | {"model": Path(args.model).name, "dtype": args.dtype}

@@ -43,7 +43,8 @@ PROCESSES: dict[str, tuple[dict, dict]] = {
     }),
     "methods": ({}, {
         **{name: ("llava", {"keep": 32, "method": name}, {}) for name in (
-            "divprune", "fastervlm", "fps", "random", "tome", "uniform", "visionzip", "vispruner")},
+            "adavtp", "divprune", "fastervlm", "fastervlm_divprune", "fps", "polymorphic", "random", "tome", "uniform",
+            "visionzip", "vispruner")},
     }),
     "llava_next": ({}, {
         "keep": ("llava_next", {"keep": 20}, {}),

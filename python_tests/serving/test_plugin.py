@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import logging
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -63,8 +64,6 @@ def built(family: str, changes: dict | None = None, **sts):
     models = importlib.import_module("sts_kernels.integrations.vllm.models")
     config = config_of(family, **sts)
     model = getattr(models, CLASSES[family])(vllm_config=fake_vllm.configuration(config, **(changes or {})))
-    if family.startswith("llava"):
-        model.image_newline = torch.full((CHANNELS,), 7.0)
     return model
 
 
@@ -160,7 +159,8 @@ def test_hashes_tell_what_is_kept(vllm):
     hashes = {}
     for sts in ({"keep": 5}, {"keep": 6}, {"keep": 5, "method": "divprune"}, {"keep": 5, "positions": "contiguous"}):
         (value,) = front_end("llava", **sts)[0]._get_mm_hashes(["abc"])["image"]
-        assert value.startswith("abc-")
+        assert value.startswith("abc-sts-")
+        assert re.fullmatch(r"[\w.=-]+", value)
         hashes[value] = sts
         assert front_end("llava", **sts)[0]._get_mm_hashes(["abc"])["image"] == [value]
     assert len(hashes) == 4
@@ -185,12 +185,15 @@ def test_the_configuration_tells_all_processes(vllm, monkeypatch, family):
 # ---- the workers -------------------------------------------------------------------------------------------------
 
 
-def pruned(family: str, sizes, seed: int = 0, **sts):
+def pruned(family: str, sizes, device="cpu", dtype=torch.float32, **sts):
     """Runs the worker's part on random features. Returns the model, layouts, features and its output."""
     model = built(family, **sts)
     found = [FAMILIES[family].layout(model.config, *size) for size in sizes]
-    generator = torch.Generator().manual_seed(seed)
-    features = [torch.randn(layout.item.num_features, CHANNELS, generator=generator) for layout in found]
+    generator = torch.Generator().manual_seed(0)
+    features = [
+        torch.randn(layout.item.num_features, CHANNELS, generator=generator).to(device, dtype) for layout in found
+    ]
+    model.image_newline = torch.full((CHANNELS,), 7.0, device=device)
     parts = []
 
     def encode(image_input, part, layouts_of_part):
@@ -203,32 +206,33 @@ def pruned(family: str, sizes, seed: int = 0, **sts):
     return model, found, features, model._process_image_input(images), parts
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("positions", settings.POSITIONS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_images_of_one_call_are_picked_from_each_for_itself(vllm, family, positions):
+def test_images_of_one_call_are_picked_from_each_for_itself(vllm, device, family, positions, dtype):
     """Ragged images together give what each gives alone, in the order of its tokens, newlines kept."""
     if family.startswith("qwen") and positions == "contiguous":
         pytest.skip("refused")
     sizes = SIZES[family]
-    model, found, features, together, _ = pruned(family, sizes, keep=6, positions=positions)
+    model, found, features, together, _ = pruned(family, sizes, device, dtype, keep=6, positions=positions)
     for layout, feature, tokens in zip(found, features, together, strict=True):
         order = (
             methods.create("sts", rho=1.0)
             .select(k=6, features=feature[torch.cat(layout.item.candidates())][None])
             .order[0]
         )
-        rows = torch.cat(layout.item.candidates())[order]
+        rows = torch.cat(layout.item.candidates())[order.cpu()]
         kept = torch.zeros(layout.item.num_features, dtype=torch.bool).index_fill_(0, rows, True)
         expected, places = [], []
         for token, row in enumerate(layout.item.feature_of_token.tolist()):
             if row < 0 or kept[row]:
-                expected.append(torch.full((CHANNELS,), 7.0) if row < 0 else feature[row])
+                expected.append(model.image_newline.to(dtype) if row < 0 else feature[row])
                 places.append(token)
         assert len(tokens) == layout.kept(model.asked.plan) == len(expected)
         assert torch.equal(tokens[:, :CHANNELS], torch.stack(expected))
         if positions == "original":
             high, low = tokens[:, CHANNELS:].long().chunk(2, 1)
-            assert torch.equal(high * 128 + low, layout.positions[places])
+            assert torch.equal((high * 128 + low).cpu(), layout.positions[places])
         else:
             assert tokens.shape[1] == CHANNELS
     assert all(x.dtype == torch.int64 for x in vllm.group.sent)  # picks, from the first rank
@@ -263,6 +267,15 @@ def test_positions_survive_every_dtype(vllm, dtype):
     assert model.forward(None, torch.full((3, 8), 10)).tolist() == [*(10 + digits).tolist(), 10]
     model.embed_input_ids(torch.zeros(8, dtype=torch.int64), [], is_multimodal=mask)
     assert model.forward(None, torch.full((3, 8), 10)).tolist() == [10] * 8  # nothing of the step before
+
+
+def test_positions_keep_their_address(vllm):
+    """A CUDA graph of a part of the LLM reads them where they were when it was captured."""
+    for family in ("llava", "qwen2_5_vl"):
+        model = built(family, keep=2)
+        first, second = (model.forward(None, torch.full((3, n), n)) for n in (8, 5))
+        assert first.data_ptr() == second.data_ptr()
+        assert second.tolist() == ([5] * 5 if family == "llava" else [[5] * 5] * 3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -463,7 +476,7 @@ def test_settings_of_the_engine_are_refused(vllm, family, sts, changes, sentence
 
 def test_contiguous_positions_need_less(vllm):
     changes = {"pipeline_parallel_size": 2, "use_ubatching": True, "speculative_config": "eagle"}
-    assert built("llava", changes, keep=8, positions="contiguous").added_positions is None
+    assert built("llava", changes, keep=8, positions="contiguous").places is None
 
 
 def test_language_models_are_refused(vllm):

@@ -3,7 +3,8 @@
 Where a token belongs in its image travels behind its embedding, as it does where vLLM prunes videos: in DIGITS more
 channels, as digits that every dtype holds exactly. vLLM takes the positions of a step from `get_mrope_input_positions`,
 where all tokens of an image stand at its first. What is to be added for each lies in a buffer: `embed_input_ids` fills
-it, `forward` reads it. Neither needs to know which request a token is of, and CUDA graphs find the buffer at its place.
+it, `forward` reads it, and neither needs to know which request a token is of. Buffers and sums keep their addresses, as
+CUDA graphs of parts of the LLM demand.
 """
 
 from collections.abc import Iterator, Sequence
@@ -60,8 +61,9 @@ class Prunes:
         # vLLM counts pruned tokens against this budget. The encoder runs on whole images.
         self.encoder_budget = vllm_config.scheduler_config.max_num_encoder_input_tokens
         tokens = vllm_config.scheduler_config.max_num_batched_tokens + 1
-        added = torch.zeros(3, tokens, dtype=torch.int64) if asked.positions == "original" else None
-        self.register_buffer("added_positions", added, persistent=False)
+        # What is added to the positions of a step, and the sum.
+        places = torch.zeros(2, 3, tokens, dtype=torch.int64) if asked.positions == "original" else None
+        self.register_buffer("places", places, persistent=False)
         self.calls: list[tuple] = []  # query and key of the encoder's attention
         if asked.method.signals & {"attention", "keys"}:
             self.attention_module().register_forward_pre_hook(self.capture, with_kwargs=True)
@@ -156,8 +158,8 @@ class Prunes:
             embeds = torch.cat([embeds, self.image_newline.to(embeds.dtype).expand(len(tokens) - len(rows), -1)])
         tokens, order = tokens.sort()
         embeds = embeds[order]
-        if self.added_positions is not None:
-            place = torch.cat([layout.positions for layout in found]).to(rows.device)[tokens]
+        if self.places is not None:
+            place = torch.cat([layout.positions for layout in found]).to(rows.device, non_blocking=True)[tokens]
             embeds = torch.cat([embeds, (place // BASE).to(embeds.dtype), (place % BASE).to(embeds.dtype)], 1)
         return embeds.split([layout.kept(self.asked.plan) for layout in found])
 
@@ -182,18 +184,19 @@ class Prunes:
         return positions[:, source], delta + len(whole) - len(input_tokens)
 
     def embed_input_ids(self, input_ids, multimodal_embeddings=None, *, is_multimodal=None) -> torch.Tensor:
-        if self.added_positions is not None:
-            self.added_positions.zero_()
+        if self.places is not None:
+            added = self.places[0].zero_()
             if multimodal_embeddings is not None and len(multimodal_embeddings):
                 high, low = torch.cat([x[:, -DIGITS:] for x in multimodal_embeddings]).long().chunk(2, 1)
-                self.added_positions[:, : len(input_ids)][:, is_multimodal] = (high * BASE + low).T
+                added[:, : len(input_ids)][:, is_multimodal] = (high * BASE + low).T
                 multimodal_embeddings = [x[:, :-DIGITS] for x in multimodal_embeddings]
         return super().embed_input_ids(input_ids, multimodal_embeddings, is_multimodal=is_multimodal)
 
     def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None, **kwargs):
-        if self.added_positions is not None:
-            positions = positions + self.added_positions[:, : positions.shape[1]]
-            positions = positions if self.family.grid else positions[0]
+        if self.places is not None:
+            added, total = self.places[:, :, : positions.shape[1]]
+            torch.add(positions, added, out=total)
+            positions = total if self.family.grid else total[0]
         return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
 
 

@@ -39,8 +39,8 @@ class Settings:
     options: dict  # as they were given
 
     def tag(self) -> str:
-        """What an image's tokens depend on beside the image."""
-        return f"sts_kernels-{__version__}-{json.dumps(self.options, sort_keys=True)}"
+        """What an image's tokens depend on beside the image, for names of files too."""
+        return "-".join(["sts", __version__, *(f"{name}={value}" for name, value in sorted(self.options.items()))])
 
     def __str__(self) -> str:
         amount = self.options.get("keep", self.options.get("budget"))
