@@ -36,6 +36,7 @@ def make_inputs(case, device):
         "cu_seqlens": _offsets(case.lengths, device),
         "cu_budgets": _offsets(case.budgets, device),
         "total_k": case["K"],
+        "max_seqlen": case["N"],
     }
 
 

@@ -155,7 +155,8 @@ __device__ __forceinline__ int64_t last_of(int64_t first, int64_t last, const F&
   return first;
 }
 
-// By a warp: which item, and which part of `size` tokens of it, is number `task` of packed_tasks(items, size).
+// By a warp: which item, and which part of `size` tokens of it, is number `task` of packed_tasks(items, size). The part may be past the
+// item's end.
 struct PackedTask {
   int64_t item, part;
 };
@@ -163,7 +164,7 @@ STS_HOST_DEVICE int64_t packed_tasks(const Items& items, int size) { return item
 __device__ __forceinline__ PackedTask packed_task(const Items& items, int size, int64_t task) {
   const auto first_task = [&](int64_t b) { return items.planned[b].first / size + b; };
   const int64_t b = last_of(0, items.count, [&](int64_t i) { return first_task(i) <= task; });
-  return {b, task - first_task(b)};
+  return {b, task < first_task(b) ? items.tokens : task - first_task(b)};
 }
 
 }  // namespace sts
