@@ -150,8 +150,7 @@ __global__ void __launch_bounds__(kStatsThreads) mean_kernel(Items items, int ch
     if (stats.mean) stats.mean[b * channels + c] = count > 0.f ? sum / count : 0.f;
     if constexpr (sizeof(scalar_t) == 2) {
       if (!stats.centre) continue;
-      const scalar_t centre = exact_centre<scalar_t>(low, high);
-      memcpy(stats.centre + b * channels + c, &centre, 2);
+      reinterpret_cast<scalar_t*>(stats.centre)[b * channels + c] = exact_centre<scalar_t>(low, high);
     }
   }
 }

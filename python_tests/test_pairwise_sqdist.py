@@ -57,6 +57,15 @@ def test_same_input_same_output_whatever_the_batch(backend, name, dtype):
         assert torch.equal(backend(OP, features[b : b + 1]).view(torch.int32)[0], first[b])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_offsets_of_every_size(backend, dtype):
+    """Channels with a centre of many different elements, and channels without one."""
+    rng = torch.Generator().manual_seed(6)
+    offset = 20 * torch.randn(1, 1, 400, generator=rng)
+    features = (normal(rng, 2, 130, 400) + offset).to(backend.device, dtype)
+    oracle.check_sqdist(backend(OP, features), features)
+
+
 def test_many_items(backend):
     features = Case("many", 300, 9, 5, 1).features(seed=3, device=backend.device)
     oracle.check_sqdist(backend(OP, features), features)
