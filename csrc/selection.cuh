@@ -8,6 +8,7 @@
 #include "select_stored.cuh"
 #include "select_swept.cuh"
 #include "selection_plan.h"
+#include "sqdist_wgmma.cuh"
 #include "unit_rows.cuh"
 
 namespace sts {
@@ -20,6 +21,8 @@ constexpr int64_t kClusterFrom = 1024;  // items of more tokens are shared by a 
 // tokens the ordered bits of the smallest in each row.
 template <class Rule>
 struct StoreWeight {
+  static constexpr float kCancellation = sts::kCancellation;
+  static constexpr bool kThreeProducts = std::is_same_v<Rule, Repulsion>;  // of float32 rows, for which others want differences
   Rule rule;
   uint32_t* least;
   __device__ float operator()(float sqdist, bool diagonal) const { return diagonal ? kInfinity : stored_value(rule, sqdist); }
@@ -29,9 +32,11 @@ struct StoreWeight {
 
 // How a selection is laid out on the device; everything follows from the shapes, the element type and the device.
 struct SelectionPlan {
+  int64_t element_bytes;  // of the features
   bool from_mean;       // the first pick may be the token nearest the mean
   bool stored;          // weights of all pairs in memory
   int mma_tile;         // tokens in a tile on tensor cores, or 0 where differences are taken
+  bool wgmma;           // stored: those of Hopper
   int64_t entries;      // stored: batch entries whose weights are held at a time
   int item_blocks;      // stored: blocks that share an item, a cluster if more than one
   bool least;           // the cluster's bound grows by the smallest weight of each pick's row
@@ -63,18 +68,20 @@ int stored_item_blocks(const Items& items, int64_t at_once) {
 
 template <class scalar_t, class Rule>
 SelectionPlan plan_selection(const Rows<scalar_t>& rows, const Items& items, int64_t matrix_tokens = kMatrixTokens,
-                             int lookahead = kSweepPoints) {
+                             int lookahead = kSweepPoints, bool wgmma = true) {
   const int64_t entries = items.packed() ? 1 : items.count;
+  wgmma = wgmma && wgmma_serves<scalar_t, StoreWeight<Rule>>(items);
   const bool mma = mma_fits(rows, items), from_mean = Rule::kFromMean && !items.anchor;
   // Both kernels take the same bits for a distance by differences, so that the picks do not depend on how many they are. On tensor
   // cores they do not, where a pair is repaired.
-  const bool few = !mma && !items.packed() && items.picks * kFewPicks < items.tokens;
+  const bool few = !mma && !wgmma && !items.packed() && items.picks * kFewPicks < items.tokens;
   if (items.tokens <= (few ? matrix_tokens / 2 : matrix_tokens)) {
     const int64_t fit = kMatrixFloats / (items.tokens * matrix_pitch(items.tokens));
     const int64_t held = entries < fit ? entries : fit;
     const int64_t at_once = items.packed() ? items.count : held;
     const int item_blocks = lookahead > 1 ? stored_item_blocks<Rule>(items, at_once) : 1;
-    return {from_mean, true, mma ? mma_tile(items.tokens, held) : 0, held, item_blocks, kOfDistance<Rule>, 0, 0, lookahead};
+    const int tile = wgmma ? wgmma_tile(items.tokens, held) : mma ? mma_tile(items.tokens, held) : 0;
+    return {sizeof(scalar_t), from_mean, true, tile, wgmma, held, item_blocks, kOfDistance<Rule>, 0, 0, lookahead};
   }
   const int resident = with_swept_kernel<scalar_t, Rule>(
       mma, [](auto* kernel, size_t shared_bytes) { return max_resident_blocks(kernel, kSweepThreads, shared_bytes); });
@@ -86,7 +93,7 @@ SelectionPlan plan_selection(const Rows<scalar_t>& rows, const Items& items, int
   // The weights of a sweep take no more memory than the features, unless those are narrow.
   const int64_t affordable = rows.channels * sizeof(scalar_t) / sizeof(float);
   const int most = affordable > kSweepPoints ? kSweepPoints : affordable < 4 ? 4 : static_cast<int>(affordable);
-  return {from_mean, false, mma ? tile : 0, 0, 0, false, groups, blocks, lookahead < most ? lookahead : most};
+  return {sizeof(scalar_t), from_mean, false, mma ? tile : 0, false, 0, 0, false, groups, blocks, lookahead < most ? lookahead : most};
 }
 
 // Device memory of one selection besides its input and output. `allocate(bytes)` is called once for each part in use; parts that
@@ -94,7 +101,7 @@ SelectionPlan plan_selection(const Rows<scalar_t>& rows, const Items& items, int
 struct SelectionScratch {
   TokenStats stats{};
   float* weights = nullptr;     // stored: (entries, tokens, matrix_pitch(tokens)); swept: (lookahead, all tokens)
-  unsigned* marks = nullptr;    // stored on tensor cores: (entries, tiles, tiles)
+  unsigned* marks = nullptr;    // stored on tensor cores, but for Hopper's: (entries, tiles, tiles)
   uint32_t* least = nullptr;    // stored, with items shared by clusters: the smallest weight of every row (all tokens)
   Key* keys = nullptr;          // swept: a SweepExchange for every group
   float* floats = nullptr;      // swept: the same
@@ -105,17 +112,10 @@ struct SelectionScratch {
     const auto take = [&](auto*& part, int64_t count) {
       if (count) part = static_cast<std::remove_reference_t<decltype(part)>>(allocate(count * static_cast<int64_t>(sizeof(*part))));
     };
-    const int64_t chunks = all_chunks(items), tiles = mark_tiles(items.tokens);
-    take(stats.mean_sqdist, all_tokens(items));
-    take(stats.norms, plan.mma_tile ? all_tokens(items) : 0);
-    take(stats.centre, plan.mma_tile ? items.count * channels : 0);
-    take(stats.sums, plan.from_mean ? chunks * channels : 0);
-    take(stats.counts, plan.from_mean ? chunks : 0);
-    take(stats.mean, plan.from_mean ? items.count * channels : 0);
-    take(stats.lows, plan.mma_tile ? chunks * channels : 0);
-    take(stats.highs, plan.mma_tile ? chunks * channels : 0);
+    const int64_t tiles = mark_tiles(items.tokens);
+    take_token_stats(stats, items, channels, plan.element_bytes, plan.from_mean, plan.mma_tile, plan.wgmma, allocate);
     take(weights, plan.stored ? plan.entries * items.tokens * matrix_pitch(items.tokens) : plan.lookahead * all_tokens(items));
-    take(marks, plan.stored && plan.mma_tile ? plan.entries * tiles * tiles : 0);
+    take(marks, plan.stored && plan.mma_tile && !plan.wgmma ? plan.entries * tiles * tiles : 0);
     take(least, plan.item_blocks > 1 && plan.least ? all_tokens(items) : 0);
     take(keys, plan.groups * SweepExchange::keys(plan.group_blocks));
     take(floats, plan.groups * SweepExchange::floats());
@@ -140,13 +140,17 @@ cudaError_t launch_selection(const Rows<scalar_t>& rows, const Items& items, con
     return with_swept_kernel<scalar_t, Rule>(plan.mma_tile, [&](auto* kernel, size_t shared_bytes) {
       const Launch shape{dim3(plan.groups * plan.group_blocks), dim3(kSweepThreads), shared_bytes, 1, true, stream};
       return launch(kernel, shape, rows, items, rows_aligned(rows), plan.group_blocks, plan.lookahead, rule, scratch.stats.norms,
-                    reinterpret_cast<const scalar_t*>(scratch.stats.centre), scratch.stats.mean_sqdist, scratch.weights, scratch.keys,
+                    static_cast<const scalar_t*>(scratch.stats.centre), scratch.stats.mean_sqdist, scratch.weights, scratch.keys,
                     scratch.floats, scratch.arrived, out);
     });
   }
   const int64_t pitch = matrix_pitch(items.tokens);
   const auto weigh = [&](int64_t first, int64_t entries) {
     const StoreWeight<Rule> store{rule, scratch.least};
+    if constexpr (kWgmmaServes<scalar_t, StoreWeight<Rule>>) {
+      if (plan.wgmma)
+        return launch_sqdist_wgmma(rows, items, first, entries, plan.mma_tile, scratch.stats, store, pitch, scratch.weights, stream);
+    }
     if constexpr (sizeof(scalar_t) == 2) {
       if (plan.mma_tile)
         return launch_sqdist_mma(rows, items, first, entries, plan.mma_tile, scratch.stats, store, scratch.marks, pitch, scratch.weights,
@@ -183,11 +187,12 @@ cudaError_t launch_selection(const Rows<scalar_t>& rows, const Items& items, con
 // For tests: a selection as the ops run it. notes, if not null, is given what is noted on the way: where blocks share an item the least
 // weights, else of stored weights on tensor cores the marks (SelectionScratch), of sweeps how often the blocks of the first group have
 // come to a barrier. Items of at most matrix_tokens tokens go through stored weights, shared by item_blocks blocks each (0: as planned).
+// wgmma: where the device has it.
 // Every part of the scratch is an allocation of its own, filled with NaN.
 template <class scalar_t, class Rule>
-cudaError_t run_selection(const Rows<scalar_t>& rows, const Items& items, int64_t matrix_tokens, int item_blocks, int lookahead, Rule rule,
-                          unsigned* notes, int64_t* out, cudaStream_t stream) {
-  SelectionPlan plan = plan_selection<scalar_t, Rule>(rows, items, matrix_tokens, lookahead);
+cudaError_t run_selection(const Rows<scalar_t>& rows, const Items& items, int64_t matrix_tokens, int item_blocks, int lookahead, bool wgmma,
+                          Rule rule, unsigned* notes, int64_t* out, cudaStream_t stream) {
+  SelectionPlan plan = plan_selection<scalar_t, Rule>(rows, items, matrix_tokens, lookahead, wgmma);
   if (plan.stored && item_blocks) plan.item_blocks = item_blocks;
   void* parts[16];
   int count = 0;
@@ -217,7 +222,7 @@ cudaError_t run_unit_selection(const Rows<scalar_t>& rows, const Items& items, i
   if (error == cudaSuccess) error = launch_unit_rows(rows, entries, items.tokens, items.tokens, nullptr, static_cast<float*>(unit), nullptr, stream);
   const Rows<float> unit_rows = unit_rows_of(static_cast<const float*>(unit), items.tokens, rows.channels);
   if (error == cudaSuccess)
-    error = run_selection(unit_rows, items, matrix_tokens, item_blocks, lookahead, UnitRows<Rule>{rule}, nullptr, out, stream);
+    error = run_selection(unit_rows, items, matrix_tokens, item_blocks, lookahead, true, UnitRows<Rule>{rule}, nullptr, out, stream);
   cudaFree(unit);
   return error;
 }

@@ -66,6 +66,14 @@ def test_offsets_of_every_size(backend, dtype):
     oracle.check_sqdist(backend(OP, features), features)
 
 
+def test_same_bits_in_a_batch_of_any_size(backend):
+    """Where a large batch is computed in larger tiles."""
+    features = Case("batch", 40, 200, 72, 1).features(seed=5, dtype=torch.bfloat16, device=backend.device)
+    together = backend(OP, features)
+    for b in (0, 17, 39):
+        assert torch.equal(backend(OP, features[b : b + 1])[0], together[b])
+
+
 def test_many_items(backend):
     features = Case("many", 300, 9, 5, 1).features(seed=3, device=backend.device)
     oracle.check_sqdist(backend(OP, features), features)

@@ -273,8 +273,9 @@ def diverse(case, dtype) -> list[Call]:
 def _select(op, name, features, k, options, judge, packed=None, num_tokens=None, way=None, notes=()):
     """A call of the selection op `op`. options: its arguments between k and num_tokens. packed: (cu_seqlens,
     cu_budgets). way: `matrix_tokens`, up to so many tokens the weights of all pairs are stored; `item_blocks`, that
-    share an item then (0: as planned); `lookahead`, max picks of an exchange (cluster) or sweep."""
-    way = {"matrix_tokens": 8192, "item_blocks": 0, "lookahead": 16, **(way or {})}
+    share an item then (0: as planned); `lookahead`, max picks of an exchange (cluster) or sweep; `wgmma`: 0 for the
+    tensor cores of other devices than Hopper."""
+    way = {"matrix_tokens": 8192, "item_blocks": 0, "lookahead": 16, "wgmma": 1, **(way or {})}
     rows = channels_contiguous(features)
     tokens, channels = rows.shape[-2:]
     batch = len(rows) if packed is None else len(packed[0]) - 1
@@ -293,6 +294,7 @@ def _select(op, name, features, k, options, judge, packed=None, num_tokens=None,
         np.full((batch, k) if packed is None else (k,), PAD, np.int64),
     )
     kind = "swept" if tokens > way["matrix_tokens"] else "cluster" if way["item_blocks"] > 1 else "stored"
+    kind += "" if way["wgmma"] else "_mma"
     return Call(
         f"{name}-{kind}{way['lookahead']}",
         f"{op}_{SUFFIX[rows.dtype]}",
@@ -385,10 +387,17 @@ def work(case) -> int:
 
 WAYS = (  # to select
     {"matrix_tokens": 8192, "lookahead": 16},
+    {"matrix_tokens": 8192, "lookahead": 16, "wgmma": 0},
     {"matrix_tokens": 8192, "item_blocks": 4, "lookahead": 8},
     {"matrix_tokens": 0, "lookahead": 16},
     {"matrix_tokens": 0, "lookahead": 1},
 )
+
+
+def ways_of(case, dtype) -> list[dict]:
+    """Those of WAYS that differ: tensor cores take 16-bit rows, and not those of packed items."""
+    mma = dtype != torch.float32 and not isinstance(case, cases.VarlenCase)
+    return [way for way in WAYS if mma or way.get("wgmma", 1)]
 
 
 def of_sets(case, features, num_tokens) -> list[Call]:
@@ -412,7 +421,7 @@ def of_case(case, dtype) -> list[Call]:
     """Every kernel that serves `case`, every way it can be made to."""
     inputs = case.inputs(dtype=dtype)
     if isinstance(case, cases.VarlenCase):
-        return [repulsion_select_varlen(case.name, **inputs, **way) for way in WAYS]
+        return [repulsion_select_varlen(case.name, **inputs, **way) for way in ways_of(case, dtype)]
     if case.batch == 0:
         return []  # nothing is launched
     features, anchor = inputs["features"], inputs["anchor"]
@@ -420,7 +429,7 @@ def of_case(case, dtype) -> list[Call]:
     return [
         pairwise_sqdist(case.name, features),
         repulsion_step(case.name, features, picked, case.eps, gap=case.batch % 2),
-        *(repulsion_select(case.name, **inputs, **way) for way in WAYS),
+        *(repulsion_select(case.name, **inputs, **way) for way in ways_of(case, dtype)),
         *of_sets(case, features, inputs["num_tokens"]),
         *diverse(case, dtype),
     ]
@@ -435,7 +444,7 @@ def rules_of_case(case, dtype, turn) -> list[Call]:
     farthest, suppress = (
         (farthest_select_varlen, suppress_select_varlen) if packed else (farthest_select, suppress_select)
     )
-    for i, way in enumerate(WAYS):
+    for i, way in enumerate(ways_of(case, dtype)):
         if (turn + i) % 2 == 0:
             given = selection_inputs.of_case("farthest_select", case, variants[(turn + i) % 5], turn, dtype)
             made.append(farthest(case.name, **given, **way))
@@ -492,6 +501,15 @@ def quick() -> list[Call]:
             calls += of_case(case, dtype)
         calls += rules_of_case(case, cases.FLOATING[i % 3], i)
         calls += rules_of_case(case, cases.FLOATING[i % 3], i + 1)
+    # More stages of tiles, large and small, than a block of a few has buffers.
+    for dtype, batch, tokens, values in (
+        (torch.bfloat16, 2, 200, cases.near_duplicates),
+        (torch.float16, 1, 140, cases.common_offset),
+        (torch.float32, 1, 140, cases.near_duplicates),
+    ):
+        case = Case(f"ring_{tokens}", batch, tokens, 456, 9, values)
+        calls.append(pairwise_sqdist(case.name, case.features(dtype=dtype)))
+        calls.append(repulsion_select(case.name, **case.inputs(dtype=dtype)))
     # Products of rows that vanish unscaled.
     tiny = Case("tiny", 1, 70, 40, 1, cases.tiny).features(dtype=torch.bfloat16)
     return [*calls, nearest("tiny", tiny, tiny, "cosine", exclude_self=True)]
