@@ -7,7 +7,7 @@
 // Synchronisation: a group of resident blocks takes an item, with a barrier of the group after each step. The list and the distances
 //   that a step reads are written in the step before. Lists alternate between two halves.
 #pragma once
-#include "pairwise_sqdist.cuh"
+#include "sqdist_tiles.cuh"
 #include "unit_rows.cuh"
 
 namespace sts {

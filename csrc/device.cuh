@@ -177,6 +177,7 @@ bool clusters_fit(void (*kernel)(Params...), const Launch& shape) {
 __host__ __device__ __forceinline__ float to_float(float value) { return value; }
 __host__ __device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
 __host__ __device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+__host__ __device__ __forceinline__ void from_float(float value, float& element) { element = value; }
 __host__ __device__ __forceinline__ void from_float(float value, __half& element) { element = __float2half_rn(value); }
 __host__ __device__ __forceinline__ void from_float(float value, __nv_bfloat16& element) { element = __float2bfloat16_rn(value); }
 
@@ -275,25 +276,35 @@ class GroupBarrier {
 __device__ __forceinline__ unsigned shared_address(const void* address) { return static_cast<unsigned>(__cvta_generic_to_shared(address)); }
 #endif
 
-// Counts, in the shared memory of the block that receives, what has come. A phase ends, and the next begins, when one thread of the
-// block has said how many bytes it expects in it and so many have come. A sender has to know that the phase before has ended.
+// An mbarrier in the shared memory of the block that receives. A phase ends, and the next begins, when `count` arrivals and as many bytes as
+// were expected with them have come. A sender has to know that the phase before has ended.
 using Arrivals = unsigned long long;
 
-// By one thread, before the cluster synchronises for the first time.
-__device__ __forceinline__ void init_arrivals(Arrivals* arrivals) {
+// By one thread, before the block, or the cluster, synchronises for the first time.
+__device__ __forceinline__ void init_arrivals(Arrivals* arrivals, int count = 1) {
 #ifdef STS_EMULATE
-  emulator::init_arrivals(arrivals);
+  emulator::init_arrivals(arrivals, count);
 #else
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\n\tfence.mbarrier_init.release.cluster;" ::"r"(shared_address(arrivals)) : "memory");
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n\tfence.mbarrier_init.release.cluster;" ::"r"(shared_address(arrivals)), "r"(count)
+               : "memory");
 #endif
 }
 
-// By one thread in every phase.
+// An arrival, and bytes to wait for in this phase.
 __device__ __forceinline__ void expect_arrivals(Arrivals* arrivals, unsigned bytes) {
 #ifdef STS_EMULATE
   emulator::expect_arrivals(arrivals, bytes);
 #else
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(arrivals)), "r"(bytes) : "memory");
+#endif
+}
+
+// An arrival alone: what the calling thread did before it is done for those who wait.
+__device__ __forceinline__ void arrive(Arrivals* arrivals) {
+#ifdef STS_EMULATE
+  emulator::arrive(arrivals);
+#else
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(arrivals)) : "memory");
 #endif
 }
 

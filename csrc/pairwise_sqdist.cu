@@ -1,6 +1,7 @@
 #include "pairwise_sqdist.cuh"
 
 #include "cuda_glue.h"
+#include "scratch.h"
 
 namespace sts {
 namespace {
@@ -12,9 +13,11 @@ Tensor pairwise_sqdist_cuda(const Tensor& features) {
   Tensor out = new_floats(x, {batch, tokens, tokens});
   if (batch == 0) return out;
   dispatch_cuda(x.scalar_type(), [&](auto* element) {
-    const auto rows = rows_of<std::remove_pointer_t<decltype(element)>>(x);
-    CudaScope::check(launch_pairwise_sqdist(rows.data, batch, tokens, rows.channels, rows.batch_stride, rows.row_stride, static_cast<float*>(out.mutable_data_ptr()),
-                                            scope.stream()),
+    using scalar_t = std::remove_pointer_t<decltype(element)>;
+    const auto rows = rows_of<scalar_t>(x);
+    const auto layout = [&](auto&& allocate) { return pairwise_sqdist_scratch<scalar_t>(batch, tokens, rows.channels, allocate); };
+    ScratchMemory scratch(x, layout);
+    CudaScope::check(launch_pairwise_sqdist(rows, batch, tokens, layout(scratch), static_cast<float*>(out.mutable_data_ptr()), scope.stream()),
                      "pairwise_sqdist");
   });
   return out;

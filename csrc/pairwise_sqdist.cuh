@@ -1,188 +1,47 @@
-// Squared distances of all pairs of an item's tokens, one square tile of the upper triangle a block, mirrored.
-// Differences are squared and summed channel by channel in ascending order: nothing cancels, and the result is the same bits
-// whichever tile or kernel computes it.
+// pairwise_sqdist: differences on CUDA cores, and tensor cores for 16-bit rows on Hopper (sqdist_wgmma.cuh).
 #pragma once
-#include "pair_tiles.cuh"
+#include "sqdist_wgmma.cuh"
 
 namespace sts {
 
-// What is stored for a pair: the distance, exactly zero on the diagonal. The smallest of a row is not asked for.
-struct StoreSqdist {
-  static constexpr bool kOverlap = false;  // the launch ahead is another op's
-  static constexpr uint32_t* least = nullptr;
-  __device__ float operator()(float sqdist, bool diagonal) const { return diagonal ? 0.f : sqdist; }
-};
-
-constexpr int kSmallTile = 32, kLargeTile = 64;
-
-// Stands in a matrix for a pair whose distance is still to be computed: a NaN that arithmetic does not make.
-constexpr uint32_t kMarkedBits = 0xffc0feedu;
-__device__ __forceinline__ float marked_pair() { return __uint_as_float(kMarkedBits); }
-__device__ __forceinline__ bool is_marked(float stored) { return __float_as_uint(stored) == kMarkedBits; }
-
-// The smallest stored values that a thread has of some rows of a tile.
-template <int kRows>
-struct RowsLeast {
-  float value[kRows];
-  __device__ __forceinline__ RowsLeast() {
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) value[r] = kInfinity;
-  }
-  __device__ __forceinline__ void take(int r, float stored) { value[r] = fminf(value[r], stored); }  // of a marked pair: no change
-  // Lowers least[i], the ordered bits of the smallest of row i, to row r of the lanes from kFrom up to kEnd (lanes_lowest).
-  template <int kFrom, int kEnd>
-  __device__ __forceinline__ void note(int r, uint32_t* least, int64_t i) const {
-    const float lowest = lanes_lowest<kFrom, kEnd>(value[r]);
-    const int others = (kEnd - 1) & ~(kFrom - 1);  // the bits in which those lanes differ
-    if ((threadIdx.x & others) == 0 && lowest < kInfinity) atomicMin(least + i, ordered_bits(lowest));
-  }
-};
-
-// marks: null for all pairs; or, of every tile, whether it has marked pairs, which alone are then computed.
-template <class scalar_t, int kTile, class Tiles, class Store>
-__global__ void __launch_bounds__(kTile* kTile / 16, kTile == kLargeTile ? 2 : 4)
-    sqdist_tile_kernel(Rows<scalar_t> rows, Tiles tiles, bool aligned, Store store, const unsigned* marks, float* out) {
-  await_predecessor();
-  constexpr int kThreads = kTile * kTile / 16;  // each thread has 4 x 4 pairs
-  constexpr int kChannels = 32, kVec = Chunk<scalar_t>::size;
-  constexpr int kLoads = kTile * kChannels / kVec / kThreads;
-  static_assert(kLoads * kVec * kThreads == kTile * kChannels, "a stage is loaded by whole threads");
-  __shared__ float a[kChannels][kTile + 4], b[kChannels][kTile + 4];
-
-  const int channels = rows.channels;
-  const int tid = threadIdx.x, ti = tid / (kTile / 4) * 4, tj = tid % (kTile / 4) * 4;
-
-  for (int64_t turn = tiles.begin();; turn += tiles.step()) {
-    if (marks) turn = next_marked(tiles, marks, turn);
-    if (turn >= tiles.end()) break;
-    const PairTile tile = tiles.template at<kTile>(turn);
-    const int64_t tokens = tile.tokens, pitch = tile.pitch, i0 = tile.i, j0 = tile.j;
-    float sum[4][4] = {};
-    // What this thread loads of each stage. Rows past the end repeat the last one; their pairs are not stored.
-    const scalar_t *row_a[kLoads], *row_b[kLoads];
-    Chunk<scalar_t> next_a[kLoads], next_b[kLoads];
-#pragma unroll
-    for (int l = 0; l < kLoads; ++l) {
-      const int token = (l * kThreads + tid) / (kChannels / kVec);
-      row_a[l] = rows.row(tile.entry, tile.row + (i0 + token < tokens ? i0 + token : tokens - 1));
-      row_b[l] = rows.row(tile.entry, tile.row + (j0 + token < tokens ? j0 + token : tokens - 1));
-    }
-    const int column = tid % (kChannels / kVec) * kVec;
-    static_assert(kThreads % (kChannels / kVec) == 0, "a thread loads the same channels of every row");
-    const auto fetch = [&](int c0) {
-#pragma unroll
-      for (int l = 0; l < kLoads; ++l) {
-        next_a[l] = load_channels(row_a[l], c0 + column, channels, aligned);
-        next_b[l] = load_channels(row_b[l], c0 + column, channels, aligned);
-      }
-    };
-    fetch(0);
-    for (int c0 = 0; c0 < channels; c0 += kChannels) {
-      __syncthreads();
-#pragma unroll
-      for (int l = 0; l < kLoads; ++l) {
-        const int token = (l * kThreads + tid) / (kChannels / kVec);
-#pragma unroll
-        for (int i = 0; i < kVec; ++i) {
-          a[column + i][token] = next_a[l][i];
-          b[column + i][token] = next_b[l][i];
-        }
-      }
-      __syncthreads();
-      if (c0 + kChannels < channels) fetch(c0 + kChannels);
-#pragma unroll 4
-      for (int c = 0; c < kChannels; ++c) {
-        float x[4], y[4];
-#pragma unroll
-        for (int t = 0; t < 4; ++t) x[t] = a[c][ti + t], y[t] = b[c][tj + t];
-#pragma unroll
-        for (int s = 0; s < 4; ++s)
-#pragma unroll
-          for (int t = 0; t < 4; ++t) {
-            const float difference = x[s] - y[t];
-            sum[s][t] = fmaf(difference, difference, sum[s][t]);
-          }
-      }
-    }
-    float* matrix = out + tile.offset;
-    RowsLeast<4> rows_least, columns_least;
-#pragma unroll
-    for (int s = 0; s < 4; ++s)
-#pragma unroll
-      for (int t = 0; t < 4; ++t) {
-        const int64_t i = i0 + ti + s, j = j0 + tj + t;
-        if (i >= tokens || j >= tokens) continue;
-        if (marks && (i > j || !is_marked(matrix[i * pitch + j]))) continue;
-        const float value = store(sum[s][t], i == j);
-        matrix[i * pitch + j] = value;
-        if (marks || i0 != j0) matrix[j * pitch + i] = value;
-        if (i == j) continue;
-        rows_least.take(s, value);
-        columns_least.take(t, value);
-      }
-    if (store.least) {
-      uint32_t* const least = store.least + tile.token;
-#pragma unroll
-      for (int s = 0; s < 4; ++s) {
-        rows_least.template note<1, kTile / 4>(s, least, i0 + ti + s);
-        columns_least.template note<kTile / 4, 32>(s, least, j0 + tj + s);
-      }
-    }
-  }
-}
-
-template <int kTile, class scalar_t, class Store>
-cudaError_t launch_sqdist_tiles_of(const Rows<scalar_t>& rows, const PaddedTiles& tiles, Store store, const unsigned* marks, float* out,
-                                   cudaStream_t stream) {
-  const auto side = static_cast<unsigned>(ceil_div(tiles.tokens, kTile));
-  const dim3 grid(side, side, static_cast<unsigned>(tiles.entries < 65535 ? tiles.entries : 65535));
-  const Launch shape{grid, dim3(kTile * kTile / 16), 0, 1, false, stream, Store::kOverlap || marks};
-  return launch(sqdist_tile_kernel<scalar_t, kTile, PaddedTiles, Store>, shape, rows, tiles, rows_aligned(rows), store, marks, out);
-}
-
-// blocks: that take turns. The tiles' side is kTile, or `parts` times that.
-template <int kTile, class scalar_t, class Store>
-cudaError_t launch_sqdist_tiles_of(const Rows<scalar_t>& rows, const PackedTiles& tiles, int64_t blocks, Store store, const unsigned* marks,
-                                   float* out, cudaStream_t stream) {
-  const Launch shape{dim3(static_cast<unsigned>(blocks)), dim3(kTile * kTile / 16), 0, 1, false, stream, Store::kOverlap || marks};
-  return launch(sqdist_tile_kernel<scalar_t, kTile, PackedTiles, Store>, shape, rows, tiles, rows_aligned(rows), store, marks, out);
-}
-
-// Small tiles where large ones would leave multiprocessors without work.
-inline int sqdist_tile(int64_t tokens, int64_t entries) {
-  const int64_t large = ceil_div(tokens, kLargeTile);
-  return large * (large + 1) / 2 * entries < 2 * device_sm_count() ? kSmallTile : kLargeTile;
-}
-
-// Entries [first_entry, first_entry + entries) of a padded batch: what `store` makes of each pair, as (entries, tokens, tokens) with rows
-// `pitch` floats apart.
-template <class scalar_t, class Store>
-cudaError_t launch_sqdist_tiles(const Rows<scalar_t>& rows, const Items& items, int64_t first_entry, int64_t entries, Store store,
-                                int64_t pitch, float* out, cudaStream_t stream) {
-  const PaddedTiles tiles{items.tokens, first_entry, entries, pitch};
-  if (sqdist_tile(items.tokens, entries) == kSmallTile) return launch_sqdist_tiles_of<kSmallTile>(rows, tiles, store, nullptr, out, stream);
-  return launch_sqdist_tiles_of<kLargeTile>(rows, tiles, store, nullptr, out, stream);
-}
-
-// The same of the items of a wave of a packed batch.
-template <class scalar_t, class Store>
-cudaError_t launch_sqdist_tiles(const Rows<scalar_t>& rows, const PackedTiles& tiles, int64_t blocks, Store store, float* out,
-                                cudaStream_t stream) {
-  if (tiles.tile == kSmallTile) return launch_sqdist_tiles_of<kSmallTile>(rows, tiles, blocks, store, nullptr, out, stream);
-  return launch_sqdist_tiles_of<kLargeTile>(rows, tiles, blocks, store, nullptr, out, stream);
-}
-
-// features (batch, tokens, channels) with the given strides -> out (batch, tokens, tokens)
 template <class scalar_t>
-cudaError_t launch_pairwise_sqdist(const scalar_t* features, int64_t batch, int64_t tokens, int64_t channels, int64_t batch_stride,
-                                   int64_t row_stride, float* out, cudaStream_t stream) {
-  const Rows<scalar_t> rows{features, batch_stride, row_stride, static_cast<int>(channels)};
+cudaError_t launch_pairwise_sqdist(const Rows<scalar_t>& rows, int64_t batch, int64_t tokens, const TokenStats& stats, float* out,
+                                   cudaStream_t stream) {
   const Items items{batch, tokens, 0, nullptr, nullptr, nullptr, nullptr};
+  if constexpr (sizeof(scalar_t) == 2) {
+    if (stats.centred) {
+      const cudaError_t error = launch_token_stats(rows, items, stats, stream);
+      if (error != cudaSuccess) return error;
+      return launch_sqdist_wgmma(rows, items, 0, batch, wgmma_tile(tokens, batch), stats, StoreSqdist{}, tokens, out, stream);
+    }
+  }
   return launch_sqdist_tiles(rows, items, 0, batch, StoreSqdist{}, tokens, out, stream);
 }
 
-STS_KERNEL(pairwise_sqdist_float32, launch_pairwise_sqdist<float>);
-STS_KERNEL(pairwise_sqdist_float16, launch_pairwise_sqdist<__half>);
-STS_KERNEL(pairwise_sqdist_bfloat16, launch_pairwise_sqdist<__nv_bfloat16>);
+// The parts of `TokenStats` that launch_pairwise_sqdist needs, each taken by allocate(bytes): none for differences.
+template <class scalar_t, class Allocate>
+TokenStats pairwise_sqdist_scratch(int64_t batch, int64_t tokens, int64_t channels, Allocate&& allocate) {
+  const Items items{batch, tokens, 0, nullptr, nullptr, nullptr, nullptr};
+  TokenStats stats{};
+  if (wgmma_serves<scalar_t, StoreSqdist>(items)) take_token_stats(stats, items, channels, sizeof(scalar_t), false, true, true, allocate);
+  return stats;
+}
+
+#ifdef STS_KERNEL_TABLE
+// For tests: features (batch, tokens, channels) with the given strides -> out (batch, tokens, tokens).
+template <class scalar_t>
+cudaError_t launch_pairwise_sqdist_of(const scalar_t* features, int64_t batch, int64_t tokens, int64_t channels, int64_t batch_stride,
+                                      int64_t row_stride, float* out, cudaStream_t stream) {
+  const Rows<scalar_t> rows{features, batch_stride, row_stride, static_cast<int>(channels)};
+  kernel_table::Scratch scratch(stream);
+  const TokenStats stats = pairwise_sqdist_scratch<scalar_t>(batch, tokens, channels, scratch);
+  const cudaError_t error = launch_pairwise_sqdist(rows, batch, tokens, stats, out, stream);
+  return error == cudaSuccess ? cudaStreamSynchronize(stream) : error;
+}
+#endif
+
+STS_KERNEL(pairwise_sqdist_float32, launch_pairwise_sqdist_of<float>);
+STS_KERNEL(pairwise_sqdist_float16, launch_pairwise_sqdist_of<__half>);
+STS_KERNEL(pairwise_sqdist_bfloat16, launch_pairwise_sqdist_of<__nv_bfloat16>);
 
 }  // namespace sts

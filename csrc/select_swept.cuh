@@ -106,7 +106,7 @@ __device__ __forceinline__ void weigh_pairs(const Rows<scalar_t>& rows, const It
       other[n] = row_of(wanted[n] ? j : i);
     }
     float sqdist[kColumns];
-    warp_sqdist(row_of(i), other, rows.channels, aligned, sqdist);
+    warp_sqdist<false>(row_of(i), other, rows.channels, aligned, sqdist);
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
       const int j = j0 + n;

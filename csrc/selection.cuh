@@ -10,6 +10,7 @@
 #include "select_stored.cuh"
 #include "select_swept.cuh"
 #include "selection_plan.h"
+#include "sqdist_wgmma.cuh"
 #include "unit_rows.cuh"
 
 namespace sts {
@@ -25,6 +26,8 @@ constexpr int64_t kClusterFrom = 1024;  // items of more tokens are shared by a 
 template <class Rule>
 struct StoreWeight {
   static constexpr bool kOverlap = true;
+  static constexpr float kCancellation = sts::kCancellation;
+  static constexpr bool kThreeProducts = std::is_same_v<Rule, Repulsion>;  // of float32 rows, for which others want differences
   Rule rule;
   uint32_t* least;
   __device__ float operator()(float sqdist, bool diagonal) const { return diagonal ? kInfinity : stored_value(rule, sqdist); }
@@ -34,10 +37,12 @@ struct StoreWeight {
 
 // How a selection is laid out on the device; everything follows from the shapes, the element type and the device.
 struct SelectionPlan {
+  int64_t element_bytes;  // of the features
   bool from_mean;       // the first pick may be the token nearest the mean
   bool stored;          // weights of all pairs in memory
   bool swept;           // else; packed: of items that are too long
   bool mma;             // distances on tensor cores, or by differences
+  bool wgmma;           // stored: on those of Hopper
   int tile;             // stored: tokens along the side of a tile of pairs
   int64_t entries;      // stored: batch entries whose weights are held at a time
   int item_blocks;      // stored: blocks that share an item, a cluster if more than one
@@ -93,21 +98,25 @@ bool plan_sweeps(const Rows<scalar_t>& rows, const Items& items, int64_t count, 
 
 template <class scalar_t, class Rule>
 SelectionPlan plan_selection(const Rows<scalar_t>& rows, const Items& items, int64_t matrix_tokens = kMatrixTokens,
-                             int lookahead = kSweepPoints, int64_t wave_floats = kWaveFloats) {
+                             int lookahead = kSweepPoints, bool wgmma = true, int64_t wave_floats = kWaveFloats) {
   SelectionPlan plan{};
   plan.from_mean = Rule::kFromMean && !items.anchor;
+  plan.element_bytes = sizeof(scalar_t);
   plan.mma = mma_fits(rows, items);
+  plan.wgmma = wgmma && wgmma_serves<scalar_t, StoreWeight<Rule>>(items);
   plan.lookahead = lookahead;
   // Both kernels take the same bits for a distance by differences, so that the picks do not depend on how many they are. On tensor
   // cores they do not, where a pair is repaired.
-  const bool few = !plan.mma && !items.packed() && items.picks * kFewPicks < items.tokens;
+  const bool few = !plan.mma && !plan.wgmma && !items.packed() && items.picks * kFewPicks < items.tokens;
   const int64_t stored_tokens = few ? matrix_tokens / 2 : matrix_tokens;
   plan.stored = items.packed() ? matrix_tokens > 0 : items.tokens <= stored_tokens;
   if (plan.stored) {
     const int64_t tokens = items.packed() ? ceil_div(items.tokens, items.count) : items.tokens;  // packed: on average
     const int64_t fit = items.packed() ? items.count : kMatrixFloats / (tokens * matrix_pitch(tokens));
     plan.entries = items.count < fit ? items.count : fit;
-    plan.tile = plan.mma ? mma_tile(tokens, plan.entries) : sqdist_tile(tokens, plan.entries);
+    plan.tile = plan.wgmma ? wgmma_tile(tokens, plan.entries)
+                : plan.mma ? mma_tile(tokens, plan.entries)
+                           : sqdist_tile(tokens, plan.entries);
     plan.item_blocks = lookahead > 1 ? stored_item_blocks<Rule>(items, plan.entries) : 1;
     plan.least = kOfDistance<Rule>;
   }
@@ -115,6 +124,7 @@ SelectionPlan plan_selection(const Rows<scalar_t>& rows, const Items& items, int
   if (items.packed() ? plan.packed.most_large > 0 : !plan.stored) {
     if (!plan_sweeps<scalar_t, Rule>(rows, items, items.packed() ? plan.packed.most_large : items.count, plan)) return {};
   }
+  plan.wgmma = plan.wgmma && plan.stored;
   return plan;
 }
 
@@ -124,7 +134,7 @@ struct SelectionScratch {
   TokenStats stats{};
   PackedPlan packed{};          // packed
   float* weights = nullptr;     // stored: (entries, tokens, matrix_pitch(tokens)), or of a wave; swept: (lookahead, all tokens)
-  unsigned* marks = nullptr;    // stored on tensor cores: (entries, side, side) tiles of kMarkTile tokens, or (tiles, parts)
+  unsigned* marks = nullptr;    // stored on tensor cores, but for Hopper's: (entries, side, side) tiles of kMarkTile tokens, or (tiles, parts)
   uint32_t* least = nullptr;    // stored, with items shared by clusters: the smallest weight of every row (all tokens)
   Key* keys = nullptr;          // swept: a SweepExchange for every group
   float* floats = nullptr;      // swept: the same
@@ -140,19 +150,12 @@ struct SelectionScratch {
     const auto take = [&](auto*& part, int64_t count) {
       if (count) part = static_cast<std::remove_reference_t<decltype(part)>>(allocate(count * static_cast<int64_t>(sizeof(*part))));
     };
-    const int64_t chunks = all_chunks(items), stored = items.packed() ? plan.packed.floats : items.tokens * matrix_pitch(items.tokens);
+    const int64_t stored = items.packed() ? plan.packed.floats : items.tokens * matrix_pitch(items.tokens);
     const int64_t held = plan.stored ? items.packed() ? stored : plan.entries * stored : 0;
     const int64_t drafted = plan.swept ? plan.lookahead * all_tokens(items) : 0;
-    take(stats.mean_sqdist, all_tokens(items));
-    take(stats.norms, plan.mma ? all_tokens(items) : 0);
-    take(stats.centre, plan.mma ? items.count * channels : 0);
-    take(stats.sums, plan.from_mean ? chunks * channels : 0);
-    take(stats.counts, plan.from_mean ? chunks : 0);
-    take(stats.mean, plan.from_mean ? items.count * channels : 0);
-    take(stats.lows, plan.mma ? chunks * channels : 0);
-    take(stats.highs, plan.mma ? chunks * channels : 0);
+    take_token_stats(stats, items, channels, plan.element_bytes, plan.from_mean, plan.mma || plan.wgmma, plan.wgmma, allocate);
     take(weights, held > drafted ? held : drafted);
-    take(marks, plan.stored && plan.mma ? marks_of(plan, items) : 0);
+    take(marks, plan.stored && plan.mma && !plan.wgmma ? marks_of(plan, items) : 0);
     take(least, plan.item_blocks > 1 && plan.least ? all_tokens(items) : 0);
     take(keys, SweepExchange::keys(plan.blocks));
     take(floats, plan.groups * SweepExchange::floats());
@@ -196,6 +199,10 @@ class SelectionLaunch {
     for (int64_t first = 0; first < items_.count; first += plan_.entries) {
       const int64_t held = items_.count - first < plan_.entries ? items_.count - first : plan_.entries;
       cudaError_t error = weigh([&](auto mma, const auto& store) {
+        if constexpr (kWgmmaServes<scalar_t, StoreWeight<Rule>>) {
+          if (plan_.wgmma)
+            return launch_sqdist_wgmma(rows_, items_, first, held, plan_.tile, scratch_.stats, store, pitch, scratch_.weights, stream_);
+        }
         if constexpr (decltype(mma)::value)
           return launch_sqdist_mma(rows_, items_, first, held, plan_.tile, scratch_.stats, store, scratch_.marks, pitch, scratch_.weights,
                                    stream_);
@@ -265,7 +272,7 @@ class SelectionLaunch {
     return with_swept_kernel<scalar_t, Rule>(plan_.mma, [&](auto* kernel, size_t shared_bytes) {
       const Launch shape{dim3(plan_.blocks), dim3(kSweepThreads), shared_bytes, 1, true, stream_};
       return launch(kernel, shape, rows_, items_, scratch_.packed.large, rows_aligned(rows_), plan_.groups, plan_.group_blocks,
-                    plan_.lookahead, rule_, scratch_.stats.norms, reinterpret_cast<const scalar_t*>(scratch_.stats.centre),
+                    plan_.lookahead, rule_, scratch_.stats.norms, static_cast<const scalar_t*>(scratch_.stats.centre),
                     scratch_.stats.mean_sqdist, scratch_.weights, scratch_.keys, scratch_.floats, scratch_.arrived, out_);
     });
   }
@@ -289,12 +296,12 @@ cudaError_t launch_selection(const Rows<scalar_t>& rows, const Items& items, con
 // For tests: a selection as the ops run it. notes, if not null, is given what is noted on the way: where blocks share an item the least
 // weights, else of stored weights on tensor cores the marks (SelectionScratch), of sweeps how often the blocks of the first group have
 // come to a barrier. Items of at most matrix_tokens tokens go through stored weights, shared by item_blocks blocks each (0: as planned);
-// packed ones in waves of wave_floats (0: as planned). Every part of the scratch is an allocation of its own, filled with NaN.
+// packed ones in waves of wave_floats (0: as planned). wgmma: where the device has it. Every part of the scratch is an allocation of its own, filled with NaN.
 template <class scalar_t, class Rule>
 cudaError_t run_selection(const Rows<scalar_t>& rows, const Items& items, int64_t matrix_tokens, int item_blocks, int lookahead,
-                          int64_t wave_floats, Rule rule, unsigned* notes, int64_t* out, cudaStream_t stream) {
+                          bool wgmma, int64_t wave_floats, Rule rule, unsigned* notes, int64_t* out, cudaStream_t stream) {
   SelectionPlan plan =
-      plan_selection<scalar_t, Rule>(rows, items, matrix_tokens, lookahead, wave_floats ? wave_floats : kWaveFloats);
+      plan_selection<scalar_t, Rule>(rows, items, matrix_tokens, lookahead, wgmma, wave_floats ? wave_floats : kWaveFloats);
   if (plan.stored && item_blocks) plan.item_blocks = item_blocks;
   void* parts[20];
   int count = 0;
@@ -323,7 +330,7 @@ cudaError_t run_unit_selection(const Rows<scalar_t>& rows, const Items& items, i
   if (error == cudaSuccess) error = launch_unit_rows(rows, entries, items.tokens, items.tokens, nullptr, static_cast<float*>(unit), nullptr, stream);
   const Rows<float> unit_rows = unit_rows_of(static_cast<const float*>(unit), items.tokens, rows.channels);
   if (error == cudaSuccess)
-    error = run_selection(unit_rows, items, matrix_tokens, item_blocks, lookahead, wave_floats, UnitRows<Rule>{rule}, nullptr, out, stream);
+    error = run_selection(unit_rows, items, matrix_tokens, item_blocks, lookahead, true, wave_floats, UnitRows<Rule>{rule}, nullptr, out, stream);
   cudaFree(unit);
   return error;
 }

@@ -45,7 +45,8 @@ struct Repulsion {
   // A distance that is not a number comes from a token that repels none.
   template <class T>
   STS_HOST_DEVICE T weight(T sqdist, T = {}, float = 0.f) const {
-    return sqdist == sqdist ? reciprocal(sqdist + eps) : T{};
+    const T weight = reciprocal(sqdist + eps);  // before the choice: no branch a pair
+    return sqdist == sqdist ? weight : T{};
   }
   template <class T>
   STS_HOST_DEVICE static T add(T potential, T weight) {

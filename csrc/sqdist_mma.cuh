@@ -1,10 +1,16 @@
-// The distances of all pairs of 16-bit tokens on tensor cores: |a|^2 + |b|^2 - 2ab, products exact, sums in float32. What all tokens have
-// in common would cancel, so a centre is subtracted first, from the channels where nothing is rounded by it (exact_centre): that
-// leaves less than eight times the spread of any. Where it cancels still (d < (|a|^2 + |b|^2) / 64: duplicates, near-duplicates) the
-// pair is marked, and the tiles with marks are done again by differences (pairwise_sqdist.cuh) for the marked pairs. A
-// pair's bits depend on the pair and the centre of its item alone.
+// The distances of all pairs of 16-bit tokens on tensor cores.
+//
+// What: |a|^2 + |b|^2 - 2ab, products exact, sums in float32. A common offset would cancel, so a centre is subtracted first, from the channels
+//   where that rounds nothing (exact_centre): what is left of an offset is less than eight times the channel's spread. Where it cancels still
+//   (d < (|a|^2 + |b|^2) / 64: duplicates, near-duplicates) the pair is marked, and computed again by differences (sqdist_tiles.cuh). A pair's
+//   bits depend on the pair and the centre of its item alone.
+// Chosen when: rows are whole 16-byte chunks at aligned addresses, items are padded, and the device is not Hopper (sqdist_wgmma.cuh).
+// Steps: (1) stages of 64 channels of a tile's rows and columns, and of the centre, come by cp.async, two ahead; (2) mma.sync of the differences
+//   to the centre; runs of kMmaRun channels are closed into rounded float32; (3) epilogue: distances, stored twice, and marks; (4) a second
+//   launch repairs the tiles that have marks.
+// Synchronisation: a block barrier a stage, one for the warps' marks. Blocks know nothing of each other.
 #pragma once
-#include "pairwise_sqdist.cuh"
+#include "sqdist_tiles.cuh"
 #include "selection_plan.h"
 #include "token_stats.cuh"
 
@@ -250,7 +256,7 @@ cudaError_t launch_sqdist_mma_of(const Rows<scalar_t>& rows, const Tiles& tiles,
                                  unsigned* marks, float* out, cudaStream_t stream) {
   const Launch shape{grid, dim3(kMmaThreads<kTile>), kMmaSharedBytes<kTile>, 1, false, stream, Store::kOverlap};
   return launch(sqdist_mma_kernel<scalar_t, kTile, Tiles, Store>, shape, rows, tiles, stats.norms,
-                reinterpret_cast<const scalar_t*>(stats.centre), store, marks, out);
+                static_cast<const scalar_t*>(stats.centre), store, marks, out);
 }
 
 // As launch_sqdist_tiles, for 16-bit rows that mma_fits, with tiles of `tile`. marks: (entries, side, side) tiles of kMarkTile tokens.

@@ -18,27 +18,6 @@ struct SweepPoints {
   int count;
 };
 
-// sqdist[n] = |a - b[n]|^2, the same for every lane of the warp.
-template <int kCount, class scalar_t>
-__device__ __forceinline__ void warp_sqdist(const scalar_t* a, const scalar_t* const (&b)[kCount], int channels, bool aligned,
-                                            float (&sqdist)[kCount]) {
-  constexpr int kVec = Chunk<scalar_t>::size;
-#pragma unroll
-  for (int n = 0; n < kCount; ++n) sqdist[n] = 0.f;
-  for (int c = threadIdx.x % 32 * kVec; c < channels; c += 32 * kVec) {
-    const Chunk<scalar_t> x = load_channels(a, c, channels, aligned);
-    Chunk<scalar_t> y[kCount];
-#pragma unroll
-    for (int n = 0; n < kCount; ++n) y[n] = load_channels(b[n], c, channels, aligned);
-#pragma unroll
-    for (int n = 0; n < kCount; ++n)
-#pragma unroll
-      for (int i = 0; i < kVec; ++i) sqdist[n] = fmaf(x[i] - y[n][i], x[i] - y[n][i], sqdist[n]);
-  }
-#pragma unroll
-  for (int n = 0; n < kCount; ++n) sqdist[n] = warp_sum(sqdist[n]);
-}
-
 // By differences: a thread a token.
 template <class scalar_t>
 struct DifferenceSweep {
@@ -196,7 +175,7 @@ struct MmaSweep {
           const int owner = __ffs(static_cast<int>(marked)) - 1;
           const scalar_t* const point[1] = {rows.row(entry, item.first + points.token[p])};
           float exact[1];
-          warp_sqdist(rows.row(entry, item.first + first + owner), point, rows.channels, aligned, exact);
+          warp_sqdist<false>(rows.row(entry, item.first + first + owner), point, rows.channels, aligned, exact);
           if (lane == owner) sqdist[p] = exact[0];
         }
       }

@@ -48,7 +48,8 @@ def marked(module, x):
     """Tiles of 64 x 64 pairs some of which are computed by differences."""
     batch, tokens, _ = x.shape
     tiles = -(-tokens // 64)
-    call = operations.repulsion_select("any", x, 2, 1e-6, notes=np.zeros((batch, tiles, tiles), np.uint32))
+    notes = np.zeros((batch, tiles, tiles), np.uint32)
+    call = operations.repulsion_select("any", x, 2, 1e-6, notes=notes, wgmma=0)
     notes = calls.run_in(module, replace(call, judge=lambda *_: None))[-2]
     return sum(int(np.triu(of_item).sum()) for of_item in notes)
 

@@ -57,6 +57,23 @@ def test_same_input_same_output_whatever_the_batch(backend, name, dtype):
         assert torch.equal(backend(OP, features[b : b + 1]).view(torch.int32)[0], first[b])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_offsets_of_every_size(backend, dtype):
+    """Channels with a centre of many different elements, and channels without one."""
+    rng = torch.Generator().manual_seed(6)
+    offset = 20 * torch.randn(1, 1, 400, generator=rng)
+    features = (normal(rng, 2, 130, 400) + offset).to(backend.device, dtype)
+    oracle.check_sqdist(backend(OP, features), features)
+
+
+def test_same_bits_in_a_batch_of_any_size(backend):
+    """Where a large batch is computed in larger tiles."""
+    features = Case("batch", 40, 200, 72, 1).features(seed=5, dtype=torch.bfloat16, device=backend.device)
+    together = backend(OP, features)
+    for b in (0, 17, 39):
+        assert torch.equal(backend(OP, features[b : b + 1])[0], together[b])
+
+
 def test_many_items(backend):
     features = Case("many", 300, 9, 5, 1).features(seed=3, device=backend.device)
     oracle.check_sqdist(backend(OP, features), features)

@@ -4,7 +4,7 @@ import pytest
 from emulator import build
 
 FIELDS = (
-    *("stored", "swept", "mma", "tile", "entries", "item_blocks"),
+    *("stored", "swept", "mma", "wgmma", "tile", "entries", "item_blocks"),
     *("groups", "group_blocks", "blocks", "lookahead"),
     *("wave_floats", "waves", "most_large"),
 )
@@ -71,7 +71,9 @@ def test_no_more_packed_items_are_swept_than_there_can_be(plan):
     assert large(64, 10**6, max_seqlen=8193) == 64
 
 
-def test_few_picks_of_many_tokens_are_made_in_sweeps(plan):
+def test_few_picks_of_many_tokens_are_made_in_sweeps(plan, monkeypatch):
+    monkeypatch.setenv("STS_EMULATE_CAPABILITY", "80")
+
     def stored(tokens, picks, **rest):
         return plan(3, tokens, 1024, picks=picks, **{"dtype": "float32", **rest})["stored"]
 
@@ -93,7 +95,24 @@ def test_no_more_than_256_mib_of_weights_at_a_time(plan):
         assert entries == batch or (entries + 1) * floats > 1 << 26
 
 
-def test_tensor_cores_take_16_bit_rows_of_whole_chunks(plan):
+def test_hopper_takes_rows_of_any_type_and_alignment(plan, monkeypatch):
+    for tokens in (1, 576, 8192):
+        assert plan(2, tokens, 1001)["wgmma"]
+    assert plan(2, 8192, 1001, dtype="float32", picks=1)["wgmma"]
+    assert not plan(2, 576, 1024, packed=True)["wgmma"]
+    assert not plan(1, 8193, 1024)["wgmma"]
+    monkeypatch.setenv("STS_EMULATE_CAPABILITY", "80")
+    assert not plan(2, 576, 1024)["wgmma"]
+
+
+def test_hopper_takes_small_tiles_up_to_two_for_every_multiprocessor(plan, monkeypatch):
+    monkeypatch.setenv("STS_EMULATE_SMS", "132")
+    assert [plan(batch, 576, 1024)["tile"] for batch in (1, 5, 6)] == [64, 64, 128]  # 45 tiles an item
+    assert [plan(1, tokens, 1024)["tile"] for tokens in (1408, 1409)] == [64, 128]  # 253, 276 tiles
+
+
+def test_tensor_cores_take_16_bit_rows_of_whole_chunks(plan, monkeypatch):
+    monkeypatch.setenv("STS_EMULATE_CAPABILITY", "80")
     for packed in (False, True):
         assert plan(2, 576, 1024, packed)["mma"]
         assert not plan(2, 576, 1024, packed, dtype="float32")["mma"]
@@ -104,6 +123,7 @@ def test_tensor_cores_take_16_bit_rows_of_whole_chunks(plan):
 
 
 def test_large_tiles_where_there_are_two_for_every_multiprocessor(plan, monkeypatch):
+    monkeypatch.setenv("STS_EMULATE_CAPABILITY", "80")
     monkeypatch.setenv("STS_EMULATE_SMS", "132")
     assert [plan(batch, 576, 1024)["tile"] for batch in (1, 17, 18, 64)] == [64, 64, 128, 128]  # 15 tiles an item
     assert [plan(1, tokens, 1024)["tile"] for tokens in (2688, 2816, 2880)] == [64, 64, 128]  # 231, 253, 276 tiles

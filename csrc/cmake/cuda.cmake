@@ -53,6 +53,7 @@ if(wanted STREQUAL "")
       set(newest ${arch})
     endif()
   endforeach()
+  list(TRANSFORM code REPLACE "^sm_90$" sm_90a) # runs on every device of 9.0, and has its own tensor cores (hopper.cuh)
   list(APPEND code compute_${newest}) # PTX, for GPUs to come
 else()
   foreach(entry ${wanted})

@@ -104,6 +104,8 @@ inline int resident_blocks(unsigned threads, size_t shared_bytes) {
   return static_cast<int>(std::min({by_shared, by_threads, asked}));
 }
 
+inline int capability() { return Settings::from_environment().capability; }
+
 inline bool clusters_fit(unsigned cluster) {
   ++questions;
   const Settings settings = Settings::from_environment();
@@ -490,11 +492,12 @@ namespace emulator {
 
 inline std::atomic<int64_t> phases_begun{0};  // by all blocks of all launches: what a kernel's exchanges are counted by
 
-// As an mbarrier of one arrival has it: bytes that are still to come, negative where more have come than were announced; whether they
-// have been announced; the number of the phase.
+// An mbarrier: bytes that are still to come, negative where more have come than were announced; arrivals of a phase, and those that are
+// still to come; the number of the phase.
 struct ArrivalsState {
   int32_t bytes;
-  uint16_t announced, phase;
+  uint8_t count, left;
+  uint16_t phase;
 };
 
 // What an update makes of the state. A phase's clock carries what came in it to those who wait for its end.
@@ -506,27 +509,40 @@ void update_arrivals(unsigned long long* arrivals, const char* what, Update upda
     auto state = std::bit_cast<ArrivalsState>(old);
     release(reinterpret_cast<char*>(arrivals) + (state.phase & 1));
     update(state);
-    if (state.announced && state.bytes < 0) fail(std::string(what) + ": more bytes have come than were expected");
-    if (state.announced && state.bytes == 0) state = {0, 0, static_cast<uint16_t>(state.phase + 1)};
+    if (state.left == 0 && state.bytes < 0) fail(std::string(what) + ": more bytes have come than were expected");
+    if (state.left == 0 && state.bytes == 0) state = {0, state.count, state.count, static_cast<uint16_t>(state.phase + 1)};
     if (__atomic_compare_exchange_n(arrivals, &old, std::bit_cast<unsigned long long>(state), false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) return;
   }
 }
 
-inline void init_arrivals(unsigned long long* arrivals) {
+inline void init_arrivals(unsigned long long* arrivals, int count) {
   check_aligned(arrivals, "init_arrivals");
-  *arrivals = 0;
+  if (count < 1 || count > 255) fail("init_arrivals: the emulator counts to 255");
+  const auto each = static_cast<uint8_t>(count);
+  *arrivals = std::bit_cast<unsigned long long>(ArrivalsState{0, each, each, 0});
 }
 inline void expect_arrivals(unsigned long long* arrivals, unsigned bytes) {
   phases_begun.fetch_add(1, std::memory_order_relaxed);
   update_arrivals(arrivals, "expect_arrivals", [bytes](ArrivalsState& state) {
-    if (state.announced) fail("expect_arrivals: twice in a phase");
-    state.announced = 1;
+    if (state.left == 0) fail("expect_arrivals: more arrivals than the phase counts");
+    --state.left;
     state.bytes += static_cast<int32_t>(bytes);
   });
 }
+inline void arrive(unsigned long long* arrivals) {
+  update_arrivals(arrivals, "arrive", [](ArrivalsState& state) {
+    if (state.left == 0) fail("arrive: more arrivals than the phase counts");
+    --state.left;
+  });
+}
+void land_copies(unsigned long long* arrivals);
 inline void await_arrivals(unsigned long long* arrivals, int phase) {
   check_aligned(arrivals, "await_arrivals");
-  while ((std::bit_cast<ArrivalsState>(__atomic_load_n(arrivals, __ATOMIC_RELAXED)).phase & 1) == (phase & 1)) spin_pause();
+  for (;;) {
+    land_copies(arrivals);
+    if ((std::bit_cast<ArrivalsState>(__atomic_load_n(arrivals, __ATOMIC_RELAXED)).phase & 1) != (phase & 1)) break;
+    spin_pause();
+  }
   acquire(reinterpret_cast<char*>(arrivals) + (phase & 1));
 }
 template <class T>
@@ -534,6 +550,108 @@ void send(T* there, const T& value, unsigned long long* arrivals) {
   if (reinterpret_cast<uintptr_t>(there) % sizeof(T)) fail("send: misaligned address");
   *there = value;
   update_arrivals(arrivals, "send", [](ArrivalsState& state) { state.bytes -= static_cast<int32_t>(sizeof(T)); });
+}
+
+
+// ---- the copy engine, and products of a warpgroup (sm_90a) ----
+
+constexpr int kBoxChannels = 64;  // of 2 bytes, swizzled in 128
+
+// A copy lands at the last moment, when a thread waits for its arrivals; in the schedule kReverse at once. Until then the destination holds
+// NaNs or tiny numbers, as in cp_async_16.
+inline void start_box(void* destination, const TensorMap& map, int channel, int part, int row, int item, unsigned long long* arrivals) {
+  if (reinterpret_cast<uintptr_t>(destination) % 1024) fail("copy_box: a swizzled box starts on 1024 bytes");
+  if (channel % 8 || part < 0 || part >= map.parts || item < 0 || item >= map.items) fail("copy_box: outside the tensor");
+  const int order = block->grid->settings.order;
+  const size_t bytes = static_cast<size_t>(map.box_rows) * kBoxChannels * 2;
+  if (order != Settings::kReverse) std::memset(destination, order == Settings::kForward ? 0xff : 0x20, bytes);
+  {
+    const Unchecked unchecked;
+    for (const BoxCopy& copy : block->boxes)
+      if (copy.destination == destination) fail("copy_box: an earlier copy to the same place is under way");
+    block->boxes.push_back({destination, map, channel, part, row, item, arrivals});
+    release(&block->boxes_clock);
+  }
+  if (order == Settings::kReverse) land_copies(arrivals);
+}
+
+inline void land_copies(unsigned long long* arrivals) {
+  for (;;) {
+    BoxCopy copy{};
+    {
+      const Unchecked unchecked;
+      const auto found = std::find_if(block->boxes.begin(), block->boxes.end(), [=](const BoxCopy& c) { return c.arrivals == arrivals; });
+      if (found == block->boxes.end()) return;
+      copy = *found;
+      block->boxes.erase(found);
+      acquire(&block->boxes_clock);
+    }
+    const TensorMap& map = copy.map;
+    for (int r = 0; r < map.box_rows; ++r)
+      for (int chunk = 0; chunk < kBoxChannels / 8; ++chunk) {
+        char* const to = static_cast<char*>(copy.destination) + r * kBoxChannels * 2 + (chunk ^ (r & 7)) * 16;
+        const int64_t row = copy.row + r, channel = copy.channel + chunk * 8;
+        const int64_t inside = row < 0 || row >= map.rows ? 0 : std::clamp<int64_t>(map.channels - channel, 0, 8);
+        std::memset(to, 0, 16);
+        const int64_t part = (copy.item * map.rows + row) * map.parts + copy.part;
+        if (inside) std::memcpy(to, map.data + part * map.part_bytes + channel * 2, static_cast<size_t>(inside) * 2);
+      }
+    const auto bytes = static_cast<int32_t>(map.box_rows * kBoxChannels * 2);
+    update_arrivals(arrivals, "copy_box", [bytes](ArrivalsState& state) { state.bytes -= bytes; });
+  }
+}
+
+// Products read shared memory, and their sums appear, at the last moment: in the wait that covers them. Until then sums are NaNs.
+template <class T>
+void multiply(const Product& product) {
+  const auto read = [&product](const char* matrix, int row, double (&x)[16]) {
+    for (int chunk = 0; chunk < 2; ++chunk) {
+      uint16_t bits[8];
+      std::memcpy(bits, matrix + row * kBoxChannels * 2 + ((product.k * 2 + chunk) ^ (row & 7)) * 16, 16);
+      for (int c = 0; c < 8; ++c) x[chunk * 8 + c] = element(bits[c], T());
+    }
+  };
+  const int row = self().linear % 128 / kWarp * 16 + lane() / 4, column = lane() % 4 * 2;
+  double x[2][16], y[16];
+  for (int h = 0; h < 2; ++h) read(product.a, row + 8 * h, x[h]);
+  for (int j = 0; j < product.count / 2; ++j) {
+    read(product.b, j / 2 * 8 + column + j % 2, y);
+    for (int h = 0; h < 2; ++h) {
+      float& sum = product.sums[j / 2 * 4 + h * 2 + j % 2];
+      double exact = product.add ? sum : 0;
+      for (int c = 0; c < 16; ++c) exact += x[h][c] * y[c];
+      sum = static_cast<float>(exact);
+    }
+  }
+}
+inline void hide(Product& product) {
+  product.start.assign(product.sums, product.sums + product.count);
+  std::fill(product.sums, product.sums + product.count, std::bit_cast<float>(0x7fffffffu));
+}
+template <class T>
+void wgmma(float* sums, int count, const void* a, const void* b, int k, bool add) {
+  if (reinterpret_cast<uintptr_t>(a) % 1024 || reinterpret_cast<uintptr_t>(b) % 1024) fail("wgmma: a swizzled matrix starts on 1024 bytes");
+  Thread& thread = self();
+  const bool first = std::none_of(thread.products.begin(), thread.products.end(), [=](const Product& p) { return p.sums == sums; });
+  thread.products.push_back({sums, count, thread.product_group, static_cast<const char*>(a), static_cast<const char*>(b), k, add, &multiply<T>, {}});
+  if (first) hide(thread.products.back());
+}
+inline void wgmma_commit() {
+  exchange(~0u, {}, 12, "wgmma_commit");
+  ++self().product_group;
+}
+inline void wgmma_wait(int pending) {
+  std::vector<Product>& products = self().products;
+  const int done = self().product_group - pending;
+  const auto ended = std::find_if(products.begin(), products.end(), [=](const Product& p) { return p.group >= done; });
+  for (auto product = products.begin(); product != ended; ++product) {
+    std::copy(product->start.begin(), product->start.end(), product->sums);
+    product->run(*product);
+  }
+  products.erase(products.begin(), ended);
+  for (auto product = products.begin(); product != products.end(); ++product)
+    if (std::none_of(products.begin(), product, [=](const Product& p) { return p.sums == product->sums; }) && product->start.empty()) hide(*product);
+  exchange(~0u, {}, 13, "wgmma_wait", true);  // the products of all lanes have ended
 }
 
 }  // namespace emulator

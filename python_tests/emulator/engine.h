@@ -8,6 +8,7 @@
 //                              one; a number: seed of random bursts
 //   STS_EMULATE_SMS            multiprocessors (4)
 //   STS_EMULATE_BLOCKS_PER_SM  most resident blocks of each (2)
+//   STS_EMULATE_CAPABILITY     compute capability that launches are planned for (90)
 //   STS_EMULATE_STALL_SECONDS  a launch in which blocks only wait for each other this long is a deadlock (10)
 //
 // What a kernel may not do (a deadlock, a divergent collective, a misaligned access) ends the launch with
@@ -47,13 +48,14 @@ constexpr int kWarp = 32;
 struct Settings {
   static constexpr int kForward = -1, kReverse = -2;
   int order;  // kForward, kReverse or a seed
-  int multiprocessors, blocks_per_multiprocessor, stall_seconds;
+  int multiprocessors, blocks_per_multiprocessor, stall_seconds, capability;
 
   static Settings from_environment() {
     const char* order = std::getenv("STS_EMULATE_ORDER");
     const std::string kind = order && *order ? order : "fwd";
     return {kind == "fwd" ? kForward : kind == "rev" ? kReverse : number("STS_EMULATE_ORDER", 0, "fwd, rev or a number"),
-            number("STS_EMULATE_SMS", 4), number("STS_EMULATE_BLOCKS_PER_SM", 2), number("STS_EMULATE_STALL_SECONDS", 10)};
+            number("STS_EMULATE_SMS", 4), number("STS_EMULATE_BLOCKS_PER_SM", 2), number("STS_EMULATE_STALL_SECONDS", 10),
+            number("STS_EMULATE_CAPABILITY", 90)};
   }
 
  private:
@@ -186,6 +188,30 @@ struct AsyncCopy {
   int group;
 };
 
+// Rows of parts of channels of 2 bytes, as the copy engine is told of them (sm_90).
+struct TensorMap {
+  const char* data;
+  int64_t channels, parts, rows, items, part_bytes;
+  int box_rows;  // of 128 bytes
+};
+
+struct BoxCopy {
+  void* destination;
+  TensorMap map;
+  int channel, part, row, item;
+  unsigned long long* arrivals;
+};
+
+struct Product {  // of a warpgroup, as one thread has it
+  float* sums;
+  int count, group;
+  const char *a, *b;
+  int k;
+  bool add;
+  void (*run)(const Product&);
+  std::vector<float> start;  // the sums before, of the first product under way that adds to them
+};
+
 struct Thread {
   uint3 index;
   int linear = 0;
@@ -196,6 +222,8 @@ struct Thread {
   const char* where = "its start";
   std::vector<AsyncCopy> copies;
   int copy_group = 0;
+  std::vector<Product> products;
+  int product_group = 0;
   Fiber* fiber = nullptr;
 
   bool blocked() const { return done || (waits_for && *waits_for == waits_at); }
@@ -216,6 +244,8 @@ struct Block {
   Thread* first_thread;
   std::vector<std::vector<std::unique_ptr<WarpCollective>>> collectives;  // of each warp, by mask
   Barrier barrier, cluster_barrier;
+  std::vector<BoxCopy> boxes;
+  char boxes_clock;
   int votes[3] = {0, 0, 0};
   std::unique_ptr<char, void (*)(void*)> dynamic{nullptr, std::free};
   Context scheduler;

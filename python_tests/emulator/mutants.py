@@ -91,13 +91,13 @@ MUTANTS = (
     mutant(
         "no barrier before a stage is overwritten",
         "pairwise_sqdist",
-        "pairwise_sqdist.cuh",
+        "sqdist_tiles.cuh",
         ("c0 += kChannels) {\n      __syncthreads();\n", "c0 += kChannels) {\n"),
     ),
     mutant(
         "no barrier before a stage is read",
         "pairwise_sqdist",
-        "pairwise_sqdist.cuh",
+        "sqdist_tiles.cuh",
         (
             "      __syncthreads();\n      if (c0 + kChannels < channels) fetch",
             "      if (c0 + kChannels < channels) fetch",
@@ -106,14 +106,14 @@ MUTANTS = (
     mutant(
         "a stage one channel short",
         "pairwise_sqdist",
-        "pairwise_sqdist.cuh",
+        "sqdist_tiles.cuh",
         ("__shared__ float a[kChannels][kTile + 4]", "__shared__ float a[kChannels - 1][kTile + 4]"),
         says=BOUNDS,
     ),
     mutant(
         "one row too many is stored",
         "pairwise_sqdist",
-        "pairwise_sqdist.cuh",
+        "sqdist_tiles.cuh",
         ("if (i >= tokens || j >= tokens) continue;", "if (i > tokens || j >= tokens) continue;"),
         says=OVERRUN,
     ),
@@ -175,6 +175,86 @@ MUTANTS = (
         "repulsion_select",
         "sqdist_mma.cuh",
         ("          common.leave_in_turns(b[n]);\n", ""),
+    ),
+    # Distances on Hopper's tensor cores.
+    mutant(
+        "a stage is filled before it is empty",
+        "pairwise_sqdist",
+        "sqdist_wgmma.cuh",
+        ("if (turn > 0) await_arrivals(&empty[stage], turn - 1);", ""),
+    ),
+    mutant(
+        "a stage is multiplied before it has come",
+        "pairwise_sqdist",
+        "sqdist_wgmma.cuh",
+        ("await_arrivals(&full[stage], turn);", ""),
+    ),
+    mutant(
+        "a wait for the phase before",
+        "pairwise_sqdist",
+        "sqdist_wgmma.cuh",
+        ("await_arrivals(&full[stage], turn);", "await_arrivals(&full[stage], turn > 0 ? turn - 1 : 0);"),
+    ),
+    mutant(
+        "a stage is given back while it is multiplied",
+        "pairwise_sqdist",
+        "sqdist_wgmma.cuh",
+        ("          wgmma_wait<1>();\n", ""),
+    ),
+    mutant(
+        "one warp gives a stage back for all",
+        "pairwise_sqdist",
+        "sqdist_wgmma.cuh",
+        ("init_arrivals(&empty[threadIdx.x], kWarps);", "init_arrivals(&empty[threadIdx.x], 1);"),
+        ("          if (lane == 0) arrive(&empty[used]);", "          if (threadIdx.x == 0) arrive(&empty[used]);"),
+        (
+            "      if (lane == 0) arrive(&empty[used]);\n#pragma",
+            "      if (threadIdx.x == 0) arrive(&empty[used]);\n#pragma",
+        ),
+    ),
+    mutant(
+        "columns come unannounced",
+        "pairwise_sqdist",
+        "sqdist_wgmma.cuh",
+        ("(row0 == column0 ? 1 : 2) * kSide * 2", "kSide * 2"),
+        says="more bytes have come than were expected",
+    ),
+    mutant(
+        "sums are read while products are added",
+        "pairwise_sqdist",
+        "sqdist_wgmma.cuh",
+        ("      wgmma_wait<0>();\n", ""),
+    ),
+    mutant(
+        "runs that go on where the last one ended",
+        "pairwise_sqdist",
+        "sqdist_wgmma.cuh",
+        ("wgmma(run, a, b, k, step + k > 0);", "wgmma(run, a, b, k, begin + step + k > 0);"),
+    ),
+    mutant(
+        "marked pairs read before all lanes have stored them",
+        "pairwise_sqdist",
+        "sqdist_wgmma.cuh",
+        ("  __syncwarp();  // all lanes have stored what they marked\n", ""),
+        says=RACE,
+    ),
+    mutant(
+        "a marked pair repaired once",
+        "pairwise_sqdist",
+        "sqdist_wgmma.cuh",
+        ("          matrix[column[p] * pitch + row] = value;\n", ""),
+    ),
+    mutant(
+        "the centre is left in the copy",
+        "repulsion_select",
+        "token_stats.cuh",
+        ("subtract_pairs(x[u].word[2], common[u].word[2], scalar_t())", "x[u].word[2]"),
+    ),
+    mutant(
+        "a tile of another item",
+        "pairwise_sqdist",
+        "sqdist_wgmma.cuh",
+        ("const int item = static_cast<int>(first_entry + entry);", "const int item = static_cast<int>(first_entry);"),
     ),
     # A step.
     mutant(
@@ -330,7 +410,7 @@ MUTANTS = (
         "no barrier after the finite tokens are noted",
         "repulsion_select",
         "token_stats.cuh",
-        ("    __syncthreads();\n    static_assert(kStatsChunk == 32", "    static_assert(kStatsChunk == 32"),
+        ("    __syncthreads();  // `finite` is whole\n", ""),
     ),
     # A selection over stored weights.
     mutant(

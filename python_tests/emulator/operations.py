@@ -274,9 +274,10 @@ def _select(op, name, features, k, options, judge, packed=None, num_tokens=None,
     """A call of the selection op `op`. options: its arguments between k and num_tokens. packed: (cu_seqlens,
     cu_budgets). way: `max_seqlen`, of packed items; `matrix_tokens`, up to so many tokens the weights of all pairs are
     stored; `item_blocks`, that share an item then (0: as planned); `lookahead`, max picks of an exchange (cluster) or
-    sweep; `wave_floats`, weights of packed items in memory at a time (0: as planned)."""
-    default = {"max_seqlen": 2**63 - 1, "matrix_tokens": 8192, "item_blocks": 0, "lookahead": 16, "wave_floats": 0}
-    way = {**default, **(way or {})}
+    sweep; `wgmma`: 0 for the tensor cores of other devices than Hopper; `wave_floats`, weights of packed items in
+    memory at a time (0: as planned)."""
+    default = {"max_seqlen": 2**63 - 1, "matrix_tokens": 8192, "item_blocks": 0, "lookahead": 16, "wgmma": 1}
+    way = {**default, "wave_floats": 0, **(way or {})}
     rows = channels_contiguous(features)
     tokens, channels = rows.shape[-2:]
     batch = len(rows) if packed is None else len(packed[0]) - 1
@@ -298,6 +299,7 @@ def _select(op, name, features, k, options, judge, packed=None, num_tokens=None,
     kind = "swept" if longest > way["matrix_tokens"] else "cluster" if way["item_blocks"] > 1 else "stored"
     if way["wave_floats"]:
         kind = f"waves-{kind}"
+    kind += "" if way["wgmma"] else "_mma"
     return Call(
         f"{name}-{kind}{way['lookahead']}",
         f"{op}_{SUFFIX[rows.dtype]}",
@@ -390,19 +392,21 @@ def work(case) -> int:
 
 WAYS = (  # to select
     {"matrix_tokens": 8192, "lookahead": 16},
+    {"matrix_tokens": 8192, "lookahead": 16, "wgmma": 0},
     {"matrix_tokens": 8192, "item_blocks": 4, "lookahead": 8},
     {"matrix_tokens": 0, "lookahead": 16},
     {"matrix_tokens": 0, "lookahead": 1},
 )
 
 
-def ways(case) -> tuple:
-    """The ways to select of `case`. Packed items also in waves of as few as fit, longer ones in sweeps; and with a
-    bound on their length, which makes waves of them all."""
+def ways_of(case, dtype) -> list[dict]:
+    """The ways to select of `case` that differ: Hopper's tensor cores take padded items alone. Packed items also in waves
+    of as few as fit, longer ones in sweeps; and with a bound on their length, which makes waves of them all."""
     if not isinstance(case, cases.VarlenCase):
-        return WAYS
+        return [way for way in WAYS if dtype != torch.float32 or way.get("wgmma", 1)]
     tight = {"max_seqlen": max(case.lengths), "wave_floats": 1}
-    return *WAYS, {"matrix_tokens": 40, "wave_floats": 1}, tight, {**tight, "item_blocks": 4}
+    plain = [way for way in WAYS if way.get("wgmma", 1)]
+    return [*plain, {"matrix_tokens": 40, "wave_floats": 1}, tight, {**tight, "item_blocks": 4}]
 
 
 def of_sets(case, features, num_tokens) -> list[Call]:
@@ -426,7 +430,7 @@ def of_case(case, dtype) -> list[Call]:
     """Every kernel that serves `case`, every way it can be made to."""
     inputs = case.inputs(dtype=dtype)
     if isinstance(case, cases.VarlenCase):
-        return [repulsion_select_varlen(case.name, **inputs, **way) for way in ways(case)]
+        return [repulsion_select_varlen(case.name, **inputs, **way) for way in ways_of(case, dtype)]
     if case.batch == 0:
         return []  # nothing is launched
     features, anchor = inputs["features"], inputs["anchor"]
@@ -434,7 +438,7 @@ def of_case(case, dtype) -> list[Call]:
     return [
         pairwise_sqdist(case.name, features),
         repulsion_step(case.name, features, picked, case.eps, gap=case.batch % 2),
-        *(repulsion_select(case.name, **inputs, **way) for way in WAYS),
+        *(repulsion_select(case.name, **inputs, **way) for way in ways_of(case, dtype)),
         *of_sets(case, features, inputs["num_tokens"]),
         *diverse(case, dtype),
     ]
@@ -449,7 +453,7 @@ def rules_of_case(case, dtype, turn) -> list[Call]:
     farthest, suppress = (
         (farthest_select_varlen, suppress_select_varlen) if packed else (farthest_select, suppress_select)
     )
-    for i, way in enumerate(ways(case)):
+    for i, way in enumerate(ways_of(case, dtype)):
         if (turn + i) % 2 == 0:
             given = selection_inputs.of_case("farthest_select", case, variants[(turn + i) % 5], turn, dtype)
             made.append(farthest(case.name, **given, **way))
@@ -514,6 +518,15 @@ def quick() -> list[Call]:
             calls += of_case(case, dtype)
         calls += rules_of_case(case, cases.FLOATING[i % 3], i)
         calls += rules_of_case(case, cases.FLOATING[i % 3], i + 1)
+    # More stages of tiles, large and small, than a block of a few has buffers.
+    for dtype, batch, tokens, values in (
+        (torch.bfloat16, 2, 200, cases.near_duplicates),
+        (torch.float16, 1, 140, cases.common_offset),
+        (torch.float32, 1, 140, cases.near_duplicates),
+    ):
+        case = Case(f"ring_{tokens}", batch, tokens, 456, 9, values)
+        calls.append(pairwise_sqdist(case.name, case.features(dtype=dtype)))
+        calls.append(repulsion_select(case.name, **case.inputs(dtype=dtype)))
     # Products of rows that vanish unscaled.
     tiny = Case("tiny", 1, 70, 40, 1, cases.tiny).features(dtype=torch.bfloat16)
     return [*calls, nearest("tiny", tiny, tiny, "cosine", exclude_self=True)]

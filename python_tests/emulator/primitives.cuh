@@ -2,6 +2,7 @@
 #pragma once
 #include <type_traits>
 
+#include "hopper.cuh"
 #include "rows.cuh"
 
 namespace sts {
@@ -91,6 +92,65 @@ cudaError_t launch_matmul(const T* a, const T* b, float* out, int m, int n, int 
 }
 STS_KERNEL(primitive_matmul_float16, launch_matmul<__half>);
 STS_KERNEL(primitive_matmul_bfloat16, launch_matmul<__nv_bfloat16>);
+
+// out (items, m, n) = a (items, m, k) b (items, n, k)^T by Hopper's copy engine and tensor cores: a producer warp, two stages, and a warpgroup for
+// 64 x kColumns of out. Rows of a and b are k elements, a multiple of 8, apart.
+template <class T, int kColumns>
+__global__ void __launch_bounds__(hopper_threads(160))
+    hopper_matmul_kernel(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b, float* out, int m, int n, int k) {
+#if STS_HOPPER
+  STS_DYNAMIC_SHARED(unsigned char, memory);
+  __shared__ Arrivals full[2], empty[2];
+  constexpr int kStage = (64 + kColumns) * kBoxChannels;
+  T* const stages = reinterpret_cast<T*>(memory + (1024 - reinterpret_cast<uintptr_t>(memory) % 1024) % 1024);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, steps = (k + kBoxChannels - 1) / kBoxChannels;
+  const int row0 = blockIdx.y * 64, column0 = blockIdx.x * kColumns, item = blockIdx.z;
+  if (threadIdx.x < 2) {
+    init_arrivals(&full[threadIdx.x]);
+    init_arrivals(&empty[threadIdx.x], 4);
+  }
+  __syncthreads();
+  if (warp == 4) {
+    if (lane != 0) return;
+    for (int step = 0; step < steps; ++step) {
+      T* const stage = stages + step % 2 * kStage;
+      if (step >= 2) await_arrivals(&empty[step % 2], step / 2 - 1);
+      expect_arrivals(&full[step % 2], kStage * 2);
+      copy_box(stage, map_a, step * kBoxChannels, 0, row0, item, &full[step % 2]);
+      copy_box(stage + 64 * kBoxChannels, map_b, step * kBoxChannels, 0, column0, item, &full[step % 2]);
+    }
+    return;
+  }
+  float sum[kColumns / 2];
+  for (int step = 0; step < steps; ++step) {
+    const T* const stage = stages + step % 2 * kStage;
+    await_arrivals(&full[step % 2], step / 2);
+    wgmma_fence();
+    for (int c = 0; c < kBoxChannels / 16; ++c) wgmma(sum, stage, stage + 64 * kBoxChannels, c, step + c > 0);
+    wgmma_commit();
+    wgmma_wait<0>();
+    if (lane == 0) arrive(&empty[step % 2]);
+  }
+#pragma unroll
+  for (int s = 0; s < kColumns / 2; ++s) {
+    const int row = row0 + warp * 16 + lane / 4 + s / 2 % 2 * 8, column = column0 + s / 4 * 8 + lane % 4 * 2 + s % 2;
+    if (row < m && column < n) out[(static_cast<int64_t>(item) * m + row) * n + column] = sum[s];
+  }
+#endif
+}
+template <class T>
+cudaError_t launch_hopper_matmul(const T* a, const T* b, float* out, int items, int m, int n, int k, int columns, cudaStream_t stream) {
+  TensorMap map_a, map_b;
+  cudaError_t error = make_tensor_map(a, k, 1, m, items, k, 64, map_a);
+  if (error == cudaSuccess) error = make_tensor_map(b, k, 1, n, items, k, columns, map_b);
+  if (error != cudaSuccess) return error;
+  const Launch shape{dim3((n + columns - 1) / columns, (m + 63) / 64, items), dim3(160), size_t(2) * (64 + columns) * 128 + 1024, 1, false, stream};
+  const auto kernel = columns == 64 ? hopper_matmul_kernel<T, 64> : hopper_matmul_kernel<T, 128>;
+  if (!kernel_serves(kernel, 160)) return cudaErrorInvalidConfiguration;
+  return launch(kernel, shape, map_a, map_b, out, m, n, k);
+}
+STS_KERNEL(primitive_hopper_matmul_float16, launch_hopper_matmul<__half>);
+STS_KERNEL(primitive_hopper_matmul_bfloat16, launch_hopper_matmul<__nv_bfloat16>);
 
 // Groups of blocks, each of which turns its values (one a block) `turns` times: a block takes its neighbour's value.
 __global__ void __launch_bounds__(64) turn_kernel(float* values, unsigned* arrived, int group_blocks, int turns) {

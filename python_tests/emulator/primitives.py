@@ -51,23 +51,40 @@ def conversions():
     yield Call("copy", "primitive_to_float32", (x, np.zeros_like(x), x.size), _equal(x))
 
 
+def _factors(rng, name, *shapes):
+    """Matrices of elements of the type, and in float64."""
+    values = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+    if name == "float16":
+        elements = [x.astype(np.float16) for x in values]
+        return elements, [x.astype(np.float64) for x in elements]
+    elements = [_to_bfloat16(x) for x in values]
+    return elements, [_bfloat16_to_float(x).astype(np.float64) for x in elements]
+
+
+def _near(expected):
+    def judge(_a, _b, got):
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)  # a tensor core truncates its sums
+
+    return judge
+
+
 def matmuls():
     rng = np.random.default_rng(RNG_SEED)
     for name in ("float16", "bfloat16"):
         for m, n, k in ((16, 8, 16), (1, 1, 8), (33, 17, 40), (70, 24, 136)):
-            a, b = (rng.standard_normal((rows, k)).astype(np.float32) for rows in (m, n))
-            if name == "float16":
-                a, b = a.astype(np.float16), b.astype(np.float16)
-                expected = a.astype(np.float64) @ b.astype(np.float64).T
-            else:
-                a, b = _to_bfloat16(a), _to_bfloat16(b)
-                expected = _bfloat16_to_float(a).astype(np.float64) @ _bfloat16_to_float(b).astype(np.float64).T
-
-            def judge(_a, _b, got, expected=expected):
-                np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)  # a tensor core truncates its sums
-
+            (a, b), (x, y) = _factors(rng, name, (m, k), (n, k))
             args = (a, b, np.full((m, n), np.nan, np.float32), m, n, k)
-            yield Call(f"{m}x{n}x{k}", f"primitive_matmul_{name}", args, judge)
+            yield Call(f"{m}x{n}x{k}", f"primitive_matmul_{name}", args, _near(x @ y.T))
+        for items, m, n, k, columns in (
+            (1, 64, 64, 64, 64),
+            (1, 1, 1, 8, 64),
+            (2, 70, 100, 264, 128),
+            (3, 33, 70, 136, 64),
+        ):
+            (a, b), (x, y) = _factors(rng, name, (items, m, k), (items, n, k))
+            args = (a, b, np.full((items, m, n), np.nan, np.float32), items, m, n, k, columns)
+            expected = x @ y.transpose(0, 2, 1)
+            yield Call(f"{items}x{m}x{n}x{k}-{columns}", f"primitive_hopper_matmul_{name}", args, _near(expected))
 
 
 def barriers():

@@ -10,7 +10,7 @@ racecheck takes much longer a call than the other tools; 68 calls reach every ke
     python -m python_tests.emulator.smoke --binary build/smoke/sts_kernels_smoke --out build/smoke/racecheck \\
         --work 6e4 --per-kernel 1 --under "compute-sanitizer --tool racecheck --error-exitcode 9"
 
-The kernel primitive_cluster needs compute capability 9.0.
+The kernel primitive_cluster needs compute capability 9.0, and primitive_hopper_matmul code for sm_90a.
 Exit status 0: every result is right and the program ended well. 1: not so, and the reason is printed.
 """
 

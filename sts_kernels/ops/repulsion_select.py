@@ -99,9 +99,10 @@ def repulsion_select(
 
     Cost:
         about 3 B k N C flops. On a GPU one launch runs all k picks, and nothing is read back to the host; scratch of
-        (N, N) floats for as many items as fit 256 MiB up to 8192 tokens, and about the size of the features above. On
-        the CPU picked tokens are left out, 3 B k (N - k / 2) C flops, with scratch of (C / 64 + 46) N floats an item;
-        where two thirds or more of at most 724 tokens are picked, of (C / 64 + N + 16) N.
+        (N, N) floats for as many items as fit 256 MiB up to 8192 tokens, and about the size of the features above; on
+        compute capability 9.0 also a copy of the features, up to 8192 tokens. On the CPU picked tokens are left out,
+        3 B k (N - k / 2) C flops, with scratch of (C / 64 + 46) N floats an item; where two thirds or more of at most
+        724 tokens are picked, of (C / 64 + N + 16) N.
     """
     _check(features, k, eps, anchor, num_tokens)
     check_padded_values(_OP, features, anchor, num_tokens)

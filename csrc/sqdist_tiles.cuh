@@ -1,0 +1,204 @@
+// Squared distances of all pairs of an item's tokens on CUDA cores, and what the kernels of distances share.
+//
+// What: one square tile of the upper triangle a block, mirrored. Differences are squared and summed channel by channel in ascending order:
+//   nothing cancels, and the result is the same bits whichever tile computes it.
+// Chosen when: tensor cores do not serve the features (sqdist_mma.cuh, sqdist_wgmma.cuh); and for the pairs that sqdist_mma.cuh marks.
+// Steps: for every stage of 32 channels, (1) store what was loaded of it, (2) load the next, (3) add it to the 4 x 4 pairs of each thread;
+//   (4) store the pairs.
+// Synchronisation: two block barriers a stage. Blocks know nothing of each other.
+#pragma once
+#include "pair_tiles.cuh"
+
+namespace sts {
+
+// What is stored for a pair: the distance, exactly zero on the diagonal. The smallest of a row is not asked for.
+struct StoreSqdist {
+  static constexpr bool kOverlap = false;  // the launch ahead is another op's
+  static constexpr float kCancellation = 1.f / 16;  // see sqdist_mma.cuh
+  static constexpr bool kThreeProducts = false;     // see sqdist_wgmma.cuh
+  static constexpr uint32_t* least = nullptr;
+  __device__ float operator()(float sqdist, bool diagonal) const { return diagonal ? 0.f : sqdist; }
+};
+
+constexpr int kSmallTile = 32, kLargeTile = 64;
+
+// Stands in a matrix for a pair whose distance is still to be computed: a NaN that arithmetic does not make.
+constexpr uint32_t kMarkedBits = 0xffc0feedu;
+__device__ __forceinline__ float marked_pair() { return __uint_as_float(kMarkedBits); }
+__device__ __forceinline__ bool is_marked(float stored) { return __float_as_uint(stored) == kMarkedBits; }
+
+// The smallest stored values that a thread has of some rows of a tile.
+template <int kRows>
+struct RowsLeast {
+  float value[kRows];
+  __device__ __forceinline__ RowsLeast() {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) value[r] = kInfinity;
+  }
+  __device__ __forceinline__ void take(int r, float stored) { value[r] = fminf(value[r], stored); }  // of a marked pair: no change
+  // Lowers least[i], the ordered bits of the smallest of row i, to row r of the lanes from kFrom up to kEnd (lanes_lowest).
+  template <int kFrom, int kEnd>
+  __device__ __forceinline__ void note(int r, uint32_t* least, int64_t i) const {
+    const float lowest = lanes_lowest<kFrom, kEnd>(value[r]);
+    const int others = (kEnd - 1) & ~(kFrom - 1);  // the bits in which those lanes differ
+    if ((threadIdx.x & others) == 0 && lowest < kInfinity) atomicMin(least + i, ordered_bits(lowest));
+  }
+};
+
+// sqdist[n] = |a - b[n]|^2, the same for every lane of the warp. kWhole: as in load_chunk.
+template <bool kWhole, int kCount, class scalar_t>
+__device__ __forceinline__ void warp_sqdist(const scalar_t* a, const scalar_t* const (&b)[kCount], int channels, bool aligned,
+                                            float (&sqdist)[kCount]) {
+  constexpr int kVec = Chunk<scalar_t>::size;
+#pragma unroll
+  for (int n = 0; n < kCount; ++n) sqdist[n] = 0.f;
+#pragma unroll 2
+  for (int c = threadIdx.x % 32 * kVec; c < channels; c += 32 * kVec) {
+    const Chunk<scalar_t> x = load_chunk<kWhole>(a, c, channels, aligned);
+    Chunk<scalar_t> y[kCount];
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) y[n] = load_chunk<kWhole>(b[n], c, channels, aligned);
+#pragma unroll
+    for (int n = 0; n < kCount; ++n)
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) sqdist[n] = fmaf(x[i] - y[n][i], x[i] - y[n][i], sqdist[n]);
+  }
+#pragma unroll
+  for (int n = 0; n < kCount; ++n) sqdist[n] = warp_sum(sqdist[n]);
+}
+
+// marks: null for all pairs; or, of every tile, whether it has marked pairs, which alone are then computed.
+template <class scalar_t, int kTile, class Tiles, class Store>
+__global__ void __launch_bounds__(kTile* kTile / 16, kTile == kLargeTile ? 2 : 4)
+    sqdist_tile_kernel(Rows<scalar_t> rows, Tiles tiles, bool aligned, Store store, const unsigned* marks, float* out) {
+  await_predecessor();
+  constexpr int kThreads = kTile * kTile / 16;  // each thread has 4 x 4 pairs
+  constexpr int kChannels = 32, kVec = Chunk<scalar_t>::size;
+  constexpr int kLoads = kTile * kChannels / kVec / kThreads;
+  static_assert(kLoads * kVec * kThreads == kTile * kChannels, "a stage is loaded by whole threads");
+  __shared__ float a[kChannels][kTile + 4], b[kChannels][kTile + 4];
+
+  const int channels = rows.channels;
+  const int tid = threadIdx.x, ti = tid / (kTile / 4) * 4, tj = tid % (kTile / 4) * 4;
+
+  for (int64_t turn = tiles.begin();; turn += tiles.step()) {
+    if (marks) turn = next_marked(tiles, marks, turn);
+    if (turn >= tiles.end()) break;
+    const PairTile tile = tiles.template at<kTile>(turn);
+    const int64_t tokens = tile.tokens, pitch = tile.pitch, i0 = tile.i, j0 = tile.j;
+    float sum[4][4] = {};
+    // What this thread loads of each stage. Rows past the end repeat the last one; their pairs are not stored.
+    const scalar_t *row_a[kLoads], *row_b[kLoads];
+    Chunk<scalar_t> next_a[kLoads], next_b[kLoads];
+#pragma unroll
+    for (int l = 0; l < kLoads; ++l) {
+      const int token = (l * kThreads + tid) / (kChannels / kVec);
+      row_a[l] = rows.row(tile.entry, tile.row + (i0 + token < tokens ? i0 + token : tokens - 1));
+      row_b[l] = rows.row(tile.entry, tile.row + (j0 + token < tokens ? j0 + token : tokens - 1));
+    }
+    const int column = tid % (kChannels / kVec) * kVec;
+    static_assert(kThreads % (kChannels / kVec) == 0, "a thread loads the same channels of every row");
+    const auto fetch = [&](int c0) {
+#pragma unroll
+      for (int l = 0; l < kLoads; ++l) {
+        next_a[l] = load_channels(row_a[l], c0 + column, channels, aligned);
+        next_b[l] = load_channels(row_b[l], c0 + column, channels, aligned);
+      }
+    };
+    fetch(0);
+    for (int c0 = 0; c0 < channels; c0 += kChannels) {
+      __syncthreads();
+#pragma unroll
+      for (int l = 0; l < kLoads; ++l) {
+        const int token = (l * kThreads + tid) / (kChannels / kVec);
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) {
+          a[column + i][token] = next_a[l][i];
+          b[column + i][token] = next_b[l][i];
+        }
+      }
+      __syncthreads();
+      if (c0 + kChannels < channels) fetch(c0 + kChannels);
+#pragma unroll 4
+      for (int c = 0; c < kChannels; ++c) {
+        float x[4], y[4];
+#pragma unroll
+        for (int t = 0; t < 4; ++t) x[t] = a[c][ti + t], y[t] = b[c][tj + t];
+#pragma unroll
+        for (int s = 0; s < 4; ++s)
+#pragma unroll
+          for (int t = 0; t < 4; ++t) {
+            const float difference = x[s] - y[t];
+            sum[s][t] = fmaf(difference, difference, sum[s][t]);
+          }
+      }
+    }
+    float* matrix = out + tile.offset;
+    RowsLeast<4> rows_least, columns_least;
+#pragma unroll
+    for (int s = 0; s < 4; ++s)
+#pragma unroll
+      for (int t = 0; t < 4; ++t) {
+        const int64_t i = i0 + ti + s, j = j0 + tj + t;
+        if (i >= tokens || j >= tokens) continue;
+        if (marks && (i > j || !is_marked(matrix[i * pitch + j]))) continue;
+        const float value = store(sum[s][t], i == j);
+        matrix[i * pitch + j] = value;
+        if (marks || i0 != j0) matrix[j * pitch + i] = value;
+        if (i == j) continue;
+        rows_least.take(s, value);
+        columns_least.take(t, value);
+      }
+    if (store.least) {
+      uint32_t* const least = store.least + tile.token;
+#pragma unroll
+      for (int s = 0; s < 4; ++s) {
+        rows_least.template note<1, kTile / 4>(s, least, i0 + ti + s);
+        columns_least.template note<kTile / 4, 32>(s, least, j0 + tj + s);
+      }
+    }
+  }
+}
+
+template <int kTile, class scalar_t, class Store>
+cudaError_t launch_sqdist_tiles_of(const Rows<scalar_t>& rows, const PaddedTiles& tiles, Store store, const unsigned* marks, float* out,
+                                   cudaStream_t stream) {
+  const auto side = static_cast<unsigned>(ceil_div(tiles.tokens, kTile));
+  const dim3 grid(side, side, static_cast<unsigned>(tiles.entries < 65535 ? tiles.entries : 65535));
+  const Launch shape{grid, dim3(kTile * kTile / 16), 0, 1, false, stream, Store::kOverlap || marks};
+  return launch(sqdist_tile_kernel<scalar_t, kTile, PaddedTiles, Store>, shape, rows, tiles, rows_aligned(rows), store, marks, out);
+}
+
+// blocks: that take turns. The tiles' side is kTile, or `parts` times that.
+template <int kTile, class scalar_t, class Store>
+cudaError_t launch_sqdist_tiles_of(const Rows<scalar_t>& rows, const PackedTiles& tiles, int64_t blocks, Store store, const unsigned* marks,
+                                   float* out, cudaStream_t stream) {
+  const Launch shape{dim3(static_cast<unsigned>(blocks)), dim3(kTile * kTile / 16), 0, 1, false, stream, Store::kOverlap || marks};
+  return launch(sqdist_tile_kernel<scalar_t, kTile, PackedTiles, Store>, shape, rows, tiles, rows_aligned(rows), store, marks, out);
+}
+
+// Small tiles where large ones would leave multiprocessors without work.
+inline int sqdist_tile(int64_t tokens, int64_t entries) {
+  const int64_t large = ceil_div(tokens, kLargeTile);
+  return large * (large + 1) / 2 * entries < 2 * device_sm_count() ? kSmallTile : kLargeTile;
+}
+
+// Entries [first_entry, first_entry + entries) of a padded batch: what `store` makes of each pair, as (entries, tokens, tokens) with rows
+// `pitch` floats apart.
+template <class scalar_t, class Store>
+cudaError_t launch_sqdist_tiles(const Rows<scalar_t>& rows, const Items& items, int64_t first_entry, int64_t entries, Store store,
+                                int64_t pitch, float* out, cudaStream_t stream) {
+  const PaddedTiles tiles{items.tokens, first_entry, entries, pitch};
+  if (sqdist_tile(items.tokens, entries) == kSmallTile) return launch_sqdist_tiles_of<kSmallTile>(rows, tiles, store, nullptr, out, stream);
+  return launch_sqdist_tiles_of<kLargeTile>(rows, tiles, store, nullptr, out, stream);
+}
+
+// The same of the items of a wave of a packed batch.
+template <class scalar_t, class Store>
+cudaError_t launch_sqdist_tiles(const Rows<scalar_t>& rows, const PackedTiles& tiles, int64_t blocks, Store store, float* out,
+                                cudaStream_t stream) {
+  if (tiles.tile == kSmallTile) return launch_sqdist_tiles_of<kSmallTile>(rows, tiles, blocks, store, nullptr, out, stream);
+  return launch_sqdist_tiles_of<kLargeTile>(rows, tiles, blocks, store, nullptr, out, stream);
+}
+
+}  // namespace sts

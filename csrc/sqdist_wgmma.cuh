@@ -1,0 +1,306 @@
+// The distances of all pairs of tokens on Hopper's tensor cores.
+//
+// What: |a|^2 + |b|^2 - 2ab of the rows that launch_token_stats has centred, products exact, sums in float32; one square tile of the upper
+//   triangle after another, mirrored. Where that cancels (cancellation<>) the pair is computed again by differences. A pair's bits depend on
+//   the pair and the centre of its item alone, not on the tile.
+//   A float32 row is the sum of two rows of bfloat16, up to 2^-18 of an element, and a product three: of the first parts, and of each first part
+//   with the other's second. That is 1.2e-5 of |a||b| off at most, and 1.9e-4 of a distance that is kept.
+// Chosen when: compute capability 9.0, code for sm_90a, padded items; of float32 rows, where Store::kThreeProducts. Rows of the copy are 16-byte
+//   aligned, whatever the features' are.
+// Steps: a producer warp (1) brings 64 channels of a tile's rows and columns a stage by TMA; a diagonal tile has rows alone. Warpgroups of 64
+//   rows each (2) multiply them by wgmma, and close a run of kMmaRun channels into rounded float32; (3) epilogue: distances from the sums,
+//   stored twice, and what cancels is marked; (4) warps repair their marked pairs, four of a row at a time.
+// Synchronisation: two mbarriers a stage. full: the producer's announcement and its bytes; empty: an arrival of every consumer warp, once its
+//   products of the stage have ended. The producer runs ahead into the next tile: loads go on during an epilogue. Blocks know nothing of each
+//   other.
+#pragma once
+#include "hopper.cuh"
+#include "sqdist_mma.cuh"
+
+namespace sts {
+
+// A warpgroup for 64 rows, and the producer: a warp, or a warpgroup whose registers the others need.
+template <int kTile>
+constexpr int kWgmmaThreads = kTile == kLargeMmaTile ? 3 * 128 : 128 + 32;
+template <class scalar_t>
+constexpr int kCopyParts = sizeof(scalar_t) / 2;
+template <class scalar_t>
+using copy_t = std::conditional_t<sizeof(scalar_t) == 2, scalar_t, __nv_bfloat16>;
+template <class scalar_t, int kTile>
+constexpr int kWgmmaStages = (kTile == kLargeMmaTile ? 6 : 12) / kCopyParts<scalar_t>;  // 192 KB
+template <class scalar_t, int kTile, int kStages>
+constexpr size_t kWgmmaSharedBytes = size_t(kStages) * kCopyParts<scalar_t> * 2 * kTile * kBoxChannels * 2 + 1024;  // stages start on 1024 bytes
+
+// A distance below so much of both norms is computed again.
+template <class scalar_t, class Store>
+constexpr float cancellation = kCopyParts<scalar_t> == 1 ? Store::kCancellation : 1.f / 16;
+
+// Tile number t of an upper triangle: first those off the diagonal, column by column, then the diagonal ones, which load half as much and so
+// end a launch evenly.
+struct TriangleTile {
+  int row, column;
+  __device__ __forceinline__ TriangleTile(int t, int tiles) {
+    const int above = tiles * (tiles - 1) / 2;
+    row = column = t - above;
+    if (t >= above) return;
+    const float square = 1.f + 8.f * static_cast<float>(t);
+    column = static_cast<int>((1.f + square * rsqrtf(square)) / 2.f);
+    column -= column * (column - 1) / 2 > t;  // the root may be off by one
+    column += (column + 1) * column / 2 <= t;
+    row = t - column * (column - 1) / 2;
+  }
+};
+
+// The marked pairs of 16 rows of a tile, by the warp that has stored them: those above the diagonal, each twice. low, high: the lanes that have
+// marked one of their pairs in the first 8 rows, in the others.
+template <int kTile, class scalar_t, class Store>
+__device__ __noinline__ void repair_marked(Rows<scalar_t> rows, bool aligned, int64_t entry, unsigned low, unsigned high, int first_row,
+                                           int first_column, int width, Store store, int64_t pitch, float* matrix, uint32_t* least) {
+  const int lane = threadIdx.x % 32;
+  __syncwarp();  // all lanes have stored what they marked
+  for (int r = 0; r < 16; ++r) {
+    if (!((r < 8 ? low : high) >> r % 8 * 4 & 15)) continue;
+    const int row = first_row + r;
+    float stored[kTile / 32];
+#pragma unroll
+    for (int c = 0; c < kTile / 32; ++c) {
+      const int column = first_column + c * 32 + lane;
+      stored[c] = column > row && column < width ? matrix[row * pitch + column] : 0.f;
+    }
+#pragma unroll
+    for (int c = 0; c < kTile / 32; ++c) {
+      const int begin = first_column + c * 32;
+      unsigned left = __ballot_sync(kFullWarp, is_marked(stored[c]));
+      while (left) {  // four at a time
+        int column[4];
+        const scalar_t* other[4];
+        float sqdist[4];
+#pragma unroll
+        for (int p = 0; p < 4; ++p) {
+          column[p] = left ? begin + __ffs(static_cast<int>(left)) - 1 : column[0];
+          other[p] = rows.row(entry, column[p]);
+          left &= left - 1;  // of 0: 0
+        }
+        warp_sqdist<sizeof(scalar_t) == 2>(rows.row(entry, row), other, rows.channels, aligned, sqdist);
+#pragma unroll
+        for (int p = 0; p < 4; ++p) {
+          if (lane != p) continue;
+          const float value = store(sqdist[p], false);
+          matrix[row * pitch + column[p]] = value;
+          matrix[column[p] * pitch + row] = value;
+          if (!least || !(value < kInfinity)) continue;
+          atomicMin(least + row, ordered_bits(value));
+          atomicMin(least + column[p], ordered_bits(value));
+        }
+      }
+    }
+  }
+}
+
+// map: the centred rows in boxes of kTile. rows, norms: of all items; differences are taken of `rows`. out: (entries, tokens, tokens), rows `pitch`
+// floats apart.
+template <class scalar_t, int kTile, int kStages, class Store>
+__global__ void __launch_bounds__(hopper_threads(kWgmmaThreads<kTile>), 1)
+    sqdist_wgmma_kernel(const __grid_constant__ TensorMap map, Rows<scalar_t> rows, bool aligned, Items items, int64_t first_entry,
+                        int64_t entries, const float* norms, Store store, int64_t pitch, float* out) {
+#if STS_HOPPER
+  using element_t = copy_t<scalar_t>;
+  constexpr int kParts = kCopyParts<scalar_t>;
+  constexpr int kWarps = kTile / 64 * 4, kSums = kTile / 2, kPart = kTile * kBoxChannels, kSide = kParts * kPart;
+  constexpr int kRunSteps = kMmaRun / kBoxChannels;
+  STS_DYNAMIC_SHARED(unsigned char, memory);
+  __shared__ Arrivals full[kStages], empty[kStages];
+  element_t* const stages = reinterpret_cast<element_t*>(memory + (1024 - reinterpret_cast<uintptr_t>(memory) % 1024) % 1024);
+  const int lane = threadIdx.x % 32, warp = __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / 32, 0);
+  const int tiles = static_cast<int>(ceil_div(items.tokens, kTile)), steps = static_cast<int>(ceil_div(rows.channels, kBoxChannels));
+  const int entry_tiles = tiles * (tiles + 1) / 2;
+  if (threadIdx.x < kStages) {
+    init_arrivals(&full[threadIdx.x]);
+    init_arrivals(&empty[threadIdx.x], kWarps);
+  }
+  __syncthreads();
+  // f(entry, first row, first column, tokens) for the tiles of this block.
+  const auto for_tiles = [&](const auto& f) {
+    int64_t entry = 0;
+    for (int t = blockIdx.x;; t += gridDim.x) {
+      entry += t / entry_tiles;
+      t %= entry_tiles;
+      if (entry >= entries) return;
+      const TriangleTile tile(t, tiles);
+      const int width = static_cast<int>(items[first_entry + entry].tokens);
+      if (tile.column * kTile < width) f(entry, tile.row * kTile, tile.column * kTile, width);
+    }
+  };
+  int stage = 0, turn = 0;  // every stage is filled and emptied once a turn
+  const auto next_stage = [&] {
+    if (++stage < kStages) return;
+    stage = 0;
+    ++turn;
+  };
+
+  if (warp >= kWarps) {  // (1)
+    if constexpr (kTile == kLargeMmaTile) give_registers<40>();
+    if (threadIdx.x != kWarps * 32) return;
+    for_tiles([&](int64_t entry, int row0, int column0, int) {
+      const int item = static_cast<int>(first_entry + entry);
+      for (int step = 0; step < steps; ++step, next_stage()) {
+        element_t* const sides = stages + stage * 2 * kSide;
+        if (turn > 0) await_arrivals(&empty[stage], turn - 1);
+        expect_arrivals(&full[stage], (row0 == column0 ? 1 : 2) * kSide * 2);
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+          copy_box(sides + part * kPart, map, step * kBoxChannels, part, row0, item, &full[stage]);
+          if (row0 != column0) copy_box(sides + kSide + part * kPart, map, step * kBoxChannels, part, column0, item, &full[stage]);
+        }
+      }
+    });
+    return;
+  }
+
+  if constexpr (kTile == kLargeMmaTile) take_registers<232>();
+  for_tiles([&](int64_t entry, int row0, int column0, int width) {
+    const bool diagonal_tile = row0 == column0;
+    const int first_row = row0 + warp * 16;  // of the warp: 16 w of a warpgroup, 64 from one warpgroup to the next
+    const int i = first_row + lane / 4, j = column0 + lane % 4 * 2;
+    const float* const norm = norms + (first_entry + entry) * items.tokens;
+    float row_norm[2], column_norm[kTile / 4];  // loaded ahead of the epilogue
+#pragma unroll
+    for (int h = 0; h < 2; ++h) row_norm[h] = i + h * 8 < width ? __ldg(norm + i + h * 8) : 0.f;
+#pragma unroll
+    for (int c = 0; c < kTile / 4; ++c) column_norm[c] = j + c / 2 * 8 + c % 2 < width ? __ldg(norm + j + c / 2 * 8 + c % 2) : 0.f;
+
+    // (2)
+    float dot[kSums], run[kSums];
+#pragma unroll
+    for (int s = 0; s < kSums; ++s) dot[s] = 0.f;
+    int used = 0;  // the stage before
+    for (int begin = 0; begin < steps; begin += kRunSteps) {
+#pragma unroll
+      for (int step = 0; step < kRunSteps; ++step) {
+        if (begin + step >= steps) break;
+        await_arrivals(&full[stage], turn);
+        const element_t *const sides = stages + stage * 2 * kSide, *const a = sides + warp / 4 * 64 * kBoxChannels;
+        const element_t* const b = diagonal_tile ? sides : sides + kSide;
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < kBoxChannels / 16; ++k) {
+          wgmma(run, a, b, k, step + k > 0);
+          if constexpr (kParts == 2) {
+            wgmma(run, a, b + kPart, k, true);
+            wgmma(run, a + kPart, b, k, true);
+          }
+        }
+        wgmma_commit();
+        if (step > 0) {
+          wgmma_wait<1>();
+          if (lane == 0) arrive(&empty[used]);
+        }
+        used = stage;
+        next_stage();
+      }
+      wgmma_wait<0>();
+      if (lane == 0) arrive(&empty[used]);
+#pragma unroll
+      for (int s = 0; s < kSums; ++s) dot[s] += run[s];
+    }
+
+    // (3)
+    float* const matrix = out + entry * items.tokens * pitch;
+    float* const upper = matrix + i * pitch + j;
+    uint32_t* const least = store.least ? store.least + (first_entry + entry) * items.tokens : nullptr;
+    bool marked[2] = {false, false};  // one of a row's pairs
+    RowsLeast<2> rows_least;
+    RowsLeast<kTile / 4> columns_least;
+    const auto finish = [&](auto all_inside) {
+      constexpr bool inside = decltype(all_inside)::value;  // all pairs are above the diagonal and before the end, and the pitch is even
+      float* lower = matrix + j * pitch + i;
+#pragma unroll
+      for (int n = 0; n < kTile / 8; ++n, lower += 8 * pitch) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          float value[2];
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const int row = i + h * 8, column = j + n * 8 + e;
+            const float norms_of_pair = row_norm[h] + column_norm[n * 2 + e];  // NaN: one of the tokens is not finite
+            const float sqdist = fmaf(-2.f, dot[n * 4 + h * 2 + e], norms_of_pair), stored = store(sqdist, false);
+            const bool cancels = !(sqdist >= cancellation<scalar_t, Store> * norms_of_pair) && norms_of_pair == norms_of_pair;
+            value[e] = cancels ? marked_pair() : stored;
+            if (inside) {
+              lower[e * pitch + h * 8] = value[e];
+            } else {
+              if (row > column || column >= width) continue;
+              if (row == column) value[e] = store(0.f, true);
+              lower[e * pitch + h * 8] = upper[h * 8 * pitch + n * 8 + e] = value[e];
+              if (row == column) continue;
+            }
+            marked[h] = marked[h] || cancels;
+            rows_least.take(h, value[e]);
+            columns_least.take(n * 2 + e, value[e]);
+          }
+          if (inside) *reinterpret_cast<float2*>(upper + h * 8 * pitch + n * 8) = make_float2(value[0], value[1]);
+        }
+      }
+    };
+    if (!diagonal_tile && column0 + kTile <= width && pitch % 2 == 0) finish(std::true_type());
+    else finish(std::false_type());
+    if (least) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) rows_least.template note<1, 4>(h, least, i + h * 8);
+#pragma unroll
+      for (int c = 0; c < kTile / 4; ++c) columns_least.template note<4, 32>(c, least, j + c / 2 * 8 + c % 2);
+    }
+    const unsigned low = __ballot_sync(kFullWarp, marked[0]), high = __ballot_sync(kFullWarp, marked[1]);
+    if (low | high)
+      repair_marked<kTile>(rows, aligned, first_entry + entry, low, high, first_row, column0, width, store, pitch, matrix, least);
+  });
+#endif
+}
+
+// Small tiles where there are at most two for every multiprocessor: large ones load half as much for a pair.
+inline int wgmma_tile(int64_t tokens, int64_t entries) {
+  const int64_t small = ceil_div(tokens, kSmallMmaTile);
+  return small * (small + 1) / 2 * entries > 2 * device_sm_count() ? kLargeMmaTile : kSmallMmaTile;
+}
+
+template <class scalar_t, class Store>
+constexpr bool kWgmmaServes = sizeof(scalar_t) == 2 || Store::kThreeProducts;
+
+template <class scalar_t, class Store>
+bool wgmma_serves(const Items& items) {
+  if constexpr (kWgmmaServes<scalar_t, Store>) {
+    constexpr int kTile = kSmallMmaTile;
+    const auto kernel = sqdist_wgmma_kernel<scalar_t, kTile, kWgmmaStages<scalar_t, kTile>, Store>;
+    return !items.packed() && kernel_serves(kernel, kWgmmaThreads<kTile>);
+  } else {
+    return false;
+  }
+}
+
+template <class scalar_t, int kTile, int kStages = kWgmmaStages<scalar_t, kTile>, class Store>
+cudaError_t launch_sqdist_wgmma_of(const Rows<scalar_t>& rows, const Items& items, int64_t first_entry, int64_t entries,
+                                   const TokenStats& stats, Store store, int64_t pitch, float* out, cudaStream_t stream) {
+  TensorMap map;
+  const int64_t copy_pitch = centred_pitch(rows.channels), tiles = ceil_div(items.tokens, kTile);
+  const cudaError_t error =
+      make_tensor_map(stats.centred, rows.channels, kCopyParts<scalar_t>, items.tokens, items.count, copy_pitch, kTile, map);
+  if (error != cudaSuccess) return error;
+  // Differences of the 16-bit copy are those of the features, and its rows are aligned.
+  const Rows<scalar_t> copy{static_cast<const scalar_t*>(stats.centred), items.tokens * copy_pitch, copy_pitch, static_cast<int>(copy_pitch)};
+  const Rows<scalar_t> exact = sizeof(scalar_t) == 2 ? copy : rows;
+  const int64_t all_tiles = tiles * (tiles + 1) / 2 * entries, sms = device_sm_count();
+  const Launch shape{dim3(static_cast<unsigned>(all_tiles < sms ? all_tiles : sms)), dim3(kWgmmaThreads<kTile>),
+                     kWgmmaSharedBytes<scalar_t, kTile, kStages>, 1, false, stream};
+  return launch(sqdist_wgmma_kernel<scalar_t, kTile, kStages, Store>, shape, map, exact, rows_aligned(exact), items, first_entry, entries,
+                stats.norms, store, pitch, out);
+}
+
+// As launch_sqdist_mma, of the copy of the rows in `stats`, with tiles of `tile`. Marked pairs are repaired.
+template <class scalar_t, class Store>
+cudaError_t launch_sqdist_wgmma(const Rows<scalar_t>& rows, const Items& items, int64_t first_entry, int64_t entries, int tile,
+                                const TokenStats& stats, Store store, int64_t pitch, float* out, cudaStream_t stream) {
+  return tile == kLargeMmaTile ? launch_sqdist_wgmma_of<scalar_t, kLargeMmaTile>(rows, items, first_entry, entries, stats, store, pitch, out, stream)
+                               : launch_sqdist_wgmma_of<scalar_t, kSmallMmaTile>(rows, items, first_entry, entries, stats, store, pitch, out, stream);
+}
+
+}  // namespace sts
