@@ -400,8 +400,8 @@ WAYS = (  # to select
 
 
 def ways_of(case, dtype) -> list[dict]:
-    """The ways to select of `case` that differ: Hopper's tensor cores take padded items alone. Packed items also in waves
-    of as few as fit, longer ones in sweeps; and with a bound on their length, which makes waves of them all."""
+    """The ways to select of `case` that differ: Hopper's tensor cores take padded items alone. Packed items also in
+    waves of as few as fit, longer ones in sweeps; and with a bound on their length, which makes waves of them all."""
     if not isinstance(case, cases.VarlenCase):
         return [way for way in WAYS if dtype != torch.float32 or way.get("wgmma", 1)]
     tight = {"max_seqlen": max(case.lengths), "wave_floats": 1}
