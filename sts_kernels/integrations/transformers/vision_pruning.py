@@ -111,6 +111,16 @@ def select_from(
     return Kept(rows, merged[ascending])
 
 
+def merged(method: Method, family: str, kept: Kept, rows: torch.Tensor) -> torch.Tensor:
+    """What goes into the projector in place of its own rows, those of the features that are kept."""
+    if kept.values.shape != rows.shape:
+        raise NotImplementedError(
+            f"sts_kernels: {method.name} merges features before the projector, which {family} does not allow: its "
+            "features are made of several rows"
+        )
+    return kept.values.to(rows.dtype)
+
+
 def _pooled(pools: Pools, features: torch.Tensor, attention, keys) -> dict[str, torch.Tensor | None]:
     """Signals with a row for each of `pools.rows`."""
     signals = {"features": features, "scores": attention, "keys": keys}

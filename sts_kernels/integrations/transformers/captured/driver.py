@@ -20,7 +20,7 @@ from ..hooks import Hooks
 from ..report import describe
 from ..vision_pruning import with_budgets
 from . import layout
-from .encoder import KIND, Encoder
+from .encoder import KIND, Encoder, reason_against
 from .graphs import Buffers, Graph, Graphs
 from .runner import Runner, Shape
 
@@ -417,6 +417,8 @@ def _standing_reason(handle) -> str | None:
     devices = {parameter.device for parameter in handle.base.parameters()}
     if len(devices) > 1:
         return f"the model is on several devices, {', '.join(sorted(map(str, devices)))}"
+    if (reason := reason_against(handle.method, handle.text.embed_tokens.weight.device)) is not None:
+        return reason
     kind = getattr(handle.text.rotary_emb, "rope_type", "default")
     if "dynamic" in kind or kind == "longrope":
         return f"rotary embeddings of type {kind} follow the length of the prompt"

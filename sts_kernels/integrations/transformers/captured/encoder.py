@@ -57,7 +57,7 @@ class Encoder:
             self._pools = None if method.site is None else vision_pruning.Pools.of(items, scope, device)
         self.rows = sum(map(survivors, items))
         self._taps: dict[torch.nn.Module, list] = {}
-        if self._pools is not None and method.signals & {"attention", "keys"}:
+        if method.signals & {"attention", "keys"}:  # also where all tokens stay: a handle's own callback is not traced
             find = adapter.last_attention if method.encoder_attention == "last" else adapter.vision_attention
             self._taps[find(base, KIND)] = []
 
@@ -69,6 +69,9 @@ class Encoder:
         """-> rows (R, D) as the LLM gets them, in the order of the prompts; their places (1 + axes, R); which of them a
         cut may drop, (R,); and the same rows of each deepstack layer."""
         encoded = self.adapter.fixed_encoder.run(self.base, self._tables, self.pixels)
+        calls = [call for seen in self._taps.values() for call in seen]
+        for seen in self._taps.values():
+            seen.clear()
         projector = self.adapter.projector(self.base).forward  # without its hooks
         x = encoded.rows
         features = self.adapter.features(self.adapter.projector(self.base), x)
@@ -78,22 +81,23 @@ class Encoder:
         if self._pools is None or self.method.site == "projected":
             projected = projector(x).reshape(len(flat), -1)
             if self._pools is not None:
-                which, values = self._selected(projected)
+                kept = self._selected(projected, calls)
+                which, values = kept.rows, kept.values
             rows = projected[which] if values is None else values.to(projected.dtype)
         else:
-            which, values = self._selected(flat)
-            picked = together[which].view(-1, x.shape[-1]) if values is None else values.to(x.dtype)
+            kept = self._selected(flat, calls)
+            which = kept.rows
+            picked = together[which].view(-1, x.shape[-1])
+            if kept.values is not None:
+                picked = vision_pruning.merged(self.method, self.adapter.name, kept, picked)
             rows = projector(picked)
         deepstack = [
             module(part.reshape(len(flat), -1)[which].view(-1, part.shape[-1])) for module, part in encoded.deepstack
         ]
         return self._assembled(which, rows, deepstack)
 
-    def _selected(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _selected(self, features: Tensor, calls: list[tuple]) -> vision_pruning.Kept:
         signals = {}
-        calls = [call for seen in self._taps.values() for call in seen]
-        for seen in self._taps.values():
-            seen.clear()
         if calls:
             calls = self.adapter.fixed_encoder.calls(self.base, self.shape, calls)
             if self.method.encoder_attention == "last":
@@ -101,8 +105,7 @@ class Encoder:
             size = torch.Size((*self.shape.features, features.shape[-1]))
             for name in sorted({"attention", "keys"} & self.method.signals):
                 signals[name] = getattr(self.adapter, name)(self.base, calls, size)
-        kept = vision_pruning.select_from(self.method, self._pools, features, **signals)
-        return kept.rows, kept.values
+        return vision_pruning.select_from(self.method, self._pools, features, **signals)
 
     def _assembled(self, which: Tensor, rows: Tensor, deepstack: list[Tensor]) -> dict:
         """Rows in the order of their placeholders, separators among them."""
@@ -142,6 +145,17 @@ def _assembly(items: Sequence[VisualItem], order: Tensor | None, device) -> Asse
         used = (token >= 0).nonzero()[:, 0]
         ascending = bool((token[used].diff() > 0).all()) and not len(separators)
     return Assembly(token.to(device), separators.to(device), used.to(device), ascending)
+
+
+def reason_against(method: Method, device: torch.device) -> str | None:
+    """Why the method cannot select inside a graph; None: it can."""
+    if method.adaptive:
+        return f"how many tokens {method.name} keeps follows from the tokens"
+    if foreign := sorted({"text", "relevance"} & method.signals):
+        return f"{method.name} looks at {foreign[0]} that comes with each prompt"
+    if method.synchronises and device.type == "cuda":
+        return f"{method.name} with complexity='erank' waits for the device; participation and entropy do not"
+    return None
 
 
 # --- the encoder's attention, for methods that look at it ---
