@@ -18,7 +18,8 @@ from sts_kernels.integrations.transformers import (
     vision_pruning,
 )
 from sts_kernels.integrations.transformers.adapters import EncodeCall, adapter_of
-from sts_kernels.integrations.transformers.captured.encoder import Encoder, reason_against
+from sts_kernels.integrations.transformers.captured.driver import unselectable
+from sts_kernels.integrations.transformers.captured.encoder import Encoder
 from sts_kernels.integrations.transformers.captured.graphs import Graphs
 from sts_kernels.integrations.transformers.random_models import RANDOM
 
@@ -235,9 +236,9 @@ def test_compiled_whole(family, name, device):
 
 
 REASONS = [
-    ("cdpruner", {}, "relevance that comes with each prompt"),
-    ("cdpruner", {"by": "text"}, "text that comes with each prompt"),
-    ("adavtp", {"count": "adaptive"}, "how many tokens adavtp keeps"),
+    ("cdpruner", {}, "numbers of the caller's"),
+    ("cdpruner", {"by": "text"}, "the text of the prompt"),
+    ("adavtp", {"count": "adaptive"}, "how many tokens it keeps"),
     ("adavtp", {}, "waits for the device"),
     ("vispruner", {"mixing": "adaptive"}, "waits for the device"),
     ("vispruner", {"mixing": "adaptive", "complexity": "entropy"}, None),
@@ -247,7 +248,7 @@ REASONS = [
 
 @pytest.mark.parametrize(("method", "options", "why"), REASONS)
 def test_what_a_graph_cannot_select(method, options, why):
-    reason = reason_against(methods.create(method, **options), torch.device("cuda"))
+    reason = unselectable(methods.create(method, **options), torch.device("cuda"))
     assert reason is None if why is None else why in reason
 
 

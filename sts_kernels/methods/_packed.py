@@ -9,14 +9,13 @@ from torch import Tensor
 from .. import _checks
 from ._pool import ARGUMENTS, SCORES, Pool
 
-
 _constants: dict | None = None
 
 
 @contextlib.contextmanager
 def constants(store: dict) -> Iterator[None]:
-    """`host` copies each list once and keeps it in `store`: a CUDA graph must not hold copies from the host, and what it
-    reads has to live as long as it does."""
+    """`host` copies each list once and keeps it in `store`: a CUDA graph must not copy from the host, and what it reads
+    has to live as long as it does."""
     global _constants
     before, _constants = _constants, store
     try:

@@ -5,13 +5,16 @@ import functools
 import threading
 import warnings
 import weakref
+from collections.abc import Sequence
 
 import torch
 import transformers
 
+from ... import _checks
 from ...methods import Method, Plan
-from . import attention_capture, compat, prompt, unsupported
+from . import attention_capture, captured, compat, prompt, unsupported
 from .adapters import ADAPTERS, ModelAdapter, adapter_of
+from .captured import Bucket, Captured
 from .encoder_hooks import EncoderHooks
 from .hooks import Hooks
 from .llm_hooks import LLMHooks, compiled
@@ -119,6 +122,7 @@ class PruningHandle:
             self._forget_graphs()
         self._llm.remove()
         self._hooks.remove()
+        self._graphs = None
         for module in self._captured:
             attention_capture.detach(module)
         for session in list(self._known):
@@ -146,32 +150,75 @@ class PruningHandle:
 
     def compile(
         self,
-        prompt_tokens: int | tuple[int, ...] | None = None,
+        prompt_tokens: int | Sequence[int] | None = None,
         max_new_tokens: int = 256,
-        batch_size: int | tuple[int, ...] = 1,
+        batch_size: int | Sequence[int] = 1,
         backend: str | None = None,
         strict: bool = False,
-    ) -> "list[Bucket]":
-        """Makes generate() run on graphs of fixed shapes."""
-        from .captured import Captured
+    ) -> list[Bucket]:
+        """Lets generate() run on graphs of fixed shapes: encoder and projector, pruned prefill, and decoding.
 
-        tokens = (prompt_tokens,) if isinstance(prompt_tokens, int) else prompt_tokens
-        batches = (batch_size,) if isinstance(batch_size, int) else tuple(batch_size)
-        first = self._graphs is None
-        self._graphs = Captured(self, tokens, max_new_tokens, batches, backend, strict)
-        if first:
-            for module in self.model.modules():
-                if isinstance(module, transformers.GenerationMixin) and any(p is self.base for p in module.modules()):
-                    self._hooks.shadow(module, "forward", functools.partial(self._forward, module))
-        return []
+        ::
+
+            with apply_sts(model, STSConfig(budget=128)) as sts:
+                sts.compile(max_new_tokens=256)
+                ids = model.generate(**inputs, max_new_tokens=64)
+
+        On a CUDA device they are CUDA graphs, which take no time on the host; generate() stays the loop, with its
+        sampling, stopping and streaming. Every method whose numbers of tokens follow from sizes can be compiled. A call
+        that graphs do not serve runs as before, and a warning says once why: beams, several answers for a prompt,
+        assisted decoding, outputs of attention or hidden states, embeddings instead of ids, a cache of the caller's,
+        videos, hooks on modules, autocast, models that are offloaded or quantised. One prompt runs at a time: threads
+        wait for each other. Weights may change in place; call compile() again when they are replaced. A cache that
+        generate() returns cannot be continued.
+
+        Args:
+            prompt_tokens: buckets: tokens of a pruned prompt, text among them, at most. Longer ones are an error. None:
+                multiples of 64, made when they are first met; the last 8 are kept.
+            max_new_tokens: the most that a prompt is answered by. A call that asks for more is an error.
+            batch_size: the numbers of prompts. A smaller batch is filled up, a larger one is an error.
+            backend: "inductor": torch.compile fuses kernels before they are captured, which takes a minute or more for
+                each bucket.
+            strict: a call that graphs do not serve is an error.
+
+        Returns:
+            what is ready: the buckets asked for, where all images of the model have one size; else none yet.
+
+        Raises:
+            TypeError, ValueError: a value that is none of these, here; and from generate() a prompt, a batch or an
+            answer that is larger than compiled for, with the number to give.
+            NotImplementedError: methods and models that cannot be compiled, in one sentence.
+        """
+        module = next((m for m in reversed(self._generating()) if hasattr(m, "get_output_embeddings")), None)
+        if module is None:
+            raise ValueError("compile: the model must have a generate(), give the whole model to prune()")
+        buckets = None if prompt_tokens is None else captured.sizes("prompt_tokens", prompt_tokens)
+        batches = captured.sizes("batch_size", batch_size)
+        _checks.integer("compile", "max_new_tokens", max_new_tokens, 1)
+        captured.check_backend(backend)
+        captured.check(self.method, self.adapter, self.text)
+        if self._graphs is None:
+            for generating in self._generating():
+                self._hooks.shadow(generating, "forward", functools.partial(self._forward, generating))
+        self._graphs = Captured(self, module, buckets, max_new_tokens, batches, backend, strict)
+        self._graphs.build()
+        return self._graphs.built
 
     def _forward(self, module, original, *args, **kwargs):
-        return self._graphs.forward(module, original, *args, **kwargs)
+        return (
+            original(*args, **kwargs)
+            if self._graphs is None
+            else self._graphs.forward(module, original, *args, **kwargs)
+        )
+
+    def _generating(self) -> list[torch.nn.Module]:
+        """Modules that hold the base model and have a generate(), outermost first."""
+        found = (module for module in self.model.modules() if isinstance(module, transformers.GenerationMixin))
+        return [module for module in found if any(part is self.base for part in module.modules())]
 
     def _install(self) -> None:
-        for module in self.model.modules():
-            if isinstance(module, transformers.GenerationMixin) and any(part is self.base for part in module.modules()):
-                self._hooks.shadow(module, "generate", functools.partial(self._generate, module))
+        for module in self._generating():
+            self._hooks.shadow(module, "generate", functools.partial(self._generate, module))
         for kind in prompt.KINDS:
             if hasattr(self.base, f"get_{kind}_features"):
                 self._hooks.shadow(self.base, f"get_{kind}_features", functools.partial(self._encode, kind))

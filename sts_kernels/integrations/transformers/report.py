@@ -76,7 +76,9 @@ class Report:
     _rows: list[Row] = field(default_factory=list, repr=False)
     _modality: torch.Tensor | None = field(default=None, repr=False)
     _dropped: torch.Tensor | None = field(default=None, repr=False)
-    _left: dict[int, tuple] = field(default_factory=dict, repr=False)  # by layer that a segment starts at: columns, slots
+    _left: dict[int, tuple] = field(
+        default_factory=dict, repr=False
+    )  # by layer that a segment starts at: columns, slots
 
     def finish(self, left: dict[int, tuple], measured: dict[str, float]) -> None:
         """Once the prompt went through: what each cut left of it. Where it has layer 0, that entered the LLM, and the

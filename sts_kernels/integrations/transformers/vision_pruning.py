@@ -24,8 +24,7 @@ def with_budgets(items: Sequence[VisualItem], plan: Plan) -> list[VisualItem]:
 
 @dataclass(frozen=True)
 class Pools:
-    """What is selected from at once: all candidates of an image, or of a crop of it. Host numbers, and two tables on the
-    device of the features."""
+    """What is selected from at once: all candidates of an image, or of a crop. Tables are where the features are."""
 
     lengths: list[int]
     budgets: list[int]

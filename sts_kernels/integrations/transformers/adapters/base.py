@@ -58,6 +58,11 @@ class FixedEncoder:
         """
         raise NotImplementedError
 
+    def usual(self, base, images: int) -> tuple[EncoderShape, tuple[int, ...]] | None:
+        """The shape of so many images, and of their pixel values, where all images have one size. None: they have any,
+        and graphs are made when a size is first met."""
+        return None
+
     def tables(self, base, shape: EncoderShape) -> dict[str, torch.Tensor]:
         """Host tensors that follow from sizes alone: index tables, positions, bounds of windows. Made once for each
         shape; `run` gets them on the device. A table whose name starts with "host_" stays on the host: for bounds
@@ -175,6 +180,11 @@ class FixedLlavaEncoder(FixedEncoder):
         if call.arguments.get("image_sizes") is not None:
             raise NotImplementedError("images of variable resolution (Pixtral)")
         return EncoderShape((call.arguments["pixel_values"].shape[0], tower_tokens(base, call, base.vision_tower)))
+
+    def usual(self, base, images):
+        side = base.config.vision_config.image_size
+        pixels = (images, 3, side, side)
+        return self.shape(base, EncodeCall("image", {"pixel_values": torch.empty(pixels, device="meta")}, len)), pixels
 
     def run(self, base, tables, pixel_values):
         return Features(tower_features(base, base.vision_tower, pixel_values))

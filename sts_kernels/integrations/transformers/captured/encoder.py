@@ -1,5 +1,4 @@
-"""Vision encoder and projector of one batch of images, with what a method drops before the LLM, as one function of fixed
-shapes."""
+"""Vision encoder and projector of a batch of images, and what a method keeps, as one function of fixed shapes."""
 
 import copy
 from collections.abc import Sequence
@@ -145,17 +144,6 @@ def _assembly(items: Sequence[VisualItem], order: Tensor | None, device) -> Asse
         used = (token >= 0).nonzero()[:, 0]
         ascending = bool((token[used].diff() > 0).all()) and not len(separators)
     return Assembly(token.to(device), separators.to(device), used.to(device), ascending)
-
-
-def reason_against(method: Method, device: torch.device) -> str | None:
-    """Why the method cannot select inside a graph; None: it can."""
-    if method.adaptive:
-        return f"how many tokens {method.name} keeps follows from the tokens"
-    if foreign := sorted({"text", "relevance"} & method.signals):
-        return f"{method.name} looks at {foreign[0]} that comes with each prompt"
-    if method.synchronises and device.type == "cuda":
-        return f"{method.name} with complexity='erank' waits for the device; participation and entropy do not"
-    return None
 
 
 # --- the encoder's attention, for methods that look at it ---

@@ -1,6 +1,6 @@
 """One batch of prompts as numbers of fixed shapes, from ids, masks and sizes alone, all on the host."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +12,6 @@ from ..cut_selection import planned_cuts
 from ..prompt import Row
 from ..visual_item import VisualItem
 from .runner import CutShape, Shape
-
-TEXT = 64  # widths of text behind the image are multiples of it
 
 
 @dataclass
@@ -37,8 +35,22 @@ def read(ids, valid, modality, positions, items: dict[str, list[VisualItem]], pl
     return Prompt(ids, valid, modality, positions, prompt.read_rows(modality, valid, None, 0, items, plan))
 
 
+def of_length(items: Sequence[VisualItem], slots: int, plan: Plan) -> Prompt | None:
+    """A prompt for each image that fills all its slots. None: the image does not fit."""
+    texts = [slots - survivors(item) for item in items]
+    if min(texts) < 2:
+        return None
+    with torch.device("cpu"):
+        lengths = [1 + item.num_tokens + text - 1 for item, text in zip(items, texts, strict=True)]
+        column = torch.arange(max(lengths))
+        valid = column < torch.tensor(lengths)[:, None]
+        tokens = torch.tensor([item.num_tokens for item in items])[:, None]
+        modality = ((column >= 1) & (column <= tokens)).to(torch.int8)
+        return read(modality, valid, modality, modality[None], {items[0].kind: list(items)}, plan)
+
+
 def shape_of(given: Prompt, plan: Plan, batch: int, slots: int, new: int) -> Shape:
-    """Raises NotImplementedError with the reason where counts that must be the same for all rows are not."""
+    """What the prompts of a bucket need that keep as many visual tokens as these."""
     entering, cuts, text = given.entering, [], 0
     spare = batch - len(given.rows)
     for planned in planned_cuts(plan.cuts, given.rows, entering):
@@ -47,13 +59,13 @@ def shape_of(given: Prompt, plan: Plan, batch: int, slots: int, new: int) -> Sha
         if planned.cut.select is not None:
             counts = (*zip(planned.before, planned.left, planned.recycled, strict=True), *[(0, 0, 0)] * spare)
         if planned.cut.queries != "last" or planned.cut.select is not None:
-            text = min(slots, -(-max(row.text for row in given.rows) // TEXT) * TEXT)
+            text = slots - min(row.num_kept for row in given.rows)  # no row of these numbers has more
         cuts.append(CutShape(index, _width(slots, entering, planned.lengths), counts))
     return Shape(batch, slots, new, tuple(cuts), text)
 
 
 def _width(slots: int, entering: Sequence[int], lengths: Sequence[int]) -> int:
-    """The fewest slots from a cut on that serve every prompt of the bucket which drops as much: the row with most images
+    """The fewest slots from a cut on that serve every prompt of the bucket which drops as much: the row that drops most
     says how much, if the others fit."""
     dropped = sorted({n - left for n, left in zip(entering, lengths, strict=True)}, reverse=True)
     return next(slots - n for n in dropped if max(lengths) <= slots - n)

@@ -26,8 +26,8 @@ ALIGNMENT = 16  # slots: masks and keys whose rows the attention kernels can loa
 
 
 def attention(module, query, key, value, attention_mask, scaling=None, sts_seen=None, sts_alone=False, **kwargs):
-    """Every attention of the LLM inside a graph. sts_seen: a list that gets query, key and scale. sts_alone: that is all
-    the caller wants; the output is of the right shape and means nothing."""
+    """Every attention of the LLM inside a graph. sts_seen: a list that gets query, key and scale. sts_alone: nothing
+    else is wanted; the output is of the right shape and means nothing."""
     if sts_seen is not None:
         sts_seen.append((query, key, scaling))
     if sts_alone:
@@ -198,9 +198,7 @@ class Runner:
         places = torch.where(visual, self.places[:, source], given["places"])
         lengths, slot = given["lengths"], torch.arange(shape.slots, device=self.device)
         valid = slot < lengths[0][:, None]
-        run = _Prefill(
-            valid, visual & self.candidate[source], valid & (slot >= given["behind"][:, None]), shape.text
-        )
+        run = _Prefill(valid, visual & self.candidate[source], valid & (slot >= given["behind"][:, None]), shape.text)
         columns = [places[0]]
         rotary = self._rotary(hidden, slot.expand(shape.batch, -1) if self.contiguous else places[1:])
         if any(planned.cut.queries == "raters" for planned in self._cuts):
