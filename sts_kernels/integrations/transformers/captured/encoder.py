@@ -13,7 +13,7 @@ from .. import vision_attention, vision_pruning
 from ..adapters import EncoderShape, ModelAdapter
 from ..attention_capture import function_of
 from ..visual_item import VisualItem
-from .graphs import Graph, Graphs, attending
+from .graphs import Graph, Graphs, attending, quietly
 from .layout import survivors
 
 KIND = "image"
@@ -62,6 +62,9 @@ class Encoder:
 
     def ready(self, graphs: Graphs) -> Graph:
         configs = {module: _tapped(module, seen) for module, seen in self._taps.items()}
+        if graphs.backend is not None:  # the library sets up its recording of hidden states, which cannot be traced
+            with quietly(), attending(configs):
+                self.run()
         return graphs.ready(self.run, lambda: attending(configs))
 
     def run(self) -> dict:
