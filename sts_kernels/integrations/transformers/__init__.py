@@ -13,6 +13,7 @@ A token's way through it, one visit a phase:
       layer_pruning              entry, cuts and exit of a forward
       segments, cache, masks     what each run of layers holds
     report, visualize, timer   what was kept, and how long it took
+    captured                   the same way as functions of fixed shapes, for CUDA graphs: `PruningHandle.compile`
 
 Aside: stack (whose generate() runs), cudnn (off while a pruned prompt is inside), random_models (for the command line).
 """

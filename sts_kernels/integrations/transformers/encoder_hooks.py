@@ -70,10 +70,9 @@ class EncoderHooks:
         encoding.dropping = (kept.rows, features.shape)
         x = args[0]
         x = x.reshape(features.shape[:-1].numel(), -1)[kept.rows.to(x.device)].view(-1, x.shape[-1])
-        return (
-            x if kept.values is None else vision_pruning.merged(self.method, self.adapter.name, kept, x),
-            *args[1:],
-        ), kwargs
+        if kept.values is not None:
+            x = vision_pruning.merged_rows(self.method, self.adapter.name, x, kept.values)
+        return (x, *args[1:]), kwargs
 
     def after_projector(self, module, args, kwargs, output):
         encoding = self.sessions.now.encoding

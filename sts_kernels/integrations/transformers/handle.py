@@ -189,36 +189,22 @@ class PruningHandle:
             answer that is larger than compiled for, with the number to give.
             NotImplementedError: methods and models that cannot be compiled, in one sentence.
         """
-        module = next((m for m in reversed(self._generating()) if hasattr(m, "get_output_embeddings")), None)
-        if module is None:
+        generating = [m for m in self.model.modules() if isinstance(m, transformers.GenerationMixin)]
+        if not any(part is self.base for module in generating for part in module.modules()):
             raise ValueError("compile: the model must have a generate(), give the whole model to prune()")
         buckets = None if prompt_tokens is None else captured.sizes("prompt_tokens", prompt_tokens)
         batches = captured.sizes("batch_size", batch_size)
         _checks.integer("compile", "max_new_tokens", max_new_tokens, 1)
         captured.check_backend(backend)
         captured.check(self.method, self.adapter, self.text)
-        if self._graphs is None:
-            for generating in self._generating():
-                self._hooks.shadow(generating, "forward", functools.partial(self._forward, generating))
-        self._graphs = Captured(self, module, buckets, max_new_tokens, batches, backend, strict)
+        self._graphs = Captured(self, generating[-1], buckets, max_new_tokens, batches, backend, strict)
         self._graphs.build()
         return self._graphs.built
 
-    def _forward(self, module, original, *args, **kwargs):
-        return (
-            original(*args, **kwargs)
-            if self._graphs is None
-            else self._graphs.forward(module, original, *args, **kwargs)
-        )
-
-    def _generating(self) -> list[torch.nn.Module]:
-        """Modules that hold the base model and have a generate(), outermost first."""
-        found = (module for module in self.model.modules() if isinstance(module, transformers.GenerationMixin))
-        return [module for module in found if any(part is self.base for part in module.modules())]
-
     def _install(self) -> None:
-        for module in self._generating():
-            self._hooks.shadow(module, "generate", functools.partial(self._generate, module))
+        for module in self.model.modules():
+            if isinstance(module, transformers.GenerationMixin) and any(part is self.base for part in module.modules()):
+                self._hooks.shadow(module, "generate", functools.partial(self._generate, module))
         for kind in prompt.KINDS:
             if hasattr(self.base, f"get_{kind}_features"):
                 self._hooks.shadow(self.base, f"get_{kind}_features", functools.partial(self._encode, kind))

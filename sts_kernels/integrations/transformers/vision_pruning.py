@@ -110,22 +110,22 @@ def select_from(
     return Kept(rows, merged[ascending])
 
 
-def merged(method: Method, family: str, kept: Kept, rows: torch.Tensor) -> torch.Tensor:
-    """What goes into the projector in place of its own rows, those of the features that are kept."""
-    if kept.values.shape != rows.shape:
-        raise NotImplementedError(
-            f"sts_kernels: {method.name} merges features before the projector, which {family} does not allow: its "
-            "features are made of several rows"
-        )
-    return kept.values.to(rows.dtype)
-
-
 def _pooled(pools: Pools, features: torch.Tensor, attention, keys) -> dict[str, torch.Tensor | None]:
     """Signals with a row for each of `pools.rows`."""
     signals = {"features": features, "scores": attention, "keys": keys}
     everything = len(pools.rows) == features.shape[0]
     moved = {name: None if x is None else x.to(features.device) for name, x in signals.items()}
     return {name: x if x is None or everything else x[pools.rows] for name, x in moved.items()}
+
+
+def merged_rows(method: Method, family: str, x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """`values` of `Kept` in place of x, the rows that the projector would get."""
+    if x.shape != values.shape:
+        raise NotImplementedError(
+            f"sts_kernels: {method.name} merges features before the projector, which {family} does not allow: its "
+            "features are made of several rows"
+        )
+    return values.to(x.dtype)
 
 
 def _beside_text(

@@ -127,7 +127,6 @@ class _Deferred:
 class _Serving:
     """One generate() under way."""
 
-    module: torch.nn.Module
     thread: int
     cache: CapturedCache | None = None
     ready: _Ready | None = None
@@ -183,23 +182,25 @@ class Captured:
     def serving(self, module, args: tuple, kwargs: dict):
         """Around a generate() of `module`. What graphs do not serve runs as if there were none."""
         with self._lock:
-            outer, self._serving = self._serving, None
+            outer, self._serving, shadowed = self._serving, None, Hooks()
             try:
                 try:
                     if outer is not None:
                         raise _Refused("generate() is called inside another one")
                     self._check_call(module, args, kwargs)
-                    self._serving = _Serving(module, threading.get_ident())
+                    self._serving = _Serving(threading.get_ident())
+                    shadowed.shadow(module, "forward", self._forward)
                 except _Refused as refused:
                     self._fall_back(refused)
                 yield
             finally:
+                shadowed.remove()
                 self._serving = outer
 
-    def forward(self, module, original, *args, **kwargs):
+    def _forward(self, original, *args, **kwargs):
         """In place of the forward of a model whose generate() is served."""
         serving = self._served()
-        if serving is None or serving.module is not module:
+        if serving is None:
             return original(*args, **kwargs)
         if serving.cache is not None:
             if compat.cache_of(kwargs) is not serving.cache or args:
@@ -428,6 +429,8 @@ def _arguments(kwargs: dict) -> tuple[dict, Tensor | None]:
             raise _Refused(f"{kind}s that are encoded already, or are no images")
         arguments |= inspect.signature(later.original).bind_partial(*later.args, **later.kwargs).arguments
     pixels = next((arguments[name] for name in PIXELS if arguments.get(name) is not None), None)
+    for name in ("position_ids", "cache_position"):  # the library's own, made from what else is here
+        arguments.pop(name, None)
     host = {k: v.cpu() for k, v in arguments.items() if isinstance(v, Tensor) and not v.is_floating_point()}
     return arguments | host, pixels
 

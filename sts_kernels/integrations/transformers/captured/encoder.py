@@ -83,22 +83,20 @@ class Encoder:
         if self._pools is None or self.method.site == "projected":
             projected = projector(x).reshape(len(flat), -1)
             if self._pools is not None:
-                kept = self._selected(projected, calls)
-                which, values = kept.rows, kept.values
+                which, values = self._selected(projected, calls)
             rows = projected[which] if values is None else values.to(projected.dtype)
         else:
-            kept = self._selected(flat, calls)
-            which = kept.rows
+            which, values = self._selected(flat, calls)
             picked = together[which].view(-1, x.shape[-1])
-            if kept.values is not None:
-                picked = vision_pruning.merged(self.method, self.adapter.name, kept, picked)
+            if values is not None:
+                picked = vision_pruning.merged_rows(self.method, self.adapter.name, picked, values)
             rows = projector(picked)
         deepstack = [
             module(part.reshape(len(flat), -1)[which].view(-1, part.shape[-1])) for module, part in encoded.deepstack
         ]
         return self._assembled(which, rows, deepstack)
 
-    def _selected(self, features: Tensor, calls: list[tuple]) -> vision_pruning.Kept:
+    def _selected(self, features: Tensor, calls: list[tuple]) -> tuple[Tensor, Tensor | None]:
         signals = {}
         if calls:
             calls = self.adapter.fixed_encoder.calls(self.base, self.shape, calls)
@@ -107,7 +105,8 @@ class Encoder:
             size = torch.Size((*self.shape.features, features.shape[-1]))
             for name in sorted({"attention", "keys"} & self.method.signals):
                 signals[name] = getattr(self.adapter, name)(self.base, calls, size)
-        return vision_pruning.select_from(self.method, self._pools, features, **signals)
+        kept = vision_pruning.select_from(self.method, self._pools, features, **signals)
+        return kept.rows, kept.values
 
     def _assembled(self, which: Tensor, rows: Tensor, deepstack: list[Tensor]) -> dict:
         """Rows in the order of their placeholders, separators among them."""

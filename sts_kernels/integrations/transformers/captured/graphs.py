@@ -25,9 +25,7 @@ class Inputs:
         sizes = [torch.Size(shape).numel() for shape in shapes.values()]
         with torch.inference_mode(False):
             self._device = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
-            self._host = torch.zeros(
-                sum(sizes), dtype=torch.int64, pin_memory=pinned, device=None if device.type == "meta" else "cpu"
-            )
+            self._host = torch.zeros(sum(sizes), dtype=torch.int64, pin_memory=pinned, device="cpu")
         self._read = torch.cuda.Event() if pinned else None
         self.tensors = _views(self._device, shapes, sizes)
         self._staging = _views(self._host, shapes, sizes)
@@ -39,7 +37,7 @@ class Inputs:
             self._staging[name].copy_(value)
         self._device.copy_(self._host, non_blocking=True)
         if self._read is not None:
-            self._read.record()
+            self._read.record(torch.cuda.current_stream(self._device.device))
 
 
 class Buffers:
