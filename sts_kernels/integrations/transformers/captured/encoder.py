@@ -163,13 +163,17 @@ def _tapped(module: torch.nn.Module, seen: list):
         AttentionInterface.register(name, _noting(implementation))
     tapped = copy.copy(config)
     tapped._attn_implementation_internal = name
-    tapped.sts_seen = seen
+    tapped.sts_seen, tapped.sts_own = seen, config
     return tapped
 
 
 def _noting(implementation: str):
     def attention(module, query, key, *args, **kwargs):
-        module.config.sts_seen.append((query, key, kwargs.get("scaling") or query.shape[-1] ** -0.5))
+        config = module.config
+        config.sts_seen.append((query, key, kwargs.get("scaling") or query.shape[-1] ** -0.5))
+        if "flash" in implementation:  # reads the implementation from module.config again
+            module = copy.copy(module)
+            module.config = config.sts_own
         return function_of(implementation, module)(module, query, key, *args, **kwargs)
 
     return attention
