@@ -150,6 +150,18 @@ def test_no_visual_token_left(device):
         assert handle.report.rows[1].kept == [16, 0]
 
 
+def test_one_slot_behind_a_cut(device):
+    """A picture and one token; the cut leaves the token."""
+    model, prompt = models.shared("llava", "sdpa", device), models.Prompt([])
+    models.picture("llava", prompt, 0, 4)
+    prompt.ids.append(7)
+    options = {"keep": 8, "layers": [2], "ratios": [0]}
+    with prune(model, "sts", **options):
+        want = models.generate(model, [prompt])
+    with compiled(model, method="sts", options=options, prompt_tokens=9, batch_size=1):
+        same(models.generate(model, [prompt]), want)
+
+
 def test_a_bucket_to_its_last_slot(device):
     """Prompts of one slot less, of all slots, and of one more: of 5 + 10 + 3 tokens and a text behind."""
     model = models.shared("llava", "sdpa", device)
@@ -481,7 +493,7 @@ def test_an_offloaded_model_runs_through_the_hooks():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"prompt_tokens": 0}, ValueError, "prompt_tokens must be at least 1, got 0"),
+        ({"prompt_tokens": 1}, ValueError, "prompt_tokens must be at least 2, got 1"),
         ({"prompt_tokens": "64"}, TypeError, "prompt_tokens must be an int, got str"),
         ({"prompt_tokens": (64, 2.5)}, TypeError, "prompt_tokens must be an int, got float"),
         ({"batch_size": ()}, ValueError, "batch_size must have at least one number"),
@@ -687,7 +699,7 @@ def test_replays_equal_the_functions_themselves(cuda):
         assert len(handle._graphs.built) == 2
         for ready in handle._graphs._runners.values():
             replayed = ready.prefill.run()["logits"].clone(), ready.decode.run()["logits"].clone()
-            with graphs.quietly(), graphs.attending(ready.runner._attention):
+            with graphs.quietly(), graphs.replaced(ready.runner.replacements(True)):
                 plain = ready.runner.prefill()["logits"].clone(), ready.runner.decode()["logits"].clone()
             for mine, other in zip(replayed, plain, strict=True):
                 assert torch.equal(mine, other)

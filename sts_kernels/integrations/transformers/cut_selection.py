@@ -57,6 +57,7 @@ def leave(
         return hidden, best_of(scores, candidates, host(planned.left, scores.device)), None
     text, text_mask = masks.compact(run.text.to(hidden.device), run.text_width)
     chosen, place, width = torch.zeros_like(candidates), None, candidates.shape[1]
+    taken = torch.ones((), dtype=torch.bool, device=hidden.device)  # as a Python bool it would be copied from the host
     if any(planned.recycled):
         place = torch.arange(width, device=hidden.device).mul(width + 1).repeat(len(candidates), 1)
     for (before, left, recycled), rows in planned.alike(hidden.device):
@@ -80,7 +81,7 @@ def leave(
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             picked = planned.cut.select(inside)
         at = columns.gather(1, picked.order)
-        chosen[rows[:, None], at] = True
+        chosen[rows[:, None], at] = taken
         if picked.assignment is not None:
             hidden = hidden.index_put((rows[:, None], at), methods.merge(visual, picked))
         if recycled:

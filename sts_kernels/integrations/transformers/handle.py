@@ -189,11 +189,12 @@ class PruningHandle:
             answer that is larger than compiled for, with the number to give.
             NotImplementedError: methods and models that cannot be compiled, in one sentence.
         """
-        generating = [m for m in self.model.modules() if isinstance(m, transformers.GenerationMixin)]
-        if not any(part is self.base for module in generating for part in module.modules()):
+        found = (m for m in self.model.modules() if isinstance(m, transformers.GenerationMixin))
+        generating = [module for module in found if any(part is self.base for part in module.modules())]
+        if not generating:
             raise ValueError("compile: the model must have a generate(), give the whole model to prune()")
-        buckets = None if prompt_tokens is None else captured.sizes("prompt_tokens", prompt_tokens)
-        batches = captured.sizes("batch_size", batch_size)
+        buckets = None if prompt_tokens is None else captured.sizes("prompt_tokens", prompt_tokens, 2)
+        batches = captured.sizes("batch_size", batch_size, 1)
         _checks.integer("compile", "max_new_tokens", max_new_tokens, 1)
         captured.check_backend(backend)
         captured.check(self.method, self.adapter, self.text)

@@ -475,11 +475,11 @@ def unselectable(method: Method, device: torch.device) -> str | None:
     return None
 
 
-def sizes(name: str, value) -> tuple[int, ...]:
-    """An int, or several."""
+def sizes(name: str, value, least: int) -> tuple[int, ...]:
+    """An int, or several, ascending."""
     values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
     for number in values:
-        _checks.integer("compile", name, number, 1)
+        _checks.integer("compile", name, number, least)
     if not values:
         raise ValueError(f"compile: {name} must have at least one number, got none")
     return tuple(sorted(set(values)))

@@ -1,6 +1,7 @@
 """Vision encoder and projector of a batch of images, and what a method keeps, as one function of fixed shapes."""
 
 import copy
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from .. import vision_attention, vision_pruning
 from ..adapters import EncoderShape, ModelAdapter
 from ..attention_capture import function_of
 from ..visual_item import VisualItem
-from .graphs import Graph, Graphs, attending, quietly
+from .graphs import Graph, Graphs, quietly, replaced
 from .layout import survivors
 
 KIND = "image"
@@ -61,11 +62,12 @@ class Encoder:
             self._taps[find(base, KIND)] = []
 
     def ready(self, graphs: Graphs) -> Graph:
-        configs = {module: _tapped(module, seen) for module, seen in self._taps.items()}
+        tapped = [(module, "config", _tapped(module, seen)) for module, seen in self._taps.items()]
+        around = functools.partial(replaced, tapped)
         if graphs.backend is not None:  # the library sets up its recording of hidden states, which cannot be traced
-            with quietly(), attending(configs):
+            with quietly(), around():
                 self.run()
-        return graphs.ready(self.run, lambda: attending(configs))
+        return graphs.ready(self.run, around)
 
     def run(self) -> dict:
         """-> rows (R, D) as the LLM gets them, in the order of the prompts; their places (1 + axes, R); which of them a

@@ -8,7 +8,7 @@ memory of one graph's intermediates serves the others.
 import contextlib
 import itertools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -129,13 +129,19 @@ _numbers = itertools.count()
 
 
 @contextlib.contextmanager
-def attending(configs: dict[torch.nn.Module, object]) -> Iterator[None]:
-    """Attention modules with other configurations, which name the implementation that they call."""
-    before = {module: module.config for module in configs}
+def replaced(attributes: Sequence[tuple[torch.nn.Module, str, object]]) -> Iterator[None]:
+    """Modules with other attributes of their own: a configuration, a forward."""
+    before = [(module, name, vars(module).get(name, _NOTHING)) for module, name, _ in attributes]
     try:
-        for module, config in configs.items():
-            module.config = config
+        for module, name, value in attributes:
+            vars(module)[name] = value
         yield
     finally:
-        for module, config in before.items():
-            module.config = config
+        for module, name, value in before:
+            if value is _NOTHING:
+                vars(module).pop(name, None)
+            else:
+                vars(module)[name] = value
+
+
+_NOTHING = object()

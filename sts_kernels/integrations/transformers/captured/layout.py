@@ -68,7 +68,7 @@ def _width(slots: int, entering: Sequence[int], lengths: Sequence[int]) -> int:
     """The fewest slots from a cut on that serve every prompt of the bucket which drops as much: the row that drops most
     says how much, if the others fit."""
     dropped = sorted({n - left for n, left in zip(entering, lengths, strict=True)}, reverse=True)
-    return next(slots - n for n in dropped if max(lengths) <= slots - n)
+    return max(2, next(slots - n for n in dropped if max(lengths) <= slots - n))  # one slot would be a token's
 
 
 def fill(given: Prompt, shape: Shape, plan: Plan) -> tuple[dict[str, Tensor], Tensor]:

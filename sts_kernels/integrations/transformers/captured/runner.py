@@ -19,7 +19,7 @@ from ....methods._keep_top import best_of
 from .. import compat, masks
 from ..cut_selection import PlannedCut, leave, raters_of
 from ..layer_pruning import scores_of
-from .graphs import Buffers, Graph, Graphs, Inputs, attending
+from .graphs import Buffers, Graph, Graphs, Inputs, replaced
 
 ATTENTION = "sts_captured"
 ALIGNMENT = 16  # slots: masks and keys whose rows the attention kernels can load as vectors
@@ -155,13 +155,18 @@ class Runner:
             dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
             self._cache = Slots(self.segments, buffers, shape.batch, config.num_key_value_heads, dim)
             self._cuts = [self._planned(plan.cuts[cut.index], cut) for cut in shape.cuts]
-        self._attention = _configs(text)
 
     def ready(self, graphs: Graphs) -> tuple[Graph, Graph]:
         """Prefill and decode."""
-        around = functools.partial(attending, self._attention)
+        around = functools.partial(replaced, self.replacements(fused=graphs.backend is None))
         decode = graphs.ready(self.decode, around)  # first: what it leaves in the counters is nobody's
         return graphs.ready(self.prefill, around), decode
+
+    def replacements(self, fused: bool) -> list[tuple[torch.nn.Module, str, object]]:
+        """What is other than in the model while `prefill` and `decode` run: `attention`, and norms in one kernel."""
+        norms = [module for module in self.text.modules() if type(module).__name__.endswith("RMSNorm")] if fused else []
+        same = [module for module in norms if module.weight.dtype == self.dtype]
+        return _configs(self.text) + [(module, "forward", functools.partial(_rms_norm, module)) for module in same]
 
     @property
     def bytes(self) -> int:
@@ -328,14 +333,19 @@ def _additive(allowed: Tensor, like: Tensor) -> Tensor:
     return mask[:, None, None]
 
 
-def _configs(text) -> dict[torch.nn.Module, object]:
-    """Of each attention module of the LLM, its configuration with `attention` as the implementation."""
-    found, made = {}, {}
+def _rms_norm(module, hidden: Tensor) -> Tensor:
+    """A step of decoding is short, and the library's norm is eight kernels of it."""
+    return torch.nn.functional.rms_norm(hidden, hidden.shape[-1:], module.weight, module.variance_epsilon)
+
+
+def _configs(text) -> list[tuple[torch.nn.Module, str, object]]:
+    """Each attention module of the LLM with `attention` as the implementation in its configuration."""
+    found, made = [], {}
     for layer in text.layers:
         module = layer.self_attn
         config = getattr(module.config, "_sts_config", module.config)  # attention_capture's stand-in, looked behind
         if id(config) not in made:
             made[id(config)] = copy.copy(config)
             made[id(config)]._attn_implementation_internal = ATTENTION
-        found[module] = made[id(config)]
+        found.append((module, "config", made[id(config)]))
     return found
