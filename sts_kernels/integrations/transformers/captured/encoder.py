@@ -61,9 +61,9 @@ class Encoder:
             find = adapter.last_attention if method.encoder_attention == "last" else adapter.vision_attention
             self._taps[find(base, KIND)] = []
 
-    def ready(self, graphs: Graphs) -> Graph:
+    def ready(self, graphs: Graphs, now: bool = True) -> Graph:
         tapped = [(module, "config", _tapped(module, seen)) for module, seen in self._taps.items()]
-        return graphs.ready(self.run, functools.partial(replaced, tapped))
+        return graphs.ready(self.run, functools.partial(replaced, tapped), now)
 
     def run(self) -> dict:
         """-> rows (R, D) as the LLM gets them, in the order of the prompts; their places (1 + axes, R); which of them a
