@@ -481,6 +481,29 @@ def test_other_inputs_run_through_the_hooks(what):
         assert handle._graphs.built == []
 
 
+@pytest.mark.parametrize("family", ["llava", "llava_next", "qwen3_vl"])
+def test_a_prompt_that_turns_out_not_to_be_served(family, monkeypatch):
+    """When generate() runs already, and may have asked for its images."""
+    model, prompts = models.shared(family), prompts_of(family)
+    with apply_sts(model, CONFIG) as handle:
+        want, report = models.generate(model, prompts), str(handle.report)
+        handle.compile()
+
+        def shape(encoder, base, call):
+            raise NotImplementedError("pictures of cats")
+
+        monkeypatch.setattr(type(handle.adapter.fixed_encoder), "shape", shape)
+        with pytest.warns(UserWarning, match="not through compiled graphs: pictures of cats"):
+            got = models.generate(model, prompts)
+        assert torch.equal(models.logits_of(got), models.logits_of(want))
+        assert str(handle.report) == report
+        handle.compile(strict=True)
+        with pytest.raises(NotImplementedError, match="cannot serve this call: pictures of cats"):
+            models.generate(model, prompts)
+        monkeypatch.undo()
+        same(models.generate(model, prompts), want)
+
+
 def test_a_returned_cache_is_not_continued():
     model, prompts = models.shared("llava"), prompts_of("llava")
     with compiled(model, CONFIG) as handle:
