@@ -318,7 +318,8 @@ def at_true_size(family: str):
         model = models.class_of(family)._from_config(config(), attn_implementation="sdpa", dtype=torch.bfloat16).eval()
         pixels = torch.empty(pixels, dtype=torch.bfloat16)
     sizes = {key: torch.tensor(value) for key, value in sizes.items()}
-    return model, pixels, EncodeCall("image", {"pixel_values": pixels, **sizes}, lambda kind: [])
+    name = next(name for name in ("pixel_values", "pixel_values_images") if name in models.model_arguments(model))
+    return model, pixels, EncodeCall("image", {name: pixels, **sizes}, lambda kind: [])
 
 
 AT_TRUE_SIZE = [

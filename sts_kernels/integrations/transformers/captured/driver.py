@@ -15,7 +15,7 @@ from transformers import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .... import _checks
-from ....methods import Method
+from ....methods import Method, Plan
 from .. import compat, prompt
 from ..adapters import EncodeCall, EncoderShape, ModelAdapter
 from ..cut_selection import planned_cuts
@@ -111,7 +111,17 @@ class _Ready:
     runner: Runner
     prefill: Graph
     decode: Graph
-    bucket: Bucket
+    bucket: Bucket | None = None  # once they are prepared
+
+    def prepare(self) -> None:
+        if self.bucket is not None:
+            return
+        start, shape, segments = time.perf_counter(), self.runner.shape, self.runner.segments
+        self.decode.prepare()
+        self.prefill.prepare()
+        seconds = time.perf_counter() - start
+        slots = tuple(segment.room for segment in segments)
+        self.bucket = Bucket(shape.slots, shape.new, shape.batch, slots, self.runner.bytes, seconds)
 
 
 @dataclass
@@ -149,6 +159,9 @@ class Captured:
         self.deepstack = len(getattr(getattr(self.base, "visual", None), "deepstack_merger_list", ()))
         self._head, self._modules = module.get_output_embeddings(), list(handle.model.modules())
         self._standing = _standing_reason(handle, self._head, self._modules)
+        # Where images have any size, a shape may never come again: it is prepared when it does.
+        self._one_size = self.adapter.fixed_encoder.usual(self.base, 1) is not None
+        self._step = 1 if _steady(self.plan) else STEP
         self._graphs = Graphs(self.text.embed_tokens.weight.device, backend)
         self._buffers = Buffers(self.text.embed_tokens.weight.detach())
         self._runners: OrderedDict[Shape, _Ready] = OrderedDict()
@@ -160,7 +173,7 @@ class Captured:
 
     @property
     def built(self) -> list[Bucket]:
-        return [ready.bucket for ready in self._runners.values()]
+        return [ready.bucket for ready in self._runners.values() if ready.bucket is not None]
 
     def build(self) -> None:
         """Buckets that were asked for, of prompts with one image each, where all images of the family have one size."""
@@ -174,7 +187,7 @@ class Captured:
             for slots in sorted(self.buckets or (), reverse=True):  # the largest first: the others use its memory
                 given = layout.of_length(items, slots, self.plan)
                 if given is not None:
-                    self._runner(layout.shape_of(given, self.plan, batch, slots, self.new))
+                    self._runner(layout.shape_of(given, self.plan, batch, slots, self.new, self._step))
 
     # --- generate() ---
 
@@ -301,7 +314,7 @@ class Captured:
             given = layout.read(ids, valid, modality, self._positions(arguments, valid), items, self.plan)
             longest = max(given.entering)
             slots = self._at_least(longest, self.buckets, "prompt_tokens", f"the pruned prompt takes {longest} slots")
-            shape = layout.shape_of(given, self.plan, batch, slots, self.new)
+            shape = layout.shape_of(given, self.plan, batch, slots, self.new, self._step)
             values, places = layout.fill(given, shape, self.plan)
         except NotImplementedError as error:
             raise _Refused(str(error)) from None
@@ -378,8 +391,8 @@ class Captured:
         return found
 
     def _runner(self, shape: Shape) -> _Ready:
-        if shape not in self._runners:
-            start = time.perf_counter()
+        known = shape in self._runners
+        if not known:
             runner = Runner(
                 self.text,
                 self._head,
@@ -391,21 +404,21 @@ class Captured:
                 shape,
                 self._buffers,
             )
-            prefill, decode = runner.ready(self._graphs)
-            seconds = time.perf_counter() - start
-            slots = tuple(segment.room for segment in runner.segments)
-            bucket = Bucket(shape.slots, shape.new, shape.batch, slots, runner.bytes, seconds)
             if len(self._runners) >= max(MOST, len(self.buckets or ()) * len(self.batches)):
                 self._runners.popitem(last=False)
-            self._runners[shape] = _Ready(runner, prefill, decode, bucket)
+            self._runners[shape] = _Ready(runner, *runner.ready(self._graphs))
         self._runners.move_to_end(shape)
+        if known or self._one_size:
+            self._runners[shape].prepare()
         return self._runners[shape]
 
     def _encoder(
         self, shape: EncoderShape, call: EncodeCall, pixels: Tensor
     ) -> tuple[Encoder, Graph, list[VisualItem]]:
         key = (shape, tuple(pixels.shape), pixels.dtype)
-        if key not in self._encoders:
+        if key in self._encoders:
+            self._encoders[key][1].prepare()
+        else:
             adapter = self.adapter
             items = adapter.layout(self.base, call, torch.Size((*shape.features, 1)))
             items = with_budgets(items, self.plan)
@@ -413,10 +426,9 @@ class Captured:
             encoder = Encoder(
                 self.base, adapter, self.method, self.handle.scope, shape, items, order, pixels, self.axes
             )
-            graph = encoder.ready(self._graphs)
             if len(self._encoders) >= max(MOST, len(self.batches)):
                 self._encoders.popitem(last=False)
-            self._encoders[key] = encoder, graph, items
+            self._encoders[key] = encoder, encoder.ready(self._graphs, self._one_size), items
         self._encoders.move_to_end(key)
         return self._encoders[key]
 
@@ -488,6 +500,15 @@ def sizes(name: str, value, least: int) -> tuple[int, ...]:
 def check_backend(backend) -> None:
     if backend not in BACKENDS:
         raise ValueError(f'compile: backend must be None or "inductor", got {backend!r}')
+
+
+def _steady(plan: Plan) -> bool:
+    """Whether large images all keep the same numbers of tokens: buckets then fit every one of them to the slot."""
+    try:
+        few, many = ((plan.keep(n), *(cut.keep([n]) for cut in plan.cuts)) for n in (1 << 14, 1 << 15))
+    except ValueError:  # budgets that so large an image cannot meet
+        return False
+    return few == many
 
 
 def _standing_reason(handle, head, modules: list[torch.nn.Module]) -> str | None:

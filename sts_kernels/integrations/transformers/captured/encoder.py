@@ -61,13 +61,13 @@ class Encoder:
             find = adapter.last_attention if method.encoder_attention == "last" else adapter.vision_attention
             self._taps[find(base, KIND)] = []
 
-    def ready(self, graphs: Graphs) -> Graph:
+    def ready(self, graphs: Graphs, now: bool = True) -> Graph:
         tapped = [(module, "config", _tapped(module, seen)) for module, seen in self._taps.items()]
         around = functools.partial(replaced, tapped)
-        if graphs.backend is not None:  # the library sets up its recording of hidden states, which cannot be traced
+        if now and graphs.backend is not None:  # the library sets up its recording of hidden states: not to be traced
             with quietly(), around():
                 self.run()
-        return graphs.ready(self.run, around)
+        return graphs.ready(self.run, around, now)
 
     def run(self) -> dict:
         """-> rows (R, D) as the LLM gets them, in the order of the prompts; their places (1 + axes, R); which of them a

@@ -79,30 +79,39 @@ class Segment:
 
 
 class Slots:
-    """The cache that layers are given: a prompt fills the first slots, a token the next one of its row."""
+    """The cache that layers are given: a prompt fills the first slots, a token the next one of its row.
+
+    In memory (B, slots, heads, D), as projections write keys and values: a prompt is copied in whole runs.
+    """
 
     def __init__(self, segments: list[Segment], buffers: Buffers, batch: int, heads: int, dim: int):
-        shapes = {layer: (batch, heads, segment.room, dim) for segment in segments for layer in segment.layers}
-        self.keys = {layer: buffers.take(("keys", layer), shape) for layer, shape in shapes.items()}
-        self.values = {layer: buffers.take(("values", layer), shape) for layer, shape in shapes.items()}
-        self.filled = {layer: segment.filled for segment in segments for layer in segment.layers}
+        self.keys, self.values, self.filled = {}, {}, {}
+        self._row = torch.arange(batch, device=segments[0].filled.device)
+        for segment in segments:
+            for layer in segment.layers:
+                shape = (batch, segment.room, heads, dim)
+                self.keys[layer] = buffers.take(("keys", layer), shape)
+                self.values[layer] = buffers.take(("values", layer), shape)
+                self.filled[layer] = segment.filled
 
     @property
     def bytes(self) -> int:
         return sum(tensor.nbytes for tensor in (*self.keys.values(), *self.values.values()))
 
     def update(self, key: Tensor, value: Tensor, layer: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        keys, values = self.keys[layer], self.values[layer]
-        if key.shape[2] > 1:  # a prompt attends to itself alone
-            # Zeros behind it: masked slots get no weight, but 0 times the NaN of an earlier prompt would be NaN.
-            behind = key.new_zeros(()).expand(*key.shape[:2], keys.shape[2] - key.shape[2], key.shape[3])
-            torch.cat([key, behind], 2, out=keys)
-            torch.cat([value, behind], 2, out=values)
+        """key, value: (B, heads, tokens, D) -> those to attend to."""
+        held = self.keys[layer], self.values[layer]
+        prompt = key.shape[2]
+        for slots, new in zip(held, (key, value), strict=True):
+            if prompt > 1:
+                slots[:, :prompt] = new.transpose(1, 2)
+                # Masked slots get no weight, but 0 times the NaN of an earlier prompt would be NaN.
+                slots[:, prompt:].zero_()
+            else:
+                slots.index_put_((self._row, self.filled[layer]), new[:, :, 0])
+        if prompt > 1:  # attends to itself alone
             return key, value
-        slot = self.filled[layer][:, None, None, None].expand_as(key)
-        keys.scatter_(2, slot, key)
-        values.scatter_(2, slot, value)
-        return keys, values
+        return held[0].transpose(1, 2), held[1].transpose(1, 2)
 
 
 @dataclass
@@ -157,10 +166,9 @@ class Runner:
             self._cuts = [self._planned(plan.cuts[cut.index], cut) for cut in shape.cuts]
 
     def ready(self, graphs: Graphs) -> tuple[Graph, Graph]:
-        """Prefill and decode."""
+        """Prefill and decode, to be prepared between prompts."""
         around = functools.partial(replaced, self.replacements(fused=graphs.backend is None))
-        decode = graphs.ready(self.decode, around)  # first: what it leaves in the counters is nobody's
-        return graphs.ready(self.prefill, around), decode
+        return graphs.ready(self.prefill, around, now=False), graphs.ready(self.decode, around, now=False)
 
     def replacements(self, fused: bool) -> list[tuple[torch.nn.Module, str, object]]:
         """What is other than in the model while `prefill` and `decode` run: `attention`, and norms in one kernel."""
