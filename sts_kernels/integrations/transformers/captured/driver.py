@@ -181,7 +181,7 @@ class Captured:
             return
         for batch in sorted(self.batches, reverse=True):
             size, pixels = self.adapter.fixed_encoder.usual(self.base, batch)
-            pixels = torch.empty(pixels, dtype=self.base.dtype, device="meta")
+            pixels = torch.empty(pixels, device="meta")
             items = self._encoder(size, EncodeCall(KIND, {PIXELS[0]: pixels}, lambda kind: []), pixels)[2]
             for slots in sorted(self.buckets, reverse=True):  # the largest first: the others use its memory
                 given = layout.of_length(items, slots, self.plan)
@@ -414,7 +414,7 @@ class Captured:
     def _encoder(
         self, shape: EncoderShape, call: EncodeCall, pixels: Tensor
     ) -> tuple[Encoder, Graph, list[VisualItem]]:
-        key = (shape, tuple(pixels.shape), pixels.dtype)
+        key = (shape, tuple(pixels.shape))
         if key in self._encoders:
             self._encoders[key][1].prepare()
         else:
