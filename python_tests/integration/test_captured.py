@@ -244,6 +244,7 @@ def test_what_is_built_at_once():
         models.generate(model, prompts_of("llava", (1, 1)), 4)
         assert len(handle._graphs.built) == 4
         assert handle.compile() == []
+        assert not handle._graphs._encoders
     with apply_sts(models.shared("qwen2_5_vl"), CONFIG) as handle:
         assert handle.compile(prompt_tokens=64) == []  # images of any size
 

@@ -177,14 +177,13 @@ class Captured:
 
     def build(self) -> None:
         """Buckets that were asked for, of prompts with one image each, where all images of the family have one size."""
+        if self.buckets is None or self._standing is not None or not self._one_size:
+            return
         for batch in sorted(self.batches, reverse=True):
-            usual = self.adapter.fixed_encoder.usual(self.base, batch)
-            if self._standing is not None or usual is None:
-                return
-            size, pixels = usual
-            pixels = torch.empty(pixels, dtype=self.base.dtype, device="meta")
+            size, pixels = self.adapter.fixed_encoder.usual(self.base, batch)
+            pixels = torch.empty(pixels, device="meta")
             items = self._encoder(size, EncodeCall(KIND, {PIXELS[0]: pixels}, lambda kind: []), pixels)[2]
-            for slots in sorted(self.buckets or (), reverse=True):  # the largest first: the others use its memory
+            for slots in sorted(self.buckets, reverse=True):  # the largest first: the others use its memory
                 given = layout.of_length(items, slots, self.plan)
                 if given is not None:
                     self._runner(layout.shape_of(given, self.plan, batch, slots, self.new, self._step))
@@ -415,7 +414,7 @@ class Captured:
     def _encoder(
         self, shape: EncoderShape, call: EncodeCall, pixels: Tensor
     ) -> tuple[Encoder, Graph, list[VisualItem]]:
-        key = (shape, tuple(pixels.shape), pixels.dtype)
+        key = (shape, tuple(pixels.shape))
         if key in self._encoders:
             self._encoders[key][1].prepare()
         else:

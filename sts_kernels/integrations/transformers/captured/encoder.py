@@ -49,7 +49,7 @@ class Encoder:
         weight = base.language_model.embed_tokens.weight
         device, self._dtype = weight.device, weight.dtype
         with torch.inference_mode(False):
-            self.pixels = torch.zeros(pixels.shape, dtype=pixels.dtype, device=device)
+            self.pixels = torch.zeros(pixels.shape, dtype=base.dtype, device=device)  # the encoder's, cast by a copy
             self.places = torch.zeros(1 + axes, sum(i.num_tokens for i in items), dtype=torch.int64, device=device)
             self._assembly = _assembly(items, order, device)
             tables = adapter.fixed_encoder.tables(base, shape)
