@@ -87,13 +87,13 @@ def test_as_through_the_hooks(family, attention, counts, device):
     with apply_sts(model, CONFIG) as hooked:
         want = [(models.generate(model, batch), str(hooked.report)) for batch in prompts]
     with compiled(model, CONFIG) as handle:
-        for batch, (out, report) in zip(prompts, want, strict=True):
-            same(models.generate(model, batch), out)
-            assert str(handle.report) == report
-        made = handle._graphs.built
-        for batch, (out, _) in zip(prompts, want, strict=True):
-            same(models.generate(model, batch), out)
-        assert handle._graphs.built == made
+        made = []
+        for _ in range(3):  # images of any size: as it is, then prepared, then again
+            for batch, (out, report) in zip(prompts, want, strict=True):
+                same(models.generate(model, batch), out)
+                assert str(handle.report) == report
+            made.append(handle._graphs.built)
+        assert made[2] == made[1] != []
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl", "qwen3_vl"])
@@ -203,6 +203,19 @@ def test_two_buckets_in_turns(device):
         assert sorted(bucket.prompt_tokens for bucket in handle._graphs.built) == [64, 128]
 
 
+def test_shapes_of_any_size_are_prepared_when_they_come_again():
+    """An image of a new size would else cost a capture, and be its only use. With a share of its tokens, too."""
+    model = models.shared("qwen2_5_vl")
+    one, other = prompts_of("qwen2_5_vl", seed=1), prompts_of("qwen2_5_vl", (2,), seed=2)
+    with compiled(model, STSConfig(budget=0.3), batch_size=1) as handle:
+        for prompts, prepared in ((one, 0), (other, 1), (one, 2), (other, 3), (one, 3)):
+            models.generate(model, prompts, 1)
+            encoders = [graph.prepared for _, graph, _ in handle._graphs._encoders.values()]
+            runners = [ready.prefill.prepared for ready in handle._graphs._runners.values()]
+            assert len(runners) == 1  # slots behind the cut are rounded up
+            assert sum(encoders) + sum(runners) == prepared
+
+
 def test_no_more_than_eight_buckets():
     model = models.shared("llava")
     with compiled(model, CONFIG, batch_size=1) as handle:
@@ -231,6 +244,7 @@ def test_what_is_built_at_once():
         models.generate(model, prompts_of("llava", (1, 1)), 4)
         assert len(handle._graphs.built) == 4
         assert handle.compile() == []
+        assert not handle._graphs._encoders
     with apply_sts(models.shared("qwen2_5_vl"), CONFIG) as handle:
         assert handle.compile(prompt_tokens=64) == []  # images of any size
 
@@ -466,6 +480,29 @@ def test_other_inputs_run_through_the_hooks(what):
             if hook is not None:
                 hook.remove()
         assert handle._graphs.built == []
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next", "qwen3_vl"])
+def test_a_prompt_that_turns_out_not_to_be_served(family, monkeypatch):
+    """When generate() runs already, and may have asked for its images."""
+    model, prompts = models.shared(family), prompts_of(family)
+    with apply_sts(model, CONFIG) as handle:
+        want, report = models.generate(model, prompts), str(handle.report)
+        handle.compile()
+
+        def shape(encoder, base, call):
+            raise NotImplementedError("pictures of cats")
+
+        monkeypatch.setattr(type(handle.adapter.fixed_encoder), "shape", shape)
+        with pytest.warns(UserWarning, match="not through compiled graphs: pictures of cats"):
+            got = models.generate(model, prompts)
+        assert torch.equal(models.logits_of(got), models.logits_of(want))
+        assert str(handle.report) == report
+        handle.compile(strict=True)
+        with pytest.raises(NotImplementedError, match="cannot serve this call: pictures of cats"):
+            models.generate(model, prompts)
+        monkeypatch.undo()
+        same(models.generate(model, prompts), want)
 
 
 def test_a_returned_cache_is_not_continued():

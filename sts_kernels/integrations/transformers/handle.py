@@ -174,7 +174,8 @@ class PruningHandle:
 
         Args:
             prompt_tokens: buckets: tokens of a pruned prompt, text among them, at most. Longer ones are an error. None:
-                multiples of 64, made when they are first met; the last 8 are kept.
+                multiples of 64, made when they are first met; the last 8 are kept. Where images have any size, the
+                first prompt of a shape runs without graphs, which are made when the shape comes again.
             max_new_tokens: the most that a prompt is answered by. A call that asks for more is an error.
             batch_size: the numbers of prompts. A smaller batch is filled up, a larger one is an error.
             backend: "inductor": torch.compile fuses kernels before they are captured, which takes a minute or more for

@@ -177,14 +177,18 @@ class FixedLlavaEncoder(FixedEncoder):
     """(images, 3, H, W): every row is an image."""
 
     def shape(self, base, call):
-        if call.arguments.get("image_sizes") is not None:
+        tower = getattr(base.vision_tower, "vision_model", base.vision_tower)
+        if call.arguments.get("image_sizes") is not None or not hasattr(tower, "embeddings"):
             raise NotImplementedError("images of variable resolution (Pixtral)")
         return EncoderShape((call.arguments["pixel_values"].shape[0], tower_tokens(base, call, base.vision_tower)))
 
     def usual(self, base, images):
         side = base.config.vision_config.image_size
-        pixels = (images, 3, side, side)
-        return self.shape(base, EncodeCall("image", {"pixel_values": torch.empty(pixels, device="meta")}, len)), pixels
+        pixels = torch.empty(images, 3, side, side, device="meta")
+        try:
+            return self.shape(base, EncodeCall("image", {"pixel_values": pixels}, len)), tuple(pixels.shape)
+        except NotImplementedError:
+            return None
 
     def run(self, base, tables, pixel_values):
         return Features(tower_features(base, base.vision_tower, pixel_values))

@@ -15,7 +15,7 @@ from transformers import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .... import _checks
-from ....methods import Method
+from ....methods import Method, Plan
 from .. import compat, prompt
 from ..adapters import EncodeCall, EncoderShape, ModelAdapter
 from ..cut_selection import planned_cuts
@@ -111,7 +111,17 @@ class _Ready:
     runner: Runner
     prefill: Graph
     decode: Graph
-    bucket: Bucket
+    bucket: Bucket | None = None  # once they are prepared
+
+    def prepare(self) -> None:
+        if self.bucket is not None:
+            return
+        start, shape, segments = time.perf_counter(), self.runner.shape, self.runner.segments
+        self.decode.prepare()
+        self.prefill.prepare()
+        seconds = time.perf_counter() - start
+        slots = tuple(segment.room for segment in segments)
+        self.bucket = Bucket(shape.slots, shape.new, shape.batch, slots, self.runner.bytes, seconds)
 
 
 @dataclass
@@ -149,6 +159,9 @@ class Captured:
         self.deepstack = len(getattr(getattr(self.base, "visual", None), "deepstack_merger_list", ()))
         self._head, self._modules = module.get_output_embeddings(), list(handle.model.modules())
         self._standing = _standing_reason(handle, self._head, self._modules)
+        # Where images have any size, a shape may never come again: it is prepared when it does.
+        self._one_size = self.adapter.fixed_encoder.usual(self.base, 1) is not None
+        self._step = 1 if _steady(self.plan) else STEP
         self._graphs = Graphs(self.text.embed_tokens.weight.device, backend)
         self._buffers = Buffers(self.text.embed_tokens.weight.detach())
         self._runners: OrderedDict[Shape, _Ready] = OrderedDict()
@@ -160,21 +173,20 @@ class Captured:
 
     @property
     def built(self) -> list[Bucket]:
-        return [ready.bucket for ready in self._runners.values()]
+        return [ready.bucket for ready in self._runners.values() if ready.bucket is not None]
 
     def build(self) -> None:
         """Buckets that were asked for, of prompts with one image each, where all images of the family have one size."""
+        if self.buckets is None or self._standing is not None or not self._one_size:
+            return
         for batch in sorted(self.batches, reverse=True):
-            usual = self.adapter.fixed_encoder.usual(self.base, batch)
-            if self._standing is not None or usual is None:
-                return
-            size, pixels = usual
-            pixels = torch.empty(pixels, dtype=self.base.dtype, device="meta")
+            size, pixels = self.adapter.fixed_encoder.usual(self.base, batch)
+            pixels = torch.empty(pixels, device="meta")
             items = self._encoder(size, EncodeCall(KIND, {PIXELS[0]: pixels}, lambda kind: []), pixels)[2]
-            for slots in sorted(self.buckets or (), reverse=True):  # the largest first: the others use its memory
+            for slots in sorted(self.buckets, reverse=True):  # the largest first: the others use its memory
                 given = layout.of_length(items, slots, self.plan)
                 if given is not None:
-                    self._runner(layout.shape_of(given, self.plan, batch, slots, self.new))
+                    self._runner(layout.shape_of(given, self.plan, batch, slots, self.new, self._step))
 
     # --- generate() ---
 
@@ -301,7 +313,7 @@ class Captured:
             given = layout.read(ids, valid, modality, self._positions(arguments, valid), items, self.plan)
             longest = max(given.entering)
             slots = self._at_least(longest, self.buckets, "prompt_tokens", f"the pruned prompt takes {longest} slots")
-            shape = layout.shape_of(given, self.plan, batch, slots, self.new)
+            shape = layout.shape_of(given, self.plan, batch, slots, self.new, self._step)
             values, places = layout.fill(given, shape, self.plan)
         except NotImplementedError as error:
             raise _Refused(str(error)) from None
@@ -378,8 +390,8 @@ class Captured:
         return found
 
     def _runner(self, shape: Shape) -> _Ready:
-        if shape not in self._runners:
-            start = time.perf_counter()
+        known = shape in self._runners
+        if not known:
             runner = Runner(
                 self.text,
                 self._head,
@@ -391,21 +403,21 @@ class Captured:
                 shape,
                 self._buffers,
             )
-            prefill, decode = runner.ready(self._graphs)
-            seconds = time.perf_counter() - start
-            slots = tuple(segment.room for segment in runner.segments)
-            bucket = Bucket(shape.slots, shape.new, shape.batch, slots, runner.bytes, seconds)
             if len(self._runners) >= max(MOST, len(self.buckets or ()) * len(self.batches)):
                 self._runners.popitem(last=False)
-            self._runners[shape] = _Ready(runner, prefill, decode, bucket)
+            self._runners[shape] = _Ready(runner, *runner.ready(self._graphs))
         self._runners.move_to_end(shape)
+        if known or self._one_size:
+            self._runners[shape].prepare()
         return self._runners[shape]
 
     def _encoder(
         self, shape: EncoderShape, call: EncodeCall, pixels: Tensor
     ) -> tuple[Encoder, Graph, list[VisualItem]]:
-        key = (shape, tuple(pixels.shape), pixels.dtype)
-        if key not in self._encoders:
+        key = (shape, tuple(pixels.shape))
+        if key in self._encoders:
+            self._encoders[key][1].prepare()
+        else:
             adapter = self.adapter
             items = adapter.layout(self.base, call, torch.Size((*shape.features, 1)))
             items = with_budgets(items, self.plan)
@@ -413,10 +425,9 @@ class Captured:
             encoder = Encoder(
                 self.base, adapter, self.method, self.handle.scope, shape, items, order, pixels, self.axes
             )
-            graph = encoder.ready(self._graphs)
             if len(self._encoders) >= max(MOST, len(self.batches)):
                 self._encoders.popitem(last=False)
-            self._encoders[key] = encoder, graph, items
+            self._encoders[key] = encoder, encoder.ready(self._graphs, self._one_size), items
         self._encoders.move_to_end(key)
         return self._encoders[key]
 
@@ -448,13 +459,8 @@ def _encode(encoder: Encoder, graph: Graph, runner: Runner, pixels: Tensor, plac
 
 def check(method: Method, adapter: ModelAdapter, text) -> None:
     """Refuses what no call could be served of."""
-    unserved = None
-    if method.adaptive:
-        unserved = "how many tokens it keeps follows from the tokens, and a graph has fixed shapes"
-    elif method.signals & {"text", "relevance"}:
-        unserved = "it looks at the text of the prompt, or at numbers of the caller's, while the image is encoded"
-    if unserved is not None:
-        raise NotImplementedError(f"compile: {method.name} cannot be compiled: {unserved}")
+    if (reason := unselectable(method, text.embed_tokens.weight.device)) is not None:
+        raise NotImplementedError(f"compile: {method.name} cannot be compiled: {reason}")
     if adapter.fixed_encoder is None:
         raise NotImplementedError(f"compile: the vision encoder of {adapter.name} cannot be compiled")
     attention = text.config._attn_implementation or "eager"
@@ -467,6 +473,17 @@ def check(method: Method, adapter: ModelAdapter, text) -> None:
         raise NotImplementedError(
             f"compile: an LLM of class {type(text).__name__} cannot be compiled, only {', '.join(LLMS)} can"
         )
+
+
+def unselectable(method: Method, device: torch.device) -> str | None:
+    """Why the method cannot select inside a graph; None: it can."""
+    if method.adaptive:
+        return "how many tokens it keeps follows from the tokens, and a graph has fixed shapes"
+    if method.signals & {"text", "relevance"}:
+        return "it looks at the text of the prompt, or at numbers of the caller's, while the image is encoded"
+    if method.synchronises and device.type == "cuda":
+        return 'its complexity="erank" waits for the device; give complexity="participation" or "entropy"'
+    return None
 
 
 def sizes(name: str, value, least: int) -> tuple[int, ...]:
@@ -482,6 +499,15 @@ def sizes(name: str, value, least: int) -> tuple[int, ...]:
 def check_backend(backend) -> None:
     if backend not in BACKENDS:
         raise ValueError(f'compile: backend must be None or "inductor", got {backend!r}')
+
+
+def _steady(plan: Plan) -> bool:
+    """Whether large images all keep the same numbers of tokens: buckets then fit every one of them to the slot."""
+    try:
+        few, many = ((plan.keep(n), *(cut.keep([n]) for cut in plan.cuts)) for n in (1 << 14, 1 << 15))
+    except ValueError:  # budgets that so large an image cannot meet
+        return False
+    return few == many
 
 
 def _standing_reason(handle, head, modules: list[torch.nn.Module]) -> str | None:

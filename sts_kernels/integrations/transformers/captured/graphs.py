@@ -68,22 +68,26 @@ class Graphs:
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def ready(self, function: Callable[[], dict], around: Callable = contextlib.nullcontext) -> "Graph":
-        """The function must be safe to run any number of times on the buffers as they are. around: makes the context in
-        which it is called."""
-        constants: dict = {}
-        run = function
-        if self.backend is not None:
-            run = torch.compile(_with_code_of_its_own(function), fullgraph=True, dynamic=False, backend=self.backend)
-        if self.device.type != "cuda":
-            return Graph(run, constants, around)
-        with quietly(), around():
-            return self._captured(run, constants)
+    def ready(
+        self, function: Callable[[], dict], around: Callable = contextlib.nullcontext, now: bool = True
+    ) -> "Graph":
+        """The function must be safe to run any number of times on the buffers as they are when it is prepared. around:
+        makes the context in which it is called. now: prepare it at once."""
+        graph = Graph(self, function, around)
+        if now:
+            graph.prepare()
+        return graph
 
-    def _captured(self, run: Callable[[], dict], constants: dict) -> "Graph":
+    def compiled(self, function: Callable[[], dict]) -> Callable[[], dict]:
+        if self.backend is None:
+            return function
+        return torch.compile(_with_code_of_its_own(function), fullgraph=True, dynamic=False, backend=self.backend)
+
+    def captured(self, run: Callable[[], dict]) -> tuple[torch.cuda.CUDAGraph, dict]:
+        """-> the graph and its outputs."""
         stream, current = self._stream, torch.cuda.current_stream(self.device)
         stream.wait_stream(current)
-        with torch.cuda.device(self.device), _packed.constants(constants):
+        with torch.cuda.device(self.device):
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UPS):
                     run()
@@ -91,21 +95,40 @@ class Graphs:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
                 outputs = run()
-        return Graph(graph.replay, constants, outputs=outputs)
+        return graph, outputs
 
 
 class Graph:
-    """`run()` gives the function's outputs. They hold until the next run."""
+    """`run()` gives the function's outputs, which hold until the next run. Before `prepare()` it is called as it is."""
 
-    def __init__(self, function: Callable, constants: dict, around=contextlib.nullcontext, outputs: dict | None = None):
-        self._function, self._constants, self._around, self._outputs = function, constants, around, outputs
+    def __init__(self, graphs: Graphs, function: Callable[[], dict], around: Callable):
+        self._graphs, self._function, self._around = graphs, function, around
+        self._constants: dict = {}
+        self._replay, self._outputs = None, {}
+        self.prepared = False
+
+    def prepare(self) -> None:
+        """Compiles it, and on a CUDA device captures it. Once."""
+        if self.prepared:
+            return
+        self._function = self._graphs.compiled(self._function)
+        if self._graphs.device.type == "cuda":
+            with self._inside():
+                graph, self._outputs = self._graphs.captured(self._function)
+            self._replay = graph.replay
+        self.prepared = True
 
     def run(self) -> dict:
-        if self._outputs is not None:
-            self._function()
+        if self._replay is not None:
+            self._replay()
             return self._outputs
-        with quietly(), self._around(), _packed.constants(self._constants):
+        with self._inside():
             return self._function()
+
+    @contextlib.contextmanager
+    def _inside(self) -> Iterator[None]:
+        with quietly(), self._around(), _packed.constants(self._constants):
+            yield
 
 
 @contextlib.contextmanager

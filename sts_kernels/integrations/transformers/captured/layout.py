@@ -49,8 +49,9 @@ def of_length(items: Sequence[VisualItem], slots: int, plan: Plan) -> Prompt | N
         return read(modality, valid, modality, modality[None], {items[0].kind: list(items)}, plan)
 
 
-def shape_of(given: Prompt, plan: Plan, batch: int, slots: int, new: int) -> Shape:
-    """What the prompts of a bucket need that keep as many visual tokens as these."""
+def shape_of(given: Prompt, plan: Plan, batch: int, slots: int, new: int, step: int = 1) -> Shape:
+    """What the prompts of a bucket need that keep as many visual tokens as these. Slots behind a cut are multiples of
+    `step`."""
     entering, cuts, text = given.entering, [], 0
     spare = batch - len(given.rows)
     for planned in planned_cuts(plan.cuts, given.rows, entering):
@@ -60,7 +61,8 @@ def shape_of(given: Prompt, plan: Plan, batch: int, slots: int, new: int) -> Sha
             counts = (*zip(planned.before, planned.left, planned.recycled, strict=True), *[(0, 0, 0)] * spare)
         if planned.cut.queries != "last" or planned.cut.select is not None:
             text = slots - min(row.num_kept for row in given.rows)  # no row of these numbers has more
-        cuts.append(CutShape(index, _width(slots, entering, planned.lengths), counts))
+        width = -(-_width(slots, entering, planned.lengths) // step) * step
+        cuts.append(CutShape(index, min(slots, width), counts))
     return Shape(batch, slots, new, tuple(cuts), text)
 
 

@@ -166,10 +166,9 @@ class Runner:
             self._cuts = [self._planned(plan.cuts[cut.index], cut) for cut in shape.cuts]
 
     def ready(self, graphs: Graphs) -> tuple[Graph, Graph]:
-        """Prefill and decode."""
+        """Prefill and decode, to be prepared between prompts."""
         around = functools.partial(replaced, self.replacements(fused=graphs.backend is None))
-        decode = graphs.ready(self.decode, around)  # first: what it leaves in the counters is nobody's
-        return graphs.ready(self.prefill, around), decode
+        return graphs.ready(self.prefill, around, now=False), graphs.ready(self.decode, around, now=False)
 
     def replacements(self, fused: bool) -> list[tuple[torch.nn.Module, str, object]]:
         """What is other than in the model while `prefill` and `decode` run: `attention`, and norms in one kernel."""
