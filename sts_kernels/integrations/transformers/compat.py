@@ -3,6 +3,7 @@
 The cache is `past_key_values` up to transformers 5.23 and `cache` from 5.24 on; a caller may use either name.
 """
 
+import contextlib
 import functools
 import inspect
 import warnings
@@ -36,6 +37,18 @@ def cache_of(arguments: dict):
 def output_cache(output):
     """The cache in the output of a forward."""
     return getattr(output, CACHE, None)
+
+
+@contextlib.contextmanager
+def without_kept_cache(model):
+    """Without the static cache that a model keeps before transformers 5, whose layers have one length."""
+    kept = vars(model).pop("_cache", None)
+    try:
+        yield
+    finally:
+        vars(model).pop("_cache", None)
+        if kept is not None:
+            model._cache = kept
 
 
 def parameters(module: torch.nn.Module) -> list[str]:

@@ -249,7 +249,6 @@ class PruningHandle:
         session, images = self._sessions.now, _has_images(kwargs)
         if images:
             unsupported.check_generation(module, self.text, kwargs, compat.cache_of(kwargs))
-            module.__dict__.pop("_cache", None)  # transformers 4 keeps a static cache, of one length for all layers
         me = threading.get_ident()
         with self._lock:
             unsupported.check_threads(self.base, self._llm.generating - {me})
@@ -258,7 +257,7 @@ class PruningHandle:
         outer, session.checked = session.checked, images
         served = contextlib.nullcontext() if self._graphs is None else self._graphs.serving(module, args, kwargs)
         try:
-            with served:
+            with served, compat.without_kept_cache(module) if images else contextlib.nullcontext():
                 return original(*args, **kwargs)
         finally:
             session.checked = outer
@@ -295,7 +294,7 @@ class PruningHandle:
 
 def _compiled_alone(module) -> bool:
     forward = vars(module).get("forward")
-    return module._compiled_call_impl is not None or hasattr(forward, "_torchdynamo_orig_callable")
+    return getattr(module, "_compiled_call_impl", None) is not None or hasattr(forward, "_torchdynamo_orig_callable")
 
 
 def _copy_is_plain(module) -> None:

@@ -37,8 +37,8 @@ class Hooks:
     def after(self, module: torch.nn.Module, method: Callable) -> None:
         """Calls the bound `method(module, args, kwargs, output)` after it; `output` is None where an error ended it."""
         self._modules.append(module)
+        module._forward_hooks[_AFTER] = _Hook(self, method, 4)  # first: by it `remove` finds the rest
         module._forward_hooks_with_kwargs[_AFTER] = module._forward_hooks_always_called[_AFTER] = True
-        module._forward_hooks[_AFTER] = _Hook(self, method, 4)
 
     def shadow(self, target, name: str, replacement: Callable, default: Callable | None = None) -> None:
         """Shadows a method on this instance; `replacement` gets the original as its first argument, or the default."""
@@ -50,7 +50,7 @@ class Hooks:
         """Safe to call twice, and to call again after an interrupt."""
         for module in self._modules:
             for table in (module._forward_pre_hooks, module._forward_hooks):
-                for key in [_AFTER, *(key for key, hook in table.items() if getattr(hook, "owner", None) is self)]:
+                for key in [key for key, hook in table.items() if getattr(hook, "owner", None) is self]:
                     for options in (
                         module._forward_pre_hooks_with_kwargs,
                         module._forward_hooks_with_kwargs,
