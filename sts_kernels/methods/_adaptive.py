@@ -47,6 +47,7 @@ class Adaptive(Method):
     def __post_init__(self):
         _checks.one_of(self.name, "complexity", self.complexity, MEASURES)
         positive(self.name, "erank_avg", self.erank_avg)
+        object.__setattr__(self, "synchronises", self.complexity == "erank")
 
     def measure(self, pool: Pool, usable: Tensor) -> Tensor:
         """(B,) float32: the complexity of the usable tokens of each item. Tokens that are zero change nothing."""
@@ -93,6 +94,7 @@ class Mixing(Adaptive):
         super().__post_init__()
         positive(self.name, "erank_iqr", self.erank_iqr)
         _checks.one_of(self.name, "mixing", self.mixing, ("fixed", "adaptive", "inverse"))
+        object.__setattr__(self, "synchronises", self.synchronises and self.mixing != "fixed")
 
     def shares(self, centre: float, pool: Pool, usable: Tensor) -> Tensor:
         """(B,) float64: the share of attention tokens of each item."""

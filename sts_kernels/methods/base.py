@@ -139,6 +139,7 @@ class Method:
         takes: the options of `Budget` that the method takes.
         nested: whether the first k' picks of a selection of k are the selection of k'.
         adaptive: whether the tokens of an item say how many of them it keeps; see `counts`.
+        synchronises: whether selecting waits for a CUDA device, which a CUDA graph does not allow.
     """
 
     name: ClassVar[str]
@@ -151,6 +152,7 @@ class Method:
     takes: ClassVar[tuple[str, ...]] = ("budget", "keep")
     nested: ClassVar[bool] = True
     adaptive: ClassVar[bool] = False
+    synchronises: ClassVar[bool] = False
 
     def plan(self, budget: Budget, layers: int, default_layer: int | None = None) -> Plan:
         """Fits the method to an LLM of `layers` layers. `default_layer` is the model family's own prune layer, for

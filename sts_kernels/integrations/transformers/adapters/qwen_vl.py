@@ -173,11 +173,12 @@ def spots_of(grids, merge: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def interpolation(spots: torch.Tensor, sizes: torch.Tensor, side: int):
     """Bilinear, corners aligned: (patches, 4) learned positions on a grid of `side` rows and columns, and weights."""
-    place = spots * (side - 1) / (sizes - 1).clamp(min=1)
+    place = spots.double() * (side - 1) / (sizes - 1).clamp(min=1)
     low = place.long()
     corners = torch.cartesian_prod(*[torch.arange(2, device="cpu")] * 2)
     row, column = (low[:, None] + corners).clamp(max=side - 1).unbind(-1)
-    return ("corners", row * side + column), ("weights", (1 - corners - (place - low)[:, None]).abs().prod(-1))
+    weights = (1 - corners - (place - low)[:, None]).abs().prod(-1)
+    return ("corners", row * side + column), ("weights", weights.float())
 
 
 def attend(attention, x: torch.Tensor, rotary: torch.Tensor, runs) -> torch.Tensor:

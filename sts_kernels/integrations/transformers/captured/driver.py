@@ -459,13 +459,8 @@ def _encode(encoder: Encoder, graph: Graph, runner: Runner, pixels: Tensor, plac
 
 def check(method: Method, adapter: ModelAdapter, text) -> None:
     """Refuses what no call could be served of."""
-    unserved = None
-    if method.adaptive:
-        unserved = "how many tokens it keeps follows from the tokens, and a graph has fixed shapes"
-    elif method.signals & {"text", "relevance"}:
-        unserved = "it looks at the text of the prompt, or at numbers of the caller's, while the image is encoded"
-    if unserved is not None:
-        raise NotImplementedError(f"compile: {method.name} cannot be compiled: {unserved}")
+    if (reason := unselectable(method, text.embed_tokens.weight.device)) is not None:
+        raise NotImplementedError(f"compile: {method.name} cannot be compiled: {reason}")
     if adapter.fixed_encoder is None:
         raise NotImplementedError(f"compile: the vision encoder of {adapter.name} cannot be compiled")
     attention = text.config._attn_implementation or "eager"
@@ -478,6 +473,17 @@ def check(method: Method, adapter: ModelAdapter, text) -> None:
         raise NotImplementedError(
             f"compile: an LLM of class {type(text).__name__} cannot be compiled, only {', '.join(LLMS)} can"
         )
+
+
+def unselectable(method: Method, device: torch.device) -> str | None:
+    """Why the method cannot select inside a graph; None: it can."""
+    if method.adaptive:
+        return "how many tokens it keeps follows from the tokens, and a graph has fixed shapes"
+    if method.signals & {"text", "relevance"}:
+        return "it looks at the text of the prompt, or at numbers of the caller's, while the image is encoded"
+    if method.synchronises and device.type == "cuda":
+        return 'its complexity="erank" waits for the device; give complexity="participation" or "entropy"'
+    return None
 
 
 def sizes(name: str, value, least: int) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from .. import vision_attention, vision_pruning
 from ..adapters import EncoderShape, ModelAdapter
 from ..attention_capture import function_of
 from ..visual_item import VisualItem
-from .graphs import Graph, Graphs, replaced
+from .graphs import Graph, Graphs, quietly, replaced
 from .layout import survivors
 
 KIND = "image"
@@ -57,18 +57,25 @@ class Encoder:
             self._pools = None if method.site is None else vision_pruning.Pools.of(items, scope, device)
         self.rows = sum(map(survivors, items))
         self._taps: dict[torch.nn.Module, list] = {}
-        if self._pools is not None and method.signals & {"attention", "keys"}:
+        if method.signals & {"attention", "keys"}:  # also where all tokens stay: a handle's own callback is not traced
             find = adapter.last_attention if method.encoder_attention == "last" else adapter.vision_attention
             self._taps[find(base, KIND)] = []
 
     def ready(self, graphs: Graphs, now: bool = True) -> Graph:
         tapped = [(module, "config", _tapped(module, seen)) for module, seen in self._taps.items()]
-        return graphs.ready(self.run, functools.partial(replaced, tapped), now)
+        around = functools.partial(replaced, tapped)
+        if now and graphs.backend is not None:  # the library sets up its recording of hidden states: not to be traced
+            with quietly(), around():
+                self.run()
+        return graphs.ready(self.run, around, now)
 
     def run(self) -> dict:
         """-> rows (R, D) as the LLM gets them, in the order of the prompts; their places (1 + axes, R); which of them a
         cut may drop, (R,); and the same rows of each deepstack layer."""
         encoded = self.adapter.fixed_encoder.run(self.base, self._tables, self.pixels)
+        calls = [call for seen in self._taps.values() for call in seen]
+        for seen in self._taps.values():
+            seen.clear()
         projector = self.adapter.projector(self.base).forward  # without its hooks
         x = encoded.rows
         features = self.adapter.features(self.adapter.projector(self.base), x)
@@ -78,10 +85,10 @@ class Encoder:
         if self._pools is None or self.method.site == "projected":
             projected = projector(x).reshape(len(flat), -1)
             if self._pools is not None:
-                which, values = self._selected(projected)
+                which, values = self._selected(projected, calls)
             rows = projected[which] if values is None else values.to(projected.dtype)
         else:
-            which, values = self._selected(flat)
+            which, values = self._selected(flat, calls)
             picked = together[which].view(-1, x.shape[-1])
             if values is not None:
                 picked = vision_pruning.merged_rows(self.method, self.adapter.name, picked, values)
@@ -91,11 +98,8 @@ class Encoder:
         ]
         return self._assembled(which, rows, deepstack)
 
-    def _selected(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _selected(self, features: Tensor, calls: list[tuple]) -> tuple[Tensor, Tensor | None]:
         signals = {}
-        calls = [call for seen in self._taps.values() for call in seen]
-        for seen in self._taps.values():
-            seen.clear()
         if calls:
             calls = self.adapter.fixed_encoder.calls(self.base, self.shape, calls)
             if self.method.encoder_attention == "last":
@@ -161,13 +165,17 @@ def _tapped(module: torch.nn.Module, seen: list):
         AttentionInterface.register(name, _noting(implementation))
     tapped = copy.copy(config)
     tapped._attn_implementation_internal = name
-    tapped.sts_seen = seen
+    tapped.sts_seen, tapped.sts_own = seen, config
     return tapped
 
 
 def _noting(implementation: str):
     def attention(module, query, key, *args, **kwargs):
-        module.config.sts_seen.append((query, key, kwargs.get("scaling") or query.shape[-1] ** -0.5))
+        config = module.config
+        config.sts_seen.append((query, key, kwargs.get("scaling") or query.shape[-1] ** -0.5))
+        if "flash" in implementation:  # reads the implementation from module.config again
+            module = copy.copy(module)
+            module.config = config.sts_own
         return function_of(implementation, module)(module, query, key, *args, **kwargs)
 
     return attention
