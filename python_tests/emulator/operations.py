@@ -499,7 +499,9 @@ PATHS = (
     VarlenCase(
         "packed_tiles", (150, 70, 1, 200, 140), (9, 12, 1, 5, 40), 72, cases.near_duplicates
     ),  # as "large_tiles"
-    VarlenCase("packed_many", tuple(b % 4 for b in range(270)), tuple(b % 4 // 2 + b % 2 for b in range(270)), 4),
+    VarlenCase(
+        "packed_many", ((0,) * 14 + (5,)) * 18, ((0,) * 14 + (3,)) * 18, 4
+    ),  # more than the planning block has threads
 )
 
 
@@ -607,6 +609,7 @@ def nonsense() -> list[Call]:
             ("overlap", [0, 60, 30, 90, 150, 0, 240], [0, 5, 10, 15, 20, 25, 30]),
             ("places", [0, 40, 80, 120, 160, 200, 240], [0, 10, 5, 15, 20, 25, 30]),
             ("long", [0, 60, 120, 181, 182, 182, 240], [0, 5, 10, 15, 20, 25, 30]),
+            ("late", [40, 80, 120, 160, 200, 220, 240], [2, 5, 10, 15, 20, 25, 29]),
         ):
             made.append(packed(name, torch.tensor(seqlens), torch.tensor(budgets), None, way))
             made.append(packed(f"{name}-anchor", torch.tensor(seqlens), torch.tensor(budgets), wild, way))
