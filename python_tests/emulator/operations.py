@@ -303,7 +303,7 @@ def _select(op, name, features, k, options, judge, packed=None, num_tokens=None,
         f"{op}_{SUFFIX[rows.dtype]}",
         args,
         lambda *arrays: judge(torch.from_numpy(arrays[-1])),
-        f"{kind}{way['lookahead']}",
+        f"{'packed-' if packed else ''}{kind.removeprefix('waves-')}",
     )
 
 
@@ -397,12 +397,13 @@ WAYS = (  # to select
 
 
 def ways(case) -> tuple:
-    """The ways to select of `case`. Packed items also in waves of as few as fit, longer ones in sweeps; and with a
+    """The ways to select of `case`. Packed items also in waves of as few as fit, the longest in sweeps; and with a
     bound on their length, which makes waves of them all."""
     if not isinstance(case, cases.VarlenCase):
         return WAYS
-    tight = {"max_seqlen": max(case.lengths), "wave_floats": 1}
-    return *WAYS, {"matrix_tokens": 40, "wave_floats": 1}, tight, {**tight, "item_blocks": 4}
+    longest = max(case.lengths)
+    tight = {"max_seqlen": longest, "wave_floats": 1}
+    return *WAYS, {"matrix_tokens": longest - 1, "wave_floats": 1}, tight, {**tight, "item_blocks": 4}
 
 
 def of_sets(case, features, num_tokens) -> list[Call]:
