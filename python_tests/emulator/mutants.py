@@ -354,12 +354,6 @@ MUTANTS = (
         says=RACE,
     ),
     mutant(
-        "tokens past the end are an item's own",
-        "repulsion_select",
-        "select_stored.cuh",
-        ("const bool inside = j < tokens;", "const bool inside = true;"),
-    ),
-    mutant(
         "a picked token can be picked again",
         "repulsion_select",
         "selection.cuh",
