@@ -276,8 +276,8 @@ class GroupBarrier {
 __device__ __forceinline__ unsigned shared_address(const void* address) { return static_cast<unsigned>(__cvta_generic_to_shared(address)); }
 #endif
 
-// An mbarrier in the shared memory of the block that receives. A phase ends, and the next begins, when `count` arrivals and as many bytes as
-// were expected with them have come. A sender has to know that the phase before has ended.
+// An mbarrier in the shared memory of the block that receives. A phase ends, and the next begins, when `count` arrivals and as many bytes
+// as were expected with them have come. A sender has to know that the phase before has ended.
 using Arrivals = unsigned long long;
 
 // By one thread, before the block, or the cluster, synchronises for the first time.

@@ -51,8 +51,8 @@ using TensorMap = CUtensorMap;
 #endif
 constexpr int kBoxChannels = 64;  // 128 bytes a row: the widest swizzle
 
-// Describes (items, rows, parts, channels) of 16-bit elements to the copy engine: boxes of box_rows rows of one part. pitch: elements from part
-// to part, a multiple of 8. What a box has outside the tensor is zero.
+// Describes (items, rows, parts, channels) of 16-bit elements to the copy engine: boxes of box_rows rows of one part. pitch: elements from
+// part to part, a multiple of 8. What a box has outside the tensor is zero.
 inline cudaError_t make_tensor_map(const void* data, int64_t channels, int parts, int64_t rows, int64_t items, int64_t pitch, int box_rows,
                                    TensorMap& map) {
 #ifdef STS_EMULATE
@@ -100,8 +100,8 @@ __device__ __forceinline__ void take_registers() {
 #endif
 }
 
-// Starts the copy of a box to `shared`, on 1024 bytes, its rows 128 bytes apart and their 16-byte chunks swizzled by row, with a period of 8
-// rows. Its bytes come to `arrivals`. By one thread.
+// Starts the copy of a box to `shared`, on 1024 bytes, its rows 128 bytes apart and their 16-byte chunks swizzled by row, with a period of
+// 8 rows. Its bytes come to `arrivals`. By one thread.
 __device__ __forceinline__ void copy_box(void* shared, const TensorMap& map, int channel, int part, int row, int item, Arrivals* arrivals) {
 #ifdef STS_EMULATE
   emulator::start_box(shared, map, channel, part, row, item, arrivals);
@@ -174,9 +174,9 @@ __device__ __forceinline__ void wgmma_of(float (&d)[64], uint64_t a, uint64_t b,
 #undef STS_FOUR
 #endif
 
-// Starts d = a b^T, or d += a b^T, of a warpgroup, in float32: 64 rows of a by 2 * kSums rows of b, 16 channels from k * 16 on, of __half or
-// __nv_bfloat16 (the tag). a, b: as copy_box leaves them. Warp w has rows 16 w and on; thread d[4 n + 2 h + e] is of row lane / 4 + 8 h and of
-// column 8 n + lane % 4 * 2 + e.
+// Starts d = a b^T, or d += a b^T, of a warpgroup, in float32: 64 rows of a by 2 * kSums rows of b, 16 channels from k * 16 on, of __half
+// or __nv_bfloat16 (the tag). a, b: as copy_box leaves them. Warp w has rows 16 w and on; thread d[4 n + 2 h + e] is of row lane / 4 + 8 h
+// and of column 8 n + lane % 4 * 2 + e.
 template <class T, int kSums>
 __device__ __forceinline__ void wgmma(float (&d)[kSums], const T* a, const T* b, int k, bool add) {
 #ifdef STS_EMULATE

@@ -1,18 +1,19 @@
 // The distances of all pairs of tokens on Hopper's tensor cores.
 //
 // What: |a|^2 + |b|^2 - 2ab of the rows that launch_token_stats has centred, products exact, sums in float32; one square tile of the upper
-//   triangle after another, mirrored. Where that cancels (cancellation<>) the pair is computed again by differences. A pair's bits depend on
-//   the pair and the centre of its item alone, not on the tile.
-//   A float32 row is the sum of two rows of bfloat16, up to 2^-18 of an element, and a product three: of the first parts, and of each first part
-//   with the other's second. That is 1.2e-5 of |a||b| off at most, and 1.9e-4 of a distance that is kept.
-// Chosen when: compute capability 9.0, code for sm_90a, padded items; of float32 rows, where Store::kThreeProducts. Rows of the copy are 16-byte
-//   aligned, whatever the features' are.
-// Steps: a producer warp (1) brings 64 channels of a tile's rows and columns a stage by TMA; a diagonal tile has rows alone. Warpgroups of 64
-//   rows each (2) multiply them by wgmma, and close a run of kMmaRun channels into rounded float32; (3) epilogue: distances from the sums,
-//   stored twice, and what cancels is marked; (4) warps repair their marked pairs, four of a row at a time.
-// Synchronisation: two mbarriers a stage. full: the producer's announcement and its bytes; empty: an arrival of every consumer warp, once its
-//   products of the stage have ended. The producer runs ahead into the next tile: loads go on during an epilogue. Blocks know nothing of each
-//   other.
+//   triangle after another, mirrored. Where that cancels (cancellation<>) the pair is computed again by differences. A pair's bits depend
+//   on the pair and the centre of its item alone, not on the tile.
+//   A float32 row is the sum of two rows of bfloat16, up to 2^-18 of an element, and a product three: of the first parts, and of each first
+//   part with the other's second. That is 1.2e-5 of |a||b| off at most, and 1.9e-4 of a distance that is kept.
+// Chosen when: compute capability 9.0, code for sm_90a, padded items; of float32 rows, where Store::kThreeProducts. Rows of the copy are
+//   16-byte aligned, whatever the features' are.
+// Steps: a producer warp (1) brings 64 channels of a tile's rows and columns a stage by TMA; a diagonal tile has rows alone. Warpgroups of
+//   64 rows each (2) multiply them by wgmma, and close a run of kMmaRun channels into rounded float32; (3) epilogue: distances from the
+//   sums, stored twice, and what cancels is marked; (4) warps repair their marked pairs, four of a row at a time.
+// Synchronisation: mbarriers. full, of each stage: the producer's announcement and its bytes. empty, of each stage: an arrival of every
+//   consumer warp, once its products of the stage have ended. The producer runs ahead into the next tile: loads go on during an epilogue.
+//   met: all consumer warps have lowered the tile's column minima. These are double-buffered: a warp that lowers those of tile t + 2 has
+//   met the others at t + 1, where they arrive after they have read those of t. Blocks know nothing of each other.
 #pragma once
 #include "hopper.cuh"
 #include "sqdist_mma.cuh"
@@ -29,14 +30,14 @@ using copy_t = std::conditional_t<sizeof(scalar_t) == 2, scalar_t, __nv_bfloat16
 template <class scalar_t, int kTile>
 constexpr int kWgmmaStages = (kTile == kLargeMmaTile ? 6 : 12) / kCopyParts<scalar_t>;  // 192 KB
 template <class scalar_t, int kTile, int kStages>
-constexpr size_t kWgmmaSharedBytes = size_t(kStages) * kCopyParts<scalar_t> * 2 * kTile * kBoxChannels * 2 + 1024;  // stages start on 1024 bytes
+constexpr size_t kWgmmaSharedBytes = size_t(kStages) * kCopyParts<scalar_t> * 2 * kTile * kBoxChannels * 2 + 1024;  // to a multiple of 1024
 
 // A distance below so much of both norms is computed again.
 template <class scalar_t, class Store>
 constexpr float cancellation = kCopyParts<scalar_t> == 1 ? Store::kCancellation : 1.f / 16;
 
-// Tile number t of an upper triangle: first those off the diagonal, column by column, then the diagonal ones, which load half as much and so
-// end a launch evenly.
+// Tile number t of an upper triangle: first those off the diagonal, column by column, then the diagonal ones, which load half as much and
+// so end a launch evenly.
 struct TriangleTile {
   int row, column;
   __device__ __forceinline__ TriangleTile(int t, int tiles) {
@@ -51,8 +52,8 @@ struct TriangleTile {
   }
 };
 
-// The marked pairs of 16 rows of a tile, by the warp that has stored them: those above the diagonal, each twice. low, high: the lanes that have
-// marked one of their pairs in the first 8 rows, in the others.
+// The marked pairs of 16 rows of a tile, by the warp that has stored them: those above the diagonal, each twice. low, high: the lanes that
+// have marked one of their pairs in the first 8 rows, in the others.
 template <int kTile, class scalar_t, class Store>
 __device__ __noinline__ void repair_marked(Rows<scalar_t> rows, bool aligned, int64_t entry, unsigned low, unsigned high, int first_row,
                                            int first_column, int width, Store store, int64_t pitch, float* matrix, uint32_t* least) {
@@ -67,6 +68,7 @@ __device__ __noinline__ void repair_marked(Rows<scalar_t> rows, bool aligned, in
       const int column = first_column + c * 32 + lane;
       stored[c] = column > row && column < width ? matrix[row * pitch + column] : 0.f;
     }
+    __syncwarp();  // all lanes have read what others store below
 #pragma unroll
     for (int c = 0; c < kTile / 32; ++c) {
       const int begin = first_column + c * 32;
@@ -77,14 +79,14 @@ __device__ __noinline__ void repair_marked(Rows<scalar_t> rows, bool aligned, in
         float sqdist[4];
 #pragma unroll
         for (int p = 0; p < 4; ++p) {
-          column[p] = left ? begin + __ffs(static_cast<int>(left)) - 1 : column[0];
-          other[p] = rows.row(entry, column[p]);
+          column[p] = left ? begin + __ffs(static_cast<int>(left)) - 1 : -1;
+          other[p] = rows.row(entry, column[p] >= 0 ? column[p] : row);
           left &= left - 1;  // of 0: 0
         }
         warp_sqdist<sizeof(scalar_t) == 2>(rows.row(entry, row), other, rows.channels, aligned, sqdist);
 #pragma unroll
         for (int p = 0; p < 4; ++p) {
-          if (lane != p) continue;
+          if (lane != p || column[p] < 0) continue;
           const float value = store(sqdist[p], false);
           matrix[row * pitch + column[p]] = value;
           matrix[column[p] * pitch + row] = value;
@@ -97,8 +99,8 @@ __device__ __noinline__ void repair_marked(Rows<scalar_t> rows, bool aligned, in
   }
 }
 
-// map: the centred rows in boxes of kTile. rows, norms: of all items; differences are taken of `rows`. out: (entries, tokens, tokens), rows `pitch`
-// floats apart.
+// map: the centred rows in boxes of kTile. rows, norms: of all items; differences are taken of `rows`. out: (entries, tokens, tokens), rows
+// `pitch` floats apart.
 template <class scalar_t, int kTile, int kStages, class Store>
 __global__ void __launch_bounds__(hopper_threads(kWgmmaThreads<kTile>), 1)
     sqdist_wgmma_kernel(const __grid_constant__ TensorMap map, Rows<scalar_t> rows, bool aligned, Items items, int64_t first_entry,
@@ -109,7 +111,8 @@ __global__ void __launch_bounds__(hopper_threads(kWgmmaThreads<kTile>), 1)
   constexpr int kWarps = kTile / 64 * 4, kSums = kTile / 2, kPart = kTile * kBoxChannels, kSide = kParts * kPart;
   constexpr int kRunSteps = kMmaRun / kBoxChannels;
   STS_DYNAMIC_SHARED(unsigned char, memory);
-  __shared__ Arrivals full[kStages], empty[kStages];
+  __shared__ Arrivals full[kStages], empty[kStages], met;
+  __shared__ uint32_t column_least[2][kTile];  // ordered bits
   element_t* const stages = reinterpret_cast<element_t*>(memory + (1024 - reinterpret_cast<uintptr_t>(memory) % 1024) % 1024);
   const int lane = threadIdx.x % 32, warp = __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / 32, 0);
   const int tiles = static_cast<int>(ceil_div(items.tokens, kTile)), steps = static_cast<int>(ceil_div(rows.channels, kBoxChannels));
@@ -118,6 +121,8 @@ __global__ void __launch_bounds__(hopper_threads(kWgmmaThreads<kTile>), 1)
     init_arrivals(&full[threadIdx.x]);
     init_arrivals(&empty[threadIdx.x], kWarps);
   }
+  if (threadIdx.x == 0) init_arrivals(&met, kWarps);
+  if (threadIdx.x < kTile) column_least[0][threadIdx.x] = column_least[1][threadIdx.x] = ~0u;
   __syncthreads();
   // f(entry, first row, first column, tokens) for the tiles of this block.
   const auto for_tiles = [&](const auto& f) {
@@ -158,6 +163,7 @@ __global__ void __launch_bounds__(hopper_threads(kWgmmaThreads<kTile>), 1)
   }
 
   if constexpr (kTile == kLargeMmaTile) take_registers<232>();
+  int meeting = 0;
   for_tiles([&](int64_t entry, int row0, int column0, int width) {
     const bool diagonal_tile = row0 == column0;
     const int first_row = row0 + warp * 16;  // of the warp: 16 w of a warpgroup, 64 from one warpgroup to the next
@@ -247,8 +253,16 @@ __global__ void __launch_bounds__(hopper_threads(kWgmmaThreads<kTile>), 1)
     if (least) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) rows_least.template note<1, 4>(h, least, i + h * 8);
+      uint32_t* const lowest = column_least[meeting & 1];
 #pragma unroll
-      for (int c = 0; c < kTile / 4; ++c) columns_least.template note<4, 32>(c, least, j + c / 2 * 8 + c % 2);
+      for (int c = 0; c < kTile / 4; ++c) columns_least.template note<4, 32>(c, lowest, lane % 4 * 2 + c / 2 * 8 + c % 2);
+      __syncwarp();
+      if (lane == 0) arrive(&met);
+      await_arrivals(&met, meeting++);
+      if (threadIdx.x < kTile) {
+        if (lowest[threadIdx.x] != ~0u) atomicMin(least + column0 + threadIdx.x, lowest[threadIdx.x]);
+        lowest[threadIdx.x] = ~0u;
+      }
     }
     const unsigned low = __ballot_sync(kFullWarp, marked[0]), high = __ballot_sync(kFullWarp, marked[1]);
     if (low | high)
@@ -286,7 +300,8 @@ cudaError_t launch_sqdist_wgmma_of(const Rows<scalar_t>& rows, const Items& item
       make_tensor_map(stats.centred, rows.channels, kCopyParts<scalar_t>, items.tokens, items.count, copy_pitch, kTile, map);
   if (error != cudaSuccess) return error;
   // Differences of the 16-bit copy are those of the features, and its rows are aligned.
-  const Rows<scalar_t> copy{static_cast<const scalar_t*>(stats.centred), items.tokens * copy_pitch, copy_pitch, static_cast<int>(copy_pitch)};
+  const auto* const centred = static_cast<const scalar_t*>(stats.centred);
+  const Rows<scalar_t> copy{centred, items.tokens * copy_pitch, copy_pitch, static_cast<int>(copy_pitch)};
   const Rows<scalar_t> exact = sizeof(scalar_t) == 2 ? copy : rows;
   const int64_t all_tiles = tiles * (tiles + 1) / 2 * entries, sms = device_sm_count();
   const Launch shape{dim3(static_cast<unsigned>(all_tiles < sms ? all_tiles : sms)), dim3(kWgmmaThreads<kTile>),
@@ -299,8 +314,10 @@ cudaError_t launch_sqdist_wgmma_of(const Rows<scalar_t>& rows, const Items& item
 template <class scalar_t, class Store>
 cudaError_t launch_sqdist_wgmma(const Rows<scalar_t>& rows, const Items& items, int64_t first_entry, int64_t entries, int tile,
                                 const TokenStats& stats, Store store, int64_t pitch, float* out, cudaStream_t stream) {
-  return tile == kLargeMmaTile ? launch_sqdist_wgmma_of<scalar_t, kLargeMmaTile>(rows, items, first_entry, entries, stats, store, pitch, out, stream)
-                               : launch_sqdist_wgmma_of<scalar_t, kSmallMmaTile>(rows, items, first_entry, entries, stats, store, pitch, out, stream);
+  constexpr int kLarge = kLargeMmaTile, kSmall = kSmallMmaTile;
+  const auto launch_tile = tile == kLarge ? launch_sqdist_wgmma_of<scalar_t, kLarge, kWgmmaStages<scalar_t, kLarge>, Store>
+                                          : launch_sqdist_wgmma_of<scalar_t, kSmall, kWgmmaStages<scalar_t, kSmall>, Store>;
+  return launch_tile(rows, items, first_entry, entries, stats, store, pitch, out, stream);
 }
 
 }  // namespace sts

@@ -1,8 +1,8 @@
 // What a selection needs to know of its tokens before their distances.
 //
-// What: whether each is finite; how far it is from the mean of its item's finite tokens (the nearest is the default anchor); for tensor cores
-//   the item's centre, each token's squared norm from there, and a copy of the rows less the centre. Sums run over fixed chunks of tokens in
-//   fixed order: an item's numbers do not depend on what else is in the batch.
+// What: whether each is finite; how far it is from the mean of its item's finite tokens (the nearest is the default anchor); for tensor
+//   cores the item's centre, each token's squared norm from there, and a copy of the rows less the centre. Sums run over fixed chunks of
+//   tokens in fixed order: an item's numbers do not depend on what else is in the batch.
 // Chosen when: always; of the numbers those whose arrays are there.
 // Steps: (1) sum_chunks, a block a chunk: which tokens are finite, then the sums, lows and highs of their channels; (2) mean, a block 32
 //   channels: the mean and the centre of all chunks; (3) mean_sqdist, a warp a token: its distances to both, and its row of the copy.
@@ -41,8 +41,8 @@ struct TokenStats {
   float* mean_sqdist;  // (all tokens): distance to the mean, or 0 where items have anchors; infinite for a token that is not finite
   float* norms;        // (all tokens): squared distance to the centre, NaN of a token that is not finite; or null
   void* centre;        // (items, channels): elements of the features' type, 16-byte aligned; or null
-  // The finite rows less the centre, exactly, or null. 16-bit features: (all tokens, centred_pitch(channels)), the last channels zero. float32:
-  // (all tokens, 2, centred_pitch(channels)) of bfloat16, whose first part is the nearest element and the second that of the rest.
+  // The finite rows less the centre, exactly, or null. 16-bit features: (all tokens, centred_pitch(channels)), the last channels zero.
+  // float32: (all tokens, 2, centred_pitch(channels)) of bfloat16, whose first part is the nearest element and the second that of the rest.
   void* centred;
   // Scratch. Null where items have anchors:
   float* sums;    // (all chunks, channels)

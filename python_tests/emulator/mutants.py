@@ -182,18 +182,14 @@ MUTANTS = (
         "pairwise_sqdist",
         "sqdist_wgmma.cuh",
         ("if (turn > 0) await_arrivals(&empty[stage], turn - 1);", ""),
-    ),
-    mutant(
-        "a stage is multiplied before it has come",
-        "pairwise_sqdist",
-        "sqdist_wgmma.cuh",
-        ("await_arrivals(&full[stage], turn);", ""),
+        says=OVERTAKEN,
     ),
     mutant(
         "a wait for the phase before",
         "pairwise_sqdist",
         "sqdist_wgmma.cuh",
         ("await_arrivals(&full[stage], turn);", "await_arrivals(&full[stage], turn > 0 ? turn - 1 : 0);"),
+        says="deadlock",
     ),
     mutant(
         "a stage is given back while it is multiplied",
@@ -211,6 +207,7 @@ MUTANTS = (
             "      if (lane == 0) arrive(&empty[used]);\n#pragma",
             "      if (threadIdx.x == 0) arrive(&empty[used]);\n#pragma",
         ),
+        says="deadlock",
     ),
     mutant(
         "columns come unannounced",
@@ -249,6 +246,13 @@ MUTANTS = (
         "repulsion_select",
         "token_stats.cuh",
         ("subtract_pairs(x[u].word[2], common[u].word[2], scalar_t())", "x[u].word[2]"),
+    ),
+    mutant(
+        "column minima read before all warps have lowered them",
+        "repulsion_select",
+        "sqdist_wgmma.cuh",
+        ("      await_arrivals(&met, meeting++);\n", "      meeting++;\n"),
+        says=RACE,
     ),
     mutant(
         "a tile of another item",
@@ -432,12 +436,6 @@ MUTANTS = (
         ("report[step & 1][warp] =", "report[0][warp] ="),
         ("lowest_report<kWarps>(report[step & 1]", "lowest_report<kWarps>(report[0]"),
         says=RACE,
-    ),
-    mutant(
-        "tokens past the end are an item's own",
-        "repulsion_select",
-        "select_stored.cuh",
-        ("const bool inside = j < tokens;", "const bool inside = true;"),
     ),
     mutant(
         "a picked token can be picked again",

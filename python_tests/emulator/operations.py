@@ -305,7 +305,7 @@ def _select(op, name, features, k, options, judge, packed=None, num_tokens=None,
         f"{op}_{SUFFIX[rows.dtype]}",
         args,
         lambda *arrays: judge(torch.from_numpy(arrays[-1])),
-        f"{kind}{way['lookahead']}",
+        f"{'packed-' if packed else ''}{kind.removeprefix('waves-')}",
     )
 
 
@@ -401,12 +401,13 @@ WAYS = (  # to select
 
 def ways_of(case, dtype) -> list[dict]:
     """The ways to select of `case` that differ: Hopper's tensor cores take padded items alone. Packed items also in
-    waves of as few as fit, longer ones in sweeps; and with a bound on their length, which makes waves of them all."""
+    waves of as few as fit, the longest in sweeps; and with a bound on their length, which makes waves of them all."""
     if not isinstance(case, cases.VarlenCase):
         return [way for way in WAYS if dtype != torch.float32 or way.get("wgmma", 1)]
-    tight = {"max_seqlen": max(case.lengths), "wave_floats": 1}
+    longest = max(case.lengths)
+    tight = {"max_seqlen": longest, "wave_floats": 1}
     plain = [way for way in WAYS if way.get("wgmma", 1)]
-    return [*plain, {"matrix_tokens": 40, "wave_floats": 1}, tight, {**tight, "item_blocks": 4}]
+    return [*plain, {"matrix_tokens": longest - 1, "wave_floats": 1}, tight, {**tight, "item_blocks": 4}]
 
 
 def of_sets(case, features, num_tokens) -> list[Call]:
@@ -503,7 +504,9 @@ PATHS = (
     VarlenCase(
         "packed_tiles", (150, 70, 1, 200, 140), (9, 12, 1, 5, 40), 72, cases.near_duplicates
     ),  # as "large_tiles"
-    VarlenCase("packed_many", tuple(b % 4 for b in range(270)), tuple(b % 4 // 2 + b % 2 for b in range(270)), 4),
+    VarlenCase(
+        "packed_many", ((0,) * 14 + (5,)) * 18, ((0,) * 14 + (3,)) * 18, 4
+    ),  # more than the planning block has threads
 )
 
 
@@ -620,6 +623,7 @@ def nonsense() -> list[Call]:
             ("overlap", [0, 60, 30, 90, 150, 0, 240], [0, 5, 10, 15, 20, 25, 30]),
             ("places", [0, 40, 80, 120, 160, 200, 240], [0, 10, 5, 15, 20, 25, 30]),
             ("long", [0, 60, 120, 181, 182, 182, 240], [0, 5, 10, 15, 20, 25, 30]),
+            ("late", [40, 80, 120, 160, 200, 220, 240], [2, 5, 10, 15, 20, 25, 29]),
         ):
             made.append(packed(name, torch.tensor(seqlens), torch.tensor(budgets), None, way))
             made.append(packed(f"{name}-anchor", torch.tensor(seqlens), torch.tensor(budgets), wild, way))

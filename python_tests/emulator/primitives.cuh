@@ -93,8 +93,8 @@ cudaError_t launch_matmul(const T* a, const T* b, float* out, int m, int n, int 
 STS_KERNEL(primitive_matmul_float16, launch_matmul<__half>);
 STS_KERNEL(primitive_matmul_bfloat16, launch_matmul<__nv_bfloat16>);
 
-// out (items, m, n) = a (items, m, k) b (items, n, k)^T by Hopper's copy engine and tensor cores: a producer warp, two stages, and a warpgroup for
-// 64 x kColumns of out. Rows of a and b are k elements, a multiple of 8, apart.
+// out (items, m, n) = a (items, m, k) b (items, n, k)^T by Hopper's copy engine and tensor cores: a producer warp, two stages, and a
+// warpgroup for 64 x kColumns of out. Rows of a and b are k elements, a multiple of 8, apart.
 template <class T, int kColumns>
 __global__ void __launch_bounds__(hopper_threads(160))
     hopper_matmul_kernel(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b, float* out, int m, int n, int k) {

@@ -5,7 +5,7 @@
     python -m python_tests.emulator.smoke --binary build/smoke/sts_kernels_smoke --out build/smoke/memcheck \\
         --under "compute-sanitizer --tool memcheck --error-exitcode 9"
 
-racecheck takes much longer a call than the other tools; 68 calls reach every kernel and algorithm:
+racecheck takes much longer a call than the other tools; 92 calls reach every kernel and algorithm:
 
     python -m python_tests.emulator.smoke --binary build/smoke/sts_kernels_smoke --out build/smoke/racecheck \\
         --work 6e4 --per-kernel 1 --under "compute-sanitizer --tool racecheck --error-exitcode 9"
