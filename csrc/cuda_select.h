@@ -12,10 +12,17 @@ inline void check_device_values(const Selection& selection) {
   std::vector<std::vector<int64_t>> copies;
   const auto on_host = [&](const std::optional<Tensor>& value) -> const int64_t* {
     if (!value) return nullptr;
+    const Integers integers = integers_of(value);
     copies.emplace_back(value->size(0));
-    CudaScope::check(cudaMemcpy(copies.back().data(), data_or_null(value), copies.back().size() * sizeof(int64_t), cudaMemcpyDeviceToHost),
-                     "STS_KERNELS_CHECK");
-    return copies.back().data();
+    std::vector<int64_t>& copy = copies.back();
+    const size_t bytes = copy.size() * (integers.narrow ? sizeof(int32_t) : sizeof(int64_t));
+    CudaScope::check(cudaMemcpy(copy.data(), integers.data, bytes, cudaMemcpyDeviceToHost), "STS_KERNELS_CHECK");
+    for (size_t i = copy.size(); integers.narrow && i-- > 0;) {  // from the back: in place
+      int32_t value;
+      memcpy(&value, reinterpret_cast<const int32_t*>(copy.data()) + i, sizeof value);
+      copy[i] = value;
+    }
+    return copy.data();
   };
   copies.reserve(4);
   Items items = selection.items;

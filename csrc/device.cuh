@@ -14,6 +14,8 @@
 #include <cstring>
 #include <type_traits>
 
+#include "plan_cache.h"
+
 // STS_KERNEL(name, launcher), at the end of a .cuh, offers a launcher to the tests under `name`. The product ignores it.
 #ifdef STS_KERNEL_TABLE
 #include "kernel_table.h"
@@ -40,23 +42,36 @@ struct Launch {
   unsigned cluster = 1;      // blocks per cluster, along x
   bool cooperative = false;  // all blocks resident at once; the launch fails where they do not fit
   cudaStream_t stream = nullptr;
+  bool overlap = false;  // blocks may start before the launch ahead ends, where the device can: the kernel begins with await_predecessor
 };
 
-// Raises the limit of dynamic shared memory where `bytes` is above what every kernel may use.
+template <class... Params>
+const void* address_of(void (*kernel)(Params...)) {
+  return reinterpret_cast<const void*>(kernel);
+}
+
+// The current device, or -1.
+inline int current_device() {
+  int device = -1;
+  return cudaGetDevice(&device) == cudaSuccess ? device : -1;
+}
+
+// Raises the limit of dynamic shared memory where `bytes` is above it.
 template <class... Params>
 cudaError_t allow_shared(void (*kernel)(Params...), size_t bytes) {
-  if (bytes <= 48 * 1024) return cudaSuccess;
-  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              static_cast<int>(bytes));
+  constexpr size_t kPreset = 48 * 1024;  // every kernel may use it
+  return PlanCache::of_process().raise_limit(address_of(kernel), current_device(), bytes, kPreset, [&] {
+    return cudaFuncSetAttribute(address_of(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  });
 }
 
 #ifndef STS_EMULATE
 // A launch as the runtime wants it described.
 struct RuntimeLaunch {
-  cudaLaunchAttribute attributes[2];
+  cudaLaunchAttribute attributes[3];
   cudaLaunchConfig_t config{};
 
-  explicit RuntimeLaunch(const Launch& shape) {
+  explicit RuntimeLaunch(const Launch& shape, bool overlap = false) {
     config.gridDim = shape.grid;
     config.blockDim = shape.block;
     config.dynamicSmemBytes = shape.shared_bytes;
@@ -74,55 +89,87 @@ struct RuntimeLaunch {
       attribute.id = cudaLaunchAttributeCooperative;
       attribute.val.cooperative = 1;
     }
+    if (overlap) {
+      cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+      attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attribute.val.programmaticStreamSerializationAllowed = 1;
+    }
   }
   RuntimeLaunch(const RuntimeLaunch&) = delete;  // config points to attributes
 };
 #endif
 
+// Whether launches of `kernel` may overlap on the current device: its code was compiled for sm_90, so that it waits, and the driver can
+// capture such launches into a graph.
+template <class... Params>
+bool may_overlap(void (*kernel)(Params...)) {
+#ifdef STS_EMULATE
+  return true;
+#else
+  return PlanCache::of_process().answer({address_of(kernel), current_device(), 0, 0, 0}, 0, [&](int& may) {
+    constexpr int kGraphsFrom = 12030;
+    cudaFuncAttributes attributes;
+    int driver = 0;
+    if (cudaFuncGetAttributes(&attributes, address_of(kernel)) != cudaSuccess || cudaDriverGetVersion(&driver) != cudaSuccess) return false;
+    may = attributes.ptxVersion >= 90 && driver >= kGraphsFrom;
+    return true;
+  });
+#endif
+}
+
 template <class... Params, class... Args>
 cudaError_t launch(void (*kernel)(Params...), const Launch& shape, Args... args) {
   if (const cudaError_t error = allow_shared(kernel, shape.shared_bytes); error != cudaSuccess) return error;
 #ifdef STS_EMULATE
-  return emulator::launch(shape.grid, shape.block, shape.shared_bytes, shape.cluster, shape.cooperative,
+  return emulator::launch(shape.grid, shape.block, shape.shared_bytes, shape.cluster, shape.cooperative, shape.overlap,
                           [=] { kernel(static_cast<Params>(args)...); });
 #else
-  const RuntimeLaunch runtime(shape);
+  const RuntimeLaunch runtime(shape, shape.overlap && may_overlap(kernel));
   return cudaLaunchKernelEx(&runtime.config, kernel, static_cast<Params>(args)...);
 #endif
 }
 
-// Multiprocessors of the current device, at least 1.
+// SMs of the current device, at least 1.
 inline int device_sm_count() {
-  int device = 0, count = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 1;
-  if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return 1;
-  return count;
+  const int device = current_device();
+  return PlanCache::of_process().answer({nullptr, device, 0, 0, 0}, 1, [&](int& count) {
+    return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess && count > 0;
+  });
 }
 
 // Blocks of `kernel` that are resident at once on the whole current device; 0 where it cannot run.
 template <class... Params>
 int max_resident_blocks(void (*kernel)(Params...), int threads, size_t shared_bytes) {
-  int per_sm = 0;
-  if (allow_shared(kernel, shared_bytes) != cudaSuccess) return 0;
-  if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, threads, shared_bytes) != cudaSuccess) return 0;
+  const DriverQuestion question{address_of(kernel), current_device(), static_cast<unsigned>(threads), shared_bytes, 1};
+  const int per_sm = PlanCache::of_process().answer(question, 0, [&](int& blocks) {
+    return allow_shared(kernel, shared_bytes) == cudaSuccess &&
+           cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes) == cudaSuccess;
+  });
   return per_sm * device_sm_count();
 }
 
 // Whether the current device can run a launch of `kernel` in clusters, and its code was compiled for devices that can.
 template <class... Params>
 bool clusters_fit(void (*kernel)(Params...), const Launch& shape) {
+  const DriverQuestion question{address_of(kernel), current_device(), shape.block.x, shape.shared_bytes, shape.cluster};
+  const int fit = PlanCache::of_process().answer(question, 0, [&](int& fit) {
 #ifdef STS_EMULATE
-  return emulator::clusters_fit(shape.cluster);
+    fit = emulator::clusters_fit(shape.cluster);
+    return true;
 #else
-  const RuntimeLaunch runtime(shape);
-  cudaFuncAttributes attributes;
-  int resident = 0;
-  const bool fit = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)) == cudaSuccess &&
-                   attributes.ptxVersion >= 90 && allow_shared(kernel, shape.shared_bytes) == cudaSuccess &&
-                   cudaOccupancyMaxActiveClusters(&resident, kernel, &runtime.config) == cudaSuccess && resident > 0;
-  if (!fit) cudaGetLastError();  // a refusal is an answer here
-  return fit;
+    const RuntimeLaunch runtime(shape);
+    cudaFuncAttributes attributes;
+    int resident = 0;
+    bool answered = cudaFuncGetAttributes(&attributes, address_of(kernel)) == cudaSuccess;
+    if (answered && attributes.ptxVersion >= 90)
+      answered = allow_shared(kernel, shape.shared_bytes) == cudaSuccess &&
+                 cudaOccupancyMaxActiveClusters(&resident, kernel, &runtime.config) == cudaSuccess;
+    if (!answered) cudaGetLastError();  // a refusal is an answer here
+    fit = resident > 0;
+    return answered;
 #endif
+  });
+  return fit != 0;
 }
 
 // ---- device: elements ----
@@ -153,6 +200,18 @@ __device__ __forceinline__ uint32_t subtract_pairs(uint32_t a, uint32_t b, T) {
   return a;
 }
 #endif
+
+// ---- device: launches that overlap (sm_90) ----
+
+// The first statement of a kernel that Launch::overlap is for. Waits until the launch ahead on the stream has ended, and its writes are
+// visible; and lets the blocks of the launch behind start, which then wait here.
+__device__ __forceinline__ void await_predecessor() {
+#ifdef STS_EMULATE
+  emulator::await_predecessor();
+#elif __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;\n\tgriddepcontrol.wait;" ::: "memory");
+#endif
+}
 
 // ---- device: barriers between blocks ----
 

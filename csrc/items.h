@@ -18,18 +18,34 @@ struct Item {
   bool valid;         // false: counts, offsets or the anchor are out of range, and every pick is -1
 };
 
+// A vector of integers of either type, or null.
+struct Integers {
+  const void* data;
+  bool narrow;  // int32, else int64
+
+  STS_HOST_DEVICE Integers(const int64_t* wide = nullptr) : data(wide), narrow(false) {}
+  STS_HOST_DEVICE Integers(const void* data, bool narrow) : data(data), narrow(narrow) {}
+  STS_HOST_DEVICE int64_t operator[](int64_t i) const {
+    return narrow ? static_cast<const int32_t*>(data)[i] : static_cast<const int64_t*>(data)[i];
+  }
+};
+
 struct Items {
   int64_t count;       // B
   int64_t tokens;      // N padded, T packed
   int64_t picks;       // k of each item padded, total_k packed
   const int64_t* num_tokens;  // padded, may be null
-  const int64_t* cu_seqlens;  // packed, null when padded
-  const int64_t* cu_budgets;
+  Integers cu_seqlens;        // packed, null when padded
+  Integers cu_budgets;
   const int64_t* anchor;      // may be null
   const float* start = nullptr;      // of every token (B, N) or (T), may be null; see selection_rule.h
   const float* parameter = nullptr;  // likewise
+  int64_t max_seqlen = INT64_MAX;    // packed: an item of more tokens is not valid
+  const Item* planned = nullptr;     // packed, on a GPU: all items, once they are looked through (packed_plan.cuh)
 
-  STS_HOST_DEVICE bool packed() const { return cu_seqlens != nullptr; }
+  STS_HOST_DEVICE bool packed() const { return cu_seqlens.data != nullptr; }
+  // Tokens of the longest item, as far as shapes say.
+  STS_HOST_DEVICE int64_t longest() const { return packed() && max_seqlen < tokens ? max_seqlen : tokens; }
 
   // Index of an item's first token among all tokens: in `start`, `parameter` and scratch of one number for each token.
   STS_HOST_DEVICE int64_t first_token(int64_t b, const Item& item) const { return (packed() ? 0 : b * tokens) + item.first; }
@@ -48,6 +64,7 @@ struct Items {
 
   // Never out of bounds, whatever the arrays hold.
   STS_HOST_DEVICE Item operator[](int64_t b) const {
+    if (planned) return planned[b];
     Item item{0, tokens, picks, b * picks, -1, true};
     if (packed()) {
       const int64_t end = cu_seqlens[b + 1], out_end = cu_budgets[b + 1];
@@ -56,7 +73,7 @@ struct Items {
       // Compared before they are subtracted: the difference of two arbitrary numbers may wrap around to a good one.
       if (item.out < 0 || out_end < item.out || out_end > picks) item.out = 0, item.picks = 0;
       else item.picks = out_end - item.out;
-      item.valid = item.first >= 0 && item.first <= end && end <= tokens;
+      item.valid = item.first >= 0 && item.first <= end && end <= tokens && end - item.first <= max_seqlen;
       item.tokens = item.valid ? end - item.first : 0;
     } else if (num_tokens) {
       item.tokens = num_tokens[b];

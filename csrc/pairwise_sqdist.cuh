@@ -2,12 +2,13 @@
 // Differences are squared and summed channel by channel in ascending order: nothing cancels, and the result is the same bits
 // whichever tile or kernel computes it.
 #pragma once
-#include "rows.cuh"
+#include "pair_tiles.cuh"
 
 namespace sts {
 
 // What is stored for a pair: the distance, exactly zero on the diagonal. The smallest of a row is not asked for.
 struct StoreSqdist {
+  static constexpr bool kOverlap = false;  // the launch ahead is another op's
   static constexpr uint32_t* least = nullptr;
   __device__ float operator()(float sqdist, bool diagonal) const { return diagonal ? 0.f : sqdist; }
 };
@@ -37,38 +38,25 @@ struct RowsLeast {
   }
 };
 
-// Tokens of two tiles that share no item (packed batches) need no distance.
-__device__ __forceinline__ bool tiles_share_item(const Items& items, int64_t low_end, int64_t high_begin) {
-  if (!items.packed()) return true;
-  int64_t first = 0, last = items.count;  // the items that end past the lower tile's last token
-  while (first < last) {
-    const int64_t middle = (first + last) / 2;
-    if (items.cu_seqlens[middle + 1] >= low_end) last = middle;
-    else first = middle + 1;
-  }
-  return first >= items.count || items.cu_seqlens[first + 1] > high_begin;
-}
-
-// marks: null for all pairs; or, per entry and tile, whether the tile has marked pairs, which alone are then computed.
-template <class scalar_t, int kTile, class Store>
+// marks: null for all pairs; or, of every tile, whether it has marked pairs, which alone are then computed.
+template <class scalar_t, int kTile, class Tiles, class Store>
 __global__ void __launch_bounds__(kTile* kTile / 16, kTile == kLargeTile ? 2 : 4)
-    sqdist_tile_kernel(Rows<scalar_t> rows, Items items, int64_t first_entry, int64_t entries, bool aligned, Store store,
-                       const unsigned* marks, int64_t pitch, float* out) {
+    sqdist_tile_kernel(Rows<scalar_t> rows, Tiles tiles, bool aligned, Store store, const unsigned* marks, float* out) {
+  await_predecessor();
   constexpr int kThreads = kTile * kTile / 16;  // each thread has 4 x 4 pairs
   constexpr int kChannels = 32, kVec = Chunk<scalar_t>::size;
   constexpr int kLoads = kTile * kChannels / kVec / kThreads;
   static_assert(kLoads * kVec * kThreads == kTile * kChannels, "a stage is loaded by whole threads");
   __shared__ float a[kChannels][kTile + 4], b[kChannels][kTile + 4];
 
-  const int64_t tokens = items.tokens;
   const int channels = rows.channels;
-  const int64_t i0 = static_cast<int64_t>(blockIdx.y) * kTile, j0 = static_cast<int64_t>(blockIdx.x) * kTile;
-  const int64_t i_end = i0 + kTile < tokens ? i0 + kTile : tokens;
-  if (i0 > j0 || !tiles_share_item(items, i_end, j0)) return;
   const int tid = threadIdx.x, ti = tid / (kTile / 4) * 4, tj = tid % (kTile / 4) * 4;
 
-  for (int64_t entry = blockIdx.z; entry < entries; entry += gridDim.z) {
-    if (marks && marks[(entry * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x] == 0) continue;
+  for (int64_t turn = tiles.begin();; turn += tiles.step()) {
+    if (marks) turn = next_marked(tiles, marks, turn);
+    if (turn >= tiles.end()) break;
+    const PairTile tile = tiles.template at<kTile>(turn);
+    const int64_t tokens = tile.tokens, pitch = tile.pitch, i0 = tile.i, j0 = tile.j;
     float sum[4][4] = {};
     // What this thread loads of each stage. Rows past the end repeat the last one; their pairs are not stored.
     const scalar_t *row_a[kLoads], *row_b[kLoads];
@@ -76,8 +64,8 @@ __global__ void __launch_bounds__(kTile* kTile / 16, kTile == kLargeTile ? 2 : 4
 #pragma unroll
     for (int l = 0; l < kLoads; ++l) {
       const int token = (l * kThreads + tid) / (kChannels / kVec);
-      row_a[l] = rows.row(first_entry + entry, i0 + token < tokens ? i0 + token : tokens - 1);
-      row_b[l] = rows.row(first_entry + entry, j0 + token < tokens ? j0 + token : tokens - 1);
+      row_a[l] = rows.row(tile.entry, tile.row + (i0 + token < tokens ? i0 + token : tokens - 1));
+      row_b[l] = rows.row(tile.entry, tile.row + (j0 + token < tokens ? j0 + token : tokens - 1));
     }
     const int column = tid % (kChannels / kVec) * kVec;
     static_assert(kThreads % (kChannels / kVec) == 0, "a thread loads the same channels of every row");
@@ -116,7 +104,7 @@ __global__ void __launch_bounds__(kTile* kTile / 16, kTile == kLargeTile ? 2 : 4
           }
       }
     }
-    float* matrix = out + entry * tokens * pitch;
+    float* matrix = out + tile.offset;
     RowsLeast<4> rows_least, columns_least;
 #pragma unroll
     for (int s = 0; s < 4; ++s)
@@ -133,7 +121,7 @@ __global__ void __launch_bounds__(kTile* kTile / 16, kTile == kLargeTile ? 2 : 4
         columns_least.take(t, value);
       }
     if (store.least) {
-      uint32_t* const least = store.least + (first_entry + entry) * tokens;
+      uint32_t* const least = store.least + tile.token;
 #pragma unroll
       for (int s = 0; s < 4; ++s) {
         rows_least.template note<1, kTile / 4>(s, least, i0 + ti + s);
@@ -144,31 +132,44 @@ __global__ void __launch_bounds__(kTile* kTile / 16, kTile == kLargeTile ? 2 : 4
 }
 
 template <int kTile, class scalar_t, class Store>
-cudaError_t launch_sqdist_tiles_of(const Rows<scalar_t>& rows, const Items& items, int64_t first_entry, int64_t entries, Store store,
-                                   const unsigned* marks, int64_t pitch, float* out, cudaStream_t stream) {
-  const auto tiles = static_cast<unsigned>(ceil_div(items.tokens, kTile));
-  const dim3 grid(tiles, tiles, static_cast<unsigned>(entries < 65535 ? entries : 65535));
-  const Launch shape{grid, dim3(kTile * kTile / 16), 0, 1, false, stream};
-  return launch(sqdist_tile_kernel<scalar_t, kTile, Store>, shape, rows, items, first_entry, entries, rows_aligned(rows), store, marks, pitch, out);
+cudaError_t launch_sqdist_tiles_of(const Rows<scalar_t>& rows, const PaddedTiles& tiles, Store store, const unsigned* marks, float* out,
+                                   cudaStream_t stream) {
+  const auto side = static_cast<unsigned>(ceil_div(tiles.tokens, kTile));
+  const dim3 grid(side, side, static_cast<unsigned>(tiles.entries < 65535 ? tiles.entries : 65535));
+  const Launch shape{grid, dim3(kTile * kTile / 16), 0, 1, false, stream, Store::kOverlap || marks};
+  return launch(sqdist_tile_kernel<scalar_t, kTile, PaddedTiles, Store>, shape, rows, tiles, rows_aligned(rows), store, marks, out);
 }
 
-// Entries [first_entry, first_entry + entries) of the batch (the one entry of a packed batch): what `store` makes of each pair,
-// as (entries, tokens, tokens) with rows `pitch` floats apart. Only pairs within an item are written.
+// blocks: that take turns. The tiles' side is kTile, or `parts` times that.
+template <int kTile, class scalar_t, class Store>
+cudaError_t launch_sqdist_tiles_of(const Rows<scalar_t>& rows, const PackedTiles& tiles, int64_t blocks, Store store, const unsigned* marks,
+                                   float* out, cudaStream_t stream) {
+  const Launch shape{dim3(static_cast<unsigned>(blocks)), dim3(kTile * kTile / 16), 0, 1, false, stream, Store::kOverlap || marks};
+  return launch(sqdist_tile_kernel<scalar_t, kTile, PackedTiles, Store>, shape, rows, tiles, rows_aligned(rows), store, marks, out);
+}
+
+// Small tiles where large ones would leave multiprocessors without work.
+inline int sqdist_tile(int64_t tokens, int64_t entries) {
+  const int64_t large = ceil_div(tokens, kLargeTile);
+  return large * (large + 1) / 2 * entries < 2 * device_sm_count() ? kSmallTile : kLargeTile;
+}
+
+// Entries [first_entry, first_entry + entries) of a padded batch: what `store` makes of each pair, as (entries, tokens, tokens) with rows
+// `pitch` floats apart.
 template <class scalar_t, class Store>
 cudaError_t launch_sqdist_tiles(const Rows<scalar_t>& rows, const Items& items, int64_t first_entry, int64_t entries, Store store,
                                 int64_t pitch, float* out, cudaStream_t stream) {
-  // Small tiles where large ones would leave multiprocessors without work.
-  const int64_t large = ceil_div(items.tokens, kLargeTile);
-  if (large * (large + 1) / 2 * entries < 2 * device_sm_count())
-    return launch_sqdist_tiles_of<kSmallTile>(rows, items, first_entry, entries, store, nullptr, pitch, out, stream);
-  return launch_sqdist_tiles_of<kLargeTile>(rows, items, first_entry, entries, store, nullptr, pitch, out, stream);
+  const PaddedTiles tiles{items.tokens, first_entry, entries, pitch};
+  if (sqdist_tile(items.tokens, entries) == kSmallTile) return launch_sqdist_tiles_of<kSmallTile>(rows, tiles, store, nullptr, out, stream);
+  return launch_sqdist_tiles_of<kLargeTile>(rows, tiles, store, nullptr, out, stream);
 }
 
-// The marked pairs of the tiles that have some, in place.
+// The same of the items of a wave of a packed batch.
 template <class scalar_t, class Store>
-cudaError_t launch_sqdist_repair(const Rows<scalar_t>& rows, const Items& items, int64_t first_entry, int64_t entries, Store store,
-                                 const unsigned* marks, int64_t pitch, float* out, cudaStream_t stream) {
-  return launch_sqdist_tiles_of<kLargeTile>(rows, items, first_entry, entries, store, marks, pitch, out, stream);
+cudaError_t launch_sqdist_tiles(const Rows<scalar_t>& rows, const PackedTiles& tiles, int64_t blocks, Store store, float* out,
+                                cudaStream_t stream) {
+  if (tiles.tile == kSmallTile) return launch_sqdist_tiles_of<kSmallTile>(rows, tiles, blocks, store, nullptr, out, stream);
+  return launch_sqdist_tiles_of<kLargeTile>(rows, tiles, blocks, store, nullptr, out, stream);
 }
 
 // features (batch, tokens, channels) with the given strides -> out (batch, tokens, tokens)

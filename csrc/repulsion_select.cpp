@@ -15,8 +15,8 @@ Tensor repulsion_select_cpu(const Tensor& features, int64_t k, double eps, std::
 }
 
 Tensor repulsion_select_varlen_cpu(const Tensor& features, const Tensor& cu_seqlens, const Tensor& cu_budgets, int64_t total_k, double eps,
-                                   std::optional<Tensor> anchor) {
-  return select(Selection::packed("repulsion_select_varlen", features, cu_seqlens, cu_budgets, total_k, anchor), eps);
+                                   std::optional<Tensor> anchor, std::optional<int64_t> max_seqlen) {
+  return select(Selection::packed("repulsion_select_varlen", features, cu_seqlens, cu_budgets, total_k, anchor, max_seqlen), eps);
 }
 
 }  // namespace

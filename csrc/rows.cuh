@@ -8,6 +8,9 @@ namespace sts {
 constexpr unsigned kFullWarp = 0xffffffffu;
 constexpr float kInfinity = __builtin_huge_valf();
 
+// Row stride of a stored matrix: rows start on 16 bytes.
+STS_HOST_DEVICE int64_t matrix_pitch(int64_t tokens) { return ceil_div(tokens, 4) * 4; }
+
 // Whether every row can be read 16 bytes at a time.
 template <class scalar_t>
 bool rows_aligned(const Rows<scalar_t>& rows) {

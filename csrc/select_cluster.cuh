@@ -58,24 +58,26 @@ struct Candidate {
 };
 static_assert(kWarpCandidates == 4 && kClusterTokens * kClusterWarps * 32 == 1 << 13, "2, and 13 bits for tokens as for sweeps");
 
-// A cluster per item from `first_item` on. Token t of a thread is the item's token (t * warps of the cluster + its warp) * 32 + its lane.
+// A cluster per item. Token t of a thread is the item's token (t * warps of the cluster + its warp) * 32 + its lane.
 // On the diagonal weights are infinite, and so is the potential of a token that has been picked. least: (all tokens), the ordered bits of
 // the smallest weight in each token's row.
 template <class Rule, int kTokens>
 __global__ void __launch_bounds__(kClusterThreads, 1)
-    select_cluster_kernel(Items items, int64_t first_item, int lookahead, const float* weights, const uint32_t* least,
-                          const float* mean_sqdist, Rule rule, int64_t* out) {
+    select_cluster_kernel(StoredItems stored, int lookahead, const uint32_t* least, const float* mean_sqdist, Rule rule, int64_t* out) {
 #if defined(STS_EMULATE) || __CUDA_ARCH__ >= 900
+  await_predecessor();
   STS_DYNAMIC_SHARED(ClusterBoard, board);
   const auto cluster = cooperative_groups::this_cluster();
   if (threadIdx.x < 2) init_arrivals(&board->arrivals[threadIdx.x]);
   const int blocks = static_cast<int>(cluster.num_blocks()), lane = threadIdx.x % 32;
   const int warps = blocks * (blockDim.x / 32), warp = cluster.block_rank() * (blockDim.x / 32) + threadIdx.x / 32;
-  const int64_t b = first_item + blockIdx.x / blocks;
+  const Items& items = stored.items;
+  const int64_t b = stored.number(blockIdx.x / blocks);
+  if (b < 0) return;
   const Item item = items[b];
   const int tokens = static_cast<int>(item.tokens), first = warp * 32 + lane, step = warps * 32;
-  const int64_t pitch = matrix_pitch(items.tokens), first_row = items.first_token(b, item);  // among all tokens
-  const float* matrix = stored_weights(items, item, blockIdx.x / blocks, weights);
+  const int64_t pitch = stored.pitch(item), first_row = items.first_token(b, item);  // among all tokens
+  const float* matrix = stored.matrix(blockIdx.x / blocks);
   int64_t* picked = out + item.out;
 
   const int64_t picks = item.picks < tokens ? item.picks : tokens;
@@ -270,7 +272,7 @@ inline Launch cluster_launch(int64_t tokens, int64_t count, int blocks, cudaStre
   int warps = 1;
   while (warps < kClusterWarps / blocks && 32 * warps * blocks < tokens) warps *= 2;
   return {dim3(static_cast<unsigned>(count * blocks)), dim3(static_cast<unsigned>(32 * warps)), sizeof(ClusterBoard),
-          static_cast<unsigned>(blocks), false, stream};
+          static_cast<unsigned>(blocks), false, stream, true};
 }
 
 }  // namespace sts

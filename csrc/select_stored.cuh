@@ -1,7 +1,7 @@
 // Selection over the stored weights of all pairs: the plain loop.
 //
-// What: one block per item runs Algorithm 1 with the potentials in registers. A pick is a dependency chain (row of weights from L2, add,
-//   argmin of the block), and its latency is the run time; so the loop holds nothing that is not in the chain.
+// What: one block per item, of a padded batch or a packed one, runs Algorithm 1 with the potentials in registers. A pick is a dependency
+//   chain (row of weights from L2, add, argmin of the block), and its latency is the run time; so the loop holds nothing that is not in it.
 // Chosen when: the matrix fits (kMatrixTokens), and the item is small, or items are many, or the device has no clusters
 //   (select_cluster.cuh).
 // Steps, for every pick:
@@ -21,14 +21,25 @@ constexpr int kStoredMostTokens = 16;  // the same above kStoredMaxWarps * 32 * 
 constexpr int kStoredMaxWarps = 16;
 constexpr int kStoredReadWarps = 8;  // up to this many reports are compared in registers, more of them by two REDUX
 
-// Row stride of a stored matrix: rows start on 16 bytes.
-STS_HOST_DEVICE int64_t matrix_pitch(int64_t tokens) { return ceil_div(tokens, 4) * 4; }
+// The items whose weights are in memory: entries of a padded batch from `first` on, or a wave of a packed one.
+struct StoredItems {
+  Items items;
+  const float* weights;
+  int64_t first;
+  const PackedWave* wave;  // packed, else null
+  const PackedMatrix* matrices;
 
-// The weights of item number `launched` of the batch entries in memory. A packed batch has one matrix, whose diagonal blocks are the items'.
-__device__ __forceinline__ const float* stored_weights(const Items& items, const Item& item, int64_t launched, const float* weights) {
-  const int64_t pitch = matrix_pitch(items.tokens);
-  return weights + (items.packed() ? item.first * (pitch + 1) : launched * items.tokens * pitch);
-}
+  // Which item is number `launched` of them, or -1.
+  __device__ __forceinline__ int64_t number(int64_t launched) const {
+    if (!wave) return first + launched;
+    const int64_t b = wave[0].item + launched;
+    return b < wave[1].item && matrices[b].offset >= 0 ? b : -1;
+  }
+  __device__ __forceinline__ const float* matrix(int64_t launched) const {
+    return weights + (wave ? matrices[wave[0].item + launched].offset : launched * items.tokens * matrix_pitch(items.tokens));
+  }
+  __device__ __forceinline__ int64_t pitch(const Item& item) const { return matrix_pitch(wave ? item.tokens : items.tokens); }
+};
 
 // What a warp reports: its lowest potential (order_of) and the token that has it.
 struct alignas(8) StoredReport {
@@ -60,39 +71,37 @@ __device__ __forceinline__ StoredReport lowest_report(const StoredReport* report
   return {least, token};
 }
 
-// One block per item of [first_item, first_item + gridDim.x). Thread i has kTokens consecutive tokens, from i * kTokens - shift on; shift
-// is the distance of a packed item's first column from a 16-byte boundary. Tokens before 0 and past the end stay above all others,
-// whatever is added: their weights may be anything. kWarps: warps of the block, or 0: as launched.
+// By a block: item b, number `launched`. Thread i has kTokens consecutive tokens, from i * kTokens on. Tokens past the end stay above all
+// others, whatever is added: their weights may be anything. kWarps: warps at work, or 0: as many as the item needs.
 template <class Rule, int kTokens, int kWarps>
-__global__ void __launch_bounds__((kWarps ? kWarps : kStoredMaxWarps) * 32, 1)
-    select_stored_kernel(Items items, int64_t first_item, const float* weights, const float* mean_sqdist, Rule rule, int64_t* out) {
+__device__ __forceinline__ void select_stored(const StoredItems& stored_items, int64_t launched, int64_t b, const Item& item,
+                                              const float* mean_sqdist, const Rule& rule, int64_t* out) {
   static_assert(kTokens % 4 == 0 && kWarps % 2 == 0, "16-byte loads");
   STS_DYNAMIC_SHARED(unsigned char, shared);
   constexpr int kSlots = kWarps ? kWarps : kStoredMaxWarps;
   StoredReport(*const report)[kSlots] = settled_shared(reinterpret_cast<StoredReport(*)[kSlots]>(shared));
   int* const picked = reinterpret_cast<int*>(report + 2);  // [picks]
-  const int64_t b = first_item + blockIdx.x;
-  const Item item = items[b];
+  const Items& items = stored_items.items;
   const int tid = settled(static_cast<int>(threadIdx.x)), lane = tid % 32, warp = tid / 32;
-  const int tokens = static_cast<int>(item.tokens), shift = items.packed() ? static_cast<int>(item.first % 4) : 0;
+  const int tokens = static_cast<int>(item.tokens);
   int64_t* const picks_out = out + item.out;
   const int64_t all_picks = item.picks < tokens ? item.picks : tokens;
   for (int64_t i = all_picks + tid; i < item.picks; i += blockDim.x) picks_out[i] = -1;
   if (all_picks == 0) return;
   const int picks = settled(static_cast<int>(all_picks));
-  const int warps = kWarps ? kWarps : settled(static_cast<int>(ceil_div(tokens + shift, 32 * kTokens)));
-  if (warp >= warps) return;  // packed: the item is smaller than the launch
+  const int warps = kWarps ? kWarps : settled(static_cast<int>(ceil_div(tokens, 32 * kTokens)));
+  if (warp >= warps) return;  // the item is smaller than the launch
 
-  const float* const matrix = settled(stored_weights(items, item, blockIdx.x, weights) - shift);  // 16-byte aligned
+  const float* const matrix = settled(stored_items.matrix(launched));  // 16-byte aligned
   const int64_t first_row = items.first_token(b, item);  // among all tokens
-  const uint32_t pitch = static_cast<uint32_t>(settled(static_cast<int>(matrix_pitch(items.tokens))));  // pitch^2 <= 2^26
-  const int first = tid * kTokens - shift;
+  const uint32_t pitch = static_cast<uint32_t>(settled(static_cast<int>(stored_items.pitch(item))));  // pitch^2 <= 2^26
+  const int first = tid * kTokens;
   uint32_t column[kTokens / 4];  // past the end the last 16 bytes of the row are read again
   float potential[kTokens], parameter[kTokens], start[kTokens], distance[kTokens];
   uint32_t order[kTokens];
   int at[kTokens];
 #pragma unroll
-  for (int t = 0; t < kTokens; ++t) at[t] = first + t < 0 ? 0 : first + t < tokens ? first + t : tokens - 1;
+  for (int t = 0; t < kTokens; ++t) at[t] = first + t < tokens ? first + t : tokens - 1;
   load_numbers(mean_sqdist, first_row, at, 0.f, distance);  // all loads are issued before one is used
   if constexpr (!kOfDistance<Rule>) {
     load_numbers(items.start, first_row, at, kLastResort, start);
@@ -104,11 +113,11 @@ __global__ void __launch_bounds__((kWarps ? kWarps : kStoredMaxWarps) * 32, 1)
 #pragma unroll
   for (int t = 0; t < kTokens; ++t) {
     const int j = first + t;
-    const bool inside = j >= 0 && j < tokens;
+    const bool inside = j < tokens;
     const float before = first_potential(rule, distance[t] < kInfinity, start[t], parameter[t]);
     order[t] = order_of<Rule>(inside ? first_key(rule, distance[t], before, items.start, parameter[t]) : kInfinity);
     potential[t] = inside ? before : kInfinity;
-    if (t % 4 == 0) column[t / 4] = static_cast<uint32_t>(j < tokens ? j + shift : (tokens + shift - 1) & ~3);
+    if (t % 4 == 0) column[t / 4] = static_cast<uint32_t>(j < tokens ? j : (tokens - 1) & ~3);
   }
   // (3), (4)
   const auto lowest_token = [&](int step) {
@@ -149,6 +158,34 @@ __global__ void __launch_bounds__((kWarps ? kWarps : kStoredMaxWarps) * 32, 1)
   for (int i = tid; i < picks; i += warps * 32) picks_out[i] = picked[i];
 }
 
+// Padded: one block per item.
+template <class Rule, int kTokens, int kWarps>
+__global__ void __launch_bounds__((kWarps ? kWarps : kStoredMaxWarps) * 32, 1)
+    select_stored_kernel(StoredItems stored, const float* mean_sqdist, Rule rule, int64_t* out) {
+  await_predecessor();
+  const int64_t b = stored.number(blockIdx.x);
+  select_stored<Rule, kTokens, kWarps>(stored, blockIdx.x, b, stored.items[b], mean_sqdist, rule, out);
+}
+
+// Packed: the same, as it suits the size of each item. kWarps: of a block.
+template <class Rule, int kWarps>
+__global__ void __launch_bounds__(kWarps * 32, 1)
+    select_packed_kernel(StoredItems stored, const float* mean_sqdist, Rule rule, int64_t* out) {
+  await_predecessor();
+  const int64_t b = stored.number(blockIdx.x);
+  if (b < 0) return;
+  const Item item = stored.items[b];
+  if (kWarps == 4 || item.tokens <= 4 * 32 * kStoredTokens)
+    return select_stored<Rule, kStoredTokens, 4>(stored, blockIdx.x, b, item, mean_sqdist, rule, out);
+  if constexpr (kWarps > 4) {
+    if (item.tokens <= kStoredReadWarps * 32 * kStoredTokens)
+      return select_stored<Rule, kStoredTokens, kStoredReadWarps>(stored, blockIdx.x, b, item, mean_sqdist, rule, out);
+    if (item.tokens <= kWarps * 32 * kStoredTokens)
+      return select_stored<Rule, kStoredTokens, 0>(stored, blockIdx.x, b, item, mean_sqdist, rule, out);
+    select_stored<Rule, kStoredMostTokens, 0>(stored, blockIdx.x, b, item, mean_sqdist, rule, out);
+  }
+}
+
 // f(kernel, warps of its blocks, bytes of their reports) for items of up to `tokens`. Idle lanes cost nothing; few warps agree sooner.
 template <class Rule, class F>
 auto with_stored_kernel(int64_t tokens, const F& f) {
@@ -160,6 +197,14 @@ auto with_stored_kernel(int64_t tokens, const F& f) {
     return f(select_stored_kernel<Rule, kStoredTokens, 0>, static_cast<int>(ceil_div(tokens, 32 * kStoredTokens)), reports(kStoredMaxWarps));
   return f(select_stored_kernel<Rule, kStoredMostTokens, 0>, static_cast<int>(ceil_div(tokens, 32 * kStoredMostTokens)),
            reports(kStoredMaxWarps));
+}
+
+// The same for the items of a packed batch.
+template <class Rule, class F>
+auto with_packed_kernel(int64_t tokens, const F& f) {
+  const auto reports = [](int warps) { return 2 * warps * sizeof(StoredReport); };
+  if (tokens <= 4 * 32 * kStoredTokens) return f(select_packed_kernel<Rule, 4>, 4, reports(4));
+  return f(select_packed_kernel<Rule, kStoredMaxWarps>, kStoredMaxWarps, reports(kStoredMaxWarps));
 }
 
 }  // namespace sts

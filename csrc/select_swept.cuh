@@ -158,24 +158,34 @@ __device__ __forceinline__ void guess_picks(const Key (&candidate)[kCandidates],
   }
 }
 
-// Groups of `group_blocks` resident blocks; group g takes items g, g + groups, ... `potential` holds the distances to the mean on
-// entry. weights: (lookahead, all tokens). keys, floats: a SweepExchange for every group. arrived: a zero for every group.
+// Groups of resident blocks; group g takes items g, g + groups, ... `potential` holds the distances to the mean on entry. listed: null, or
+// how many items there are to take, and which; then there are no more groups than items. most_groups, most_blocks: of a group, at the most.
+// weights: (lookahead, all tokens). keys: of as many blocks. floats, arrived: a SweepExchange's and a zero for every group.
 template <class Sweep, class scalar_t, class Rule>
 __global__ void __launch_bounds__(kSweepThreads, 2)
-    select_swept_kernel(Rows<scalar_t> rows, Items items, bool aligned, int group_blocks, int lookahead, Rule rule, const float* norms,
-                        const scalar_t* centre, float* potential, float* weights, Key* keys, float* floats, unsigned* arrived, int64_t* out) {
+    select_swept_kernel(Rows<scalar_t> rows, Items items, const int* listed, bool aligned, int most_groups, int most_blocks, int lookahead,
+                        Rule rule, const float* norms, const scalar_t* centre, float* potential, float* weights, Key* keys, float* floats,
+                        unsigned* arrived, int64_t* out) {
   __shared__ Key candidate[kCandidates], lowest[kSweepWarps][kSweepPoints], next[kSweepPoints];
   __shared__ SweepPoints guess;
   __shared__ float guess_parameter[kSweepPoints];
-  const int group = blockIdx.x / group_blocks, groups = gridDim.x / group_blocks, rank = blockIdx.x % group_blocks;
+  __shared__ int count, groups, group_blocks;  // of items and of blocks: no registers are left for them
+  if (threadIdx.x == 0) {
+    count = listed ? listed[0] : static_cast<int>(items.count);
+    groups = min(count, most_groups);
+    group_blocks = groups ? min(static_cast<int>(gridDim.x) / groups, most_blocks) : 1;
+  }
+  __syncthreads();
+  const int group = blockIdx.x / group_blocks, rank = blockIdx.x % group_blocks;
+  if (group >= groups) return;
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, group_warp = rank * kSweepWarps + warp;
-  const int group_warps = group_blocks * kSweepWarps;
-  const int64_t first_token = static_cast<int64_t>(rank) * kSweepThreads + tid, token_step = static_cast<int64_t>(group_blocks) * kSweepThreads;
+  const int64_t first_token = static_cast<int64_t>(rank) * kSweepThreads + tid;
   const SweepExchange shared(keys + group * SweepExchange::keys(group_blocks), floats + group * SweepExchange::floats(), group_blocks);
   GroupBarrier barrier(arrived + group, group_blocks);
   int turn = 0;
 
-  for (int64_t b = group; b < items.count; b += groups) {
+  for (int at = group; at < count; at += groups) {
+    const int64_t b = listed ? listed[1 + at] : at;
     const Item item = items[b];
     const int64_t entry = items.packed() ? 0 : b, picks = item.picks < item.tokens ? item.picks : item.tokens;
     int64_t* picked = out + item.out;
@@ -188,7 +198,7 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
 #pragma unroll
       for (int h = 0; h < kOffers; ++h) {
         const Key key = low.pop();
-        if (lane == 0) shared.offers[h * group_warps + group_warp] = key;
+        if (lane == 0) shared.offers[h * group_blocks * kSweepWarps + group_warp] = key;
       }
     };
     // The lowest of all blocks after every one of `count` picks; each warp has its own in `lowest`.
@@ -214,7 +224,7 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
     // mean.
     Key nearest = kNoKey;
     LowestKeys<kOffers> furthest;
-    for (int64_t i = first_token; i < item.tokens; i += token_step) {
+    for (int64_t i = first_token; i < item.tokens; i += int64_t(group_blocks) * kSweepThreads) {
       const float distance = mine[i];
       const float parameter = kOfDistance<Rule> ? 0.f : items.parameter_of(first_row + i);
       const float start = kOfDistance<Rule> || !items.start ? kLastResort : items.start[first_row + i];
@@ -235,9 +245,10 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
 
       const int wanted = static_cast<int>(picks - done < lookahead ? picks - done : lookahead);
       if (wanted > 1) {
-        if (warp == 0) choose_candidates(shared.offers, group_warps * kOffers, static_cast<int>(pick), wanted, candidate);
+        if (warp == 0) choose_candidates(shared.offers, group_blocks * kSweepWarps * kOffers, static_cast<int>(pick), wanted, candidate);
         __syncthreads();
-        weigh_pairs(rows, items, entry, item, first_row, aligned, rule, candidate, group_warp, group_warps, shared.pair_weight);
+        weigh_pairs(rows, items, entry, item, first_row, aligned, rule, candidate, group_warp, group_blocks * kSweepWarps,
+                    shared.pair_weight);
         barrier.sync();
         if (warp == 0) guess_picks<Rule>(candidate, done == 1, shared.pair_weight, wanted, guess);
       } else if (tid == 0) {
@@ -278,7 +289,7 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
       pick = key_index(next[made - 1]);
 
       LowestKeys<kOffers> low;
-      for (int64_t i = first_token; i < item.tokens; i += token_step) {
+      for (int64_t i = first_token; i < item.tokens; i += int64_t(group_blocks) * kSweepThreads) {
         float value = mine[i];
         for (int p = 0; p < made; ++p) value = i == guess.token[p] ? kInfinity : Rule::add(value, weight[p * stride + i]);
         mine[i] = value;

@@ -3,6 +3,8 @@
 //     a cluster of blocks where items are large and few (select_cluster.cuh);
 //   above, and from half as many tokens on where few are picked: nothing N x N is stored, and all blocks work on one item, or a few
 //     (select_swept.cuh).
+// The items of a packed batch are looked through on the device (packed_plan.cuh). Each goes the way of its own size, whatever else is in the
+// batch: first those with weights, in waves of as many as fit, then the longer ones.
 #pragma once
 #include "select_cluster.cuh"
 #include "select_stored.cuh"
@@ -13,6 +15,8 @@
 namespace sts {
 
 constexpr int64_t kMatrixFloats = int64_t(1) << 26;  // weights held at a time: 256 MiB, one item of kMatrixTokens
+constexpr int64_t kWaveFloats = int64_t(1) << 27;    // packed: 512 MiB. Picks of a wave take as long as its longest item's
+constexpr int kTileBlocks = 4;                       // packed: blocks that take tiles in turns, for each multiprocessor
 constexpr int64_t kFewPicks = 64;  // few: less than one of so many tokens
 constexpr int64_t kClusterFrom = 1024;  // items of more tokens are shared by a cluster
 
@@ -20,6 +24,7 @@ constexpr int64_t kClusterFrom = 1024;  // items of more tokens are shared by a 
 // tokens the ordered bits of the smallest in each row.
 template <class Rule>
 struct StoreWeight {
+  static constexpr bool kOverlap = true;
   Rule rule;
   uint32_t* least;
   __device__ float operator()(float sqdist, bool diagonal) const { return diagonal ? kInfinity : stored_value(rule, sqdist); }
@@ -31,12 +36,15 @@ struct StoreWeight {
 struct SelectionPlan {
   bool from_mean;       // the first pick may be the token nearest the mean
   bool stored;          // weights of all pairs in memory
-  int mma_tile;         // tokens in a tile on tensor cores, or 0 where differences are taken
+  bool swept;           // else; packed: of items that are too long
+  bool mma;             // distances on tensor cores, or by differences
+  int tile;             // stored: tokens along the side of a tile of pairs
   int64_t entries;      // stored: batch entries whose weights are held at a time
   int item_blocks;      // stored: blocks that share an item, a cluster if more than one
   bool least;           // the cluster's bound grows by the smallest weight of each pick's row
-  int groups, group_blocks;  // swept: blocks of the cooperative launch
+  int groups, group_blocks, blocks;  // swept: of the cooperative launch, at the most
   int lookahead;             // max picks per exchange (cluster) or sweep; 1: the plain loop, in one block where weights are stored
+  PackedShape packed;        // packed
 };
 
 // f(kernel, its shared memory) for the kernel that sweeps.
@@ -53,143 +61,242 @@ template <class Rule>
 int stored_item_blocks(const Items& items, int64_t at_once) {
   if (items.tokens <= kClusterFrom * (items.packed() ? items.count : 1)) return 1;  // on average where packed
   const int multiprocessors = device_sm_count();
+  const int64_t most_tokens = items.longest() < kMatrixTokens ? items.longest() : kMatrixTokens;
   for (int blocks = 8; blocks >= 4; blocks /= 2) {
     if (at_once * blocks > multiprocessors) continue;
-    const Launch shape = cluster_launch(items.tokens, at_once, blocks, nullptr);
-    if (with_cluster_kernel<Rule>(items.tokens, [&](auto* kernel) { return clusters_fit(kernel, shape); })) return blocks;
+    const Launch shape = cluster_launch(most_tokens, at_once, blocks, nullptr);
+    if (with_cluster_kernel<Rule>(most_tokens, [&](auto* kernel) { return clusters_fit(kernel, shape); })) return blocks;
   }
   return 1;
 }
 
+// The part of a plan that is for sweeps of items of up to items.longest() tokens. count: of such items, at the most.
 template <class scalar_t, class Rule>
-SelectionPlan plan_selection(const Rows<scalar_t>& rows, const Items& items, int64_t matrix_tokens = kMatrixTokens,
-                             int lookahead = kSweepPoints) {
-  const int64_t entries = items.packed() ? 1 : items.count;
-  const bool mma = mma_fits(rows, items), from_mean = Rule::kFromMean && !items.anchor;
-  // Both kernels take the same bits for a distance by differences, so that the picks do not depend on how many they are. On tensor
-  // cores they do not, where a pair is repaired.
-  const bool few = !mma && !items.packed() && items.picks * kFewPicks < items.tokens;
-  if (items.tokens <= (few ? matrix_tokens / 2 : matrix_tokens)) {
-    const int64_t fit = kMatrixFloats / (items.tokens * matrix_pitch(items.tokens));
-    const int64_t held = entries < fit ? entries : fit;
-    const int64_t at_once = items.packed() ? items.count : held;
-    const int item_blocks = lookahead > 1 ? stored_item_blocks<Rule>(items, at_once) : 1;
-    return {from_mean, true, mma ? mma_tile(items.tokens, held) : 0, held, item_blocks, kOfDistance<Rule>, 0, 0, lookahead};
-  }
+bool plan_sweeps(const Rows<scalar_t>& rows, const Items& items, int64_t count, SelectionPlan& plan) {
   const int resident = with_swept_kernel<scalar_t, Rule>(
-      mma, [](auto* kernel, size_t shared_bytes) { return max_resident_blocks(kernel, kSweepThreads, shared_bytes); });
-  if (resident == 0) return {};
-  const int groups = static_cast<int>(items.count < resident ? items.count : resident);
-  const int tile = mma ? MmaSweep<scalar_t>::kTile : DifferenceSweep<scalar_t>::kTile;
-  const int64_t useful = ceil_div(items.tokens, tile);
-  const int blocks = static_cast<int>(useful < resident / groups ? useful : resident / groups);
+      plan.mma, [](auto* kernel, size_t shared_bytes) { return max_resident_blocks(kernel, kSweepThreads, shared_bytes); });
+  if (resident == 0) return false;
+  plan.swept = true;
+  plan.groups = static_cast<int>(count < resident ? count : resident);
+  const int64_t useful = ceil_div(items.longest(), plan.mma ? MmaSweep<scalar_t>::kTile : DifferenceSweep<scalar_t>::kTile);
+  // A packed batch may have fewer such items, that then have more blocks each.
+  const int64_t share = items.packed() ? resident : resident / plan.groups;
+  plan.group_blocks = static_cast<int>(useful < share ? useful : share);
+  const int64_t blocks = int64_t(plan.groups) * plan.group_blocks;
+  plan.blocks = static_cast<int>(blocks < resident ? blocks : resident);
   // The weights of a sweep take no more memory than the features, unless those are narrow.
   const int64_t affordable = rows.channels * sizeof(scalar_t) / sizeof(float);
   const int most = affordable > kSweepPoints ? kSweepPoints : affordable < 4 ? 4 : static_cast<int>(affordable);
-  return {from_mean, false, mma ? tile : 0, 0, 0, false, groups, blocks, lookahead < most ? lookahead : most};
+  plan.lookahead = plan.lookahead < most ? plan.lookahead : most;
+  return true;
+}
+
+template <class scalar_t, class Rule>
+SelectionPlan plan_selection(const Rows<scalar_t>& rows, const Items& items, int64_t matrix_tokens = kMatrixTokens,
+                             int lookahead = kSweepPoints, int64_t wave_floats = kWaveFloats) {
+  SelectionPlan plan{};
+  plan.from_mean = Rule::kFromMean && !items.anchor;
+  plan.mma = mma_fits(rows, items);
+  plan.lookahead = lookahead;
+  // Both kernels take the same bits for a distance by differences, so that the picks do not depend on how many they are. On tensor
+  // cores they do not, where a pair is repaired.
+  const bool few = !plan.mma && !items.packed() && items.picks * kFewPicks < items.tokens;
+  const int64_t stored_tokens = few ? matrix_tokens / 2 : matrix_tokens;
+  plan.stored = items.packed() ? matrix_tokens > 0 : items.tokens <= stored_tokens;
+  if (plan.stored) {
+    const int64_t tokens = items.packed() ? ceil_div(items.tokens, items.count) : items.tokens;  // packed: on average
+    const int64_t fit = items.packed() ? items.count : kMatrixFloats / (tokens * matrix_pitch(tokens));
+    plan.entries = items.count < fit ? items.count : fit;
+    plan.tile = plan.mma ? mma_tile(tokens, plan.entries) : sqdist_tile(tokens, plan.entries);
+    plan.item_blocks = lookahead > 1 ? stored_item_blocks<Rule>(items, plan.entries) : 1;
+    plan.least = kOfDistance<Rule>;
+  }
+  if (items.packed()) plan.packed = packed_shape(items, stored_tokens, plan.stored ? plan.tile : kLargeTile, wave_floats);
+  if (items.packed() ? plan.packed.most_large > 0 : !plan.stored) {
+    if (!plan_sweeps<scalar_t, Rule>(rows, items, items.packed() ? plan.packed.most_large : items.count, plan)) return {};
+  }
+  return plan;
 }
 
 // Device memory of one selection besides its input and output. `allocate(bytes)` is called once for each part in use; parts that
 // are not stay null.
 struct SelectionScratch {
   TokenStats stats{};
-  float* weights = nullptr;     // stored: (entries, tokens, matrix_pitch(tokens)); swept: (lookahead, all tokens)
-  unsigned* marks = nullptr;    // stored on tensor cores: (entries, tiles, tiles)
+  PackedPlan packed{};          // packed
+  float* weights = nullptr;     // stored: (entries, tokens, matrix_pitch(tokens)), or of a wave; swept: (lookahead, all tokens)
+  unsigned* marks = nullptr;    // stored on tensor cores: (entries, side, side) tiles of kMarkTile tokens, or (tiles, parts)
   uint32_t* least = nullptr;    // stored, with items shared by clusters: the smallest weight of every row (all tokens)
   Key* keys = nullptr;          // swept: a SweepExchange for every group
   float* floats = nullptr;      // swept: the same
   unsigned* arrived = nullptr;  // swept: (groups)
+
+  static int64_t marks_of(const SelectionPlan& plan, const Items& items) {
+    const int64_t side = ceil_div(items.tokens, kMarkTile), parts = plan.tile / kMarkTile;
+    return items.packed() ? most_tiles(items, plan.packed) * parts * parts : plan.entries * side * side;
+  }
 
   template <class Allocate>
   SelectionScratch(const SelectionPlan& plan, const Items& items, int64_t channels, Allocate&& allocate) {
     const auto take = [&](auto*& part, int64_t count) {
       if (count) part = static_cast<std::remove_reference_t<decltype(part)>>(allocate(count * static_cast<int64_t>(sizeof(*part))));
     };
-    const int64_t chunks = all_chunks(items), tiles = mark_tiles(items.tokens);
+    const int64_t chunks = all_chunks(items), stored = items.packed() ? plan.packed.floats : items.tokens * matrix_pitch(items.tokens);
+    const int64_t held = plan.stored ? items.packed() ? stored : plan.entries * stored : 0;
+    const int64_t drafted = plan.swept ? plan.lookahead * all_tokens(items) : 0;
     take(stats.mean_sqdist, all_tokens(items));
-    take(stats.norms, plan.mma_tile ? all_tokens(items) : 0);
-    take(stats.centre, plan.mma_tile ? items.count * channels : 0);
+    take(stats.norms, plan.mma ? all_tokens(items) : 0);
+    take(stats.centre, plan.mma ? items.count * channels : 0);
     take(stats.sums, plan.from_mean ? chunks * channels : 0);
     take(stats.counts, plan.from_mean ? chunks : 0);
     take(stats.mean, plan.from_mean ? items.count * channels : 0);
-    take(stats.lows, plan.mma_tile ? chunks * channels : 0);
-    take(stats.highs, plan.mma_tile ? chunks * channels : 0);
-    take(weights, plan.stored ? plan.entries * items.tokens * matrix_pitch(items.tokens) : plan.lookahead * all_tokens(items));
-    take(marks, plan.stored && plan.mma_tile ? plan.entries * tiles * tiles : 0);
+    take(stats.lows, plan.mma ? chunks * channels : 0);
+    take(stats.highs, plan.mma ? chunks * channels : 0);
+    take(weights, held > drafted ? held : drafted);
+    take(marks, plan.stored && plan.mma ? marks_of(plan, items) : 0);
     take(least, plan.item_blocks > 1 && plan.least ? all_tokens(items) : 0);
-    take(keys, plan.groups * SweepExchange::keys(plan.group_blocks));
+    take(keys, SweepExchange::keys(plan.blocks));
     take(floats, plan.groups * SweepExchange::floats());
     take(arrived, plan.groups);
+    if (!items.packed()) return;
+    take(packed.items, items.count);
+    take(packed.matrices, items.count);
+    take(packed.waves, plan.packed.waves + 1);
+    take(packed.large, plan.packed.most_large + 1);
   }
+};
+
+// The launches of one selection.
+template <class scalar_t, class Rule>
+class SelectionLaunch {
+ public:
+  SelectionLaunch(const Rows<scalar_t>& rows, const Items& items, const SelectionPlan& plan, const SelectionScratch& scratch, Rule rule,
+                  int64_t* out, cudaStream_t stream)
+      : rows_(rows), items_(items), plan_(plan), scratch_(scratch), rule_(rule), out_(out), stream_(stream) {}
+
+  cudaError_t run() {
+    if (!plan_.stored && !plan_.swept) return cudaErrorLaunchOutOfResources;
+    cudaError_t error = cudaSuccess;
+    if (items_.packed()) {
+      // Places that no item's budget covers would otherwise stay unwritten; -1 is all bits set.
+      error = cudaMemsetAsync(out_, 0xff, items_.picks * sizeof(int64_t), stream_);
+      if (error == cudaSuccess) error = launch_packed_plan(items_, plan_.packed, scratch_.packed, stream_);
+      items_.planned = scratch_.packed.items;
+    }
+    if (error == cudaSuccess && scratch_.least)
+      error = cudaMemsetAsync(scratch_.least, 0xff, all_tokens(items_) * sizeof(uint32_t), stream_);
+    if (error == cudaSuccess) error = launch_token_stats(rows_, items_, scratch_.stats, stream_);
+    if (error == cudaSuccess && plan_.stored) error = items_.packed() ? select_waves() : select_entries();
+    return error == cudaSuccess && plan_.swept ? sweep() : error;
+  }
+
+ private:
+  // As many entries at a time as there is memory for.
+  cudaError_t select_entries() {
+    const int64_t pitch = matrix_pitch(items_.tokens), most_picks = items_.picks < items_.tokens ? items_.picks : items_.tokens;
+    for (int64_t first = 0; first < items_.count; first += plan_.entries) {
+      const int64_t held = items_.count - first < plan_.entries ? items_.count - first : plan_.entries;
+      cudaError_t error = weigh([&](auto mma, const auto& store) {
+        if constexpr (decltype(mma)::value)
+          return launch_sqdist_mma(rows_, items_, first, held, plan_.tile, scratch_.stats, store, scratch_.marks, pitch, scratch_.weights,
+                                   stream_);
+        else return launch_sqdist_tiles(rows_, items_, first, held, store, pitch, scratch_.weights, stream_);
+      });
+      if (error != cudaSuccess) return error;
+      const StoredItems stored{items_, scratch_.weights, first, nullptr, nullptr};
+      const auto in_blocks = [&](auto* kernel, int warps, size_t report_bytes) {
+        return select_in_blocks(kernel, stored, held, warps, report_bytes + most_picks * sizeof(int));
+      };
+      error = plan_.item_blocks > 1 ? select_in_clusters(stored, items_.tokens, held) : with_stored_kernel<Rule>(items_.tokens, in_blocks);
+      if (error != cudaSuccess) return error;
+    }
+    return cudaSuccess;
+  }
+
+  // Wave by wave; later ones may be empty. A block for every item there is, of which those of other waves have nothing to do.
+  cudaError_t select_waves() {
+    const int64_t longest = items_.longest() < plan_.packed.stored_tokens ? items_.longest() : plan_.packed.stored_tokens;
+    const int64_t most_picks = items_.picks < longest ? items_.picks : longest;
+    const int64_t tiles = most_tiles(items_, plan_.packed), most_blocks = int64_t(kTileBlocks) * device_sm_count();
+    const int64_t blocks = tiles < most_blocks ? tiles : most_blocks;
+    for (int64_t w = 0; w < plan_.packed.waves; ++w) {
+      const PackedTiles at{scratch_.packed.items, scratch_.packed.matrices, scratch_.packed.waves + w, plan_.tile, 1};
+      cudaError_t error = weigh([&](auto mma, const auto& store) {
+        if constexpr (decltype(mma)::value)
+          return launch_sqdist_mma(rows_, at, blocks, scratch_.stats, store, scratch_.marks, scratch_.weights, stream_);
+        else return launch_sqdist_tiles(rows_, at, blocks, store, scratch_.weights, stream_);
+      });
+      if (error != cudaSuccess) return error;
+      const StoredItems stored{items_, scratch_.weights, 0, at.wave, at.matrices};
+      const auto in_blocks = [&](auto* kernel, int warps, size_t report_bytes) {
+        return select_in_blocks(kernel, stored, items_.count, warps, report_bytes + most_picks * sizeof(int));
+      };
+      error = plan_.item_blocks > 1 ? select_in_clusters(stored, longest, items_.count) : with_packed_kernel<Rule>(longest, in_blocks);
+      if (error != cudaSuccess) return error;
+    }
+    return cudaSuccess;
+  }
+
+  // f(whether on tensor cores, what is stored of a pair).
+  template <class F>
+  cudaError_t weigh(const F& f) {
+    const StoreWeight<Rule> store{rule_, scratch_.least};
+    if constexpr (sizeof(scalar_t) == 2) {
+      if (plan_.mma) return f(std::true_type(), store);
+    }
+    return f(std::false_type(), store);
+  }
+
+  template <class Kernel>
+  cudaError_t select_in_blocks(Kernel* kernel, const StoredItems& stored, int64_t blocks, int warps, size_t shared_bytes) {
+    const Launch shape{dim3(static_cast<unsigned>(blocks)), dim3(32 * warps), shared_bytes, 1, false, stream_, true};
+    return launch(kernel, shape, stored, scratch_.stats.mean_sqdist, rule_, out_);
+  }
+
+  cudaError_t select_in_clusters(const StoredItems& stored, int64_t tokens, int64_t count) {
+    const Launch shape = cluster_launch(tokens, count, plan_.item_blocks, stream_);
+    return with_cluster_kernel<Rule>(tokens, [&](auto* kernel) {
+      return launch(kernel, shape, stored, plan_.lookahead, scratch_.least, scratch_.stats.mean_sqdist, rule_, out_);
+    });
+  }
+
+  cudaError_t sweep() {
+    const cudaError_t error = cudaMemsetAsync(scratch_.arrived, 0, plan_.groups * sizeof(unsigned), stream_);
+    if (error != cudaSuccess) return error;
+    return with_swept_kernel<scalar_t, Rule>(plan_.mma, [&](auto* kernel, size_t shared_bytes) {
+      const Launch shape{dim3(plan_.blocks), dim3(kSweepThreads), shared_bytes, 1, true, stream_};
+      return launch(kernel, shape, rows_, items_, scratch_.packed.large, rows_aligned(rows_), plan_.groups, plan_.group_blocks,
+                    plan_.lookahead, rule_, scratch_.stats.norms, reinterpret_cast<const scalar_t*>(scratch_.stats.centre),
+                    scratch_.stats.mean_sqdist, scratch_.weights, scratch_.keys, scratch_.floats, scratch_.arrived, out_);
+    });
+  }
+
+  const Rows<scalar_t>& rows_;
+  Items items_;
+  const SelectionPlan& plan_;
+  const SelectionScratch& scratch_;
+  Rule rule_;
+  int64_t* out_;
+  cudaStream_t stream_;
 };
 
 template <class scalar_t, class Rule>
 cudaError_t launch_selection(const Rows<scalar_t>& rows, const Items& items, const SelectionPlan& plan, const SelectionScratch& scratch,
                              Rule rule, int64_t* out, cudaStream_t stream) {
-  cudaError_t error = cudaSuccess;
-  // Places that no item's budget covers would otherwise stay unwritten; -1 is all bits set.
-  if (items.packed()) error = cudaMemsetAsync(out, 0xff, items.picks * sizeof(int64_t), stream);
-  if (error == cudaSuccess && scratch.least) error = cudaMemsetAsync(scratch.least, 0xff, all_tokens(items) * sizeof(uint32_t), stream);
-  if (error == cudaSuccess) error = launch_token_stats(rows, items, scratch.stats, stream);
-  if (error != cudaSuccess) return error;
-
-  if (!plan.stored) {
-    if (plan.groups == 0) return cudaErrorLaunchOutOfResources;
-    error = cudaMemsetAsync(scratch.arrived, 0, plan.groups * sizeof(unsigned), stream);
-    if (error != cudaSuccess) return error;
-    return with_swept_kernel<scalar_t, Rule>(plan.mma_tile, [&](auto* kernel, size_t shared_bytes) {
-      const Launch shape{dim3(plan.groups * plan.group_blocks), dim3(kSweepThreads), shared_bytes, 1, true, stream};
-      return launch(kernel, shape, rows, items, rows_aligned(rows), plan.group_blocks, plan.lookahead, rule, scratch.stats.norms,
-                    reinterpret_cast<const scalar_t*>(scratch.stats.centre), scratch.stats.mean_sqdist, scratch.weights, scratch.keys,
-                    scratch.floats, scratch.arrived, out);
-    });
-  }
-  const int64_t pitch = matrix_pitch(items.tokens);
-  const auto weigh = [&](int64_t first, int64_t entries) {
-    const StoreWeight<Rule> store{rule, scratch.least};
-    if constexpr (sizeof(scalar_t) == 2) {
-      if (plan.mma_tile)
-        return launch_sqdist_mma(rows, items, first, entries, plan.mma_tile, scratch.stats, store, scratch.marks, pitch, scratch.weights,
-                                 stream);
-    }
-    return launch_sqdist_tiles(rows, items, first, entries, store, pitch, scratch.weights, stream);
-  };
-  const auto select = [&](int64_t first, int64_t count) {
-    if (plan.item_blocks > 1) {
-      const Launch shape = cluster_launch(items.tokens, count, plan.item_blocks, stream);
-      return with_cluster_kernel<Rule>(items.tokens, [&](auto* kernel) {
-        return launch(kernel, shape, items, first, plan.lookahead, scratch.weights, scratch.least, scratch.stats.mean_sqdist, rule, out);
-      });
-    }
-    const int64_t most_picks = items.picks < items.tokens ? items.picks : items.tokens;
-    return with_stored_kernel<Rule>(items.tokens, [&](auto* kernel, int warps, size_t report_bytes) {
-      const Launch shape{dim3(static_cast<unsigned>(count)), dim3(32 * warps), report_bytes + most_picks * sizeof(int), 1, false, stream};
-      return launch(kernel, shape, items, first, scratch.weights, scratch.stats.mean_sqdist, rule, out);
-    });
-  };
-  const int64_t entries = items.packed() ? 1 : items.count;
-  for (int64_t first = 0; first < entries; first += plan.entries) {
-    const int64_t held = entries - first < plan.entries ? entries - first : plan.entries;
-    const int64_t count = items.packed() ? items.count : held;
-    error = weigh(first, held);
-    if (error != cudaSuccess) return error;
-    error = select(first, count);
-    if (error != cudaSuccess) return error;
-  }
-  return cudaSuccess;
+  return SelectionLaunch<scalar_t, Rule>(rows, items, plan, scratch, rule, out, stream).run();
 }
 
 #ifdef STS_KERNEL_TABLE
 // For tests: a selection as the ops run it. notes, if not null, is given what is noted on the way: where blocks share an item the least
 // weights, else of stored weights on tensor cores the marks (SelectionScratch), of sweeps how often the blocks of the first group have
-// come to a barrier. Items of at most matrix_tokens tokens go through stored weights, shared by item_blocks blocks each (0: as planned).
-// Every part of the scratch is an allocation of its own, filled with NaN.
+// come to a barrier. Items of at most matrix_tokens tokens go through stored weights, shared by item_blocks blocks each (0: as planned);
+// packed ones in waves of wave_floats (0: as planned). Every part of the scratch is an allocation of its own, filled with NaN.
 template <class scalar_t, class Rule>
-cudaError_t run_selection(const Rows<scalar_t>& rows, const Items& items, int64_t matrix_tokens, int item_blocks, int lookahead, Rule rule,
-                          unsigned* notes, int64_t* out, cudaStream_t stream) {
-  SelectionPlan plan = plan_selection<scalar_t, Rule>(rows, items, matrix_tokens, lookahead);
+cudaError_t run_selection(const Rows<scalar_t>& rows, const Items& items, int64_t matrix_tokens, int item_blocks, int lookahead,
+                          int64_t wave_floats, Rule rule, unsigned* notes, int64_t* out, cudaStream_t stream) {
+  SelectionPlan plan =
+      plan_selection<scalar_t, Rule>(rows, items, matrix_tokens, lookahead, wave_floats ? wave_floats : kWaveFloats);
   if (plan.stored && item_blocks) plan.item_blocks = item_blocks;
-  void* parts[16];
+  void* parts[20];
   int count = 0;
   const SelectionScratch scratch(plan, items, rows.channels, [&](int64_t bytes) -> void* {
     parts[count] = nullptr;
@@ -199,8 +306,7 @@ cudaError_t run_selection(const Rows<scalar_t>& rows, const Items& items, int64_
   cudaError_t error = launch_selection(rows, items, plan, scratch, rule, out, stream);
   if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
   const unsigned* noted = scratch.least ? scratch.least : scratch.marks ? scratch.marks : scratch.arrived;
-  const int64_t tiles = mark_tiles(items.tokens);
-  const int64_t num_noted = scratch.least ? all_tokens(items) : scratch.marks ? plan.entries * tiles * tiles : 1;
+  const int64_t num_noted = scratch.least ? all_tokens(items) : scratch.marks ? SelectionScratch::marks_of(plan, items) : 1;
   if (error == cudaSuccess && notes && noted) error = cudaMemcpy(notes, noted, num_noted * sizeof *notes, cudaMemcpyDeviceToDevice);
   while (count) cudaFree(parts[--count]);
   return error;
@@ -209,7 +315,7 @@ cudaError_t run_selection(const Rows<scalar_t>& rows, const Items& items, int64_
 // The same on unit rows.
 template <class scalar_t, class Rule>
 cudaError_t run_unit_selection(const Rows<scalar_t>& rows, const Items& items, int64_t matrix_tokens, int item_blocks, int lookahead,
-                               Rule rule, int64_t* out, cudaStream_t stream) {
+                               int64_t wave_floats, Rule rule, int64_t* out, cudaStream_t stream) {
   const int64_t entries = items.packed() ? 1 : items.count, floats = entries * items.tokens * unit_pitch(rows.channels);
   void* unit = nullptr;
   cudaError_t error = cudaMalloc(&unit, floats * sizeof(float));
@@ -217,7 +323,7 @@ cudaError_t run_unit_selection(const Rows<scalar_t>& rows, const Items& items, i
   if (error == cudaSuccess) error = launch_unit_rows(rows, entries, items.tokens, items.tokens, nullptr, static_cast<float*>(unit), nullptr, stream);
   const Rows<float> unit_rows = unit_rows_of(static_cast<const float*>(unit), items.tokens, rows.channels);
   if (error == cudaSuccess)
-    error = run_selection(unit_rows, items, matrix_tokens, item_blocks, lookahead, UnitRows<Rule>{rule}, nullptr, out, stream);
+    error = run_selection(unit_rows, items, matrix_tokens, item_blocks, lookahead, wave_floats, UnitRows<Rule>{rule}, nullptr, out, stream);
   cudaFree(unit);
   return error;
 }

@@ -5,13 +5,14 @@
 // pair's bits depend on the pair and the centre of its item alone.
 #pragma once
 #include "pairwise_sqdist.cuh"
+#include "selection_plan.h"
 #include "token_stats.cuh"
 
 namespace sts {
 
 // Tokens along a tile's side. A large tile reads half as much for a pair; small ones keep more multiprocessors busy.
 constexpr int kSmallMmaTile = 64, kLargeMmaTile = 128;
-constexpr int kMarkTile = kLargeTile;  // marks are for the tiles of the kernel that repairs
+static_assert(kMarkTile == kLargeTile, "marks are for the tiles of the kernel that repairs");
 constexpr int kMmaChannels = 64;  // a stage
 constexpr int kMmaStages = 3;
 // Tensor cores truncate when they add. Sums of more channels than this are continued in rounded float32: the error of a sum
@@ -31,8 +32,9 @@ constexpr size_t kMmaSharedBytes = size_t(kMmaStages) * kMmaStageRows<kTile> * k
 
 template <class scalar_t>
 bool mma_fits(const Rows<scalar_t>& rows, const Items& items) {
-  const bool reachable = rows.row_stride / 8 <= 0xffffffffll / items.tokens;  // by TileCopy
-  return sizeof(scalar_t) == 2 && !items.packed() && rows_aligned(rows) && rows.channels % 8 == 0 && reachable;
+  // By TileCopy. Whatever else is packed, an item's distances are the same bits.
+  const bool reachable = rows.row_stride / 8 <= 0xffffffffll / (items.packed() ? kMatrixTokens : items.tokens);
+  return sizeof(scalar_t) == 2 && rows_aligned(rows) && rows.channels % 8 == 0 && reachable;
 }
 
 // Where 16-byte chunk `chunk` of row `row` of a stage is, in elements. Rows lie 128 bytes apart, all on the same banks: chunks are
@@ -86,32 +88,33 @@ class TileCopy {
   uint32_t offset_[kCopies];
 };
 
-// norms: (batch, tokens). centre: (batch, channels). marks: (entries, mark_tiles, mark_tiles), of which a block writes its own: whether
-// it marked a pair.
-template <class scalar_t, int kTile, class Store>
+// norms: (all tokens). centre: (items, channels). marks: of a tile of kMarkTile tokens, whether it has a marked pair.
+template <class scalar_t, int kTile, class Tiles, class Store>
 __global__ void __launch_bounds__(kMmaThreads<kTile>)
-    sqdist_mma_kernel(Rows<scalar_t> rows, int64_t tokens, int64_t first_entry, int64_t entries, const float* norms,
-                      const scalar_t* centre, Store store, unsigned* marks, int64_t mark_tiles, int64_t pitch, float* out) {
+    sqdist_mma_kernel(Rows<scalar_t> rows, Tiles tiles, const float* norms, const scalar_t* centre, Store store, unsigned* marks,
+                      float* out) {
+  await_predecessor();
   constexpr int kRows = kWarpRows<kTile>, kColumns = kWarpColumns, kThreads = kMmaThreads<kTile>, kMarks = kTile / kMarkTile;
   STS_DYNAMIC_SHARED(scalar_t, shared);
   __shared__ bool warp_marked[kTile / kRows][kTile / kColumns];
-  const int i0 = static_cast<int>(blockIdx.y) * kTile, j0 = static_cast<int>(blockIdx.x) * kTile, width = static_cast<int>(tokens);
-  if (i0 > j0) return;
   // Warps 0 to 3, one on each quarter of the multiprocessor, have the first half of a large tile's columns, and 4 to 7 the second: in
   // the last tiles of a row that half may be past the end, and each quarter has half of the work.
   const int tid = threadIdx.x, lane = tid % 32, warp_i = tid / 32 % (kTile / kRows), warp_j = tid / 32 / (kTile / kRows);
   const int wi = warp_i * kRows, wj = warp_j * kColumns;
-  const bool has_pairs = j0 + wj < width && i0 + wi < j0 + wj + kColumns;  // before the end, and not all below the diagonal
   const int steps = static_cast<int>(ceil_div(rows.channels, kMmaChannels));
   constexpr int kStage = kMmaStageRows<kTile> * kMmaChannels, kRing = kMmaStages * kStage;
-  const int side_b = i0 == j0 ? 0 : kTile * kMmaChannels;  // a diagonal tile reads once
-  const TileCopy<scalar_t, kTile, kThreads> copy_a(rows, i0, tokens), copy_b(rows, j0, tokens);
-  // The row and the half of 16 channels whose address this lane gives ldmatrix. The swizzle turns 16 channels further into an exclusive or.
-  const int at_a = staged(wi + lane % 16, lane / 16), at_b = side_b + staged(wj + lane % 8 + lane / 16 * 8, lane / 8 % 2);
 
-  for (int entry = blockIdx.z; entry < static_cast<int>(entries); entry += gridDim.z) {
-    const scalar_t* chunk = rows.row(first_entry + entry, 0) + tid % 8 * 8;
-    const scalar_t* centre_chunk = centre + (first_entry + entry) * rows.channels + tid % 8 * 8;
+  for (int64_t turn = tiles.begin(); turn < tiles.end(); turn += tiles.step()) {
+    const PairTile tile = tiles.template at<kTile>(turn);
+    const int i0 = static_cast<int>(tile.i), j0 = static_cast<int>(tile.j), width = static_cast<int>(tile.tokens);
+    const bool has_pairs = j0 + wj < width && i0 + wi < j0 + wj + kColumns;  // before the end, and not all below the diagonal
+    const int side_b = i0 == j0 ? 0 : kTile * kMmaChannels;  // a diagonal tile reads once
+    const TileCopy<scalar_t, kTile, kThreads> copy_a(rows, i0, width), copy_b(rows, j0, width);
+    // The row and the half of 16 channels whose address this lane gives ldmatrix. The swizzle turns 16 channels further into an exclusive
+    // or.
+    const int at_a = staged(wi + lane % 16, lane / 16), at_b = side_b + staged(wj + lane % 8 + lane / 16 * 8, lane / 8 % 2);
+    const scalar_t* chunk = rows.row(tile.entry, tile.row) + tid % 8 * 8;
+    const scalar_t* centre_chunk = centre + tile.item * rows.channels + tid % 8 * 8;
     int left = rows.channels - tid % 8 * 8;  // channels from this thread's next chunk on
     int filled = 0;                          // the stage to fill next, in elements
     const auto fetch = [&] {
@@ -175,11 +178,11 @@ __global__ void __launch_bounds__(kMmaThreads<kTile>)
     cp_async_wait<0>();
 
     // Epilogue. Stored matrices have at most kMatrixTokens tokens, so offsets in them have 32 bits.
-    const int i = opaque(i0 + wi + lane / 4), j = opaque(j0 + wj + lane % 4 * 2), stride = opaque(static_cast<int>(pitch));
-    float* const matrix = out + entry * tokens * pitch;
+    const int i = opaque(i0 + wi + lane / 4), j = opaque(j0 + wj + lane % 4 * 2), stride = opaque(static_cast<int>(tile.pitch));
+    float* const matrix = out + tile.offset;
     float *const upper = matrix + i * stride + j, *const lower = matrix + j * stride + i;
-    const float* norm = norms + (first_entry + entry) * tokens;
-    uint32_t* const least = store.least ? store.least + (first_entry + entry) * tokens : nullptr;
+    const float* norm = norms + tile.token;
+    uint32_t* const least = store.least ? store.least + tile.token : nullptr;
     float column_norm[kColumns / 4];
 #pragma unroll
     for (int c = 0; c < kColumns / 4; ++c) column_norm[c] = j + c / 2 * 8 + c % 2 < width ? norm[j + c / 2 * 8 + c % 2] : 0.f;
@@ -226,16 +229,14 @@ __global__ void __launch_bounds__(kMmaThreads<kTile>)
     __syncthreads();  // also: no thread is still reading the stages when the next entry's arrive
     if (tid < kMarks * kMarks) {
       const int mi = tid / kMarks, mj = tid % kMarks;
-      const int64_t tile_i = blockIdx.y * kMarks + mi, tile_j = blockIdx.x * kMarks + mj;
       unsigned any = 0;
       for (int wr = mi * kMarkTile / kRows; wr < (mi + 1) * kMarkTile / kRows; ++wr)
         for (int wc = mj * kMarkTile / kColumns; wc < (mj + 1) * kMarkTile / kColumns; ++wc) any |= warp_marked[wr][wc];
-      if (tile_i < mark_tiles && tile_j < mark_tiles) marks[(static_cast<int64_t>(entry) * mark_tiles + tile_i) * mark_tiles + tile_j] = any;
+      const int64_t at = tiles.template mark<kMarks>(turn, mi, mj);
+      if (at >= 0) marks[at] = any;
     }
   }
 }
-
-STS_HOST_DEVICE int64_t mark_tiles(int64_t tokens) { return ceil_div(tokens, kMarkTile); }
 
 // Large tiles where there are two for every multiprocessor.
 inline int mma_tile(int64_t tokens, int64_t entries) {
@@ -243,25 +244,40 @@ inline int mma_tile(int64_t tokens, int64_t entries) {
   return large * (large + 1) / 2 * entries >= 2 * device_sm_count() ? kLargeMmaTile : kSmallMmaTile;
 }
 
-template <int kTile, class scalar_t, class Store>
-cudaError_t launch_sqdist_mma_of(const Rows<scalar_t>& rows, const Items& items, int64_t first_entry, int64_t entries,
-                                 const TokenStats& stats, Store store, unsigned* marks, int64_t pitch, float* out, cudaStream_t stream) {
-  const auto tiles = static_cast<unsigned>(ceil_div(items.tokens, kTile));
-  const dim3 grid(tiles, tiles, static_cast<unsigned>(entries < 65535 ? entries : 65535));
-  const Launch shape{grid, dim3(kMmaThreads<kTile>), kMmaSharedBytes<kTile>, 1, false, stream};
-  return launch(sqdist_mma_kernel<scalar_t, kTile, Store>, shape, rows, items.tokens, first_entry, entries, stats.norms,
-                reinterpret_cast<const scalar_t*>(stats.centre), store, marks, mark_tiles(items.tokens), pitch, out);
+// Also sets the marks.
+template <int kTile, class scalar_t, class Tiles, class Store>
+cudaError_t launch_sqdist_mma_of(const Rows<scalar_t>& rows, const Tiles& tiles, dim3 grid, const TokenStats& stats, Store store,
+                                 unsigned* marks, float* out, cudaStream_t stream) {
+  const Launch shape{grid, dim3(kMmaThreads<kTile>), kMmaSharedBytes<kTile>, 1, false, stream, Store::kOverlap};
+  return launch(sqdist_mma_kernel<scalar_t, kTile, Tiles, Store>, shape, rows, tiles, stats.norms,
+                reinterpret_cast<const scalar_t*>(stats.centre), store, marks, out);
 }
 
-// As launch_sqdist_tiles, for 16-bit rows that mma_fits, with tiles of `tile`. marks: (entries, mark_tiles, mark_tiles).
+// As launch_sqdist_tiles, for 16-bit rows that mma_fits, with tiles of `tile`. marks: (entries, side, side) tiles of kMarkTile tokens.
 template <class scalar_t, class Store>
 cudaError_t launch_sqdist_mma(const Rows<scalar_t>& rows, const Items& items, int64_t first_entry, int64_t entries, int tile,
                               const TokenStats& stats, Store store, unsigned* marks, int64_t pitch, float* out, cudaStream_t stream) {
-  const cudaError_t error =
-      tile == kLargeMmaTile ? launch_sqdist_mma_of<kLargeMmaTile>(rows, items, first_entry, entries, stats, store, marks, pitch, out, stream)
-                            : launch_sqdist_mma_of<kSmallMmaTile>(rows, items, first_entry, entries, stats, store, marks, pitch, out, stream);
+  const PaddedTiles tiles{items.tokens, first_entry, entries, pitch};
+  const auto side = static_cast<unsigned>(ceil_div(items.tokens, tile));
+  const dim3 grid(side, side, static_cast<unsigned>(entries < 65535 ? entries : 65535));
+  const cudaError_t error = tile == kLargeMmaTile
+                                ? launch_sqdist_mma_of<kLargeMmaTile>(rows, tiles, grid, stats, store, marks, out, stream)
+                                : launch_sqdist_mma_of<kSmallMmaTile>(rows, tiles, grid, stats, store, marks, out, stream);
   if (error != cudaSuccess) return error;
-  return launch_sqdist_repair(rows, items, first_entry, entries, store, marks, pitch, out, stream);
+  return launch_sqdist_tiles_of<kMarkTile>(rows, tiles, store, marks, out, stream);
+}
+
+// The same of the items of a wave of a packed batch. marks: (tiles, kMarkTile parts of a tile).
+template <class scalar_t, class Store>
+cudaError_t launch_sqdist_mma(const Rows<scalar_t>& rows, PackedTiles tiles, int64_t blocks, const TokenStats& stats, Store store,
+                              unsigned* marks, float* out, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(blocks));
+  const cudaError_t error = tiles.tile == kLargeMmaTile
+                                ? launch_sqdist_mma_of<kLargeMmaTile>(rows, tiles, grid, stats, store, marks, out, stream)
+                                : launch_sqdist_mma_of<kSmallMmaTile>(rows, tiles, grid, stats, store, marks, out, stream);
+  if (error != cudaSuccess) return error;
+  tiles.parts = tiles.tile / kMarkTile;
+  return launch_sqdist_tiles_of<kMarkTile>(rows, tiles, blocks, store, marks, out, stream);
 }
 
 }  // namespace sts

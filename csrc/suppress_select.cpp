@@ -144,9 +144,10 @@ Tensor suppress_select_cpu(const Tensor& features, const Tensor& rank, const Ten
 }
 
 Tensor suppress_select_varlen_cpu(const Tensor& features, const Tensor& rank, const Tensor& tau, const Tensor& cu_seqlens,
-                                  const Tensor& cu_budgets, int64_t total_k) {
+                                  const Tensor& cu_budgets, int64_t total_k, std::optional<int64_t> max_seqlen) {
   return select(
-      Selection::packed("suppress_select_varlen", features, cu_seqlens, cu_budgets, total_k, std::nullopt).with_suppress(rank, tau));
+      Selection::packed("suppress_select_varlen", features, cu_seqlens, cu_budgets, total_k, std::nullopt, max_seqlen)
+          .with_suppress(rank, tau));
 }
 
 }  // namespace

@@ -8,8 +8,9 @@ Tensor suppress_select_cuda(const Tensor& features, const Tensor& rank, const Te
 }
 
 Tensor suppress_select_varlen_cuda(const Tensor& features, const Tensor& rank, const Tensor& tau, const Tensor& cu_seqlens,
-                                   const Tensor& cu_budgets, int64_t total_k) {
-  return select(Selection::packed("suppress_select_varlen", features, cu_seqlens, cu_budgets, total_k, std::nullopt).with_suppress(rank, tau),
+                                   const Tensor& cu_budgets, int64_t total_k, std::optional<int64_t> max_seqlen) {
+  return select(Selection::packed("suppress_select_varlen", features, cu_seqlens, cu_budgets, total_k, std::nullopt, max_seqlen)
+                    .with_suppress(rank, tau),
                 Suppress());
 }
 

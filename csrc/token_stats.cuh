@@ -2,12 +2,24 @@
 // item's finite tokens (the nearest is the default anchor), and for tensor cores the item's centre and each token's squared norm
 // from there. Sums run over fixed chunks of tokens in fixed order.
 #pragma once
+#include "packed_plan.cuh"
 #include "rule.cuh"
 
 namespace sts {
 
 constexpr int kStatsChunk = 32;      // tokens whose channels one block sums
 constexpr int kStatsThreads = 256;
+
+// The item of this block's turn, and which chunk of `size` of its tokens. Padded: x of the grid is the chunk, y the item, in turns. Packed:
+// a chunk a block, whosever it is (packed_task).
+struct StatsTurn {
+  const Items& items;
+  PackedTask task;
+  __device__ __forceinline__ StatsTurn(const Items& items, int size)
+      : items(items), task(items.packed() ? packed_task(items, size, blockIdx.x) : PackedTask{blockIdx.y, blockIdx.x}) {}
+  __device__ __forceinline__ bool more() const { return task.item < items.count; }
+  __device__ __forceinline__ void next() { task.item += items.packed() ? items.count : gridDim.y; }
+};
 
 // Where the chunks of item b start in a buffer that holds those of all items; `items.count` gives the total.
 STS_HOST_DEVICE int64_t first_chunk(const Items& items, int64_t b, int64_t first_token) {
@@ -51,10 +63,11 @@ __global__ void __launch_bounds__(kStatsThreads, 1)
   constexpr int kVec = Chunk<scalar_t>::size;
   constexpr int kUnroll = 8, kRows = 8;  // loads under way together: of a row, of a column
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  for (int64_t b = blockIdx.y; b < items.count; b += gridDim.y) {
+  for (StatsTurn turn(items, kStatsChunk); turn.more(); turn.next()) {
+    const int64_t b = turn.task.item;
     const Item item = items[b];
     const int64_t entry = items.packed() ? 0 : b;
-    const int64_t begin = static_cast<int64_t>(blockIdx.x) * kStatsChunk;
+    const int64_t begin = turn.task.part * kStatsChunk;
     if (begin >= item.tokens) continue;
     const int count = static_cast<int>(item.tokens - begin < kStatsChunk ? item.tokens - begin : kStatsChunk);
     const int64_t first = item.first + begin;
@@ -79,7 +92,7 @@ __global__ void __launch_bounds__(kStatsThreads, 1)
     __syncthreads();
     static_assert(kStatsChunk == 32, "a bit of a word for each token");
     const unsigned usable = __ballot_sync(kFullWarp, lane < count && finite[lane]);
-    const int64_t chunk = first_chunk(items, b, item.first) + blockIdx.x;
+    const int64_t chunk = first_chunk(items, b, item.first) + turn.task.part;
     if (stats.sums || stats.lows) {
       for (int c = threadIdx.x * kVec; c < rows.channels; c += kStatsThreads * kVec) {
         float sum[kVec] = {}, low[kVec], high[kVec];
@@ -121,6 +134,7 @@ __global__ void __launch_bounds__(kStatsThreads, 1)
 // The mean and the centre of each item.
 template <class scalar_t>
 __global__ void __launch_bounds__(kStatsThreads) mean_kernel(Items items, int channels, TokenStats stats) {
+  await_predecessor();
   for (int64_t b = blockIdx.y; b < items.count; b += gridDim.y) {
     const Item item = items[b];
     const int c = blockIdx.x * kStatsThreads + threadIdx.x;
@@ -159,11 +173,12 @@ __global__ void __launch_bounds__(kStatsThreads) mean_kernel(Items items, int ch
 // How far each token is from the mean and from the centre of its item.
 template <class scalar_t, bool kWhole>
 __global__ void __launch_bounds__(kStatsThreads) mean_sqdist_kernel(Rows<scalar_t> rows, Items items, bool aligned, TokenStats stats) {
+  await_predecessor();
   constexpr int kVec = Chunk<scalar_t>::size, kWarps = kStatsThreads / 32;
   constexpr int kUnroll = 4, kParts = kVec / Chunk<float>::size;  // loads under way together; chunks of the mean for one of the row
   const int lane = threadIdx.x % 32;
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
-  for (int64_t b = blockIdx.y; b < items.count; b += gridDim.y) {
+  for (StatsTurn turn(items, kWarps); turn.more(); turn.next()) {
+    const int64_t b = turn.task.item, i = turn.task.part * kWarps + threadIdx.x / 32;
     const Item item = items[b];
     if (i >= item.tokens) continue;
     const int64_t entry = items.packed() ? 0 : b;
@@ -213,15 +228,21 @@ template <class scalar_t>
 cudaError_t launch_token_stats(const Rows<scalar_t>& rows, const Items& items, const TokenStats& stats, cudaStream_t stream) {
   const bool aligned = rows_aligned(rows);
   const auto depth = static_cast<unsigned>(items.count < 65535 ? items.count : 65535);
-  const auto shape = [&](int64_t blocks) { return Launch{dim3(static_cast<unsigned>(blocks), depth), dim3(kStatsThreads), 0, 1, false, stream}; };
+  const auto shape = [&](int64_t blocks, bool overlap) {
+    return Launch{dim3(static_cast<unsigned>(blocks), depth), dim3(kStatsThreads), 0, 1, false, stream, overlap};
+  };
+  const auto chunks = [&](int size, bool overlap) {
+    if (!items.packed()) return shape(ceil_div(items.tokens, size), overlap);
+    return Launch{dim3(static_cast<unsigned>(packed_tasks(items, size))), dim3(kStatsThreads), 0, 1, false, stream, overlap};
+  };
   const bool whole = aligned && rows.channels % Chunk<scalar_t>::size == 0;
   cudaError_t error = launch(whole ? sum_chunks_kernel<scalar_t, true> : sum_chunks_kernel<scalar_t, false>,
-                             shape(ceil_div(items.tokens, kStatsChunk)), rows, items, aligned, stats);
+                             chunks(kStatsChunk, false), rows, items, aligned, stats);
   if (error != cudaSuccess || !(stats.sums || stats.norms)) return error;
-  error = launch(mean_kernel<scalar_t>, shape(ceil_div(rows.channels, kStatsThreads)), items, rows.channels, stats);
+  error = launch(mean_kernel<scalar_t>, shape(ceil_div(rows.channels, kStatsThreads), true), items, rows.channels, stats);
   if (error != cudaSuccess) return error;
   return launch(whole ? mean_sqdist_kernel<scalar_t, true> : mean_sqdist_kernel<scalar_t, false>,
-                shape(ceil_div(items.tokens, kStatsThreads / 32)), rows, items, aligned, stats);
+                chunks(kStatsThreads / 32, true), rows, items, aligned, stats);
 }
 
 #ifdef STS_KERNEL_TABLE

@@ -49,15 +49,25 @@ inline float checked_eps(const char* op, double eps) {
   return static_cast<float>(eps);
 }
 
-// An integer vector of the given length on the features' device, as int64; copies only if it is int32 or strided.
-inline Tensor checked_vector(const char* op, const char* name, const Tensor& value, int64_t length, const Tensor& features) {
+// An integer vector of the given length on the features' device; copies only if it is strided.
+inline Tensor checked_integers(const char* op, const char* name, const Tensor& value, int64_t length, const Tensor& features) {
   const ScalarType type = value.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Long || type == ScalarType::Int, "sts_kernels::", op, ": ", name, " must be int64 or int32");
   STD_TORCH_CHECK(value.dim() == 1 && value.size(0) == length, "sts_kernels::", op, ": ", name, " must have shape (", length, ",)");
   STD_TORCH_CHECK(value.is_cuda() == features.is_cuda() && value.get_device_index() == features.get_device_index(), "sts_kernels::",
                   op, ": ", name, " must be on the device of features");
-  Tensor wide = type == ScalarType::Long ? value : torch::stable::to(value, ScalarType::Long);
-  return wide.is_contiguous() ? wide : torch::stable::contiguous(wide);
+  return value.is_contiguous() ? value : torch::stable::contiguous(value);
+}
+
+inline Integers integers_of(const std::optional<Tensor>& value) {
+  if (!value) return nullptr;
+  return {value->const_data_ptr(), value->scalar_type() == ScalarType::Int};
+}
+
+// The same as int64; copies also if it is int32.
+inline Tensor checked_vector(const char* op, const char* name, const Tensor& value, int64_t length, const Tensor& features) {
+  const Tensor integers = checked_integers(op, name, value, length, features);
+  return value.scalar_type() == ScalarType::Long ? integers : torch::stable::to(integers, ScalarType::Long);
 }
 
 inline std::optional<Tensor> checked_vector(const char* op, const char* name, const std::optional<Tensor>& value, int64_t length,
@@ -152,15 +162,17 @@ struct Selection {
   }
 
   static Selection packed(const char* op, const Tensor& features, const Tensor& cu_seqlens, const Tensor& cu_budgets, int64_t total_k,
-                          const std::optional<Tensor>& anchor) {
+                          const std::optional<Tensor>& anchor, const std::optional<int64_t>& max_seqlen) {
     Selection s(op, features, 2);
     STD_TORCH_CHECK(cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1, "sts_kernels::", op, ": cu_seqlens must have shape (B+1,)");
     const int64_t batch = cu_seqlens.size(0) - 1, tokens = s.features.size(0);
     STD_TORCH_CHECK(total_k >= 0 && total_k <= tokens, "sts_kernels::", op, ": total_k must be between 0 and ", tokens, ", got ", total_k);
-    s.cu_seqlens = checked_vector(op, "cu_seqlens", cu_seqlens, batch + 1, features);
-    s.cu_budgets = checked_vector(op, "cu_budgets", cu_budgets, batch + 1, features);
+    STD_TORCH_CHECK(!max_seqlen || *max_seqlen >= 1, "sts_kernels::", op, ": max_seqlen must be at least 1, got ", max_seqlen.value_or(0));
+    s.cu_seqlens = checked_integers(op, "cu_seqlens", cu_seqlens, batch + 1, features);
+    s.cu_budgets = checked_integers(op, "cu_budgets", cu_budgets, batch + 1, features);
     s.anchor = checked_vector(op, "anchor", anchor, batch, features);
-    s.items = {batch, tokens, total_k, nullptr, data_or_null(s.cu_seqlens), data_or_null(s.cu_budgets), data_or_null(s.anchor)};
+    s.items = {batch, tokens, total_k, nullptr, integers_of(s.cu_seqlens), integers_of(s.cu_budgets), data_or_null(s.anchor)};
+    s.items.max_seqlen = max_seqlen.value_or(s.items.max_seqlen);
     return s;
   }
 
@@ -199,6 +211,8 @@ struct Selection {
         const int64_t count = items.cu_seqlens[b + 1] - items.cu_seqlens[b], budget = items.cu_budgets[b + 1] - items.cu_budgets[b];
         STD_TORCH_CHECK(count >= 0 && budget >= 0 && budget <= count, "sts_kernels::", op, ": item ", b, " has ", count,
                         " tokens and a budget of ", budget);
+        STD_TORCH_CHECK(count <= items.max_seqlen, "sts_kernels::", op, ": item ", b, " has ", count, " tokens, and max_seqlen is ",
+                        items.max_seqlen);
       }
       STD_TORCH_CHECK(items[b].valid, "sts_kernels::", op, ": num_tokens or anchor of item ", b, " is out of range");
     }

@@ -5,10 +5,11 @@ import re
 
 import pytest
 import torch
-from last_query_scores_compiled import SHARED_MEMORY, compiled, resources
+from last_query_scores_compiled import SHARED_MEMORY, compiled, noting, resources
 
 from sts_kernels.ops import _attention_received_triton as kernels
 from sts_kernels.ops._attention_received_plan import Columns, Plan
+from sts_kernels.ops._triton_launch import Bound
 
 SHAPES = [(1225, 16, 16, 80), (4096, 28, 4, 128)]  # S, Hq, Hkv, D: an encoder, an LLM
 MORE_SHAPES = [(577, 16, 16, 64), (16, 2, 1, 64), (4096, 4, 4, 256), (40, 2, 1, 128)]
@@ -26,11 +27,7 @@ def launches(shape, dtype, kinds=""):
     keys, heads, kv_heads, dim = shape
     recorded = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            kernels,
-            "_launch",
-            lambda kernel, programs, warps, arguments: recorded.append((kernel, warps, arguments)),
-        )
+        patch.setattr(Bound, "launch", noting(recorded))
         query = torch.empty(1, keys, heads, dim, dtype=dtype)
         weight = torch.ones(1, keys) if "weight" in kinds else None
         position = torch.arange(keys)[None] if "position" in kinds else None

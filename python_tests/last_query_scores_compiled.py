@@ -13,6 +13,7 @@ from triton.compiler import ASTSource
 
 from sts_kernels.ops import _last_query_scores_triton as kernels
 from sts_kernels.ops._last_query_scores_plan import MAX_SPLITS, Plan, columns
+from sts_kernels.ops._triton_launch import Bound
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block may have
@@ -39,15 +40,24 @@ DIMS = [*USUAL_DIMS, 257]
 MORE_DIMS = [2, 33, 129, 255, 320, 1000, 1024]
 
 
+def noting(recorded):
+    """A launch that is noted as (kernel, num_warps, arguments by name)."""
+
+    def launch(bound, grid, tensors, numbers):
+        kernel = bound.launcher.kernel
+        arguments = dict(zip(kernel.arg_names, (*tensors, *numbers), strict=False)) | bound.constants
+        recorded.append((kernel, bound.options["num_warps"], arguments))
+
+    return launch
+
+
 @functools.cache
 def launches(shape, dtype, masked, varlen):
     """What the launcher would launch: (kernel, num_warps, arguments)."""
     keys, heads, kv_heads, dim = shape
     recorded = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            kernels, "_launch", lambda kernel, grid, warps, arguments, **_: recorded.append((kernel, warps, arguments))
-        )
+        patch.setattr(Bound, "launch", noting(recorded))
         query, key = torch.empty(2, heads, dim, dtype=dtype), torch.empty(2, keys, kv_heads, dim, dtype=dtype)
         plan = Plan.of(kv_heads, heads // kv_heads, keys, dim, dtype.itemsize, 132)
         if varlen:
@@ -99,7 +109,7 @@ def test_any_head_dimension_fits(dim, dtype, arch, tmp_path):
     """The most query heads a tile holds, and one launch where there may be one."""
     for shape in [(4096, 32, 1, dim), (16, 16, 1, dim)]:
         for kernel, warps, arguments in launches(shape, dtype, masked=True, varlen=False):
-            if kernel is kernels.mean_kernel:  # knows nothing of D
+            if kernel is kernels.mean_kernel.kernel:  # knows nothing of D
                 continue
             binary = compiled(kernel, warps, arguments, arch)
             used = resources(binary.asm["cubin"], tmp_path / "kernel.cubin")

@@ -52,6 +52,7 @@ def sized(op: str, step: int, device="cpu") -> dict:
             "total_k": sum(budgets),
             "eps": 1e-3,
             "anchor": index(tokens, batch),
+            "max_seqlen": max(lengths),
         }
     if op == "last_query_scores":
         return {

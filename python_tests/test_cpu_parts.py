@@ -1,4 +1,4 @@
-"""What a test of an op can't reach of the CPU kernels on every machine: threads that race, other vector widths."""
+"""What a test of an op can't reach of the host code on every machine: threads that race, other vector widths."""
 
 import os
 import shutil
@@ -36,6 +36,11 @@ def run(folder, *source_and_options):
 @pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
 def test_team_runs_every_row_once(tmp_path, sanitizer):
     run(tmp_path, f"-fsanitize={sanitizer}", HERE / "cpu_team.cpp")
+
+
+@pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
+def test_the_driver_is_asked_once(tmp_path, sanitizer):
+    run(tmp_path, f"-fsanitize={sanitizer}", HERE / "plan_cache.cpp")
 
 
 @pytest.mark.parametrize("lanes", WIDTHS)

@@ -39,7 +39,8 @@ def order(request, monkeypatch):
 
 
 def test_every_kernel_is_called(emulated):
-    launchers = {name for name in emulated.kernels() if not re.search("selection_plan|exact_centre|phases_begun", name)}
+    questions = "selection_plan|exact_centre|phases_begun|driver_questions"
+    launchers = {name for name in emulated.kernels() if not re.search(questions, name)}
     assert launchers == {call.kernel for call in (*PRIMITIVES, *QUICK)}
 
 
@@ -65,6 +66,17 @@ def test_neither_schedule_nor_device_changes_a_bit(emulated, monkeypatch, call):
         outputs = [array.tobytes() for array in calls.run_in(emulated, call)]
         first = first or outputs
         assert outputs == first
+
+
+def test_a_second_call_asks_the_driver_nothing(emulated):
+    """Asking takes longer than a launch."""
+    asked = Counter()
+    for call in QUICK:
+        calls.run_in(emulated, call)
+        before = emulated.run("driver_questions")
+        calls.run_in(emulated, call)
+        asked[call.kernel] += emulated.run("driver_questions") - before
+    assert not +asked
 
 
 @pytest.mark.parametrize("call", NONSENSE, ids=str)

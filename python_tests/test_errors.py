@@ -37,6 +37,7 @@ def good(op, device="cpu"):
             "total_k": 5,
             "eps": 1e-6,
             "anchor": index(6, 4),
+            "max_seqlen": 7,
         },
         "farthest_select": lambda: {
             "features": features,
@@ -56,6 +57,7 @@ def good(op, device="cpu"):
             "quality": torch.ones(12, device=device),
             "start": torch.ones(12, device=device),
             "metric": "cosine",
+            "max_seqlen": 7,
         },
         "suppress_select": lambda: {
             "features": features,
@@ -71,6 +73,7 @@ def good(op, device="cpu"):
             "cu_seqlens": index(0, 7, 12, dtype=torch.int32),
             "cu_budgets": index(0, 3, 5, dtype=torch.int32),
             "total_k": 5,
+            "max_seqlen": 7,
         },
     }[op]()
 
@@ -83,7 +86,7 @@ ANCHORED = ["repulsion_select", "farthest_select"]
 ANCHORED_VARLEN = [f"{op}_varlen" for op in ANCHORED]
 OPS = ["pairwise_sqdist", "repulsion_step_", *SELECTING, *VARLEN]
 DENSE = ["pairwise_sqdist", "repulsion_step_", *SELECTING]
-INTS = [*((op, "k") for op in SELECTING), *((op, "total_k") for op in VARLEN)]
+INTS = [*((op, "k") for op in SELECTING), *((op, name) for op in VARLEN for name in ("total_k", "max_seqlen"))]
 # Numbers for each token: (op, argument).
 FLOATS = [
     *((op, name) for op in FARTHEST for name in ("quality", "start")),
@@ -176,6 +179,10 @@ BAD = [
     *((op, "total_k", 13, ValueError, "13") for op in VARLEN),
     *((op, "total_k", 5.0, TypeError, "float") for op in VARLEN),
     *((op, "total_k", False, TypeError, "bool") for op in VARLEN),
+    *(
+        (op, "max_seqlen", value, ValueError, str(value)) for op in VARLEN for value in (6, 0, -1)
+    ),  # item 0 has 7 tokens
+    *((op, "max_seqlen", value, TypeError, type(value).__name__) for op in VARLEN for value in (7.0, "7", True)),
     *((op, "anchor", t(7, 0), ValueError, "7") for op in ANCHORED_VARLEN),
     *((op, "anchor", t(0, -1), ValueError, "-1") for op in ANCHORED_VARLEN),
     *((op, "anchor", t(0), ValueError, "(1,)") for op in ANCHORED_VARLEN),

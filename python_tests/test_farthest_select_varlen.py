@@ -22,6 +22,7 @@ def samples(device):
         (flat.half(), index(0, 6, 6, 13, dtype=torch.int32), index(0, 1, 1, 8, dtype=torch.int32), 8, None, quality),
         (flat[:, 1:], index(0, 6, 13), index(0, 2, 5), 5, index(0, 6), None, start, "cosine"),
         (flat, index(0, 13), index(0, 0), 0),
+        (flat, index(0, 6, 13), index(0, 2, 5), 5, None, None, None, "euclidean", 7),
     ]
 
 
@@ -38,6 +39,7 @@ def sized(step, device):
         "cu_seqlens": offsets(lengths),
         "cu_budgets": offsets(budgets),
         "total_k": sum(budgets),
+        "max_seqlen": max(lengths),
         "anchor": torch.randint(tokens, (batch,), generator=rng).to(device),
         "quality": torch.rand(sum(lengths), generator=rng).to(device),
         "start": torch.rand(sum(lengths), generator=rng).to(device),

@@ -5,6 +5,7 @@ import itertools
 from dataclasses import replace
 from pathlib import Path
 
+import cases
 import numpy as np
 import pytest
 import torch
@@ -297,19 +298,30 @@ def test_emulated_cuda_kernels_of_many_tokens(emulated, rule):
             assert (outcome(call)[-1] == expected).all(), way
 
 
-def test_emulated_cuda_kernel_with_stored_weights_of_packed_items(emulated):
-    """Rows of an item that start anywhere between 16-byte boundaries: as each item by itself."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "way",
+    [
+        {"matrix_tokens": 8192},
+        {"matrix_tokens": 8192, "wave_floats": 1, "max_seqlen": 130},
+        {"matrix_tokens": 8192, "item_blocks": 4},
+        {"matrix_tokens": 40, "wave_floats": 1},
+        {"matrix_tokens": 0},
+    ],
+    ids=str,
+)
+def test_emulated_cuda_kernel_of_packed_items(emulated, dtype, way):
+    """As each item by itself, bit for bit: with weights or in sweeps, as its own length says."""
     g = torch.Generator().manual_seed(15)
     lengths = [1, 34, 0, 130, 33, 2, 61, 8]
     budgets = [1, 20, 0, 64, 33, 1, 0, 5]
-    x = grid(g, sum(lengths), 5)
+    x = torch.cat([cases.near_duplicates(g, 1, n, 24)[0] for n in lengths if n]).to(dtype)
     ends, out_ends = np.cumsum([0, *lengths]), np.cumsum([0, *budgets])
     args = x, torch.from_numpy(ends), torch.from_numpy(out_ends), sum(budgets), 1e-6
-    call = operations.repulsion_select_varlen("any", *args, matrix_tokens=len(x))
-    packed = outcome(call)[-1]
+    packed = outcome(operations.repulsion_select_varlen("any", *args, **way))[-1]
     for begin, end, out, out_end in zip(ends, ends[1:], out_ends, out_ends[1:], strict=False):
         if out_end > out:
-            alone = emulated(x[None, begin:end], int(out_end - out), 1, matrix_tokens=len(x))[-1]
+            alone = emulated(x[None, begin:end], int(out_end - out), 16, matrix_tokens=way["matrix_tokens"])[-1]
             assert (packed[out:out_end] == alone[0]).all()
 
 

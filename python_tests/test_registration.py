@@ -67,6 +67,7 @@ def samples(op, device):
             (flat.half(), index(0, 6, 6, 13, dtype=torch.int32), index(0, 1, 1, 8, dtype=torch.int32), 8, 0.1),
             (flat[:, 1:], index(0, 6, 13), index(0, 2, 5), 5, 1e-6, index(0, 6)),
             (flat, index(0, 13), index(0, 0), 0),
+            (flat, index(0, 6, 13), index(0, 2, 5), 5, 1e-6, None, 7),
         ]
     if op == "last_query_scores":
         query, key = normal(2, 4, 64), normal(2, 7, 2, 64)
@@ -102,17 +103,18 @@ SCHEMAS = {
     "repulsion_select": "(Tensor features, SymInt k, float eps=1e-6, Tensor? anchor=None, Tensor? num_tokens=None)"
     " -> Tensor",
     "repulsion_select_varlen": "(Tensor features, Tensor cu_seqlens, Tensor cu_budgets, SymInt total_k, float eps=1e-6,"
-    " Tensor? anchor=None) -> Tensor",
+    " Tensor? anchor=None, SymInt? max_seqlen=None) -> Tensor",
     "dpp_select": "(Tensor features, Tensor quality, SymInt k, float floor=1e-07, Tensor? num_tokens=None)"
     " -> (Tensor, Tensor)",
     "dedup_select": "(Tensor features, Tensor order, SymInt keep, SymInt step=8) -> Tensor",
     "farthest_select": "(Tensor features, SymInt k, Tensor? anchor=None, Tensor? quality=None, Tensor? start=None,"
     ' str metric="euclidean", Tensor? num_tokens=None) -> Tensor',
     "farthest_select_varlen": "(Tensor features, Tensor cu_seqlens, Tensor cu_budgets, SymInt total_k,"
-    ' Tensor? anchor=None, Tensor? quality=None, Tensor? start=None, str metric="euclidean") -> Tensor',
+    ' Tensor? anchor=None, Tensor? quality=None, Tensor? start=None, str metric="euclidean", SymInt? max_seqlen=None)'
+    " -> Tensor",
     "suppress_select": "(Tensor features, Tensor rank, Tensor tau, SymInt k, Tensor? num_tokens=None) -> Tensor",
     "suppress_select_varlen": "(Tensor features, Tensor rank, Tensor tau, Tensor cu_seqlens, Tensor cu_budgets,"
-    " SymInt total_k) -> Tensor",
+    " SymInt total_k, SymInt? max_seqlen=None) -> Tensor",
     "nearest": '(Tensor query, Tensor key, str metric="cosine", Tensor? query_rank=None, Tensor? key_rank=None,'
     " bool exclude_self=False, Tensor? num_keys=None) -> (Tensor, Tensor)",
     "scatter_mean": "(Tensor features, Tensor assignment, SymInt count, Tensor? weight=None) -> (Tensor, Tensor)",

@@ -1,9 +1,12 @@
 """repulsion_select_varlen against its contract."""
 
+from functools import partial
+
 import oracle
 import pytest
 import torch
 from cases import VARLEN_CASES, VarlenCase, by_name, with_dtypes
+from selection_inputs import of_case
 
 import sts_kernels
 
@@ -59,6 +62,43 @@ def test_prefix(backend, name):
     part = backend(OP, **{**inputs, "cu_budgets": cu_budgets, "total_k": sum(smaller)}).split(smaller)
     for whole, half in zip(full, part, strict=True):
         assert torch.equal(whole[: len(half)], half)
+
+
+@pytest.mark.parametrize("op", ["repulsion_select_varlen", "farthest_select_varlen", "suppress_select_varlen"])
+def test_a_bound_on_the_length_changes_no_result(backend, op):
+    case = by_name("unequal", VARLEN_CASES)
+    make = case.inputs if op == OP else partial(of_case, op, case)
+    inputs = make(seed=8, device=backend.device)
+    want = backend(op, **inputs)
+    for bound in (max(case.lengths), max(case.lengths) + 1, 10**9, 2**62):
+        assert torch.equal(backend(op, **inputs, max_seqlen=bound), want)
+
+
+def test_items_on_both_sides_of_what_is_stored(backend):
+    """Short ones and long ones in one batch, each picked as alone."""
+    case = VarlenCase("both", (40, 9000, 500, 8300, 8192, 1), (20, 12, 60, 7, 9, 1), 16)
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = case.inputs(seed=9, dtype=dtype, device=backend.device)
+        parts = backend(OP, **inputs).split(list(case.budgets))
+        for rows, budget, part in zip(inputs["features"].split(list(case.lengths)), case.budgets, parts, strict=True):
+            assert torch.equal(part, backend("repulsion_select", rows[None], budget, case.eps)[0])
+
+
+def test_on_a_gpu_items_that_do_not_fit_come_out_as_none(cuda):
+    """The others come out right: those behind an offset that falls, beside an item that is too long."""
+    x = torch.randn(300, 64, generator=torch.Generator().manual_seed(0)).to(cuda, torch.bfloat16)
+    cu_seqlens = torch.tensor([0, 100, 50, 200, 300], device=cuda)  # item 2 begins in item 0
+    cu_budgets = torch.tensor([0, 10, 20, 30, 40], device=cuda)
+    first, last = (sts_kernels.repulsion_select(x[None, rows], 10)[0] for rows in (slice(100), slice(200, 300)))
+    none = torch.full((10,), -1, device=cuda)
+    picks = sts_kernels.repulsion_select_varlen(x, cu_seqlens, cu_budgets, 40)
+    assert torch.equal(picks, torch.cat([first, none, none, last]))
+    cu_seqlens = torch.tensor([0, 100, 200, 300], device=cuda)
+    picks = sts_kernels.repulsion_select_varlen(
+        x, cu_seqlens + torch.tensor([0, 0, -1, 0], device=cuda), cu_budgets[:4], 30, max_seqlen=100
+    )
+    assert torch.equal(picks[:10], first)
+    assert (picks[20:] == -1).all()
 
 
 def test_many_items(backend):

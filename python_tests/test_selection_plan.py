@@ -3,7 +3,12 @@
 import pytest
 from emulator import build
 
-FIELDS = ("stored", "mma_tile", "entries", "item_blocks", "groups", "group_blocks", "lookahead")
+FIELDS = (
+    *("stored", "swept", "mma", "tile", "entries", "item_blocks"),
+    *("groups", "group_blocks", "blocks", "lookahead"),
+    *("wave_floats", "waves", "most_large"),
+)
+NO_BOUND = 2**63 - 1
 
 
 @pytest.fixture(scope="module")
@@ -15,8 +20,8 @@ def module():
 
 @pytest.fixture
 def plan(module):
-    def ask(batch, tokens, channels, packed=False, dtype="bfloat16", picks=None):
-        asked = (batch, tokens, channels, tokens if picks is None else picks, packed)
+    def ask(batch, tokens, channels, packed=False, dtype="bfloat16", picks=None, max_seqlen=NO_BOUND):
+        asked = (batch, tokens, channels, tokens if picks is None else picks, packed, max_seqlen)
         return {name: module.run(f"selection_plan_{dtype}", *asked, i) for i, name in enumerate(FIELDS)}
 
     return ask
@@ -26,7 +31,44 @@ def test_up_to_8192_tokens_weights_are_stored(plan):
     for tokens in (1, 576, 2880, 8192):
         assert plan(1, tokens, 1024)["stored"]
     assert not plan(1, 8193, 1024)["stored"]
-    assert not plan(4, 8193, 1024, packed=True)["stored"]
+    for tokens in (1, 8192, 8193, 10**6):  # packed: only the device knows how long items are
+        at = plan(4, tokens, 1024, packed=True)
+        assert at["stored"]
+        assert bool(at["swept"]) == (tokens > 8192)
+        bounded = plan(4, tokens, 1024, packed=True, max_seqlen=8192)
+        assert bounded["stored"]
+        assert not bounded["swept"]
+
+
+def test_packed_weights_take_no_more_than_512_mib_in_as_many_waves_as_may_be_needed(plan):
+    def waves(batch, tokens, max_seqlen=NO_BOUND):
+        at = plan(batch, tokens, 64, packed=True, max_seqlen=max_seqlen)
+        return at["waves"], at["wave_floats"]
+
+    assert waves(4, 2304) == (1, 2304 * 2304)
+    assert waves(6, 4022) == (1, 4022 * 4024)
+    assert waves(64, 59_824) == (8, 1 << 27)
+    assert waves(64, 59_824, 2880) == (2, 1 << 27)
+    assert waves(64, 59_824, 576) == (1, 59_824 * 576)
+    for batch, tokens, bound in ((3, 10**6, 8192), (10**5, 10**7, 700), (2, 16_384, 8191), (1, 1, 1)):
+        most, floats = waves(batch, tokens, bound)
+        assert floats <= 1 << 27
+        side = min(tokens, bound)
+        largest = side * (side + -side % 4)
+        # All but the last are filled so far that the largest item does not fit.
+        assert (most - 1) * (floats - largest + 1) <= tokens * (side + -side % 4) < most * (floats - largest + 1) or (
+            most == 1 and tokens * (side + -side % 4) <= floats
+        )
+
+
+def test_no_more_packed_items_are_swept_than_there_can_be(plan):
+    def large(batch, tokens, **rest):
+        return plan(batch, tokens, 64, packed=True, **rest)["most_large"]
+
+    assert [large(64, tokens) for tokens in (8192, 8193, 16_385, 16_386)] == [0, 1, 1, 2]
+    assert large(2, 10**6) == 2
+    assert large(64, 10**6, max_seqlen=8192) == 0
+    assert large(64, 10**6, max_seqlen=8193) == 64
 
 
 def test_few_picks_of_many_tokens_are_made_in_sweeps(plan):
@@ -52,16 +94,22 @@ def test_no_more_than_256_mib_of_weights_at_a_time(plan):
 
 
 def test_tensor_cores_take_16_bit_rows_of_whole_chunks(plan):
-    assert plan(2, 576, 1024)["mma_tile"]
-    assert plan(2, 576, 1024, dtype="float32")["mma_tile"] == 0
-    assert plan(2, 576, 1001)["mma_tile"] == 0
-    assert plan(2, 576, 1024, packed=True)["mma_tile"] == 0  # a pair's bits must not depend on what else is packed
+    for packed in (False, True):
+        assert plan(2, 576, 1024, packed)["mma"]
+        assert not plan(2, 576, 1024, packed, dtype="float32")["mma"]
+        assert not plan(2, 576, 1001, packed)["mma"]
+    # A pair's bits must not depend on what else is packed.
+    assert plan(2, 10**9, (1 << 22) - 64, packed=True)["mma"]
+    assert not plan(2, 1000, 1 << 22, packed=True)["mma"]
 
 
 def test_large_tiles_where_there_are_two_for_every_multiprocessor(plan, monkeypatch):
     monkeypatch.setenv("STS_EMULATE_SMS", "132")
-    assert [plan(batch, 576, 1024)["mma_tile"] for batch in (1, 17, 18, 64)] == [64, 64, 128, 128]  # 15 tiles an item
-    assert [plan(1, tokens, 1024)["mma_tile"] for tokens in (2688, 2816, 2880)] == [64, 64, 128]  # 231, 253, 276 tiles
+    assert [plan(batch, 576, 1024)["tile"] for batch in (1, 17, 18, 64)] == [64, 64, 128, 128]  # 15 tiles an item
+    assert [plan(1, tokens, 1024)["tile"] for tokens in (2688, 2816, 2880)] == [64, 64, 128]  # 231, 253, 276 tiles
+    # Packed: as if items were equally long.
+    assert [plan(batch, batch * 576, 1024, packed=True)["tile"] for batch in (4, 17, 18)] == [64, 64, 128]
+    assert [plan(batch, 576, 1024, dtype="float32")["tile"] for batch in (1, 5, 6)] == [32, 32, 64]  # 45 tiles an item
 
 
 def test_blocks_share_large_items_where_there_are_multiprocessors_for_it(plan, monkeypatch):
@@ -76,6 +124,7 @@ def test_blocks_share_large_items_where_there_are_multiprocessors_for_it(plan, m
     assert item_blocks(1, 2880, dtype="float32") == 8
     # Packed tokens are those of all items.
     assert [item_blocks(batch, 2880, packed=True) for batch in (1, 2, 3)] == [8, 8, 1]
+    assert [item_blocks(batch, batch * 2880, packed=True) for batch in (16, 33, 34)] == [8, 4, 1]
     monkeypatch.setenv("STS_EMULATE_SMS", "7")
     assert [item_blocks(batch, 1500) for batch in (1, 2)] == [4, 1]
     monkeypatch.setenv("STS_EMULATE_SMS", "3")
@@ -91,10 +140,11 @@ def test_above_the_blocks_of_all_groups_are_resident(plan, monkeypatch, multipro
             at = plan(batch, 20_000, 1024, packed)
             assert at["groups"] >= 1
             assert at["group_blocks"] >= 1
-            assert at["groups"] <= batch
-            assert at["groups"] * at["group_blocks"] <= multiprocessors * 2
-            assert at["mma_tile"] == (0 if packed else 128)
-            assert (at["group_blocks"] - 1) * (at["mma_tile"] or 256) < 20_000  # every block has a token
+            assert at["groups"] <= min(batch, 2) if packed else at["groups"] <= batch
+            assert at["blocks"] <= multiprocessors * 2
+            assert at["blocks"] >= at["group_blocks"]  # packed: all of them for an item that is alone
+            assert packed or at["blocks"] == at["groups"] * at["group_blocks"]
+            assert (at["group_blocks"] - 1) * 128 < 20_000  # every block has a token
             assert at["lookahead"] == 16
     assert plan(1, 20_000, 1024)["group_blocks"] == min(2 * multiprocessors, 157)  # the whole device for one item
     assert plan(1, 20_000, 1024, dtype="float32")["group_blocks"] == min(2 * multiprocessors, 79)

@@ -20,6 +20,7 @@ def samples(device):
         (flat, rank, tau, index(0, 6, 13), index(0, 2, 5), 5),
         (flat.half(), rank.int(), tau.half(), index(0, 6, 6, 13), index(0, 1, 1, 8, dtype=torch.int32), 8),
         (flat[:, 1:], rank, tau, index(0, 13), index(0, 0), 0),
+        (flat, rank, tau, index(0, 6, 13), index(0, 2, 5), 5, 7),
     ]
 
 
@@ -38,6 +39,7 @@ def sized(step, device):
         "cu_seqlens": offsets(lengths),
         "cu_budgets": offsets(budgets),
         "total_k": sum(budgets),
+        "max_seqlen": max(lengths),
     }
 
 

@@ -38,8 +38,14 @@ class Op:
         if self.triton:
             if key == "CPU":
                 return "a Triton op: the reference is its CPU path"
-            return "triton is installed" if backend == "triton" else "triton is not installed"
+            return _triton_how() if backend == "triton" else "triton is not installed"
         return _native.status().why(key)
+
+
+def _triton_how() -> str:
+    from .ops._triton_launch import how  # the ops import this module
+
+    return how()
 
 
 OPS: dict[str, Op] = {}

@@ -82,12 +82,16 @@ inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
+// Devices are told apart by their settings, so that what is remembered of one is not taken for another's.
 inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  const auto settings = emulator::Settings::from_environment();
+  *device = settings.multiprocessors * 1024 + settings.blocks_per_multiprocessor;
   return cudaSuccess;
 }
 
 namespace emulator {
+
+inline std::atomic<int64_t> questions{0};  // to the driver, about kernels and devices
 
 // The limits of sm_90.
 constexpr unsigned kMaxThreads = 1024, kMaxClusters = 8, kMaxResidentThreads = 2048;
@@ -101,11 +105,12 @@ inline int resident_blocks(unsigned threads, size_t shared_bytes) {
 }
 
 inline bool clusters_fit(unsigned cluster) {
+  ++questions;
   const Settings settings = Settings::from_environment();
   return cluster <= kMaxClusters && cluster <= static_cast<unsigned>(settings.multiprocessors);
 }
 
-inline cudaError_t launch(dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster, bool cooperative,
+inline cudaError_t launch(dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster, bool cooperative, bool overlap,
                           std::function<void()> body) {
   const uint64_t threads = uint64_t(block.x) * block.y * block.z, blocks = uint64_t(grid.x) * grid.y * grid.z;
   if (threads == 0 || threads > kMaxThreads || block.z > 64 || blocks == 0 || grid.x > 0x7fffffff || grid.y > 65535 ||
@@ -117,6 +122,7 @@ inline cudaError_t launch(dim3 grid, dim3 block, size_t shared_bytes, unsigned c
   run.block = block;
   run.shared_bytes = shared_bytes;
   run.cluster_size = cluster;
+  run.overlap = overlap;
   run.body = std::move(body);
   run.settings = Settings::from_environment();
   if (cooperative && blocks > uint64_t(resident_blocks(static_cast<unsigned>(threads), shared_bytes)) * run.settings.multiprocessors)
@@ -128,17 +134,20 @@ inline cudaError_t launch(dim3 grid, dim3 block, size_t shared_bytes, unsigned c
 }  // namespace emulator
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  ++emulator::questions;
   *value = attribute == cudaDevAttrMultiProcessorCount ? emulator::Settings::from_environment().multiprocessors
                                                        : static_cast<int>(emulator::kMaxShared);
   return cudaSuccess;
 }
 template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int threads, size_t shared_bytes) {
+  ++emulator::questions;
   *blocks = emulator::resident_blocks(static_cast<unsigned>(threads), shared_bytes);
   return cudaSuccess;
 }
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {
+  ++emulator::questions;
   return static_cast<size_t>(bytes) > emulator::kMaxShared ? cudaErrorInvalidValue : cudaSuccess;
 }
 
@@ -282,6 +291,7 @@ inline unsigned add_release(unsigned* address, unsigned value) { return __atomic
 
 template <class T>
 void check_aligned(const T* address, const char* what) {
+  check_awaited(what);
   if (reinterpret_cast<uintptr_t>(address) % alignof(T)) fail(std::string(what) + ": misaligned address");
 }
 
@@ -354,6 +364,7 @@ namespace emulator {
 // destination holds, depending on the schedule, NaNs, tiny numbers or what it held before; so a copy that starts while its
 // destination is still being read is seen, too.
 inline void cp_async_16(void* destination, const void* source, bool predicate) {
+  check_awaited("cp_async_16");
   if (reinterpret_cast<uintptr_t>(destination) % 16) fail("cp_async_16: misaligned destination");
   if (predicate && reinterpret_cast<uintptr_t>(source) % 16) fail("cp_async_16: misaligned source");
   const int order = block->grid->settings.order;

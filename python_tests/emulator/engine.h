@@ -73,6 +73,7 @@ struct Grid {
   dim3 grid, block;
   size_t shared_bytes = 0;
   unsigned cluster_size = 1;
+  bool overlap = false;
   std::function<void()> body;
   Settings settings;
   std::mutex mutex;
@@ -189,6 +190,7 @@ struct Thread {
   uint3 index;
   int linear = 0;
   bool done = false, spinning = false;
+  bool awaited = false;  // the launch ahead
   const uint64_t* waits_for = nullptr;  // to differ from waits_at
   uint64_t waits_at = 0;
   const char* where = "its start";
@@ -263,6 +265,17 @@ EMULATOR_NO_TSAN inline Thread& self() { return block->first_thread[block->runni
   for (;;) switch_context(self().fiber->context, block->scheduler);
 }
 
+// A thread of a launch that overlaps does nothing before it has waited for the launch ahead. Launches here run one after another, so
+// that is all that can be seen.
+inline void await_predecessor() {
+  const Unchecked unchecked;
+  self().awaited = true;
+}
+inline void check_awaited(const char* what) {
+  const Unchecked unchecked;
+  if (block->grid->overlap && !self().awaited) fail(std::string(what) + ": before await_predecessor");
+}
+
 // Lets the other threads run until `generation` has moved on from `value`.
 inline void wait_while(const uint64_t& generation, uint64_t value, const char* where) {
   Thread& thread = self();
@@ -285,6 +298,7 @@ inline void spin_pause() {
 }
 
 inline void sync_block(const char* where = "__syncthreads") {
+  check_awaited(where);
   const Unchecked unchecked;
   Barrier& barrier = block->barrier;
   const uint64_t generation = barrier.generation;
@@ -300,6 +314,7 @@ inline void sync_block(const char* where = "__syncthreads") {
 
 // The scheduler completes it when all threads of the block are here.
 inline void sync_cluster() {
+  check_awaited("cluster.sync");
   const Unchecked unchecked;
   Barrier& barrier = block->cluster_barrier;
   const uint64_t generation = barrier.generation;
@@ -313,6 +328,7 @@ inline void sync_cluster() {
 // What every lane of `mask` gave, once all are here. Only __syncwarp orders memory; shuffles and votes do not.
 inline const Words* exchange(uint32_t mask, const Words& words, int operation, const char* name,
                              bool orders_memory = false) {
+  check_awaited(name);
   const Unchecked unchecked;
   const Thread& thread = self();
   const int lane = thread.linear % kWarp, first = thread.linear - lane;
@@ -356,6 +372,7 @@ inline void* dynamic_shared() { return block->dynamic.get(); }
 __attribute__((noinline)) inline void run_thread() {
   acquire(&block->started);
   block->grid->body();
+  check_awaited("the end of a thread");
   {
     const Unchecked unchecked;
     self().done = true;

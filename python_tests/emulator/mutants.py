@@ -354,18 +354,10 @@ MUTANTS = (
         says=RACE,
     ),
     mutant(
-        "a packed item's rows start on 16 bytes",
+        "tokens past the end are an item's own",
         "repulsion_select",
         "select_stored.cuh",
-        ("static_cast<int>(item.first % 4) : 0;", "0 : 0;"),
-        says="misaligned address",
-    ),
-    mutant(
-        "tokens of the item before are an item's own",
-        "repulsion_select",
-        "select_stored.cuh",
-        ("const bool inside = j >= 0 && j < tokens;", "const bool inside = j < tokens;"),
-        says="exit status",  # token -1 has no row
+        ("const bool inside = j < tokens;", "const bool inside = true;"),
     ),
     mutant(
         "a picked token can be picked again",
@@ -377,8 +369,84 @@ MUTANTS = (
         "more of a row is read than there is",
         "repulsion_select",
         "select_stored.cuh",
-        ("(j < tokens ? j + shift : (tokens + shift - 1) & ~3)", "(j + shift)"),
+        ("(j < tokens ? j : (tokens - 1) & ~3)", "(j)"),
         says=OVERRUN,
+    ),
+    # Packed items.
+    mutant(
+        "weights of packed items start anywhere",
+        "repulsion_select",
+        "packed_plan.cuh",
+        (
+            "floats = weighed ? item.tokens * matrix_pitch(item.tokens) : 0",
+            "floats = weighed ? item.tokens * item.tokens : 0",
+        ),
+        says="misaligned address",
+    ),
+    mutant(
+        "no barrier before the sums of other warps are read",
+        "repulsion_select",
+        "packed_plan.cuh",
+        ("    if (lane == 0) value[i] = 0;\n  }\n  __syncthreads();\n", "    if (lane == 0) value[i] = 0;\n  }\n"),
+        says=RACE,
+    ),
+    mutant(
+        "items past the first threads forget those before",
+        "repulsion_select",
+        "packed_plan.cuh",
+        ("if (w == warp) value[i] = op(carry[i], value[i]);", "if (w == warp && w) value[i] = op(carry[i], value[i]);"),
+    ),
+    mutant(
+        "no barrier before a wave's begin is read",
+        "repulsion_select",
+        "packed_plan.cuh",
+        ("      __syncthreads();\n      wave_begin = opened_at;", "      wave_begin = opened_at;"),
+    ),
+    mutant(
+        "a wave has one item more than fits",
+        "repulsion_select",
+        "packed_plan.cuh",
+        ("sum[0] + floats - wave_begin <= shape.floats", "sum[0] - wave_begin <= shape.floats"),
+        says=OVERRUN,
+    ),
+    mutant(
+        "items may overlap",
+        "repulsion_select",
+        "packed_plan.cuh",
+        ("item.valid && item.first >= before[0] && item.out >= before[1]", "item.valid"),
+        nonsense=True,
+    ),
+    mutant(
+        "no bound on the length of an item",
+        "repulsion_select",
+        "items.h",
+        (" && end - item.first <= max_seqlen", ""),
+        nonsense=True,
+    ),
+    mutant(
+        "tiles of the item before",
+        "repulsion_select",
+        "pair_tiles.cuh",
+        ("matrices[i].first_tile <= number", "matrices[i].first_tile < number"),
+    ),
+    mutant(
+        "marks of another tile",
+        "repulsion_select",
+        "pair_tiles.cuh",
+        ("return (turn * kParts + i) * kParts + j;", "return (turn + i) * kParts + j;"),
+    ),
+    mutant(
+        "items too long for weights are taken for stored ones",
+        "repulsion_select",
+        "select_stored.cuh",
+        (" && matrices[b].offset >= 0 ? b : -1", " ? b : -1"),
+        says="misaligned address",
+    ),
+    mutant(
+        "a chunk of tokens of the item before",
+        "repulsion_select",
+        "packed_plan.cuh",
+        ("return first_task(i) <= task;", "return first_task(i) < task;"),
     ),
     # A selection by a cluster.
     mutant(
@@ -441,6 +509,24 @@ MUTANTS = (
         "select_cluster.cuh",
         ("is_candidate &= ~(1u << t);", ";"),
     ),
+    # Launches that overlap.
+    mutant(
+        "picks that do not wait for the weights",
+        "repulsion_select",
+        "select_stored.cuh",
+        ("  await_predecessor();\n", ""),
+        says="before await_predecessor",
+    ),
+    mutant(
+        "distances that do not wait for the mean",
+        "repulsion_select",
+        "token_stats.cuh",
+        (
+            "Items items, bool aligned, TokenStats stats) {\n  await_predecessor();\n",
+            "Items items, bool aligned, TokenStats stats) {\n",
+        ),
+        says="before await_predecessor",
+    ),
     # A selection in sweeps.
     mutant(
         "one buffer of what blocks have lowest",
@@ -489,7 +575,7 @@ MUTANTS = (
         "blocks that wait for blocks that are not resident",
         "repulsion_select",
         "selection.cuh",
-        ("shared_bytes, 1, true, stream}", "shared_bytes, 1, false, stream}"),
+        ("shared_bytes, 1, true, stream_}", "shared_bytes, 1, false, stream_}"),
         says="deadlock",
     ),
     mutant(

@@ -272,9 +272,11 @@ def diverse(case, dtype) -> list[Call]:
 
 def _select(op, name, features, k, options, judge, packed=None, num_tokens=None, way=None, notes=()):
     """A call of the selection op `op`. options: its arguments between k and num_tokens. packed: (cu_seqlens,
-    cu_budgets). way: `matrix_tokens`, up to so many tokens the weights of all pairs are stored; `item_blocks`, that
-    share an item then (0: as planned); `lookahead`, max picks of an exchange (cluster) or sweep."""
-    way = {"matrix_tokens": 8192, "item_blocks": 0, "lookahead": 16, **(way or {})}
+    cu_budgets). way: `max_seqlen`, of packed items; `matrix_tokens`, up to so many tokens the weights of all pairs are
+    stored; `item_blocks`, that share an item then (0: as planned); `lookahead`, max picks of an exchange (cluster) or
+    sweep; `wave_floats`, weights of packed items in memory at a time (0: as planned)."""
+    default = {"max_seqlen": 2**63 - 1, "matrix_tokens": 8192, "item_blocks": 0, "lookahead": 16, "wave_floats": 0}
+    way = {**default, **(way or {})}
     rows = channels_contiguous(features)
     tokens, channels = rows.shape[-2:]
     batch = len(rows) if packed is None else len(packed[0]) - 1
@@ -292,7 +294,10 @@ def _select(op, name, features, k, options, judge, packed=None, num_tokens=None,
         *notes,
         np.full((batch, k) if packed is None else (k,), PAD, np.int64),
     )
-    kind = "swept" if tokens > way["matrix_tokens"] else "cluster" if way["item_blocks"] > 1 else "stored"
+    longest = tokens if packed is None else max(0, *packed[0].diff().tolist())
+    kind = "swept" if longest > way["matrix_tokens"] else "cluster" if way["item_blocks"] > 1 else "stored"
+    if way["wave_floats"]:
+        kind = f"waves-{kind}"
     return Call(
         f"{name}-{kind}{way['lookahead']}",
         f"{op}_{SUFFIX[rows.dtype]}",
@@ -391,6 +396,15 @@ WAYS = (  # to select
 )
 
 
+def ways(case) -> tuple:
+    """The ways to select of `case`. Packed items also in waves of as few as fit, longer ones in sweeps; and with a
+    bound on their length, which makes waves of them all."""
+    if not isinstance(case, cases.VarlenCase):
+        return WAYS
+    tight = {"max_seqlen": max(case.lengths), "wave_floats": 1}
+    return *WAYS, {"matrix_tokens": 40, "wave_floats": 1}, tight, {**tight, "item_blocks": 4}
+
+
 def of_sets(case, features, num_tokens) -> list[Call]:
     """Kernels that compare or merge rows: all tokens with some of them, merged into slots at random."""
     rng = torch.Generator().manual_seed(5)
@@ -412,7 +426,7 @@ def of_case(case, dtype) -> list[Call]:
     """Every kernel that serves `case`, every way it can be made to."""
     inputs = case.inputs(dtype=dtype)
     if isinstance(case, cases.VarlenCase):
-        return [repulsion_select_varlen(case.name, **inputs, **way) for way in WAYS]
+        return [repulsion_select_varlen(case.name, **inputs, **way) for way in ways(case)]
     if case.batch == 0:
         return []  # nothing is launched
     features, anchor = inputs["features"], inputs["anchor"]
@@ -435,7 +449,7 @@ def rules_of_case(case, dtype, turn) -> list[Call]:
     farthest, suppress = (
         (farthest_select_varlen, suppress_select_varlen) if packed else (farthest_select, suppress_select)
     )
-    for i, way in enumerate(WAYS):
+    for i, way in enumerate(ways(case)):
         if (turn + i) % 2 == 0:
             given = selection_inputs.of_case("farthest_select", case, variants[(turn + i) % 5], turn, dtype)
             made.append(farthest(case.name, **given, **way))
@@ -482,19 +496,45 @@ PATHS = (
     Case("pitched", 2, 9, 13, 9, layout=pitched),  # aligned rows whose end is not
     Case("ragged", 3, 40, 8, 20, num_tokens=(40, 7, 0), anchor=(39, 6, 0)),
     VarlenCase("packed", (31, 0, 70, 9), (15, 0, 20, 1), 16),
+    VarlenCase(
+        "packed_tiles", (150, 70, 1, 200, 140), (9, 12, 1, 5, 40), 72, cases.near_duplicates
+    ),  # as "large_tiles"
+    VarlenCase("packed_many", tuple(b % 4 for b in range(270)), tuple(b % 4 // 2 + b % 2 for b in range(270)), 4),
 )
 
 
 def quick() -> list[Call]:
     calls = []
     for i, case in enumerate(PATHS):
-        for dtype in cases.FLOATING if case.name in ("stages", "large_tiles", "offset") else (cases.FLOATING[i % 3],):
+        for dtype in (
+            cases.FLOATING
+            if case.name in ("stages", "large_tiles", "offset", "packed_tiles")
+            else (cases.FLOATING[i % 3],)
+        ):
             calls += of_case(case, dtype)
         calls += rules_of_case(case, cases.FLOATING[i % 3], i)
         calls += rules_of_case(case, cases.FLOATING[i % 3], i + 1)
     # Products of rows that vanish unscaled.
     tiny = Case("tiny", 1, 70, 40, 1, cases.tiny).features(dtype=torch.bfloat16)
     return [*calls, nearest("tiny", tiny, tiny, "cosine", exclude_self=True)]
+
+
+def own_items(cu_seqlens, cu_budgets, anchor, tokens, total, max_seqlen) -> list:
+    """(item, rows, places in the result) of the packed items of which there is something to pick: those whose numbers
+    make sense, and whose rows and places begin after those of the items before."""
+    starts, budgets = cu_seqlens.tolist(), cu_budgets.tolist()
+    own, row_end, place_end = [], 0, 0
+    for item in range(len(starts) - 1):
+        (first, end), (out, out_end) = starts[item : item + 2], budgets[item : item + 2]
+        if not 0 <= out <= out_end <= total:
+            out = out_end = 0
+        fits = 0 <= first <= end <= tokens and (max_seqlen is None or end - first <= max_seqlen)
+        if fits and anchor is not None and first < end and out < out_end:
+            fits = 0 <= anchor[item] < end - first
+        if fits and first >= row_end and out >= place_end and out < out_end:
+            own.append((item, slice(first, end), slice(out, out_end)))
+        row_end, place_end = max(row_end, end if fits else 0), max(place_end, out_end)
+    return own
 
 
 def nonsense() -> list[Call]:
@@ -520,11 +560,21 @@ def nonsense() -> list[Call]:
         return replace(call, judge=judge)
 
     def packed(name, cu_seqlens, cu_budgets, anchor, way):
-        x = features.reshape(-1, 8)
-        call = repulsion_select_varlen(name, x, cu_seqlens, cu_budgets, 30, 1e-6, anchor, **way)
+        x, total = features.reshape(-1, 8), 30
+        call = repulsion_select_varlen(name, x, cu_seqlens, cu_budgets, total, 1e-6, anchor, **way)
+        own = own_items(cu_seqlens, cu_budgets, anchor, len(x), total, way.get("max_seqlen"))
 
         def judge(*arrays):
-            assert ((arrays[-1] >= -1) & (arrays[-1] < len(x))).all(), f"picks out of range: {arrays[-1]}"
+            picks, free = torch.from_numpy(arrays[-1]), torch.ones(total, dtype=torch.bool)
+            for item, rows, places in own:
+                free[places] = False
+                kept = min(places.stop - places.start, rows.stop - rows.start)
+                part = picks[places]
+                assert (part[kept:] == -1).all(), f"item {item}: no -1 past its tokens: {part}"
+                first = None if anchor is None else anchor[item].item()
+                error = oracle.greedy_error(x[rows], part[:kept], 1e-6, first) if kept else ""
+                assert not error, f"item {item}: {error}"
+            assert (picks[free] == -1).all(), f"picks for items that make no sense: {picks}"
 
         return replace(call, judge=judge)
 
@@ -547,11 +597,16 @@ def nonsense() -> list[Call]:
         made.append(selected("anchor", wild == 3, wild, everything, way))
         counts = torch.where(wild == tokens, tokens + 1, wild)
         made.append(selected("num_tokens", wild == 3, torch.zeros_like(wild), counts, way))
+    bounded = {"max_seqlen": 60, "wave_floats": 1}
+    for way in (*WAYS, {"matrix_tokens": 40, "wave_floats": 1}, bounded, {**bounded, "item_blocks": 4}):
         for name, seqlens, budgets in (
             ("offsets", [0, -5, 300, 20, -top - 1, top, 240], [0, 5, 10, 15, 20, 25, 30]),
             ("wrap", [top, -top - 1, far, -far, 0, top, 1], [0, 5, 10, 15, 20, 25, 30]),
             ("budgets", [0, 40, 80, 120, 160, 200, 240], [0, 99, -7, top, -top - 1, far, 30]),
             ("past", [0, 40, 80, 120, 160, 200, 241], [0, 5, 10, 15, 20, 25, 31]),
+            ("overlap", [0, 60, 30, 90, 150, 0, 240], [0, 5, 10, 15, 20, 25, 30]),
+            ("places", [0, 40, 80, 120, 160, 200, 240], [0, 10, 5, 15, 20, 25, 30]),
+            ("long", [0, 60, 120, 181, 182, 182, 240], [0, 5, 10, 15, 20, 25, 30]),
         ):
             made.append(packed(name, torch.tensor(seqlens), torch.tensor(budgets), None, way))
             made.append(packed(f"{name}-anchor", torch.tensor(seqlens), torch.tensor(budgets), wild, way))

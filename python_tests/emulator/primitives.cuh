@@ -207,6 +207,9 @@ STS_KERNEL(primitive_letters, launch_letters);
 #ifdef STS_EMULATE
 inline int64_t phases_begun() { return emulator::phases_begun; }
 STS_KERNEL(phases_begun, phases_begun);
+// How many questions about kernels and devices the driver was asked so far.
+inline int64_t driver_questions() { return emulator::questions; }
+STS_KERNEL(driver_questions, driver_questions);
 #endif
 
 }  // namespace sts

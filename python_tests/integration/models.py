@@ -131,10 +131,13 @@ CLASSES = {
 FAMILIES = tuple(CONFIGS)
 
 
+def class_of(family: str):
+    return getattr(transformers, f"{CLASSES[family]}ForConditionalGeneration")
+
+
 def build(family: str, attention: str = "sdpa", device="cpu", dtype=torch.float32):
     """Weights large enough that attention is far from uniform, the same in every version of the library."""
-    cls = getattr(transformers, f"{CLASSES[family]}ForConditionalGeneration")
-    model = cls._from_config(CONFIGS[family](), attn_implementation=attention)
+    model = class_of(family)._from_config(CONFIGS[family](), attn_implementation=attention)
     generator = torch.Generator().manual_seed(0)
     parameters = {name.replace("vision_model.", ""): p for name, p in model.named_parameters()}  # 5.x has no such level
     for name, parameter in sorted(parameters.items()):

@@ -136,14 +136,14 @@ MUTANTS = {
     "mask of stage 1 after stage 2": (
         "llava",
         layer_pruning,
-        "mask, rotary = run.masks[segment]",
-        "mask, rotary = run.masks[0]",
+        "mask = run.masks[segment]",
+        "mask = run.masks[0]",
     ),
     "stale mask while decoding": (
         "llava",
         layer_pruning,
-        "layer_length(cache, segment.start)",
-        "layer_length(cache, 0)",
+        "segment.length + behind, like",
+        "prompt.segments[0].length + behind, like",
     ),
     "pads not masked while decoding": ("llava", layer_pruning, "valid = _joined(", "valid = None and _joined("),
     "pads not masked in the prompt": ("llava", layer_pruning, "None if all(length", "None if True or all(length"),
@@ -169,7 +169,7 @@ MUTANTS = {
         "sum(map(self._share_after, images, kept))",
         "kept[0] * 4 // 10",
     ),
-    "least important tokens": ("llava", cut_selection, "_best(scores, candidates", "_best(-scores, candidates"),
+    "least important tokens": ("llava", cut_selection, "best_of(scores, candidates", "best_of(-scores, candidates"),
     "images of a batch as one": ("llava", vision_pruning, "pool + start for pool", "pool for pool"),
     "rows restored in order": (
         "qwen2_5_vl",

@@ -8,7 +8,7 @@ import torch
 from sts_kernels import STSConfig
 from sts_kernels.integrations.transformers import apply_sts, dropped, unsupported
 
-from . import models
+from . import flash, models
 from .models import CACHE, output_cache
 
 CONFIG = STSConfig(keep=8, keep_after=3, prune_layer=3)
@@ -87,7 +87,7 @@ def test_tensor_parallel():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"cache_implementation": "static"}, "cache_implementation='static' is not supported"),
+        ({"cache_implementation": "offloaded_static"}, "static caches are not supported with offloading"),
         ({"prefill_chunk_size": 8}, "prefill_chunk_size is not supported"),
     ],
 )
@@ -113,21 +113,41 @@ def test_options_of_generate(options, match, where):
                 model.generate(**models.batch(model, [prompt]), max_new_tokens=2, **given)
             one_sentence(e)
             assert not seen
-            text = models.prompt_of("llava", 0)
-            if where == "argument" and "cache_implementation" in options:
-                model.generate(**models.batch(model, [text]), max_new_tokens=2, **options)  # nothing to prune
     finally:
         model.generation_config = mine
         hook.remove()
 
 
-def test_a_static_cache_in_forward():
-    model = models.shared("llava")
+def test_a_static_cache_that_has_its_memory():
+    model, text = models.shared("llava"), models.prompt_of("llava", 0)
     inputs = models.batch(model, [models.prompt_of("llava", 1)])
     cache = models.transformers.StaticCache(config=model.config.text_config, max_cache_len=64)
-    with apply_sts(model, CONFIG), pytest.raises(NotImplementedError, match="a static cache is not supported") as e:
-        model(**inputs, **{CACHE: cache})
-    one_sentence(e)
+    with apply_sts(model, CONFIG), torch.no_grad():
+        model(**models.batch(model, [text]), **{CACHE: cache})
+        with pytest.raises(NotImplementedError, match="new images on a non-empty cache"):
+            model(**inputs, **{CACHE: cache})
+        cache.reset()
+        with pytest.raises(NotImplementedError, match="and this one has its memory already") as e:
+            model(**inputs, **{CACHE: cache})
+        one_sentence(e)
+
+
+def test_static_caches_with_flash_attention():
+    model = flash.use(models.build("llava"))
+    with apply_sts(model, CONFIG):
+        with pytest.raises(NotImplementedError, match="static caches are not supported with FlashAttention") as e:
+            models.generate(model, [models.prompt_of("llava", 1)], cache_implementation="static")
+        one_sentence(e)
+
+
+def test_static_caches_of_a_model_that_pruning_was_not_given():
+    """Its generate() makes masks for one length."""
+    model, prompt = models.shared("llava"), models.prompt_of("llava", 1)
+    with apply_sts(model.model, CONFIG):
+        with pytest.raises(NotImplementedError, match="give LlavaForConditionalGeneration itself to prune") as e:
+            models.generate(model, [prompt], cache_implementation="static")
+        one_sentence(e)
+        models.generate(model, [prompt])
 
 
 def test_new_images_on_a_cache():

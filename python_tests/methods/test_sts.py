@@ -29,9 +29,9 @@ def calls(monkeypatch):
     called = []
     for op in (repulsion_select, repulsion_select_varlen):
 
-        def record(*args, op=op):
+        def record(*args, op=op, **options):
             called.append(op.__name__)
-            return op(*args)
+            return op(*args, **options)
 
         monkeypatch.setattr(sts, op.__name__, record)
     return called

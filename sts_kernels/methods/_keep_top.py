@@ -39,10 +39,24 @@ def keep_top(scores: torch.Tensor, candidates: torch.Tensor, k: int) -> tuple[to
         one stable sort of (B, S).
     """
     _check(scores, candidates, k)
-    lowest = torch.finfo(scores.dtype).min
-    ranked = scores.detach().nan_to_num(nan=lowest, posinf=math.inf, neginf=lowest).masked_fill(~candidates, -math.inf)
-    positions = ranked.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    positions = _ranked(scores, candidates)[:, :k]
     valid = torch.arange(k, device=scores.device) < candidates.sum(1, keepdim=True)
     past_the_end = scores.shape[1]
     positions = positions.masked_fill(~valid, past_the_end).sort(dim=1).values
     return positions.masked_fill(~valid, -1), valid
+
+
+def best_of(scores: torch.Tensor, candidates: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """(B, S) bool: the `count[b]` best scored candidates of each row, chosen as `keep_top` does. count: (B,) int64, any
+    values: a row of fewer candidates keeps them all. Sizes do not depend on it."""
+    ranked = _ranked(scores, candidates)
+    place = torch.arange(ranked.shape[1], device=ranked.device).expand_as(ranked)
+    rank = torch.empty_like(ranked).scatter_(1, ranked, place)
+    return candidates & (rank < count[:, None])
+
+
+def _ranked(scores: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+    """(B, S) int64: positions, best first, those that are no candidates last."""
+    lowest = torch.finfo(scores.dtype).min
+    scores = scores.detach().nan_to_num(nan=lowest, posinf=math.inf, neginf=lowest).masked_fill(~candidates, -math.inf)
+    return scores.sort(dim=1, descending=True, stable=True).indices

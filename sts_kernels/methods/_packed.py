@@ -1,5 +1,6 @@
 """Selections of packed items: groups of equal length and budget run as padded batches without padding."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -9,9 +10,33 @@ from torch import Tensor
 from .. import _checks
 from ._pool import ARGUMENTS, SCORES, Pool
 
+_constants: dict | None = None
+
+
+@contextlib.contextmanager
+def constants(store: dict) -> Iterator[None]:
+    """`host` copies each list once and keeps it in `store`: a CUDA graph must not copy from the host, and what it reads
+    has to live as long as it does."""
+    global _constants
+    before, _constants = _constants, store
+    try:
+        yield
+    finally:
+        _constants = before
+
 
 def host(values: Sequence[int], device, dtype: torch.dtype = torch.int64) -> Tensor:
     """Host ints on `device`, whatever the default device is. A copy to the device; nothing comes back."""
+    if torch.compiler.is_compiling() or _constants is None:
+        return _host(tuple(values), str(device), dtype)
+    key = (tuple(values), str(device), dtype)
+    if key not in _constants:
+        _constants[key] = _host(*key)
+    return _constants[key]
+
+
+@torch.compiler.assume_constant_result
+def _host(values: tuple[int, ...], device: str, dtype: torch.dtype) -> Tensor:
     return torch.tensor(values, dtype=dtype, device="cpu").to(device, non_blocking=True)
 
 

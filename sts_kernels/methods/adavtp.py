@@ -95,4 +95,5 @@ class AdaVTP(_adaptive.Adaptive):
             seqlens, slots = (
                 _packed.host(_packed.offsets(values), device, torch.int32) for values in (lengths, budgets)
             )
-            return Selection(suppress_select_varlen(features, rank, tau, seqlens, slots, total), method=self)
+            order = suppress_select_varlen(features, rank, tau, seqlens, slots, total, max_seqlen=max(lengths))
+            return Selection(order, method=self)

@@ -80,8 +80,8 @@ class FasterVLMDivPrune(_adaptive.Mixing):
                     start[starts[i] : starts[i + 1]] = row
             cu_seqlens, cu_budgets = (_packed.host(values, device, torch.int32) for values in (starts, slots))
             assert features is not None  # as checked
-            total = slots[-1]
-            diverse = farthest_select_varlen(features, cu_seqlens, cu_budgets, total, start=start, metric="cosine")
+            sizes = cu_seqlens, cu_budgets, slots[-1]
+            diverse = farthest_select_varlen(features, *sizes, start=start, metric="cosine", max_seqlen=max(lengths))
             order = torch.empty_like(diverse)
             for items, first, attended in begun:
                 rows = joined(first, attended, _packed.batch(diverse, items, slots, first.shape[1]))

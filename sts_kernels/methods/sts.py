@@ -270,7 +270,9 @@ class STS(Method):
             cu_seqlens, cu_budgets = (
                 _packed.host(_packed.offsets(values), device, torch.int32) for values in (lengths, budgets)
             )
-            order = repulsion_select_varlen(features, cu_seqlens, cu_budgets, total, self.eps, anchor)
+            order = repulsion_select_varlen(
+                features, cu_seqlens, cu_budgets, total, self.eps, anchor, max_seqlen=max(lengths)
+            )
         return Selection(order, method=self)
 
     def _packed_anchor(self, lengths: list[int], features: Tensor, scores: Tensor | None) -> Tensor | None:

@@ -15,6 +15,7 @@ Both passes multiply a block that stays ("fixed": rows in (1), keys in (2)) by b
 one product serves both. Logits are in base 2.
 """
 
+import functools
 import math
 
 import torch
@@ -22,8 +23,10 @@ import triton
 import triton.language as tl
 
 from ._attention_received_plan import Columns, Plan
+from ._triton_launch import Launcher
 
 INTERPRETED = triton.knobs.runtime.interpret
+MEAN_BLOCK = 128  # keys of a program of mean_kernel
 
 
 @triton.jit
@@ -116,6 +119,7 @@ def _place(count, HEADS: tl.constexpr):
     return tl.program_id(0) % count, (item_head // HEADS).to(tl.int64), item_head % HEADS, item_head.to(tl.int64)
 
 
+@Launcher
 @triton.jit(do_not_specialize=_RUNTIME)
 def rows_kernel(
     query, key, key_mask, row_weight, row_position, tops, shares, reaches, scale, rows, keys,
@@ -186,6 +190,7 @@ def rows_kernel(
     tl.store(shares + at, tl.where(total == 0.0, 0.0, weight / total), mask=r < rows)
 
 
+@Launcher
 @triton.jit(do_not_specialize=_RUNTIME)
 def keys_kernel(
     query, key, key_mask, row_weight, row_position, tops, shares, reaches, received, scale, rows, keys,
@@ -264,6 +269,7 @@ def keys_kernel(
     tl.store(received + item_head * keys + s, tl.where(allowed, total, 0.0), mask=s < keys)
 
 
+@Launcher
 @triton.jit(do_not_specialize=("keys",))
 def mean_kernel(received, out, keys, HEADS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr):
     """(3) Program (item, block of keys)."""
@@ -278,44 +284,12 @@ def mean_kernel(received, out, keys, HEADS: tl.constexpr, PADDED: tl.constexpr, 
     tl.store(out + item * keys + s, total / HEADS, mask=s < keys)
 
 
-def _launch(kernel, programs, num_warps, arguments):
-    # Said aloud because its default depends on the version of Triton.
-    kernel[(programs,)](**arguments, num_warps=num_warps, enable_fp_fusion=True)
-
-
-def received(out, query, key, scale, row_weight, row_position, key_mask, per_head, plan: Plan | None = None):
-    """Fills `out` (B, S), or (B, Hq, S) with per_head."""
-    batch, rows, heads, dim = query.shape
-    keys, kv_heads = key.shape[1:3]
-    if not batch:
-        return out
-    size = key.element_size()
-    plan = plan or Plan.of(rows, keys, dim, size, row_position is not None)
+@functools.lru_cache(maxsize=1024)
+def _passes(plan, heads, kv_heads, dim, size, align, blocks, masked, weighted, causal):
+    """rows_kernel and keys_kernel for all that does not depend on the numbers of rows and keys. blocks: a power of two
+    that no number of blocks of rows exceeds."""
     columns = Columns.of(dim, size)
-    align = math.gcd(16 // size, *query.stride()[:3], *key.stride()[:3])
-    scratch = {"dtype": torch.float32, "device": query.device}
-    blocks = triton.cdiv(rows, plan.rows)
-
-    def strides(name, value, axes):
-        return {f"{name}_stride_{axis}": 0 if value is None else value.stride(i) for i, axis in enumerate(axes)}
-
-    arguments = {
-        "query": query,
-        "key": key,
-        "key_mask": None if key_mask is None else key_mask.view(torch.uint8),
-        "row_weight": row_weight,
-        "row_position": row_position,
-        "tops": torch.empty((batch, heads, rows), **scratch),
-        "shares": torch.empty((batch, heads, rows), **scratch),
-        "reaches": torch.empty((batch, heads, blocks), dtype=torch.int32, device=query.device),
-        "scale": (dim**-0.5 if scale is None else scale) * math.log2(math.e),
-        "rows": rows,
-        "keys": keys,
-        **{name: stride // align for name, stride in strides("query", query, ("item", "row", "head")).items()},
-        **{name: stride // align for name, stride in strides("key", key, ("item", "token", "head")).items()},
-        **strides("mask", key_mask, ("item", "token")),
-        **strides("weight", row_weight, ("item", "row")),
-        **strides("position", row_position, ("item", "row")),
+    constants = {
         "HEADS": heads,
         "GROUP": heads // kv_heads,
         "DIM": dim,
@@ -324,22 +298,53 @@ def received(out, query, key, scale, row_weight, row_position, key_mask, per_hea
         "TAIL": columns.tail,
         "STAGES": plan.stages,
         "ALIGN": align,
-        "MASKED": key_mask is not None,
-        "WEIGHTED": row_weight is not None,
-        "CAUSAL": row_position is not None,
+        "MASKED": masked,
+        "WEIGHTED": weighted,
+        "CAUSAL": causal,
         # float32 as three bfloat16 each, six products of them: as good as float32, where TF32 would keep 11 bits
         "PRECISION": "bf16x6" if size == 4 and not INTERPRETED else "ieee",
         "UPCAST": INTERPRETED,  # the interpreter's arithmetic on bfloat16 works on raw bits
     }
+    reach = {"REACH": plan.rows, "BLOCKS": blocks}
+    return (
+        rows_kernel.bind(plan.warps, ROWS=plan.rows, KEYS=plan.moving_keys, **constants),
+        keys_kernel.bind(plan.warps, ROWS=plan.moving_rows, KEYS=plan.keys, **reach, **constants),
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _mean(heads):
+    return mean_kernel.bind(4, HEADS=heads, PADDED=min(32, triton.next_power_of_2(heads)), BLOCK=MEAN_BLOCK)
+
+
+def received(out, query, key, scale, row_weight, row_position, key_mask, per_head, plan: Plan | None = None):
+    """Fills `out` (B, S), or (B, Hq, S) with per_head."""
+    batch, rows, heads, dim = query.shape
+    _, keys, kv_heads, _ = key.shape
+    if not batch:
+        return out
+    size = key.element_size()
+    plan = plan or Plan.of(rows, keys, dim, size, row_position is not None)
+    query_strides, key_strides = query.stride()[:3], key.stride()[:3]
+    align = math.gcd(16 // size, *query_strides, *key_strides)
+    strides = [stride // align for stride in (*query_strides, *key_strides)]
+    key_mask = None if key_mask is None else key_mask.view(torch.uint8)
+    for option in (key_mask, row_weight, row_position):
+        strides += (0, 0) if option is None else option.stride()
+    blocks = -(-rows // plan.rows)
+    options = (option is not None for option in (key_mask, row_weight, row_position))
+    shape = heads, kv_heads, dim, size, align, 1 << (blocks - 1).bit_length()
+    rows_pass, keys_pass = _passes(plan, *shape, *options)
+    scratch = {"dtype": torch.float32, "device": query.device}
+    scale = (dim**-0.5 if scale is None else scale) * math.log2(math.e)
     with torch.cuda.device_of(query):
-        blocking = {"ROWS": plan.rows, "KEYS": plan.moving_keys}
-        _launch(rows_kernel, batch * heads * blocks, plan.warps, arguments | blocking)
+        tops, shares = torch.empty((batch, heads, rows), **scratch), torch.empty((batch, heads, rows), **scratch)
+        reaches = torch.empty((batch, heads, blocks), dtype=torch.int32, device=query.device)
+        tensors = query, key, key_mask, row_weight, row_position, tops, shares, reaches
+        numbers = scale, rows, keys, *strides
+        rows_pass.launch((batch * heads * blocks,), tensors, numbers)
         of_heads = out if per_head else torch.empty((batch, heads, keys), **scratch)
-        arguments |= {"received": of_heads, "REACH": plan.rows, "BLOCKS": triton.next_power_of_2(blocks)}
-        blocking = {"ROWS": plan.moving_rows, "KEYS": plan.keys}
-        _launch(keys_kernel, batch * heads * triton.cdiv(keys, plan.keys), plan.warps, arguments | blocking)
+        keys_pass.launch((batch * heads * -(-keys // plan.keys),), (*tensors, of_heads), numbers)
         if not per_head:
-            arguments = {"received": of_heads, "out": out, "keys": keys, "HEADS": heads}
-            arguments |= {"PADDED": min(32, triton.next_power_of_2(heads)), "BLOCK": 128}
-            _launch(mean_kernel, batch * triton.cdiv(keys, 128), 4, arguments)
+            _mean(heads).launch((batch * -(-keys // MEAN_BLOCK),), (of_heads, out), (keys,))
     return out

@@ -16,6 +16,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ._last_query_scores_plan import Plan, columns
+from ._triton_launch import Launcher
 
 INTERPRETED = triton.knobs.runtime.interpret
 
@@ -122,6 +123,7 @@ _RUNTIME = (
 )
 
 
+@Launcher
 @triton.jit(do_not_specialize=_RUNTIME)
 def split_kernel(
     query, key, key_mask, cu_seqlens, logits, sums, scale, tokens, longest, splits, span,
@@ -174,6 +176,7 @@ def split_kernel(
     tl.store(at + splits, total, mask=mine)
 
 
+@Launcher
 @triton.jit(do_not_specialize=_RUNTIME)
 def mean_kernel(
     logits, sums, cu_seqlens, scores, tokens, longest, splits,
@@ -202,6 +205,7 @@ def mean_kernel(
     tl.store(scores + first + s, mean, mask=s < length)
 
 
+@Launcher
 @triton.jit(do_not_specialize=_RUNTIME)
 def whole_kernel(
     query, key, key_mask, cu_seqlens, scores, scale, tokens, longest,
@@ -247,16 +251,44 @@ def _device(index: int) -> tuple[int, bool]:
     return properties.multi_processor_count, properties.major >= 9
 
 
-def _launch(kernel, grid, num_warps, arguments, **options):
-    # Said aloud because its default depends on the version of Triton.
-    kernel[grid](**arguments, num_warps=num_warps, enable_fp_fusion=True, **options)
+@functools.lru_cache(maxsize=1024)
+def _first(whole, tiles, heads, block, overlap, kv_heads, group, dim, size, align, masked, varlen):
+    """split_kernel or whole_kernel for all that does not depend on the number of keys."""
+    width, chunk = columns(dim, size)
+    constants = {
+        "KV_HEADS": kv_heads,
+        "GROUP": group,
+        "TILES": tiles,
+        "HEADS": heads,
+        "PADDED": max(16, triton.next_power_of_2(heads)),
+        "DIM": dim,
+        "WIDTH": width,
+        "CHUNK": chunk,
+        "BLOCK": block,
+        "STAGES": 3,
+        "ALIGN": align,
+        "MASKED": masked,
+        "VARLEN": varlen,
+        # float32 as three bfloat16 each, six products of them: as good as float32, where TF32 would keep 11 bits
+        "PRECISION": "bf16x6" if size == 4 and not INTERPRETED else "ieee",
+        "UPCAST": INTERPRETED,  # the interpreter's arithmetic on bfloat16 works on raw bits
+    }
+    return whole_kernel.bind(8, **constants) if whole else split_kernel.bind(4, OVERLAP=overlap, **constants)
+
+
+@functools.lru_cache(maxsize=1024)
+def _mean(heads, splits, block, overlap, varlen):
+    """mean_kernel, likewise. splits: a power of two."""
+    padded = min(32, triton.next_power_of_2(heads))
+    constants = {"ALL_HEADS": heads, "PADDED": padded, "SPLITS": splits, "BLOCK": block}
+    return mean_kernel.bind(4, overlap, VARLEN=varlen, OVERLAP=overlap, **constants)
 
 
 def scores(query, key, scale, key_mask, plan: Plan | None = None) -> torch.Tensor:
-    out = query.new_empty(key.shape[:2], dtype=torch.float32)
-    if len(out):
-        strides = key.stride()[:3]
-        _run(out, query, key, strides, key_mask, None, key.shape[1], scale, plan)
+    batch, longest, *_ = key.shape
+    out = torch.empty((batch, longest), dtype=torch.float32, device=query.device)
+    if batch:
+        _run(out, query, key, key.stride(), key_mask, None, longest, scale, plan)
     return out
 
 
@@ -264,66 +296,37 @@ def scores_varlen(query, key, cu_seqlens, max_seqlen, scale, plan: Plan | None =
     out = query.new_zeros(len(key), dtype=torch.float32)  # no item need cover a token
     longest = min(max_seqlen, len(key))
     if len(query) and longest:
-        _run(out, query, key, (0, *key.stride()[:2]), None, cu_seqlens, longest, scale, plan)
+        _run(out, query, key, (0, *key.stride()), None, cu_seqlens, longest, scale, plan)
     return out
 
 
 def _run(out, query, key, key_strides, key_mask, cu_seqlens, longest, scale, plan):
-    batch, all_heads, dim = query.shape
-    kv_heads = key.shape[-2]
-    group = all_heads // kv_heads
+    """key_strides: of item, token, head and column."""
+    batch, heads, dim = query.shape
+    kv_heads, size, tokens = key.shape[-2], key.element_size(), out.numel()
     multiprocessors, overlap = _device(query.get_device()) if query.is_cuda else (1, False)
-    plan = plan or Plan.of(kv_heads, group, longest, dim, key.element_size(), multiprocessors)
-    width, chunk = columns(dim, key.element_size())
-    align = math.gcd(16 // key.element_size(), *key_strides)
-    common = {"cu_seqlens": cu_seqlens, "tokens": out.numel(), "longest": longest, "VARLEN": cu_seqlens is not None}
-    arguments = {
-        **common,
-        "query": query,
-        "key": key,
-        "key_mask": None if key_mask is None else key_mask.view(torch.uint8),
-        "scale": (dim**-0.5 if scale is None else scale) * math.log2(math.e),
-        "query_stride_item": query.stride(0),
-        "query_stride_head": query.stride(1),
-        "key_stride_item": key_strides[0] // align,
-        "key_stride_token": key_strides[1] // align,
-        "key_stride_head": key_strides[2] // align,
-        "mask_stride_item": 0 if key_mask is None else key_mask.stride(0),
-        "mask_stride_token": 0 if key_mask is None else key_mask.stride(1),
-        "KV_HEADS": kv_heads,
-        "GROUP": group,
-        "TILES": plan.tiles,
-        "HEADS": plan.heads,
-        "PADDED": max(16, triton.next_power_of_2(plan.heads)),
-        "DIM": dim,
-        "WIDTH": width,
-        "CHUNK": chunk,
-        "BLOCK": plan.block,
-        "STAGES": 3,
-        "ALIGN": align,
-        "MASKED": key_mask is not None,
-        # float32 as three bfloat16 each, six products of them: as good as float32, where TF32 would keep 11 bits
-        "PRECISION": "bf16x6" if key.element_size() == 4 and not INTERPRETED else "ieee",
-        "UPCAST": INTERPRETED,  # the interpreter's arithmetic on bfloat16 works on raw bits
-    }
+    group = heads // kv_heads
+    plan = plan or Plan.of(kv_heads, group, longest, dim, size, multiprocessors)
+    of_item, of_token, of_head, _ = key_strides
+    align = math.gcd(16 // size, of_item, of_token, of_head)
+    query_item, query_head, _ = query.stride()
+    mask_item = mask_token = 0
+    if key_mask is not None:
+        key_mask = key_mask.view(torch.uint8)
+        mask_item, mask_token = key_mask.stride()
+    strides = query_item, query_head, of_item // align, of_token // align, of_head // align, mask_item, mask_token
+    scale = (dim**-0.5 if scale is None else scale) * math.log2(math.e)
+    shape = kv_heads, group, dim, size, align, key_mask is not None, cu_seqlens is not None
+    first = _first(plan.whole, plan.tiles, plan.heads, plan.block, overlap, *shape)
     with torch.cuda.device_of(query):
         if plan.whole:
-            _launch(whole_kernel, (batch,), 8, arguments | {"scores": out})
+            first.launch((batch,), (query, key, key_mask, cu_seqlens, out), (scale, tokens, longest, *strides))
             return
-        logits = torch.empty((all_heads, out.numel()), dtype=torch.float32, device=query.device)
-        sums = torch.empty((batch, all_heads, 2, plan.splits), dtype=torch.float32, device=query.device)
-        arguments |= {"logits": logits, "sums": sums, "splits": plan.splits, "span": plan.span, "OVERLAP": overlap}
-        _launch(split_kernel, (batch * kv_heads * plan.tiles, plan.splits), 4, arguments)
-        arguments = common | {
-            "logits": logits,
-            "sums": sums,
-            "scores": out,
-            "splits": plan.splits,
-            "ALL_HEADS": all_heads,
-            "PADDED": min(32, triton.next_power_of_2(all_heads)),
-            "SPLITS": triton.next_power_of_2(plan.splits),
-            "BLOCK": 32 if longest <= 4096 else 128,
-            "OVERLAP": overlap,
-        }
-        grid = (batch, triton.cdiv(longest, arguments["BLOCK"]))
-        _launch(mean_kernel, grid, 4, arguments, launch_pdl=overlap)
+        splits = plan.splits
+        logits = torch.empty((heads, tokens), dtype=torch.float32, device=out.device)
+        sums = torch.empty((batch, heads, 2, splits), dtype=torch.float32, device=out.device)
+        tensors, numbers = (query, key, key_mask, cu_seqlens, logits, sums), (scale, tokens, longest, splits, plan.span)
+        first.launch((batch * kv_heads * plan.tiles, splits), tensors, (*numbers, *strides))
+        block = 32 if longest <= 4096 else 128
+        mean = _mean(heads, 1 << (splits - 1).bit_length(), block, overlap, cu_seqlens is not None)
+        mean.launch((batch, -(-longest // block)), (logits, sums, cu_seqlens, out), (tokens, longest, splits))

@@ -43,7 +43,7 @@ def check_padded_values(op: str, features, anchor=None, num_tokens=None) -> None
                 raise ValueError(f"{op}: anchor[{item}] must be between 0 and {count - 1}, got {value}")
 
 
-def check_packed(op: str, features, cu_seqlens, cu_budgets, total_k, anchor=None) -> None:
+def check_packed(op: str, features, cu_seqlens, cu_budgets, total_k, anchor=None, max_seqlen=None) -> None:
     _checks.features(op, features, "(T, C)")
     _checks.tensor(op, "cu_seqlens", cu_seqlens, _checks.INTEGER, "(B+1,)", 1)
     items = cu_seqlens.shape[0] - 1
@@ -56,6 +56,8 @@ def check_packed(op: str, features, cu_seqlens, cu_budgets, total_k, anchor=None
     _checks.integer(op, "total_k", total_k, 0, features.shape[0], " (the number of tokens)")
     if anchor is not None:
         _checks.index_vector(op, "anchor", anchor, items, "(B,)", features)
+    if max_seqlen is not None:
+        _checks.integer(op, "max_seqlen", max_seqlen, 1)
 
 
 def _check_offsets(op: str, name: str, values, total, what: str) -> None:
@@ -63,7 +65,7 @@ def _check_offsets(op: str, name: str, values, total, what: str) -> None:
         raise ValueError(f"{op}: {name} must rise from 0 to {total}, {what}, got {values}")
 
 
-def check_packed_values(op: str, features, cu_seqlens, cu_budgets, total_k, anchor=None) -> None:
+def check_packed_values(op: str, features, cu_seqlens, cu_budgets, total_k, anchor=None, max_seqlen=None) -> None:
     if not all(_checks.values_readable(v) for v in (cu_seqlens, cu_budgets, anchor) if v is not None):
         return
     starts, budgets = cu_seqlens.tolist(), cu_budgets.tolist()
@@ -72,6 +74,8 @@ def check_packed_values(op: str, features, cu_seqlens, cu_budgets, total_k, anch
     anchors = [0] * (len(starts) - 1) if anchor is None else anchor.tolist()
     for item, first in enumerate(anchors):
         count, budget = starts[item + 1] - starts[item], budgets[item + 1] - budgets[item]
+        if max_seqlen is not None and count > max_seqlen:
+            raise ValueError(f"{op}: max_seqlen must be at least the {count} tokens of item {item}, got {max_seqlen}")
         if budget > count:
             raise ValueError(f"{op}: cu_budgets must give item {item} at most its {count} tokens, got {budget}")
         if budget and not 0 <= first < count:

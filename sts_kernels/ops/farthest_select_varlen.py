@@ -12,39 +12,68 @@ from .farthest_select import check_values_and_metric, farthest_select_reference
 _OP = "farthest_select_varlen"
 
 
-def _check(features, cu_seqlens, cu_budgets, total_k, anchor, quality, start, metric):
-    check_packed(_OP, features, cu_seqlens, cu_budgets, total_k, anchor)
+def _check(features, cu_seqlens, cu_budgets, total_k, anchor, quality, start, metric, max_seqlen):
+    check_packed(_OP, features, cu_seqlens, cu_budgets, total_k, anchor, max_seqlen)
     check_values_and_metric(_OP, features, quality, start, metric)
 
 
-def _fake(features, cu_seqlens, cu_budgets, total_k, anchor=None, quality=None, start=None, metric="euclidean"):
-    _check(features, cu_seqlens, cu_budgets, total_k, anchor, quality, start, metric)
+def _fake(
+    features,
+    cu_seqlens,
+    cu_budgets,
+    total_k,
+    anchor=None,
+    quality=None,
+    start=None,
+    metric="euclidean",
+    max_seqlen=None,
+):
+    _check(features, cu_seqlens, cu_budgets, total_k, anchor, quality, start, metric, max_seqlen)
     return features.new_empty((total_k,), dtype=torch.int64)
 
 
-def _vmap(features, cu_seqlens, cu_budgets, total_k, anchor=None, quality=None, start=None, metric="euclidean"):
+def _vmap(
+    features,
+    cu_seqlens,
+    cu_budgets,
+    total_k,
+    anchor=None,
+    quality=None,
+    start=None,
+    metric="euclidean",
+    max_seqlen=None,
+):
     def call(tokens, cu_seqlens, cu_budgets, total_k, anchor):
         x, *values = tokens
-        return farthest_select_varlen(x, cu_seqlens, cu_budgets, total_k, anchor, *values, metric)
+        return farthest_select_varlen(x, cu_seqlens, cu_budgets, total_k, anchor, *values, metric, max_seqlen)
 
     tokens = [features, quality, start]
-    return vmap_packed(partial(check_packed_values, _OP), call, tokens, cu_seqlens, cu_budgets, total_k, anchor)
+    check_values = partial(check_packed_values, _OP, max_seqlen=max_seqlen)
+    return vmap_packed(check_values, call, tokens, cu_seqlens, cu_budgets, total_k, anchor)
 
 
 @define_op(
     "farthest_select_varlen(Tensor features, Tensor cu_seqlens, Tensor cu_budgets, SymInt total_k, "
-    'Tensor? anchor=None, Tensor? quality=None, Tensor? start=None, str metric="euclidean") -> Tensor',
+    'Tensor? anchor=None, Tensor? quality=None, Tensor? start=None, str metric="euclidean", '
+    "SymInt? max_seqlen=None) -> Tensor",
     fake=_fake,
     vmap=_vmap,
     discrete=True,
 )
 def farthest_select_varlen_reference(
-    features, cu_seqlens, cu_budgets, total_k, anchor=None, quality=None, start=None, metric="euclidean"
+    features,
+    cu_seqlens,
+    cu_budgets,
+    total_k,
+    anchor=None,
+    quality=None,
+    start=None,
+    metric="euclidean",
+    max_seqlen=None,
 ):
-    _check(features, cu_seqlens, cu_budgets, total_k, anchor, quality, start, metric)
-    check_packed_values(
-        _OP, features, cu_seqlens.cpu(), cu_budgets.cpu(), total_k, None if anchor is None else anchor.cpu()
-    )
+    _check(features, cu_seqlens, cu_budgets, total_k, anchor, quality, start, metric, max_seqlen)
+    first = None if anchor is None else anchor.cpu()
+    check_packed_values(_OP, features, cu_seqlens.cpu(), cu_budgets.cpu(), total_k, first, max_seqlen)
 
     def select(tokens, budget, anchor):
         x, *values = tokens
@@ -62,6 +91,7 @@ def farthest_select_varlen(
     quality: Tensor | None = None,
     start: Tensor | None = None,
     metric: str = "euclidean",
+    max_seqlen: int | None = None,
 ) -> Tensor:
     """`farthest_select` over packed items, each with its own length and its own budget.
 
@@ -76,18 +106,21 @@ def farthest_select_varlen(
             `farthest_select`. Ignored for items with no budget.
         quality, start: (T,), as in `farthest_select`.
         metric: "euclidean" or "cosine".
+        max_seqlen: as in `repulsion_select_varlen`.
 
     Returns:
         (total_k,) int64: the picks of item b, counted within the item and in the order picked, at
         cu_budgets[b]:cu_budgets[b+1]. All that `farthest_select` promises holds for each item.
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape, device, total_k or metric; offsets, budgets or anchors that do not
-        fit, as in `repulsion_select_varlen`.
+        TypeError, ValueError: wrong dtype, shape, device, total_k, metric or max_seqlen; offsets, budgets, anchors or
+        lengths that do not fit, as in `repulsion_select_varlen`.
 
     Cost:
-        as `farthest_select` for each item; one kernel launch runs all items.
+        as `farthest_select` for each item; on a GPU as in `repulsion_select_varlen`.
     """
-    _check(features, cu_seqlens, cu_budgets, total_k, anchor, quality, start, metric)
-    check_packed_values(_OP, features, cu_seqlens, cu_budgets, total_k, anchor)
-    return ops.farthest_select_varlen.default(features, cu_seqlens, cu_budgets, total_k, anchor, quality, start, metric)
+    _check(features, cu_seqlens, cu_budgets, total_k, anchor, quality, start, metric, max_seqlen)
+    check_packed_values(_OP, features, cu_seqlens, cu_budgets, total_k, anchor, max_seqlen)
+    return ops.farthest_select_varlen.default(
+        features, cu_seqlens, cu_budgets, total_k, anchor, quality, start, metric, max_seqlen
+    )

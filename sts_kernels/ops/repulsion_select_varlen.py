@@ -12,35 +12,37 @@ from .repulsion_select import repulsion_select_reference
 _OP = "repulsion_select_varlen"
 
 
-def _check(features, cu_seqlens, cu_budgets, total_k, eps, anchor):
-    check_packed(_OP, features, cu_seqlens, cu_budgets, total_k, anchor)
+def _check(features, cu_seqlens, cu_budgets, total_k, eps, anchor, max_seqlen):
+    check_packed(_OP, features, cu_seqlens, cu_budgets, total_k, anchor, max_seqlen)
     _checks.eps(_OP, eps)
 
 
-def _fake(features, cu_seqlens, cu_budgets, total_k, eps=1e-6, anchor=None):
-    _check(features, cu_seqlens, cu_budgets, total_k, eps, anchor)
+def _fake(features, cu_seqlens, cu_budgets, total_k, eps=1e-6, anchor=None, max_seqlen=None):
+    _check(features, cu_seqlens, cu_budgets, total_k, eps, anchor, max_seqlen)
     return features.new_empty((total_k,), dtype=torch.int64)
 
 
-def _vmap(features, cu_seqlens, cu_budgets, total_k, eps=1e-6, anchor=None):
+def _vmap(features, cu_seqlens, cu_budgets, total_k, eps=1e-6, anchor=None, max_seqlen=None):
     def call(tokens, cu_seqlens, cu_budgets, total_k, anchor):
-        return repulsion_select_varlen(*tokens, cu_seqlens, cu_budgets, total_k, eps, anchor)
+        return repulsion_select_varlen(*tokens, cu_seqlens, cu_budgets, total_k, eps, anchor, max_seqlen)
 
-    return vmap_packed(partial(check_packed_values, _OP), call, [features], cu_seqlens, cu_budgets, total_k, anchor)
+    check_values = partial(check_packed_values, _OP, max_seqlen=max_seqlen)
+    return vmap_packed(check_values, call, [features], cu_seqlens, cu_budgets, total_k, anchor)
 
 
 @define_op(
     "repulsion_select_varlen(Tensor features, Tensor cu_seqlens, Tensor cu_budgets, SymInt total_k, float eps=1e-6, "
-    "Tensor? anchor=None) -> Tensor",
+    "Tensor? anchor=None, SymInt? max_seqlen=None) -> Tensor",
     fake=_fake,
     vmap=_vmap,
     discrete=True,
 )
-def repulsion_select_varlen_reference(features, cu_seqlens, cu_budgets, total_k, eps=1e-6, anchor=None):
-    _check(features, cu_seqlens, cu_budgets, total_k, eps, anchor)
-    check_packed_values(
-        _OP, features, cu_seqlens.cpu(), cu_budgets.cpu(), total_k, None if anchor is None else anchor.cpu()
-    )
+def repulsion_select_varlen_reference(
+    features, cu_seqlens, cu_budgets, total_k, eps=1e-6, anchor=None, max_seqlen=None
+):
+    _check(features, cu_seqlens, cu_budgets, total_k, eps, anchor, max_seqlen)
+    first = None if anchor is None else anchor.cpu()
+    check_packed_values(_OP, features, cu_seqlens.cpu(), cu_budgets.cpu(), total_k, first, max_seqlen)
 
     def select(tokens, budget, anchor):
         return repulsion_select_reference(*tokens, budget, eps, anchor)
@@ -55,6 +57,7 @@ def repulsion_select_varlen(
     total_k: int,
     eps: float = 1e-6,
     anchor: torch.Tensor | None = None,
+    max_seqlen: int | None = None,
 ) -> torch.Tensor:
     """`repulsion_select` over packed items, each with its own length and its own budget (STS Algorithm 1).
 
@@ -68,22 +71,31 @@ def repulsion_select_varlen(
         eps: 1e-30 to 1e30, in units of features squared.
         anchor: (B,) int64 or int32, the first pick of each item, counted within the item. None: the token nearest the
             mean of the item's finite tokens. Ignored for items with no budget.
+        max_seqlen: int at least 1, or None: an upper bound on the length of an item, which the host knows without a
+            sync. It changes no result. On a GPU it saves memory and launches, see Cost.
 
     Returns:
         (total_k,) int64: the picks of item b, counted within the item and in the order picked, at
         cu_budgets[b]:cu_budgets[b+1]. All that `repulsion_select` promises holds for each item.
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape, device, total_k or eps; offsets, budgets or anchors that do not fit
-        where they can be read: on the CPU. On a GPU an item that does not fit comes out as -1 throughout. Items whose
-        rows or places in the result overlap, because offsets fall, disturb each other: each of their picks is -1 or an
-        index within the item, may repeat, need not repel, and may differ from run to run; the other items come out
-        right. STS_KERNELS_CHECK=1 makes both an error at the price of a sync. The reference reads the offsets on every
+        TypeError, ValueError: wrong dtype, shape, device, total_k, eps or max_seqlen; offsets, budgets or anchors that
+        do not fit, and items longer than max_seqlen, where the numbers can be read: on the CPU. On a GPU an item that
+        does not fit comes out as -1 throughout: offsets, budgets or anchor out of range, more tokens than max_seqlen,
+        or rows or places in the result that begin before the end of an item in front of it. The other items come out
+        right. STS_KERNELS_CHECK=1 makes it an error at the price of a sync. The reference reads the offsets on every
         device.
 
     Cost:
-        as `repulsion_select` for each item; one kernel launch runs all items.
+        as `repulsion_select` for each item. On a GPU all items of up to 8192 tokens are run together: one launch for
+        the distances of all, one for the picks of all. Their weights, 4 n^2 bytes for an item of n tokens, take at
+        most 512 MiB; items that do not fit are run after the others. The host knows bounds alone: it takes the smaller
+        of 512 MiB and 4 T m bytes, m the smallest of T, 8192 and max_seqlen, and enqueues launches for 1 + T m / 2^26
+        such rounds (2^27 - m^2 instead of 2^26 where max_seqlen is given), of which those that find nothing to do take
+        some microseconds. Longer items are run last.
     """
-    _check(features, cu_seqlens, cu_budgets, total_k, eps, anchor)
-    check_packed_values(_OP, features, cu_seqlens, cu_budgets, total_k, anchor)
-    return ops.repulsion_select_varlen.default(features, cu_seqlens, cu_budgets, total_k, eps, anchor)
+    _check(features, cu_seqlens, cu_budgets, total_k, eps, anchor, max_seqlen)
+    check_packed_values(_OP, features, cu_seqlens, cu_budgets, total_k, anchor, max_seqlen)
+    return ops.repulsion_select_varlen.default(
+        features, cu_seqlens, cu_budgets, total_k, eps, anchor, max_seqlen
+    )

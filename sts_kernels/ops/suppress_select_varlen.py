@@ -12,34 +12,35 @@ from .suppress_select import check_rank_and_tau, suppress_select_reference
 _OP = "suppress_select_varlen"
 
 
-def _check(features, rank, tau, cu_seqlens, cu_budgets, total_k):
-    check_packed(_OP, features, cu_seqlens, cu_budgets, total_k)
+def _check(features, rank, tau, cu_seqlens, cu_budgets, total_k, max_seqlen):
+    check_packed(_OP, features, cu_seqlens, cu_budgets, total_k, max_seqlen=max_seqlen)
     check_rank_and_tau(_OP, features, rank, tau)
 
 
-def _fake(features, rank, tau, cu_seqlens, cu_budgets, total_k):
-    _check(features, rank, tau, cu_seqlens, cu_budgets, total_k)
+def _fake(features, rank, tau, cu_seqlens, cu_budgets, total_k, max_seqlen=None):
+    _check(features, rank, tau, cu_seqlens, cu_budgets, total_k, max_seqlen)
     return features.new_empty((total_k,), dtype=torch.int64)
 
 
-def _vmap(features, rank, tau, cu_seqlens, cu_budgets, total_k):
+def _vmap(features, rank, tau, cu_seqlens, cu_budgets, total_k, max_seqlen=None):
     def call(tokens, cu_seqlens, cu_budgets, total_k, anchor):
-        return suppress_select_varlen(*tokens, cu_seqlens, cu_budgets, total_k)
+        return suppress_select_varlen(*tokens, cu_seqlens, cu_budgets, total_k, max_seqlen)
 
     tokens = [features, rank, tau]
-    return vmap_packed(partial(check_packed_values, _OP), call, tokens, cu_seqlens, cu_budgets, total_k)
+    check_values = partial(check_packed_values, _OP, max_seqlen=max_seqlen)
+    return vmap_packed(check_values, call, tokens, cu_seqlens, cu_budgets, total_k)
 
 
 @define_op(
     "suppress_select_varlen(Tensor features, Tensor rank, Tensor tau, Tensor cu_seqlens, Tensor cu_budgets, "
-    "SymInt total_k) -> Tensor",
+    "SymInt total_k, SymInt? max_seqlen=None) -> Tensor",
     fake=_fake,
     vmap=_vmap,
     discrete=True,
 )
-def suppress_select_varlen_reference(features, rank, tau, cu_seqlens, cu_budgets, total_k):
-    _check(features, rank, tau, cu_seqlens, cu_budgets, total_k)
-    check_packed_values(_OP, features, cu_seqlens.cpu(), cu_budgets.cpu(), total_k)
+def suppress_select_varlen_reference(features, rank, tau, cu_seqlens, cu_budgets, total_k, max_seqlen=None):
+    _check(features, rank, tau, cu_seqlens, cu_budgets, total_k, max_seqlen)
+    check_packed_values(_OP, features, cu_seqlens.cpu(), cu_budgets.cpu(), total_k, max_seqlen=max_seqlen)
 
     def select(tokens, budget, anchor):
         return suppress_select_reference(*tokens, budget)
@@ -54,6 +55,7 @@ def suppress_select_varlen(
     cu_seqlens: Tensor,
     cu_budgets: Tensor,
     total_k: int,
+    max_seqlen: int | None = None,
 ) -> Tensor:
     """`suppress_select` over packed items, each with its own length and its own budget.
 
@@ -65,18 +67,21 @@ def suppress_select_varlen(
             cu_seqlens[b+1]. Items may be empty.
         cu_budgets: (B+1,) int32 or int64, prefix sums of the tokens each item keeps, at most its length; may be 0.
         total_k: cu_budgets[-1], which the host must know to size the result without a sync.
+        max_seqlen: as in `repulsion_select_varlen`.
 
     Returns:
         (total_k,) int64: the picks of item b, counted within the item and in the order picked, at
         cu_budgets[b]:cu_budgets[b+1]. All that `suppress_select` promises holds for each item.
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape, device or total_k; offsets or budgets that do not fit, as in
-        `repulsion_select_varlen`.
+        TypeError, ValueError: wrong dtype, shape, device, total_k or max_seqlen; offsets, budgets or lengths that do
+        not fit, as in `repulsion_select_varlen`.
 
     Cost:
-        as `suppress_select` for each item; one kernel launch runs all items.
+        as `suppress_select` for each item; on a GPU as in `repulsion_select_varlen`.
     """
-    _check(features, rank, tau, cu_seqlens, cu_budgets, total_k)
-    check_packed_values(_OP, features, cu_seqlens, cu_budgets, total_k)
-    return ops.suppress_select_varlen.default(features, rank, tau, cu_seqlens, cu_budgets, total_k)
+    _check(features, rank, tau, cu_seqlens, cu_budgets, total_k, max_seqlen)
+    check_packed_values(_OP, features, cu_seqlens, cu_budgets, total_k, max_seqlen=max_seqlen)
+    return ops.suppress_select_varlen.default(
+        features, rank, tau, cu_seqlens, cu_budgets, total_k, max_seqlen
+    )

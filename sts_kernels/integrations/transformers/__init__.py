@@ -12,7 +12,9 @@ A token's way through it, one visit a phase:
     llm_hooks                  prefilled, decoded: around the LLM and its layers
       layer_pruning              entry, cuts and exit of a forward
       segments, cache, masks     what each run of layers holds
+      static_cache               the same in slots, for decode steps that are compiled
     report, visualize, timer   what was kept, and how long it took
+    captured                   the same way as functions of fixed shapes, for CUDA graphs: `PruningHandle.compile`
 
 Aside: stack (whose generate() runs), cudnn (off while a pruned prompt is inside), random_models (for the command line).
 """

@@ -15,6 +15,8 @@ from collections.abc import Callable
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
+from .hooks import MASKS
+
 _state = threading.local()
 _PREFIX = "sts_capture_"  # the implementation's name follows, as the library looks for "flash" in it
 
@@ -52,20 +54,23 @@ def _same(config):
 def _wrapper(implementation: str) -> Callable:
     def capturing(module, query, key, *args, **kwargs):
         config = module.config
-        if isinstance(config, _CapturingConfig):
+        if MASKS not in kwargs and isinstance(config, _CapturingConfig):
             config._sts_callback(module, query, key, kwargs)
             if getattr(_state, "stopped", False):
                 raise _Stop
             if "flash" in implementation:  # reads the implementation from module.config again
                 module = copy.copy(module)
                 module.config = config._sts_config
-        if implementation == "eager":
-            run = sys.modules[type(module).__module__].eager_attention_forward
-        else:
-            run = ALL_ATTENTION_FUNCTIONS[implementation]
-        return run(module, query, key, *args, **kwargs)
+        return function_of(implementation, module)(module, query, key, *args, **kwargs)
 
     return capturing
+
+
+def function_of(implementation: str, module: torch.nn.Module) -> Callable:
+    """What the attention module calls under this name; each model has an eager one of its own."""
+    if implementation == "eager":
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[implementation]
 
 
 class _Stop(Exception):

@@ -19,7 +19,8 @@ class PrunedCache:
         return super().get_seq_length(layer_idx)
 
     def update(self, *args, **kwargs):
-        if not self._sts_prompt.running:
+        prompt = self._sts_prompt
+        if not prompt.running and not (prompt.slots is not None and prompt.slots.active):
             raise RuntimeError(
                 "this cache holds a pruned prompt, and can be continued only while the pruning (apply_sts or prune) is "
                 "active on the model; apply it again, or start from an empty cache"
@@ -37,8 +38,11 @@ class PrunedCache:
                 f"got {length + remove} to leave; start from an empty cache"
             )
         if remove < 0:
-            for layer in self.layers:
-                layer.crop(remove if remove > -length else -layer.get_seq_length())
+            self._shorten(remove, length)
+
+    def _shorten(self, remove: int, length: int) -> None:
+        for layer in self.layers:
+            layer.crop(remove if remove > -length else -layer.get_seq_length())
 
     def reorder_cache(self, beam_idx):
         self._sts_prompt.select_rows(beam_idx)
@@ -53,32 +57,33 @@ class PrunedCache:
         return super().batch_repeat_interleave(repeats)
 
 
-_pruned_classes: dict[type, type] = {}
+_pruned_classes: dict[tuple[type, type], type] = {}
 
 
-def attach_state(cache: Cache, prompt: PrunedPrompt) -> None:
+def attach_state(cache: Cache, prompt: PrunedPrompt, mixin: type[PrunedCache] = PrunedCache) -> None:
     """Marks `cache` as holding a pruned prompt."""
-    kind = type(cache)
+    kind = (mixin, type(cache))
     if kind not in _pruned_classes:
-        _pruned_classes[kind] = type(f"Pruned{kind.__name__}", (PrunedCache, kind), {})
+        _pruned_classes[kind] = type(f"Pruned{type(cache).__name__}", kind, {"plain_class": type(cache)})
     setattr(cache, _STATE, prompt)
     cache.__class__ = _pruned_classes[kind]
+
+
+def detach_state(cache: Cache) -> None:
+    """Makes it the plain cache that it was."""
+    delattr(cache, _STATE)
+    cache.__class__ = cache.plain_class
 
 
 def pruned_state(cache: Cache | None) -> PrunedPrompt | None:
     """The pruned prompt in `cache`. A cache that was emptied becomes a plain one again."""
     prompt = getattr(cache, _STATE, None)
-    if prompt is None:
-        return None
-    if not layer_length(cache, 0):
-        delattr(cache, _STATE)
-        cache.__class__ = type(cache).__mro__[2]
-        return None
-    return prompt
+    if prompt is None or cache.get_seq_length():
+        return prompt
+    detach_state(cache)
+    return None
 
 
-def layer_length(cache: Cache | None, layer: int) -> int:
-    """Columns that `layer` of the cache really holds."""
-    if cache is None or layer >= len(cache.layers):
-        return 0
-    return int(cache.layers[layer].get_seq_length())
+def columns_behind(cache: Cache, prompt: PrunedPrompt) -> int:
+    """How many columns a cache holds behind its pruned prompt. The same in every layer."""
+    return cache.get_seq_length() - prompt.length

@@ -20,6 +20,9 @@ TEXT_ARGUMENTS = ("inputs_embeds", "attention_mask", "position_ids", CACHE_NAMES
 LAYER_ARGUMENTS = ("hidden_states", "attention_mask", "position_ids", "position_embeddings", CACHE_NAMES)
 BASE_ARGUMENTS = ("input_ids", "inputs_embeds", CACHE_NAMES)
 
+# Before transformers 5 some models have this one instead of create_masks_for_generate.
+OLD_MASKS = "_prepare_4d_causal_attention_mask_with_cache_position"
+
 
 def version() -> tuple[int, ...]:
     return tuple(map(int, transformers.__version__.split(".")[:2]))

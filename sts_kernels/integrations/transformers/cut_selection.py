@@ -1,16 +1,17 @@
 """Which visual tokens a cut leaves of each prompt, what they hold from there on, and where they stand."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ... import methods
 from ...methods import Cut, Method
-from ...methods._keep_top import keep_top
+from ...methods._keep_top import best_of
 from ...methods._packed import host
 from ...methods.base import Inside
 from . import masks
+from .prompt import Row
 
 
 @dataclass
@@ -23,6 +24,25 @@ class PlannedCut:
     recycled: list[int]  # those of them that it makes of the dropped ones
     lengths: list[int]  # all tokens of each row from here on
 
+    def alike(self, device) -> list[tuple[tuple[int, int, int], torch.Tensor]]:
+        """Rows with equal numbers of tokens, which are batches without padding."""
+        found: dict[tuple[int, int, int], list[int]] = {}
+        for row, numbers in enumerate(zip(self.before, self.left, self.recycled, strict=True)):
+            found.setdefault(numbers, []).append(row)
+        return [(numbers, host(rows, device)) for numbers, rows in found.items()]
+
+
+def planned_cuts(cuts: Sequence[Cut], rows: list[Row], lengths: list[int]) -> list[PlannedCut]:
+    """The cuts that drop something of these prompts. lengths: all tokens of each as they enter the LLM."""
+    planned, before = [], [row.num_kept for row in rows]
+    for index, cut in enumerate(cuts):
+        left = [row.left[index] for row in rows]
+        if left != before:
+            here = [n - row.num_kept + mine for n, row, mine in zip(lengths, rows, left, strict=True)]
+            planned.append(PlannedCut(cut, before, left, [row.recycled[index] for row in rows], here))
+        before = left
+    return planned
+
 
 def leave(
     run, planned: PlannedCut, hidden: torch.Tensor, candidates: torch.Tensor, norm: Callable
@@ -34,12 +54,13 @@ def leave(
     """
     scores = None if run.scores is None else run.scores.to(hidden.device)
     if planned.cut.select is None:
-        return hidden, _best(scores, candidates, planned.left), None
+        return hidden, best_of(scores, candidates, host(planned.left, scores.device)), None
     text, text_mask = masks.compact(run.text.to(hidden.device), run.text_width)
     chosen, place, width = torch.zeros_like(candidates), None, candidates.shape[1]
+    taken = torch.ones((), dtype=torch.bool, device=hidden.device)  # as a Python bool it would be copied from the host
     if any(planned.recycled):
         place = torch.arange(width, device=hidden.device).mul(width + 1).repeat(len(candidates), 1)
-    for (before, left, recycled), rows in _alike(planned, hidden.device):
+    for (before, left, recycled), rows in planned.alike(hidden.device):
         if before == left:
             chosen[rows] = candidates[rows]
             continue
@@ -60,7 +81,7 @@ def leave(
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             picked = planned.cut.select(inside)
         at = columns.gather(1, picked.order)
-        chosen[rows[:, None], at] = True
+        chosen[rows[:, None], at] = taken
         if picked.assignment is not None:
             hidden = hidden.index_put((rows[:, None], at), methods.merge(visual, picked))
         if recycled:
@@ -70,14 +91,6 @@ def leave(
     return hidden, chosen, place
 
 
-def _alike(planned: PlannedCut, device) -> list[tuple[tuple[int, int, int], torch.Tensor]]:
-    """Rows with equal numbers of tokens, which are batches without padding."""
-    found: dict[tuple[int, int, int], list[int]] = {}
-    for row, numbers in enumerate(zip(planned.before, planned.left, planned.recycled, strict=True)):
-        found.setdefault(numbers, []).append(row)
-    return [(numbers, host(rows, device)) for numbers, rows in found.items()]
-
-
 def raters_of(method: Method, embeds: torch.Tensor, run, width: int) -> torch.Tensor:
     """(B, text_width) float32: the weights of the text behind the last image, for attention that rates. width: the
     largest number of visual tokens."""
@@ -85,15 +98,3 @@ def raters_of(method: Method, embeds: torch.Tensor, run, width: int) -> torch.Te
     text, text_mask = masks.compact(run.text, run.text_width)
     with torch.no_grad(), torch.autocast(embeds.device.type, enabled=False):
         return method.raters(masks.take(embeds, visual), masks.take(embeds, text), visual_mask, text_mask)
-
-
-def _best(scores: torch.Tensor, candidates: torch.Tensor, left: list[int]) -> torch.Tensor:
-    """(B, P) bool: the `left[b]` best scored candidates of each row."""
-    chosen = torch.zeros_like(candidates)
-    for count in sorted(set(left) - {0}):
-        mine = [row for row, wanted in enumerate(left) if wanted == count]
-        rows = host(mine, scores.device)  # no sync in the middle of the LLM
-        everyone = len(mine) == len(left)
-        positions, _ = keep_top(*((scores, candidates) if everyone else (scores[rows], candidates[rows])), count)
-        chosen[rows[:, None], positions] = True
-    return chosen

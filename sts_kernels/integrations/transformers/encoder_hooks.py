@@ -70,7 +70,9 @@ class EncoderHooks:
         encoding.dropping = (kept.rows, features.shape)
         x = args[0]
         x = x.reshape(features.shape[:-1].numel(), -1)[kept.rows.to(x.device)].view(-1, x.shape[-1])
-        return (x if kept.values is None else self._merged(x, kept.values), *args[1:]), kwargs
+        if kept.values is not None:
+            x = vision_pruning.merged_rows(self.method, self.adapter.name, x, kept.values)
+        return (x, *args[1:]), kwargs
 
     def after_projector(self, module, args, kwargs, output):
         encoding = self.sessions.now.encoding
@@ -85,14 +87,6 @@ class EncoderHooks:
         flat = output.reshape(shape[:-1].numel(), output.shape[-1])
         values = flat[kept.rows] if kept.values is None else kept.values.to(flat.dtype)
         return dropped.mark(values, kept.rows, shape[:-1] + output.shape[-1:]).view(output.shape)
-
-    def _merged(self, x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        if x.shape != values.shape:
-            raise NotImplementedError(
-                f"sts_kernels: {self.method.name} merges features before the projector, which {self.adapter.name} does "
-                "not allow: its features are made of several rows"
-            )
-        return values.to(x.dtype)
 
     def _select(self, encoding: Encoding, features: torch.Tensor, shape: torch.Size, items):
         """features: (..., C), what the method selects from; shape: of what the projector gets."""

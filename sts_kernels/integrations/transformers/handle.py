@@ -1,16 +1,20 @@
 """PruningHandle: the hooks of one pruned model, from installation to removal."""
 
+import contextlib
 import functools
 import threading
 import warnings
 import weakref
+from collections.abc import Sequence
 
 import torch
 import transformers
 
+from ... import _checks
 from ...methods import Method, Plan
-from . import attention_capture, compat, prompt, unsupported
+from . import attention_capture, captured, compat, prompt, unsupported
 from .adapters import ADAPTERS, ModelAdapter, adapter_of
+from .captured import Bucket, Captured
 from .encoder_hooks import EncoderHooks
 from .hooks import Hooks
 from .llm_hooks import LLMHooks, compiled
@@ -83,7 +87,9 @@ class PruningHandle:
         relevance=None,
     ):
         self.model, self.base, self.adapter, self.method, self.plan = model, base, adapter, method, plan
-        self.text, contiguous = base.language_model, positions == "contiguous"
+        self.text, self.scope = base.language_model, scope
+        self.contiguous = contiguous = positions == "contiguous"
+        self._graphs: Captured | None = None
         unsupported.check_model(model, base, self.text, [cut.layer for cut in plan.cuts], contiguous)
         unsupported.check_signals(method, adapter)
         self._known: weakref.WeakSet[Session] = weakref.WeakSet()
@@ -116,6 +122,7 @@ class PruningHandle:
             self._forget_graphs()
         self._llm.remove()
         self._hooks.remove()
+        self._graphs = None
         for module in self._captured:
             attention_capture.detach(module)
         for session in list(self._known):
@@ -141,10 +148,69 @@ class PruningHandle:
             raise ValueError(f"sts_kernels: prompt_length must be an int of at least 1, or None, got {columns!r}")
         self._llm.prompt_length = columns
 
+    def compile(
+        self,
+        prompt_tokens: int | Sequence[int] | None = None,
+        max_new_tokens: int = 256,
+        batch_size: int | Sequence[int] = 1,
+        backend: str | None = None,
+        strict: bool = False,
+    ) -> list[Bucket]:
+        """Lets generate() run on graphs of fixed shapes: encoder and projector, pruned prefill, and decoding.
+
+        ::
+
+            with apply_sts(model, STSConfig(budget=128)) as sts:
+                sts.compile(max_new_tokens=256)
+                ids = model.generate(**inputs, max_new_tokens=64)
+
+        On a CUDA device they are CUDA graphs, which take no time on the host; generate() stays the loop, with its
+        sampling, stopping and streaming. Every method whose numbers of tokens follow from sizes can be compiled. A call
+        that graphs do not serve runs as before, and a warning says once why: beams, several answers for a prompt,
+        assisted decoding, outputs of attention or hidden states, embeddings instead of ids, a cache of the caller's,
+        videos, hooks on modules, autocast, models that are offloaded or quantised. One prompt runs at a time: threads
+        wait for each other. Weights may change in place; call compile() again when they are replaced. A cache that
+        generate() returns cannot be continued.
+
+        Args:
+            prompt_tokens: buckets: tokens of a pruned prompt, text among them, at most. Longer ones are an error. None:
+                multiples of 64, made when they are first met; the last 8 are kept.
+            max_new_tokens: the most that a prompt is answered by. A call that asks for more is an error.
+            batch_size: the numbers of prompts. A smaller batch is filled up, a larger one is an error.
+            backend: "inductor": torch.compile fuses kernels before they are captured, which takes a minute or more for
+                each bucket.
+            strict: a call that graphs do not serve is an error.
+
+        Returns:
+            what is ready: the buckets asked for, where all images of the model have one size; else none yet.
+
+        Raises:
+            TypeError, ValueError: a value that is none of these, here; and from generate() a prompt, a batch or an
+            answer that is larger than compiled for, with the number to give.
+            NotImplementedError: methods and models that cannot be compiled, in one sentence.
+        """
+        found = (m for m in self.model.modules() if isinstance(m, transformers.GenerationMixin))
+        generating = [module for module in found if any(part is self.base for part in module.modules())]
+        if not generating:
+            raise ValueError("compile: the model must have a generate(), give the whole model to prune()")
+        buckets = None if prompt_tokens is None else captured.sizes("prompt_tokens", prompt_tokens, 2)
+        batches = captured.sizes("batch_size", batch_size, 1)
+        _checks.integer("compile", "max_new_tokens", max_new_tokens, 1)
+        captured.check_backend(backend)
+        captured.check(self.method, self.adapter, self.text)
+        self._graphs = Captured(self, generating[-1], buckets, max_new_tokens, batches, backend, strict)
+        self._graphs.build()
+        return self._graphs.built
+
     def _install(self) -> None:
         for module in self.model.modules():
             if isinstance(module, transformers.GenerationMixin) and any(part is self.base for part in module.modules()):
                 self._hooks.shadow(module, "generate", functools.partial(self._generate, module))
+                self._hooks.shadow(module, "prepare_inputs_for_generation", self._llm.prepare_inputs)
+                masks = transformers.masking_utils.create_masks_for_generate
+                self._hooks.shadow(module, "create_masks_for_generate", self._llm.create_masks, masks)
+                if hasattr(module, compat.OLD_MASKS):
+                    self._hooks.shadow(module, compat.OLD_MASKS, self._llm.create_masks)
         for kind in prompt.KINDS:
             if hasattr(self.base, f"get_{kind}_features"):
                 self._hooks.shadow(self.base, f"get_{kind}_features", functools.partial(self._encode, kind))
@@ -166,10 +232,13 @@ class PruningHandle:
         self._captured.append(attention)
         attention_capture.attach(attention, callback)
 
-    @staticmethod
-    def _forget_graphs() -> None:
-        """Compiled code does not look for hooks again: what was compiled with other ones must go."""
-        if compiled():
+    def _forget_graphs(self) -> None:
+        """Compiled code does not look for hooks again: graphs of parts of the model, with hooks or without, must go.
+
+        Graphs of the whole model may stay. They know a pruned prompt by the class of its cache, new images by the
+        methods shadowed here, and no hook is in them: a hook breaks a graph, or leaves nothing but its mask in it.
+        """
+        if compiled("graph_break") or any(map(_compiled_alone, self.model.modules())):
             torch.compiler.reset()
 
     # --- around the model ---
@@ -178,15 +247,18 @@ class PruningHandle:
         """Refuses before anything runs what `checked_caller` refuses where a generate() that is not shadowed calls."""
         session, images = self._sessions.now, _has_images(kwargs)
         if images:
-            unsupported.check_generation(module, kwargs, compat.cache_of(kwargs))
+            unsupported.check_generation(module, self.text, kwargs, compat.cache_of(kwargs))
+            module.__dict__.pop("_cache", None)  # transformers 4 keeps a static cache, of one length for all layers
         me = threading.get_ident()
         with self._lock:
             unsupported.check_threads(self.base, self._llm.generating - {me})
             inner = me in self._llm.generating
             self._llm.generating.add(me)
         outer, session.checked = session.checked, images
+        served = contextlib.nullcontext() if self._graphs is None else self._graphs.serving(module, args, kwargs)
         try:
-            return original(*args, **kwargs)
+            with served:
+                return original(*args, **kwargs)
         finally:
             session.checked = outer
             if not inner:
@@ -196,6 +268,8 @@ class PruningHandle:
         session = self._sessions.now
         if session.encoding is not None:  # Qwen3-VL's videos pass through get_image_features
             return original(*args, **kwargs)
+        if self._graphs is not None and (later := self._graphs.deferred(kind, original, args, kwargs)) is not None:
+            return later
         # A forward of the base model looks at them before it encodes.
         caller = unsupported.checked_caller(self.base, session.checked or session.placed is not None)
         out = self._encoder.encode(kind, caller, self._timer, original, args, kwargs)
@@ -212,9 +286,15 @@ class PruningHandle:
         session.placed = placed = Placed(ids, given.get("attention_mask"), embeds is not None)
         if _has_images(given):
             unsupported.check_gradients(self.base)
-            unsupported.check_cache(compat.cache_of(given))
-            placed.prompt_length = unsupported.checked_caller(self.base, session.checked).prompt_length
+            unsupported.check_cache(compat.cache_of(given), self.text)
+            caller = unsupported.checked_caller(self.base, session.checked)
+            placed.prompt_length, placed.columns = caller.prompt_length, caller.columns
             placed.modality = prompt.placeholders(self.base, self._encoder.token_ids, ids, embeds)
+
+
+def _compiled_alone(module) -> bool:
+    forward = vars(module).get("forward")
+    return module._compiled_call_impl is not None or hasattr(forward, "_torchdynamo_orig_callable")
 
 
 def _copy_is_plain(module) -> None:

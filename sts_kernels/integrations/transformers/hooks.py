@@ -12,6 +12,8 @@ from collections.abc import Callable
 
 import torch
 
+MASKS = "sts_masks"  # keyword of a step that needs no state of a hook: a mask for each layer, or none at all
+_AFTER = "sts_kernels"  # key of the hook after a forward. Compiled code guards on it, and is to serve the next handle.
 PICKLING = (
     "sts_kernels: a model that is pruned cannot be pickled; call remove() on its handle first, or use save_pretrained()"
 )
@@ -25,19 +27,22 @@ class Hooks:
     def __bool__(self) -> bool:
         return bool(self._modules or self._shadowed)
 
-    def before(self, module: torch.nn.Module, method: Callable, *first) -> None:
-        """Calls the bound `method(*first, module, args, kwargs)` before the module's forward."""
+    def before(self, module: torch.nn.Module, method: Callable, *first, layer: int | None = None) -> None:
+        """Calls the bound `method(*first, module, args, kwargs)` before the module's forward.
+
+        Not in a step with `MASKS`, where the hook of a decoder layer takes its own."""
         self._modules.append(module)
-        module.register_forward_pre_hook(_Hook(self, method, 3, first), with_kwargs=True)
+        module.register_forward_pre_hook(_Hook(self, method, 3, first, layer), with_kwargs=True)
 
     def after(self, module: torch.nn.Module, method: Callable) -> None:
         """Calls the bound `method(module, args, kwargs, output)` after it; `output` is None where an error ended it."""
         self._modules.append(module)
-        module.register_forward_hook(_Hook(self, method, 4), with_kwargs=True, always_call=True)
+        module._forward_hooks_with_kwargs[_AFTER] = module._forward_hooks_always_called[_AFTER] = True
+        module._forward_hooks[_AFTER] = _Hook(self, method, 4)
 
-    def shadow(self, target, name: str, replacement: Callable) -> None:
-        """Shadows a method on this instance; `replacement` gets the original as its first argument."""
-        method = _Shadow(getattr(target, name), replacement)
+    def shadow(self, target, name: str, replacement: Callable, default: Callable | None = None) -> None:
+        """Shadows a method on this instance; `replacement` gets the original as its first argument, or the default."""
+        method = _Shadow(getattr(target, name, default), replacement)
         self._shadowed.append((target, name, method, target.__dict__.get(name)))
         target.__dict__[name] = method
 
@@ -45,7 +50,7 @@ class Hooks:
         """Safe to call twice, and to call again after an interrupt."""
         for module in self._modules:
             for table in (module._forward_pre_hooks, module._forward_hooks):
-                for key in [key for key, hook in table.items() if getattr(hook, "owner", None) is self]:
+                for key in [_AFTER, *(key for key, hook in table.items() if getattr(hook, "owner", None) is self)]:
                     for options in (
                         module._forward_pre_hooks_with_kwargs,
                         module._forward_hooks_with_kwargs,
@@ -64,19 +69,29 @@ class Hooks:
 
 
 class _Hook:
-    def __init__(self, owner: Hooks | None, method: Callable, count: int, first: tuple = ()):
-        self.owner, self.method, self.count, self.first = owner, method, count, first
+    def __init__(self, owner: Hooks | None, method: Callable, count: int, first: tuple = (), layer: int | None = None):
+        self.owner, self.method, self.count, self.first, self.layer = owner, method, count, first, layer
         self.run = torch.compiler.disable(functools.partial(method, *first) if first else method)
 
     def __call__(self, *args):
         if len(args) < self.count:  # another thread is taking it off: without kwargs, as for a hook that wants none
             return None
+        if MASKS in args[2]:  # traced where the step is compiled
+            return self._own_mask(*args)
         return self.run(*args)
+
+    def _own_mask(self, module, args, kwargs, *output):
+        masks = kwargs[MASKS]
+        if self.layer is None or not masks:
+            return None
+        mask = masks[self.layer]
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return args, {**kwargs, "attention_mask": mask if mask.device == hidden.device else mask.to(hidden.device)}
 
     def __deepcopy__(self, memo) -> "_Hook":
         """A part of the model that an adapter copies is still pruned; a copy of the model is no part of it."""
         weak = self.method if isinstance(self.method, _Weak) else _Weak(self.method)
-        return _Hook(None, weak, self.count, self.first)
+        return _Hook(None, weak, self.count, self.first, self.layer)
 
     def __reduce__(self):
         raise TypeError(PICKLING)

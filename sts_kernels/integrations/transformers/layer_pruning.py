@@ -2,8 +2,7 @@
 
 Around the text model nothing changes: generate(), ids, masks, positions and logits have their full length. On entry the
 prompt loses what was dropped before the LLM, and before the layer of each cut what that one drops; on exit the hidden
-states go back to their columns. In later forwards only the masks differ, segment by segment, and the positions where a
-segment numbers its tokens anew.
+states go back to their columns. In later forwards only the masks differ, segment by segment.
 """
 
 from dataclasses import dataclass, field
@@ -13,9 +12,9 @@ import torch
 from ...methods import Cut, Method
 from ...ops import attention_received, last_query_scores
 from . import attention_capture, masks, unsupported
-from .cache import attach_state, layer_length
+from .cache import attach_state, columns_behind
 from .compat import output_cache
-from .cut_selection import PlannedCut, leave, raters_of
+from .cut_selection import PlannedCut, leave, planned_cuts, raters_of
 from .prompt import Row, separators
 from .segments import PrunedPrompt, Segment
 
@@ -26,7 +25,6 @@ class Forward:
 
     prompt: PrunedPrompt
     masks: list = field(default_factory=list)  # one for each segment
-    rotary: list = field(default_factory=list)  # cos and sin of each segment; None: those that the layers are given
 
 
 @dataclass
@@ -36,6 +34,8 @@ class Decoding(Forward):
 
 @dataclass
 class Prefill(Forward):
+    rotary: list = field(default_factory=list)  # cos and sin of each segment; None: those that the layers are given
+    end: torch.Tensor | None = None  # (B,) position of each row's last token, where segments number theirs anew
     trailing: int = 0  # columns at the end that follow the prompt: drafts, or earlier answers (use_cache=False)
     ragged: bool = False  # whether some of these are padding
     columns: torch.Tensor | None = None  # (B, P) column of the full prompt in each slot; None: all in order
@@ -47,6 +47,11 @@ class Prefill(Forward):
     raters: torch.Tensor | None = None  # (B, text_width) float32: how much their attention counts, where a cut asks
     scores: torch.Tensor | None = None  # (B, P) of the next cut
     left: list[tuple] = field(default_factory=list)  # columns and slots after each cut made so far
+
+    @property
+    def widths(self) -> dict[int, int]:
+        """Columns of the prompt in each segment that there will be, by its first layer."""
+        return {0: self.prompt.segments[0].length, **{p.cut.layer: max(p.lengths) for p in self.cuts}}
 
 
 class LayerPruner:
@@ -73,15 +78,8 @@ class LayerPruner:
 
         modality, valid (None: no padding) and dropped: (B, S), of the columns of the prompt.
         """
-        planned, lengths = [], [row.length + trailing - row.num_visual + row.num_kept for row in rows]
-        before = [row.num_kept for row in rows]
-        for index, cut in enumerate(cuts):
-            left = [row.left[index] for row in rows]
-            if left != before:
-                lengths_here = [n - row.num_kept + mine for n, row, mine in zip(lengths, rows, left, strict=True)]
-                recycled = [row.recycled[index] for row in rows]
-                planned.append(PlannedCut(cut, before, left, recycled, lengths_here))
-            before = left
+        lengths = [row.length + trailing - row.num_visual + row.num_kept for row in rows]
+        planned = planned_cuts(cuts, rows, lengths)
         if not planned and all(row.num_kept == row.num_visual for row in rows):
             return None
         embeds = kwargs["inputs_embeds"]
@@ -92,6 +90,7 @@ class LayerPruner:
         fixed = separators(modality, rows)
         candidates = (modality > 0) & valid if fixed is None else (modality > 0) & valid & ~fixed
         kwargs = self._full_positions(kwargs, batch, length, 0)
+        end = masks.last_positions(valid, kwargs["position_ids"]) if self.contiguous else None
         columns, width = None, length
         if any(row.num_kept < row.num_visual for row in rows):
             width = max(lengths)
@@ -103,16 +102,16 @@ class LayerPruner:
             _shrink_deepstack(kwargs, dropped, columns, slots)
             candidates, text, valid = candidates.gather(1, columns) & slots, text.gather(1, columns) & slots, slots
         if self.contiguous:
-            kwargs["position_ids"] = masks.contiguous_positions(valid)
+            kwargs["position_ids"] = masks.contiguous_positions(valid, end)
         ragged = any(row.tail < trailing for row in rows)
         first = Segment(0, width, _padding(valid, lengths, width, ragged))
-        prompt = PrunedPrompt(length, [first], self.contiguous)
+        prompt = PrunedPrompt(length, [first])
         run = Prefill(
             prompt, trailing=trailing, ragged=ragged, columns=columns, slots=valid, candidates=candidates, cuts=planned
         )
         run.text, run.text_width = text, max(row.text for row in rows if row.items)
         run.masks = [self._mask(first.valid, width, 0, kwargs["inputs_embeds"])]
-        run.rotary = [None]
+        run.rotary, run.end = [None], end
         if any(planned_cut.cut.queries == "raters" for planned_cut in planned):
             run.raters = raters_of(self.method, kwargs["inputs_embeds"], run, max(row.num_kept for row in rows))
         return run, kwargs
@@ -123,34 +122,38 @@ class LayerPruner:
         by_hand: not in generate(), whose masks hold no padding in the columns of an answer.
         """
         embeds = kwargs["inputs_embeds"]
-        batch, queries = embeds.shape[:2]
-        mask = unsupported.plain_mask(kwargs.get("attention_mask"))
+        past = cache.get_seq_length()
+        run = Decoding(prompt, self.later_masks(kwargs.get("attention_mask"), cache, prompt, embeds, by_hand))
+        return run, self._full_positions(kwargs, *embeds.shape[:2], past)
+
+    def later_masks(self, mask, cache, prompt: PrunedPrompt, like: torch.Tensor, by_hand: bool) -> list:
+        """A mask for each segment, for new tokens behind a pruned prompt. like: (B, new tokens, any) of embeddings."""
+        batch, queries = like.shape[:2]
+        mask = unsupported.plain_mask(mask)
         prompt.ragged |= mask is not None and (queries > 1 or by_hand)
-        past = layer_length(cache, 0)
-        new = past - prompt.segments[0].length + queries
+        behind = columns_behind(cache, prompt)
+        new = behind + queries
         later = mask[:, prompt.length : prompt.length + new].bool() if prompt.ragged and mask is not None else None
         if later is not None and later.shape[1] != new:
             raise ValueError(
                 f"sts_kernels: attention_mask must cover the {prompt.length + new} columns of the cache and of the new "
                 f"tokens, got {mask.shape[1]}"
             )
-        run = Decoding(prompt)
-        kwargs = self._full_positions(kwargs, batch, queries, past + prompt.hidden)
+        found = []
         for segment in prompt.segments:
-            held = layer_length(cache, segment.start)
-            valid = _joined(segment.valid, later, (batch, segment.length, new), embeds.device)
-            run.masks.append(self._mask(valid, queries, held, embeds))
-            run.rotary.append(None)
-            if prompt.contiguous:
-                positions = masks.later_positions(valid, (batch, held + queries), queries, embeds.device)
-                if segment.start == 0:
-                    kwargs["position_ids"] = positions
-                else:
-                    run.rotary[-1] = self.text.rotary_emb(embeds, positions)
-        return run, kwargs
+            valid = _joined(segment.valid, later, (batch, segment.length, new), like.device)
+            slots = None if prompt.slots is None else cache.layers[segment.start].max_cache_len
+            if slots is not None and slots < segment.length + new:
+                raise ValueError(
+                    f"sts_kernels: the static cache has room for {slots - segment.length} tokens behind its pruned "
+                    f"prompt, got {new}; give generate() a larger max_cache_len with the prompt"
+                )
+            found.append(self._mask(valid, queries, segment.length + behind, like, slots))
+        prompt.later = new
+        return found
 
-    def _mask(self, valid, queries: int, past: int, like: torch.Tensor):
-        return masks.attention_mask(unsupported.attention_of(self.text), valid, queries, past, like)
+    def _mask(self, valid, queries: int, past: int, like: torch.Tensor, slots: int | None = None):
+        return masks.attention_mask(unsupported.attention_of(self.text), valid, queries, past, like, slots)
 
     @staticmethod
     def _full_positions(kwargs: dict, batch: int, length: int, past: int) -> dict:
@@ -168,11 +171,11 @@ class LayerPruner:
     def needs_layers(run: Forward, kwargs: dict) -> bool:
         """Whether any layer of this forward is to get other arguments than the first one got."""
         changed = kwargs.get("attention_mask") is not None or any(mask is not None for mask in run.masks)
-        return changed or isinstance(run, Prefill) or any(rotary is not None for rotary in run.rotary)
+        return changed or isinstance(run, Prefill)
 
     def before_layer(self, run: Forward, index: int, layer, args: tuple, kwargs: dict):
         """The layer's arguments, changed; None: as they are."""
-        segment = run.prompt.segment_of(index)
+        segment, rotary = run.prompt.segment_of(index), None
         if isinstance(run, Prefill):
             # FlashAttention would take the gaps in the positions for the seams of packed sequences.
             kwargs = dict(kwargs, position_ids=None)
@@ -180,8 +183,9 @@ class LayerPruner:
             if made < len(run.cuts) and index == run.cuts[made].cut.layer:
                 args, kwargs = self._cut(run, run.cuts[made], layer, args, kwargs)
                 segment += 1
-        mask, rotary = run.masks[segment], run.rotary[segment]
-        if mask is None and rotary is None and kwargs.get("attention_mask") is None and not isinstance(run, Prefill):
+            rotary = run.rotary[segment]
+        mask = run.masks[segment]
+        if mask is None and kwargs.get("attention_mask") is None and not isinstance(run, Prefill):
             return None
         device = _hidden(args, kwargs).device
         if rotary is not None:
@@ -193,23 +197,8 @@ class LayerPruner:
         if not isinstance(run, Prefill) or len(run.prompt.segments) > len(run.cuts):
             return
         cut = run.cuts[len(run.prompt.segments) - 1].cut
-        if layer != cut.scoring_layer:
-            return
-        column = torch.arange(key.shape[2], device=key.device)
-        slots = run.slots.to(key.device)
-        if cut.queries == "keys":
-            run.scores = key.abs().sum((1, 3), dtype=torch.float32)
-            return
-        if cut.queries == "raters":
-            asking, _ = masks.compact(run.text.to(key.device), run.text_width)
-            rows = masks.take(query.transpose(1, 2), asking)
-            raters = run.raters.to(key.device)
-            run.scores = attention_received(rows, key.transpose(1, 2), scale, raters, asking, slots)
-            return
-        last = torch.where(slots & (column < key.shape[2] - run.trailing), column, 0).argmax(1)
-        row = query.gather(2, last[:, None, None, None].expand(-1, query.shape[1], 1, query.shape[3]))[:, :, 0]
-        seen = slots & (column <= last[:, None])  # drafts and earlier answers follow the query
-        run.scores = last_query_scores(row, key.transpose(1, 2), scale, seen)
+        if layer == cut.scoring_layer:
+            run.scores = scores_of(run, cut, query, key, scale)
 
     def _cut(self, run: Prefill, planned: PlannedCut, layer, args: tuple, kwargs: dict):
         hidden = _hidden(args, kwargs)
@@ -226,7 +215,7 @@ class LayerPruner:
         run.left.append((run.columns, run.slots))
         hidden = masks.take(hidden, columns)
         if self.contiguous:
-            rotary = self.text.rotary_emb(hidden, masks.contiguous_positions(run.slots))
+            rotary = self.text.rotary_emb(hidden, masks.contiguous_positions(run.slots, run.end))
         else:
             before = run.rotary[-1] or kwargs["position_embeddings"]
             rotary = tuple(masks.take_rotary(table.to(columns.device), columns) for table in before)
@@ -264,7 +253,25 @@ class LayerPruner:
             output.last_hidden_state = full.scatter(1, home[..., None].expand_as(hidden), hidden)[:, :spare]
         if (cache := output_cache(output)) is not None:
             run.prompt.trim(run.trailing)
-            attach_state(cache, run.prompt)
+            if run.prompt.slots is None:
+                attach_state(cache, run.prompt)
+
+
+def scores_of(run, cut: Cut, query: torch.Tensor, key: torch.Tensor, scale: float | None) -> torch.Tensor:
+    """(B, P) float32, by query and key (B, heads, P, D) of the layer that scores. run: the Prefill."""
+    column = torch.arange(key.shape[2], device=key.device)
+    slots = run.slots.to(key.device)
+    if cut.queries == "keys":
+        return key.abs().sum((1, 3), dtype=torch.float32)
+    if cut.queries == "raters":
+        asking, _ = masks.compact(run.text.to(key.device), run.text_width)
+        rows = masks.take(query.transpose(1, 2), asking)
+        raters = run.raters.to(key.device)
+        return attention_received(rows, key.transpose(1, 2), scale, raters, asking, slots)
+    last = torch.where(slots & (column < key.shape[2] - run.trailing), column, 0).argmax(1)
+    row = query.gather(2, last[:, None, None, None].expand(-1, query.shape[1], 1, query.shape[3]))[:, :, 0]
+    seen = slots & (column <= last[:, None])  # drafts and earlier answers follow the query
+    return last_query_scores(row, key.transpose(1, 2), scale, seen)
 
 
 def _hidden(args: tuple, kwargs: dict) -> torch.Tensor:

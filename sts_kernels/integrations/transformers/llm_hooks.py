@@ -10,10 +10,11 @@ import torch
 from ...methods import Method, Plan
 from . import compat, cudnn, dropped, prompt, unsupported
 from .cache import pruned_state
-from .hooks import Hooks
+from .hooks import MASKS, Hooks
 from .layer_pruning import LayerPruner, Prefill
 from .report import Report, describe
 from .session import Placed, Session
+from .static_cache import StaticSlots, is_static
 
 
 class LLMHooks:
@@ -27,6 +28,7 @@ class LLMHooks:
         self.report: Report | None = None
         self.generating: set[int] = set()  # threads inside a generate()
         self.handed_out = False  # whether a caller has features with marks in them
+        self.slots = StaticSlots()
         self.active = True
         self._arguments = compat.parameters(text)
         self._layer_hooks = Hooks()
@@ -36,7 +38,7 @@ class LLMHooks:
     def install(self, hooks: Hooks) -> None:
         hooks.before(self.text, self._before_text)
         hooks.after(self.text, self._after_text)
-        hooks.before(self.text.layers[0], self._before_first_layer)
+        hooks.before(self.text.layers[0], self._before_first_layer, layer=0)
 
     def captured(self) -> dict[int, "functools.partial"]:
         """Layers whose attention the cuts go by, with what to call."""
@@ -47,6 +49,7 @@ class LLMHooks:
         with self._lock:
             self.active = False
             self._layer_hooks.remove()
+        self.slots.close()
 
     def _find_handed_out(self, embeds: torch.Tensor, cache) -> Placed | None:
         """Of a prompt that the caller merged with encoded features."""
@@ -55,10 +58,38 @@ class LLMHooks:
         if modality is None:
             return None
         unsupported.check_gradients(self.base)
-        unsupported.check_cache(cache)
+        unsupported.check_cache(cache, self.text)
         session.encoded.update({kind: items for kind, (items, _) in session.handed_out.items()})
         caller = unsupported.checked_caller(self.base, session.checked)
-        return Placed(prompt_length=caller.prompt_length, modality=modality)
+        return Placed(prompt_length=caller.prompt_length, columns=caller.columns, modality=modality)
+
+    # --- steps of generate() on a static cache ---
+
+    def create_masks(self, original, *args, **kwargs):
+        """Around the function that makes masks of a static cache's length: prompts get theirs inside the LLM, once it
+        is known what they lose, and what follows a pruned one from `prepare_inputs`."""
+        like = kwargs.get("inputs_embeds", kwargs.get("input_embeds"))
+        new = kwargs["sequence_length"] if like is None else like.shape[1]
+        if new > 1 or pruned_state(compat.cache_of(kwargs)) is not None:
+            return args[0] if args else kwargs.get("attention_mask")
+        return original(*args, **kwargs)
+
+    def prepare_inputs(self, original, *args, **kwargs) -> dict:
+        """Around prepare_inputs_for_generation: adds the masks of a step that is to run without hooks."""
+        inputs = original(*args, **kwargs)
+        cache = compat.cache_of(inputs)
+        if not is_static(cache):
+            return inputs
+        prompt, given = pruned_state(cache), inputs.get("input_ids")
+        given = inputs["inputs_embeds"] if given is None else given
+        if prompt is not None:
+            like = torch.empty(*given.shape[:2], 0, dtype=self.base.dtype, device=given.device)
+            segments = self.pruner.later_masks(inputs.get("attention_mask"), cache, prompt, like, by_hand=False)
+            inputs["attention_mask"] = segments[0]
+            inputs[MASKS] = tuple(segments[prompt.segment_of(layer)] for layer in range(len(cache.layers)))
+        elif given.shape[1] == 1:
+            inputs[MASKS] = ()
+        return inputs
 
     # --- the text model ---
 
@@ -98,6 +129,15 @@ class LLMHooks:
         if not any(row.items for row in rows):
             return None
         started = self.pruner.prefill(kwargs, modality, valid, marks, rows, self.plan.cuts, trailing)
+        if started is not None and is_static(cache := compat.cache_of(kwargs)):
+            most = cache.layers[0].max_cache_len
+            columns = most if placed.columns is None else min(most, placed.columns)
+            if columns < embeds.shape[1]:
+                raise ValueError(
+                    f"sts_kernels: the static cache must have room for the prompt of {embeds.shape[1]} columns, "
+                    f"got max_cache_len={most}"
+                )
+            self.slots.give(cache, started[0].prompt, len(embeds), started[0].widths, columns - embeds.shape[1])
         self.report = describe(self.plan, self.text.config, embeds.dtype, rows, modality, marks)
         session.report = self.report
         self.timer.start(session)
@@ -153,12 +193,13 @@ class LLMHooks:
     def _hold_layers(self, session: Session) -> None:
         with self._lock:
             self._layer_users.add(session)
+            # Compiled code does not see hooks come and go.
+            self._layers_stay |= compiled() or session.forward.prompt.slots is not None
             if self._layer_hooks or not self.active:
                 return
-            self._layers_stay = compiled()  # compiled code does not see hooks come and go
             for index, layer in enumerate(self.text.layers):
                 if index:
-                    self._layer_hooks.before(layer, self._before_layer, index)
+                    self._layer_hooks.before(layer, self._before_layer, index, layer=index)
 
     def _release_layers(self, session: Session) -> None:
         with self._lock:
@@ -167,6 +208,7 @@ class LLMHooks:
                 self._layer_hooks.remove()
 
 
-def compiled() -> bool:
+def compiled(what: str = "frames") -> bool:
+    """Whether torch.compile has compiled any frames, or broken any graph ("graph_break")."""
     dynamo = sys.modules.get("torch._dynamo")
-    return dynamo is not None and bool(dynamo.utils.counters["frames"])
+    return dynamo is not None and bool(dynamo.utils.counters[what])

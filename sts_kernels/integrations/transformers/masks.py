@@ -19,6 +19,13 @@ def compact(
     return columns, keep.gather(1, columns)
 
 
+def compact_right(keep: torch.Tensor, width: int, place: torch.Tensor | None = None) -> torch.Tensor:
+    """`compact`, padded on the right: columns (B, width) alone. A row's kept ones come first."""
+    last = keep.shape[1] * (keep.shape[1] + 1)  # behind every place that a cut gives
+    rank = (~keep).to(torch.int8) if place is None else torch.where(keep, place, last)
+    return torch.argsort(rank, dim=1, stable=True)[:, :width]
+
+
 def take(x: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """x (B, S, ...) -> (B, P, ...) at columns (B, P)."""
     index = columns.to(x.device).reshape(columns.shape + (1,) * (x.ndim - 2))
@@ -39,23 +46,24 @@ def take_rotary(table: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
 
 
 def attention_mask(
-    attention: str, valid: torch.Tensor | None, queries: int, past: int, like: torch.Tensor
+    attention: str, valid: torch.Tensor | None, queries: int, past: int, like: torch.Tensor, slots: int | None = None
 ) -> torch.Tensor | None:
     """The causal mask that attention layers of this implementation take.
 
     Layers get one mask for all their different cache lengths from the library, so the pruned prompt brings its own:
     None where the kernel needs none, (B, keys) for FlashAttention, (B or 1, 1, queries, keys) bool for SDPA,
-    additive for eager. `valid` (B, past + queries) bool marks the columns that are tokens; None: all are. Nothing is
-    read back to the host.
+    additive for eager. `valid` (B, past + queries) bool marks the columns that are tokens; None: all are. A static
+    cache has a number of `slots`, filled or not. Nothing is read back to the host.
     """
     if "flash" in attention:
         return valid
-    if valid is None and (queries == 1 or (past == 0 and attention == "sdpa")):
+    if slots is None and valid is None and (queries == 1 or (past == 0 and attention == "sdpa")):
         return None
-    key = torch.arange(past + queries, device=like.device)
-    query = key[past:, None]
+    key = torch.arange(slots or past + queries, device=like.device)
+    query = key[past : past + queries, None]
     allowed = (key <= query)[None, None]
     if valid is not None:
+        valid = torch.nn.functional.pad(valid, (0, len(key) - valid.shape[1]))
         # A pad slot sees itself: a row without any key would be NaN in some kernels.
         allowed = (allowed & valid.to(like.device)[:, None, None, :]) | (key == query)
     if attention == "sdpa":
@@ -65,16 +73,21 @@ def attention_mask(
     )
 
 
-def contiguous_positions(valid: torch.Tensor) -> torch.Tensor:
-    """(B, P) int64: tokens numbered from 0 on, row by row; pad slots 0."""
-    return (valid.long().cumsum(1) - 1).clamp(min=0)
+def contiguous_positions(valid: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+    """(B, P) int64: tokens numbered without gaps, the last of row b as end[b]. Pad slots have some number, at least 0.
+
+    Rotary attention sees differences of positions alone. So it does not matter where the numbers start, and where they
+    end as in the full prompt, the tokens that follow it are numbered by the caller in every segment.
+    """
+    number = valid.long().cumsum(1)
+    return (end.to(valid.device)[:, None] - number[:, -1:] + number).clamp(min=0)
 
 
-def later_positions(valid: torch.Tensor | None, shape: tuple[int, int], queries: int, device) -> torch.Tensor:
-    """The last `queries` of the columns numbered as `contiguous_positions` does. valid: as in `attention_mask`."""
-    if valid is None:
-        return torch.arange(shape[1] - queries, shape[1], device=device)[None].expand(shape[0], -1)
-    return contiguous_positions(valid.to(device))[:, -queries:]
+def last_positions(valid: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """(B,) int64: the position of each row's last token."""
+    column = torch.arange(valid.shape[1], device=valid.device)
+    last = torch.where(valid, column, -1).argmax(1, keepdim=True)
+    return positions.gather(1, last.to(positions.device))[:, 0]
 
 
 def behind(marked: torch.Tensor, trailing: int) -> torch.Tensor:

@@ -78,7 +78,7 @@ class Row:
 def read_rows(
     modality: torch.Tensor,
     valid: torch.Tensor | None,
-    dropped: torch.Tensor,
+    dropped: torch.Tensor | None,
     trailing: int,
     items: dict[str, list[VisualItem]],
     plan: Plan,
@@ -88,7 +88,8 @@ def read_rows(
     Rows that generate() repeated for beams or several answers share the images of the prompt they repeat.
 
     Args:
-        valid, dropped: (B, S) bool, tokens that are no padding (None: all), and those that are marked as dropped.
+        valid, dropped: (B, S) bool, tokens that are no padding (None: all), and those that are marked as dropped (None:
+            there are no marks).
         trailing: columns at the end that follow the prompt.
 
     Raises:
@@ -97,7 +98,8 @@ def read_rows(
     tokens = valid if valid is not None else torch.ones_like(modality, dtype=torch.bool)
     visual, end = modality > 0, modality.shape[1] - trailing
     text = tokens & masks.behind(visual, trailing)
-    found = [tokens[:, :end], tokens[:, end:], text, visual & tokens, visual[:, end:], dropped & tokens]
+    found = [tokens[:, :end], tokens[:, end:], text, visual & tokens, visual[:, end:]]
+    found.append(torch.zeros_like(tokens) if dropped is None else dropped & tokens)
     found += [modality == 1 + index for index in range(len(KINDS))]
     lengths, tails, texts, seen, late, marks, *kinds = torch.stack([x.sum(1) for x in found]).tolist()
     rows = [Row([], *counts) for counts in zip(lengths, tails, texts, strict=True)]
@@ -116,7 +118,7 @@ def read_rows(
                 f"sts_kernels: prompt_length must lie behind the last visual token, row {index} has {late[index]} "
                 "visual tokens that follow its prompt"
             )
-        if marks[index] != row.num_visual - row.num_kept:
+        if dropped is not None and marks[index] != row.num_visual - row.num_kept:
             raise RuntimeError(
                 f"sts_kernels: the features of row {index} have {marks[index]} dropped tokens where this pruning drops "
                 f"{row.num_visual - row.num_kept}; they were encoded without it or with other options: encode them "

@@ -76,10 +76,13 @@ class Report:
     _rows: list[Row] = field(default_factory=list, repr=False)
     _modality: torch.Tensor | None = field(default=None, repr=False)
     _dropped: torch.Tensor | None = field(default=None, repr=False)
-    _left: dict[int, tuple] = field(default_factory=dict, repr=False)  # by prune layer: columns and slots
+    _left: dict[int, tuple] = field(
+        default_factory=dict, repr=False
+    )  # by layer that a segment starts at: columns, slots
 
     def finish(self, left: dict[int, tuple], measured: dict[str, float]) -> None:
-        """Once the prompt went through: what each cut left of it."""
+        """Once the prompt went through: what each cut left of it. Where it has layer 0, that entered the LLM, and the
+        report was started without `dropped`."""
         self.pending, self.measured, self._left = False, measured, left
 
     @property
@@ -95,15 +98,19 @@ class Report:
     @cached_property
     def rows(self) -> list[RowReport]:
         modality = self._modality.cpu()
-        kept = [~self._dropped.cpu()]
+        everything = torch.ones(modality.shape, dtype=torch.bool, device="cpu")
+        kept = [self._left_at(0, everything) if self._dropped is None else ~self._dropped.cpu()]
         for layer in self.prune_layers:
-            mask = kept[-1]
-            if layer in self._left:
-                columns, slots = (t.cpu() for t in self._left[layer])
-                mask = mask.new_zeros(modality.shape[0], modality.shape[1] + 1)
-                mask = mask.scatter(1, columns.masked_fill(~slots, modality.shape[1]), True)[:, :-1] & kept[-1]
-            kept.append(mask)
+            kept.append(self._left_at(layer, kept[-1]))
         return [self._row(row, modality[i], [mask[i] for mask in kept]) for i, row in enumerate(self._rows)]
+
+    def _left_at(self, layer: int, before: torch.Tensor) -> torch.Tensor:
+        """(B, S) bool: columns that the layers from `layer` on see."""
+        if layer not in self._left:
+            return before
+        columns, slots = (t.cpu() for t in self._left[layer])
+        mask = before.new_zeros(before.shape[0], before.shape[1] + 1)
+        return mask.scatter(1, columns.masked_fill(~slots, before.shape[1]), True)[:, :-1] & before
 
     def _row(self, row: Row, modality: torch.Tensor, kept: Sequence[torch.Tensor]) -> RowReport:
         images, seen = [], dict.fromkeys(KINDS, 0)
@@ -159,7 +166,7 @@ class Report:
 
 
 def describe(
-    plan: Plan, config, dtype: torch.dtype, rows: list[Row], modality: torch.Tensor, dropped: torch.Tensor
+    plan: Plan, config, dtype: torch.dtype, rows: list[Row], modality: torch.Tensor, dropped: torch.Tensor | None
 ) -> Report:
     """Starts the report of a prompt; nothing is read back."""
     report = Report([cut.layer for cut in plan.cuts], LLMSize.of(config, dtype))

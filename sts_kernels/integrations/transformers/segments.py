@@ -18,12 +18,14 @@ class Segment:
 class PrunedPrompt:
     """What a cache holds of a prompt of `length` columns, segment by segment."""
 
-    def __init__(self, length: int, segments: list[Segment], contiguous: bool):
+    def __init__(self, length: int, segments: list[Segment]):
         self.length = length
         self.segments = segments
-        self.contiguous = contiguous  # whether each segment numbers its tokens anew
         self.ragged = False  # whether a later turn came with an attention mask, which may hold padding
         self.running = False  # whether the hooks are around the text model right now
+        self.later = 0  # columns behind the prompt, in a static cache; others tell by their shapes
+        self.slots = None  # the StaticSlots that a static cache has its layers from
+        self.plain_layers: list = []  # the layers that it was made with
 
     @property
     def hidden(self) -> int:
@@ -36,6 +38,7 @@ class PrunedPrompt:
     def trim(self, columns: int) -> None:
         """Forgets the last columns: they follow the prompt, and may be taken back."""
         self.length -= columns
+        self.later += columns
         for segment in self.segments:
             segment.length -= columns
             if segment.valid is not None:

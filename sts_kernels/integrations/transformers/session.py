@@ -31,6 +31,7 @@ class Placed:
     mask: torch.Tensor | None = None
     by_embeds: bool = False  # the caller gave embeddings, which may hold encoded features
     prompt_length: int | None = None  # columns of a prompt with images that generate() was given
+    columns: int | None = None  # of the prompt and of all that generate() may add
     modality: torch.Tensor | None = None  # (B, S) int8 placeholders of a prompt with images
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from transformers import GenerationMixin
 
+from . import compat
+
 
 @dataclass
 class Caller:
@@ -32,6 +34,15 @@ class Caller:
         """Columns of the prompt that generate() was given; None outside of it."""
         given = [self.options.get(name) for name in ("inputs_embeds", "input_ids", "inputs")]
         return next((x.shape[1] for x in given if isinstance(x, torch.Tensor) and x.ndim > 1), None)
+
+    @property
+    def columns(self) -> int | None:
+        """Columns of the prompt and of what this generate() may add; None outside of it, and on a cache given to it."""
+        config, prompt = self.options.get("generation_config"), self.prompt_length
+        if config is None or prompt is None or compat.cache_of(self.options) is not None:
+            return None
+        total = config.max_length if config.max_new_tokens is None else prompt + config.max_new_tokens
+        return max(total, getattr(config, "max_cache_len", None) or 0)
 
 
 def caller_of(base: torch.nn.Module) -> Caller:

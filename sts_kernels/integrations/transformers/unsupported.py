@@ -1,11 +1,13 @@
 """What pruning does not support, said in one sentence before anything runs."""
 
 import torch
+from transformers.cache_utils import StaticLayer
+from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 
 from . import compat
 from .stack import Caller, caller_of
+from .static_cache import is_static
 
-STATIC_CACHES = ("static", "offloaded_static", "hybrid", "hybrid_chunked", "offloaded_hybrid", "sliding_window")
 ATTENTIONS = "eager, sdpa and flash_attention_2/3"
 
 
@@ -70,16 +72,35 @@ def check_threads(base, others: set[int]) -> None:
         )
 
 
-def check_cache(cache) -> None:
+def check_cache(cache, text) -> None:
     """Caches that a prompt with images may not come with."""
     if cache is None:
         return
-    if getattr(cache, "is_compileable", False):
-        raise NotImplementedError("sts_kernels: a static cache is not supported, its layers all have the same length")
-    if cache.get_seq_length() > 0:
+    if int(cache.get_seq_length()) > 0:
         raise NotImplementedError(
             "sts_kernels: new images on a non-empty cache are not supported; leave out the pixel values of images that "
             "it holds already, or start a new cache with the whole conversation"
+        )
+    if is_static(cache):
+        check_static(text, cache.offloading)
+        if any(type(layer) is not StaticLayer or layer.is_initialized for layer in cache.layers):
+            raise NotImplementedError(
+                "sts_kernels: a static cache must come as StaticCache() makes it, since a pruned prompt brings layers "
+                "of other lengths, and this one has its memory already; give a new one, or cache_implementation="
+                '"static"'
+            )
+
+
+def check_static(text, offloading: bool) -> None:
+    """What static caches do not go with."""
+    if offloading:
+        raise NotImplementedError(
+            'sts_kernels: static caches are not supported with offloading; use "static", or "offloaded"'
+        )
+    if "flash" in attention_of(text):
+        raise NotImplementedError(
+            "sts_kernels: static caches are not supported with FlashAttention, which takes no mask of unfilled slots; "
+            'use attn_implementation="sdpa", or a cache that grows'
         )
 
 
@@ -92,28 +113,31 @@ def plain_mask(mask):
     return mask
 
 
-def check_generation(model, options: dict, cache) -> None:
+def check_generation(model, text, options: dict, cache) -> None:
     """Options of generate() for a prompt with images that would be pruned wrongly."""
     given = options.get("generation_config") or model.generation_config
 
     def option(name):
         return options[name] if name in options else getattr(given, name, None)
 
-    if option("cache_implementation") in STATIC_CACHES:
-        raise NotImplementedError(
-            f"sts_kernels: cache_implementation={option('cache_implementation')!r} is not supported, its layers all "
-            "have the same length; leave it out"
-        )
+    static = is_static(cache) or option("cache_implementation") in ALL_STATIC_CACHE_IMPLEMENTATIONS
+    if static:
+        check_static(text, "offloaded" in (option("cache_implementation") or ""))
     if option("prefill_chunk_size"):
         raise NotImplementedError(
             "sts_kernels: prefill_chunk_size is not supported, the whole prompt must be in one forward; leave it out"
         )
-    check_cache(cache)
+    check_cache(cache, text)
+    if static and "prepare_inputs_for_generation" not in vars(model):
+        raise NotImplementedError(
+            f"sts_kernels: static caches need the model whose generate() is called: give {type(model).__name__} itself "
+            "to prune or apply_sts"
+        )
 
 
 def checked_caller(base, checked: bool) -> Caller:
     """Who called, and an error where that is a generate() with such options. checked: they were looked at before."""
     caller = caller_of(base)
     if caller.model is not None and not checked:
-        check_generation(caller.model, caller.options, compat.cache_of(caller.options))
+        check_generation(caller.model, base.language_model, caller.options, compat.cache_of(caller.options))
     return caller

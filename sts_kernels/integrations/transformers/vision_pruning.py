@@ -22,6 +22,40 @@ def with_budgets(items: Sequence[VisualItem], plan: Plan) -> list[VisualItem]:
     return [replace(item, kept=plan.keep(item.num_visual)) for item in items]
 
 
+@dataclass(frozen=True)
+class Pools:
+    """What is selected from at once: all candidates of an image, or of a crop. Tables are where the features are."""
+
+    lengths: list[int]
+    budgets: list[int]
+    owners: list[int]  # the item of each pool
+    rows: torch.Tensor  # of the features, pool after pool
+    first: torch.Tensor  # (sum of budgets,): where the pool of each pick starts in `rows`
+
+    @staticmethod
+    def of(items: Sequence[VisualItem], scope: str, device) -> "Pools | None":
+        """None: all tokens stay."""
+        if all(item.kept == item.num_visual for item in items):
+            return None
+        pools, budgets, owners = [], [], []
+        starts = offsets([item.num_features for item in items])[:-1]
+        for index, (item, start) in enumerate(zip(items, starts, strict=True)):
+            crops = item.candidates()
+            mine = [item.kept] if scope == "image" else split_evenly(item.kept, [len(crop) for crop in crops])
+            pools += [pool + start for pool in ([torch.cat(crops)] if scope == "image" else crops)]
+            budgets += mine
+            owners += [index] * len(mine)
+        lengths = [len(pool) for pool in pools]
+        return Pools(lengths, budgets, owners, torch.cat(pools).to(device), _first(lengths, budgets, device))
+
+    def with_budgets(self, budgets: list[int]) -> "Pools":
+        return replace(self, budgets=budgets, first=_first(self.lengths, budgets, self.rows.device))
+
+
+def _first(lengths: list[int], budgets: list[int], device) -> torch.Tensor:
+    return host(offsets(lengths)[:-1], "cpu").repeat_interleave(host(budgets, "cpu")).to(device)
+
+
 def select(
     method: Method,
     scope: str,
@@ -42,40 +76,56 @@ def select(
             f"sts_kernels: expected the features of {sum(item.num_features for item in items)} patches or groups, got "
             f"{features.shape[0]}"
         )
-    if all(item.kept == item.num_visual for item in items):
+    pools = Pools.of(items, scope, features.device)
+    if pools is None:
         return None
-    pools, budgets, owners = [], [], []
-    starts = offsets([item.num_features for item in items])[:-1]
-    for index, (item, start) in enumerate(zip(items, starts, strict=True)):
-        crops = item.candidates()
-        mine = [item.kept] if scope == "image" else split_evenly(item.kept, [len(crop) for crop in crops])
-        pools += [pool + start for pool in ([torch.cat(crops)] if scope == "image" else crops)]
-        budgets += mine
-        owners += [index] * len(mine)
-    lengths = [len(pool) for pool in pools]
-    order = torch.cat(pools).to(features.device)
-    everything = len(order) == features.shape[0]
-
-    def pooled(x):
-        x = None if x is None else x.to(features.device)
-        return x if x is None or everything else x[order]
-
-    pool = pooled(features)
-    signals = {"features": pool, "scores": pooled(attention), "keys": pooled(keys)}
     counts = None
     if method.adaptive:
-        budgets = method.fit_budgets(lengths, budgets, **signals)
-        counts = [sum(n for n, owner in zip(budgets, owners, strict=True) if owner == i) for i in range(len(items))]
+        signals = _pooled(pools, features, attention, keys)
+        pools = pools.with_budgets(method.fit_budgets(pools.lengths, pools.budgets, **signals))
+        of_pool = list(zip(pools.budgets, pools.owners, strict=True))
+        counts = [sum(n for n, owner in of_pool if owner == i) for i in range(len(items))]
+    texts = None if texts is None else [texts[owner] for owner in pools.owners]
+    return replace(select_from(method, pools, features, attention, keys, texts), counts=counts)
+
+
+def select_from(
+    method: Method,
+    pools: Pools,
+    features: torch.Tensor,
+    attention: torch.Tensor | None = None,
+    keys: torch.Tensor | None = None,
+    texts: list[torch.Tensor] | None = None,
+) -> Kept:
+    """`select` with the numbers of tokens as `pools` has them. texts: for each pool."""
+    signals = _pooled(pools, features, attention, keys)
     if texts is None:
-        picked = method.select_packed(lengths, budgets, **signals)
+        picked = method.select_packed(pools.lengths, pools.budgets, **signals)
     else:
-        picked = _beside_text(method, lengths, budgets, signals, [texts[owner] for owner in owners])
-    first = host(offsets(lengths)[:-1], "cpu").repeat_interleave(host(budgets, "cpu")).to(features.device)
-    rows, ascending = order[picked.order + first].sort()
+        picked = _beside_text(method, pools.lengths, pools.budgets, signals, texts)
+    rows, ascending = pools.rows[picked.order + pools.first].sort()
     if picked.assignment is None:
-        return Kept(rows, counts=counts)
-    merged = methods.merge_packed(pool, picked, lengths, budgets)
-    return Kept(rows, merged[ascending], counts)
+        return Kept(rows)
+    merged = methods.merge_packed(signals["features"], picked, pools.lengths, pools.budgets)
+    return Kept(rows, merged[ascending])
+
+
+def _pooled(pools: Pools, features: torch.Tensor, attention, keys) -> dict[str, torch.Tensor | None]:
+    """Signals with a row for each of `pools.rows`."""
+    signals = {"features": features, "scores": attention, "keys": keys}
+    everything = len(pools.rows) == features.shape[0]
+    moved = {name: None if x is None else x.to(features.device) for name, x in signals.items()}
+    return {name: x if x is None or everything else x[pools.rows] for name, x in moved.items()}
+
+
+def merged_rows(method: Method, family: str, x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """`values` of `Kept` in place of x, the rows that the projector would get."""
+    if x.shape != values.shape:
+        raise NotImplementedError(
+            f"sts_kernels: {method.name} merges features before the projector, which {family} does not allow: its "
+            "features are made of several rows"
+        )
+    return values.to(x.dtype)
 
 
 def _beside_text(

@@ -3,8 +3,8 @@
 To support a family write one `ModelAdapter` in a file of its own; docs/adding-a-model.md shows how.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -22,6 +22,69 @@ class EncodeCall:
 
 
 @dataclass(frozen=True)
+class EncoderShape:
+    """What fixes every shape inside an encoder, beside the shape of the pixel values. Graphs are kept by it."""
+
+    features: tuple[int, ...]  # of what the projector gets, as `layout` is told it, without channels
+    sizes: Hashable = None  # whatever else the family's tables are made from: grids, sizes of images
+
+
+@dataclass(frozen=True)
+class Features:
+    """What an encoder hands on. `rows` is the input of `ModelAdapter.projector`, as the model itself would call it.
+
+    deepstack: further projectors, each with its input: one row (or run of rows) for each of `rows`, in the same order.
+    The i-th one's output is added behind the LLM's i-th layer.
+    """
+
+    rows: torch.Tensor
+    deepstack: list[tuple[torch.nn.Module, torch.Tensor]] = field(default_factory=list)
+
+
+class FixedEncoder:
+    """How a family's encoder runs where shapes never change: captured in a CUDA graph, or compiled whole.
+
+    A family writes `shape` and `run`; `tables`, `calls` and `separator` where it has any. Everything else is common to
+    all families and done by the caller: it selects from `adapter.features(projector, rows)`, projects the kept rows
+    alone, gives each the place that `adapter.layout` and `adapter.order` say, and puts separators between them.
+    """
+
+    def shape(self, base, call: EncodeCall) -> EncoderShape:
+        """Of one batch of prompts, on the host. `call.arguments` has what the model is called with, by name: sizes and
+        ids are host tensors, pixel values may be on a device, and only their shape may be looked at.
+
+        Raises:
+            NotImplementedError: one sentence that says what cannot run with fixed shapes.
+        """
+        raise NotImplementedError
+
+    def usual(self, base, images: int) -> tuple[EncoderShape, tuple[int, ...]] | None:
+        """The shape of so many images, and of their pixel values, where all images have one size. None: they have any,
+        and graphs are made when a size is first met."""
+        return None
+
+    def tables(self, base, shape: EncoderShape) -> dict[str, torch.Tensor]:
+        """Host tensors that follow from sizes alone: index tables, positions, bounds of windows. Made once for each
+        shape; `run` gets them on the device. A table whose name starts with "host_" stays on the host: for bounds
+        that a kernel is given as Python numbers."""
+        return {}
+
+    def run(self, base, tables: dict[str, torch.Tensor], pixel_values: torch.Tensor) -> Features:
+        """Pixels to the projector's input, with fixed shapes: no value is read, no tensor is made from host values or
+        copied between devices, and torch.compile(fullgraph=True) can trace it."""
+        raise NotImplementedError
+
+    def calls(self, base, shape: EncoderShape, calls: list[tuple]) -> list[tuple]:
+        """(query, key, scale) as the attention of `adapter.vision_attention` was called in `run` -> the same for what
+        attends to itself in it: one for all images of one size, or one for each image. By sizes on the host only."""
+        return calls
+
+    def separator(self, base) -> torch.Tensor | None:
+        """(D,): what the LLM gets at tokens that are no piece of an image (`feature_of_token` -1)."""
+        return None
+
+
+@dataclass(frozen=True)
 class ModelAdapter:
     """
     name, model_types: what people call the family, and `config.model_type` of its models.
@@ -36,6 +99,7 @@ class ModelAdapter:
         family has none, or its features are not the encoder's tokens.
     order: (base model, call) -> (features,) int64: for each row that the projector gets, its number in the order in
         which the tokens of an image enter the LLM. None: the same order.
+    fixed_encoder: how the encoder runs inside a graph. None: such a model cannot be compiled.
     prune_layer: default of methods with one prune layer that do not name their own; None: half the layers.
     """
 
@@ -49,6 +113,7 @@ class ModelAdapter:
     last_attention: Callable | None = None
     order: Callable | None = None
     features: Callable = lambda projector, x: x
+    fixed_encoder: FixedEncoder | None = None
 
     def attention(self, base, calls: list[tuple], shape: torch.Size) -> torch.Tensor:
         """(features,) float32: the attention that [CLS], or all tokens on average, pay each feature."""
@@ -106,3 +171,43 @@ def one_item_a_row(base, call, shape):
             "sts_kernels: LLaVA with a vision tower of variable resolution (Pixtral) is not supported"
         )
     return [VisualItem(call.kind, [shape[1]], [square(shape[1])]) for _ in range(shape[0])]
+
+
+class FixedLlavaEncoder(FixedEncoder):
+    """(images, 3, H, W): every row is an image."""
+
+    def shape(self, base, call):
+        if call.arguments.get("image_sizes") is not None:
+            raise NotImplementedError("images of variable resolution (Pixtral)")
+        return EncoderShape((call.arguments["pixel_values"].shape[0], tower_tokens(base, call, base.vision_tower)))
+
+    def usual(self, base, images):
+        side = base.config.vision_config.image_size
+        pixels = (images, 3, side, side)
+        return self.shape(base, EncodeCall("image", {"pixel_values": torch.empty(pixels, device="meta")}, len)), pixels
+
+    def run(self, base, tables, pixel_values):
+        return Features(tower_features(base, base.vision_tower, pixel_values))
+
+
+def class_token_dropped(base) -> bool:
+    return base.config.vision_feature_select_strategy == "default"
+
+
+def tower_tokens(base, call, tower) -> int:
+    """Features of a crop, if they are those of the configuration."""
+    for name in ("vision_feature_layer", "vision_feature_select_strategy"):
+        given, own = call.arguments.get(name), getattr(base.config, name)
+        if given is not None and given != own:
+            raise NotImplementedError(f"{name} {given!r}, where the configuration has {own!r}")
+    return getattr(tower, "vision_model", tower).embeddings.num_positions - class_token_dropped(base)
+
+
+def tower_features(base, tower, pixel_values: torch.Tensor, whole: bool = False) -> torch.Tensor:
+    """(n, 3, H, W) -> (n, tokens, C): of the layers that the projector takes its features from, side by side. whole:
+    with [CLS], whatever the configuration says."""
+    layers = base.config.vision_feature_layer
+    states = tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
+    first = int(not whole and class_token_dropped(base))
+    found = [states[layer][:, first:] for layer in ([layers] if isinstance(layers, int) else layers)]
+    return found[0] if len(found) == 1 else torch.cat(found, dim=-1)

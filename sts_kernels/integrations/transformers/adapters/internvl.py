@@ -25,6 +25,34 @@ def shuffled(model, values, shape):
     return joined.flatten(0, 2).unflatten(-1, (-1, depth)).mean(1)
 
 
+class FixedTileEncoder(base.FixedEncoder):
+    """(tiles of all images, 3, H, W)."""
+
+    def shape(self, model, call):
+        tiles, _, *size = call.arguments["pixel_values"].shape
+        patches = math.prod(n // patch for n, patch in zip(size, model.vision_tower.embeddings.patch_size, strict=True))
+        tokens = round(patches * model.config.downsample_ratio**2)
+        return base.EncoderShape((tiles, tokens), tuple(call.placeholder_runs("image")))
+
+    def run(self, model, tables, pixel_values):
+        layer = model.config.vision_feature_layer
+        states = {} if layer == -1 else {"output_hidden_states": True}
+        out = model.vision_tower(pixel_values=pixel_values.to(model.dtype), return_dict=True, **states)
+        hidden = out.last_hidden_state if layer == -1 else out.hidden_states[layer]
+        hidden = hidden[:, int(base.class_token_dropped(model)) :]
+        side = math.isqrt(hidden.shape[1])
+        squares = hidden.unflatten(1, (side, side))
+        return base.Features(model.pixel_shuffle(squares, scale_factor=model.config.downsample_ratio).flatten(1, 2))
+
+
 ADAPTERS = [
-    base.ModelAdapter("InternVL", ("internvl",), base.multi_modal_projector, layout, base.llava_attention, shuffled)
+    base.ModelAdapter(
+        "InternVL",
+        ("internvl",),
+        base.multi_modal_projector,
+        layout,
+        base.llava_attention,
+        shuffled,
+        fixed_encoder=FixedTileEncoder(),
+    )
 ]

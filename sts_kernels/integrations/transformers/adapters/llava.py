@@ -12,5 +12,6 @@ ADAPTERS = [
         base.without_class_token,
         prune_layer=16,
         last_attention=base.llava_last_attention,
+        fixed_encoder=base.FixedLlavaEncoder(),
     )
 ]

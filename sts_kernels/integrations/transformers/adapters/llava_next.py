@@ -8,18 +8,22 @@ from ..visual_item import VisualItem, square
 from . import base
 
 
+def crops_of(model, size) -> int:
+    """Of an image of this height and width, the base crop among them."""
+    crops = sys.modules[type(model).__module__].image_size_to_num_patches
+    side = model.config.vision_config.image_size
+    return crops(image_size=size, grid_pinpoints=model.config.image_grid_pinpoints, patch_size=side)
+
+
 def layout(model, call, shape):
     """(crops of all images, tokens, C): the number of crops follows from the image's size, and which of their tokens
     survive unpadding, and where newlines go, from the model's own packing of their numbers."""
     config, tokens = model.config, shape[1]
-    crops_of = sys.modules[type(model).__module__].image_size_to_num_patches
     sizes = torch.as_tensor(call.arguments["image_sizes"], device="cpu")
     strategy = call.arguments.get("vision_feature_select_strategy") or config.vision_feature_select_strategy
     items = []
     for size in sizes:
-        crops = crops_of(
-            image_size=size, grid_pinpoints=config.image_grid_pinpoints, patch_size=config.vision_config.image_size
-        )
+        crops = crops_of(model, size)
         numbers = torch.arange(crops * tokens, dtype=torch.float64, device="cpu").view(crops, tokens, 1)
         newline = torch.tensor([-1.0], dtype=torch.float64, device="cpu")
         with torch.device("cpu"):  # whatever the default device
@@ -28,6 +32,30 @@ def layout(model, call, shape):
             )
         items.append(VisualItem("image", [tokens] * crops, [square(tokens)] * crops, packed[0][:, 0].long()))
     return items
+
+
+class FixedCropEncoder(base.FixedEncoder):
+    """(images, crops of the largest, 3, H, W), or the crops of all images in one row."""
+
+    def shape(self, model, call):
+        sizes = torch.as_tensor(call.arguments["image_sizes"], device="cpu").tolist()
+        crops, pixels = [crops_of(model, size) for size in sizes], call.arguments["pixel_values"].shape
+        features = (sum(crops), base.tower_tokens(model, call, model.vision_tower))
+        return base.EncoderShape(features, (tuple(map(tuple, sizes)), pixels[1] if len(pixels) == 5 else None))
+
+    def tables(self, model, shape):
+        sizes, stride = shape.sizes
+        if stride is None:
+            return {}
+        crops = [i * stride + crop for i, size in enumerate(sizes) for crop in range(crops_of(model, size))]
+        return {"crops": torch.tensor(crops, device="cpu")}
+
+    def run(self, model, tables, pixel_values):
+        crops = pixel_values.flatten(0, 1)[tables["crops"]] if "crops" in tables else pixel_values
+        return base.Features(base.tower_features(model, model.vision_tower, crops))
+
+    def separator(self, model):
+        return model.image_newline
 
 
 ADAPTERS = [
@@ -40,5 +68,6 @@ ADAPTERS = [
         base.without_class_token,
         prune_layer=16,
         last_attention=base.llava_last_attention,
+        fixed_encoder=FixedCropEncoder(),
     )
 ]

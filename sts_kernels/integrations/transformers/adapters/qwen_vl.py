@@ -1,7 +1,12 @@
 """Qwen2-VL, Qwen2.5-VL and Qwen3-VL: a feature is a 2x2 group of patches; images have any size."""
 
+import itertools
+import math
+import sys
+
 import torch
 
+from .. import attention_capture
 from ..visual_item import VisualItem
 from . import base
 
@@ -22,7 +27,7 @@ def merged_patches(module, x):
 
 
 def grids_of(call) -> list[list[int]]:
-    return call.arguments["image_grid_thw" if "image_grid_thw" in call.arguments else "video_grid_thw"].tolist()
+    return call.arguments[f"{call.kind}_grid_thw"].tolist()
 
 
 def layout(model, call, shape):
@@ -36,17 +41,26 @@ def layout(model, call, shape):
     return items
 
 
-def window_order(visual, grids: list[list[int]]) -> torch.Tensor:
-    """Qwen2.5-VL: the groups of a frame window by window, each in raster order. visual: the encoder or its
+def frames_of(visual, grids) -> list[torch.Tensor]:
+    """(rows, columns) of each frame: the numbers of its groups, in raster order. visual: the encoder or its
     configuration."""
-    order, start, merge = [], 0, visual.spatial_merge_size
-    side = visual.window_size // merge // visual.patch_size
-    for frames, height, width in grids:
-        for _ in range(frames):
-            frame = torch.arange(start, start + height * width // merge**2, device="cpu").view(height // merge, -1)
-            order += [part.flatten() for rows in frame.split(side) for part in rows.split(side, 1)]
-            start += frame.numel()
-    return torch.cat(order)
+    merge = visual.spatial_merge_size
+    sizes = [(height // merge, width // merge) for count, height, width in grids for _ in range(count)]
+    groups = torch.arange(sum(map(math.prod, sizes)), device="cpu").split([*map(math.prod, sizes)])
+    return [frame.view(size) for frame, size in zip(groups, sizes, strict=True)]
+
+
+def windows_of(visual, frames: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The groups that attend to each other in most blocks: those of a window, or of a frame."""
+    if not hasattr(visual, "window_size"):
+        return [frame.flatten() for frame in frames]
+    side = visual.window_size // visual.spatial_merge_size // visual.patch_size
+    return [part.flatten() for frame in frames for rows in frame.split(side) for part in rows.split(side, 1)]
+
+
+def window_order(visual, grids) -> torch.Tensor:
+    """Qwen2.5-VL: the groups of a frame window by window, each in raster order."""
+    return torch.cat(windows_of(visual, frames_of(visual, grids)))
 
 
 def windows(model, call):
@@ -62,7 +76,134 @@ def of_groups(model, values, shape):
     return values.reshape(shape[0], -1, values.shape[-1]).mean(1)
 
 
-SHARED = {"layout": layout, "vision_attention": attention, "per_feature": of_groups}
+class FixedQwenEncoder(base.FixedEncoder):
+    """The model attends once for each window or frame, which it cuts out by numbers that it reads. Here those of equal
+    length are neighbours and one batch: a block attends as often as there are lengths."""
+
+    def shape(self, model, call):
+        grids = tuple(map(tuple, grids_of(call)))
+        return base.EncoderShape((sum(map(math.prod, grids)) // model.visual.spatial_merge_size**2,), grids)
+
+    def tables(self, model, shape):
+        """windows_i (n, L): the patches of n windows of length L, numbered as in the pixel values. All windows_i one
+        after the other are the order in which blocks run; the other tables number patches in it.
+        frames_i (n, L): likewise the patches of n frames; unframed: the way back from their order. features: patches in
+        the order of the model's own encoder. positions (patches, 2): row and column of each."""
+        visual = model.visual
+        unit = visual.spatial_merge_size**2
+        frames = frames_of(model.visual, shape.sizes)
+        windows = windows_of(model.visual, frames)
+        features = torch.cat(windows)
+        tables = by_length("windows", windows, unit)
+        order = joined(tables, "windows")
+        place = order.argsort()
+        if hasattr(visual, "window_size"):
+            parts = by_length("frames", features.split([frame.numel() for frame in frames]), unit)
+            tables |= {name: place[patches] for name, patches in parts.items()}
+            tables["unframed"] = joined(tables, "frames").argsort()
+        tables["features"] = place[patches_of(features, unit)]
+        spots, sizes = spots_of(shape.sizes, visual.spatial_merge_size)
+        tables["positions"] = spots[order]
+        if hasattr(visual, "pos_embed"):
+            tables |= {name: table[order] for name, table in interpolation(spots, sizes, visual.num_grid_per_side)}
+        return tables
+
+    def run(self, model, tables, pixel_values):
+        visual, deepstack = model.visual, []
+        windows, frames = (runs(tables, name) for name in ("windows", "frames"))
+        hidden = visual.patch_embed(pixel_values.type(visual.dtype))[joined(tables, "windows")]
+        if "corners" in tables:
+            learned = (visual.pos_embed(tables["corners"]) * tables["weights"][..., None]).sum(1)
+            hidden = hidden + learned.to(hidden.dtype)
+        angles = (tables["positions"][..., None] * visual.rotary_pos_emb.inv_freq.float()).flatten(1).repeat(1, 2)
+        rotary = torch.stack([angles.cos(), angles.sin()])
+        framed = joined(tables, "frames") if frames else None
+        for index, block in enumerate(visual.blocks):
+            x = block.norm1(hidden)
+            if frames and index in visual.fullatt_block_indexes:
+                x = attend(block.attn, x[framed], rotary[:, framed], frames)[tables["unframed"]]
+            else:
+                x = attend(block.attn, x, rotary, windows)
+            hidden = hidden + x
+            hidden = hidden + block.mlp(block.norm2(hidden))
+            if index in getattr(visual, "deepstack_visual_indexes", ()):
+                which = visual.deepstack_visual_indexes.index(index)
+                deepstack.append((visual.deepstack_merger_list[which], hidden[tables["features"]]))
+        rows, merger = hidden[tables["features"]], visual.merger
+        if hasattr(merger, "ln_q"):
+            rows = merger.ln_q(rows).view(-1, merger.hidden_size)
+        return base.Features(rows, deepstack)
+
+    def calls(self, model, shape, calls):
+        """Frames of one length at a time -> each of them, where they have several."""
+        if len(calls) == 1:
+            return calls
+        lengths = [height * width for count, height, width in shape.sizes for _ in range(count)]
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        each = [(q[None], k[None], scale) for query, key, scale in calls for q, k in zip(query, key, strict=True)]
+        return [call for _, call in sorted(zip(order, each, strict=True), key=lambda pair: pair[0])]
+
+
+def patches_of(groups: torch.Tensor, unit: int) -> torch.Tensor:
+    """(..., n) groups -> (..., n * unit) patches."""
+    return (groups[..., None] * unit + torch.arange(unit, device="cpu")).flatten(-2)
+
+
+def by_length(name: str, parts, unit: int) -> dict[str, torch.Tensor]:
+    """Parts of some groups each -> those of equal length as one table of their patches, short ones first."""
+    equal = itertools.groupby(sorted(parts, key=len), len)
+    return {f"{name}_{i}": patches_of(torch.stack(list(same)), unit) for i, (_, same) in enumerate(equal)}
+
+
+def runs(tables: dict[str, torch.Tensor], name: str) -> list[torch.Size]:
+    """Number and length of the windows, or frames, of each table."""
+    return [table.shape for key, table in tables.items() if key.startswith(f"{name}_")]
+
+
+def joined(tables: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    return torch.cat([table.flatten() for key, table in tables.items() if key.startswith(f"{name}_")])
+
+
+def spots_of(grids, merge: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each patch, group after group: row and column (patches, 2), and rows and columns of its frame."""
+    spots, sizes = [], []
+    for count, height, width in grids:
+        spot = torch.cartesian_prod(torch.arange(height, device="cpu"), torch.arange(width, device="cpu"))
+        spot = spot.view(height // merge, merge, width // merge, merge, 2).transpose(1, 2).reshape(-1, 2)
+        spots.append(spot.repeat(count, 1))
+        sizes.append(torch.tensor([height, width], device="cpu").expand_as(spots[-1]))
+    return torch.cat(spots), torch.cat(sizes)
+
+
+def interpolation(spots: torch.Tensor, sizes: torch.Tensor, side: int):
+    """Bilinear, corners aligned: (patches, 4) learned positions on a grid of `side` rows and columns, and weights."""
+    place = spots * (side - 1) / (sizes - 1).clamp(min=1)
+    low = place.long()
+    corners = torch.cartesian_prod(*[torch.arange(2, device="cpu")] * 2)
+    row, column = (low[:, None] + corners).clamp(max=side - 1).unbind(-1)
+    return ("corners", row * side + column), ("weights", (1 - corners - (place - low)[:, None]).abs().prod(-1))
+
+
+def attend(attention, x: torch.Tensor, rotary: torch.Tensor, runs) -> torch.Tensor:
+    """(patches, C): the attention of windows, or frames, of equal length at a time."""
+    parts = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1)).unbind(1)
+    rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb_vision
+    parts = *rotate(*parts[:2], *rotary), parts[2]
+    parts = zip(*(part.split([n * length for n, length in runs]) for part in parts), strict=True)
+    function, out = attention_capture.function_of(attention.config._attn_implementation or "eager", attention), []
+    for run, part in zip(runs, parts, strict=True):
+        query, key, value = (x.unflatten(0, run).transpose(1, 2) for x in part)
+        scale = {"dropout": 0.0, "scaling": attention.scaling, "is_causal": False}
+        out.append(function(attention, query, key, value, None, **scale)[0].flatten(0, 1))
+    return attention.proj(torch.cat(out).flatten(1))
+
+
+SHARED = {
+    "layout": layout,
+    "vision_attention": attention,
+    "per_feature": of_groups,
+    "fixed_encoder": FixedQwenEncoder(),
+}
 ADAPTERS = [
     base.ModelAdapter("Qwen2-VL", ("qwen2_vl",), merger_mlp, **SHARED),
     base.ModelAdapter("Qwen2.5-VL", ("qwen2_5_vl",), merger_mlp, **SHARED, prune_layer=14, order=windows),

@@ -25,6 +25,23 @@ def last_attention(model, kind):
     return base.tower_attention(tower(model, kind), -1)
 
 
+class FixedClipEncoder(base.FixedEncoder):
+    """(images, 3, H, W), or (clips, frames, 3, H, W)."""
+
+    def shape(self, model, call):
+        names = ("pixel_values", "pixel_values_images") if call.kind == "image" else ("pixel_values_videos",)
+        pixels = next(call.arguments[name] for name in names if call.arguments.get(name) is not None)
+        tokens = base.tower_tokens(model, call, tower(model, call.kind))
+        if call.kind == "video":
+            tokens += base.class_token_dropped(model)  # it stays in frames
+        return base.EncoderShape((pixels.shape[:-3].numel(), tokens), call.kind)
+
+    def run(self, model, tables, pixel_values):
+        kind = "image" if pixel_values.ndim == 4 else "video"
+        pixel_values = pixel_values.flatten(0, -4)
+        return base.Features(base.tower_features(model, tower(model, kind), pixel_values, whole=kind == "video"))
+
+
 ADAPTERS = [
     base.ModelAdapter(
         "Video-LLaVA",
@@ -35,5 +52,6 @@ ADAPTERS = [
         base.without_class_token,
         prune_layer=16,
         last_attention=last_attention,
+        fixed_encoder=FixedClipEncoder(),
     )
 ]

@@ -1,0 +1,501 @@
+"""Stock generate() drives, graphs compute: sampling, stopping and streaming stay the library's."""
+
+import contextlib
+import inspect
+import threading
+import time
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .... import _checks
+from ....methods import Method
+from .. import compat, prompt
+from ..adapters import EncodeCall, EncoderShape, ModelAdapter
+from ..cut_selection import planned_cuts
+from ..hooks import Hooks
+from ..report import describe
+from ..vision_pruning import with_budgets
+from ..visual_item import VisualItem
+from . import layout
+from .encoder import KIND, Encoder
+from .graphs import Buffers, Graph, Graphs
+from .runner import Runner, Shape
+
+STEP, MOST = 64, 8  # of buckets: slots between two, and how many are kept
+PIXELS = ("pixel_values", "pixel_values_images")
+BACKENDS = (None, "inductor", "eager")  # "eager": torch.compile's tracing alone, for tests
+ATTENTIONS = ("sdpa", "eager")
+LIBRARY_LENGTH = 20  # tokens of a generate() that is not told how many
+# Their forward is embeddings, rotary embeddings, layers and a norm, and nothing beside.
+LLMS = (
+    "LlamaModel",
+    "MistralModel",
+    "Qwen2Model",
+    "Qwen3Model",
+    "Qwen2VLTextModel",
+    "Qwen2_5_VLTextModel",
+    "Qwen3VLTextModel",
+)
+# Options of generate() that graphs do not serve, and values beside None that leave them out.
+UNSERVED = {
+    "num_beams": (1,),
+    "num_return_sequences": (1,),
+    "use_cache": (True,),
+    "cache_implementation": ("dynamic",),
+    "prefill_chunk_size": (),
+    "output_attentions": (False,),
+    "output_hidden_states": (False,),
+    "guidance_scale": (1,),
+    "prompt_lookup_num_tokens": (),
+    "assistant_early_exit": (),
+    "penalty_alpha": (0,),
+    "dola_layers": (),
+    "token_healing": (False,),
+    "assistant_model": (),
+    "custom_generate": (),
+    "inputs_embeds": (),
+    "position_ids": (),
+    "mm_encoder_outputs": (),
+    "pixel_values_videos": (),
+    "labels": (),
+    "logits_to_keep": (1,),
+    "negative_prompt_ids": (),
+    **dict.fromkeys(compat.CACHE_NAMES, ()),
+}
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """What one prompt length and batch size is served by."""
+
+    prompt_tokens: int  # of each row of a pruned prompt, at most
+    max_new_tokens: int
+    batch_size: int
+    slots: tuple[int, ...]  # of each row, in each segment of the LLM: prompt and new tokens
+    bytes: int  # of keys and values
+    seconds: float  # to make it ready
+
+
+class CapturedCache(Cache):
+    """Stands for the keys and values of a prompt inside the graphs' buffers, in what generate() returns."""
+
+    def __init__(self, length: int):
+        super().__init__(layers=[])
+        self.length = length
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    def get_seq_length(self, *args, **kwargs) -> int:
+        return self.length
+
+    def update(self, *args, **kwargs):
+        raise RuntimeError(
+            "this cache stands for buffers of compiled graphs, which the next prompt overwrites, and cannot be "
+            "continued; generate on a handle without compile() to continue a conversation"
+        )
+
+
+@dataclass
+class _Ready:
+    """A Runner and its graphs."""
+
+    runner: Runner
+    prefill: Graph
+    decode: Graph
+    bucket: Bucket
+
+
+@dataclass
+class _Deferred:
+    """Stands for the features that generate() asks for before the prompt is known to fit."""
+
+    original: Callable
+    args: tuple
+    kwargs: dict
+
+
+@dataclass
+class _Serving:
+    """One generate() under way."""
+
+    thread: int
+    cache: CapturedCache | None = None
+    ready: _Ready | None = None
+    rows: int = 0
+    left: int = 0  # tokens that still fit
+
+
+class _Refused(Exception):
+    """The reason why a call runs through the hooks."""
+
+
+class Captured:
+    """What `PruningHandle.compile` installs. One prompt at a time; several threads wait for each other."""
+
+    def __init__(self, handle, module, prompt_tokens, max_new_tokens: int, batch_size, backend, strict: bool):
+        self.handle, self.base, self.text = handle, handle.base, handle.text
+        self.plan, self.method, self.adapter = handle.plan, handle.method, handle.adapter
+        self.buckets, self.new, self.batches, self.strict = prompt_tokens, max_new_tokens, batch_size, strict
+        self.axes = 3 if hasattr(self.base, "rope_deltas") else 1
+        self.deepstack = len(getattr(getattr(self.base, "visual", None), "deepstack_merger_list", ()))
+        self._head, self._modules = module.get_output_embeddings(), list(handle.model.modules())
+        self._standing = _standing_reason(handle, self._head, self._modules)
+        self._graphs = Graphs(self.text.embed_tokens.weight.device, backend)
+        self._buffers = Buffers(self.text.embed_tokens.weight.detach())
+        self._runners: OrderedDict[Shape, _Ready] = OrderedDict()
+        self._encoders: OrderedDict[tuple, tuple[Encoder, Graph, list]] = OrderedDict()
+        self._lock, self._serving = threading.RLock(), None
+        self._said: set[str] = set()
+        if self._standing is not None:
+            self._fall_back(_Refused(self._standing))
+
+    @property
+    def built(self) -> list[Bucket]:
+        return [ready.bucket for ready in self._runners.values()]
+
+    def build(self) -> None:
+        """Buckets that were asked for, of prompts with one image each, where all images of the family have one size."""
+        for batch in sorted(self.batches, reverse=True):
+            usual = self.adapter.fixed_encoder.usual(self.base, batch)
+            if self._standing is not None or usual is None:
+                return
+            size, pixels = usual
+            pixels = torch.empty(pixels, dtype=self.base.dtype, device="meta")
+            items = self._encoder(size, EncodeCall(KIND, {PIXELS[0]: pixels}, lambda kind: []), pixels)[2]
+            for slots in sorted(self.buckets or (), reverse=True):  # the largest first: the others use its memory
+                given = layout.of_length(items, slots, self.plan)
+                if given is not None:
+                    self._runner(layout.shape_of(given, self.plan, batch, slots, self.new))
+
+    # --- generate() ---
+
+    @contextlib.contextmanager
+    def serving(self, module, args: tuple, kwargs: dict):
+        """Around a generate() of `module`. What graphs do not serve runs as if there were none."""
+        with self._lock:
+            outer, self._serving, shadowed = self._serving, None, Hooks()
+            try:
+                try:
+                    if outer is not None:
+                        raise _Refused("generate() is called inside another one")
+                    self._check_call(module, args, kwargs)
+                    self._serving = _Serving(threading.get_ident())
+                    shadowed.shadow(module, "forward", self._forward)
+                except _Refused as refused:
+                    self._fall_back(refused)
+                yield
+            finally:
+                shadowed.remove()
+                self._serving = outer
+
+    def _forward(self, original, *args, **kwargs):
+        """In place of the forward of a model whose generate() is served."""
+        serving = self._served()
+        if serving is None:
+            return original(*args, **kwargs)
+        if serving.cache is not None:
+            if compat.cache_of(kwargs) is not serving.cache or args:
+                return original(*args, **kwargs)
+            return self._decode(serving, kwargs["input_ids"])
+        try:
+            if args or kwargs.get("input_ids") is None or kwargs["input_ids"].ndim != 2:
+                raise _Refused("the model is not called with ids alone")
+            return self._prefill(serving, kwargs)
+        except _Refused as refused:
+            self._serving = None
+            self._fall_back(refused)
+        given = kwargs.get("mm_encoder_outputs") or {}
+        for kind, later in given.items():
+            if isinstance(later, _Deferred):
+                given[kind] = self.handle._encode(kind, later.original, *later.args, **later.kwargs)
+        return original(*args, **kwargs)
+
+    def deferred(self, kind: str, original, args: tuple, kwargs: dict) -> _Deferred | None:
+        """Newer versions of generate() encode images before they call the model: with the prompt, in its graph."""
+        serving = self._served()
+        return _Deferred(original, args, kwargs) if serving is not None and serving.cache is None else None
+
+    def _served(self) -> _Serving | None:
+        """The generate() of this thread that graphs serve."""
+        serving = self._serving
+        return serving if serving is not None and serving.thread == threading.get_ident() else None
+
+    def _fall_back(self, refused: _Refused) -> None:
+        reason = str(refused)
+        if self.strict:
+            raise NotImplementedError(f"sts_kernels: compiled graphs cannot serve this call: {reason}") from None
+        if reason not in self._said:
+            self._said.add(reason)
+            warnings.warn(
+                f"sts_kernels: this runs through the hooks, not through compiled graphs: {reason}", stacklevel=4
+            )
+
+    def _check_call(self, module, args: tuple, kwargs: dict) -> None:
+        if self._standing is not None:
+            raise _Refused(self._standing)
+        given = (kwargs.get("generation_config"), module.generation_config)
+
+        def option(name):
+            values = [kwargs[name]] if kwargs.get(name) is not None else [getattr(g, name, None) for g in given]
+            return next((value for value in values if value is not None), None)
+
+        if len(args) > 1:
+            raise _Refused("arguments of generate() by position")
+        for name, plain in UNSERVED.items():
+            value = option(name)
+            if not any(value is allowed or value == allowed for allowed in (None, *plain)):
+                raise _Refused(f"{name} of generate()")
+        if self.base.training:
+            raise _Refused("the model is in training mode")
+        if torch.is_autocast_enabled(self._graphs.device.type):
+            raise _Refused("autocast is on")
+        if (hooked := self._foreign_hooks()) is not None:
+            raise _Refused(f"there are hooks on {hooked}, which a graph would not call")
+        self._check_length(args[0] if args else kwargs.get("input_ids", kwargs.get("inputs")), option)
+
+    def _check_length(self, ids, option: Callable) -> None:
+        asked, longest = option("max_new_tokens"), option("max_length")
+        if asked is None and longest not in (None, LIBRARY_LENGTH) and isinstance(ids, Tensor):
+            asked = longest - ids.shape[-1]
+        asked = LIBRARY_LENGTH if asked is None else asked
+        if asked > self.new:
+            raise ValueError(
+                f"sts_kernels: max_new_tokens is {asked}, and the most compiled for is {self.new}; give "
+                f"compile(max_new_tokens={asked})"
+            )
+
+    def _foreign_hooks(self) -> str | None:
+        for module in self._modules:
+            for table in (module._forward_hooks, module._forward_pre_hooks):
+                for hook in table.values():
+                    library = (getattr(hook, "__module__", None) or "").startswith("transformers.")
+                    if not library and not isinstance(getattr(hook, "owner", None), Hooks):
+                        return type(module).__name__
+        return None
+
+    # --- a prompt ---
+
+    def _prefill(self, serving: _Serving, kwargs: dict):
+        arguments, pixels = _arguments(kwargs)
+        ids, mask = arguments["input_ids"], arguments.get("attention_mask")
+        if mask is not None and mask.shape != ids.shape:
+            raise _Refused("the attention mask is not one of padding")
+        valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        batch = self._at_least(len(ids), self.batches, "batch_size", f"the batch has {len(ids)} prompts")
+        token_ids = prompt.token_ids(self.base.config)
+        encoder, items = None, {}
+        try:
+            if pixels is not None:
+                call = EncodeCall(KIND, arguments, lambda kind: prompt.runs(ids, token_ids[kind]))
+                *encoder, items[KIND] = self._encoder(self.adapter.fixed_encoder.shape(self.base, call), call, pixels)
+            modality = prompt.placeholders(self.base, token_ids, ids, None)
+            given = layout.read(ids, valid, modality, self._positions(arguments, valid), items, self.plan)
+            longest = max(given.entering)
+            slots = self._at_least(longest, self.buckets, "prompt_tokens", f"the pruned prompt takes {longest} slots")
+            shape = layout.shape_of(given, self.plan, batch, slots, self.new)
+            values, places = layout.fill(given, shape, self.plan)
+        except NotImplementedError as error:
+            raise _Refused(str(error)) from None
+        serving.ready, serving.rows, serving.left = self._runner(shape), len(ids), self.new
+        serving.cache = CapturedCache(ids.shape[1])
+        session, timer = self.handle._sessions.now, self.handle._timer
+        serving.ready.runner.prompt.load(values)
+        if encoder is not None:
+            with timer(session, "encode"):
+                _encode(*encoder, serving.ready.runner, pixels, places)
+        timer.start(session)
+        out = serving.ready.prefill.run()
+        timer.stop(session, "prefill")
+        if encoder is not None:
+            self._report(given, shape, out["columns"], dict(session.clock))
+        return self._output(serving, out)
+
+    def _decode(self, serving: _Serving, ids: Tensor):
+        if ids.shape != (serving.rows, 1):
+            raise RuntimeError(
+                f"sts_kernels: compiled graphs decode one token of each of the {serving.rows} prompts at a time, got "
+                f"ids of shape {tuple(ids.shape)}"
+            )
+        if not serving.left:
+            raise ValueError(
+                f"sts_kernels: the answer is longer than the {self.new} tokens that were compiled; give "
+                "compile(max_new_tokens=...) a larger number"
+            )
+        serving.left -= 1
+        serving.cache.length += 1
+        serving.ready.runner.token[: serving.rows].copy_(ids)
+        return self._output(serving, serving.ready.decode.run())
+
+    @staticmethod
+    def _output(serving: _Serving, out: dict) -> CausalLMOutputWithPast:
+        return CausalLMOutputWithPast(logits=out["logits"][: serving.rows, None], **{compat.CACHE: serving.cache})
+
+    def _positions(self, arguments: dict, valid: Tensor) -> Tensor:
+        """(axes, B, S): rotary positions of the full prompt, as the model itself numbers them."""
+        index = getattr(self.base, "get_rope_index", None)
+        if index is not None and any(arguments.get(f"{kind}_grid_thw") is not None for kind in prompt.KINDS):
+            wanted = inspect.signature(index).parameters
+            if "mm_token_type_ids" not in wanted or arguments.get("mm_token_type_ids") is not None:
+                given = {name: arguments[name] for name in wanted if arguments.get(name) is not None}
+                with torch.device("cpu"):
+                    return index(**given | {"attention_mask": valid.long()})[0]
+        return (valid.long().cumsum(1) - 1).clamp(min=0).expand(self.axes, -1, -1)
+
+    def _report(self, given: layout.Prompt, shape: Shape, columns: list[Tensor], clock: dict) -> None:
+        plan, rows, dtype = self.plan, len(given.rows), self.text.embed_tokens.weight.dtype
+        report = describe(plan, self.text.config, dtype, given.rows, given.modality, None)
+        cuts = planned_cuts(plan.cuts, given.rows, given.entering)
+        numbers = [given.entering, *(planned.lengths for planned in cuts)]
+        layers, left = [0, *(plan.cuts[cut.index].layer for cut in shape.cuts)], {}
+        for layer, held, lengths in zip(layers, columns, numbers, strict=True):
+            slots = torch.arange(held.shape[1], device="cpu") < torch.tensor(lengths, device="cpu")[:, None]
+            left[layer] = held[:rows].clone(), slots
+        report.finish(left, clock)
+        self.handle._llm.report = report
+
+    # --- what is made ready once ---
+
+    @staticmethod
+    def _at_least(number: int, given: Sequence[int] | None, option: str, subject: str) -> int:
+        """The smallest of the given sizes that serves `number`; without any a multiple of STEP."""
+        if given is None:
+            return -(-number // STEP) * STEP
+        found = min((size for size in given if size >= number), default=None)
+        if found is None:
+            raise ValueError(
+                f"sts_kernels: {subject}, and the most compiled for is {max(given)}; give "
+                f"compile({option}={(*given, number)})"
+            )
+        return found
+
+    def _runner(self, shape: Shape) -> _Ready:
+        if shape not in self._runners:
+            start = time.perf_counter()
+            runner = Runner(
+                self.text,
+                self._head,
+                self.method,
+                self.plan,
+                self.handle.contiguous,
+                self.axes,
+                self.deepstack,
+                shape,
+                self._buffers,
+            )
+            prefill, decode = runner.ready(self._graphs)
+            seconds = time.perf_counter() - start
+            slots = tuple(segment.room for segment in runner.segments)
+            bucket = Bucket(shape.slots, shape.new, shape.batch, slots, runner.bytes, seconds)
+            if len(self._runners) >= max(MOST, len(self.buckets or ()) * len(self.batches)):
+                self._runners.popitem(last=False)
+            self._runners[shape] = _Ready(runner, prefill, decode, bucket)
+        self._runners.move_to_end(shape)
+        return self._runners[shape]
+
+    def _encoder(
+        self, shape: EncoderShape, call: EncodeCall, pixels: Tensor
+    ) -> tuple[Encoder, Graph, list[VisualItem]]:
+        key = (shape, tuple(pixels.shape), pixels.dtype)
+        if key not in self._encoders:
+            adapter = self.adapter
+            items = adapter.layout(self.base, call, torch.Size((*shape.features, 1)))
+            items = with_budgets(items, self.plan)
+            order = None if adapter.order is None else adapter.order(self.base, call)
+            encoder = Encoder(
+                self.base, adapter, self.method, self.handle.scope, shape, items, order, pixels, self.axes
+            )
+            graph = encoder.ready(self._graphs)
+            if len(self._encoders) >= max(MOST, len(self.batches)):
+                self._encoders.popitem(last=False)
+            self._encoders[key] = encoder, graph, items
+        self._encoders.move_to_end(key)
+        return self._encoders[key]
+
+
+def _arguments(kwargs: dict) -> tuple[dict, Tensor | None]:
+    """Of the forward of a prompt, those of the encoder among them, sizes and ids on the host; and the pixel values."""
+    arguments = dict(kwargs)
+    for kind, later in (arguments.pop("mm_encoder_outputs", None) or {}).items():
+        if kind != KIND or not isinstance(later, _Deferred):
+            raise _Refused(f"{kind}s that are encoded already, or are no images")
+        arguments |= inspect.signature(later.original).bind_partial(*later.args, **later.kwargs).arguments
+    pixels = next((arguments[name] for name in PIXELS if arguments.get(name) is not None), None)
+    for name in ("position_ids", "cache_position"):  # the library's own, made from what else is here
+        arguments.pop(name, None)
+    host = {k: v.cpu() for k, v in arguments.items() if isinstance(v, Tensor) and not v.is_floating_point()}
+    return arguments | host, pixels
+
+
+def _encode(encoder: Encoder, graph: Graph, runner: Runner, pixels: Tensor, places: Tensor) -> None:
+    encoder.pixels.copy_(pixels, non_blocking=True)
+    encoder.places.copy_(places, non_blocking=True)
+    out, count = graph.run(), encoder.rows
+    runner.visual[:count].copy_(out["rows"])
+    runner.places[:, :count].copy_(out["places"])
+    runner.candidate[:count].copy_(out["candidate"])
+    for mine, rows in zip(runner.deepstack, out["deepstack"], strict=True):
+        mine[:count].copy_(rows)
+
+
+def check(method: Method, adapter: ModelAdapter, text) -> None:
+    """Refuses what no call could be served of."""
+    unserved = None
+    if method.adaptive:
+        unserved = "how many tokens it keeps follows from the tokens, and a graph has fixed shapes"
+    elif method.signals & {"text", "relevance"}:
+        unserved = "it looks at the text of the prompt, or at numbers of the caller's, while the image is encoded"
+    if unserved is not None:
+        raise NotImplementedError(f"compile: {method.name} cannot be compiled: {unserved}")
+    if adapter.fixed_encoder is None:
+        raise NotImplementedError(f"compile: the vision encoder of {adapter.name} cannot be compiled")
+    attention = text.config._attn_implementation or "eager"
+    if attention not in ATTENTIONS:
+        raise NotImplementedError(
+            f"compile: attention {attention!r} cannot be compiled, only {' and '.join(ATTENTIONS)} can; load the model "
+            'with attn_implementation="sdpa"'
+        )
+    if type(text).__name__ not in LLMS:
+        raise NotImplementedError(
+            f"compile: an LLM of class {type(text).__name__} cannot be compiled, only {', '.join(LLMS)} can"
+        )
+
+
+def sizes(name: str, value, least: int) -> tuple[int, ...]:
+    """An int, or several, ascending."""
+    values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+    for number in values:
+        _checks.integer("compile", name, number, least)
+    if not values:
+        raise ValueError(f"compile: {name} must have at least one number, got none")
+    return tuple(sorted(set(values)))
+
+
+def check_backend(backend) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f'compile: backend must be None or "inductor", got {backend!r}')
+
+
+def _standing_reason(handle, head, modules: list[torch.nn.Module]) -> str | None:
+    """Why no call of this model can be served; None: nothing stands in the way."""
+    if head is None:
+        return "the model has no output embeddings"
+    if any(hasattr(module, "_hf_hook") for module in modules):
+        return "modules of the model are offloaded, or placed by accelerate's hooks"
+    if any(getattr(module, "hf_quantizer", None) is not None for module in modules):
+        return "the model is quantised"
+    devices = sorted({str(parameter.device) for parameter in handle.model.parameters()})
+    if len(devices) > 1:
+        return f"the model is on several devices, {', '.join(devices)}"
+    kind = getattr(handle.text.rotary_emb, "rope_type", "default")
+    if "dynamic" in kind or kind == "longrope":
+        return f"rotary embeddings of type {kind} follow the length of the prompt"
+    return None

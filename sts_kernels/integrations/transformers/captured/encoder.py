@@ -1,0 +1,173 @@
+"""Vision encoder and projector of a batch of images, and what a method keeps, as one function of fixed shapes."""
+
+import copy
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from ....methods import Method
+from .. import vision_attention, vision_pruning
+from ..adapters import EncoderShape, ModelAdapter
+from ..attention_capture import function_of
+from ..visual_item import VisualItem
+from .graphs import Graph, Graphs, replaced
+from .layout import survivors
+
+KIND = "image"
+
+
+@dataclass
+class Assembly:
+    """Tables on the device that say where a feature goes. Placeholders are numbered image after image."""
+
+    token: Tensor  # (features,): its placeholder; -1: discarded by the model
+    separators: Tensor  # (separators,): placeholders that stand for no piece of an image
+    used: Tensor  # features that become tokens, in the order of the projector's input
+    sorted: bool  # whether kept features in order are tokens in order, and there are no separators
+
+
+class Encoder:
+    """`run` of one EncoderShape. `pixels` and `places` (1 + axes, placeholders) are its inputs."""
+
+    def __init__(
+        self,
+        base,
+        adapter: ModelAdapter,
+        method: Method,
+        scope: str,
+        shape: EncoderShape,
+        items: Sequence[VisualItem],
+        order: Tensor | None,
+        pixels: Tensor,
+        axes: int,
+    ):
+        self.base, self.adapter, self.method, self.shape = base, adapter, method, shape
+        weight = base.language_model.embed_tokens.weight
+        device, self._dtype = weight.device, weight.dtype
+        with torch.inference_mode(False):
+            self.pixels = torch.zeros(pixels.shape, dtype=pixels.dtype, device=device)
+            self.places = torch.zeros(1 + axes, sum(i.num_tokens for i in items), dtype=torch.int64, device=device)
+            self._assembly = _assembly(items, order, device)
+            tables = adapter.fixed_encoder.tables(base, shape)
+            self._tables = {k: v if k.startswith("host_") else v.to(device) for k, v in tables.items()}
+            self._pools = None if method.site is None else vision_pruning.Pools.of(items, scope, device)
+        self.rows = sum(map(survivors, items))
+        self._taps: dict[torch.nn.Module, list] = {}
+        if self._pools is not None and method.signals & {"attention", "keys"}:
+            find = adapter.last_attention if method.encoder_attention == "last" else adapter.vision_attention
+            self._taps[find(base, KIND)] = []
+
+    def ready(self, graphs: Graphs) -> Graph:
+        tapped = [(module, "config", _tapped(module, seen)) for module, seen in self._taps.items()]
+        return graphs.ready(self.run, functools.partial(replaced, tapped))
+
+    def run(self) -> dict:
+        """-> rows (R, D) as the LLM gets them, in the order of the prompts; their places (1 + axes, R); which of them a
+        cut may drop, (R,); and the same rows of each deepstack layer."""
+        encoded = self.adapter.fixed_encoder.run(self.base, self._tables, self.pixels)
+        projector = self.adapter.projector(self.base).forward  # without its hooks
+        x = encoded.rows
+        features = self.adapter.features(self.adapter.projector(self.base), x)
+        flat = features.reshape(-1, features.shape[-1])
+        together = x.reshape(len(flat), -1)  # the rows of a feature side by side
+        which, values = self._assembly.used, None
+        if self._pools is None or self.method.site == "projected":
+            projected = projector(x).reshape(len(flat), -1)
+            if self._pools is not None:
+                which, values = self._selected(projected)
+            rows = projected[which] if values is None else values.to(projected.dtype)
+        else:
+            which, values = self._selected(flat)
+            picked = together[which].view(-1, x.shape[-1])
+            if values is not None:
+                picked = vision_pruning.merged_rows(self.method, self.adapter.name, picked, values)
+            rows = projector(picked)
+        deepstack = [
+            module(part.reshape(len(flat), -1)[which].view(-1, part.shape[-1])) for module, part in encoded.deepstack
+        ]
+        return self._assembled(which, rows, deepstack)
+
+    def _selected(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
+        signals = {}
+        calls = [call for seen in self._taps.values() for call in seen]
+        for seen in self._taps.values():
+            seen.clear()
+        if calls:
+            calls = self.adapter.fixed_encoder.calls(self.base, self.shape, calls)
+            if self.method.encoder_attention == "last":
+                calls = [vision_attention.one_head(*call) for call in calls]
+            size = torch.Size((*self.shape.features, features.shape[-1]))
+            for name in sorted({"attention", "keys"} & self.method.signals):
+                signals[name] = getattr(self.adapter, name)(self.base, calls, size)
+        kept = vision_pruning.select_from(self.method, self._pools, features, **signals)
+        return kept.rows, kept.values
+
+    def _assembled(self, which: Tensor, rows: Tensor, deepstack: list[Tensor]) -> dict:
+        """Rows in the order of their placeholders, separators among them."""
+        table = self._assembly
+        token, candidate = table.token[which], torch.ones_like(which, dtype=torch.bool)
+        rows, deepstack = rows.to(self._dtype), [part.to(self._dtype) for part in deepstack]
+        if not table.sorted:
+            separator = self.adapter.fixed_encoder.separator(self.base)
+            count = len(table.separators)
+            order = torch.cat([token, table.separators]).argsort(dim=0)
+            token = torch.cat([token, table.separators])[order]
+            candidate = torch.cat([candidate, candidate.new_zeros(count)])[order]
+            if count:
+                rows = torch.cat([rows, separator.to(rows)[None].expand(count, -1)])
+                deepstack = [torch.cat([part, part.new_zeros(count, part.shape[1])]) for part in deepstack]
+            rows, deepstack = rows[order], [part[order] for part in deepstack]
+        return {"rows": rows, "places": self.places[:, token], "candidate": candidate, "deepstack": deepstack}
+
+
+def _assembly(items: Sequence[VisualItem], order: Tensor | None, device) -> Assembly:
+    with torch.device("cpu"):
+        tokens, separators, feature, placeholder = [], [], 0, 0
+        for item in items:
+            token = torch.full((item.num_features,), -1)
+            if item.feature_of_token is None:
+                token = torch.arange(item.num_features)
+            else:
+                places = torch.arange(item.num_tokens)
+                piece = item.feature_of_token >= 0
+                token[item.feature_of_token[piece]] = places[piece]
+                separators.append(places[~piece] + placeholder)
+            tokens.append(torch.where(token < 0, -1, token + placeholder))
+            feature, placeholder = feature + item.num_features, placeholder + item.num_tokens
+        token = torch.cat(tokens)
+        token = token if order is None else token[order]
+        separators = torch.cat([token[:0], *separators])
+        used = (token >= 0).nonzero()[:, 0]
+        ascending = bool((token[used].diff() > 0).all()) and not len(separators)
+    return Assembly(token.to(device), separators.to(device), used.to(device), ascending)
+
+
+# --- the encoder's attention, for methods that look at it ---
+
+_PREFIX = "sts_seen_"
+
+
+def _tapped(module: torch.nn.Module, seen: list):
+    """The module's configuration, with an implementation that notes query, key and scale of each call and then runs the
+    module's own."""
+    config = getattr(module.config, "_sts_config", module.config)
+    implementation = config._attn_implementation or "eager"
+    name = _PREFIX + implementation
+    if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
+        AttentionInterface.register(name, _noting(implementation))
+    tapped = copy.copy(config)
+    tapped._attn_implementation_internal = name
+    tapped.sts_seen = seen
+    return tapped
+
+
+def _noting(implementation: str):
+    def attention(module, query, key, *args, **kwargs):
+        module.config.sts_seen.append((query, key, kwargs.get("scaling") or query.shape[-1] ** -0.5))
+        return function_of(implementation, module)(module, query, key, *args, **kwargs)
+
+    return attention

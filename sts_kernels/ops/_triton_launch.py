@@ -1,0 +1,124 @@
+"""Launches of Triton kernels from the host.
+
+What: `kernel[grid](...)` binds, specializes and hashes all arguments on every call, 50 to 70 us of the host's time. A
+`Bound` kernel does so once for each variant, and hands the arguments of later calls straight to the compiled kernel.
+Chosen when: this version of Triton is known to launch that way (`KNOWN`), nothing observes launches (a profiler's hook
+must see them), and the kernel is compiled, not interpreted. Else the launch is `kernel[grid](...)`.
+Steps:
+    (1) tell the variant: all that Triton specializes on beside the constexpr parameters and the options, which is the
+        device, the dtype of tensors, whether their address is a multiple of 16, and the width of integers;
+    (2) a variant that has not been launched: `kernel[grid](...)` compiles, launches and returns what it compiled;
+    (3) else launch what was compiled.
+Synchronisation: none. A dict of variants only ever grows; two threads may both take step (2), which Triton allows.
+"""
+
+import functools
+import importlib.metadata
+import logging
+import re
+
+KNOWN = (3, 4), (3, 10)  # versions whose compiled kernels take these arguments: from, and up to but not including
+WIDE = 1 << 31  # integers below have 32 bits
+
+_log = logging.getLogger("sts_kernels")
+
+
+def knows(version: str) -> bool:
+    """Whether compiled kernels of this version of Triton can be launched without `kernel[grid]`."""
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    return numbers is not None and KNOWN[0] <= (int(numbers[1]), int(numbers[2])) < KNOWN[1]
+
+
+def how() -> str:
+    """How kernels are launched, for people. Does not import Triton."""
+    for name in ("triton", "pytorch-triton"):
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        return "triton is installed" if knows(version) else f"triton is installed; {_unknown(version)}"
+    return "triton is installed, its version unknown"
+
+
+def _unknown(version: str) -> str:
+    first, end = (".".join(map(str, numbers)) for numbers in KNOWN)
+    return (
+        f"version {version} launches kernels by kernel[grid], which takes the host about 60 us a launch longer than "
+        f"versions from {first} up to and without {end}"
+    )
+
+
+class Launcher:
+    """Decorates a `triton.jit` kernel. Its parameters are tensors, then numbers, then constexpr; integers are not
+    specialized."""
+
+    def __init__(self, kernel):
+        import triton
+        from triton.compiler import CompiledKernel
+        from triton.runtime import driver
+
+        functools.update_wrapper(self, kernel.fn)
+        self.kernel, self.driver, self.knobs, self.compiled_type = kernel, driver, triton.knobs.runtime, CompiledKernel
+        self.direct = not self.knobs.interpret and knows(triton.__version__)
+        if not self.direct and not self.knobs.interpret:
+            _log.debug("triton: %s", _unknown(triton.__version__))
+
+    def bind(self, num_warps: int, launch_pdl: bool = False, **constants) -> "Bound":
+        """The kernel with all its constexpr parameters. To be kept: it remembers what was compiled.
+
+        Args:
+            launch_pdl: the kernel may start before the one before it ends, and waits for it itself.
+        """
+        # Fusion is said aloud because its default depends on the version of Triton.
+        options = {"num_warps": num_warps, "enable_fp_fusion": True} | ({"launch_pdl": True} if launch_pdl else {})
+        return Bound(self, constants, options)
+
+    def observed(self) -> bool:
+        """Whether something wants to see every launch."""
+        for hook in (self.knobs.launch_enter_hook, self.knobs.launch_exit_hook):
+            if hook is not None and getattr(hook, "calls", True):  # a chain of hooks, or in older versions one hook
+                return True
+        return bool(self.kernel.pre_run_hooks)
+
+
+class Bound:
+    def __init__(self, launcher: Launcher, constants: dict, options: dict):
+        self.launcher, self.constants, self.options = launcher, constants, options
+        names = launcher.kernel.arg_names
+        self._in_order = [constants[name] for name in names[len(names) - len(constants) :]]
+        self._compiled = {}
+
+    def launch(self, grid: tuple[int, ...], tensors: tuple, numbers: tuple) -> None:
+        """Launches on the current device and stream.
+
+        Args:
+            tensors: those of the kernel's parameters, or None.
+            numbers: the numbers among them; integers are at least 0.
+        """
+        launcher = self.launcher
+        if not launcher.direct or launcher.observed():
+            self.launch_by_triton(grid, tensors, numbers)
+            return
+        driver = launcher.driver.active
+        device = driver.get_current_device()
+        addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        wide = max(numbers) >= WIDE and tuple(number >= WIDE for number in numbers)
+        kinds = [None if tensor is None else tensor.dtype for tensor in tensors]
+        aligned = [address is not None and address % 16 == 0 for address in addresses]
+        variant = (device, wide, *kinds, *aligned)  # (1)
+        compiled = self._compiled.get(variant)
+        if compiled is None:
+            compiled = self.launch_by_triton(grid, tensors, numbers)  # (2)
+            if type(compiled) is launcher.compiled_type:  # not a promise of one, nor None where a hook refused
+                self._compiled[variant] = compiled
+            return
+        x, y, z = (*grid, 1, 1)[:3]
+        stream = driver.get_current_stream(device)
+        function, metadata = compiled.function, compiled.packed_metadata
+        # None: of launch hooks the argument, the one at its start and the one at its end.
+        compiled.run(
+            x, y, z, stream, function, metadata, None, None, None, *addresses, *numbers, *self._in_order
+        )  # (3)
+
+    def launch_by_triton(self, grid, tensors, numbers):
+        return self.launcher.kernel[grid](*tensors, *numbers, **self.constants, **self.options)
