@@ -96,6 +96,4 @@ def repulsion_select_varlen(
     """
     _check(features, cu_seqlens, cu_budgets, total_k, eps, anchor, max_seqlen)
     check_packed_values(_OP, features, cu_seqlens, cu_budgets, total_k, anchor, max_seqlen)
-    return ops.repulsion_select_varlen.default(
-        features, cu_seqlens, cu_budgets, total_k, eps, anchor, max_seqlen
-    )
+    return ops.repulsion_select_varlen.default(features, cu_seqlens, cu_budgets, total_k, eps, anchor, max_seqlen)

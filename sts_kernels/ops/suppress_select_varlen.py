@@ -82,6 +82,4 @@ def suppress_select_varlen(
     """
     _check(features, rank, tau, cu_seqlens, cu_budgets, total_k, max_seqlen)
     check_packed_values(_OP, features, cu_seqlens, cu_budgets, total_k, max_seqlen=max_seqlen)
-    return ops.suppress_select_varlen.default(
-        features, rank, tau, cu_seqlens, cu_budgets, total_k, max_seqlen
-    )
+    return ops.suppress_select_varlen.default(features, rank, tau, cu_seqlens, cu_budgets, total_k, max_seqlen)
