@@ -10,11 +10,11 @@ from torch import Tensor
 from .. import _checks
 from ._pool import ARGUMENTS, SCORES, Pool
 
-_constants: dict | None = None
+_constants: dict[Any, Tensor] | None = None
 
 
 @contextlib.contextmanager
-def constants(store: dict) -> Iterator[None]:
+def constants(store: dict[Any, Tensor]) -> Iterator[None]:
     """`host` copies each list once and keeps it in `store`: a CUDA graph must not copy from the host, and what it reads
     has to live as long as it does."""
     global _constants
@@ -25,17 +25,18 @@ def constants(store: dict) -> Iterator[None]:
         _constants = before
 
 
-def host(values: Sequence[int], device, dtype: torch.dtype = torch.int64) -> Tensor:
+def host(values: Sequence[int], device: Any, dtype: torch.dtype = torch.int64) -> Tensor:
     """Host ints on `device`, whatever the default device is. A copy to the device; nothing comes back."""
     if torch.compiler.is_compiling() or _constants is None:
-        return _host(tuple(values), str(device), dtype)
+        made: Tensor = _host(tuple(values), str(device), dtype)
+        return made
     key = (tuple(values), str(device), dtype)
     if key not in _constants:
         _constants[key] = _host(*key)
     return _constants[key]
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _host(values: tuple[int, ...], device: str, dtype: torch.dtype) -> Tensor:
     return torch.tensor(values, dtype=dtype, device="cpu").to(device, non_blocking=True)
 

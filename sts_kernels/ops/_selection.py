@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,9 @@ LAST_RESORT = torch.finfo(torch.float32).max
 # ---- Checks ------------------------------------------------------------------------------------------------------
 
 
-def check_padded(op: str, features, k, anchor=None, num_tokens=None) -> None:
+def check_padded(
+    op: str, features: torch.Tensor, k: int, anchor: torch.Tensor | None = None, num_tokens: torch.Tensor | None = None
+) -> None:
     _checks.features(op, features)
     batch, tokens, _ = features.shape
     _checks.integer(op, "k", k, 1, tokens, " (the number of tokens)")
@@ -29,7 +32,9 @@ def check_padded(op: str, features, k, anchor=None, num_tokens=None) -> None:
         _checks.index_vector(op, "num_tokens", num_tokens, batch, "(B,)", features)
 
 
-def check_padded_values(op: str, features, anchor=None, num_tokens=None) -> None:
+def check_padded_values(
+    op: str, features: torch.Tensor, anchor: torch.Tensor | None = None, num_tokens: torch.Tensor | None = None
+) -> None:
     tokens, counts = features.shape[1], None
     if num_tokens is not None:
         _checks.counts(op, "num_tokens", num_tokens, tokens, "tokens")
@@ -43,7 +48,15 @@ def check_padded_values(op: str, features, anchor=None, num_tokens=None) -> None
                 raise ValueError(f"{op}: anchor[{item}] must be between 0 and {count - 1}, got {value}")
 
 
-def check_packed(op: str, features, cu_seqlens, cu_budgets, total_k, anchor=None, max_seqlen=None) -> None:
+def check_packed(
+    op: str,
+    features: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    cu_budgets: torch.Tensor,
+    total_k: int,
+    anchor: torch.Tensor | None = None,
+    max_seqlen: int | None = None,
+) -> None:
     _checks.features(op, features, "(T, C)")
     _checks.tensor(op, "cu_seqlens", cu_seqlens, _checks.INTEGER, "(B+1,)", 1)
     items = cu_seqlens.shape[0] - 1
@@ -60,12 +73,20 @@ def check_packed(op: str, features, cu_seqlens, cu_budgets, total_k, anchor=None
         _checks.integer(op, "max_seqlen", max_seqlen, 1)
 
 
-def _check_offsets(op: str, name: str, values, total, what: str) -> None:
+def _check_offsets(op: str, name: str, values: Any, total: Any, what: str) -> None:
     if values[0] != 0 or values[-1] != total or any(b < a for a, b in itertools.pairwise(values)):
         raise ValueError(f"{op}: {name} must rise from 0 to {total}, {what}, got {values}")
 
 
-def check_packed_values(op: str, features, cu_seqlens, cu_budgets, total_k, anchor=None, max_seqlen=None) -> None:
+def check_packed_values(
+    op: str,
+    features: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    cu_budgets: torch.Tensor,
+    total_k: int,
+    anchor: torch.Tensor | None = None,
+    max_seqlen: int | None = None,
+) -> None:
     if not all(_checks.values_readable(v) for v in (cu_seqlens, cu_budgets, anchor) if v is not None):
         return
     starts, budgets = cu_seqlens.tolist(), cu_budgets.tolist()
@@ -82,7 +103,7 @@ def check_packed_values(op: str, features, cu_seqlens, cu_budgets, total_k, anch
             raise ValueError(f"{op}: anchor[{item}] must be between 0 and {count - 1}, got {first}")
 
 
-def check_token_values(op: str, name: str, value, dtypes: tuple, features) -> None:
+def check_token_values(op: str, name: str, value: Any, dtypes: tuple[Any, ...], features: torch.Tensor) -> None:
     """A number for each token."""
     shape = "(B, N)" if features.ndim == 3 else "(T,)"
     _checks.tensor(op, name, value, dtypes, shape, features.ndim - 1)
@@ -96,7 +117,15 @@ def check_token_values(op: str, name: str, value, dtypes: tuple, features) -> No
 # ---- Packed items ------------------------------------------------------------------------------------------------
 
 
-def vmap_packed(check_values: Callable, call: Callable, tokens: list, cu_seqlens, cu_budgets, total_k, anchor=None):
+def vmap_packed(
+    check_values: Callable[..., Any],
+    call: Callable[..., Any],
+    tokens: list[Any],
+    cu_seqlens: torch.Tensor,
+    cu_budgets: torch.Tensor,
+    total_k: int,
+    anchor: torch.Tensor | None = None,
+) -> Any:
     """The vmap rule of a packed op: the items of all lanes in one call.
 
     Args:
@@ -115,7 +144,14 @@ def vmap_packed(check_values: Callable, call: Callable, tokens: list, cu_seqlens
     return call(flat, *packed, total_k * lanes, anchor).unflatten(0, (lanes, total_k))
 
 
-def by_item(select: Callable, tokens: list, cu_seqlens, cu_budgets, total_k, anchor=None) -> Tensor:
+def by_item(
+    select: Callable[..., Any],
+    tokens: list[Any],
+    cu_seqlens: torch.Tensor,
+    cu_budgets: torch.Tensor,
+    total_k: int,
+    anchor: torch.Tensor | None = None,
+) -> Tensor:
     """(total_k,): each packed item through `select(tokens, budget, anchor)`, a batch of one.
 
     Reads the offsets back to the host, for the reference; the compiled kernels do not.
@@ -150,7 +186,7 @@ def counts(features: Tensor, num_tokens: Tensor | None) -> Tensor:
     return torch.where((count >= 0) & (count <= tokens), count, 0)
 
 
-def greedy(x: Tensor, k: int, count: Tensor, potential: Tensor, token: Tensor, add: Callable) -> Tensor:
+def greedy(x: Tensor, k: int, count: Tensor, potential: Tensor, token: Tensor, add: Callable[..., Any]) -> Tensor:
     """(B, k) int64: from `token` (B,) on, the token of the smallest potential; the lowest index among equals.
 
     Args:

@@ -16,6 +16,7 @@ import functools
 import importlib.metadata
 import logging
 import re
+from typing import Any
 
 KNOWN = (3, 4), (3, 10)  # versions whose compiled kernels take these arguments: from, and up to but not including
 WIDE = 1 << 31  # integers below have 32 bits
@@ -57,7 +58,7 @@ class Launcher:
         from triton.compiler import CompiledKernel
         from triton.runtime import driver
 
-        functools.update_wrapper(self, kernel.fn)
+        functools.update_wrapper(self, kernel.fn)  # type: ignore[arg-type]
         self.kernel, self.driver, self.knobs, self.compiled_type = kernel, driver, triton.knobs.runtime, CompiledKernel
         self.direct = not self.knobs.interpret and knows(triton.__version__)
         if not self.direct and not self.knobs.interpret:
@@ -86,7 +87,7 @@ class Bound:
         self.launcher, self.constants, self.options = launcher, constants, options
         names = launcher.kernel.arg_names
         self._in_order = [constants[name] for name in names[len(names) - len(constants) :]]
-        self._compiled = {}
+        self._compiled: dict[Any, Any] = {}
 
     def launch(self, grid: tuple[int, ...], tensors: tuple, numbers: tuple) -> None:
         """Launches on the current device and stream.

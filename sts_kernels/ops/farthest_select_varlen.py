@@ -1,6 +1,7 @@
 """Max-min selection over items of different lengths packed into one tensor."""
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,40 +13,50 @@ from .farthest_select import check_values_and_metric, farthest_select_reference
 _OP = "farthest_select_varlen"
 
 
-def _check(features, cu_seqlens, cu_budgets, total_k, anchor, quality, start, metric, max_seqlen):
+def _check(
+    features: Tensor,
+    cu_seqlens: Tensor,
+    cu_budgets: Tensor,
+    total_k: int,
+    anchor: Tensor | None,
+    quality: Tensor | None,
+    start: Tensor | None,
+    metric: str,
+    max_seqlen: int | None,
+) -> None:
     check_packed(_OP, features, cu_seqlens, cu_budgets, total_k, anchor, max_seqlen)
     check_values_and_metric(_OP, features, quality, start, metric)
 
 
 def _fake(
-    features,
-    cu_seqlens,
-    cu_budgets,
-    total_k,
-    anchor=None,
-    quality=None,
-    start=None,
-    metric="euclidean",
-    max_seqlen=None,
-):
+    features: Tensor,
+    cu_seqlens: Tensor,
+    cu_budgets: Tensor,
+    total_k: int,
+    anchor: Tensor | None = None,
+    quality: Tensor | None = None,
+    start: Tensor | None = None,
+    metric: str = "euclidean",
+    max_seqlen: int | None = None,
+) -> Tensor:
     _check(features, cu_seqlens, cu_budgets, total_k, anchor, quality, start, metric, max_seqlen)
     return features.new_empty((total_k,), dtype=torch.int64)
 
 
 def _vmap(
-    features,
-    cu_seqlens,
-    cu_budgets,
-    total_k,
-    anchor=None,
-    quality=None,
-    start=None,
-    metric="euclidean",
-    max_seqlen=None,
-):
-    def call(tokens, cu_seqlens, cu_budgets, total_k, anchor):
-        x, *values = tokens
-        return farthest_select_varlen(x, cu_seqlens, cu_budgets, total_k, anchor, *values, metric, max_seqlen)
+    features: Tensor,
+    cu_seqlens: Tensor,
+    cu_budgets: Tensor,
+    total_k: int,
+    anchor: Tensor | None = None,
+    quality: Tensor | None = None,
+    start: Tensor | None = None,
+    metric: str = "euclidean",
+    max_seqlen: int | None = None,
+) -> Tensor:
+    def call(tokens: list[Any], cu_seqlens: Tensor, cu_budgets: Tensor, total_k: int, anchor: Tensor | None) -> Tensor:
+        x, weight, before = tokens
+        return farthest_select_varlen(x, cu_seqlens, cu_budgets, total_k, anchor, weight, before, metric, max_seqlen)
 
     tokens = [features, quality, start]
     check_values = partial(check_packed_values, _OP, max_seqlen=max_seqlen)
@@ -61,23 +72,23 @@ def _vmap(
     discrete=True,
 )
 def farthest_select_varlen_reference(
-    features,
-    cu_seqlens,
-    cu_budgets,
-    total_k,
-    anchor=None,
-    quality=None,
-    start=None,
-    metric="euclidean",
-    max_seqlen=None,
-):
+    features: Tensor,
+    cu_seqlens: Tensor,
+    cu_budgets: Tensor,
+    total_k: int,
+    anchor: Tensor | None = None,
+    quality: Tensor | None = None,
+    start: Tensor | None = None,
+    metric: str = "euclidean",
+    max_seqlen: int | None = None,
+) -> Tensor:
     _check(features, cu_seqlens, cu_budgets, total_k, anchor, quality, start, metric, max_seqlen)
     first = None if anchor is None else anchor.cpu()
     check_packed_values(_OP, features, cu_seqlens.cpu(), cu_budgets.cpu(), total_k, first, max_seqlen)
 
-    def select(tokens, budget, anchor):
-        x, *values = tokens
-        return farthest_select_reference(x, budget, anchor, *values, metric)
+    def select(tokens: list[Any], budget: int, anchor: Tensor | None) -> Tensor:
+        x, weight, before = tokens
+        return farthest_select_reference(x, budget, anchor, weight, before, metric)
 
     return by_item(select, [features, quality, start], cu_seqlens, cu_budgets, total_k, anchor)
 

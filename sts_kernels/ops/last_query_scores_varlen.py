@@ -12,7 +12,9 @@ from .last_query_scores import check, in_rows, item_scores
 _OP = "last_query_scores_varlen"
 
 
-def _check(query, key, cu_seqlens, max_seqlen, scale):
+def _check(
+    query: torch.Tensor, key: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, scale: float | None
+) -> None:
     check(_OP, query, key, scale, "(T, Hkv, D)")
     _checks.tensor(_OP, "cu_seqlens", cu_seqlens, _checks.INTEGER, "(B+1,)", 1)
     if cu_seqlens.shape[0] != query.shape[0] + 1:
@@ -23,7 +25,7 @@ def _check(query, key, cu_seqlens, max_seqlen, scale):
     _checks.integer(_OP, "max_seqlen", max_seqlen, 0)
 
 
-def _check_values(key, cu_seqlens, max_seqlen):
+def _check_values(key: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int) -> None:
     starts = cu_seqlens.tolist()
     lengths = [end - start for start, end in itertools.pairwise(starts)]
     if starts[0] != 0 or starts[-1] != key.shape[0] or min(lengths, default=0) < 0:
@@ -34,12 +36,16 @@ def _check_values(key, cu_seqlens, max_seqlen):
         )
 
 
-def _fake(query, key, cu_seqlens, max_seqlen, scale=None):
+def _fake(
+    query: torch.Tensor, key: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, scale: float | None = None
+) -> torch.Tensor:
     _check(query, key, cu_seqlens, max_seqlen, scale)
     return query.new_empty((key.shape[0],), dtype=torch.float32)
 
 
-def _vmap(query, key, cu_seqlens, max_seqlen, *scale):
+def _vmap(
+    query: torch.Tensor, key: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, *scale: float | None
+) -> torch.Tensor:
     lanes, tokens = key.shape[:2]
     for offsets in cu_seqlens.unbind():
         if _checks.values_readable(offsets):
@@ -50,7 +56,9 @@ def _vmap(query, key, cu_seqlens, max_seqlen, *scale):
     return out.unflatten(0, (lanes, tokens))
 
 
-def _triton(query, key, cu_seqlens, max_seqlen, scale=None):
+def _triton(
+    query: torch.Tensor, key: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, scale: float | None = None
+) -> torch.Tensor:
     from . import _last_query_scores_triton as kernels
 
     _check(query, key, cu_seqlens, max_seqlen, scale)
@@ -64,14 +72,15 @@ def _triton(query, key, cu_seqlens, max_seqlen, scale=None):
     triton=_triton,
     vmap=_vmap,
 )
-def last_query_scores_varlen_reference(query, key, cu_seqlens, max_seqlen, scale=None):
+def last_query_scores_varlen_reference(
+    query: torch.Tensor, key: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, scale: float | None = None
+) -> torch.Tensor:
     _check(query, key, cu_seqlens, max_seqlen, scale)
     # The reference reads the offsets back to the host; the kernels do not.
     starts = cu_seqlens.cpu()
     _check_values(key, starts, max_seqlen)
-    starts = starts.tolist()
     out = query.new_empty((key.shape[0],), dtype=torch.float32)
-    for item, (start, end) in enumerate(itertools.pairwise(starts)):
+    for item, (start, end) in enumerate(itertools.pairwise(starts.tolist())):
         if end > start:
             out[start:end] = item_scores(query[item], key[start:end], scale)
     return out

@@ -1,6 +1,7 @@
 """Stage 1 of STS over items of different lengths packed into one tensor."""
 
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -12,19 +13,45 @@ from .repulsion_select import repulsion_select_reference
 _OP = "repulsion_select_varlen"
 
 
-def _check(features, cu_seqlens, cu_budgets, total_k, eps, anchor, max_seqlen):
+def _check(
+    features: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    cu_budgets: torch.Tensor,
+    total_k: int,
+    eps: float,
+    anchor: torch.Tensor | None,
+    max_seqlen: int | None,
+) -> None:
     check_packed(_OP, features, cu_seqlens, cu_budgets, total_k, anchor, max_seqlen)
     _checks.eps(_OP, eps)
 
 
-def _fake(features, cu_seqlens, cu_budgets, total_k, eps=1e-6, anchor=None, max_seqlen=None):
+def _fake(
+    features: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    cu_budgets: torch.Tensor,
+    total_k: int,
+    eps: float = 1e-6,
+    anchor: torch.Tensor | None = None,
+    max_seqlen: int | None = None,
+) -> torch.Tensor:
     _check(features, cu_seqlens, cu_budgets, total_k, eps, anchor, max_seqlen)
     return features.new_empty((total_k,), dtype=torch.int64)
 
 
-def _vmap(features, cu_seqlens, cu_budgets, total_k, eps=1e-6, anchor=None, max_seqlen=None):
-    def call(tokens, cu_seqlens, cu_budgets, total_k, anchor):
-        return repulsion_select_varlen(*tokens, cu_seqlens, cu_budgets, total_k, eps, anchor, max_seqlen)
+def _vmap(
+    features: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    cu_budgets: torch.Tensor,
+    total_k: int,
+    eps: float = 1e-6,
+    anchor: torch.Tensor | None = None,
+    max_seqlen: int | None = None,
+) -> torch.Tensor:
+    def call(
+        tokens: list[Any], cu_seqlens: torch.Tensor, cu_budgets: torch.Tensor, total_k: int, anchor: torch.Tensor | None
+    ) -> torch.Tensor:
+        return repulsion_select_varlen(tokens[0], cu_seqlens, cu_budgets, total_k, eps, anchor, max_seqlen)
 
     check_values = partial(check_packed_values, _OP, max_seqlen=max_seqlen)
     return vmap_packed(check_values, call, [features], cu_seqlens, cu_budgets, total_k, anchor)
@@ -38,14 +65,20 @@ def _vmap(features, cu_seqlens, cu_budgets, total_k, eps=1e-6, anchor=None, max_
     discrete=True,
 )
 def repulsion_select_varlen_reference(
-    features, cu_seqlens, cu_budgets, total_k, eps=1e-6, anchor=None, max_seqlen=None
-):
+    features: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    cu_budgets: torch.Tensor,
+    total_k: int,
+    eps: float = 1e-6,
+    anchor: torch.Tensor | None = None,
+    max_seqlen: int | None = None,
+) -> torch.Tensor:
     _check(features, cu_seqlens, cu_budgets, total_k, eps, anchor, max_seqlen)
     first = None if anchor is None else anchor.cpu()
     check_packed_values(_OP, features, cu_seqlens.cpu(), cu_budgets.cpu(), total_k, first, max_seqlen)
 
-    def select(tokens, budget, anchor):
-        return repulsion_select_reference(*tokens, budget, eps, anchor)
+    def select(tokens: list[Any], budget: int, anchor: torch.Tensor | None) -> torch.Tensor:
+        return repulsion_select_reference(tokens[0], budget, eps, anchor)
 
     return by_item(select, [features], cu_seqlens, cu_budgets, total_k, anchor)
 
@@ -95,6 +128,4 @@ def repulsion_select_varlen(
     """
     _check(features, cu_seqlens, cu_budgets, total_k, eps, anchor, max_seqlen)
     check_packed_values(_OP, features, cu_seqlens, cu_budgets, total_k, anchor, max_seqlen)
-    return ops.repulsion_select_varlen.default(
-        features, cu_seqlens, cu_budgets, total_k, eps, anchor, max_seqlen
-    )
+    return ops.repulsion_select_varlen.default(features, cu_seqlens, cu_budgets, total_k, eps, anchor, max_seqlen)

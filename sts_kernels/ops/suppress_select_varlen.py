@@ -1,6 +1,7 @@
 """Selection by rank with suppression of similar tokens, of items packed into one tensor."""
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,19 +13,44 @@ from .suppress_select import check_rank_and_tau, suppress_select_reference
 _OP = "suppress_select_varlen"
 
 
-def _check(features, rank, tau, cu_seqlens, cu_budgets, total_k, max_seqlen):
+def _check(
+    features: Tensor,
+    rank: Tensor,
+    tau: Tensor,
+    cu_seqlens: Tensor,
+    cu_budgets: Tensor,
+    total_k: int,
+    max_seqlen: int | None,
+) -> None:
     check_packed(_OP, features, cu_seqlens, cu_budgets, total_k, max_seqlen=max_seqlen)
     check_rank_and_tau(_OP, features, rank, tau)
 
 
-def _fake(features, rank, tau, cu_seqlens, cu_budgets, total_k, max_seqlen=None):
+def _fake(
+    features: Tensor,
+    rank: Tensor,
+    tau: Tensor,
+    cu_seqlens: Tensor,
+    cu_budgets: Tensor,
+    total_k: int,
+    max_seqlen: int | None = None,
+) -> Tensor:
     _check(features, rank, tau, cu_seqlens, cu_budgets, total_k, max_seqlen)
     return features.new_empty((total_k,), dtype=torch.int64)
 
 
-def _vmap(features, rank, tau, cu_seqlens, cu_budgets, total_k, max_seqlen=None):
-    def call(tokens, cu_seqlens, cu_budgets, total_k, anchor):
-        return suppress_select_varlen(*tokens, cu_seqlens, cu_budgets, total_k, max_seqlen)
+def _vmap(
+    features: Tensor,
+    rank: Tensor,
+    tau: Tensor,
+    cu_seqlens: Tensor,
+    cu_budgets: Tensor,
+    total_k: int,
+    max_seqlen: int | None = None,
+) -> Tensor:
+    def call(tokens: list[Any], cu_seqlens: Tensor, cu_budgets: Tensor, total_k: int, anchor: Tensor | None) -> Tensor:
+        x, order, reach = tokens
+        return suppress_select_varlen(x, order, reach, cu_seqlens, cu_budgets, total_k, max_seqlen)
 
     tokens = [features, rank, tau]
     check_values = partial(check_packed_values, _OP, max_seqlen=max_seqlen)
@@ -38,12 +64,21 @@ def _vmap(features, rank, tau, cu_seqlens, cu_budgets, total_k, max_seqlen=None)
     vmap=_vmap,
     discrete=True,
 )
-def suppress_select_varlen_reference(features, rank, tau, cu_seqlens, cu_budgets, total_k, max_seqlen=None):
+def suppress_select_varlen_reference(
+    features: Tensor,
+    rank: Tensor,
+    tau: Tensor,
+    cu_seqlens: Tensor,
+    cu_budgets: Tensor,
+    total_k: int,
+    max_seqlen: int | None = None,
+) -> Tensor:
     _check(features, rank, tau, cu_seqlens, cu_budgets, total_k, max_seqlen)
     check_packed_values(_OP, features, cu_seqlens.cpu(), cu_budgets.cpu(), total_k, max_seqlen=max_seqlen)
 
-    def select(tokens, budget, anchor):
-        return suppress_select_reference(*tokens, budget)
+    def select(tokens: list[Any], budget: int, anchor: Tensor | None) -> Tensor:
+        x, order, reach = tokens
+        return suppress_select_reference(x, order, reach, budget)
 
     return by_item(select, [features, rank, tau], cu_seqlens, cu_budgets, total_k)
 
@@ -82,6 +117,4 @@ def suppress_select_varlen(
     """
     _check(features, rank, tau, cu_seqlens, cu_budgets, total_k, max_seqlen)
     check_packed_values(_OP, features, cu_seqlens, cu_budgets, total_k, max_seqlen=max_seqlen)
-    return ops.suppress_select_varlen.default(
-        features, rank, tau, cu_seqlens, cu_budgets, total_k, max_seqlen
-    )
+    return ops.suppress_select_varlen.default(features, rank, tau, cu_seqlens, cu_budgets, total_k, max_seqlen)
