@@ -21,12 +21,14 @@ from .prompts import PROMPTS, pictures
 pytestmark = [pytest.mark.usefixtures("engine"), pytest.mark.timeout(3600)]
 ROOT = Path(__file__).parents[2]
 CHUNKED = {"max_num_batched_tokens": 64, "block_size": 32}
+TALKS = {"VLLM_LOGGING_LEVEL": "INFO"}
 TWO_RANKS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 
 # Cases of one process, by name: family, options of the plugin, of the engine. None: the variable says it, or nothing.
 PROCESSES: dict[str, tuple[dict, dict]] = {
-    "plain": ({}, {"llava": ("llava", None, {}), "qwen2_5_vl": ("qwen2_5_vl", None, {})}),
-    "variable": ({"STS_KERNELS_KEEP": "32"}, {"llava": ("llava", None, {}), "qwen3_vl": ("qwen3_vl", None, {})}),
+    "plain": (TALKS, {"llava": ("llava", None, {}), "qwen2_5_vl": ("qwen2_5_vl", None, {})}),
+    "variable": ({"STS_KERNELS_KEEP": "32", **TALKS}, {
+        "llava": ("llava", None, {}), "qwen3_vl": ("qwen3_vl", None, {})}),
     "ranks": (TWO_RANKS, {
         "llava": ("llava", {"keep": 32}, {"tensor_parallel_size": 2}),
         "qwen2_5_vl": ("qwen2_5_vl", {"keep": 40, "method": "fastervlm"}, {"tensor_parallel_size": 2}),

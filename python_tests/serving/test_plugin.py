@@ -464,7 +464,7 @@ def test_every_method_is_served_or_refused():
         ("llava", {}, {"use_ubatching": True}, "microbatching"),
         ("llava", {}, {"speculative_config": "eagle"}, "speculative decoding"),
         ("qwen2_5_vl", {"positions": "contiguous"}, {}, 'positions="contiguous"'),
-        ("qwen3_vl", {"method": "tome"}, {}, "tome, which merges features"),
+        *(("qwen3_vl", {"method": x}, {}, f"{x}, which merges features") for x in ("polymorphic", "tome", "visionzip")),
     ],
     ids=str,
 )
@@ -472,6 +472,13 @@ def test_settings_of_the_engine_are_refused(vllm, family, sts, changes, sentence
     with pytest.raises(Refused) as error:
         built(family, changes, keep=8, **sts)
     assert f"sts_kernels: the vLLM plugin does not support {sentence}" in str(error.value)
+
+
+@pytest.mark.parametrize("method", ["adavtp", "divprune", "fastervlm", "fastervlm_divprune", "random", "vispruner"])
+def test_methods_that_merge_nothing_are_served_on_qwen3_vl(vllm, monkeypatch, method):
+    models = importlib.import_module("sts_kernels.integrations.vllm.models")
+    monkeypatch.setattr(models.Prunes, "attention_module", lambda self: torch.nn.Identity())
+    assert built("qwen3_vl", keep=8, method=method).asked.method.name == method
 
 
 def test_contiguous_positions_need_less(vllm):

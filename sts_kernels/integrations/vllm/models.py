@@ -39,8 +39,7 @@ def batches(sizes: Sequence[int], budget: int) -> Iterator[slice]:
 
 def numbered(parts: list[torch.Tensor], sizes: Sequence[int], device) -> torch.Tensor:
     """Numbers within items of these sizes, as numbers within all of them; -1 stays."""
-    starts = offsets(sizes)[:-1]
-    shifted = [torch.where(part < 0, part, part + start) for part, start in zip(parts, starts, strict=True)]
+    shifted = [torch.where(part < 0, part, part + start) for part, start in zip(parts, offsets(sizes), strict=False)]
     return torch.cat(shifted).to(device, non_blocking=True)
 
 
@@ -77,7 +76,8 @@ class Prunes:
         text = config.get_text_config()
         rotation = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
         window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
-        moved, merges = asked.positions == "contiguous", "keys" in asked.method.signals
+        moved, probe = asked.positions == "contiguous", torch.arange(32.0).view(1, 4, 8).sin()
+        merges = asked.method.select(k=2, features=probe, scores=probe[..., 0], keys=probe).assignment is not None
         reasons = {
             "--enable-mm-embeds": multimodal.enable_mm_embeds,
             "--video-pruning-rate": multimodal.is_multimodal_pruning_enabled(),
@@ -239,8 +239,7 @@ class Qwen(Prunes):
         projector, read_features = self.adapter.projector(self), self.adapter.features
         with projector.register_forward_pre_hook(lambda module, args: features.append(read_features(module, args[0]))):
             images = super(Prunes, self)._process_image_input(given)
-        tokens = [x[layout.token_of_feature.to(x.device)] for x, layout in zip(images, found, strict=True)]
-        return features[0], torch.cat(tokens)
+        return features[0], torch.cat([x[y.token_of_feature.to(x.device)] for x, y in zip(images, found, strict=True)])
 
 
 @serves(layouts.LLAVA)
