@@ -187,7 +187,7 @@ class PruningHandle:
 
         Raises:
             TypeError, ValueError: a value that is none of these, here; and from generate() a prompt, a batch or an
-            answer that is larger than compiled for, with the number to give.
+                answer that is larger than compiled for, with the number to give.
             NotImplementedError: methods and models that cannot be compiled, in one sentence.
         """
         found = (m for m in self.model.modules() if isinstance(m, transformers.GenerationMixin))
