@@ -28,16 +28,15 @@ def constants(store: dict[Any, Tensor]) -> Iterator[None]:
 def host(values: Sequence[int], device: Any, dtype: torch.dtype = torch.int64) -> Tensor:
     """Host ints on `device`, whatever the default device is. A copy to the device; nothing comes back."""
     if torch.compiler.is_compiling() or _constants is None:
-        made: Tensor = _host(tuple(values), str(device), dtype)
-        return made
+        return copied(tuple(values), str(device), dtype)
     key = (tuple(values), str(device), dtype)
     if key not in _constants:
-        _constants[key] = _host(*key)
+        _constants[key] = copied(*key)
     return _constants[key]
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _host(values: tuple[int, ...], device: str, dtype: torch.dtype) -> Tensor:
+def copied(values: tuple[int, ...], device: str, dtype: torch.dtype) -> Tensor:
+    """What `host` makes. A compiled graph may take it as a constant."""
     return torch.tensor(values, dtype=dtype, device="cpu").to(device, non_blocking=True)
 
 
