@@ -468,6 +468,7 @@ def fallback(monkeypatch):
     with torch.library._scoped_library("sts_kernels_pretend", "DEF") as library:
         registrations = _registry._Registrations(library)
         monkeypatch.setattr(_registry, "NAMESPACE", "sts_kernels_pretend")
+        monkeypatch.setattr(_registry, "ops", torch.ops.sts_kernels_pretend)
         monkeypatch.setattr(_registry, "_registrations", registrations)
 
         @_registry.define_op("pretend(Tensor x, Tensor? y=None) -> Tensor", fake=None, vmap=None)

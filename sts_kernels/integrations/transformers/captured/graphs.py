@@ -81,6 +81,7 @@ class Graphs:
     def compiled(self, function: Callable[[], dict]) -> Callable[[], dict]:
         if self.backend is None:
             return function
+        torch.compiler.assume_constant_result(_packed.copied)  # marked here, since this imports the compiler
         return torch.compile(_with_code_of_its_own(function), fullgraph=True, dynamic=False, backend=self.backend)
 
     def captured(self, run: Callable[[], dict]) -> tuple[torch.cuda.CUDAGraph, dict]:
