@@ -34,15 +34,17 @@ class CPU:
 
 @dataclass
 class CUDA:
-    """Candidates: of the two lowest tokens of every warp, the four lowest of every lane's share. No rows are kept."""
+    """Candidates: of what blocks offer, 256 tokens together or their two lowest each, the four lowest of every lane's
+    share. A block has a tile of 128 tokens. No rows are kept."""
 
     lookahead: int
     kept = False
 
     def candidates(self, potential, rows):
-        potential = torch.nn.functional.pad(potential, (0, -len(potential) % 32), value=math.inf)
-        offered, at = potential.view(-1, 32).topk(2, largest=False)
-        token = (at + 32 * torch.arange(len(at))[:, None]).T.flatten()
+        potential = torch.nn.functional.pad(potential, (0, -len(potential) % 128), value=math.inf)
+        blocks = len(potential) // 128
+        offered, at = potential.view(-1, 128).topk(min(max(-(-256 // blocks), 2), 16), largest=False)
+        token = (at + 128 * torch.arange(blocks)[:, None]).T.flatten()
         shares = torch.nn.functional.pad(offered.T.flatten(), (0, -len(token) % 32), value=math.inf).view(-1, 32)
         best = shares.topk(min(4, len(shares)), 0, largest=False).indices * 32 + torch.arange(32)
         return token[best[best < len(token)]].tolist()

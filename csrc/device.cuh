@@ -226,23 +226,20 @@ __device__ __forceinline__ unsigned load_acquire(const unsigned* address) {
 #endif
 }
 
-// Returns the old value.
-__device__ __forceinline__ unsigned add_release(unsigned* address, unsigned value) {
+// Does not wait for the old value.
+__device__ __forceinline__ void add_release(unsigned* address, unsigned value) {
 #ifdef STS_EMULATE
-  return emulator::add_release(address, value);
+  emulator::add_release(address, value);
 #else
-  unsigned old;
-  asm volatile("atom.add.release.gpu.global.u32 %0, [%1], %2;" : "=r"(old) : "l"(address), "r"(value) : "memory");
-  return old;
+  asm volatile("red.add.release.gpu.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 #endif
 }
 
-// To be called in every turn of a loop that waits for another block.
+// To be called in every turn of a loop that waits for another block. Nothing on a GPU: a turn is one load from L2, and a sleep would only
+// be added to it.
 __device__ __forceinline__ void spin_pause() {
 #ifdef STS_EMULATE
   emulator::spin_pause();
-#else
-  __nanosleep(20);
 #endif
 }
 

@@ -48,17 +48,18 @@ struct SelectionPlan {
   int item_blocks;      // stored: blocks that share an item, a cluster if more than one
   bool least;           // the cluster's bound grows by the smallest weight of each pick's row
   int groups, group_blocks, blocks;  // swept: of the cooperative launch, at the most
+  int held;                  // swept: tokens of a block whose potentials lie in its shared memory
   int lookahead;             // max picks per exchange (cluster) or sweep; 1: the plain loop, in one block where weights are stored
   PackedShape packed;        // packed
 };
 
-// f(kernel, its shared memory) for the kernel that sweeps.
+// f(kernel, a function of `held` that gives its shared memory) for the kernel that sweeps.
 template <class scalar_t, class Rule, class F>
 auto with_swept_kernel(bool mma, const F& f) {
   if constexpr (sizeof(scalar_t) == 2) {
-    if (mma) return f(select_swept_kernel<MmaSweep<scalar_t>, scalar_t, Rule>, MmaSweep<scalar_t>::kSharedBytes);
+    if (mma) return f(select_swept_kernel<MmaSweep<scalar_t>, scalar_t, Rule>, swept_shared_bytes<MmaSweep<scalar_t>>);
   }
-  return f(select_swept_kernel<DifferenceSweep<scalar_t>, scalar_t, Rule>, DifferenceSweep<scalar_t>::kSharedBytes);
+  return f(select_swept_kernel<DifferenceSweep<scalar_t>, scalar_t, Rule>, swept_shared_bytes<DifferenceSweep<scalar_t>>);
 }
 
 // Blocks that share each item, of which `at_once` are under way: as many as there are multiprocessors for, if items are large.
@@ -78,18 +79,26 @@ int stored_item_blocks(const Items& items, int64_t at_once) {
 // The part of a plan that is for sweeps of items of up to items.longest() tokens. count: of such items, at the most.
 template <class scalar_t, class Rule>
 bool plan_sweeps(const Rows<scalar_t>& rows, const Items& items, int64_t count, SelectionPlan& plan) {
-  const int resident = with_swept_kernel<scalar_t, Rule>(
-      plan.mma, [](auto* kernel, size_t shared_bytes) { return max_resident_blocks(kernel, kSweepThreads, shared_bytes); });
+  const auto resident_of = [&](int held) {
+    return with_swept_kernel<scalar_t, Rule>(
+        plan.mma, [&](auto* kernel, auto shared_bytes) { return max_resident_blocks(kernel, kSweepThreads, shared_bytes(held)); });
+  };
+  const int resident = resident_of(0);
   if (resident == 0) return false;
   plan.swept = true;
   plan.groups = static_cast<int>(count < resident ? count : resident);
-  const int64_t useful = ceil_div(items.longest(), plan.mma ? MmaSweep<scalar_t>::kTile : DifferenceSweep<scalar_t>::kTile);
+  const int tile = plan.mma ? MmaSweep<scalar_t>::kTile : DifferenceSweep<scalar_t>::kTile;
+  const int64_t useful = ceil_div(items.longest(), tile);
   // A packed batch may have fewer such items, that then have more blocks each.
   const int64_t share = items.packed() ? resident : resident / plan.groups;
   plan.group_blocks = static_cast<int>(useful < share ? useful : share);
   const int64_t blocks = int64_t(plan.groups) * plan.group_blocks;
   plan.blocks = static_cast<int>(blocks < resident ? blocks : resident);
-  // The weights of a sweep take no more memory than the features, unless those are narrow.
+  // The potentials of a block's tokens lie in its shared memory, if as many blocks are resident with it. How many blocks share a packed
+  // item is known on the device alone, which decides there what fits.
+  const int64_t slots = items.packed() ? kHeldTokens : ceil_div(useful, plan.group_blocks) * tile;
+  plan.held = slots <= kHeldTokens && resident_of(static_cast<int>(slots)) >= plan.blocks ? static_cast<int>(slots) : 0;
+  // Else they take no more memory than the features, unless those are narrow.
   const int64_t affordable = rows.channels * sizeof(scalar_t) / sizeof(float);
   const int most = affordable > kSweepPoints ? kSweepPoints : affordable < 4 ? 4 : static_cast<int>(affordable);
   plan.lookahead = plan.lookahead < most ? plan.lookahead : most;
@@ -133,7 +142,7 @@ SelectionPlan plan_selection(const Rows<scalar_t>& rows, const Items& items, int
 struct SelectionScratch {
   TokenStats stats{};
   PackedPlan packed{};          // packed
-  float* weights = nullptr;     // stored: (entries, tokens, matrix_pitch(tokens)), or of a wave; swept: (lookahead, all tokens)
+  float* weights = nullptr;     // stored: (entries, tokens, matrix_pitch(tokens)), or a wave's; swept, not held: (lookahead, all tokens)
   unsigned* marks = nullptr;    // stored on tensor cores, but for Hopper's: (entries, side, side) tiles of kMarkTile tokens, or (tiles, parts)
   uint32_t* least = nullptr;    // stored, with items shared by clusters: the smallest weight of every row (all tokens)
   Key* keys = nullptr;          // swept: a SweepExchange for every group
@@ -152,7 +161,7 @@ struct SelectionScratch {
     };
     const int64_t stored = items.packed() ? plan.packed.floats : items.tokens * matrix_pitch(items.tokens);
     const int64_t held = plan.stored ? items.packed() ? stored : plan.entries * stored : 0;
-    const int64_t drafted = plan.swept ? plan.lookahead * all_tokens(items) : 0;
+    const int64_t drafted = plan.swept && (!plan.held || items.packed()) ? plan.lookahead * all_tokens(items) : 0;
     take_token_stats(stats, items, channels, plan.element_bytes, plan.from_mean, plan.mma || plan.wgmma, plan.wgmma, allocate);
     take(weights, held > drafted ? held : drafted);
     take(marks, plan.stored && plan.mma && !plan.wgmma ? marks_of(plan, items) : 0);
@@ -269,10 +278,10 @@ class SelectionLaunch {
   cudaError_t sweep() {
     const cudaError_t error = cudaMemsetAsync(scratch_.arrived, 0, plan_.groups * sizeof(unsigned), stream_);
     if (error != cudaSuccess) return error;
-    return with_swept_kernel<scalar_t, Rule>(plan_.mma, [&](auto* kernel, size_t shared_bytes) {
-      const Launch shape{dim3(plan_.blocks), dim3(kSweepThreads), shared_bytes, 1, true, stream_};
+    return with_swept_kernel<scalar_t, Rule>(plan_.mma, [&](auto* kernel, auto shared_bytes) {
+      const Launch shape{dim3(plan_.blocks), dim3(kSweepThreads), shared_bytes(plan_.held), 1, true, stream_};
       return launch(kernel, shape, rows_, items_, scratch_.packed.large, rows_aligned(rows_), plan_.groups, plan_.group_blocks,
-                    plan_.lookahead, rule_, scratch_.stats.norms, static_cast<const scalar_t*>(scratch_.stats.centre),
+                    plan_.lookahead, plan_.held, rule_, scratch_.stats.norms, static_cast<const scalar_t*>(scratch_.stats.centre),
                     scratch_.stats.mean_sqdist, scratch_.weights, scratch_.keys, scratch_.floats, scratch_.arrived, out_);
     });
   }

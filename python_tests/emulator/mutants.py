@@ -621,10 +621,10 @@ MUTANTS = (
         says=RACE,
     ),
     mutant(
-        "no barrier between the distances of the candidates and the guess",
+        "no barrier between the distances of the candidates and the draft",
         "repulsion_select",
         "select_swept.cuh",
-        ("        barrier.sync();\n        if (warp == 0) guess_picks", "        if (warp == 0) guess_picks"),
+        ("        barrier.sync();\n        // (2)", "        __syncthreads();\n        // (2)"),
         says=RACE,
     ),
     mutant(
@@ -635,7 +635,58 @@ MUTANTS = (
         says=RACE,
     ),
     mutant(
-        "guesses are not checked",
+        "no barrier before a block's lowest are found",
+        "repulsion_select",
+        "select_swept.cuh",
+        ("* kSweepPoints;\n      __syncthreads();\n", "* kSweepPoints;\n"),
+        says=RACE,
+    ),
+    mutant(
+        "no barrier before a block's offers are read",
+        "repulsion_select",
+        "select_swept.cuh",
+        ("      __syncthreads();\n      if (warp != 0) return;", "      if (warp != 0) return;"),
+        says=RACE,
+    ),
+    mutant(
+        "distances of the candidates are drafted from before they are there",
+        "repulsion_select",
+        "select_swept.cuh",
+        ("        __syncthreads();\n        if (warp == 0) draft_picks", "        if (warp == 0) draft_picks"),
+        says=RACE,
+    ),
+    mutant(
+        "no barrier before the parts of a pair's product are added",
+        "repulsion_select",
+        "sqdist_sweep.cuh",
+        ("      __syncthreads();\n      const int i = ti", "      const int i = ti"),
+        says=RACE,
+    ),
+    mutant(
+        "no barrier before the parts of a pair's product are overwritten",
+        "repulsion_select",
+        "sqdist_sweep.cuh",
+        ("      __syncthreads();  // all have read `part` before the next tile's\n", ""),
+        says=RACE,
+    ),
+    mutant(
+        "more tokens than a block's shared memory is for",
+        "repulsion_select",
+        "select_swept.cuh",
+        ("const bool in_shared = own.slots <= held;", "const bool in_shared = true;"),
+        says=OVERRUN,
+    ),
+    mutant(
+        "the potentials after a pick too many",
+        "repulsion_select",
+        "select_swept.cuh",
+        (
+            "own.later[(made - 1) * own.stride + own.place(slot, i)]",
+            "own.later[(made < count ? made : made - 1) * own.stride + own.place(slot, i)]",
+        ),
+    ),
+    mutant(
+        "drafts are not verified",
         "repulsion_select",
         "select_swept.cuh",
         ("int made = 1;", "int made = count;"),
@@ -645,15 +696,15 @@ MUTANTS = (
         "repulsion_select",
         "select_swept.cuh",
         (
-            "value = i == guess.token[p] ? kInfinity : Rule::add(value, weight[p * stride + i]);",
-            "value = Rule::add(value, weight[p * stride + i]);",
+            "value = i == draft.token[p] ? kInfinity : Rule::add(value, added);",
+            "value = Rule::add(value, added);",
         ),
     ),
     mutant(
         "blocks that wait for blocks that are not resident",
         "repulsion_select",
         "selection.cuh",
-        ("shared_bytes, 1, true, stream_}", "shared_bytes, 1, false, stream_}"),
+        ("shared_bytes(plan_.held), 1, true, stream_}", "shared_bytes(plan_.held), 1, false, stream_}"),
         says="deadlock",
     ),
     mutant(
@@ -673,7 +724,7 @@ MUTANTS = (
         "products read before all lanes have written them",
         "repulsion_select",
         "sqdist_sweep.cuh",
-        ("      __syncwarp();\n      const int64_t first", "      const int64_t first"),
+        ("      __syncwarp();\n      const uint32_t first", "      const uint32_t first"),
     ),
     mutant(
         "the centre is left out of the points",
@@ -685,7 +736,7 @@ MUTANTS = (
         "the distance of a marked pair goes to the next token",
         "repulsion_select",
         "sqdist_sweep.cuh",
-        ("if (lane == owner) sqdist[p] = exact[0];", "if (lane == (owner + 1) % 16) sqdist[p] = exact[0];"),
+        ("if (lane == owner) mine[p] = exact[0];", "if (lane == (owner + 1) % 16) mine[p] = exact[0];"),
     ),
     # Other rules than repulsion.
     mutant(
