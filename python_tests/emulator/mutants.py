@@ -592,7 +592,10 @@ MUTANTS = (
         "picks that do not wait for the weights",
         "repulsion_select",
         "select_stored.cuh",
-        ("  await_predecessor();\n", ""),
+        (
+            "  await_predecessor();\n  const int64_t b = stored.number(blockIdx.x);\n  select_stored",
+            "  const int64_t b = stored.number(blockIdx.x);\n  select_stored",
+        ),
         says="before await_predecessor",
     ),
     mutant(
