@@ -177,7 +177,12 @@ MUTANTS = {
         "full[rows.to(full.device)] = projected",
         "full[: len(rows)] = projected",
     ),
-    "first token as anchor": ("llava", sts, 'self.anchor == "mean"', 'self.anchor == "none"'),
+    "first token as anchor": (
+        "llava",
+        sts,
+        'if self.anchor == "mean":\n            return None\n        if self.anchor == "first":',
+        'if self.anchor == "first":\n            return None\n        if self.anchor == "mean":',
+    ),
     "newlines pruned by stage 2": ("llava_next", prompt, "item.feature_of_token < 0", "item.feature_of_token < -1"),
     "tokens lost to unpadding": ("llava_next", llava_next, "packed[0][:, 0].long())", "None)"),
     "deepstack not shrunk": (
