@@ -53,8 +53,9 @@ inline PackedShape packed_shape(const Items& items, int64_t stored_tokens, int t
   const int64_t all = items.tokens * matrix_pitch(side), largest = side * matrix_pitch(side);
   const int64_t floats = all < most_floats ? all : most_floats < largest ? largest : most_floats;
   const int64_t large = items.longest() > stored_tokens ? items.tokens / (stored_tokens + 1) : 0;
-  // Behind every wave but the last there is an item that did not fit.
-  return {stored_tokens, tile, floats, all == floats ? 1 : 1 + all / (floats - largest + 1), large < items.count ? large : items.count};
+  // The first item of a wave did not fit into the wave before: two waves in a row hold more than `floats`. And every wave has an item.
+  const int64_t waves = floats > 0 ? 2 * ceil_div(all, floats) - 1 : 1;
+  return {stored_tokens, tile, floats, waves < items.count ? waves : items.count, large < items.count ? large : items.count};
 }
 
 // Tiles of all items, at the most.
