@@ -1,9 +1,9 @@
 """`python -m bench.lookahead`: how often the guess at the picks to come is right.
 
-Runs the plain loop of Algorithm 1 and replays beside it the guesses of the CPU kernel (csrc/cpu_select.h) and
-of the CUDA kernel for many tokens (csrc/select_swept.cuh), which both run the plain loop among a few candidates: picks
+Runs the plain loop of Algorithm 1 and replays beside it the guesses of the CPU kernel (csrc/cpu/select.h) and
+of the CUDA kernel for many tokens (csrc/cuda/select_swept.cuh), which both run the plain loop among a few candidates: picks
 per pass over the features, and rows of weights computed per row used. Of the CUDA kernel for clusters: picks per
-exchange between the warps (csrc/select_cluster.cuh). Needs no timing, so it says the same on every machine.
+exchange between the warps (csrc/cuda/select_cluster.cuh). Needs no timing, so it says the same on every machine.
 """
 
 import argparse

@@ -1,5 +1,5 @@
-// Loops of a team of threads (csrc/cpu_team.h), under a sanitizer: test_cpu_parts.py compiles and runs this. Prints what went wrong.
-#include "cpu_team.h"
+// Loops of a team of threads (csrc/cpu/team.h), under a sanitizer: test_cpu_parts.py compiles and runs this. Prints what went wrong.
+#include "cpu/team.h"
 
 #include <cstdio>
 #include <stdexcept>

@@ -1,5 +1,5 @@
-// Questions of many threads (csrc/plan_cache.h), under a sanitizer: test_cpu_parts.py compiles and runs this. Prints what went wrong.
-#include "plan_cache.h"
+// Questions of many threads (csrc/cuda/plan_cache.h), under a sanitizer: test_cpu_parts.py compiles and runs this. Prints what went wrong.
+#include "cuda/plan_cache.h"
 
 #include <atomic>
 #include <cstdio>

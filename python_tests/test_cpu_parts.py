@@ -50,4 +50,4 @@ def test_math_of_every_width(tmp_path, lanes):
     if lanes > 4 and has not in (needs, "AVX512"):
         pytest.skip(f"this processor has no vectors of {lanes} floats: torch calls it {has}")
     width = (f"-DSTS_CPU_LANES={lanes}", *options)
-    run(tmp_path, "-fsanitize=address,undefined", *width, CSRC / "cpu_math.cpp", HERE / "cpu_math.cpp")
+    run(tmp_path, "-fsanitize=address,undefined", *width, CSRC / "cpu" / "vector_math.cpp", HERE / "vector_math.cpp")

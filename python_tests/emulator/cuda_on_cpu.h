@@ -27,9 +27,10 @@
 
 #define threadIdx (::emulator::self().index)
 #define blockIdx (::emulator::block->index)
-#define blockDim (::emulator::block->grid->block)
-#define gridDim (::emulator::block->grid->grid)
 constexpr int warpSize = emulator::kWarp;
+
+#define __CUDA_ARCH__ 900  // with the features of sm_90a
+#define __CUDA_ARCH_FEAT_SM90_ALL
 
 // ---- host ----
 
@@ -104,14 +105,6 @@ inline int resident_blocks(unsigned threads, size_t shared_bytes) {
   return static_cast<int>(std::min({by_shared, by_threads, asked}));
 }
 
-inline int capability() { return Settings::from_environment().capability; }
-
-inline bool clusters_fit(unsigned cluster) {
-  ++questions;
-  const Settings settings = Settings::from_environment();
-  return cluster <= kMaxClusters && cluster <= static_cast<unsigned>(settings.multiprocessors);
-}
-
 inline cudaError_t launch(dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster, bool cooperative, bool overlap,
                           std::function<void()> body) {
   const uint64_t threads = uint64_t(block.x) * block.y * block.z, blocks = uint64_t(grid.x) * grid.y * grid.z;
@@ -145,6 +138,65 @@ template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int threads, size_t shared_bytes) {
   ++emulator::questions;
   *blocks = emulator::resident_blocks(static_cast<unsigned>(threads), shared_bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaDriverGetVersion(int* version) {
+  ++emulator::questions;
+  *version = 13000;
+  return cudaSuccess;
+}
+
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeCooperative = 2,
+  cudaLaunchAttributeClusterDimension = 4,
+  cudaLaunchAttributeProgrammaticStreamSerialization = 6,
+};
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  union {
+    int cooperative, programmaticStreamSerializationAllowed;
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
+  unsigned numAttrs = 0;
+
+  const cudaLaunchAttribute* attribute(cudaLaunchAttributeID id) const {
+    const auto found = std::find_if(attrs, attrs + numAttrs, [=](const cudaLaunchAttribute& a) { return a.id == id; });
+    return found == attrs + numAttrs ? nullptr : found;
+  }
+  unsigned cluster() const {
+    const cudaLaunchAttribute* found = attribute(cudaLaunchAttributeClusterDimension);
+    return found ? found->val.clusterDim.x : 1;
+  }
+};
+template <class... Params, class... Args>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Args... args) {
+  const cudaLaunchAttribute* cooperative = config->attribute(cudaLaunchAttributeCooperative);
+  const cudaLaunchAttribute* overlap = config->attribute(cudaLaunchAttributeProgrammaticStreamSerialization);
+  return emulator::launch(config->gridDim, config->blockDim, config->dynamicSmemBytes, config->cluster(),
+                          cooperative && cooperative->val.cooperative, overlap && overlap->val.programmaticStreamSerializationAllowed,
+                          [=] { kernel(args...); });
+}
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel, const cudaLaunchConfig_t* config) {
+  ++emulator::questions;
+  const unsigned multiprocessors = static_cast<unsigned>(emulator::Settings::from_environment().multiprocessors);
+  *clusters = config->cluster() > emulator::kMaxClusters ? 0 : static_cast<int>(multiprocessors / config->cluster());
+  return cudaSuccess;
+}
+struct cudaFuncAttributes {
+  int ptxVersion, maxThreadsPerBlock;
+};
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  ++emulator::questions;
+  *attributes = {90, static_cast<int>(emulator::kMaxThreads)};
   return cudaSuccess;
 }
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
@@ -288,9 +340,6 @@ T atomic_update(T* address, Update update) {
   }
 }
 
-inline unsigned load_acquire(const unsigned* address) { return __atomic_load_n(address, __ATOMIC_ACQUIRE); }
-inline unsigned add_release(unsigned* address, unsigned value) { return __atomic_fetch_add(address, value, __ATOMIC_RELEASE); }
-
 template <class T>
 void check_aligned(const T* address, const char* what) {
   check_awaited(what);
@@ -358,75 +407,6 @@ void __stcs(T* address, T value) {
   *address = value;
 }
 
-// ---- asynchronous copies and tensor cores ----
-
-namespace emulator {
-
-// A copy lands at the last moment, in the wait that covers it, so that a missing wait or commit is seen. Until then its
-// destination holds, depending on the schedule, NaNs, tiny numbers or what it held before; so a copy that starts while its
-// destination is still being read is seen, too.
-inline void cp_async_16(void* destination, const void* source, bool predicate) {
-  check_awaited("cp_async_16");
-  if (reinterpret_cast<uintptr_t>(destination) % 16) fail("cp_async_16: misaligned destination");
-  if (predicate && reinterpret_cast<uintptr_t>(source) % 16) fail("cp_async_16: misaligned source");
-  const int order = block->grid->settings.order;
-  if (order != Settings::kReverse) std::memset(destination, order == Settings::kForward ? 0xff : 0x20, 16);
-  const Unchecked unchecked;
-  Thread& thread = self();
-  for (const AsyncCopy& copy : thread.copies)
-    if (copy.destination == destination) fail("cp_async_16: an earlier copy to the same place is under way");
-  thread.copies.push_back({destination, predicate ? source : nullptr, thread.copy_group});
-}
-inline void cp_async_commit() {
-  const Unchecked unchecked;
-  ++self().copy_group;
-}
-inline void cp_async_wait(int pending) {
-  Thread& thread = self();
-  size_t landed = 0;
-  for (; landed < thread.copies.size() && thread.copies[landed].group < thread.copy_group - pending; ++landed) {
-    const AsyncCopy copy = thread.copies[landed];
-    if (copy.source) std::memcpy(copy.destination, copy.source, 16);
-    else std::memset(copy.destination, 0, 16);
-  }
-  thread.copies.erase(thread.copies.begin(), thread.copies.begin() + static_cast<std::ptrdiff_t>(landed));
-}
-
-inline void ldmatrix_x4(uint32_t (&r)[4], const void* shared_row) {
-  if (reinterpret_cast<uintptr_t>(shared_row) % 16) fail("ldmatrix: misaligned row");
-  const Words* rows = exchange(~0u, pack(shared_row), 10, "ldmatrix");
-  for (int matrix = 0; matrix < 4; ++matrix) {
-    const auto row = unpack<const char*>(rows[8 * matrix + lane() / 4]);
-    std::memcpy(&r[matrix], row + 4 * (lane() % 4), 4);
-  }
-}
-
-inline float element(uint16_t bits, __half) { return __half2float({bits}); }
-inline float element(uint16_t bits, __nv_bfloat16) { return __bfloat162float({bits}); }
-
-// The fragments of mma.m16n8k16 as PTX lays them out. Products are exact and summed in double precision, then rounded once.
-template <class T>
-void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  Words given;
-  std::memcpy(&given[0], a, 16);
-  std::memcpy(&given[2], b, 8);
-  const Words* lanes = exchange(~0u, given, 11, "mma");
-  const auto half = [&](int from, int fragment, int odd) {
-    const uint32_t pair = static_cast<uint32_t>(lanes[from][fragment / 2] >> 32 * (fragment % 2));
-    return element(static_cast<uint16_t>(pair >> 16 * odd), T());
-  };
-  const auto a_at = [&](int row, int k) { return half(row % 8 * 4 + k % 8 / 2, row / 8 + 2 * (k / 8), k % 2); };
-  const auto b_at = [&](int k, int column) { return half(column * 4 + k % 8 / 2, 4 + k / 8, k % 2); };
-  for (int i = 0; i < 4; ++i) {
-    const int row = lane() / 4 + 8 * (i / 2), column = lane() % 4 * 2 + i % 2;
-    double sum = d[i];
-    for (int k = 0; k < 16; ++k) sum += double(a_at(row, k)) * b_at(k, column);
-    d[i] = static_cast<float>(sum);
-  }
-}
-
-}  // namespace emulator
-
 // ---- arithmetic ----
 
 inline unsigned __float_as_uint(float value) { return std::bit_cast<unsigned>(value); }
@@ -485,173 +465,3 @@ struct cluster_group {
 inline cluster_group this_cluster() { return {}; }
 
 }  // namespace cooperative_groups
-
-// ---- messages between the blocks of a cluster ----
-
-namespace emulator {
-
-inline std::atomic<int64_t> phases_begun{0};  // by all blocks of all launches: what a kernel's exchanges are counted by
-
-// An mbarrier: bytes that are still to come, negative where more have come than were announced; arrivals of a phase, and those that are
-// still to come; the number of the phase.
-struct ArrivalsState {
-  int32_t bytes;
-  uint8_t count, left;
-  uint16_t phase;
-};
-
-// What an update makes of the state. A phase's clock carries what came in it to those who wait for its end.
-template <class Update>
-void update_arrivals(unsigned long long* arrivals, const char* what, Update update) {
-  check_aligned(arrivals, what);
-  const Unchecked unchecked;
-  for (unsigned long long old = __atomic_load_n(arrivals, __ATOMIC_RELAXED);;) {
-    auto state = std::bit_cast<ArrivalsState>(old);
-    release(reinterpret_cast<char*>(arrivals) + (state.phase & 1));
-    update(state);
-    if (state.left == 0 && state.bytes < 0) fail(std::string(what) + ": more bytes have come than were expected");
-    if (state.left == 0 && state.bytes == 0) state = {0, state.count, state.count, static_cast<uint16_t>(state.phase + 1)};
-    if (__atomic_compare_exchange_n(arrivals, &old, std::bit_cast<unsigned long long>(state), false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) return;
-  }
-}
-
-inline void init_arrivals(unsigned long long* arrivals, int count) {
-  check_aligned(arrivals, "init_arrivals");
-  if (count < 1 || count > 255) fail("init_arrivals: the emulator counts to 255");
-  const auto each = static_cast<uint8_t>(count);
-  *arrivals = std::bit_cast<unsigned long long>(ArrivalsState{0, each, each, 0});
-}
-inline void expect_arrivals(unsigned long long* arrivals, unsigned bytes) {
-  phases_begun.fetch_add(1, std::memory_order_relaxed);
-  update_arrivals(arrivals, "expect_arrivals", [bytes](ArrivalsState& state) {
-    if (state.left == 0) fail("expect_arrivals: more arrivals than the phase counts");
-    --state.left;
-    state.bytes += static_cast<int32_t>(bytes);
-  });
-}
-inline void arrive(unsigned long long* arrivals) {
-  update_arrivals(arrivals, "arrive", [](ArrivalsState& state) {
-    if (state.left == 0) fail("arrive: more arrivals than the phase counts");
-    --state.left;
-  });
-}
-void land_copies(unsigned long long* arrivals);
-inline void await_arrivals(unsigned long long* arrivals, int phase) {
-  check_aligned(arrivals, "await_arrivals");
-  for (;;) {
-    land_copies(arrivals);
-    if ((std::bit_cast<ArrivalsState>(__atomic_load_n(arrivals, __ATOMIC_RELAXED)).phase & 1) != (phase & 1)) break;
-    spin_pause();
-  }
-  acquire(reinterpret_cast<char*>(arrivals) + (phase & 1));
-}
-template <class T>
-void send(T* there, const T& value, unsigned long long* arrivals) {
-  if (reinterpret_cast<uintptr_t>(there) % sizeof(T)) fail("send: misaligned address");
-  *there = value;
-  update_arrivals(arrivals, "send", [](ArrivalsState& state) { state.bytes -= static_cast<int32_t>(sizeof(T)); });
-}
-
-
-// ---- the copy engine, and products of a warpgroup (sm_90a) ----
-
-constexpr int kBoxChannels = 64;  // of 2 bytes, swizzled in 128
-
-// A copy lands at the last moment, when a thread waits for its arrivals; in the schedule kReverse at once. Until then the destination holds
-// NaNs or tiny numbers, as in cp_async_16.
-inline void start_box(void* destination, const TensorMap& map, int channel, int part, int row, int item, unsigned long long* arrivals) {
-  if (reinterpret_cast<uintptr_t>(destination) % 1024) fail("copy_box: a swizzled box starts on 1024 bytes");
-  if (channel % 8 || part < 0 || part >= map.parts || item < 0 || item >= map.items) fail("copy_box: outside the tensor");
-  const int order = block->grid->settings.order;
-  const size_t bytes = static_cast<size_t>(map.box_rows) * kBoxChannels * 2;
-  if (order != Settings::kReverse) std::memset(destination, order == Settings::kForward ? 0xff : 0x20, bytes);
-  {
-    const Unchecked unchecked;
-    for (const BoxCopy& copy : block->boxes)
-      if (copy.destination == destination) fail("copy_box: an earlier copy to the same place is under way");
-    block->boxes.push_back({destination, map, channel, part, row, item, arrivals});
-    release(&block->boxes_clock);
-  }
-  if (order == Settings::kReverse) land_copies(arrivals);
-}
-
-inline void land_copies(unsigned long long* arrivals) {
-  for (;;) {
-    BoxCopy copy{};
-    {
-      const Unchecked unchecked;
-      const auto found = std::find_if(block->boxes.begin(), block->boxes.end(), [=](const BoxCopy& c) { return c.arrivals == arrivals; });
-      if (found == block->boxes.end()) return;
-      copy = *found;
-      block->boxes.erase(found);
-      acquire(&block->boxes_clock);
-    }
-    const TensorMap& map = copy.map;
-    for (int r = 0; r < map.box_rows; ++r)
-      for (int chunk = 0; chunk < kBoxChannels / 8; ++chunk) {
-        char* const to = static_cast<char*>(copy.destination) + r * kBoxChannels * 2 + (chunk ^ (r & 7)) * 16;
-        const int64_t row = copy.row + r, channel = copy.channel + chunk * 8;
-        const int64_t inside = row < 0 || row >= map.rows ? 0 : std::clamp<int64_t>(map.channels - channel, 0, 8);
-        std::memset(to, 0, 16);
-        const int64_t part = (copy.item * map.rows + row) * map.parts + copy.part;
-        if (inside) std::memcpy(to, map.data + part * map.part_bytes + channel * 2, static_cast<size_t>(inside) * 2);
-      }
-    const auto bytes = static_cast<int32_t>(map.box_rows * kBoxChannels * 2);
-    update_arrivals(arrivals, "copy_box", [bytes](ArrivalsState& state) { state.bytes -= bytes; });
-  }
-}
-
-// Products read shared memory, and their sums appear, at the last moment: in the wait that covers them. Until then sums are NaNs.
-template <class T>
-void multiply(const Product& product) {
-  const auto read = [&product](const char* matrix, int row, double (&x)[16]) {
-    for (int chunk = 0; chunk < 2; ++chunk) {
-      uint16_t bits[8];
-      std::memcpy(bits, matrix + row * kBoxChannels * 2 + ((product.k * 2 + chunk) ^ (row & 7)) * 16, 16);
-      for (int c = 0; c < 8; ++c) x[chunk * 8 + c] = element(bits[c], T());
-    }
-  };
-  const int row = self().linear % 128 / kWarp * 16 + lane() / 4, column = lane() % 4 * 2;
-  double x[2][16], y[16];
-  for (int h = 0; h < 2; ++h) read(product.a, row + 8 * h, x[h]);
-  for (int j = 0; j < product.count / 2; ++j) {
-    read(product.b, j / 2 * 8 + column + j % 2, y);
-    for (int h = 0; h < 2; ++h) {
-      float& sum = product.sums[j / 2 * 4 + h * 2 + j % 2];
-      double exact = product.add ? sum : 0;
-      for (int c = 0; c < 16; ++c) exact += x[h][c] * y[c];
-      sum = static_cast<float>(exact);
-    }
-  }
-}
-inline void hide(Product& product) {
-  product.start.assign(product.sums, product.sums + product.count);
-  std::fill(product.sums, product.sums + product.count, std::bit_cast<float>(0x7fffffffu));
-}
-template <class T>
-void wgmma(float* sums, int count, const void* a, const void* b, int k, bool add) {
-  if (reinterpret_cast<uintptr_t>(a) % 1024 || reinterpret_cast<uintptr_t>(b) % 1024) fail("wgmma: a swizzled matrix starts on 1024 bytes");
-  Thread& thread = self();
-  const bool first = std::none_of(thread.products.begin(), thread.products.end(), [=](const Product& p) { return p.sums == sums; });
-  thread.products.push_back({sums, count, thread.product_group, static_cast<const char*>(a), static_cast<const char*>(b), k, add, &multiply<T>, {}});
-  if (first) hide(thread.products.back());
-}
-inline void wgmma_commit() {
-  exchange(~0u, {}, 12, "wgmma_commit");
-  ++self().product_group;
-}
-inline void wgmma_wait(int pending) {
-  std::vector<Product>& products = self().products;
-  const int done = self().product_group - pending;
-  const auto ended = std::find_if(products.begin(), products.end(), [=](const Product& p) { return p.group >= done; });
-  for (auto product = products.begin(); product != ended; ++product) {
-    std::copy(product->start.begin(), product->start.end(), product->sums);
-    product->run(*product);
-  }
-  products.erase(products.begin(), ended);
-  for (auto product = products.begin(); product != products.end(); ++product)
-    if (std::none_of(products.begin(), product, [=](const Product& p) { return p.sums == product->sums; }) && product->start.empty()) hide(*product);
-  exchange(~0u, {}, 13, "wgmma_wait", true);  // the products of all lanes have ended
-}
-
-}  // namespace emulator

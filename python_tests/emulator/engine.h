@@ -40,6 +40,7 @@ struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
+inline thread_local dim3 gridDim, blockDim;  // of the block that runs; variables, as the fields of cudaLaunchConfig_t have these names
 
 namespace emulator {
 
@@ -432,6 +433,7 @@ inline void fiber_main() {
 EMULATOR_NO_TSAN inline void Block::run(const Fibers& fibers) {
   const Unchecked unchecked;
   block = this;
+  gridDim = grid->grid, blockDim = grid->block;
   adopt_thread(scheduler);
   const dim3 size = grid->block;
   for (size_t i = 0; i < threads.size(); ++i) {

@@ -1,4 +1,4 @@
-// The launchers that tests may call by name. STS_KERNEL(name, launcher) at the end of a .cuh enters one; how its arguments
+// The launchers that tests may call by name: STS_KERNEL(name, launcher) in a file of launchers/ enters one. How its arguments
 // are given is deduced from its signature:
 //   const T*                      an array that is read (null: absent); void counts as bytes
 //   T*                            an array that is written, in place (null: absent)
@@ -7,6 +7,8 @@
 // A launcher returns cudaError_t. A function that returns an integer instead is a question to the host code, such as how it
 // would lay out a launch.
 #pragma once
+#include <cuda_runtime.h>
+
 #include <cstdint>
 #include <map>
 #include <stdexcept>

@@ -5,6 +5,13 @@
 
 #include "run_kernel.h"
 
+// What tests ask of the emulator itself: phases of mbarriers that blocks have begun, by which a kernel's exchanges are counted, and questions
+// about kernels and devices that the driver was asked.
+static int64_t phases_begun() { return emulator::phases_begun; }
+static int64_t driver_questions() { return emulator::questions; }
+STS_KERNEL(phases_begun, phases_begun);
+STS_KERNEL(driver_questions, driver_questions);
+
 namespace py = pybind11;
 using kernel_table::Given;
 using kernel_table::Kind;

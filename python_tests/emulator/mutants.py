@@ -25,7 +25,7 @@ IMPATIENT = {"STS_EMULATE_STALL_SECONDS": "4"}
 @dataclass(frozen=True)
 class Mutant:
     name: str
-    kernels: str  # the .cuh to build, which is also the start of the names of the kernels to call
+    kernels: str  # the file of launchers/ to build, which is also the start of the names of the kernels to call
     file: str
     edits: tuple[tuple[str, str], ...]
     says: str = WRONG
@@ -875,7 +875,7 @@ MUTANTS = (
 
 def apply(mutant: Mutant, sources: Path) -> None:
     """Makes the mutant in `sources`, a copy of csrc."""
-    path = sources / mutant.file
+    (path,) = sources.rglob(mutant.file)
     text = path.read_text()
     for old, new in mutant.edits:
         found = text.count(old)
@@ -894,7 +894,7 @@ def verdict(mutant: Mutant, folder: Path) -> str:
     name = f"{mutant.kernels}-{mutant.sanitizer or 'plain'}"
     options = (
         f"-DSTS_KERNELS_CSRC={sources}",
-        f"-DSTS_KERNELS_HEADERS={mutant.kernels}.cuh",
+        f"-DSTS_KERNELS={mutant.kernels}.cuh",
         f"-DSTS_SANITIZE={mutant.sanitizer}",
         "-DSTS_EMULATED_MODULE=OFF",
     )

@@ -1,4 +1,4 @@
-// CUDA's number and vector types, as far as kernels here use them. The 16-bit types only convert: arithmetic is float32.
+// CUDA's number and vector types, as far as kernels here use them. The 16-bit types convert, and are subtracted in pairs: other arithmetic is float32.
 #pragma once
 #include <bit>
 #include <cstdint>
@@ -39,6 +39,23 @@ inline __half __float2half_rn(float value) {  // to nearest, ties to even
   return {static_cast<uint16_t>(sign | (rebiased + 0xfff + (rebiased >> 13 & 1)) >> 13)};
 }
 inline __half __float2half(float value) { return __float2half_rn(value); }
+
+struct alignas(4) __half2 {
+  __half x, y;
+};
+struct alignas(4) __nv_bfloat162 {
+  __nv_bfloat16 x, y;
+};
+inline __half2 __hsub2(__half2 a, __half2 b) {
+  return {__float2half_rn(__half2float(a.x) - __half2float(b.x)), __float2half_rn(__half2float(a.y) - __half2float(b.y))};
+}
+inline __nv_bfloat162 __hsub2(__nv_bfloat162 a, __nv_bfloat162 b) {
+  return {__float2bfloat16_rn(__bfloat162float(a.x) - __bfloat162float(b.x)), __float2bfloat16_rn(__bfloat162float(a.y) - __bfloat162float(b.y))};
+}
+
+// The number that 16 bits are, by type.
+inline float number_of(uint16_t bits, __half) { return __half2float({bits}); }
+inline float number_of(uint16_t bits, __nv_bfloat16) { return __bfloat162float({bits}); }
 
 struct alignas(8) float2 {
   float x, y;

@@ -4,8 +4,7 @@
 #include <string>
 #include <vector>
 
-#define STS_KERNEL_TABLE
-#include "kernels.h"  // generated: every .cuh
+#include "kernels.h"  // generated: all of launchers/
 
 namespace kernel_table {
 

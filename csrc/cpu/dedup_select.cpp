@@ -1,0 +1,145 @@
+// VisPruner's rounds on the CPU, over the stored squared distances of all listed tokens as unit rows. A round reads of each even token
+// its whole row of distances, with an infinity added where a token is not odd: that is faster than to gather the odd ones. Rows
+// and columns of removed tokens are closed up from time to time.
+#include <limits>
+#include <numeric>
+#include <vector>
+
+#include "pairs.h"
+#include "common/dedup_glue.h"
+
+namespace sts {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// Selects from one item at a time; its scratch is kept from item to item.
+template <class scalar_t>
+class Deduplicator {
+ public:
+  Deduplicator(cpu::Team& team, const Rows<scalar_t>& features)
+      : team_(team), features_(features), point_size_(cpu::point_size(features.channels)) {}
+
+  // `listed`: `length` tokens, up to the first -1.
+  void run(int64_t b, const int64_t* listed, int64_t length, int64_t keep, int64_t step, int64_t* out) {
+    length = std::find(listed, listed + length, int64_t(-1)) - listed;
+    finite_.assign(length, 0);
+    team_.for_rows(length, features_.channels, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) finite_[i] = cpu::all_finite(features_.row(b, listed[i]), features_.channels);
+    });
+    // Finite tokens first, in their order, then the other ones.
+    token_.clear();
+    for (const bool finite : {true, false})
+      for (int64_t i = 0; i < length; ++i)
+        if (finite_[i] == finite) token_.push_back(listed[i]);
+    const int64_t finite = std::count(finite_.begin(), finite_.end(), 1);
+    if (finite > keep) {
+      token_.resize(finite);
+      measure(b);
+      while (static_cast<int64_t>(list_.size()) > keep) round(keep, step);
+    } else {
+      list_.resize(std::min(length, keep));
+      std::iota(list_.begin(), list_.end(), int64_t(0));
+    }
+    for (size_t i = 0; i < list_.size(); ++i) out[i] = token_[list_[i]];
+    std::fill(out + list_.size(), out + keep, int64_t(-1));
+  }
+
+ private:
+  // Squared distances of all pairs of unit rows: 2 - 2 cosine, and so 2 to and from a zero row.
+  void measure(int64_t b) {
+    width_ = static_cast<int64_t>(token_.size());
+    list_.resize(width_);
+    std::iota(list_.begin(), list_.end(), int64_t(0));
+    unit_.resize(width_ * point_size_);
+    unit_row_.resize(width_);
+    zero_.assign(width_, 0);
+    sqdist_.resize(width_ * width_);
+    team_.for_rows(width_, 4 * features_.channels, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        float* unit = unit_.data() + i * point_size_;
+        unit_row_[i] = unit;
+        cpu::to_point(features_.row(b, token_[i]), unit, features_.channels);
+        zero_[i] = !cpu::to_unit(unit, point_size_);
+      }
+    });
+    cpu::all_pairs(team_, unit_row_.data(), width_, point_size_, sqdist_.data());
+    for (int64_t i = 0; i < width_; ++i)
+      if (zero_[i])
+        for (int64_t j = 0; j < width_; ++j) sqdist_[i * width_ + j] = sqdist_[j * width_ + i] = 2.f;
+  }
+
+  void round(int64_t keep, int64_t step) {
+    if (5 * static_cast<int64_t>(list_.size()) < 4 * width_) close_up();
+    const auto left = static_cast<int64_t>(list_.size());
+    const int64_t evens = (left + 1) / 2, remove = std::min({step, left - keep, evens});
+    unless_odd_.assign(width_, kInfinity);
+    for (int64_t i = 1; i < left; i += 2) unless_odd_[list_[i]] = 0.f;
+    closest_.resize(evens);
+    team_.for_rows(evens, width_, [&](int64_t begin, int64_t end) {
+      for (int64_t e = begin; e < end; ++e)
+        closest_[e] = {cpu::lowest_sum(sqdist_.data() + list_[2 * e] * width_, unless_odd_.data(), width_), e};
+    });
+    std::sort(closest_.begin(), closest_.end());
+    next_.clear();
+    for (int64_t e = remove; e < evens; ++e) next_.push_back(list_[2 * closest_[e].second]);
+    for (int64_t i = 1; i < left; i += 2) next_.push_back(list_[i]);
+    std::swap(list_, next_);
+  }
+
+  // Drops the rows and columns of removed tokens; the others keep their order.
+  void close_up() {
+    next_ = list_;
+    std::sort(next_.begin(), next_.end());
+    place_.resize(width_);
+    const auto left = static_cast<int64_t>(next_.size());
+    for (int64_t i = 0; i < left; ++i) {
+      const float* row = sqdist_.data() + next_[i] * width_;
+      for (int64_t j = 0; j < left; ++j) sqdist_[i * left + j] = row[next_[j]];  // no further on than what is still to be read
+      token_[i] = token_[next_[i]];
+      place_[next_[i]] = i;
+    }
+    for (int64_t& i : list_) i = place_[i];
+    width_ = left;
+  }
+
+  cpu::Team& team_;
+  Rows<scalar_t> features_;
+  int64_t point_size_, width_ = 0;  // width_: of sqdist_
+  std::vector<int64_t> token_, list_, next_, place_;  // list_: places in token_ and sqdist_, in the order of the rounds
+  std::vector<char> finite_, zero_;
+  std::vector<float> unit_, sqdist_, unless_odd_;
+  std::vector<const float*> unit_row_;
+  std::vector<std::pair<float, int64_t>> closest_;
+};
+
+Tensor dedup_select_cpu(const Tensor& features, const Tensor& order, int64_t keep, int64_t step) {
+  const DedupArguments given(features, order, keep, step);
+  const int64_t batch = given.features.size(0), channels = given.features.size(2), length = given.order.size(1);
+  const auto* const listed = static_cast<const int64_t*>(given.order.const_data_ptr());
+  given.check_values(listed);
+  Tensor out = new_indices(given.features, {batch, keep});
+  auto* const kept = static_cast<int64_t*>(out.mutable_data_ptr());
+  cpu::dispatch(given.features.scalar_type(), [&](auto* element) {
+    const auto rows = rows_of<std::remove_pointer_t<decltype(element)>>(given.features);
+    const auto run = [&](cpu::Team& team, int64_t begin, int64_t end) {
+      Deduplicator deduplicator(team, rows);
+      for (int64_t b = begin; b < end; ++b) deduplicator.run(b, listed + b * length, length, keep, step, kept + b * keep);
+    };
+    const int64_t item_work = length * length * (channels + length / 16);
+    cpu::with_team(batch * item_work, [&](cpu::Team& team) {
+      // Threads take whole items where there are enough of them, else rows of one item.
+      if (batch < team.members) return run(team, 0, batch);
+      team.for_rows(batch, item_work, [&](int64_t begin, int64_t end) {
+        cpu::Team alone(1);
+        run(alone, begin, end);
+      });
+    });
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace sts
+
+STABLE_TORCH_LIBRARY_IMPL(STS_NAMESPACE, CPU, m) { m.impl("dedup_select", TORCH_BOX(&sts::dedup_select_cpu)); }

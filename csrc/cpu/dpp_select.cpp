@@ -1,0 +1,249 @@
+// Greedy MAP of a DPP on the CPU. The Cholesky row of a pick, e = (c - sum_t e_t[pick] e_t) / e[pick], needs the cosines of the pick to all
+// tokens. They are computed for several tokens in one pass over the features, those of the largest gains, together with the
+// sum over the rows so far; a row that is picked later is brought up to date with the rows since. Every element takes the same
+// operations in the same order whatever was computed ahead, so the picks are those of the plain loop, bit for bit. Sums are taken in
+// float64: in float32 their rounding, divided by e[pick], is soon as large as the gains that are left.
+#include <limits>
+#include <numeric>
+#include <tuple>
+#include <vector>
+
+#include "vector_math.h"
+#include "parallel.h"
+#include "common/dpp_glue.h"
+#include "common/dpp_rule.h"
+
+namespace sts {
+namespace {
+
+constexpr int64_t kStripRows = 16;  // of a pass: they stay in cache while they meet all points
+constexpr int kSlots = 3 * cpu::kPoints;  // rows computed and not picked yet
+
+// Selects from one item at a time; its scratch is kept from item to item.
+template <class scalar_t>
+class DppSelector {
+ public:
+  DppSelector(cpu::Team& team, const Rows<scalar_t>& features, float floor)
+      : team_(team), features_(features), point_size_(cpu::point_size(features.channels)), floor_(floor) {}
+
+  void run(int64_t b, int64_t tokens, int64_t k, const float* quality, int64_t* order, float* gain) {
+    const int64_t picks = std::min(k, tokens);
+    std::fill(order + picks, order + k, -1);
+    std::fill(gain, gain + k, 0.f);
+    if (picks == 0) return;
+    const double largest = start(b, tokens, quality);
+    cpu::Lowest best = cpu::lowest(loss_.data(), width_);
+    const float least = -best.value * floor_;
+    int64_t step = 0;
+    for (; step < picks && -best.value > least; ++step) {
+      const auto pick = best.index;
+      order[step] = pick;
+      gain[step] = static_cast<float>(-best.value * largest * largest);
+      weight_[pick] = 0.f;
+      if (step + 1 == picks) return;
+      best = add_row(step, pick, picks - step);
+    }
+    fill(tokens, quality, order, step, picks);
+  }
+
+ private:
+  // Unit rows and what their rounding took of their length, weights (q_i / max q)^2, distances to the empty span, and gains. Returns
+  // max |q|.
+  double start(int64_t b, int64_t tokens, const float* quality) {
+    tokens_ = tokens;
+    width_ = ceil_div(tokens, cpu::kColumns) * cpu::kColumns;
+    unit_.resize(tokens * point_size_);
+    unit_row_.resize(tokens);
+    distance_.assign(width_, 0.);
+    scale_.assign(tokens, 0.);
+    weight_.assign(width_, 0.f);
+    loss_.assign(width_, 0.f);
+    usable_.resize(tokens);
+    rows_.clear();
+    slot_rows_.resize(kSlots * width_);
+    slot_of_.assign(tokens, -1);
+    std::fill_n(token_of_, kSlots, int64_t(-1));
+    team_.for_rows(tokens, 4 * features_.channels, [&](int64_t begin, int64_t end) {
+      std::vector<double> doubles(point_size_);
+      for (int64_t i = begin; i < end; ++i) {
+        const scalar_t* row = features_.row(b, i);
+        float* unit = unit_.data() + i * point_size_;
+        unit_row_[i] = unit;
+        usable_[i] = std::isfinite(quality[i]) && cpu::all_finite(row, features_.channels);
+        if (usable_[i]) {
+          cpu::to_point(row, unit, features_.channels);
+          if (!cpu::to_unit(unit, point_size_)) continue;
+          std::copy_n(unit, point_size_, doubles.begin());
+          const double* point = doubles.data();
+          double square;
+          cpu::dot64(&point, 1, &unit_row_[i], 1, point_size_, &square, 1);
+          scale_[i] = 1. / std::sqrt(square);
+          distance_[i] = 1.;
+        } else {
+          std::fill_n(unit, point_size_, 0.f);
+        }
+      }
+    });
+    float largest = 0.f;
+    for (int64_t i = 0; i < tokens; ++i)
+      if (distance_[i] > 0) largest = std::max(largest, std::fabs(quality[i]));
+    for (int64_t i = 0; i < tokens; ++i) {
+      if (!(distance_[i] > 0) || largest == 0) continue;
+      const float share = quality[i] / largest;
+      weight_[i] = share * share;
+      loss_[i] = -static_cast<float>(weight_[i] * distance_[i]);
+    }
+    return largest;
+  }
+
+  // Makes `pick`, of weight 0 by now, the next row; returns the token of largest gain after it.
+  cpu::Lowest add_row(int64_t step, int64_t pick, int64_t picks) {
+    if (slot_of_[pick] < 0) compute_rows(step, pick, picks);
+    const int64_t slot = slot_of_[pick];
+    // The terms that came since the pass.
+    double* row = slot_rows_.data() + slot * width_;
+    subtract(&pick, &row, 1, up_to_[slot], step);
+    slot_of_[pick] = token_of_[slot] = -1;
+    rows_.resize((step + 1) * width_);
+    std::copy_n(row, width_, rows_.data() + step * width_);
+    return cpu::finish_row(rows_.data() + step * width_, std::sqrt(distance_[pick]), distance_.data(), weight_.data(), loss_.data(), width_);
+  }
+
+  // rows[p] -= sum over t in [from, to) of e_t[tokens[p]] e_t.
+  void subtract(const int64_t* tokens, double* const* rows, int count, int64_t from, int64_t to) {
+    if (from == to) return;
+    factors_.resize(count * (to - from));
+    const double* factor[cpu::kPoints];
+    for (int p = 0; p < count; ++p) {
+      factor[p] = factors_.data() + p * (to - from);
+      for (int64_t t = from; t < to; ++t) factors_[p * (to - from) + t - from] = rows_[t * width_ + tokens[p]];
+    }
+    team_.for_rows(width_ / cpu::kColumns, cpu::kColumns * 2 * count * (to - from), [&](int64_t begin, int64_t end) {
+      cpu::subtract_products(rows, factor, count, rows_.data() + from * width_, width_, to - from, begin * cpu::kColumns, end * cpu::kColumns);
+    });
+  }
+
+  // Residual cosines of `pick` and of the tokens that are likely to be picked soon.
+  void compute_rows(int64_t step, int64_t pick, int64_t picks) {
+    choose(pick, std::min<int64_t>(lookahead(), picks));
+    const int count = static_cast<int>(ahead_.size());
+    double* rows[cpu::kPoints];
+    const double* points[cpu::kPoints];
+    points_.resize(count * point_size_);
+    for (int p = 0; p < count; ++p) {
+      const int slot = take_slot(ahead_[p]);
+      up_to_[slot] = step;
+      rows[p] = slot_rows_.data() + slot * width_;
+      double* point = points_.data() + p * point_size_;
+      std::copy_n(unit_row_[ahead_[p]], point_size_, point);
+      points[p] = point;
+      std::fill(rows[p] + tokens_, rows[p] + width_, 0.);
+    }
+    const int64_t strips = ceil_div(tokens_, kStripRows);
+    team_.for_rows(strips, kStripRows * 2 * count * features_.channels, [&](int64_t begin, int64_t end) {
+      double strip[cpu::kPoints * kStripRows];
+      for (int64_t s = begin; s < end; ++s) {
+        const int64_t first = s * kStripRows, used = std::min(kStripRows, tokens_ - first);
+        cpu::dot64(points, count, unit_row_.data() + first, used, point_size_, strip, kStripRows);
+        for (int p = 0; p < count; ++p)
+          for (int64_t i = 0; i < used; ++i) rows[p][first + i] = strip[p * kStripRows + i] * scale_[ahead_[p]] * scale_[first + i];
+      }
+    });
+    subtract(ahead_.data(), rows, count, 0, step);
+  }
+
+  int lookahead() const {
+    const int asked = asked_lookahead(cpu::kPoints);
+    return asked ? asked : cpu::kPoints;
+  }
+
+  // ahead_: `pick`, and up to `count` tokens in all: those of the largest gains that have no row.
+  void choose(int64_t pick, int64_t count) {
+    ahead_.assign(1, pick);
+    if (count < 2) return;
+    candidates_.clear();
+    for (int64_t i = 0; i < tokens_; ++i)
+      if (loss_[i] < 0 && weight_[i] > 0 && slot_of_[i] < 0) candidates_.push_back(i);
+    const int64_t more = std::min<int64_t>(count - 1, static_cast<int64_t>(candidates_.size()));
+    std::nth_element(candidates_.begin(), candidates_.begin() + more, candidates_.end(), [&](int64_t a, int64_t b) { return loss_[a] < loss_[b]; });
+    ahead_.insert(ahead_.end(), candidates_.begin(), candidates_.begin() + more);
+  }
+
+  // A free slot, or that of the token of the smallest gain.
+  int take_slot(int64_t token) {
+    int slot = 0;
+    for (int s = 0; s < kSlots; ++s) {
+      if (token_of_[s] < 0) {
+        slot = s;
+        break;
+      }
+      if (loss_[token_of_[s]] > loss_[token_of_[slot]]) slot = s;
+    }
+    if (token_of_[slot] >= 0) slot_of_[token_of_[slot]] = -1;
+    token_of_[slot] = token;
+    slot_of_[token] = slot;
+    return slot;
+  }
+
+  // The tokens left by quality, the largest first, and those that are not usable after them.
+  void fill(int64_t tokens, const float* quality, int64_t* order, int64_t done, int64_t picks) {
+    std::vector<bool> picked(tokens);
+    for (int64_t step = 0; step < done; ++step) picked[order[step]] = true;
+    candidates_.clear();
+    for (int64_t i = 0; i < tokens; ++i)
+      if (!picked[i]) candidates_.push_back(i);
+    const auto before = [&](int64_t a, int64_t b) {
+      if (usable_[a] != usable_[b]) return usable_[a] > usable_[b];
+      if (usable_[a] && quality[a] != quality[b]) return quality[a] > quality[b];
+      return a < b;
+    };
+    std::partial_sort(candidates_.begin(), candidates_.begin() + (picks - done), candidates_.end(), before);
+    std::copy_n(candidates_.begin(), picks - done, order + done);
+  }
+
+  cpu::Team& team_;
+  Rows<scalar_t> features_;
+  int64_t point_size_, tokens_ = 0, width_ = 0;  // width_: tokens_, in whole blocks of columns
+  float floor_;
+  std::vector<float> unit_, weight_, loss_;
+  std::vector<double> scale_, distance_, points_, rows_, slot_rows_, factors_;
+  std::vector<const float*> unit_row_;
+  std::vector<char> usable_;
+  std::vector<int64_t> slot_of_, ahead_, candidates_;
+  int64_t token_of_[kSlots], up_to_[kSlots];  // by slot; up_to_: terms that have been subtracted
+};
+
+std::tuple<Tensor, Tensor> dpp_select_cpu(const Tensor& features, const Tensor& quality, int64_t k, double floor,
+                                          std::optional<Tensor> num_tokens) {
+  const DppArguments given(features, quality, k, floor, num_tokens);
+  const int64_t batch = given.features.size(0), tokens = given.features.size(1), channels = given.features.size(2);
+  const int64_t* counts = data_or_null(given.num_tokens);
+  given.check_values(counts);
+  Tensor order = new_indices(given.features, {batch, k}), gain = new_floats(given.features, {batch, k});
+  auto* const orders = static_cast<int64_t*>(order.mutable_data_ptr());
+  auto* const gains = static_cast<float*>(gain.mutable_data_ptr());
+  const auto* const qualities = static_cast<const float*>(given.quality.const_data_ptr());
+  cpu::dispatch(given.features.scalar_type(), [&](auto* element) {
+    const auto rows = rows_of<std::remove_pointer_t<decltype(element)>>(given.features);
+    const auto run = [&](cpu::Team& team, int64_t begin, int64_t end) {
+      DppSelector selector(team, rows, given.floor);
+      for (int64_t b = begin; b < end; ++b)
+        selector.run(b, counts ? counts[b] : tokens, k, qualities + b * tokens, orders + b * k, gains + b * k);
+    };
+    const int64_t item_work = 2 * tokens * (k + 4) * channels;
+    cpu::with_team(batch * item_work, [&](cpu::Team& team) {
+      // Threads take whole items where there are enough of them, else rows of one item.
+      if (batch < team.members) return run(team, 0, batch);
+      team.for_rows(batch, item_work, [&](int64_t begin, int64_t end) {
+        cpu::Team alone(1);
+        run(alone, begin, end);
+      });
+    });
+  });
+  return {order, gain};
+}
+
+}  // namespace
+}  // namespace sts
+
+STABLE_TORCH_LIBRARY_IMPL(STS_NAMESPACE, CPU, m) { m.impl("dpp_select", TORCH_BOX(&sts::dpp_select_cpu)); }

@@ -1,0 +1,148 @@
+#include "common/nearest_glue.h"
+
+#include <limits>
+
+#include "rows.h"
+
+namespace sts {
+namespace {
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+
+// Of one query: the least value so far, and the lowest index among equals, for keys come in ascending order.
+struct Best {
+  float value = kInf;
+  int64_t index = -1;
+  void offer(float v, int64_t i) {
+    if (index < 0 || v < value || (v == value && i < index)) value = v, index = i;
+  }
+};
+
+// The keys of a block that a query may be matched with: allowed[j] of key first + j.
+struct Allowed {
+  const Nearest& call;
+  const cpu::FloatRows& keys;
+
+  bool operator()(int64_t b, int64_t i, int64_t first, int64_t count, char* allowed) const {
+    const char* usable = keys.usable.data() + b * keys.count + first;
+    std::copy(usable, usable + count, allowed);
+    if (call.query_rank) {
+      const double* rank = call.key_ranks() + b * keys.count + first;
+      const double limit = call.query_ranks()[b * call.query.size(1) + i];
+      for (int64_t j = 0; j < count; ++j) allowed[j] = allowed[j] && rank[j] < limit;
+    }
+    if (call.exclude_self && i >= first && i < first + count) allowed[i - first] = false;
+    return std::find(allowed, allowed + count, true) != allowed + count;
+  }
+};
+
+// Squared distances are found as |a|^2 + |b|^2 - 2 a.b, which may cancel: a key whose distance may be the least, as far as the error of
+// that goes, is measured again by differences.
+class Distances {
+ public:
+  Distances(const cpu::FloatRows& queries, const cpu::FloatRows& keys)
+      : queries_(queries), keys_(keys), error_(2 * cpu::dot_error(keys.channels)), measured_(cpu::kKeys) {
+    candidates_.reserve(cpu::kKeys);
+    numbers_.reserve(cpu::kKeys);
+  }
+
+  void offer(int64_t query, int64_t first_key, int64_t first, int64_t count, const char* allowed, const float* dots, Best& best) {
+    const float square = queries_.square[query];
+    float most = 0.f, values[cpu::kKeys];
+    const float* squares = keys_.square.data() + first_key;
+    for (int64_t j = 0; j < count; ++j) {
+      if (allowed[j]) most = std::max(most, squares[j]);
+      values[j] = allowed[j] ? square + squares[j] - 2.f * dots[j] : kInf;
+    }
+    const float error = error_ * (square + most);
+    const bool known = cpu::in_range(square) && cpu::in_range(most);  // else nothing is known of the error
+    if (known && best.index < 0) {  // a bound to begin with
+      const int64_t nearest = cpu::lowest(values, count).index;
+      measure(query, first_key, &nearest, 1, first, best);
+    }
+    numbers_.clear();
+    for (int64_t j = 0; j < count; ++j)
+      if (allowed[j] && (!known || !(values[j] - error > best.value))) numbers_.push_back(j);
+    measure(query, first_key, numbers_.data(), static_cast<int64_t>(numbers_.size()), first, best);
+  }
+
+ private:
+  void measure(int64_t query, int64_t first_key, const int64_t* numbers, int64_t count, int64_t first, Best& best) {
+    candidates_.clear();
+    for (int64_t c = 0; c < count; ++c) candidates_.push_back(keys_.row[first_key + numbers[c]]);
+    cpu::sqdist(&queries_.row[query], 1, candidates_.data(), count, candidates_.data(), 0, keys_.channels, measured_.data(), count);
+    for (int64_t c = 0; c < count; ++c) best.offer(measured_[c], first + numbers[c]);
+  }
+
+  const cpu::FloatRows &queries_, &keys_;
+  const float error_;
+  std::vector<float> measured_;
+  std::vector<const float*> candidates_;
+  std::vector<int64_t> numbers_;
+};
+
+void match(cpu::Team& team, const Nearest& call, const cpu::FloatRows& queries, const cpu::FloatRows& keys, int64_t* index, float* value) {
+  const int64_t parts = ceil_div(queries.count, cpu::kQueries);
+  const Allowed may_match{call, keys};
+  team.for_rows(queries.batch * parts, 2 * cpu::kQueries * keys.count * keys.channels, [&](int64_t begin, int64_t end) {
+    Distances distances(queries, keys);
+    float dots[cpu::kPoints * cpu::kKeys];
+    char allowed[cpu::kKeys];
+    for (int64_t part = begin; part < end; ++part) {
+      const int64_t b = part / parts, i0 = part % parts * cpu::kQueries, i1 = std::min(i0 + cpu::kQueries, queries.count);
+      const int64_t present = cpu::counted(data_or_null(call.num_keys), b, keys.count);
+      Best best[cpu::kQueries];
+      for (int64_t first = 0; first < present; first += cpu::kKeys) {
+        const int64_t count = std::min<int64_t>(cpu::kKeys, present - first), first_key = b * keys.count + first;
+        for (int64_t i = i0; i < i1; i += cpu::kPoints) {
+          const int64_t used = std::min<int64_t>(cpu::kPoints, i1 - i), query = b * queries.count + i;
+          cpu::dot(&queries.row[query], static_cast<int>(used), &keys.row[first_key], count, keys.channels, dots, cpu::kKeys);
+          for (int64_t p = 0; p < used; ++p) {
+            Best& mine = best[i + p - i0];
+            if (!queries.usable[query + p] || !may_match(b, i + p, first, count, allowed)) continue;
+            const float* dot = dots + p * cpu::kKeys;
+            if (!call.cosine) {
+              distances.offer(query + p, first_key, first, count, allowed, dot, mine);
+              continue;
+            }
+            float values[cpu::kKeys];
+            const float per_query = -queries.square[query + p];
+            for (int64_t j = 0; j < count; ++j) {
+              const float negated = dot[j] * per_query * keys.square[first_key + j];
+              values[j] = allowed[j] ? std::min(std::max(negated, -1.f), 1.f) : kInf;
+            }
+            const cpu::Lowest lowest = cpu::lowest(values, count);
+            mine.offer(lowest.value, first + lowest.index);
+          }
+        }
+      }
+      for (int64_t i = i0; i < i1; ++i) {
+        const Best& mine = best[i - i0];
+        index[b * queries.count + i] = mine.index;
+        value[b * queries.count + i] = call.cosine ? 0.f - mine.value : mine.value;
+      }
+    }
+  });
+}
+
+std::tuple<Tensor, Tensor> nearest_cpu(const Tensor& query, const Tensor& key, std::string metric, std::optional<Tensor> query_rank,
+                                       std::optional<Tensor> key_rank, bool exclude_self, std::optional<Tensor> num_keys) {
+  const Nearest call(query, key, metric, query_rank, key_rank, exclude_self, num_keys);
+  const int64_t batch = call.query.size(0), rows = call.query.size(1), count = call.key.size(1), channels = call.key.size(2);
+  call.check_values(data_or_null(call.num_keys));
+  Tensor index = new_indices(call.query, {batch, rows}), value = new_floats(call.query, {batch, rows});
+  cpu::dispatch(call.query.scalar_type(), [&](auto* element) {
+    using scalar_t = std::remove_pointer_t<decltype(element)>;
+    cpu::with_team(2 * batch * rows * count * channels, [&](cpu::Team& team) {
+      const auto keys = cpu::FloatRows::of(team, rows_of<scalar_t>(call.key), batch, count, call.cosine);
+      const auto queries = cpu::FloatRows::of(team, rows_of<scalar_t>(call.query), batch, rows, call.cosine);
+      match(team, call, queries, keys, static_cast<int64_t*>(index.mutable_data_ptr()), static_cast<float*>(value.mutable_data_ptr()));
+    });
+  });
+  return {index, value};
+}
+
+}  // namespace
+}  // namespace sts
+
+STABLE_TORCH_LIBRARY_IMPL(STS_NAMESPACE, CPU, m) { m.impl("nearest", TORCH_BOX(&sts::nearest_cpu)); }

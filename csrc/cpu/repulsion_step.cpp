@@ -1,0 +1,52 @@
+#include <limits>
+#include <vector>
+
+#include "vector_math.h"
+#include "parallel.h"
+
+namespace sts {
+namespace {
+
+Tensor repulsion_step_cpu(Tensor potential, const Tensor& features, const Tensor& picked, double eps) {
+  const Step step(potential, features, picked, eps);
+  const int64_t batch = step.features.size(0), tokens = step.features.size(1), channels = step.features.size(2);
+  const int64_t* picks = static_cast<const int64_t*>(step.picked.const_data_ptr());
+  Step::check_values(picks, batch, tokens);
+  Tensor out = new_indices(step.features, {batch});
+  int64_t* next = static_cast<int64_t*>(out.mutable_data_ptr());
+  float* potentials = static_cast<float*>(potential.mutable_data_ptr());
+  const int64_t batch_stride = potential.stride(0), token_stride = potential.stride(1);
+  std::vector<float> mine(tokens), weight(tokens), point(cpu::point_size(channels));
+  cpu::dispatch(step.features.scalar_type(), [&](auto* element) {
+    using scalar_t = std::remove_pointer_t<decltype(element)>;
+    const auto rows = rows_of<scalar_t>(step.features);
+    std::vector<const scalar_t*> row(tokens);
+    cpu::with_team(batch * tokens * 4 * channels, [&](cpu::Team& team) {
+      for (int64_t b = 0; b < batch; ++b) {
+        float* item = potentials + b * batch_stride;
+        for (int64_t i = 0; i < tokens; ++i) mine[i] = item[i * token_stride], row[i] = rows.row(b, i);
+        if (picks[b] >= 0) cpu::to_point(row[picks[b]], point.data(), channels);
+        team.for_rows(tokens, 4 * channels, [&](int64_t begin, int64_t end) {
+          if (picks[b] >= 0) {
+            const float* points[] = {point.data()};
+            cpu::sqdist(points, 1, row.data() + begin, end - begin, row.data() + end, 0, channels, weight.data() + begin, tokens);
+            cpu::to_weight(step.rule, weight.data() + begin, nullptr, end - begin, 1.f);
+            for (int64_t i = begin; i < end; ++i) mine[i] = step.rule.add(mine[i], weight[i]);
+          }
+          for (int64_t i = begin; i < end; ++i)
+            if (mine[i] != mine[i] || (mine[i] < kLastResort && !cpu::all_finite(row[i], channels))) mine[i] = kLastResort;
+        });
+        if (picks[b] >= 0) mine[picks[b]] = std::numeric_limits<float>::infinity();
+        const cpu::Lowest best = cpu::lowest(mine.data(), tokens);
+        next[b] = best.value == std::numeric_limits<float>::infinity() ? -1 : best.index;
+        for (int64_t i = 0; i < tokens; ++i) item[i * token_stride] = mine[i];
+      }
+    });
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace sts
+
+STABLE_TORCH_LIBRARY_IMPL(STS_NAMESPACE, CPU, m) { m.impl("repulsion_step_", TORCH_BOX(&sts::repulsion_step_cpu)); }

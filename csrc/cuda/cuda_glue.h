@@ -1,0 +1,47 @@
+// What only the .cu files need of torch: the current stream, device guards, launch errors.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include "common/torch_glue.h"
+
+// Defined in libtorch_cuda.so only; weak, so that the library loads into a torch without CUDA.
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+#pragma weak aoti_torch_get_current_cuda_stream
+
+namespace sts {
+
+// Makes the features' device current for torch and for the CUDA runtime linked into this library, and names torch's stream on it.
+class CudaScope {
+ public:
+  explicit CudaScope(const Tensor& features) : guard_(features.get_device_index()) {
+    check(cudaSetDevice(features.get_device_index()), "cudaSetDevice");
+    STD_TORCH_CHECK(&aoti_torch_get_current_cuda_stream != nullptr, "sts_kernels: this torch has no CUDA");
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(features.get_device_index(), &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+  cudaStream_t stream() const { return stream_; }
+
+  static void check(cudaError_t error, const char* what) {
+    STD_TORCH_CHECK(error == cudaSuccess, "sts_kernels::", what, ": CUDA error: ", cudaGetErrorString(error));
+  }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_ = nullptr;
+};
+
+template <class F>
+void dispatch_cuda(ScalarType type, F&& f) {
+  dispatch_floating<__half, __nv_bfloat16>(type, f);
+}
+
+// STS_KERNELS_CHECK=1: the values inside index vectors are checked, at the price of a sync.
+inline bool check_values_on_device() {
+  const char* value = std::getenv("STS_KERNELS_CHECK");
+  return value && std::strcmp(value, "1") == 0;
+}
+
+}  // namespace sts

@@ -1,0 +1,41 @@
+#include "dedup_select.cuh"
+
+#include <vector>
+
+#include "cuda_glue.h"
+#include "common/dedup_glue.h"
+#include "scratch.h"
+
+namespace sts {
+namespace {
+
+Tensor dedup_select_cuda(const Tensor& features, const Tensor& order, int64_t keep, int64_t step) {
+  const CudaScope scope(features);
+  const DedupArguments given(features, order, keep, step);
+  const int64_t batch = given.features.size(0), tokens = given.features.size(1), channels = given.features.size(2);
+  const int64_t count = given.order.size(1);
+  Tensor out = new_indices(given.features, {batch, keep});
+  if (batch == 0) return out;
+  const auto* const listed = static_cast<const int64_t*>(given.order.const_data_ptr());
+  if (check_values_on_device()) {
+    std::vector<int64_t> values(batch * count);
+    CudaScope::check(cudaStreamSynchronize(scope.stream()), "STS_KERNELS_CHECK");
+    CudaScope::check(cudaMemcpy(values.data(), listed, values.size() * sizeof(int64_t), cudaMemcpyDeviceToHost), "STS_KERNELS_CHECK");
+    given.check_values(values.data());
+  }
+  dispatch_cuda(given.features.scalar_type(), [&](auto* element) {
+    const auto rows = rows_of<std::remove_pointer_t<decltype(element)>>(given.features);
+    const DedupPlan plan = plan_dedup(batch, count);
+    ScratchMemory memory(given.features, [&](auto&& allocate) { DedupScratch(plan, batch, count, channels, allocate); });
+    const DedupScratch scratch(plan, batch, count, channels, memory);
+    CudaScope::check(launch_dedup(rows, batch, tokens, listed, count, keep, step, plan, scratch, static_cast<int64_t*>(out.mutable_data_ptr()),
+                                  scope.stream()),
+                     "dedup_select");
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace sts
+
+STABLE_TORCH_LIBRARY_IMPL(STS_NAMESPACE, CUDA, m) { m.impl("dedup_select", TORCH_BOX(&sts::dedup_select_cuda)); }

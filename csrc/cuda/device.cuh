@@ -1,0 +1,185 @@
+// What kernels and their launchers are written with: launches, elements, barriers between blocks. Kernels include this header, hopper.cuh
+// where they need it, and nothing of CUDA's.
+#pragma once
+#include <cooperative_groups.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "plan_cache.h"
+#include "ptx.cuh"
+
+namespace sts {
+
+// ---- host: launching ----
+
+struct Launch {
+  dim3 grid, block;
+  size_t shared_bytes = 0;   // dynamic
+  unsigned cluster = 1;      // blocks per cluster, along x
+  bool cooperative = false;  // all blocks resident at once; the launch fails where they do not fit
+  cudaStream_t stream = nullptr;
+  bool overlap = false;  // blocks may start before the launch ahead ends, where the device can: the kernel begins with await_predecessor
+};
+
+template <class... Params>
+const void* address_of(void (*kernel)(Params...)) {
+  return reinterpret_cast<const void*>(kernel);
+}
+
+// The current device, or -1.
+inline int current_device() {
+  int device = -1;
+  return cudaGetDevice(&device) == cudaSuccess ? device : -1;
+}
+
+// Raises the limit of dynamic shared memory where `bytes` is above it.
+template <class... Params>
+cudaError_t allow_shared(void (*kernel)(Params...), size_t bytes) {
+  constexpr size_t kPreset = 48 * 1024;  // every kernel may use it
+  return PlanCache::of_process().raise_limit(address_of(kernel), current_device(), bytes, kPreset, [&] {
+    return cudaFuncSetAttribute(address_of(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  });
+}
+
+// A launch as the runtime wants it described.
+struct RuntimeLaunch {
+  cudaLaunchAttribute attributes[3];
+  cudaLaunchConfig_t config{};
+
+  explicit RuntimeLaunch(const Launch& shape, bool overlap = false) {
+    config.gridDim = shape.grid;
+    config.blockDim = shape.block;
+    config.dynamicSmemBytes = shape.shared_bytes;
+    config.stream = shape.stream;
+    config.attrs = attributes;
+    if (shape.cluster > 1) {
+      cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+      attribute.id = cudaLaunchAttributeClusterDimension;
+      attribute.val.clusterDim.x = shape.cluster;
+      attribute.val.clusterDim.y = 1;
+      attribute.val.clusterDim.z = 1;
+    }
+    if (shape.cooperative) {
+      cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+      attribute.id = cudaLaunchAttributeCooperative;
+      attribute.val.cooperative = 1;
+    }
+    if (overlap) {
+      cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+      attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attribute.val.programmaticStreamSerializationAllowed = 1;
+    }
+  }
+  RuntimeLaunch(const RuntimeLaunch&) = delete;  // config points to attributes
+};
+
+// Whether launches of `kernel` may overlap on the current device: its code was compiled for sm_90, so that it waits, and the driver can
+// capture such launches into a graph.
+template <class... Params>
+bool may_overlap(void (*kernel)(Params...)) {
+  return PlanCache::of_process().answer({address_of(kernel), current_device(), 0, 0, 0}, 0, [&](int& may) {
+    constexpr int kGraphsFrom = 12030;
+    cudaFuncAttributes attributes;
+    int driver = 0;
+    if (cudaFuncGetAttributes(&attributes, address_of(kernel)) != cudaSuccess || cudaDriverGetVersion(&driver) != cudaSuccess) return false;
+    may = attributes.ptxVersion >= 90 && driver >= kGraphsFrom;
+    return true;
+  });
+}
+
+template <class... Params, class... Args>
+cudaError_t launch(void (*kernel)(Params...), const Launch& shape, Args... args) {
+  if (const cudaError_t error = allow_shared(kernel, shape.shared_bytes); error != cudaSuccess) return error;
+  const RuntimeLaunch runtime(shape, shape.overlap && may_overlap(kernel));
+  return cudaLaunchKernelEx(&runtime.config, kernel, static_cast<Params>(args)...);
+}
+
+// SMs of the current device, at least 1.
+inline int device_sm_count() {
+  const int device = current_device();
+  return PlanCache::of_process().answer({nullptr, device, 0, 0, 0}, 1, [&](int& count) {
+    return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess && count > 0;
+  });
+}
+
+// Blocks of `kernel` that are resident at once on the whole current device; 0 where it cannot run.
+template <class... Params>
+int max_resident_blocks(void (*kernel)(Params...), int threads, size_t shared_bytes) {
+  const DriverQuestion question{address_of(kernel), current_device(), static_cast<unsigned>(threads), shared_bytes, 1};
+  const int per_sm = PlanCache::of_process().answer(question, 0, [&](int& blocks) {
+    return allow_shared(kernel, shared_bytes) == cudaSuccess &&
+           cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes) == cudaSuccess;
+  });
+  return per_sm * device_sm_count();
+}
+
+// Whether the current device can run a launch of `kernel` in clusters, and its code was compiled for devices that can.
+template <class... Params>
+bool clusters_fit(void (*kernel)(Params...), const Launch& shape) {
+  const DriverQuestion question{address_of(kernel), current_device(), shape.block.x, shape.shared_bytes, shape.cluster};
+  const int fit = PlanCache::of_process().answer(question, 0, [&](int& fit) {
+    const RuntimeLaunch runtime(shape);
+    cudaFuncAttributes attributes;
+    int resident = 0;
+    bool answered = cudaFuncGetAttributes(&attributes, address_of(kernel)) == cudaSuccess;
+    if (answered && attributes.ptxVersion >= 90)
+      answered = allow_shared(kernel, shape.shared_bytes) == cudaSuccess &&
+                 cudaOccupancyMaxActiveClusters(&resident, kernel, &runtime.config) == cudaSuccess;
+    if (!answered) cudaGetLastError();  // a refusal is an answer here
+    fit = resident > 0;
+    return answered;
+  });
+  return fit != 0;
+}
+
+// ---- device: elements ----
+
+__host__ __device__ __forceinline__ float to_float(float value) { return value; }
+__host__ __device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
+__host__ __device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+__host__ __device__ __forceinline__ void from_float(float value, float& element) { element = value; }
+__host__ __device__ __forceinline__ void from_float(float value, __half& element) { element = __float2half_rn(value); }
+__host__ __device__ __forceinline__ void from_float(float value, __nv_bfloat16& element) { element = __float2bfloat16_rn(value); }
+
+// a - b of two elements in a word.
+template <class T>
+__device__ __forceinline__ uint32_t subtract_pairs(uint32_t a, uint32_t b, T) {
+  std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162> x, y;
+  memcpy(&x, &a, 4), memcpy(&y, &b, 4);
+  x = __hsub2(x, y);
+  memcpy(&a, &x, 4);
+  return a;
+}
+
+// ---- device: barriers between blocks ----
+
+// A barrier of `blocks` resident blocks, all threads of each. What any of them wrote before is visible to all after it,
+// to ordinary loads: not to __ldg. The counter is zero before the launch and is only ever added to, so one
+// counter serves any number of barriers; the target may wrap around.
+class GroupBarrier {
+ public:
+  __device__ GroupBarrier(unsigned* counter, unsigned blocks) : counter_(counter), blocks_(blocks) {}
+
+  __device__ void sync() {
+    target_ += blocks_;
+    __syncthreads();
+    if (threadIdx.x == 0 && threadIdx.y == 0 && threadIdx.z == 0) {
+      add_release(counter_, 1);  // release is cumulative: it carries what the block wrote before __syncthreads
+      while (static_cast<int>(load_acquire(counter_) - target_) < 0) spin_pause();
+    }
+    __syncthreads();
+  }
+
+ private:
+  unsigned* counter_;
+  unsigned blocks_;
+  unsigned target_ = 0;
+};
+
+}  // namespace sts

@@ -1,0 +1,129 @@
+// What the kernels share: reading token rows, and the lowest (value, index) of a warp or block.
+#pragma once
+#include "device.cuh"
+#include "common/items.h"
+
+namespace sts {
+
+constexpr unsigned kFullWarp = 0xffffffffu;
+constexpr float kInfinity = __builtin_huge_valf();
+
+// Row stride of a stored matrix: rows start on 16 bytes.
+STS_HOST_DEVICE int64_t matrix_pitch(int64_t tokens) { return ceil_div(tokens, 4) * 4; }
+
+// Whether every row can be read 16 bytes at a time.
+template <class scalar_t>
+bool rows_aligned(const Rows<scalar_t>& rows) {
+  const auto bytes = [](int64_t elements) { return elements * static_cast<int64_t>(sizeof(scalar_t)); };
+  return reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && bytes(rows.row_stride) % 16 == 0 && bytes(rows.batch_stride) % 16 == 0;
+}
+
+// 16 bytes of a row, kept as they were loaded until an element is asked for: half the registers of floats for 16-bit types.
+template <class scalar_t>
+struct Chunk {
+  static constexpr int size = 16 / sizeof(scalar_t);
+  uint32_t word[4];
+
+  __device__ __forceinline__ float operator[](int i) const {
+    scalar_t element;
+    if constexpr (sizeof(scalar_t) == 4) {
+      memcpy(&element, &word[i], 4);
+    } else {
+      const uint16_t bits = static_cast<uint16_t>(word[i / 2] >> (i % 2 * 16));
+      memcpy(&element, &bits, 2);
+    }
+    return to_float(element);
+  }
+};
+
+// Channels [c, c + 16 bytes) of a row; zeros past its end.
+template <class scalar_t>
+__device__ __forceinline__ Chunk<scalar_t> load_channels(const scalar_t* row, int c, int channels, bool aligned) {
+  constexpr int kSize = Chunk<scalar_t>::size;
+  Chunk<scalar_t> out;
+  if (aligned && c + kSize <= channels) {
+    const uint4 bits = __ldg(reinterpret_cast<const uint4*>(row + c));
+    out.word[0] = bits.x, out.word[1] = bits.y, out.word[2] = bits.z, out.word[3] = bits.w;
+    return out;
+  }
+#pragma unroll
+  for (int w = 0; w < 4; ++w) out.word[w] = 0;
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) {
+    if (c + i >= channels) continue;
+    if constexpr (sizeof(scalar_t) == 4) {
+      memcpy(&out.word[i], row + c + i, 4);
+    } else {
+      uint16_t bits;
+      memcpy(&bits, row + c + i, 2);
+      out.word[i / 2] |= static_cast<uint32_t>(bits) << (i % 2 * 16);
+    }
+  }
+  return out;
+}
+
+// The same. kWhole: the row is whole chunks that can be read 16 bytes at a time, so that loads in a loop need not wait for a branch.
+template <bool kWhole, class scalar_t>
+__device__ __forceinline__ Chunk<scalar_t> load_chunk(const scalar_t* row, int c, int channels, bool aligned) {
+  if constexpr (kWhole) {
+    Chunk<scalar_t> out{};
+    if (c < channels) {
+      const uint4 bits = __ldg(reinterpret_cast<const uint4*>(row + c));
+      out.word[0] = bits.x, out.word[1] = bits.y, out.word[2] = bits.z, out.word[3] = bits.w;
+    }
+    return out;
+  } else {
+    return load_channels(row, c, channels, aligned);
+  }
+}
+
+// Orders like the float as an unsigned number; a NaN comes after every number.
+__device__ __forceinline__ uint32_t ordered_bits(float value) {
+  const uint32_t bits = __float_as_uint(value);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+__device__ __forceinline__ float from_ordered_bits(uint32_t ordered) {
+  return __uint_as_float(ordered & 0x80000000u ? ordered & 0x7fffffffu : ~ordered);
+}
+
+// Orders like (value, index) as an unsigned number.
+using Key = unsigned long long;
+constexpr Key kNoKey = ~0ull;
+
+__device__ __forceinline__ Key make_key(float value, uint32_t index) { return static_cast<Key>(ordered_bits(value)) << 32 | index; }
+__device__ __forceinline__ uint32_t key_index(Key key) { return static_cast<uint32_t>(key); }
+__device__ __forceinline__ float key_value(Key key) { return from_ordered_bits(static_cast<uint32_t>(key >> 32)); }
+__device__ __forceinline__ Key lower(Key a, Key b) { return a < b ? a : b; }
+
+__device__ __forceinline__ Key warp_lowest(Key key) {
+  const uint32_t high = static_cast<uint32_t>(key >> 32), low = static_cast<uint32_t>(key);
+  const uint32_t lowest_high = __reduce_min_sync(kFullWarp, high);
+  const uint32_t lowest_low = __reduce_min_sync(kFullWarp, high == lowest_high ? low : 0xffffffffu);
+  return static_cast<Key>(lowest_high) << 32 | lowest_low;
+}
+
+// The lowest key of the block, given to every thread, with one barrier a call: `partial` has two halves of one slot a warp,
+// taken in turns, so a fast warp cannot overwrite what a slow one has yet to read. Whole warps only.
+__device__ __forceinline__ Key block_lowest(Key key, Key (*partial)[32], int turn) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  key = warp_lowest(key);
+  if (lane == 0) partial[turn & 1][warp] = key;
+  __syncthreads();
+  return warp_lowest(lane < warps ? partial[turn & 1][lane] : kNoKey);
+}
+
+// The smallest of the lanes that differ in the bits of their number from kFrom up to, and without, kEnd.
+template <int kFrom, int kEnd>
+__device__ __forceinline__ float lanes_lowest(float value) {
+#pragma unroll
+  for (int offset = kFrom; offset < kEnd; offset *= 2) value = fminf(value, __shfl_xor_sync(kFullWarp, value, offset));
+  return value;
+}
+
+__device__ __forceinline__ float warp_sum(float value) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(kFullWarp, value, offset);
+  return value;
+}
+
+}  // namespace sts

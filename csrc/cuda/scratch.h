@@ -1,0 +1,37 @@
+// Device memory that a launch needs besides its input and output, of torch's allocator.
+#pragma once
+#include "common/torch_glue.h"
+
+namespace sts {
+
+// One allocation, its parts on 256-byte boundaries. layout(allocate) is called first, with an `allocate` that measures; then this object
+// deals the parts out, in the same order.
+class ScratchMemory {
+ public:
+  template <class Layout>
+  ScratchMemory(const Tensor& like, const Layout& layout) : tensor_(new_tensor(like, {measure(layout)}, aoti_torch_dtype_uint8())) {
+    next_ = static_cast<char*>(tensor_.mutable_data_ptr());
+  }
+  void* operator()(int64_t bytes) {
+    char* part = next_;
+    next_ += padded(bytes);
+    return part;
+  }
+
+ private:
+  static int64_t padded(int64_t bytes) { return ceil_div(bytes, 256) * 256; }
+  template <class Layout>
+  static int64_t measure(const Layout& layout) {
+    int64_t total = 0;
+    layout([&](int64_t bytes) -> void* {
+      total += padded(bytes);
+      return nullptr;
+    });
+    return total;
+  }
+
+  Tensor tensor_;
+  char* next_ = nullptr;
+};
+
+}  // namespace sts

@@ -1,0 +1,289 @@
+// The distances of all pairs of 16-bit tokens on tensor cores.
+//
+// What: |a|^2 + |b|^2 - 2ab, products exact, sums in float32. A common offset would cancel, so a centre is subtracted first, from the
+//   channels where that rounds nothing (exact_centre): what is left of an offset is less than eight times the channel's spread. Where it
+//   cancels still (d < (|a|^2 + |b|^2) / 64: duplicates, near-duplicates) the pair is marked, and computed again by differences
+//   (sqdist_tiles.cuh). A pair's bits depend on the pair and the centre of its item alone.
+// Chosen when: rows are whole 16-byte chunks at aligned addresses, items are padded, and the device is not Hopper (sqdist_wgmma.cuh).
+// Steps: (1) stages of 64 channels of a tile's rows and columns, and of the centre, come by cp.async, two ahead; (2) mma.sync of the
+//   differences to the centre; runs of kMmaRun channels are closed into rounded float32; (3) epilogue: distances, stored twice, and marks;
+//   (4) a second launch repairs the tiles that have marks.
+// Synchronisation: a block barrier a stage, one for the warps' marks. Blocks know nothing of each other.
+#pragma once
+#include "sqdist_tiles.cuh"
+#include "common/selection_plan.h"
+#include "token_stats.cuh"
+
+namespace sts {
+
+// Tokens along a tile's side. A large tile reads half as much for a pair; small ones keep more multiprocessors busy.
+constexpr int kSmallMmaTile = 64, kLargeMmaTile = 128;
+static_assert(kMarkTile == kLargeTile, "marks are for the tiles of the kernel that repairs");
+constexpr int kMmaChannels = 64;  // a stage
+constexpr int kMmaStages = 3;
+// Tensor cores truncate when they add. Sums of more channels than this are continued in rounded float32: the error of a sum
+// stays below 2e-6 of |a||b|, and below 1.3e-4 of an unmarked distance.
+constexpr int kMmaRun = 256;
+constexpr float kCancellation = 1.f / 64;
+
+template <int kTile>
+constexpr int kWarpRows = kTile / 2;  // a warp has so many rows of a tile's pairs and kWarpColumns columns
+constexpr int kWarpColumns = 32;
+template <int kTile>
+constexpr int kMmaThreads = kTile / kWarpRows<kTile> * (kTile / kWarpColumns) * 32;
+template <int kTile>
+constexpr int kMmaStageRows = 2 * kTile + 1;  // the tokens of both sides, and the centre
+template <int kTile>
+constexpr size_t kMmaSharedBytes = size_t(kMmaStages) * kMmaStageRows<kTile> * kMmaChannels * 2;
+
+template <class scalar_t>
+bool mma_fits(const Rows<scalar_t>& rows, const Items& items) {
+  // By TileCopy. Whatever else is packed, an item's distances are the same bits.
+  const bool reachable = rows.row_stride / 8 <= 0xffffffffll / (items.packed() ? kMatrixTokens : items.tokens);
+  return sizeof(scalar_t) == 2 && rows_aligned(rows) && rows.channels % 8 == 0 && reachable;
+}
+
+// Where 16-byte chunk `chunk` of row `row` of a stage is, in elements. Rows lie 128 bytes apart, all on the same banks: chunks are
+// swizzled by row, with a period of 8 rows.
+__device__ __forceinline__ int staged(int row, int chunk) { return row * kMmaChannels + (chunk ^ (row & 7)) * 8; }
+
+// The centre's elements that belong to what ldmatrix gives a lane of 16 channels: of the first eight, and of the others.
+template <class scalar_t>
+struct CentrePairs {
+  uint32_t low, high;
+  // `row`: of a stage that holds the centre; k: which 16 of its channels.
+  __device__ __forceinline__ CentrePairs(const scalar_t* stage, int row, int k) {
+    memcpy(&low, stage + staged(row, k * 2) + threadIdx.x % 4 * 2, 4);
+    memcpy(&high, stage + staged(row, k * 2 + 1) + threadIdx.x % 4 * 2, 4);
+  }
+  // Matrices of the first eight channels and of the others in turns, or two by two.
+  __device__ __forceinline__ void leave_in_turns(uint32_t (&r)[4]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) r[i] = subtract_pairs(r[i], i % 2 ? high : low, scalar_t());
+  }
+  __device__ __forceinline__ void leave_by_halves(uint32_t (&r)[4]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) r[i] = subtract_pairs(r[i], i / 2 ? high : low, scalar_t());
+  }
+};
+
+// A thread's share of the copies of one side of a tile: one chunk of every kStride-th row, a stage at a time. Rows are known by 32-bit
+// numbers of chunks: computing addresses anew took longer than the tensor cores, and pointers take registers that a large tile lacks.
+template <class scalar_t, int kTile, int kThreads>
+class TileCopy {
+ public:
+  static constexpr int kStride = kThreads / 8, kCopies = kTile / kStride;
+  static_assert(kStride % 8 == 0, "all copies of a thread are swizzled alike");
+
+  // Rows past the end repeat the last one; their pairs are not stored.
+  __device__ __forceinline__ TileCopy(const Rows<scalar_t>& rows, int64_t first, int64_t tokens) {
+#pragma unroll
+    for (int u = 0; u < kCopies; ++u) {
+      const int64_t row = first + threadIdx.x / 8 + u * kStride;
+      offset_[u] = static_cast<uint32_t>((row < tokens ? row : tokens - 1) * rows.row_stride / 8);
+    }
+  }
+  // chunk: this thread's of the first row.
+  __device__ __forceinline__ void start(scalar_t* side, const scalar_t* chunk, bool inside) const {
+    scalar_t* const mine = side + staged(threadIdx.x / 8, threadIdx.x % 8);
+#pragma unroll
+    for (int u = 0; u < kCopies; ++u) cp_async_16(mine + u * kStride * kMmaChannels, chunk + uint64_t(offset_[u]) * 8, inside);
+  }
+
+ private:
+  uint32_t offset_[kCopies];
+};
+
+// norms: (all tokens). centre: (items, channels). marks: of a tile of kMarkTile tokens, whether it has a marked pair.
+template <class scalar_t, int kTile, class Tiles, class Store>
+__global__ void __launch_bounds__(kMmaThreads<kTile>)
+    sqdist_mma_kernel(Rows<scalar_t> rows, Tiles tiles, const float* norms, const scalar_t* centre, Store store, unsigned* marks,
+                      float* out) {
+  await_predecessor();
+  constexpr int kRows = kWarpRows<kTile>, kColumns = kWarpColumns, kThreads = kMmaThreads<kTile>, kMarks = kTile / kMarkTile;
+  STS_DYNAMIC_SHARED(scalar_t, shared);
+  __shared__ bool warp_marked[kTile / kRows][kTile / kColumns];
+  // Warps 0 to 3, one on each quarter of the multiprocessor, have the first half of a large tile's columns, and 4 to 7 the second: in
+  // the last tiles of a row that half may be past the end, and each quarter has half of the work.
+  const int tid = threadIdx.x, lane = tid % 32, warp_i = tid / 32 % (kTile / kRows), warp_j = tid / 32 / (kTile / kRows);
+  const int wi = warp_i * kRows, wj = warp_j * kColumns;
+  const int steps = static_cast<int>(ceil_div(rows.channels, kMmaChannels));
+  constexpr int kStage = kMmaStageRows<kTile> * kMmaChannels, kRing = kMmaStages * kStage;
+
+  for (int64_t turn = tiles.begin(); turn < tiles.end(); turn += tiles.step()) {
+    const PairTile tile = tiles.template at<kTile>(turn);
+    const int i0 = static_cast<int>(tile.i), j0 = static_cast<int>(tile.j), width = static_cast<int>(tile.tokens);
+    const bool has_pairs = j0 + wj < width && i0 + wi < j0 + wj + kColumns;  // before the end, and not all below the diagonal
+    const int side_b = i0 == j0 ? 0 : kTile * kMmaChannels;  // a diagonal tile reads once
+    const TileCopy<scalar_t, kTile, kThreads> copy_a(rows, i0, width), copy_b(rows, j0, width);
+    // The row and the half of 16 channels whose address this lane gives ldmatrix. The swizzle turns 16 channels further into an exclusive
+    // or.
+    const int at_a = staged(wi + lane % 16, lane / 16), at_b = side_b + staged(wj + lane % 8 + lane / 16 * 8, lane / 8 % 2);
+    const scalar_t* chunk = rows.row(tile.entry, tile.row) + tid % 8 * 8;
+    const scalar_t* centre_chunk = centre + tile.item * rows.channels + tid % 8 * 8;
+    int left = rows.channels - tid % 8 * 8;  // channels from this thread's next chunk on
+    int filled = 0;                          // the stage to fill next, in elements
+    const auto fetch = [&] {
+      if (left > -(tid % 8 * 8)) {
+        scalar_t* const stage = shared + filled;
+        copy_a.start(stage, chunk, left > 0);
+        if (side_b) copy_b.start(stage + side_b, chunk, left > 0);
+        if (tid < 8) cp_async_16(stage + staged(2 * kTile, tid), centre_chunk, left > 0);
+        chunk += kMmaChannels, centre_chunk += kMmaChannels;
+        left -= kMmaChannels;
+        filled = filled + kStage == kRing ? 0 : filled + kStage;
+      }
+      cp_async_commit();  // empty past the end, so that every wait below counts the same
+    };
+
+    float dot[kRows / 16][4][4] = {}, run[kRows / 16][4][4] = {};  // [16 rows][8 columns][what mma gives a thread]
+    const auto close_run = [&] {
+#pragma unroll
+      for (int m = 0; m < kRows / 16; ++m)
+#pragma unroll
+        for (int n = 0; n < 4; ++n)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            dot[m][n][e] += run[m][n][e];
+            run[m][n][e] = 0.f;
+          }
+    };
+#pragma unroll
+    for (int step = 0; step < kMmaStages - 1; ++step) fetch();
+    const scalar_t* stage = shared;
+    for (int step = 0; step < steps; ++step, stage = stage + kStage == shared + kRing ? shared : stage + kStage) {
+      cp_async_wait<kMmaStages - 2>();
+      __syncthreads();  // this stage has arrived for all threads, and all are done with the one before, which `fetch` overwrites
+      fetch();
+      if (!has_pairs) continue;
+#pragma unroll
+      for (int k = 0; k < kMmaChannels / 16; ++k) {
+        uint32_t a[kRows / 16][4], b[2][4];
+        const CentrePairs<scalar_t> common(stage, 2 * kTile, k);
+#pragma unroll
+        for (int m = 0; m < kRows / 16; ++m) {
+          ldmatrix_x4(a[m], stage + (at_a ^ k * 16) + m * 16 * kMmaChannels);
+          common.leave_by_halves(a[m]);
+        }
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {  // 16 columns at a time
+          ldmatrix_x4(b[n], stage + (at_b ^ k * 16) + n * 16 * kMmaChannels);
+          common.leave_in_turns(b[n]);
+        }
+#pragma unroll
+        for (int m = 0; m < kRows / 16; ++m)
+#pragma unroll
+          for (int n = 0; n < 4; ++n) {
+            const uint32_t columns[2] = {b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]};
+            mma_16x8x16(run[m][n], a[m], columns, scalar_t());
+          }
+      }
+      if ((step + 1) * kMmaChannels % kMmaRun == 0) close_run();
+    }
+    close_run();
+    cp_async_wait<0>();
+
+    // Epilogue. Stored matrices have at most kMatrixTokens tokens, so offsets in them have 32 bits.
+    const int i = opaque(i0 + wi + lane / 4), j = opaque(j0 + wj + lane % 4 * 2), stride = opaque(static_cast<int>(tile.pitch));
+    float* const matrix = out + tile.offset;
+    float *const upper = matrix + i * stride + j, *const lower = matrix + j * stride + i;
+    const float* norm = norms + tile.token;
+    uint32_t* const least = store.least ? store.least + tile.token : nullptr;
+    float column_norm[kColumns / 4];
+#pragma unroll
+    for (int c = 0; c < kColumns / 4; ++c) column_norm[c] = j + c / 2 * 8 + c % 2 < width ? norm[j + c / 2 * 8 + c % 2] : 0.f;
+    bool marked = false;
+    RowsLeast<kColumns / 4> columns_least;
+    const auto finish = [&](auto all_inside) {
+      constexpr bool inside = decltype(all_inside)::value;  // all pairs of the warp are above the diagonal and before the end
+#pragma unroll
+      for (int r = 0; r < kRows / 8; ++r) {
+        const float row_norm = inside || i + r * 8 < width ? norm[i + r * 8] : 0.f;
+        RowsLeast<1> row_least;
+#pragma unroll
+        for (int n = 0; n < kColumns / 8; ++n) {
+          float value[2];
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const int row = i + r * 8, column = j + n * 8 + e;
+            const bool diagonal = !inside && row == column;
+            const float norms_of_pair = row_norm + column_norm[n * 2 + e], sqdist = norms_of_pair - 2.f * dot[r / 2][n][r % 2 * 2 + e];
+            const bool kept = sqdist >= kCancellation * norms_of_pair;  // false for a NaN too
+            value[e] = diagonal ? store(0.f, true) : kept ? store(sqdist, false) : marked_pair();
+            if (!inside && (row > column || column >= width)) continue;
+            lower[(n * 8 + e) * stride + r * 8] = value[e];
+            if (!inside) upper[r * 8 * stride + n * 8 + e] = value[e];
+            if (diagonal) continue;
+            marked = marked || !kept;
+            row_least.take(0, value[e]);
+            columns_least.take(n * 2 + e, value[e]);
+          }
+          if (!inside) continue;
+          *reinterpret_cast<float2*>(upper + r * 8 * stride + n * 8) = make_float2(value[0], value[1]);  // an even pitch
+        }
+        if (least) row_least.template note<1, 4>(0, least, i + r * 8);
+      }
+    };
+    if (i0 + wi + kRows <= j0 + wj && j0 + wj + kColumns <= width) finish(std::true_type());
+    else if (has_pairs) finish(std::false_type());
+    if (least && has_pairs) {
+#pragma unroll
+      for (int c = 0; c < kColumns / 4; ++c) columns_least.template note<4, 32>(c, least, j + c / 2 * 8 + c % 2);
+    }
+    marked = __any_sync(kFullWarp, marked);
+    if (lane == 0) warp_marked[warp_i][warp_j] = marked;
+    __syncthreads();  // also: no thread is still reading the stages when the next entry's arrive
+    if (tid < kMarks * kMarks) {
+      const int mi = tid / kMarks, mj = tid % kMarks;
+      unsigned any = 0;
+      for (int wr = mi * kMarkTile / kRows; wr < (mi + 1) * kMarkTile / kRows; ++wr)
+        for (int wc = mj * kMarkTile / kColumns; wc < (mj + 1) * kMarkTile / kColumns; ++wc) any |= warp_marked[wr][wc];
+      const int64_t at = tiles.template mark<kMarks>(turn, mi, mj);
+      if (at >= 0) marks[at] = any;
+    }
+  }
+}
+
+// Large tiles where there are two for every multiprocessor.
+inline int mma_tile(int64_t tokens, int64_t entries) {
+  const int64_t large = ceil_div(tokens, kLargeMmaTile);
+  return large * (large + 1) / 2 * entries >= 2 * device_sm_count() ? kLargeMmaTile : kSmallMmaTile;
+}
+
+// Also sets the marks.
+template <int kTile, class scalar_t, class Tiles, class Store>
+cudaError_t launch_sqdist_mma_of(const Rows<scalar_t>& rows, const Tiles& tiles, dim3 grid, const TokenStats& stats, Store store,
+                                 unsigned* marks, float* out, cudaStream_t stream) {
+  const Launch shape{grid, dim3(kMmaThreads<kTile>), kMmaSharedBytes<kTile>, 1, false, stream, Store::kOverlap};
+  return launch(sqdist_mma_kernel<scalar_t, kTile, Tiles, Store>, shape, rows, tiles, stats.norms,
+                static_cast<const scalar_t*>(stats.centre), store, marks, out);
+}
+
+// As launch_sqdist_tiles, for 16-bit rows that mma_fits, with tiles of `tile`. marks: (entries, side, side) tiles of kMarkTile tokens.
+template <class scalar_t, class Store>
+cudaError_t launch_sqdist_mma(const Rows<scalar_t>& rows, const Items& items, int64_t first_entry, int64_t entries, int tile,
+                              const TokenStats& stats, Store store, unsigned* marks, int64_t pitch, float* out, cudaStream_t stream) {
+  const PaddedTiles tiles{items.tokens, first_entry, entries, pitch};
+  const auto side = static_cast<unsigned>(ceil_div(items.tokens, tile));
+  const dim3 grid(side, side, static_cast<unsigned>(entries < 65535 ? entries : 65535));
+  const cudaError_t error = tile == kLargeMmaTile
+                                ? launch_sqdist_mma_of<kLargeMmaTile>(rows, tiles, grid, stats, store, marks, out, stream)
+                                : launch_sqdist_mma_of<kSmallMmaTile>(rows, tiles, grid, stats, store, marks, out, stream);
+  if (error != cudaSuccess) return error;
+  return launch_sqdist_tiles_of<kMarkTile>(rows, tiles, store, marks, out, stream);
+}
+
+// The same of the items of a wave of a packed batch. marks: (tiles, kMarkTile parts of a tile).
+template <class scalar_t, class Store>
+cudaError_t launch_sqdist_mma(const Rows<scalar_t>& rows, PackedTiles tiles, int64_t blocks, const TokenStats& stats, Store store,
+                              unsigned* marks, float* out, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(blocks));
+  const cudaError_t error = tiles.tile == kLargeMmaTile
+                                ? launch_sqdist_mma_of<kLargeMmaTile>(rows, tiles, grid, stats, store, marks, out, stream)
+                                : launch_sqdist_mma_of<kSmallMmaTile>(rows, tiles, grid, stats, store, marks, out, stream);
+  if (error != cudaSuccess) return error;
+  tiles.parts = tiles.tile / kMarkTile;
+  return launch_sqdist_tiles_of<kMarkTile>(rows, tiles, blocks, store, marks, out, stream);
+}
+
+}  // namespace sts
