@@ -216,6 +216,10 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
     } else {
       const Candidate other{key_index(outside)};
       const int token = static_cast<int>(sweep == 0 ? first_pick(item, make_key(key_value(outside), other.token())) : other.token());
+      if (picks == 1) {  // packed items of one pick have no weights
+        if (first == 0) picked[0] = token;
+        return;
+      }
       const float its_parameter = Rule::kByPick ? items.parameter_of(first_row + token) : 0.f;
       take(0, token, its_parameter);
 #pragma unroll
