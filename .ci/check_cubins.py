@@ -1,20 +1,19 @@
 """Reads the machine code in a compiled library, without a GPU: architectures, and registers and memory of each kernel.
 
-    python .ci/check_cubins.py LIBRARY [--expect sm_80 sm_90 ...] [--csv FILE]
+    python .ci/check_cubins.py LIBRARY [--expect sm_80 sm_90 ...]
 
 Exit status 1 where an expected architecture is missing, another one is there, or a kernel spills registers or otherwise
 keeps a stack in memory. Needs cuobjdump (of the CUDA toolkit, or of the triton wheel).
 """
 
 import argparse
-import csv
 import importlib.util
 import json
 import re
 import shutil
 import subprocess
 import sys
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 
@@ -95,7 +94,6 @@ def main() -> int:
     parser.add_argument(
         "--expect", nargs="+", help="default: the architectures in the build_info.json beside the library"
     )
-    parser.add_argument("--csv", type=Path, help="write the table here")
     args = parser.parse_args()
     if find_cuobjdump() is None:
         print("cuobjdump was not found: install the CUDA toolkit, or `pip install triton`", file=sys.stderr)
@@ -105,11 +103,6 @@ def main() -> int:
     found, kernels = code_in(args.library), kernels_in(args.library)
 
     print_table(kernels)
-    if args.csv:
-        with args.csv.open("w", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow([field.name for field in fields(Kernel)])
-            writer.writerows(map(astuple, kernels))
 
     problems = [f"code for {', '.join(expected)} was expected, found {', '.join(found) or 'none'}"] * (
         found != expected

@@ -5,8 +5,8 @@ B  no hooks: two equal caches alternate, the first one meets every length first
 C  the hooks and the plain model alternate, either of them first
 D  generate(): ms a token at fresh lengths and again, plain and pruned
 
-Each with cuDNN's attention and without, in less than a minute on a GPU. NOTES.md, "First run on a GPU", says what is
-expected. The model is a LLaVA of 32 thin layers: the host sets the time of a step, as with the true one.
+Each with cuDNN's attention and without, in less than a minute on a GPU. NOTES.md, "Second run on a GPU", has what was
+measured. The model is a LLaVA of 32 thin layers: the host sets the time of a step, as with the true one.
 """
 
 import argparse

@@ -24,7 +24,7 @@ NEIGHBOURS = (5, 10, 20)
 BUDGETS = (16, 32, 64, 128)
 ROUNDED = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 PICTURE, PICTURE_BUDGET = "coffee", 40
-SWEPT, GRIDS = "coffee", (0, 2, 6)  # the photograph of the look-ahead, and into how many crops a side it is cut
+SWEPT, GRID = "coffee", 2  # the photograph of the look-ahead, and into how many crops a side it is cut
 COLOURS = ("#0072b2", "#d55e00", "#009e73")
 # Of a method's curves, by what it looks at: features (keys among them), attention.
 KINDS = {
@@ -255,19 +255,14 @@ def section_rounding(found: Study) -> list[str]:
 
 
 def section_lookahead(encoder, photographs) -> list[str]:
-    kinds = []
-    for grid in GRIDS:
-        x = encoder(trained.crops(photographs[SWEPT], grid)).hidden[LAYER].flatten(0, 1)
-        kinds.append((f"{SWEPT}, {len(x)}", x, min(640, len(x) // 4)))
-    parts = ["\n".join(lines(kinds)) for lines in (lookahead.policies, lookahead.clusters)]
-    cuts = " and ".join(f"{grid} x {grid}" for grid in GRIDS if grid)
+    x = encoder(trained.crops(photographs[SWEPT], GRID)).hidden[LAYER].flatten(0, 1)
     return [
         "## Look-ahead",
         prose(
-            f"""How far `repulsion_select` guesses ahead (`bench.lookahead`) on tokens of layer {LAYER}: of the
-            photograph `{SWEPT}`, and of it with its {cuts} crops, all tokens in one pool."""
+            f"""Picks that `repulsion_select` makes an exchange between the warps of a cluster (`bench.lookahead`) on
+            tokens of layer {LAYER}: of the photograph `{SWEPT}` and its {GRID} x {GRID} crops, all in one pool."""
         ),
-        *parts,
+        "\n".join(lookahead.table([(f"{SWEPT}, {len(x)}", x, len(x) // 4)])),
     ]
 
 

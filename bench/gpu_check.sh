@@ -95,6 +95,21 @@ sanitize() {
   return $status
 }
 
+kernels() { # time of each kernel of the two main selections
+  python3 - <<'PY'
+import torch, sts_kernels
+for tokens, picks in ((576, 192), (2880, 480)):
+    x = torch.randn(1, tokens, 1024, device="cuda", dtype=torch.bfloat16)
+    sts_kernels.repulsion_select(x, picks)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(50):
+            sts_kernels.repulsion_select(x, picks)
+        torch.cuda.synchronize()
+    print(f"repulsion_select {tokens} / {picks}, bfloat16, 50 calls:")
+    print(profile.key_averages().table(sort_by="self_device_time_total", row_limit=12))
+PY
+}
+
 bench() {
   local end=$((SECONDS + SECONDS_LEFT - 20)) status=0 common=(--csv "$OUT/bench.csv")
   if [ -n "${STS_CHECK_COMMIT:-}" ]; then common+=(--commit "$STS_CHECK_COMMIT"); fi
@@ -111,8 +126,8 @@ bench() {
       python3 -m bench "${common[@]}" "${device[@]}" --budget "$budget" "$@" || status=1
     fi
   }
-  python3 -m bench.breakdown || status=1
-  STS_KERNELS_LOOKAHEAD=1 python3 -m bench.breakdown || status=1 # the plain loop
+  kernels || status=1
+  STS_KERNELS_LOOKAHEAD=1 kernels || status=1 # the plain loop
   measure 60 --op repulsion_select --shapes main smooth batch qwen video
   measure 35 --op last_query_scores
   if [ -z "${STS_CHECK_QUICK:-}" ]; then
@@ -153,7 +168,7 @@ for row in csv.DictReader(open(sys.argv[1], newline="")):
 PY
 }
 
-export -f build tests sanitize bench models
+export -f build tests sanitize kernels bench models
 budget=${STS_CHECK_SECONDS:-560} deadline=0 failed=0 summary=()
 for name in "${sections[@]}"; do
   deadline=$((deadline + budget * WEIGHT[$name] / total)) # what a section does not use goes to the next ones

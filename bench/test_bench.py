@@ -15,7 +15,7 @@ import torch
 from sts_kernels._registry import OPS as OPS_TABLE
 
 from . import __main__ as cli
-from . import backends, breakdown, harness, inputs, plot, prefill, record, serving, timing, ways
+from . import backends, harness, inputs, plot, prefill, record, serving, timing, ways
 
 BENCHES = {name: bench for name, bench in harness.discover().items() if bench}
 SMALL = {"B": 2, "N": 96, "C": 64, "K": 12, "S": 50, "Hq": 4, "Hkv": 2, "D": 64}
@@ -298,13 +298,12 @@ def test_the_reference_is_not_timed_unasked(tmp_path, capsys, providers):
     assert {row["provider"] for row in record.read(path)} >= {"reference"}
 
 
-@pytest.mark.parametrize("module", ["overhead", "breakdown", "backends", "prefill", "decode_plans"])
-def test_every_benchmark_stops(module, shadowed, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("module", ["overhead", "backends", "prefill", "decode_plans"])
+def test_every_benchmark_stops(module, shadowed, tmp_path, capsys):
     main = importlib.import_module(f"bench.{module}").main
     arguments = [] if module == "overhead" else ["--device", "cpu"]
     if module in ("overhead", "prefill"):
         arguments += ["--csv", str(tmp_path / "rows.csv")]
-    monkeypatch.setattr(shutil, "which", lambda name: name)
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
     assert exit_.value.code == backends.STATUS
@@ -373,18 +372,3 @@ def test_features_are_laid_out_as_a_model_leaves_them(data):
     assert x.shape == (2, 50, 16)
     assert x.is_contiguous()
     assert torch.equal(x, inputs.features(2, 50, 16, torch.bfloat16, torch.device("cpu"), data))
-
-
-def test_breakdown_needs_perf_and_knows_the_parts(monkeypatch, capsys):
-    names = {
-        "[.] sts::cpu::isa::sqdist": "distances",
-        "[.] sts::cpu::isa::lowest": "first pick",
-        "[.] torch::stable::parallel_for<sts::cpu::with_team<a>(long)>::_FUN": "threads waiting for each other",
-        "[.] sts::(anonymous namespace)::select(sts::Selection const&)": "bookkeeping",
-    }
-    for name, part in names.items():
-        assert breakdown.part_of(name) == part
-    monkeypatch.setenv("PATH", "")
-    with pytest.raises(SystemExit):
-        breakdown.main(["--device", "cpu"])
-    assert "needs perf: install linux-perf" in capsys.readouterr().err

@@ -30,7 +30,7 @@ def written(monkeypatch, tmp_path):
     picture = load_picture(default_picture())
     monkeypatch.setattr(trained, "Encoder", lambda: made_up)
     monkeypatch.setattr(trained, "photographs", lambda: dict.fromkeys(NAMES, picture))
-    monkeypatch.setattr(features, "GRIDS", (0,))
+    monkeypatch.setattr(features, "GRID", 0)
     assert features.main(["--out", str(tmp_path)]) == 0
     return tmp_path
 

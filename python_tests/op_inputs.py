@@ -1,4 +1,4 @@
-"""Every op with every argument given, at sizes that change from step to step: for what all ops owe to torch."""
+"""Arguments of every op, for the tests of what all ops owe to torch. Each op's own are beside its tests."""
 
 import importlib
 
@@ -9,69 +9,26 @@ from sts_kernels import _registry
 OPS = sorted(_registry.OPS)
 
 
+def _test_module(op: str, function: str):
+    """The module with the tests of `op`, which has to offer `function`."""
+    module = importlib.import_module(f"test_{op.rstrip('_')}")
+    assert hasattr(module, function), f"{op} is registered, and {module.__name__}.py has no {function}"
+    return module
+
+
+def samples(op: str, device="cpu") -> list[tuple]:
+    """Argument tuples of every kind `op` takes: optional ones given and not, both index types, strided views."""
+    return _test_module(op, "samples").samples(device)
+
+
 def sized(op: str, step: int, device="cpu") -> dict:
     """Arguments of `op` by name. All sizes grow with `step`; optional tensors are given too."""
-    batch, tokens, channels, k = 2 + step, 11 + 6 * step, 5 + 2 * step, 3 + step
-    rng = torch.Generator().manual_seed(step)
+    return _test_module(op, "sized").sized(step, device)
 
-    def normal(*shape):
-        return torch.randn(*shape, generator=rng).to(device)
 
-    def index(high, *shape, low=0):
-        return torch.randint(low, high, shape, generator=rng).to(device)
-
-    def offsets(*lengths):
-        return torch.tensor([0, *lengths], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
-
-    lengths, budgets = [tokens + b for b in range(batch)], [k + b for b in range(batch)]
-    heads = 2 + step
-    query = normal(batch, heads * (3 + step), 7 + step)
-    if op == "pairwise_sqdist":
-        return {"features": normal(batch, tokens, channels)}
-    if op == "repulsion_step_":
-        potential = normal(batch, tokens).square()
-        return {
-            "potential": potential,
-            "features": normal(batch, tokens, channels),
-            "picked": index(tokens, batch),
-            "eps": 1e-3,
-        }
-    if op == "repulsion_select":
-        return {
-            "features": normal(batch, tokens, channels),
-            "k": k,
-            "eps": 1e-3,
-            "anchor": index(3, batch),
-            "num_tokens": index(tokens + 1, batch, low=3),
-        }
-    if op == "repulsion_select_varlen":
-        return {
-            "features": normal(sum(lengths), channels),
-            "cu_seqlens": offsets(*lengths),
-            "cu_budgets": offsets(*budgets),
-            "total_k": sum(budgets),
-            "eps": 1e-3,
-            "anchor": index(tokens, batch),
-            "max_seqlen": max(lengths),
-        }
-    if op == "last_query_scores":
-        return {
-            "query": query,
-            "key": normal(batch, tokens, heads, 7 + step),
-            "scale": 0.3,
-            "key_mask": index(4, batch, tokens) > 0,
-        }
-    if op == "last_query_scores_varlen":
-        return {
-            "query": query,
-            "key": normal(sum(lengths), heads, 7 + step),
-            "cu_seqlens": offsets(*lengths),
-            "max_seqlen": max(lengths),
-            "scale": 0.3,
-        }
-    own = importlib.import_module(f"test_{op.rstrip('_')}")  # an op added later brings its sizes with its tests
-    assert hasattr(own, "sized"), f"{op} is registered, and {own.__name__}.py has no sized(step, device)"
-    return own.sized(step, device)
+def offsets(sizes, device) -> torch.Tensor:
+    """(len(sizes) + 1,) int32: where each of several packed items begins, and where the last one ends."""
+    return torch.tensor([0, *sizes], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
 
 
 def tensors(arguments: dict) -> dict:

@@ -15,10 +15,15 @@ ROOT = Path(__file__).parents[1]
 def test_build_toml_names_every_source():
     text = (ROOT / "build.toml").read_text()
     cpu, cuda = text.split("[kernel.cpu]")[1].split("[kernel.cuda]")
-    files = sorted(f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir() if path.is_file())
-    assert sorted(line.strip(' ",') for line in cuda.splitlines() if '"csrc/' in line) == files
-    here = sorted(line.strip(' ",') for line in cpu.splitlines() if '"csrc/' in line)
-    assert here == [name for name in files if name.endswith((".cpp", ".h"))]
+    def sources(*folders):
+        paths = [path for folder in folders for path in (ROOT / "csrc" / folder).rglob("*") if path.is_file()]
+        return sorted(str(path.relative_to(ROOT)) for path in paths)
+
+    def listed(kernel):
+        return sorted(line.strip(' ",') for line in kernel.splitlines() if '"csrc/' in line and "." in line)
+
+    assert listed(cpu) == sources("common", "cpu")
+    assert listed(cuda) == sources("common", "cpu", "cuda")
 
 
 @pytest.mark.slow

@@ -48,6 +48,13 @@ def samples(device):
     ]
 
 
+def sized(step, device):
+    batch, keys, heads, kv_heads, dim = 2 + step, 11 + 6 * step, (2 + step) * (3 + step), 2 + step, 7 + step
+    query, key = inputs(batch, keys, heads, kv_heads, dim, device=device, seed=step)
+    mask = torch.rand(batch, keys, generator=torch.Generator().manual_seed(step)) < 0.75
+    return {"query": query, "key": key, "scale": 0.3, "key_mask": mask.to(device)}
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_equals_float64(device, shape, dtype):
@@ -279,11 +286,6 @@ def test_memory_on_the_gpu(cuda, dtype):
 
 
 # ---- PyTorch -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("index", range(len(samples("cpu"))))
-def test_opcheck(device, index):
-    torch.library.opcheck(torch.ops.sts_kernels.last_query_scores.default, samples(device)[index])
 
 
 def test_compiles_once_for_every_length(device):

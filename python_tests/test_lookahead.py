@@ -346,13 +346,13 @@ def test_emulated_cuda_kernel_by_clusters(emulated, make, dtype):
 def test_emulated_cuda_kernel_by_clusters_makes_several_picks_an_exchange(emulated, dtype, monkeypatch):
     """As many as bench/NOTES.md reckons with: a weaker bound would make the same picks, but fewer at a time."""
     monkeypatch.syspath_prepend(Path(__file__).parents[1])
-    from bench.lookahead import replay_cluster
+    from bench.lookahead import replay
 
     x = uniform(torch.Generator().manual_seed(10), 1, 1000, 64).to(dtype)
     before = build.module().run("phases_begun")
     emulated(x, 161, 8, matrix_tokens=1000, item_blocks=8, wgmma=0)
     exchanges = (build.module().run("phases_begun") - before) / 8  # blocks
-    picks, _ = replay_cluster(x[0].float(), 161)
+    picks, _ = replay(x[0].float(), 161)
     assert picks > 4
     assert abs(exchanges - 161 / picks) < 3  # roundings of distances differ
 

@@ -12,6 +12,16 @@ OP = "pairwise_sqdist"
 SMALL = [case for case in CASES if case.batch * case.tokens**2 * case.channels <= 150e6]
 
 
+def samples(device):
+    x = normal(torch.Generator().manual_seed(0), 2, 9, 5).to(device)
+    return [(x,), (x.half(),), (x[:, ::2, 1:],), (x.bfloat16().transpose(0, 1),), (x[:, :1],), (x[:0],)]
+
+
+def sized(step, device):
+    features = normal(torch.Generator().manual_seed(step), 2 + step, 11 + 6 * step, 5 + 2 * step)
+    return {"features": features.to(device)}
+
+
 @pytest.mark.parametrize(("case", "dtype"), with_dtypes(SMALL))
 def test_values(backend, case, dtype):
     features = case.features(seed=1, dtype=dtype, device=backend.device)

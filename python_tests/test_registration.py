@@ -1,6 +1,5 @@
 """How the ops meet PyTorch: schemas, fakes, torch.compile, streams and graphs, the fallback and its warning."""
 
-import importlib
 import inspect
 import os
 import subprocess
@@ -13,7 +12,7 @@ import pytest
 import torch
 from cases import by_name
 from conftest import REQUIRED
-from op_inputs import outputs
+from op_inputs import outputs, samples
 
 import sts_kernels
 from sts_kernels import _checks, _native, _registry
@@ -33,50 +32,6 @@ def test_what_is_required_is_there():
         assert torch.cuda.is_available(), "STS_KERNELS_TEST_REQUIRE=cuda, but torch sees no GPU"
         slow = [f"{op.name}: {op.why('CUDA')}" for op in _registry.OPS.values() if op.backend("CUDA") == "reference"]
         assert not slow, f"STS_KERNELS_TEST_REQUIRE=cuda, but these ops run on their reference: {slow}"
-
-
-def samples(op, device):
-    """Argument tuples of every kind an op takes: optional ones given and not, both index types, strided views."""
-    rng = torch.Generator().manual_seed(0)
-    normal = lambda *shape: torch.randn(*shape, generator=rng).to(device)  # noqa: E731
-    index = lambda *values, dtype=torch.int64: torch.tensor(values, dtype=dtype, device=device)  # noqa: E731
-    x = normal(2, 9, 5)
-    if op == "pairwise_sqdist":
-        return [(x,), (x.half(),), (x[:, ::2, 1:],), (x.bfloat16().transpose(0, 1),), (x[:, :1],), (x[:0],)]
-    if op == "repulsion_step_":
-        zeros = lambda *shape: torch.zeros(*shape, device=device)  # noqa: E731
-        return [
-            (zeros(2, 9), x, index(3, 8)),
-            (zeros(2, 9), x.half(), index(-1, 0, dtype=torch.int32), 0.5),
-            (zeros(9, 2).T, x[..., ::2], index(3, 8)),
-            (zeros(0, 9), x[:0], index()),
-        ]
-    if op == "repulsion_select":
-        return [
-            (x, 3),
-            (x.bfloat16(), 9, 0.1),
-            (x[:, 1:], 4, 1e-6, index(7, 0)),
-            (x.half()[..., 1:], 4, 1e-6, None, index(9, 0, dtype=torch.int32)),
-            (x, 1, 1e-6, index(2, 3), index(4, 9)),
-            (x[:0], 2),
-        ]
-    if op == "repulsion_select_varlen":
-        flat = normal(13, 5)
-        return [
-            (flat, index(0, 6, 13), index(0, 2, 5), 5),
-            (flat.half(), index(0, 6, 6, 13, dtype=torch.int32), index(0, 1, 1, 8, dtype=torch.int32), 8, 0.1),
-            (flat[:, 1:], index(0, 6, 13), index(0, 2, 5), 5, 1e-6, index(0, 6)),
-            (flat, index(0, 13), index(0, 0), 0),
-            (flat, index(0, 6, 13), index(0, 2, 5), 5, 1e-6, None, 7),
-        ]
-    if op == "last_query_scores":
-        query, key = normal(2, 4, 64), normal(2, 7, 2, 64)
-        return [(query, key), (query, key, 0.5, torch.rand(2, 7, device=device) > 0.3)]
-    if op == "last_query_scores_varlen":
-        return [(normal(2, 4, 64), normal(13, 2, 64), index(0, 6, 13, dtype=torch.int32), 7)]
-    own = importlib.import_module(f"test_{op.rstrip('_')}")  # an op added later brings its samples with its tests
-    assert hasattr(own, "samples"), f"{op} is registered, and {own.__name__}.py has no samples(device)"
-    return own.samples(device)
 
 
 @pytest.mark.parametrize("op", sorted(_registry.OPS))

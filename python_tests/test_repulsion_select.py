@@ -12,6 +12,31 @@ import sts_kernels
 OP = "repulsion_select"
 
 
+def samples(device):
+    x = normal(torch.Generator().manual_seed(0), 2, 9, 5).to(device)
+    index = lambda *values, dtype=torch.int64: torch.tensor(values, dtype=dtype, device=device)  # noqa: E731
+    return [
+        (x, 3),
+        (x.bfloat16(), 9, 0.1),
+        (x[:, 1:], 4, 1e-6, index(7, 0)),
+        (x.half()[..., 1:], 4, 1e-6, None, index(9, 0, dtype=torch.int32)),
+        (x, 1, 1e-6, index(2, 3), index(4, 9)),
+        (x[:0], 2),
+    ]
+
+
+def sized(step, device):
+    batch, tokens, channels, k = 2 + step, 11 + 6 * step, 5 + 2 * step, 3 + step
+    rng = torch.Generator().manual_seed(step)
+    return {
+        "features": normal(rng, batch, tokens, channels).to(device),
+        "k": k,
+        "eps": 1e-3,
+        "anchor": torch.randint(3, (batch,), generator=rng).to(device),
+        "num_tokens": torch.randint(3, tokens + 1, (batch,), generator=rng).to(device),
+    }
+
+
 @pytest.mark.parametrize(("case", "dtype"), with_dtypes(CASES))
 def test_picks_are_greedy(backend, case, dtype):
     inputs = case.inputs(seed=1, dtype=dtype, device=backend.device)

@@ -6,11 +6,39 @@ import oracle
 import pytest
 import torch
 from cases import VARLEN_CASES, VarlenCase, by_name, with_dtypes
+from op_inputs import offsets
 from selection_inputs import of_case
 
 import sts_kernels
 
 OP = "repulsion_select_varlen"
+
+
+def samples(device):
+    flat = torch.randn(13, 5, generator=torch.Generator().manual_seed(0)).to(device)
+    index = lambda *values, dtype=torch.int64: torch.tensor(values, dtype=dtype, device=device)  # noqa: E731
+    return [
+        (flat, index(0, 6, 13), index(0, 2, 5), 5),
+        (flat.half(), index(0, 6, 6, 13, dtype=torch.int32), index(0, 1, 1, 8, dtype=torch.int32), 8, 0.1),
+        (flat[:, 1:], index(0, 6, 13), index(0, 2, 5), 5, 1e-6, index(0, 6)),
+        (flat, index(0, 13), index(0, 0), 0),
+        (flat, index(0, 6, 13), index(0, 2, 5), 5, 1e-6, None, 7),
+    ]
+
+
+def sized(step, device):
+    batch, tokens, channels, k = 2 + step, 11 + 6 * step, 5 + 2 * step, 3 + step
+    rng = torch.Generator().manual_seed(step)
+    lengths, budgets = [tokens + b for b in range(batch)], [k + b for b in range(batch)]
+    return {
+        "features": torch.randn(sum(lengths), channels, generator=rng).to(device),
+        "cu_seqlens": offsets(lengths, device),
+        "cu_budgets": offsets(budgets, device),
+        "total_k": sum(budgets),
+        "eps": 1e-3,
+        "anchor": torch.randint(tokens, (batch,), generator=rng).to(device),
+        "max_seqlen": max(lengths),
+    }
 
 
 @pytest.mark.parametrize(("case", "dtype"), with_dtypes(VARLEN_CASES))

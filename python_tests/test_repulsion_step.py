@@ -13,6 +13,29 @@ OP = "repulsion_step_"
 STEP_CASES = [case for case in CASES if case.num_tokens is None]
 
 
+def samples(device):
+    x = normal(torch.Generator().manual_seed(0), 2, 9, 5).to(device)
+    zeros = lambda *shape: torch.zeros(*shape, device=device)  # noqa: E731
+    index = lambda *values, dtype=torch.int64: torch.tensor(values, dtype=dtype, device=device)  # noqa: E731
+    return [
+        (zeros(2, 9), x, index(3, 8)),
+        (zeros(2, 9), x.half(), index(-1, 0, dtype=torch.int32), 0.5),
+        (zeros(9, 2).T, x[..., ::2], index(3, 8)),
+        (zeros(0, 9), x[:0], index()),
+    ]
+
+
+def sized(step, device):
+    batch, tokens, channels = 2 + step, 11 + 6 * step, 5 + 2 * step
+    rng = torch.Generator().manual_seed(step)
+    return {
+        "potential": torch.rand(batch, tokens, generator=rng).to(device),
+        "features": normal(rng, batch, tokens, channels).to(device),
+        "picked": torch.randint(tokens, (batch,), generator=rng).to(device),
+        "eps": 1e-3,
+    }
+
+
 def first_tokens(case, device):
     """Any token to start each item from: a different one each."""
     return torch.tensor([(5 * b + 3) % case.tokens for b in range(case.batch)], device=device, dtype=torch.int64)

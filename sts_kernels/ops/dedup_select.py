@@ -9,7 +9,7 @@ from .._registry import define_op, ops
 from .._transforms import fold
 from ._unit_rows import unit_rows
 
-MOST_LISTED = 8192  # whose distances to each other take 256 MiB. Also in csrc/dedup_glue.h.
+MOST_LISTED = 8192  # whose distances to each other take 256 MiB. Also in csrc/common/dedup_glue.h.
 
 
 def _check(features: torch.Tensor, order: torch.Tensor, keep: int, step: int) -> None:

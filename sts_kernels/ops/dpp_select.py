@@ -11,7 +11,7 @@ from ._selection import check_padded, check_padded_values, check_token_values, c
 from ._unit_rows import unit_rows
 
 # Squared distance of a unit row to the span of the picks, below which it counts as 0: unit rows are rounded to float32.
-# Also in csrc/dpp_rule.h.
+# Also in csrc/common/dpp_rule.h.
 IN_SPAN = 1e-10
 
 
