@@ -2,14 +2,7 @@
 // barrier; blocks run one after another in an order that kernels must not depend on, except that the blocks of a cluster,
 // and all blocks of a cooperative launch, run at once on OS threads of their own. Under ThreadSanitizer blocks always
 // spread over a few OS threads, unordered, so that races between blocks are seen.
-//
-// Environment, read at every launch:
-//   STS_EMULATE_ORDER          fwd (default): warps and blocks in order, each warp as far as it gets; rev: from the last
-//                              one; a number: seed of random bursts
-//   STS_EMULATE_SMS            multiprocessors (4)
-//   STS_EMULATE_BLOCKS_PER_SM  most resident blocks of each (2)
-//   STS_EMULATE_CAPABILITY     compute capability that launches are planned for (90)
-//   STS_EMULATE_STALL_SECONDS  a launch in which blocks only wait for each other this long is a deadlock (10)
+// README.md has the environment variables, Settings, that a launch reads.
 //
 // What a kernel may not do (a deadlock, a divergent collective, a misaligned access) ends the launch with
 // std::runtime_error.
