@@ -53,7 +53,7 @@ struct Items {
   // The potential of a finite token before the first pick.
   template <class Rule>
   STS_HOST_DEVICE float start_of(const Rule& rule, int64_t token) const {
-    return rule.start(start ? start[token] : kLastResort, parameter_of(token));
+    return rule.start(start ? start[token] : kNonFinitePotential, parameter_of(token));
   }
   // Its key for the first pick where there is no anchor and no mean (Rule::kFromMean): the smallest, the lowest index among equals.
   // Where no start is given all potentials are alike, and the quality decides.

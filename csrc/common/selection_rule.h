@@ -4,7 +4,7 @@
 // Invariants that the kernels rely on:
 //   potentials never fall, are never NaN and never -0
 //   add(p, w) is monotone in p and w, and the order of the picks does not change a bit of `Farthest` and `Suppress`
-//   kLastResort and infinity keep their value, whatever is added
+//   kNonFinitePotential and infinity keep their value, whatever is added
 // Constants of a rule:
 //   kFromMean: the default first pick is the token nearest the mean; else the smallest potential
 //   kByToken, kByPick: the weight depends on the parameter of the token, of the pick
@@ -22,7 +22,7 @@
 namespace sts {
 
 // Above every potential: a token with a NaN or infinity, picked after all finite ones.
-constexpr float kLastResort = 3.402823466e+38f;
+constexpr float kNonFinitePotential = 3.402823466e+38f;
 
 // 1 / x, correctly rounded, for x of at least 2^-126. CUDA's own division branches for values that do not occur here.
 template <class T>
@@ -60,12 +60,12 @@ struct Farthest {
   static constexpr bool kFromMean = false, kByToken = true, kByPick = false, kNegative = true;
   // A negative or NaN start is a token that is kept already. A quality must be finite and at least 0.
   STS_HOST_DEVICE static float start(float sqdist, float quality) {
-    return sqdist >= 0.f && quality >= 0.f && quality <= kLastResort ? weight(sqdist, quality) : kLastResort;
+    return sqdist >= 0.f && quality >= 0.f && quality <= kNonFinitePotential ? weight(sqdist, quality) : kNonFinitePotential;
   }
   // A distance that is not a number, or beyond float32's range, is the largest there is.
   template <class T>
   STS_HOST_DEVICE static T weight(T sqdist, T quality, float = 0.f) {
-    const T bounded = sqdist < kLastResort ? sqdist : T{} + kLastResort, value = bounded * quality;
+    const T bounded = sqdist < kNonFinitePotential ? sqdist : T{} + kNonFinitePotential, value = bounded * quality;
     return value > 0.f ? -value : T{};
   }
   template <class T>
@@ -79,7 +79,7 @@ struct Farthest {
 struct Suppress {
   static constexpr bool kFromMean = false, kByToken = false, kByPick = true, kNegative = false;
   static constexpr float kSuppressed = 8388608.f;  // 2^23: above every rank, and the sum of both is exact
-  STS_HOST_DEVICE static float start(float rank, float) { return rank >= 0.f && rank < kSuppressed ? 0.f + rank : kLastResort; }
+  STS_HOST_DEVICE static float start(float rank, float) { return rank >= 0.f && rank < kSuppressed ? 0.f + rank : kNonFinitePotential; }
   template <class T>
   STS_HOST_DEVICE static T weight(T sqdist, T, float tau) {
     return sqdist < 2.f * tau ? T{} + kSuppressed : T{};

@@ -34,7 +34,7 @@ Tensor repulsion_step_cpu(Tensor potential, const Tensor& features, const Tensor
             for (int64_t i = begin; i < end; ++i) mine[i] = step.rule.add(mine[i], weight[i]);
           }
           for (int64_t i = begin; i < end; ++i)
-            if (mine[i] != mine[i] || (mine[i] < kLastResort && !cpu::all_finite(row[i], channels))) mine[i] = kLastResort;
+            if (mine[i] != mine[i] || (mine[i] < kNonFinitePotential && !cpu::all_finite(row[i], channels))) mine[i] = kNonFinitePotential;
         });
         if (picks[b] >= 0) mine[picks[b]] = std::numeric_limits<float>::infinity();
         const cpu::Lowest best = cpu::lowest(mine.data(), tokens);

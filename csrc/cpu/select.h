@@ -152,7 +152,7 @@ class Selector {
     team_.for_rows(chunks, kChunk * 2 * channels, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin * kChunk; i < std::min(end * kChunk, tokens); ++i) {
         const bool finite = all_finite(row_[i], channels);
-        potential_[i] = finite ? items_.start_of(rule_, first + i) : kLastResort;
+        potential_[i] = finite ? items_.start_of(rule_, first + i) : kNonFinitePotential;
         if (finite && from_mean) add_row(row_[i], chunk_sums_.data() + i / kChunk * point_size_, channels);
       }
     });
@@ -162,14 +162,14 @@ class Selector {
     if (anchor >= 0) return anchor;
     if (from_mean) return nearest_to_mean(chunks);
     std::vector<float> key(tokens);
-    for (int64_t i = 0; i < tokens; ++i) key[i] = potential_[i] == kLastResort ? kLastResort : items_.first_key_of(rule_, first + i);
+    for (int64_t i = 0; i < tokens; ++i) key[i] = potential_[i] == kNonFinitePotential ? kNonFinitePotential : items_.first_key_of(rule_, first + i);
     return lowest(key.data(), tokens).index;
   }
 
   // The finite token nearest the mean of the finite ones, or the first token where there is none.
   int64_t nearest_to_mean(int64_t chunks) {
     const int64_t tokens = places_;
-    const auto finite = static_cast<float>(tokens - std::count(potential_.begin(), potential_.end(), kLastResort));
+    const auto finite = static_cast<float>(tokens - std::count(potential_.begin(), potential_.end(), kNonFinitePotential));
     if (finite == 0.f) return 0;
     std::vector<float> mean(point_size_), sqdist(tokens);
     for (int64_t chunk = 0; chunk < chunks; ++chunk) add_row(chunk_sums_.data() + chunk * point_size_, mean.data(), point_size_);
@@ -177,10 +177,10 @@ class Selector {
     const float* point = mean.data();
     sqdist_pass(&point, 1, [&](int64_t first, int64_t rows, const float* strip) { std::copy_n(strip, rows, sqdist.data() + first); });
     for (int64_t i = 0; i < tokens; ++i) {
-      if (potential_[i] == kLastResort) {
+      if (potential_[i] == kNonFinitePotential) {
         sqdist[i] = kInfinity;
-      } else if (!(sqdist[i] < kLastResort)) {
-        sqdist[i] = kLastResort;  // beyond float32's range
+      } else if (!(sqdist[i] < kNonFinitePotential)) {
+        sqdist[i] = kNonFinitePotential;  // beyond float32's range
       }
     }
     ranked_ = true;
@@ -306,7 +306,7 @@ class Selector {
     const float limit = group_lowest_[count - 1];
     candidates_.clear();
     for (int64_t i = 0; i < places_ && static_cast<int64_t>(candidates_.size()) < 2 * count; ++i)
-      if (rank[i] <= limit && potential_[i] < kLastResort && i != pick && !cache_.has(i)) candidates_.push_back(i);
+      if (rank[i] <= limit && potential_[i] < kNonFinitePotential && i != pick && !cache_.has(i)) candidates_.push_back(i);
   }
 
   // Null where there are none.

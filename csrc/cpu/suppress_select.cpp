@@ -65,7 +65,7 @@ class Walker {
     last_resort_.clear();
     for (int64_t i = 0; i < tokens; ++i) {
       const float rank = items_.start_of(Suppress(), first + i);
-      if (rank == kLastResort) {
+      if (rank == kNonFinitePotential) {
         last_resort_.push_back(i);
         continue;
       }

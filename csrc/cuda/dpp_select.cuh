@@ -31,7 +31,7 @@ __device__ __forceinline__ double lane_dot(const float* a, const float* b, int p
   double sum = 0.;
 #pragma unroll 4
   for (int c = threadIdx.x % 32 * 4; c < pitch; c += 128) {
-    const Chunk<float> x = load_chunk<true>(a, c, pitch, true), y = load_chunk<true>(b, c, pitch, true);
+    const Vec16<float> x = load_vec<true>(a, c, pitch, true), y = load_vec<true>(b, c, pitch, true);
 #pragma unroll
     for (int v = 0; v < 4; ++v) sum = fma(static_cast<double>(x[v]), static_cast<double>(y[v]), sum);
   }

@@ -11,7 +11,7 @@ template <class scalar_t, class Rule>
 __global__ void __launch_bounds__(kStepThreads)
     repel_kernel(Rows<scalar_t> rows, int64_t batch, int64_t tokens, bool aligned, float* potential, int64_t potential_batch_stride,
                  int64_t potential_token_stride, const int64_t* picked, Rule rule, Key* lowest) {
-  constexpr int kVec = Chunk<scalar_t>::size, kWarps = kStepThreads / 32;
+  constexpr int kVec = Vec16<scalar_t>::size, kWarps = kStepThreads / 32;
   __shared__ Key partial[2][32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kWarps + warp;
@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kStepThreads)
       bool finite = true;
 #pragma unroll 4
       for (int c = lane * kVec; c < rows.channels; c += 32 * kVec) {
-        const Chunk<scalar_t> x = load_channels(row, c, rows.channels, aligned), y = load_channels(other, c, rows.channels, aligned);
+        const Vec16<scalar_t> x = load_channels(row, c, rows.channels, aligned), y = load_channels(other, c, rows.channels, aligned);
 #pragma unroll
         for (int v = 0; v < kVec; ++v) {
           const float difference = x[v] - y[v];
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kStepThreads)
       float* mine = potential + b * potential_batch_stride + i * potential_token_stride;
       float value = *mine;
       if (pick >= 0) value = Rule::add(value, rule.weight(sum));
-      if (value != value || (!finite && value < kLastResort)) value = kLastResort;
+      if (value != value || (!finite && value < kNonFinitePotential)) value = kNonFinitePotential;
       if (i == pick) value = kInfinity;
       __syncwarp();  // every lane has read before one writes
       if (lane == 0) *mine = value;

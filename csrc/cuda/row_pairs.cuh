@@ -21,7 +21,7 @@ constexpr int kRowInfoThreads = 256;
 template <class scalar_t>
 __global__ void __launch_bounds__(kRowInfoThreads)
     row_info_kernel(Rows<scalar_t> rows, int64_t batch, int64_t count, const int64_t* counts, bool aligned, bool cosine, RowInfo* info) {
-  constexpr int kVec = Chunk<scalar_t>::size;
+  constexpr int kVec = Vec16<scalar_t>::size;
   const int lane = threadIdx.x % 32;
   const int64_t r = static_cast<int64_t>(blockIdx.x) * (kRowInfoThreads / 32) + threadIdx.x / 32;
   if (r >= batch * count) return;
@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kRowInfoThreads)
   const int channels = present ? rows.channels : 0;
 #pragma unroll 4
   for (int c = lane * kVec; c < channels; c += 32 * kVec) {
-    const Chunk<scalar_t> x = load_channels(row, c, channels, aligned);
+    const Vec16<scalar_t> x = load_channels(row, c, channels, aligned);
 #pragma unroll
     for (int v = 0; v < kVec; ++v) {
       finite = finite && x[v] - x[v] == 0.f;
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kRowInfoThreads)
       mine.scale = __uint_as_float(static_cast<uint32_t>(exponent < 1 ? 1 : exponent > 253 ? 253 : exponent) << 23);
       square = 0.f;
       for (int c = lane * kVec; c < channels; c += 32 * kVec) {
-        const Chunk<scalar_t> x = load_channels(row, c, channels, aligned);
+        const Vec16<scalar_t> x = load_channels(row, c, channels, aligned);
 #pragma unroll
         for (int v = 0; v < kVec; ++v) square = fmaf(x[v] * mine.scale, x[v] * mine.scale, square);
       }
@@ -88,7 +88,7 @@ template <class scalar_t, bool kProduct, int kTile, class Take>
 __global__ void __launch_bounds__(kTile* kTile / 16, kTile == kLargePairTile ? 2 : 4)
     row_pairs_kernel(Side<scalar_t> a, Side<scalar_t> b, int64_t entries, int channels, Take take) {
   constexpr int kThreads = kTile * kTile / 16;  // each thread has 4 x 4 pairs
-  constexpr int kChannels = 32, kVec = Chunk<scalar_t>::size;
+  constexpr int kChannels = 32, kVec = Vec16<scalar_t>::size;
   constexpr int kLoads = kTile * kChannels / kVec / kThreads;
   static_assert(kLoads * kVec * kThreads == kTile * kChannels, "a stage is loaded by whole threads");
   static_assert(kThreads % (kChannels / kVec) == 0, "a thread loads the same channels of every row");
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kTile* kTile / 16, kTile == kLargePairTile ? 2
       const int64_t j0 = tile * kTile;
       const scalar_t *row_a[kLoads], *row_b[kLoads];
       float scale_a[kLoads], scale_b[kLoads];
-      Chunk<scalar_t> next_a[kLoads], next_b[kLoads];
+      Vec16<scalar_t> next_a[kLoads], next_b[kLoads];
 #pragma unroll
       for (int l = 0; l < kLoads; ++l) {  // rows past the end repeat the last one
         const int64_t i = i0 + row_of_load(l) < a.count ? i0 + row_of_load(l) : a.count - 1;
@@ -168,7 +168,7 @@ cudaError_t launch_row_pairs_of(const Side<scalar_t>& a, const Side<scalar_t>& b
 
 template <bool kProduct, class scalar_t, class Take>
 cudaError_t launch_row_pairs(const Side<scalar_t>& a, const Side<scalar_t>& b, int64_t entries, const Take& take, cudaStream_t stream) {
-  // Small tiles where large ones would leave multiprocessors without work.
+  // Small tiles where large ones would leave SMs without work.
   if (ceil_div(a.count, kLargePairTile) * ceil_div(b.count, kLargePairTile) * entries < 2 * device_sm_count())
     return launch_row_pairs_of<kProduct, kSmallPairTile>(a, b, entries, take, stream);
   return launch_row_pairs_of<kProduct, kLargePairTile>(a, b, entries, take, stream);

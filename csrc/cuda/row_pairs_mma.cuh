@@ -53,14 +53,14 @@ __global__ void __launch_bounds__(kMmaThreads<kTile>)
 #pragma unroll
           for (int r = tid / 8; r < kTile; r += kThreads / 8) {  // rows past the end repeat the last one
             const int64_t i = i0 + r < a.count ? i0 + r : a.count - 1, j = j0 + r < b.count ? j0 + r : b.count - 1;
-            cp_async_16(stage_a(step) + staged(r, chunk), a.rows.row(entry, i) + c, c < channels);
-            cp_async_16(stage_b(step) + staged(r, chunk), b.rows.row(entry, j) + c, c < channels);
+            cp_async_16(stage_a(step) + swizzled(r, chunk), a.rows.row(entry, i) + c, c < channels);
+            cp_async_16(stage_b(step) + swizzled(r, chunk), b.rows.row(entry, j) + c, c < channels);
           }
         }
         cp_async_commit();  // empty past the end, so that every wait below counts the same
       };
       float dot[kRows / 16][4][4] = {}, run[kRows / 16][4][4] = {};  // [16 rows][8 columns][what mma gives a thread]
-      const auto close_run = [&] {
+      const auto flush_accumulator = [&] {
 #pragma unroll
         for (int m = 0; m < kRows / 16; ++m)
 #pragma unroll
@@ -83,10 +83,10 @@ __global__ void __launch_bounds__(kMmaThreads<kTile>)
           uint32_t rows[kRows / 16][4], columns[2][4];
 #pragma unroll
           for (int m = 0; m < kRows / 16; ++m)
-            ldmatrix_x4(rows[m], stage_a(step) + staged(wi + m * 16 + lane % 16, k * 2 + lane / 16));
+            ldmatrix_x4(rows[m], stage_a(step) + swizzled(wi + m * 16 + lane % 16, k * 2 + lane / 16));
 #pragma unroll
           for (int n = 0; n < 2; ++n)
-            ldmatrix_x4(columns[n], stage_b(step) + staged(wj + n * 16 + lane % 8 + lane / 16 * 8, k * 2 + lane / 8 % 2));
+            ldmatrix_x4(columns[n], stage_b(step) + swizzled(wj + n * 16 + lane % 8 + lane / 16 * 8, k * 2 + lane / 8 % 2));
 #pragma unroll
           for (int m = 0; m < kRows / 16; ++m)
 #pragma unroll
@@ -95,9 +95,9 @@ __global__ void __launch_bounds__(kMmaThreads<kTile>)
               mma_16x8x16(run[m][n], rows[m], pair, scalar_t());
             }
         }
-        if ((step + 1) * kMmaChannels % kMmaRun == 0) close_run();
+        if ((step + 1) * kMmaChannels % kFlushChannels == 0) flush_accumulator();
       }
-      close_run();
+      flush_accumulator();
       cp_async_wait<0>();
       __syncthreads();  // no thread is still reading the stages when the next tile's arrive
       // (3)

@@ -20,7 +20,7 @@ bool rows_aligned(const Rows<scalar_t>& rows) {
 
 // 16 bytes of a row, kept as they were loaded until an element is asked for: half the registers of floats for 16-bit types.
 template <class scalar_t>
-struct Chunk {
+struct Vec16 {
   static constexpr int size = 16 / sizeof(scalar_t);
   uint32_t word[4];
 
@@ -38,9 +38,9 @@ struct Chunk {
 
 // Channels [c, c + 16 bytes) of a row; zeros past its end.
 template <class scalar_t>
-__device__ __forceinline__ Chunk<scalar_t> load_channels(const scalar_t* row, int c, int channels, bool aligned) {
-  constexpr int kSize = Chunk<scalar_t>::size;
-  Chunk<scalar_t> out;
+__device__ __forceinline__ Vec16<scalar_t> load_channels(const scalar_t* row, int c, int channels, bool aligned) {
+  constexpr int kSize = Vec16<scalar_t>::size;
+  Vec16<scalar_t> out;
   if (aligned && c + kSize <= channels) {
     const uint4 bits = __ldg(reinterpret_cast<const uint4*>(row + c));
     out.word[0] = bits.x, out.word[1] = bits.y, out.word[2] = bits.z, out.word[3] = bits.w;
@@ -64,9 +64,9 @@ __device__ __forceinline__ Chunk<scalar_t> load_channels(const scalar_t* row, in
 
 // The same. kWhole: the row is whole chunks that can be read 16 bytes at a time, so that loads in a loop need not wait for a branch.
 template <bool kWhole, class scalar_t>
-__device__ __forceinline__ Chunk<scalar_t> load_chunk(const scalar_t* row, int c, int channels, bool aligned) {
+__device__ __forceinline__ Vec16<scalar_t> load_vec(const scalar_t* row, int c, int channels, bool aligned) {
   if constexpr (kWhole) {
-    Chunk<scalar_t> out{};
+    Vec16<scalar_t> out{};
     if (c < channels) {
       const uint4 bits = __ldg(reinterpret_cast<const uint4*>(row + c));
       out.word[0] = bits.x, out.word[1] = bits.y, out.word[2] = bits.z, out.word[3] = bits.w;

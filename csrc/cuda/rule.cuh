@@ -11,7 +11,7 @@ constexpr bool kOfDistance = !Rule::kByToken && !Rule::kByPick;
 template <class Rule>
 __device__ __forceinline__ float stored_value(const Rule& rule, float sqdist) {
   if constexpr (kOfDistance<Rule>) return rule.weight(sqdist);
-  else return sqdist == kInfinity ? kLastResort : sqdist;
+  else return sqdist == kInfinity ? kNonFinitePotential : sqdist;
 }
 
 // The potential of a token after a pick; token, pick: their parameters. Infinity for the pick itself, and where it was infinite before.
@@ -30,14 +30,14 @@ __device__ __forceinline__ uint32_t order_of(float potential) {
 // A token's potential before the first pick. finite: it has no NaN or infinity.
 template <class Rule>
 __device__ __forceinline__ float first_potential(const Rule& rule, bool finite, float start, float parameter) {
-  return finite ? rule.start(start, parameter) : kLastResort;
+  return finite ? rule.start(start, parameter) : kNonFinitePotential;
 }
 
 // The lowest of these is the first pick, where there is no anchor. has_start: `start` was given.
 template <class Rule>
 __device__ __forceinline__ float first_key(const Rule& rule, float mean_sqdist, float potential, bool has_start, float parameter) {
   if constexpr (Rule::kFromMean) return mean_sqdist;
-  else return has_start || potential == kLastResort ? potential : rule.start(1.f, parameter);
+  else return has_start || potential == kNonFinitePotential ? potential : rule.start(1.f, parameter);
 }
 
 // numbers[first + at[i]] for all i, or `otherwise` where there are none.

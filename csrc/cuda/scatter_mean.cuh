@@ -14,7 +14,7 @@ template <class scalar_t>
 __global__ void __launch_bounds__(kSlotThreads)
     token_slots_kernel(Rows<scalar_t> rows, int64_t batch, int64_t tokens, bool aligned, const int64_t* assignment, int64_t count,
                        const float* weight, int* slots) {
-  constexpr int kVec = Chunk<scalar_t>::size;
+  constexpr int kVec = Vec16<scalar_t>::size;
   const int lane = threadIdx.x % 32;
   const int64_t r = static_cast<int64_t>(blockIdx.x) * (kSlotThreads / 32) + threadIdx.x / 32;
   if (r >= batch * tokens) return;
@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kSlotThreads)
     const scalar_t* row = rows.row(r / tokens, r % tokens);
 #pragma unroll 4
     for (int c = lane * kVec; c < rows.channels; c += 32 * kVec) {
-      const Chunk<scalar_t> x = load_channels(row, c, rows.channels, aligned);
+      const Vec16<scalar_t> x = load_channels(row, c, rows.channels, aligned);
 #pragma unroll
       for (int v = 0; v < kVec; ++v) counts = counts && x[v] - x[v] == 0.f;
     }
@@ -48,7 +48,7 @@ template <class scalar_t>
 __global__ void __launch_bounds__(kMeanThreads)
     slot_means_kernel(Rows<scalar_t> rows, int64_t batch, int64_t tokens, bool aligned, const int* slots, int64_t count,
                       const float* weight, scalar_t* mean, float* mass) {
-  constexpr int kVec = Chunk<scalar_t>::size;
+  constexpr int kVec = Vec16<scalar_t>::size;
   __shared__ int list[kScanned * kMeanThreads];
   __shared__ int listed[kScanned * kMeanWarps];  // by each warp in each round
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kMeanThreads)
           const int64_t i = begin + list[m];
           const double w = weight ? weight[b * tokens + i] : 1.f;
           total += w;
-          const Chunk<scalar_t> x = load_channels(rows.row(b, i), c, channels, aligned);
+          const Vec16<scalar_t> x = load_channels(rows.row(b, i), c, channels, aligned);
 #pragma unroll
           for (int v = 0; v < kVec; ++v) sum[v] += w * x[v];
         }
@@ -111,7 +111,7 @@ cudaError_t launch_scatter_mean(const scalar_t* features, int64_t batch, int64_t
   const cudaError_t error = launch(token_slots_kernel<scalar_t>, find, rows, batch, tokens, aligned, assignment, count, weight, slots);
   if (error != cudaSuccess) return error;
   const auto most = [](int64_t blocks) { return static_cast<unsigned>(blocks < 65535 ? blocks : 65535); };
-  const dim3 grid(static_cast<unsigned>(count), most(ceil_div(channels, kMeanThreads * Chunk<scalar_t>::size)), most(batch));
+  const dim3 grid(static_cast<unsigned>(count), most(ceil_div(channels, kMeanThreads * Vec16<scalar_t>::size)), most(batch));
   const Launch shape{grid, dim3(kMeanThreads), 0, 1, false, stream};
   return launch(slot_means_kernel<scalar_t>, shape, rows, batch, tokens, aligned, slots, count, weight, mean, mass);
 }

@@ -5,7 +5,7 @@
 //   exact potentials in registers, stored values of their pairs in shared memory. All other tokens are at or above a bound. A candidate
 //   below the bound is the plain loop's next pick, bit for bit, whichever rule adds (addition is monotone to the bit).
 // Bound: the lowest potential among the tokens that are no candidates. Where the weight depends on the distance alone, every pick raises it
-//   by the row minimum of the pick (least); for the other rules potentials never fall, and the bound stays.
+//   by the row minimum of the pick (row_min); for the other rules potentials never fall, and the bound stays.
 // Chosen when: items are large (kClusterFrom) and few enough for four or eight SMs each; compute capability 9.0.
 // Steps, for every exchange:
 //   (1) every warp sends its lowest token that is no candidate to all blocks, and awaits all reports;
@@ -27,7 +27,7 @@ constexpr int kAllCandidates = kWarpCandidates * kClusterWarps;  // place h * 32
 constexpr int kClusterPicks = 8;  // in a sweep at the most
 
 // What a warp says to all blocks before a sweep.
-struct alignas(16) WarpReport {
+struct alignas(16) WarpMessage {
   Key lowest;       // of its tokens that are no candidates
   float potential;  // of the token that has become a candidate last
   float parameter;  // of the token of `lowest`
@@ -35,9 +35,9 @@ struct alignas(16) WarpReport {
 
 // In every block of the cluster, written by all of them. Nobody waits for those who read it: a warp that has everyone's reports on a sweep
 // knows that they are done with the one before.
-struct ClusterBoard {
-  Arrivals arrivals[2];  // in turns: some warps may be a sweep ahead
-  WarpReport report[2][kClusterWarps];
+struct ClusterExchange {
+  Mbarrier arrivals[2];  // in turns: some warps may be a sweep ahead
+  WarpMessage report[2][kClusterWarps];
   // A candidate's row is written when it comes, and has the weights to those that are there then; so of two candidates' rows that of
   // the later has the pair's. At its own place: the smallest weight to any token. With a float more a column's elements are on
   // different banks.
@@ -59,16 +59,16 @@ struct Candidate {
 static_assert(kWarpCandidates == 4 && kClusterTokens * kClusterWarps * 32 == 1 << 13, "2, and 13 bits for tokens as for sweeps");
 
 // A cluster per item. Token t of a thread is the item's token (t * warps of the cluster + its warp) * 32 + its lane.
-// On the diagonal weights are infinite, and so is the potential of a token that has been picked. least: (all tokens), the ordered bits of
+// On the diagonal weights are infinite, and so is the potential of a token that has been picked. row_min: (all tokens), the ordered bits of
 // the smallest weight in each token's row.
 template <class Rule, int kTokens>
 __global__ void __launch_bounds__(kClusterThreads, 1)
-    select_cluster_kernel(StoredItems stored, int lookahead, const uint32_t* least, const float* mean_sqdist, Rule rule, int64_t* out) {
+    select_cluster_kernel(StoredItems stored, int lookahead, const uint32_t* row_min, const float* mean_sqdist, Rule rule, int64_t* out) {
 #if __CUDA_ARCH__ >= 900
   await_predecessor();
-  STS_DYNAMIC_SHARED(ClusterBoard, board);
+  STS_DYNAMIC_SHARED(ClusterExchange, board);
   const auto cluster = cooperative_groups::this_cluster();
-  if (threadIdx.x < 2) init_arrivals(&board->arrivals[threadIdx.x]);
+  if (threadIdx.x < 2) mbarrier_init(&board->arrivals[threadIdx.x]);
   const int blocks = static_cast<int>(cluster.num_blocks()), lane = threadIdx.x % 32;
   const int warps = blocks * (blockDim.x / 32), warp = cluster.block_rank() * (blockDim.x / 32) + threadIdx.x / 32;
   const Items& items = stored.items;
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
     parameter[t] = kOfDistance<Rule> ? 0.f : items.parameter_of(first_row + static_cast<int>(column[t]));
     if (j >= tokens) continue;
     const float distance = mean_sqdist[first_row + j];
-    const float start = kOfDistance<Rule> || !items.start ? kLastResort : items.start[first_row + j];
+    const float start = kOfDistance<Rule> || !items.start ? kNonFinitePotential : items.start[first_row + j];
     potential[t] = first_potential(rule, distance < kInfinity, start, parameter[t]);
     lowest = lower(lowest, make_key(first_key(rule, distance, potential[t], items.start, parameter[t]), Candidate::make(j, 0, 0).bits));
   }
@@ -124,15 +124,15 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
   };
 
   for (int sweep = 0, done = 0, rows_sent = 0;; ++sweep) {
-    Arrivals* const arrivals = &board->arrivals[sweep & 1];
-    if (threadIdx.x == 0) expect_arrivals(arrivals, warps * sizeof(WarpReport) + rows_sent * kAllCandidates * sizeof(float));
+    Mbarrier* const arrivals = &board->arrivals[sweep & 1];
+    if (threadIdx.x == 0) mbarrier_expect_tx(arrivals, warps * sizeof(WarpMessage) + rows_sent * kAllCandidates * sizeof(float));
     // (1)
     lowest = warp_lowest(lowest);
     if constexpr (!kOfDistance<Rule>) low_parameter = __shfl_sync(kFullWarp, low_parameter, Candidate{key_index(lowest)}.token() % 32);
     __syncwarp();  // all lanes are done with the sweep before
-    if (lane < blocks) send(&board->report[sweep & 1][warp], {lowest, newest_potential, low_parameter}, arrivals, lane);
-    await_arrivals(arrivals, sweep / 2);
-    const WarpReport report = lane < warps ? board->report[sweep & 1][lane] : WarpReport{nothing, kInfinity, 0.f};
+    if (lane < blocks) store_async(&board->report[sweep & 1][warp], {lowest, newest_potential, low_parameter}, arrivals, lane);
+    mbarrier_wait(arrivals, sweep / 2);
+    const WarpMessage report = lane < warps ? board->report[sweep & 1][lane] : WarpMessage{nothing, kInfinity, 0.f};
     const Key outside = warp_lowest(report.lowest);  // the lowest of all tokens but the candidates
 
     // (2) The lowest of a warp takes the place of its highest candidate, if that is higher, or an empty one.
@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
       for (int h = 0; h < kWarpCandidates; ++h) {
         // As it was loaded: what is done with it would wait for it, and it is not needed before it is sent.
         const bool itself = kOfDistance<Rule> && h * 32 + lane == newcomer_place;
-        newcomer_row[h] = __ldg(itself ? reinterpret_cast<const float*>(least) + (first_row + newcomer)
+        newcomer_row[h] = __ldg(itself ? reinterpret_cast<const float*>(row_min) + (first_row + newcomer)
                                        : matrix + newcomer * pitch + candidate[h].token());
       }
     }
@@ -252,11 +252,11 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
 #pragma unroll
     for (int h = 0; h < kWarpCandidates; ++h)
       if (kOfDistance<Rule> && h * 32 + lane == newcomer_place) newcomer_row[h] = from_ordered_bits(__float_as_uint(newcomer_row[h]));
-    Arrivals* const next_arrivals = &board->arrivals[(sweep + 1) & 1];
+    Mbarrier* const next_arrivals = &board->arrivals[(sweep + 1) & 1];
     for (int block = 0; block < blocks; ++block)
 #pragma unroll
       for (int h = 0; h < kWarpCandidates; ++h)
-        send(&board->weight[newcomer_place][h * 32 + lane], newcomer_row[h], next_arrivals, block);
+        store_async(&board->weight[newcomer_place][h * 32 + lane], newcomer_row[h], next_arrivals, block);
   }
 #else
   __trap();
@@ -275,7 +275,7 @@ auto with_cluster_kernel(int64_t tokens, const F& f) {
 inline Launch cluster_launch(int64_t tokens, int64_t count, int blocks, cudaStream_t stream) {
   int warps = 1;
   while (warps < kClusterWarps / blocks && 32 * warps * blocks < tokens) warps *= 2;
-  return {dim3(static_cast<unsigned>(count * blocks)), dim3(static_cast<unsigned>(32 * warps)), sizeof(ClusterBoard),
+  return {dim3(static_cast<unsigned>(count * blocks)), dim3(static_cast<unsigned>(32 * warps)), sizeof(ClusterExchange),
           static_cast<unsigned>(blocks), false, stream, true};
 }
 

@@ -104,7 +104,7 @@ __device__ __forceinline__ void select_stored(const StoredItems& stored_items, i
   for (int t = 0; t < kTokens; ++t) at[t] = first + t < tokens ? first + t : tokens - 1;
   load_numbers(mean_sqdist, first_row, at, 0.f, distance);  // all loads are issued before one is used
   if constexpr (!kOfDistance<Rule>) {
-    load_numbers(items.start, first_row, at, kLastResort, start);
+    load_numbers(items.start, first_row, at, kNonFinitePotential, start);
     load_numbers(items.parameter, first_row, at, 1.f, parameter);
   } else {
 #pragma unroll

@@ -172,7 +172,7 @@ __device__ __forceinline__ void draft_picks(const Candidates& candidates, bool f
       best = lower(best, make_key(potential[h], slot));
     }
     best = warp_lowest(best);
-    if (!(key_value(best) < kLastResort)) break;
+    if (!(key_value(best) < kNonFinitePotential)) break;
     chosen = static_cast<int>(key_index(best));
 #pragma unroll
     for (int h = 0; h < kLaneCandidates; ++h)
@@ -294,11 +294,11 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
       const int64_t i = token_of(slot);
       if (i >= own.item.tokens) continue;
       const float distance = potential[own.first_row + i], parameter = parameter_of(i);
-      const float start = kOfDistance<Rule> || !items.start ? kLastResort : items.start[own.first_row + i];
+      const float start = kOfDistance<Rule> || !items.start ? kNonFinitePotential : items.start[own.first_row + i];
       const float before = first_potential(rule, distance < kInfinity, start, parameter);
       own.now[own.place(slot, i)] = before;
       own.later[own.place(slot, i)] = first_key(rule, distance, before, items.start, parameter);
-      if (before < kLastResort) furthest.take(make_key(Rule::kFromMean ? -distance : before, static_cast<uint32_t>(i)));
+      if (before < kNonFinitePotential) furthest.take(make_key(Rule::kFromMean ? -distance : before, static_cast<uint32_t>(i)));
     }
     offer(furthest);
     find_next(1);
@@ -367,7 +367,7 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
         if (i >= own.item.tokens) continue;
         const float value = own.later[(made - 1) * own.stride + own.place(slot, i)];
         own.now[own.place(slot, i)] = value;
-        if (value < kLastResort) low.take(make_key(value, static_cast<uint32_t>(i)));
+        if (value < kNonFinitePotential) low.take(make_key(value, static_cast<uint32_t>(i)));
       }
       offer(low);
       barrier.sync();

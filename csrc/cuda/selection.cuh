@@ -17,11 +17,11 @@ namespace sts {
 
 constexpr int64_t kMatrixFloats = int64_t(1) << 26;  // weights held at a time: 256 MiB, one item of kMatrixTokens
 constexpr int64_t kWaveFloats = int64_t(1) << 27;    // packed: 512 MiB. Picks of a wave take as long as its longest item's
-constexpr int kTileBlocks = 4;                       // packed: blocks that take tiles in turns, for each multiprocessor
+constexpr int kTileBlocks = 4;                       // packed: blocks that take tiles in turns, for each SM
 constexpr int64_t kFewPicks = 64;  // few: less than one of so many tokens
 constexpr int64_t kClusterFrom = 1024;  // items of more tokens are shared by a cluster
 
-// What is stored for a pair of tokens (stored_value); on the diagonal the potential of a token that is picked. least: null, or for all
+// What is stored for a pair of tokens (stored_value); on the diagonal the potential of a token that is picked. row_min: null, or for all
 // tokens the ordered bits of the smallest in each row.
 template <class Rule>
 struct StoreWeight {
@@ -29,7 +29,7 @@ struct StoreWeight {
   static constexpr float kCancellation = sts::kCancellation;
   static constexpr bool kThreeProducts = std::is_same_v<Rule, Repulsion>;  // of float32 rows, for which others want differences
   Rule rule;
-  uint32_t* least;
+  uint32_t* row_min;
   __device__ float operator()(float sqdist, bool diagonal) const { return diagonal ? kInfinity : stored_value(rule, sqdist); }
 };
 
@@ -46,7 +46,7 @@ struct SelectionPlan {
   int tile;             // stored: tokens along the side of a tile of pairs
   int64_t entries;      // stored: batch entries whose weights are held at a time
   int item_blocks;      // stored: blocks that share an item, a cluster if more than one
-  bool least;           // the cluster's bound grows by the smallest weight of each pick's row
+  bool row_min;           // the cluster's bound grows by the smallest weight of each pick's row
   int groups, group_blocks, blocks;  // swept: of the cooperative launch, at the most
   int held;                  // swept: tokens of a block whose potentials lie in its shared memory
   int lookahead;             // max picks per exchange (cluster) or sweep; 1: the plain loop, in one block where weights are stored
@@ -62,14 +62,14 @@ auto with_swept_kernel(bool mma, const F& f) {
   return f(select_swept_kernel<DifferenceSweep<scalar_t>, scalar_t, Rule>, swept_shared_bytes<DifferenceSweep<scalar_t>>);
 }
 
-// Blocks that share each item, of which `at_once` are under way: as many as there are multiprocessors for, if items are large.
+// Blocks that share each item, of which `at_once` are under way: as many as there are SMs for, if items are large.
 template <class Rule>
 int stored_item_blocks(const Items& items, int64_t at_once) {
   if (items.tokens <= kClusterFrom * (items.packed() ? items.count : 1)) return 1;  // on average where packed
-  const int multiprocessors = device_sm_count();
+  const int sms = device_sm_count();
   const int64_t most_tokens = items.longest() < kMatrixTokens ? items.longest() : kMatrixTokens;
   for (int blocks = 8; blocks >= 4; blocks /= 2) {
-    if (at_once * blocks > multiprocessors) continue;
+    if (at_once * blocks > sms) continue;
     const Launch shape = cluster_launch(most_tokens, at_once, blocks, nullptr);
     if (with_cluster_kernel<Rule>(most_tokens, [&](auto* kernel) { return clusters_fit(kernel, shape); })) return blocks;
   }
@@ -127,7 +127,7 @@ SelectionPlan plan_selection(const Rows<scalar_t>& rows, const Items& items, int
                 : plan.mma ? mma_tile(tokens, plan.entries)
                            : sqdist_tile(tokens, plan.entries);
     plan.item_blocks = lookahead > 1 ? stored_item_blocks<Rule>(items, plan.entries) : 1;
-    plan.least = kOfDistance<Rule>;
+    plan.row_min = kOfDistance<Rule>;
   }
   if (items.packed()) plan.packed = packed_shape(items, stored_tokens, plan.stored ? plan.tile : kLargeTile, wave_floats);
   if (items.packed() ? plan.packed.most_large > 0 : !plan.stored) {
@@ -144,7 +144,7 @@ struct SelectionScratch {
   PackedPlan packed{};          // packed
   float* weights = nullptr;     // stored: (entries, tokens, matrix_pitch(tokens)), or a wave's; swept, not held: (lookahead, all tokens)
   unsigned* marks = nullptr;    // stored on tensor cores, but for Hopper's: (entries, side, side) tiles of kMarkTile tokens, or (tiles, parts)
-  uint32_t* least = nullptr;    // stored, with items shared by clusters: the smallest weight of every row (all tokens)
+  uint32_t* row_min = nullptr;    // stored, with items shared by clusters: the smallest weight of every row (all tokens)
   Key* keys = nullptr;          // swept: a SweepExchange for every group
   float* floats = nullptr;      // swept: the same
   unsigned* arrived = nullptr;  // swept: (groups)
@@ -165,7 +165,7 @@ struct SelectionScratch {
     take_token_stats(stats, items, channels, plan.element_bytes, plan.from_mean, plan.mma || plan.wgmma, plan.wgmma, allocate);
     take(weights, held > drafted ? held : drafted);
     take(marks, plan.stored && plan.mma && !plan.wgmma ? marks_of(plan, items) : 0);
-    take(least, plan.item_blocks > 1 && plan.least ? all_tokens(items) : 0);
+    take(row_min, plan.item_blocks > 1 && plan.row_min ? all_tokens(items) : 0);
     take(keys, SweepExchange::keys(plan.blocks));
     take(floats, plan.groups * SweepExchange::floats());
     take(arrived, plan.groups);
@@ -194,8 +194,8 @@ class SelectionLaunch {
       if (error == cudaSuccess) error = launch_packed_plan(items_, plan_.packed, scratch_.packed, stream_);
       items_.planned = scratch_.packed.items;
     }
-    if (error == cudaSuccess && scratch_.least)
-      error = cudaMemsetAsync(scratch_.least, 0xff, all_tokens(items_) * sizeof(uint32_t), stream_);
+    if (error == cudaSuccess && scratch_.row_min)
+      error = cudaMemsetAsync(scratch_.row_min, 0xff, all_tokens(items_) * sizeof(uint32_t), stream_);
     if (error == cudaSuccess) error = launch_token_stats(rows_, items_, scratch_.stats, stream_);
     if (error == cudaSuccess && plan_.stored) error = items_.packed() ? select_waves() : select_entries();
     return error == cudaSuccess && plan_.swept ? sweep() : error;
@@ -255,7 +255,7 @@ class SelectionLaunch {
   // f(whether on tensor cores, what is stored of a pair).
   template <class F>
   cudaError_t weigh(const F& f) {
-    const StoreWeight<Rule> store{rule_, scratch_.least};
+    const StoreWeight<Rule> store{rule_, scratch_.row_min};
     if constexpr (sizeof(scalar_t) == 2) {
       if (plan_.mma) return f(std::true_type(), store);
     }
@@ -271,7 +271,7 @@ class SelectionLaunch {
   cudaError_t select_in_clusters(const StoredItems& stored, int64_t tokens, int64_t count) {
     const Launch shape = cluster_launch(tokens, count, plan_.item_blocks, stream_);
     return with_cluster_kernel<Rule>(tokens, [&](auto* kernel) {
-      return launch(kernel, shape, stored, plan_.lookahead, scratch_.least, scratch_.stats.mean_sqdist, rule_, out_);
+      return launch(kernel, shape, stored, plan_.lookahead, scratch_.row_min, scratch_.stats.mean_sqdist, rule_, out_);
     });
   }
 

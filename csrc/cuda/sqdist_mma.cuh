@@ -6,7 +6,7 @@
 //   (sqdist_tiles.cuh). A pair's bits depend on the pair and the centre of its item alone.
 // Chosen when: rows are whole 16-byte chunks at aligned addresses, items are padded, and the device is not Hopper (sqdist_wgmma.cuh).
 // Steps: (1) stages of 64 channels of a tile's rows and columns, and of the centre, come by cp.async, two ahead; (2) mma.sync of the
-//   differences to the centre; runs of kMmaRun channels are closed into rounded float32; (3) epilogue: distances, stored twice, and marks;
+//   differences to the centre; runs of kFlushChannels channels are closed into rounded float32; (3) epilogue: distances, stored twice, and marks;
 //   (4) a second launch repairs the tiles that have marks.
 // Synchronisation: a block barrier a stage, one for the warps' marks. Blocks know nothing of each other.
 #pragma once
@@ -16,14 +16,14 @@
 
 namespace sts {
 
-// Tokens along a tile's side. A large tile reads half as much for a pair; small ones keep more multiprocessors busy.
+// Tokens along a tile's side. A large tile reads half as much for a pair; small ones keep more SMs busy.
 constexpr int kSmallMmaTile = 64, kLargeMmaTile = 128;
 static_assert(kMarkTile == kLargeTile, "marks are for the tiles of the kernel that repairs");
 constexpr int kMmaChannels = 64;  // a stage
 constexpr int kMmaStages = 3;
 // Tensor cores truncate when they add. Sums of more channels than this are continued in rounded float32: the error of a sum
 // stays below 2e-6 of |a||b|, and below 1.3e-4 of an unmarked distance.
-constexpr int kMmaRun = 256;
+constexpr int kFlushChannels = 256;
 constexpr float kCancellation = 1.f / 64;
 
 template <int kTile>
@@ -45,23 +45,23 @@ bool mma_fits(const Rows<scalar_t>& rows, const Items& items) {
 
 // Where 16-byte chunk `chunk` of row `row` of a stage is, in elements. Rows lie 128 bytes apart, all on the same banks: chunks are
 // swizzled by row, with a period of 8 rows.
-__device__ __forceinline__ int staged(int row, int chunk) { return row * kMmaChannels + (chunk ^ (row & 7)) * 8; }
+__device__ __forceinline__ int swizzled(int row, int chunk) { return row * kMmaChannels + (chunk ^ (row & 7)) * 8; }
 
 // The centre's elements that belong to what ldmatrix gives a lane of 16 channels: of the first eight, and of the others.
 template <class scalar_t>
-struct CentrePairs {
+struct CentreFragment {
   uint32_t low, high;
   // `row`: of a stage that holds the centre; k: which 16 of its channels.
-  __device__ __forceinline__ CentrePairs(const scalar_t* stage, int row, int k) {
-    memcpy(&low, stage + staged(row, k * 2) + threadIdx.x % 4 * 2, 4);
-    memcpy(&high, stage + staged(row, k * 2 + 1) + threadIdx.x % 4 * 2, 4);
+  __device__ __forceinline__ CentreFragment(const scalar_t* stage, int row, int k) {
+    memcpy(&low, stage + swizzled(row, k * 2) + threadIdx.x % 4 * 2, 4);
+    memcpy(&high, stage + swizzled(row, k * 2 + 1) + threadIdx.x % 4 * 2, 4);
   }
   // Matrices of the first eight channels and of the others in turns, or two by two.
-  __device__ __forceinline__ void leave_in_turns(uint32_t (&r)[4]) const {
+  __device__ __forceinline__ void subtract_from_b(uint32_t (&r)[4]) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) r[i] = subtract_pairs(r[i], i % 2 ? high : low, scalar_t());
   }
-  __device__ __forceinline__ void leave_by_halves(uint32_t (&r)[4]) const {
+  __device__ __forceinline__ void subtract_from_a(uint32_t (&r)[4]) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) r[i] = subtract_pairs(r[i], i / 2 ? high : low, scalar_t());
   }
@@ -85,7 +85,7 @@ class TileCopy {
   }
   // chunk: this thread's of the first row.
   __device__ __forceinline__ void start(scalar_t* side, const scalar_t* chunk, bool inside) const {
-    scalar_t* const mine = side + staged(threadIdx.x / 8, threadIdx.x % 8);
+    scalar_t* const mine = side + swizzled(threadIdx.x / 8, threadIdx.x % 8);
 #pragma unroll
     for (int u = 0; u < kCopies; ++u) cp_async_16(mine + u * kStride * kMmaChannels, chunk + uint64_t(offset_[u]) * 8, inside);
   }
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kMmaThreads<kTile>)
   constexpr int kRows = kWarpRows<kTile>, kColumns = kWarpColumns, kThreads = kMmaThreads<kTile>, kMarks = kTile / kMarkTile;
   STS_DYNAMIC_SHARED(scalar_t, shared);
   __shared__ bool warp_marked[kTile / kRows][kTile / kColumns];
-  // Warps 0 to 3, one on each quarter of the multiprocessor, have the first half of a large tile's columns, and 4 to 7 the second: in
+  // Warps 0 to 3, one on each quarter of the SM, have the first half of a large tile's columns, and 4 to 7 the second: in
   // the last tiles of a row that half may be past the end, and each quarter has half of the work.
   const int tid = threadIdx.x, lane = tid % 32, warp_i = tid / 32 % (kTile / kRows), warp_j = tid / 32 / (kTile / kRows);
   const int wi = warp_i * kRows, wj = warp_j * kColumns;
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kMmaThreads<kTile>)
     const TileCopy<scalar_t, kTile, kThreads> copy_a(rows, i0, width), copy_b(rows, j0, width);
     // The row and the half of 16 channels whose address this lane gives ldmatrix. The swizzle turns 16 channels further into an exclusive
     // or.
-    const int at_a = staged(wi + lane % 16, lane / 16), at_b = side_b + staged(wj + lane % 8 + lane / 16 * 8, lane / 8 % 2);
+    const int at_a = swizzled(wi + lane % 16, lane / 16), at_b = side_b + swizzled(wj + lane % 8 + lane / 16 * 8, lane / 8 % 2);
     const scalar_t* chunk = rows.row(tile.entry, tile.row) + tid % 8 * 8;
     const scalar_t* centre_chunk = centre + tile.item * rows.channels + tid % 8 * 8;
     int left = rows.channels - tid % 8 * 8;  // channels from this thread's next chunk on
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kMmaThreads<kTile>)
         scalar_t* const stage = shared + filled;
         copy_a.start(stage, chunk, left > 0);
         if (side_b) copy_b.start(stage + side_b, chunk, left > 0);
-        if (tid < 8) cp_async_16(stage + staged(2 * kTile, tid), centre_chunk, left > 0);
+        if (tid < 8) cp_async_16(stage + swizzled(2 * kTile, tid), centre_chunk, left > 0);
         chunk += kMmaChannels, centre_chunk += kMmaChannels;
         left -= kMmaChannels;
         filled = filled + kStage == kRing ? 0 : filled + kStage;
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kMmaThreads<kTile>)
     };
 
     float dot[kRows / 16][4][4] = {}, run[kRows / 16][4][4] = {};  // [16 rows][8 columns][what mma gives a thread]
-    const auto close_run = [&] {
+    const auto flush_accumulator = [&] {
 #pragma unroll
       for (int m = 0; m < kRows / 16; ++m)
 #pragma unroll
@@ -159,16 +159,16 @@ __global__ void __launch_bounds__(kMmaThreads<kTile>)
 #pragma unroll
       for (int k = 0; k < kMmaChannels / 16; ++k) {
         uint32_t a[kRows / 16][4], b[2][4];
-        const CentrePairs<scalar_t> common(stage, 2 * kTile, k);
+        const CentreFragment<scalar_t> common(stage, 2 * kTile, k);
 #pragma unroll
         for (int m = 0; m < kRows / 16; ++m) {
           ldmatrix_x4(a[m], stage + (at_a ^ k * 16) + m * 16 * kMmaChannels);
-          common.leave_by_halves(a[m]);
+          common.subtract_from_a(a[m]);
         }
 #pragma unroll
         for (int n = 0; n < 2; ++n) {  // 16 columns at a time
           ldmatrix_x4(b[n], stage + (at_b ^ k * 16) + n * 16 * kMmaChannels);
-          common.leave_in_turns(b[n]);
+          common.subtract_from_b(b[n]);
         }
 #pragma unroll
         for (int m = 0; m < kRows / 16; ++m)
@@ -178,9 +178,9 @@ __global__ void __launch_bounds__(kMmaThreads<kTile>)
             mma_16x8x16(run[m][n], a[m], columns, scalar_t());
           }
       }
-      if ((step + 1) * kMmaChannels % kMmaRun == 0) close_run();
+      if ((step + 1) * kMmaChannels % kFlushChannels == 0) flush_accumulator();
     }
-    close_run();
+    flush_accumulator();
     cp_async_wait<0>();
 
     // Epilogue. Stored matrices have at most kMatrixTokens tokens, so offsets in them have 32 bits.
@@ -188,18 +188,18 @@ __global__ void __launch_bounds__(kMmaThreads<kTile>)
     float* const matrix = out + tile.offset;
     float *const upper = matrix + i * stride + j, *const lower = matrix + j * stride + i;
     const float* norm = norms + tile.token;
-    uint32_t* const least = store.least ? store.least + tile.token : nullptr;
+    uint32_t* const row_min = store.row_min ? store.row_min + tile.token : nullptr;
     float column_norm[kColumns / 4];
 #pragma unroll
     for (int c = 0; c < kColumns / 4; ++c) column_norm[c] = j + c / 2 * 8 + c % 2 < width ? norm[j + c / 2 * 8 + c % 2] : 0.f;
     bool marked = false;
-    RowsLeast<kColumns / 4> columns_least;
+    RowMin<kColumns / 4> column_minima;
     const auto finish = [&](auto all_inside) {
       constexpr bool inside = decltype(all_inside)::value;  // all pairs of the warp are above the diagonal and before the end
 #pragma unroll
       for (int r = 0; r < kRows / 8; ++r) {
         const float row_norm = inside || i + r * 8 < width ? norm[i + r * 8] : 0.f;
-        RowsLeast<1> row_least;
+        RowMin<1> minimum;
 #pragma unroll
         for (int n = 0; n < kColumns / 8; ++n) {
           float value[2];
@@ -215,20 +215,20 @@ __global__ void __launch_bounds__(kMmaThreads<kTile>)
             if (!inside) upper[r * 8 * stride + n * 8 + e] = value[e];
             if (diagonal) continue;
             marked = marked || !kept;
-            row_least.take(0, value[e]);
-            columns_least.take(n * 2 + e, value[e]);
+            minimum.take(0, value[e]);
+            column_minima.take(n * 2 + e, value[e]);
           }
           if (!inside) continue;
           *reinterpret_cast<float2*>(upper + r * 8 * stride + n * 8) = make_float2(value[0], value[1]);  // an even pitch
         }
-        if (least) row_least.template note<1, 4>(0, least, i + r * 8);
+        if (row_min) minimum.template flush<1, 4>(0, row_min, i + r * 8);
       }
     };
     if (i0 + wi + kRows <= j0 + wj && j0 + wj + kColumns <= width) finish(std::true_type());
     else if (has_pairs) finish(std::false_type());
-    if (least && has_pairs) {
+    if (row_min && has_pairs) {
 #pragma unroll
-      for (int c = 0; c < kColumns / 4; ++c) columns_least.template note<4, 32>(c, least, j + c / 2 * 8 + c % 2);
+      for (int c = 0; c < kColumns / 4; ++c) column_minima.template flush<4, 32>(c, row_min, j + c / 2 * 8 + c % 2);
     }
     marked = __any_sync(kFullWarp, marked);
     if (lane == 0) warp_marked[warp_i][warp_j] = marked;
@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(kMmaThreads<kTile>)
   }
 }
 
-// Large tiles where there are two for every multiprocessor.
+// Large tiles where there are two for every SM.
 inline int mma_tile(int64_t tokens, int64_t entries) {
   const int64_t large = ceil_div(tokens, kLargeMmaTile);
   return large * (large + 1) / 2 * entries >= 2 * device_sm_count() ? kLargeMmaTile : kSmallMmaTile;

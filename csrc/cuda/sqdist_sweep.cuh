@@ -37,16 +37,16 @@ struct DifferenceSweep {
   template <class F>
   static __device__ __forceinline__ void run(const Rows<scalar_t>& rows, int64_t entry, const Item& item, bool aligned, const float*,
                                              const scalar_t*, const SweepPoints& points, int first_tile, int tile_step, const F& f) {
-    if (aligned && rows.channels % Chunk<scalar_t>::size == 0) run_rows<true>(rows, entry, item, true, points, first_tile, tile_step, f);
+    if (aligned && rows.channels % Vec16<scalar_t>::size == 0) run_rows<true>(rows, entry, item, true, points, first_tile, tile_step, f);
     else run_rows<false>(rows, entry, item, aligned, points, first_tile, tile_step, f);
   }
 
-  // kWhole: as in load_chunk.
+  // kWhole: as in load_vec.
   template <bool kWhole, class F>
   static __device__ __forceinline__ void run_rows(const Rows<scalar_t>& rows, int64_t entry, const Item& item, bool aligned,
                                                   const SweepPoints& points, int first_tile, int tile_step, const F& f) {
     STS_DYNAMIC_SHARED(float, point);  // [kSweepPoints][kChannels]
-    constexpr int kVec = Chunk<scalar_t>::size, kUnroll = 4;  // loads in flight: 64 bytes of a row
+    constexpr int kVec = Vec16<scalar_t>::size, kUnroll = 4;  // loads in flight: 64 bytes of a row
     constexpr int kTogether = 4;  // points without a branch between them, that those past `count` are computed with, from anything
     const int count = points.count;
     int slot = threadIdx.x;
@@ -63,9 +63,9 @@ struct DifferenceSweep {
         }
         __syncthreads();
         for (int c = 0; c < kChannels && c0 + c < rows.channels; c += kVec * kUnroll) {
-          Chunk<scalar_t> x[kUnroll];
+          Vec16<scalar_t> x[kUnroll];
 #pragma unroll
-          for (int u = 0; u < kUnroll; ++u) x[u] = load_chunk<kWhole>(row, c0 + c + u * kVec, rows.channels, aligned);
+          for (int u = 0; u < kUnroll; ++u) x[u] = load_vec<kWhole>(row, c0 + c + u * kVec, rows.channels, aligned);
 #pragma unroll
           for (int p0 = 0; p0 < kSweepPoints; p0 += kTogether) {
             if (p0 >= count) continue;
@@ -155,15 +155,15 @@ struct MmaSweep {
         const int c = ahead.step * kMmaChannels + chunk * 8;
         const bool inside = c < rows.channels;
         copy.start(tokens_of(ahead), first_row + ahead.first * rows.row_stride + c, inside);
-        if (tid / 8 < kSweepPoints) cp_async_16(points_of(ahead) + staged(tid / 8, chunk), point + c, inside);
-        if (tid < 8) cp_async_16(tokens_of(ahead) + staged(kStageRows - 1, chunk), centre + c, inside);
+        if (tid / 8 < kSweepPoints) cp_async_16(points_of(ahead) + swizzled(tid / 8, chunk), point + c, inside);
+        if (tid < 8) cp_async_16(tokens_of(ahead) + swizzled(kStageRows - 1, chunk), centre + c, inside);
       }
       cp_async_commit();  // empty past the end, so that every wait below counts the same
       if (advance(ahead)) copy = TileCopy<scalar_t, kTile, kSweepThreads>(rows, 0, item.tokens - ahead.first);
     };
 
     float dot[2][4] = {}, sum[2][4] = {};  // [8 points][what mma gives a thread]
-    const auto close_run = [&] {
+    const auto flush_accumulator = [&] {
 #pragma unroll
       for (int n = 0; n < 2; ++n)
 #pragma unroll
@@ -182,21 +182,21 @@ struct MmaSweep {
 #pragma unroll
       for (int k = 0; k < kMmaChannels / 16; ++k) {
         uint32_t a[4], b[4];
-        ldmatrix_x4(a, tokens_of(now) + staged(warp * 16 + lane % 16, k * 2 + lane / 16));
-        ldmatrix_x4(b, points_of(now) + staged(lane % 8 + lane / 16 * 8, k * 2 + lane / 8 % 2));
-        const CentrePairs<scalar_t> common(tokens_of(now), kStageRows - 1, k);
-        common.leave_by_halves(a);
-        common.leave_in_turns(b);
+        ldmatrix_x4(a, tokens_of(now) + swizzled(warp * 16 + lane % 16, k * 2 + lane / 16));
+        ldmatrix_x4(b, points_of(now) + swizzled(lane % 8 + lane / 16 * 8, k * 2 + lane / 8 % 2));
+        const CentreFragment<scalar_t> common(tokens_of(now), kStageRows - 1, k);
+        common.subtract_from_a(a);
+        common.subtract_from_b(b);
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
           const uint32_t columns[2] = {b[n * 2], b[n * 2 + 1]};
           mma_16x8x16(sum[n], a, columns, scalar_t());
         }
       }
-      if ((now.step + 1) * kMmaChannels % kMmaRun == 0) close_run();
+      if ((now.step + 1) * kMmaChannels % kFlushChannels == 0) flush_accumulator();
       if (now.step + 1 < steps) continue;
 
-      close_run();
+      flush_accumulator();
 #pragma unroll
       for (int n = 0; n < 2; ++n)
 #pragma unroll
@@ -259,12 +259,12 @@ struct MmaSweep {
       float sum[2][4] = {};
 #pragma unroll 2
       for (int c = warp * 32 + lane % 4 * 8; c - lane % 4 * 8 < rows.channels; c += kSweepWarps * 32) {
-        const Chunk<scalar_t> common = load_chunk<true>(centre, c, rows.channels, true);
-        Chunk<scalar_t> x[2], y[2];
+        const Vec16<scalar_t> common = load_vec<true>(centre, c, rows.channels, true);
+        Vec16<scalar_t> x[2], y[2];
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          x[h] = load_chunk<true>(a[h], c, rows.channels, true);
-          y[h] = load_chunk<true>(b[h], c, rows.channels, true);
+          x[h] = load_vec<true>(a[h], c, rows.channels, true);
+          y[h] = load_vec<true>(b[h], c, rows.channels, true);
         }
 #pragma unroll
         for (int h = 0; h < 2; ++h)

@@ -16,7 +16,7 @@ struct StoreSqdist {
   static constexpr bool kOverlap = false;  // the launch ahead is another op's
   static constexpr float kCancellation = 1.f / 16;  // see sqdist_mma.cuh
   static constexpr bool kThreeProducts = false;     // see sqdist_wgmma.cuh
-  static constexpr uint32_t* least = nullptr;
+  static constexpr uint32_t* row_min = nullptr;
   __device__ float operator()(float sqdist, bool diagonal) const { return diagonal ? 0.f : sqdist; }
 };
 
@@ -29,35 +29,35 @@ __device__ __forceinline__ bool is_marked(float stored) { return __float_as_uint
 
 // The smallest stored values that a thread has of some rows of a tile.
 template <int kRows>
-struct RowsLeast {
+struct RowMin {
   float value[kRows];
-  __device__ __forceinline__ RowsLeast() {
+  __device__ __forceinline__ RowMin() {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) value[r] = kInfinity;
   }
   __device__ __forceinline__ void take(int r, float stored) { value[r] = fminf(value[r], stored); }  // of a marked pair: no change
-  // Lowers least[i], the ordered bits of the smallest of row i, to row r of the lanes from kFrom up to kEnd (lanes_lowest).
+  // Lowers row_min[i], the ordered bits of the smallest of row i, to row r of the lanes from kFrom up to kEnd (lanes_lowest).
   template <int kFrom, int kEnd>
-  __device__ __forceinline__ void note(int r, uint32_t* least, int64_t i) const {
+  __device__ __forceinline__ void flush(int r, uint32_t* row_min, int64_t i) const {
     const float lowest = lanes_lowest<kFrom, kEnd>(value[r]);
     const int others = (kEnd - 1) & ~(kFrom - 1);  // the bits in which those lanes differ
-    if ((threadIdx.x & others) == 0 && lowest < kInfinity) atomicMin(least + i, ordered_bits(lowest));
+    if ((threadIdx.x & others) == 0 && lowest < kInfinity) atomicMin(row_min + i, ordered_bits(lowest));
   }
 };
 
-// sqdist[n] = |a - b[n]|^2, the same for every lane of the warp. kWhole: as in load_chunk.
+// sqdist[n] = |a - b[n]|^2, the same for every lane of the warp. kWhole: as in load_vec.
 template <bool kWhole, int kCount, class scalar_t>
 __device__ __forceinline__ void warp_sqdist(const scalar_t* a, const scalar_t* const (&b)[kCount], int channels, bool aligned,
                                             float (&sqdist)[kCount]) {
-  constexpr int kVec = Chunk<scalar_t>::size;
+  constexpr int kVec = Vec16<scalar_t>::size;
 #pragma unroll
   for (int n = 0; n < kCount; ++n) sqdist[n] = 0.f;
 #pragma unroll 2
   for (int c = threadIdx.x % 32 * kVec; c < channels; c += 32 * kVec) {
-    const Chunk<scalar_t> x = load_chunk<kWhole>(a, c, channels, aligned);
-    Chunk<scalar_t> y[kCount];
+    const Vec16<scalar_t> x = load_vec<kWhole>(a, c, channels, aligned);
+    Vec16<scalar_t> y[kCount];
 #pragma unroll
-    for (int n = 0; n < kCount; ++n) y[n] = load_chunk<kWhole>(b[n], c, channels, aligned);
+    for (int n = 0; n < kCount; ++n) y[n] = load_vec<kWhole>(b[n], c, channels, aligned);
 #pragma unroll
     for (int n = 0; n < kCount; ++n)
 #pragma unroll
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kTile* kTile / 16, kTile == kLargeTile ? 2 : 4
     sqdist_tile_kernel(Rows<scalar_t> rows, Tiles tiles, bool aligned, Store store, const unsigned* marks, float* out) {
   await_predecessor();
   constexpr int kThreads = kTile * kTile / 16;  // each thread has 4 x 4 pairs
-  constexpr int kChannels = 32, kVec = Chunk<scalar_t>::size;
+  constexpr int kChannels = 32, kVec = Vec16<scalar_t>::size;
   constexpr int kLoads = kTile * kChannels / kVec / kThreads;
   static_assert(kLoads * kVec * kThreads == kTile * kChannels, "a stage is loaded by whole threads");
   __shared__ float a[kChannels][kTile + 4], b[kChannels][kTile + 4];
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kTile* kTile / 16, kTile == kLargeTile ? 2 : 4
     float sum[4][4] = {};
     // What this thread loads of each stage. Rows past the end repeat the last one; their pairs are not stored.
     const scalar_t *row_a[kLoads], *row_b[kLoads];
-    Chunk<scalar_t> next_a[kLoads], next_b[kLoads];
+    Vec16<scalar_t> next_a[kLoads], next_b[kLoads];
 #pragma unroll
     for (int l = 0; l < kLoads; ++l) {
       const int token = (l * kThreads + tid) / (kChannels / kVec);
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kTile* kTile / 16, kTile == kLargeTile ? 2 : 4
       }
     }
     float* matrix = out + tile.offset;
-    RowsLeast<4> rows_least, columns_least;
+    RowMin<4> row_minima, column_minima;
 #pragma unroll
     for (int s = 0; s < 4; ++s)
 #pragma unroll
@@ -146,15 +146,15 @@ __global__ void __launch_bounds__(kTile* kTile / 16, kTile == kLargeTile ? 2 : 4
         matrix[i * pitch + j] = value;
         if (marks || i0 != j0) matrix[j * pitch + i] = value;
         if (i == j) continue;
-        rows_least.take(s, value);
-        columns_least.take(t, value);
+        row_minima.take(s, value);
+        column_minima.take(t, value);
       }
-    if (store.least) {
-      uint32_t* const least = store.least + tile.token;
+    if (store.row_min) {
+      uint32_t* const row_min = store.row_min + tile.token;
 #pragma unroll
       for (int s = 0; s < 4; ++s) {
-        rows_least.template note<1, kTile / 4>(s, least, i0 + ti + s);
-        columns_least.template note<kTile / 4, 32>(s, least, j0 + tj + s);
+        row_minima.template flush<1, kTile / 4>(s, row_min, i0 + ti + s);
+        column_minima.template flush<kTile / 4, 32>(s, row_min, j0 + tj + s);
       }
     }
   }
@@ -177,7 +177,7 @@ cudaError_t launch_sqdist_tiles_of(const Rows<scalar_t>& rows, const PackedTiles
   return launch(sqdist_tile_kernel<scalar_t, kTile, PackedTiles, Store>, shape, rows, tiles, rows_aligned(rows), store, marks, out);
 }
 
-// Small tiles where large ones would leave multiprocessors without work.
+// Small tiles where large ones would leave SMs without work.
 inline int sqdist_tile(int64_t tokens, int64_t entries) {
   const int64_t large = ceil_div(tokens, kLargeTile);
   return large * (large + 1) / 2 * entries < 2 * device_sm_count() ? kSmallTile : kLargeTile;

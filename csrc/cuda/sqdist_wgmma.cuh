@@ -8,7 +8,7 @@
 // Chosen when: compute capability 9.0, code for sm_90a, padded items; of float32 rows, where Store::kThreeProducts. Rows of the copy are
 //   16-byte aligned, whatever the features' are.
 // Steps: a producer warp (1) brings 64 channels of a tile's rows and columns a stage by TMA; a diagonal tile has rows alone. Warpgroups of
-//   64 rows each (2) multiply them by wgmma, and close a run of kMmaRun channels into rounded float32; (3) epilogue: distances from the
+//   64 rows each (2) multiply them by wgmma, and close a run of kFlushChannels channels into rounded float32; (3) epilogue: distances from the
 //   sums, stored twice, and what cancels is marked; (4) warps repair their marked pairs, four of a row at a time.
 // Synchronisation: mbarriers. full, of each stage: the producer's announcement and its bytes. empty, of each stage: an arrival of every
 //   consumer warp, once its products of the stage have ended. The producer runs ahead into the next tile: loads go on during an epilogue.
@@ -56,7 +56,7 @@ struct TriangleTile {
 // have marked one of their pairs in the first 8 rows, in the others.
 template <int kTile, class scalar_t, class Store>
 __device__ __noinline__ void repair_marked(Rows<scalar_t> rows, bool aligned, int64_t entry, unsigned low, unsigned high, int first_row,
-                                           int first_column, int width, Store store, int64_t pitch, float* matrix, uint32_t* least) {
+                                           int first_column, int width, Store store, int64_t pitch, float* matrix, uint32_t* row_min) {
   const int lane = threadIdx.x % 32;
   __syncwarp();  // all lanes have stored what they marked
   for (int r = 0; r < 16; ++r) {
@@ -90,9 +90,9 @@ __device__ __noinline__ void repair_marked(Rows<scalar_t> rows, bool aligned, in
           const float value = store(sqdist[p], false);
           matrix[row * pitch + column[p]] = value;
           matrix[column[p] * pitch + row] = value;
-          if (!least || !(value < kInfinity)) continue;
-          atomicMin(least + row, ordered_bits(value));
-          atomicMin(least + column[p], ordered_bits(value));
+          if (!row_min || !(value < kInfinity)) continue;
+          atomicMin(row_min + row, ordered_bits(value));
+          atomicMin(row_min + column[p], ordered_bits(value));
         }
       }
     }
@@ -109,19 +109,19 @@ __global__ void __launch_bounds__(hopper_threads(kWgmmaThreads<kTile>), 1)
   using element_t = copy_t<scalar_t>;
   constexpr int kParts = kCopyParts<scalar_t>;
   constexpr int kWarps = kTile / 64 * 4, kSums = kTile / 2, kPart = kTile * kBoxChannels, kSide = kParts * kPart;
-  constexpr int kRunSteps = kMmaRun / kBoxChannels;
+  constexpr int kRunSteps = kFlushChannels / kBoxChannels;
   STS_DYNAMIC_SHARED(unsigned char, memory);
-  __shared__ Arrivals full[kStages], empty[kStages], met;
+  __shared__ Mbarrier full[kStages], empty[kStages], met;
   __shared__ uint32_t column_least[2][kTile];  // ordered bits
   element_t* const stages = reinterpret_cast<element_t*>(memory + (1024 - reinterpret_cast<uintptr_t>(memory) % 1024) % 1024);
   const int lane = threadIdx.x % 32, warp = __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / 32, 0);
   const int tiles = static_cast<int>(ceil_div(items.tokens, kTile)), steps = static_cast<int>(ceil_div(rows.channels, kBoxChannels));
   const int entry_tiles = tiles * (tiles + 1) / 2;
   if (threadIdx.x < kStages) {
-    init_arrivals(&full[threadIdx.x]);
-    init_arrivals(&empty[threadIdx.x], kWarps);
+    mbarrier_init(&full[threadIdx.x]);
+    mbarrier_init(&empty[threadIdx.x], kWarps);
   }
-  if (threadIdx.x == 0) init_arrivals(&met, kWarps);
+  if (threadIdx.x == 0) mbarrier_init(&met, kWarps);
   if (threadIdx.x < kTile) column_least[0][threadIdx.x] = column_least[1][threadIdx.x] = ~0u;
   __syncthreads();
   // f(entry, first row, first column, tokens) for the tiles of this block.
@@ -150,8 +150,8 @@ __global__ void __launch_bounds__(hopper_threads(kWgmmaThreads<kTile>), 1)
       const int item = static_cast<int>(first_entry + entry);
       for (int step = 0; step < steps; ++step, next_stage()) {
         element_t* const sides = stages + stage * 2 * kSide;
-        if (turn > 0) await_arrivals(&empty[stage], turn - 1);
-        expect_arrivals(&full[stage], (row0 == column0 ? 1 : 2) * kSide * 2);
+        if (turn > 0) mbarrier_wait(&empty[stage], turn - 1);
+        mbarrier_expect_tx(&full[stage], (row0 == column0 ? 1 : 2) * kSide * 2);
 #pragma unroll
         for (int part = 0; part < kParts; ++part) {
           copy_box(sides + part * kPart, map, step * kBoxChannels, part, row0, item, &full[stage]);
@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(hopper_threads(kWgmmaThreads<kTile>), 1)
 #pragma unroll
       for (int step = 0; step < kRunSteps; ++step) {
         if (begin + step >= steps) break;
-        await_arrivals(&full[stage], turn);
+        mbarrier_wait(&full[stage], turn);
         const element_t *const sides = stages + stage * 2 * kSide, *const a = sides + warp / 4 * 64 * kBoxChannels;
         const element_t* const b = diagonal_tile ? sides : sides + kSide;
         wgmma_fence();
@@ -199,13 +199,13 @@ __global__ void __launch_bounds__(hopper_threads(kWgmmaThreads<kTile>), 1)
         wgmma_commit();
         if (step > 0) {
           wgmma_wait<1>();
-          if (lane == 0) arrive(&empty[used]);
+          if (lane == 0) mbarrier_arrive(&empty[used]);
         }
         used = stage;
         next_stage();
       }
       wgmma_wait<0>();
-      if (lane == 0) arrive(&empty[used]);
+      if (lane == 0) mbarrier_arrive(&empty[used]);
 #pragma unroll
       for (int s = 0; s < kSums; ++s) dot[s] += run[s];
     }
@@ -213,10 +213,10 @@ __global__ void __launch_bounds__(hopper_threads(kWgmmaThreads<kTile>), 1)
     // (3)
     float* const matrix = out + entry * items.tokens * pitch;
     float* const upper = matrix + i * pitch + j;
-    uint32_t* const least = store.least ? store.least + (first_entry + entry) * items.tokens : nullptr;
+    uint32_t* const row_min = store.row_min ? store.row_min + (first_entry + entry) * items.tokens : nullptr;
     bool marked[2] = {false, false};  // one of a row's pairs
-    RowsLeast<2> rows_least;
-    RowsLeast<kTile / 4> columns_least;
+    RowMin<2> row_minima;
+    RowMin<kTile / 4> column_minima;
     const auto finish = [&](auto all_inside) {
       constexpr bool inside = decltype(all_inside)::value;  // all pairs are above the diagonal and before the end, and the pitch is even
       float* lower = matrix + j * pitch + i;
@@ -241,8 +241,8 @@ __global__ void __launch_bounds__(hopper_threads(kWgmmaThreads<kTile>), 1)
               if (row == column) continue;
             }
             marked[h] = marked[h] || cancels;
-            rows_least.take(h, value[e]);
-            columns_least.take(n * 2 + e, value[e]);
+            row_minima.take(h, value[e]);
+            column_minima.take(n * 2 + e, value[e]);
           }
           if (inside) *reinterpret_cast<float2*>(upper + h * 8 * pitch + n * 8) = make_float2(value[0], value[1]);
         }
@@ -250,28 +250,28 @@ __global__ void __launch_bounds__(hopper_threads(kWgmmaThreads<kTile>), 1)
     };
     if (!diagonal_tile && column0 + kTile <= width && pitch % 2 == 0) finish(std::true_type());
     else finish(std::false_type());
-    if (least) {
+    if (row_min) {
 #pragma unroll
-      for (int h = 0; h < 2; ++h) rows_least.template note<1, 4>(h, least, i + h * 8);
+      for (int h = 0; h < 2; ++h) row_minima.template flush<1, 4>(h, row_min, i + h * 8);
       uint32_t* const lowest = column_least[meeting & 1];
 #pragma unroll
-      for (int c = 0; c < kTile / 4; ++c) columns_least.template note<4, 32>(c, lowest, lane % 4 * 2 + c / 2 * 8 + c % 2);
+      for (int c = 0; c < kTile / 4; ++c) column_minima.template flush<4, 32>(c, lowest, lane % 4 * 2 + c / 2 * 8 + c % 2);
       __syncwarp();
-      if (lane == 0) arrive(&met);
-      await_arrivals(&met, meeting++);
+      if (lane == 0) mbarrier_arrive(&met);
+      mbarrier_wait(&met, meeting++);
       if (threadIdx.x < kTile) {
-        if (lowest[threadIdx.x] != ~0u) atomicMin(least + column0 + threadIdx.x, lowest[threadIdx.x]);
+        if (lowest[threadIdx.x] != ~0u) atomicMin(row_min + column0 + threadIdx.x, lowest[threadIdx.x]);
         lowest[threadIdx.x] = ~0u;
       }
     }
     const unsigned low = __ballot_sync(kFullWarp, marked[0]), high = __ballot_sync(kFullWarp, marked[1]);
     if (low | high)
-      repair_marked<kTile>(rows, aligned, first_entry + entry, low, high, first_row, column0, width, store, pitch, matrix, least);
+      repair_marked<kTile>(rows, aligned, first_entry + entry, low, high, first_row, column0, width, store, pitch, matrix, row_min);
   });
 #endif
 }
 
-// Small tiles where there are at most two for every multiprocessor: large ones load half as much for a pair.
+// Small tiles where there are at most two for every SM: large ones load half as much for a pair.
 inline int wgmma_tile(int64_t tokens, int64_t entries) {
   const int64_t small = ceil_div(tokens, kSmallMmaTile);
   return small * (small + 1) / 2 * entries > 2 * device_sm_count() ? kLargeMmaTile : kSmallMmaTile;

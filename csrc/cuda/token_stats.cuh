@@ -92,7 +92,7 @@ template <class scalar_t, bool kWhole>
 __global__ void __launch_bounds__(kStatsThreads, 1)
     sum_chunks_kernel(Rows<scalar_t> rows, Items items, bool aligned, TokenStats stats) {
   __shared__ bool finite[kStatsChunk];
-  constexpr int kVec = Chunk<scalar_t>::size;
+  constexpr int kVec = Vec16<scalar_t>::size;
   constexpr int kUnroll = 4, kWarpRows = kStatsChunk * 32 / kStatsThreads;  // loads under way together: of each of so many rows
   static_assert(kStatsChunk <= 32, "a bit of a word for each token");
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -114,11 +114,11 @@ __global__ void __launch_bounds__(kStatsThreads, 1)
       zero[r] = 0.f;
     }
     for (int first_c = lane * kVec; first_c < rows.channels; first_c += kUnroll * 32 * kVec) {
-      Chunk<scalar_t> x[kWarpRows][kUnroll];
+      Vec16<scalar_t> x[kWarpRows][kUnroll];
 #pragma unroll
       for (int r = 0; r < kWarpRows; ++r)
 #pragma unroll
-        for (int u = 0; u < kUnroll; ++u) x[r][u] = load_chunk<kWhole>(row[r], first_c + u * 32 * kVec, rows.channels, aligned);
+        for (int u = 0; u < kUnroll; ++u) x[r][u] = load_vec<kWhole>(row[r], first_c + u * 32 * kVec, rows.channels, aligned);
 #pragma unroll
       for (int r = 0; r < kWarpRows; ++r)
 #pragma unroll
@@ -143,10 +143,10 @@ __global__ void __launch_bounds__(kStatsThreads, 1)
 #pragma unroll
         for (int i = 0; i < kVec; ++i) low[i] = kInfinity, high[i] = -kInfinity;
         const scalar_t* column = rows.row(entry, first);
-        Chunk<scalar_t> x[kStatsChunk];
+        Vec16<scalar_t> x[kStatsChunk];
 #pragma unroll
         for (int u = 0; u < kStatsChunk; ++u) {
-          x[u] = load_chunk<kWhole>(column, c, rows.channels, aligned);
+          x[u] = load_vec<kWhole>(column, c, rows.channels, aligned);
           if (u + 1 < count) column += rows.row_stride;
         }
 #pragma unroll
@@ -227,8 +227,8 @@ __global__ void __launch_bounds__(kStatsThreads, 1) mean_kernel(Items items, int
 template <class scalar_t, bool kWhole>
 __global__ void __launch_bounds__(kStatsThreads) mean_sqdist_kernel(Rows<scalar_t> rows, Items items, bool aligned, TokenStats stats) {
   await_predecessor();
-  constexpr int kVec = Chunk<scalar_t>::size, kWarps = kStatsThreads / 32;
-  constexpr int kUnroll = 4, kParts = kVec / Chunk<float>::size;  // loads under way together; chunks of the mean for one of the row
+  constexpr int kVec = Vec16<scalar_t>::size, kWarps = kStatsThreads / 32;
+  constexpr int kUnroll = 4, kParts = kVec / Vec16<float>::size;  // loads under way together; chunks of the mean for one of the row
   const int lane = threadIdx.x % 32;
   for (StatsTurn turn(items, kWarps); turn.more(); turn.next()) {
     const int64_t b = turn.task.item, i = turn.task.part * kWarps + threadIdx.x / 32;
@@ -247,16 +247,16 @@ __global__ void __launch_bounds__(kStatsThreads) mean_sqdist_kernel(Rows<scalar_
     char* const copy = stats.centred ? static_cast<char*>(stats.centred) + token * pitch * static_cast<int64_t>(sizeof(scalar_t)) : nullptr;
     float sum = 0.f, norm = 0.f;
     for (int first_c = lane * kVec; first_c < rows.channels; first_c += kUnroll * 32 * kVec) {
-      Chunk<scalar_t> x[kUnroll], common[kUnroll]{};
-      Chunk<float> around[kUnroll][kParts]{};
+      Vec16<scalar_t> x[kUnroll], common[kUnroll]{};
+      Vec16<float> around[kUnroll][kParts]{};
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
         const int c = first_c + u * 32 * kVec;
-        x[u] = load_chunk<kWhole>(row, c, rows.channels, aligned);
-        if (centre) common[u] = load_chunk<kWhole>(centre, c, rows.channels, rows.channels % kVec == 0);
+        x[u] = load_vec<kWhole>(row, c, rows.channels, aligned);
+        if (centre) common[u] = load_vec<kWhole>(centre, c, rows.channels, rows.channels % kVec == 0);
         if (!mean) continue;
 #pragma unroll
-        for (int p = 0; p < kParts; ++p) around[u][p] = load_chunk<kWhole>(mean, c + p * 4, rows.channels, rows.channels % 4 == 0);
+        for (int p = 0; p < kParts; ++p) around[u][p] = load_vec<kWhole>(mean, c + p * 4, rows.channels, rows.channels % 4 == 0);
       }
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
@@ -297,7 +297,7 @@ __global__ void __launch_bounds__(kStatsThreads) mean_sqdist_kernel(Rows<scalar_
     __syncwarp();  // every lane has read the distance before one writes it
     if (lane != 0) continue;
     // Beyond float32's range (or a mean that is): after all others, yet before the tokens that are not finite.
-    stats.mean_sqdist[token] = sum < kLastResort ? sum : kLastResort;
+    stats.mean_sqdist[token] = sum < kNonFinitePotential ? sum : kNonFinitePotential;
     if (stats.norms) stats.norms[token] = norm;
   }
 }
@@ -313,7 +313,7 @@ cudaError_t launch_token_stats(const Rows<scalar_t>& rows, const Items& items, c
     if (!items.packed()) return shape(ceil_div(items.tokens, size), overlap);
     return Launch{dim3(static_cast<unsigned>(packed_tasks(items, size))), dim3(kStatsThreads), 0, 1, false, stream, overlap};
   };
-  const bool whole = aligned && rows.channels % Chunk<scalar_t>::size == 0;
+  const bool whole = aligned && rows.channels % Vec16<scalar_t>::size == 0;
   cudaError_t error = launch(whole ? sum_chunks_kernel<scalar_t, true> : sum_chunks_kernel<scalar_t, false>,
                              chunks(kStatsChunk, false), rows, items, aligned, stats);
   if (error != cudaSuccess || !(stats.sums || stats.norms)) return error;

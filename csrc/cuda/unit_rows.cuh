@@ -36,7 +36,7 @@ template <class scalar_t>
 __global__ void __launch_bounds__(kUnitThreads)
     unit_rows_kernel(Rows<scalar_t> rows, int64_t batch, int64_t tokens, int64_t count, bool aligned, const int64_t* listed, float* unit,
                      uint8_t* state) {
-  constexpr int kVec = Chunk<scalar_t>::size;
+  constexpr int kVec = Vec16<scalar_t>::size;
   const int lane = threadIdx.x % 32;
   const int64_t place = (static_cast<int64_t>(blockIdx.x) * kUnitThreads + threadIdx.x) / 32;
   if (place >= batch * count) return;
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kUnitThreads)
   float largest = 0.f;
   bool finite = true;
   for (int c = lane * kVec; c < rows.channels; c += 32 * kVec) {
-    const Chunk<scalar_t> x = load_channels(row, c, rows.channels, aligned);
+    const Vec16<scalar_t> x = load_channels(row, c, rows.channels, aligned);
 #pragma unroll
     for (int v = 0; v < kVec; ++v) {
       finite = finite && x[v] - x[v] == 0.f;
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kUnitThreads)
   // (2) the length
   float sum = 0.f;
   for (int c = lane * kVec; c < rows.channels; c += 32 * kVec) {
-    const Chunk<scalar_t> x = load_channels(row, c, rows.channels, aligned);
+    const Vec16<scalar_t> x = load_channels(row, c, rows.channels, aligned);
 #pragma unroll
     for (int v = 0; v < kVec; ++v) {
       const float part = x[v] / power;
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kUnitThreads)
   // (3) the division
   const float spoiled = state ? 0.f : __uint_as_float(0x7fc00000u), zero = state || sum > 0.f ? 0.f : zero_row_mark(token);
   for (int c = lane * kVec; c < pitch; c += 32 * kVec) {
-    const Chunk<scalar_t> x = load_channels(row, c, rows.channels, aligned);
+    const Vec16<scalar_t> x = load_channels(row, c, rows.channels, aligned);
 #pragma unroll
     for (int v = 0; v < kVec; ++v) {
       if (c + v >= pitch) continue;

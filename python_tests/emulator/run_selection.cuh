@@ -24,8 +24,8 @@ cudaError_t run_selection(const Rows<scalar_t>& rows, const Items& items, int64_
   });
   cudaError_t error = launch_selection(rows, items, plan, scratch, rule, out, stream);
   if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
-  const unsigned* noted = scratch.least ? scratch.least : scratch.marks ? scratch.marks : scratch.arrived;
-  const int64_t num_noted = scratch.least ? all_tokens(items) : scratch.marks ? SelectionScratch::marks_of(plan, items) : 1;
+  const unsigned* noted = scratch.row_min ? scratch.row_min : scratch.marks ? scratch.marks : scratch.arrived;
+  const int64_t num_noted = scratch.row_min ? all_tokens(items) : scratch.marks ? SelectionScratch::marks_of(plan, items) : 1;
   if (error == cudaSuccess && notes && noted) error = cudaMemcpy(notes, noted, num_noted * sizeof *notes, cudaMemcpyDeviceToDevice);
   while (count) cudaFree(parts[--count]);
   return error;

@@ -79,7 +79,7 @@ __device__ __forceinline__ void take_registers() {
 
 // Starts the copy of a box to `shared`, on 1024 bytes, its rows 128 bytes apart and their 16-byte chunks swizzled by row, with a period of
 // 8 rows. Its bytes come to `arrivals`. By one thread.
-__device__ __forceinline__ void copy_box(void* shared, const TensorMap& map, int channel, int part, int row, int item, Arrivals* arrivals) {
+__device__ __forceinline__ void copy_box(void* shared, const TensorMap& map, int channel, int part, int row, int item, Mbarrier* arrivals) {
 #if STS_HOPPER
   asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(
                    shared_address(shared)),

@@ -49,27 +49,27 @@ __device__ __forceinline__ void spin_pause() {}
 
 // An mbarrier in the shared memory of the block that receives. A phase ends, and the next begins, when `count` arrivals and as many bytes
 // as were expected with them have come. A sender has to know that the phase before has ended.
-using Arrivals = unsigned long long;
+using Mbarrier = unsigned long long;
 
 // By one thread, before the block, or the cluster, synchronises for the first time.
-__device__ __forceinline__ void init_arrivals(Arrivals* arrivals, int count = 1) {
+__device__ __forceinline__ void mbarrier_init(Mbarrier* arrivals, int count = 1) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n\tfence.mbarrier_init.release.cluster;" ::"r"(shared_address(arrivals)), "r"(count)
                : "memory");
 }
 
 // An arrival, and bytes to wait for in this phase.
-__device__ __forceinline__ void expect_arrivals(Arrivals* arrivals, unsigned bytes) {
+__device__ __forceinline__ void mbarrier_expect_tx(Mbarrier* arrivals, unsigned bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(arrivals)), "r"(bytes) : "memory");
 }
 
 // An arrival alone: what the calling thread did before it is done for those who wait.
-__device__ __forceinline__ void arrive(Arrivals* arrivals) {
+__device__ __forceinline__ void mbarrier_arrive(Mbarrier* arrivals) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(arrivals)) : "memory");
 }
 
 // Waits for the end of a phase; they are counted from zero, and may be waited for until the next has ended. What was sent in it is
 // then there.
-__device__ __forceinline__ void await_arrivals(Arrivals* arrivals, int phase) {
+__device__ __forceinline__ void mbarrier_wait(Mbarrier* arrivals, int phase) {
   unsigned ended = 0;
   while (!ended)
     asm volatile(
@@ -82,7 +82,7 @@ __device__ __forceinline__ void await_arrivals(Arrivals* arrivals, int phase) {
 // Writes 4 or 16 aligned bytes to the place in the shared memory of block `rank` of the cluster that `address` is in this block's, in the
 // background, and counts them among its `arrivals`.
 template <class T>
-__device__ __forceinline__ void send(T* address, const T& value, Arrivals* arrivals, int rank) {
+__device__ __forceinline__ void store_async(T* address, const T& value, Mbarrier* arrivals, int rank) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 16, "4 or 16 bytes");
   unsigned there, count_there, word[sizeof(T) / 4];
   memcpy(word, &value, sizeof(T));

@@ -33,7 +33,7 @@ void take_registers() {}
 
 namespace emulator {
 
-inline void land_copies(sts::Arrivals* arrivals) {
+inline void land_copies(sts::Mbarrier* arrivals) {
   for (;;) {
     BoxCopy copy{};
     {
@@ -55,7 +55,7 @@ inline void land_copies(sts::Arrivals* arrivals) {
         if (inside) std::memcpy(to, map.data + part * map.part_bytes + channel * 2, static_cast<size_t>(inside) * 2);
       }
     const auto bytes = static_cast<int32_t>(map.box_rows * sts::kBoxChannels * 2);
-    update_arrivals(arrivals, "copy_box", [bytes](ArrivalsState& state) { state.bytes -= bytes; });
+    update_mbarrier(arrivals, "copy_box", [bytes](MbarrierState& state) { state.bytes -= bytes; });
   }
 }
 
@@ -93,7 +93,7 @@ namespace sts {
 
 // A copy lands at the last moment, when a thread waits for its arrivals; in the schedule kReverse at once. Until then the destination holds
 // NaNs or tiny numbers, as in cp_async_16.
-inline void copy_box(void* destination, const TensorMap& map, int channel, int part, int row, int item, Arrivals* arrivals) {
+inline void copy_box(void* destination, const TensorMap& map, int channel, int part, int row, int item, Mbarrier* arrivals) {
   if (reinterpret_cast<uintptr_t>(destination) % 1024) emulator::fail("copy_box: a swizzled box starts on 1024 bytes");
   if (channel % 8 || part < 0 || part >= map.parts || item < 0 || item >= map.items) emulator::fail("copy_box: outside the tensor");
   const int order = emulator::block->grid->settings.order;

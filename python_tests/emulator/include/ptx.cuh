@@ -17,7 +17,7 @@ inline void spin_pause() { emulator::spin_pause(); }
 
 // ---- mbarriers, and messages between the blocks of a cluster ----
 
-using Arrivals = unsigned long long;
+using Mbarrier = unsigned long long;
 
 }  // namespace sts
 
@@ -27,7 +27,7 @@ inline std::atomic<int64_t> phases_begun{0};  // by all blocks of all launches: 
 
 // An mbarrier: bytes that are still to come, negative where more have come than were announced; arrivals of a phase, and those that are
 // still to come; the number of the phase.
-struct ArrivalsState {
+struct MbarrierState {
   int32_t bytes;
   uint8_t count, left;
   uint16_t phase;
@@ -35,11 +35,11 @@ struct ArrivalsState {
 
 // What an update makes of the state. A phase's clock carries what came in it to those who wait for its end.
 template <class Update>
-void update_arrivals(sts::Arrivals* arrivals, const char* what, Update update) {
+void update_mbarrier(sts::Mbarrier* arrivals, const char* what, Update update) {
   check_aligned(arrivals, what);
   const Unchecked unchecked;
   for (unsigned long long old = __atomic_load_n(arrivals, __ATOMIC_RELAXED);;) {
-    auto state = std::bit_cast<ArrivalsState>(old);
+    auto state = std::bit_cast<MbarrierState>(old);
     release(reinterpret_cast<char*>(arrivals) + (state.phase & 1));
     update(state);
     if (state.left == 0 && state.bytes < 0) fail(std::string(what) + ": more bytes have come than were expected");
@@ -48,50 +48,50 @@ void update_arrivals(sts::Arrivals* arrivals, const char* what, Update update) {
   }
 }
 
-void land_copies(sts::Arrivals* arrivals);  // hopper.cuh
+void land_copies(sts::Mbarrier* arrivals);  // hopper.cuh
 
 }  // namespace emulator
 
 namespace sts {
 
-inline void init_arrivals(Arrivals* arrivals, int count = 1) {
-  emulator::check_aligned(arrivals, "init_arrivals");
-  if (count < 1 || count > 255) emulator::fail("init_arrivals: the emulator counts to 255");
+inline void mbarrier_init(Mbarrier* arrivals, int count = 1) {
+  emulator::check_aligned(arrivals, "mbarrier_init");
+  if (count < 1 || count > 255) emulator::fail("mbarrier_init: the emulator counts to 255");
   const auto each = static_cast<uint8_t>(count);
-  *arrivals = std::bit_cast<unsigned long long>(emulator::ArrivalsState{0, each, each, 0});
+  *arrivals = std::bit_cast<unsigned long long>(emulator::MbarrierState{0, each, each, 0});
 }
-inline void expect_arrivals(Arrivals* arrivals, unsigned bytes) {
+inline void mbarrier_expect_tx(Mbarrier* arrivals, unsigned bytes) {
   emulator::phases_begun.fetch_add(1, std::memory_order_relaxed);
-  emulator::update_arrivals(arrivals, "expect_arrivals", [bytes](emulator::ArrivalsState& state) {
-    if (state.left == 0) emulator::fail("expect_arrivals: more arrivals than the phase counts");
+  emulator::update_mbarrier(arrivals, "mbarrier_expect_tx", [bytes](emulator::MbarrierState& state) {
+    if (state.left == 0) emulator::fail("mbarrier_expect_tx: more arrivals than the phase counts");
     --state.left;
     state.bytes += static_cast<int32_t>(bytes);
   });
 }
-inline void arrive(Arrivals* arrivals) {
-  emulator::update_arrivals(arrivals, "arrive", [](emulator::ArrivalsState& state) {
-    if (state.left == 0) emulator::fail("arrive: more arrivals than the phase counts");
+inline void mbarrier_arrive(Mbarrier* arrivals) {
+  emulator::update_mbarrier(arrivals, "mbarrier_arrive", [](emulator::MbarrierState& state) {
+    if (state.left == 0) emulator::fail("mbarrier_arrive: more arrivals than the phase counts");
     --state.left;
   });
 }
-inline void await_arrivals(Arrivals* arrivals, int phase) {
-  emulator::check_aligned(arrivals, "await_arrivals");
+inline void mbarrier_wait(Mbarrier* arrivals, int phase) {
+  emulator::check_aligned(arrivals, "mbarrier_wait");
   for (;;) {
     emulator::land_copies(arrivals);
-    if ((std::bit_cast<emulator::ArrivalsState>(__atomic_load_n(arrivals, __ATOMIC_RELAXED)).phase & 1) != (phase & 1)) break;
+    if ((std::bit_cast<emulator::MbarrierState>(__atomic_load_n(arrivals, __ATOMIC_RELAXED)).phase & 1) != (phase & 1)) break;
     spin_pause();
   }
   emulator::acquire(reinterpret_cast<char*>(arrivals) + (phase & 1));
 }
 template <class T>
-void send(T* address, const T& value, Arrivals* arrivals, int rank) {
+void store_async(T* address, const T& value, Mbarrier* arrivals, int rank) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 16, "4 or 16 bytes");
   const auto cluster = cooperative_groups::this_cluster();
   T* const there = cluster.map_shared_rank(address, rank);
-  if (reinterpret_cast<uintptr_t>(there) % sizeof(T)) emulator::fail("send: misaligned address");
+  if (reinterpret_cast<uintptr_t>(there) % sizeof(T)) emulator::fail("store_async: misaligned address");
   *there = value;
-  emulator::update_arrivals(cluster.map_shared_rank(arrivals, rank), "send",
-                            [](emulator::ArrivalsState& state) { state.bytes -= static_cast<int32_t>(sizeof(T)); });
+  emulator::update_mbarrier(cluster.map_shared_rank(arrivals, rank), "store_async",
+                            [](emulator::MbarrierState& state) { state.bytes -= static_cast<int32_t>(sizeof(T)); });
 }
 
 // ---- values the compiler would compute anew in every step of a loop ----

@@ -101,22 +101,22 @@ __global__ void __launch_bounds__(hopper_threads(160))
     hopper_matmul_kernel(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b, float* out, int m, int n, int k) {
 #if STS_HOPPER
   STS_DYNAMIC_SHARED(unsigned char, memory);
-  __shared__ Arrivals full[2], empty[2];
+  __shared__ Mbarrier full[2], empty[2];
   constexpr int kStage = (64 + kColumns) * kBoxChannels;
   T* const stages = reinterpret_cast<T*>(memory + (1024 - reinterpret_cast<uintptr_t>(memory) % 1024) % 1024);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, steps = (k + kBoxChannels - 1) / kBoxChannels;
   const int row0 = blockIdx.y * 64, column0 = blockIdx.x * kColumns, item = blockIdx.z;
   if (threadIdx.x < 2) {
-    init_arrivals(&full[threadIdx.x]);
-    init_arrivals(&empty[threadIdx.x], 4);
+    mbarrier_init(&full[threadIdx.x]);
+    mbarrier_init(&empty[threadIdx.x], 4);
   }
   __syncthreads();
   if (warp == 4) {
     if (lane != 0) return;
     for (int step = 0; step < steps; ++step) {
       T* const stage = stages + step % 2 * kStage;
-      if (step >= 2) await_arrivals(&empty[step % 2], step / 2 - 1);
-      expect_arrivals(&full[step % 2], kStage * 2);
+      if (step >= 2) mbarrier_wait(&empty[step % 2], step / 2 - 1);
+      mbarrier_expect_tx(&full[step % 2], kStage * 2);
       copy_box(stage, map_a, step * kBoxChannels, 0, row0, item, &full[step % 2]);
       copy_box(stage + 64 * kBoxChannels, map_b, step * kBoxChannels, 0, column0, item, &full[step % 2]);
     }
@@ -125,12 +125,12 @@ __global__ void __launch_bounds__(hopper_threads(160))
   float sum[kColumns / 2];
   for (int step = 0; step < steps; ++step) {
     const T* const stage = stages + step % 2 * kStage;
-    await_arrivals(&full[step % 2], step / 2);
+    mbarrier_wait(&full[step % 2], step / 2);
     wgmma_fence();
     for (int c = 0; c < kBoxChannels / 16; ++c) wgmma(sum, stage, stage + 64 * kBoxChannels, c, step + c > 0);
     wgmma_commit();
     wgmma_wait<0>();
-    if (lane == 0) arrive(&empty[step % 2]);
+    if (lane == 0) mbarrier_arrive(&empty[step % 2]);
   }
 #pragma unroll
   for (int s = 0; s < kColumns / 2; ++s) {
@@ -233,22 +233,22 @@ struct alignas(16) Letter {
 };
 __global__ void __launch_bounds__(64) letters_kernel(const float* values, float* out, int turns) {
 #if __CUDA_ARCH__ >= 900
-  __shared__ Arrivals arrivals[2];
+  __shared__ Mbarrier arrivals[2];
   __shared__ float handed[2][64];
   __shared__ Letter letters[2][kCluster][2];
   const auto cluster = cooperative_groups::this_cluster();
   const int rank = static_cast<int>(cluster.block_rank()), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  if (threadIdx.x < 2) init_arrivals(&arrivals[threadIdx.x]);
+  if (threadIdx.x < 2) mbarrier_init(&arrivals[threadIdx.x]);
   cluster.sync();
   float value = values[blockIdx.x * 64 + threadIdx.x];
   for (int turn = 0; turn < turns; ++turn) {
-    Arrivals* const now = &arrivals[turn & 1];
-    if (threadIdx.x == 0) expect_arrivals(now, sizeof handed[0] + sizeof letters[0]);
+    Mbarrier* const now = &arrivals[turn & 1];
+    if (threadIdx.x == 0) mbarrier_expect_tx(now, sizeof handed[0] + sizeof letters[0]);
     const float sum = fmodf(warp_sum(value), 8);
     __syncwarp();  // all lanes have read what came in the turn before
-    send(&handed[turn & 1][threadIdx.x], value, now, (rank + 1) % kCluster);
-    if (lane < kCluster) send(&letters[turn & 1][rank][warp], {sum, rank, warp, turn}, now, lane);
-    await_arrivals(now, turn / 2);
+    store_async(&handed[turn & 1][threadIdx.x], value, now, (rank + 1) % kCluster);
+    if (lane < kCluster) store_async(&letters[turn & 1][rank][warp], {sum, rank, warp, turn}, now, lane);
+    mbarrier_wait(now, turn / 2);
     value = handed[turn & 1][threadIdx.x];
     for (int block = 0; block < kCluster; ++block)
       for (int other = 0; other < 2; ++other) {
