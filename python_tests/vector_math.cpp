@@ -143,8 +143,7 @@ void check_unit(int64_t channels) {
     check(to_unit(unit.data(), size), "a row has no length", channels);
     if (exponent == 0) other = unit;
     check(exponent == -120 || unit == other, "rows that differ by a power of two have other units", channels);
-    for (int64_t c = 0; c < channels; ++c)
-      check(std::fabs(unit[c] - row[c] / std::sqrt(square)) <= 2e-6, "to_unit is wrong", channels);
+    for (int64_t c = 0; c < channels; ++c) check(std::fabs(unit[c] - row[c] / std::sqrt(square)) <= 2e-6, "to_unit is wrong", channels);
   }
   std::vector<float> zero(size);
   check(!to_unit(zero.data(), size) && zero == std::vector<float>(size), "a zero row has a length", channels);

@@ -23,8 +23,8 @@ struct DppArguments {
   // `counts` must be readable by the host, or null.
   void check_values(const int64_t* counts) const {
     for (int64_t b = 0; counts && b < features.size(0); ++b)
-      STD_TORCH_CHECK(counts[b] >= 0 && counts[b] <= features.size(1), "sts_kernels::dpp_select: num_tokens[", b, "] must be between 0 and ",
-                      features.size(1), ", got ", counts[b]);
+      STD_TORCH_CHECK(counts[b] >= 0 && counts[b] <= features.size(1), "sts_kernels::dpp_select: num_tokens[", b,
+                      "] must be between 0 and ", features.size(1), ", got ", counts[b]);
   }
 
  private:

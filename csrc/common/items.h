@@ -10,12 +10,12 @@ namespace sts {
 STS_HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Item {
-  int64_t first;      // its first token, within the batch entry `row_of` reads
-  int64_t tokens;     // 0: nothing to pick, or its numbers make no sense (see `valid`)
-  int64_t picks;      // places in the output; those past `tokens` hold -1
-  int64_t out;        // its first place in the output
-  int64_t anchor;     // first pick, or -1: the rule's own
-  bool valid;         // false: counts, offsets or the anchor are out of range, and every pick is -1
+  int64_t first;   // its first token, within the batch entry `row_of` reads
+  int64_t tokens;  // 0: nothing to pick, or its numbers make no sense (see `valid`)
+  int64_t picks;   // places in the output; those past `tokens` hold -1
+  int64_t out;     // its first place in the output
+  int64_t anchor;  // first pick, or -1: the rule's own
+  bool valid;      // false: counts, offsets or the anchor are out of range, and every pick is -1
 };
 
 // A vector of integers of either type, or null.
@@ -31,13 +31,13 @@ struct Integers {
 };
 
 struct Items {
-  int64_t count;       // B
-  int64_t tokens;      // N padded, T packed
-  int64_t picks;       // k of each item padded, total_k packed
+  int64_t count;              // B
+  int64_t tokens;             // N padded, T packed
+  int64_t picks;              // k of each item padded, total_k packed
   const int64_t* num_tokens;  // padded, may be null
   Integers cu_seqlens;        // packed, null when padded
   Integers cu_budgets;
-  const int64_t* anchor;      // may be null
+  const int64_t* anchor;             // may be null
   const float* start = nullptr;      // of every token (B, N) or (T), may be null; see selection_rule.h
   const float* parameter = nullptr;  // likewise
   int64_t max_seqlen = INT64_MAX;    // packed: an item of more tokens is not valid
@@ -71,8 +71,10 @@ struct Items {
       item.first = cu_seqlens[b];
       item.out = cu_budgets[b];
       // Compared before they are subtracted: the difference of two arbitrary numbers may wrap around to a good one.
-      if (item.out < 0 || out_end < item.out || out_end > picks) item.out = 0, item.picks = 0;
-      else item.picks = out_end - item.out;
+      if (item.out < 0 || out_end < item.out || out_end > picks)
+        item.out = 0, item.picks = 0;
+      else
+        item.picks = out_end - item.out;
       item.valid = item.first >= 0 && item.first <= end && end <= tokens && end - item.first <= max_seqlen;
       item.tokens = item.valid ? end - item.first : 0;
     } else if (num_tokens) {

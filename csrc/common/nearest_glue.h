@@ -11,15 +11,13 @@ namespace sts {
 inline Tensor checked_per_row(const char* op, const char* name, const Tensor& value, ScalarType type, const Tensor& rows) {
   STD_TORCH_CHECK(value.dim() == 2 && value.size(0) == rows.size(0) && value.size(1) == rows.size(1), "sts_kernels::", op, ": ", name,
                   " must have shape (", rows.size(0), ", ", rows.size(1), ")");
-  STD_TORCH_CHECK(value.is_cuda() == rows.is_cuda() && value.get_device_index() == rows.get_device_index(), "sts_kernels::", op, ": ",
-                  name, " must be on the device of the features");
+  STD_TORCH_CHECK(value.is_cuda() == rows.is_cuda() && value.get_device_index() == rows.get_device_index(), "sts_kernels::", op, ": ", name,
+                  " must be on the device of the features");
   const Tensor converted = value.scalar_type() == type ? value : torch::stable::to(value, type);
   return converted.is_contiguous() ? converted : torch::stable::contiguous(converted);
 }
 
-inline bool is_floating(ScalarType type) {
-  return type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16;
-}
+inline bool is_floating(ScalarType type) { return type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16; }
 inline bool is_index(ScalarType type) { return type == ScalarType::Long || type == ScalarType::Int; }
 
 struct Nearest {

@@ -54,8 +54,8 @@ inline Tensor checked_integers(const char* op, const char* name, const Tensor& v
   const ScalarType type = value.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Long || type == ScalarType::Int, "sts_kernels::", op, ": ", name, " must be int64 or int32");
   STD_TORCH_CHECK(value.dim() == 1 && value.size(0) == length, "sts_kernels::", op, ": ", name, " must have shape (", length, ",)");
-  STD_TORCH_CHECK(value.is_cuda() == features.is_cuda() && value.get_device_index() == features.get_device_index(), "sts_kernels::",
-                  op, ": ", name, " must be on the device of features");
+  STD_TORCH_CHECK(value.is_cuda() == features.is_cuda() && value.get_device_index() == features.get_device_index(), "sts_kernels::", op,
+                  ": ", name, " must be on the device of features");
   return value.is_contiguous() ? value : torch::stable::contiguous(value);
 }
 
@@ -119,10 +119,14 @@ inline bool overlaps_itself(const Tensor& matrix) {
 template <class half_t, class bfloat16_t, class F>
 void dispatch_floating(ScalarType type, F&& f) {
   switch (type) {
-    case ScalarType::Float: return f(static_cast<float*>(nullptr));
-    case ScalarType::Half: return f(static_cast<half_t*>(nullptr));
-    case ScalarType::BFloat16: return f(static_cast<bfloat16_t*>(nullptr));
-    default: STD_TORCH_CHECK(false, "sts_kernels: features must be float32, float16 or bfloat16");
+    case ScalarType::Float:
+      return f(static_cast<float*>(nullptr));
+    case ScalarType::Half:
+      return f(static_cast<half_t*>(nullptr));
+    case ScalarType::BFloat16:
+      return f(static_cast<bfloat16_t*>(nullptr));
+    default:
+      STD_TORCH_CHECK(false, "sts_kernels: features must be float32, float16 or bfloat16");
   }
 }
 
@@ -132,12 +136,12 @@ inline Tensor checked_values(const char* op, const char* name, const Tensor& val
   STD_TORCH_CHECK(integer ? type == ScalarType::Long || type == ScalarType::Int
                           : type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16,
                   "sts_kernels::", op, ": ", name, " must be ", integer ? "int64 or int32" : "float32, float16 or bfloat16");
-  STD_TORCH_CHECK(value.dim() == features.dim() - 1, "sts_kernels::", op, ": ", name, " must have ", features.dim() - 1, " dimensions, got ",
-                  value.dim());
+  STD_TORCH_CHECK(value.dim() == features.dim() - 1, "sts_kernels::", op, ": ", name, " must have ", features.dim() - 1,
+                  " dimensions, got ", value.dim());
   for (int64_t d = 0; d < value.dim(); ++d)
     STD_TORCH_CHECK(value.size(d) == features.size(d), "sts_kernels::", op, ": ", name, " must have a number for each token");
-  STD_TORCH_CHECK(value.is_cuda() == features.is_cuda() && value.get_device_index() == features.get_device_index(), "sts_kernels::",
-                  op, ": ", name, " must be on the device of features");
+  STD_TORCH_CHECK(value.is_cuda() == features.is_cuda() && value.get_device_index() == features.get_device_index(), "sts_kernels::", op,
+                  ": ", name, " must be on the device of features");
   const Tensor floats = type == ScalarType::Float ? value : torch::stable::to(value, ScalarType::Float);
   return floats.is_contiguous() ? floats : torch::stable::contiguous(floats);
 }

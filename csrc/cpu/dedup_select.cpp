@@ -5,8 +5,8 @@
 #include <numeric>
 #include <vector>
 
-#include "pairs.h"
 #include "common/dedup_glue.h"
+#include "pairs.h"
 
 namespace sts {
 namespace {
@@ -105,7 +105,7 @@ class Deduplicator {
 
   cpu::Team& team_;
   Rows<scalar_t> features_;
-  int64_t point_size_, width_ = 0;  // width_: of sqdist_
+  int64_t point_size_, width_ = 0;                    // width_: of sqdist_
   std::vector<int64_t> token_, list_, next_, place_;  // list_: places in token_ and sqdist_, in the order of the rounds
   std::vector<char> finite_, zero_;
   std::vector<float> unit_, sqdist_, unless_odd_;

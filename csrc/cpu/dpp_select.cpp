@@ -8,15 +8,15 @@
 #include <tuple>
 #include <vector>
 
-#include "vector_math.h"
-#include "parallel.h"
 #include "common/dpp_glue.h"
 #include "common/dpp_rule.h"
+#include "parallel.h"
+#include "vector_math.h"
 
 namespace sts {
 namespace {
 
-constexpr int64_t kStripRows = 16;  // of a pass: they stay in cache while they meet all points
+constexpr int64_t kStripRows = 16;        // of a pass: they stay in cache while they meet all points
 constexpr int kSlots = 3 * cpu::kPoints;  // rows computed and not picked yet
 
 // Selects from one item at a time; its scratch is kept from item to item.
@@ -106,7 +106,8 @@ class DppSelector {
     slot_of_[pick] = token_of_[slot] = -1;
     rows_.resize((step + 1) * width_);
     std::copy_n(row, width_, rows_.data() + step * width_);
-    return cpu::finish_row(rows_.data() + step * width_, std::sqrt(distance_[pick]), distance_.data(), weight_.data(), loss_.data(), width_);
+    return cpu::finish_row(rows_.data() + step * width_, std::sqrt(distance_[pick]), distance_.data(), weight_.data(), loss_.data(),
+                           width_);
   }
 
   // rows[p] -= sum over t in [from, to) of e_t[tokens[p]] e_t.
@@ -119,7 +120,8 @@ class DppSelector {
       for (int64_t t = from; t < to; ++t) factors_[p * (to - from) + t - from] = rows_[t * width_ + tokens[p]];
     }
     team_.for_rows(width_ / cpu::kColumns, cpu::kColumns * 2 * count * (to - from), [&](int64_t begin, int64_t end) {
-      cpu::subtract_products(rows, factor, count, rows_.data() + from * width_, width_, to - from, begin * cpu::kColumns, end * cpu::kColumns);
+      cpu::subtract_products(rows, factor, count, rows_.data() + from * width_, width_, to - from, begin * cpu::kColumns,
+                             end * cpu::kColumns);
     });
   }
 
@@ -165,7 +167,8 @@ class DppSelector {
     for (int64_t i = 0; i < tokens_; ++i)
       if (loss_[i] < 0 && weight_[i] > 0 && slot_of_[i] < 0) candidates_.push_back(i);
     const int64_t more = std::min<int64_t>(count - 1, static_cast<int64_t>(candidates_.size()));
-    std::nth_element(candidates_.begin(), candidates_.begin() + more, candidates_.end(), [&](int64_t a, int64_t b) { return loss_[a] < loss_[b]; });
+    std::nth_element(candidates_.begin(), candidates_.begin() + more, candidates_.end(),
+                     [&](int64_t a, int64_t b) { return loss_[a] < loss_[b]; });
     ahead_.insert(ahead_.end(), candidates_.begin(), candidates_.begin() + more);
   }
 

@@ -18,9 +18,8 @@ Tensor farthest_select_cpu(const Tensor& features, int64_t k, std::optional<Tens
 Tensor farthest_select_varlen_cpu(const Tensor& features, const Tensor& cu_seqlens, const Tensor& cu_budgets, int64_t total_k,
                                   std::optional<Tensor> anchor, std::optional<Tensor> quality, std::optional<Tensor> start,
                                   std::string metric, std::optional<int64_t> max_seqlen) {
-  return select(
-      Selection::packed("farthest_select_varlen", features, cu_seqlens, cu_budgets, total_k, anchor, max_seqlen)
-          .with_farthest(quality, start, metric));
+  return select(Selection::packed("farthest_select_varlen", features, cu_seqlens, cu_budgets, total_k, anchor, max_seqlen)
+                    .with_farthest(quality, start, metric));
 }
 
 }  // namespace

@@ -2,8 +2,8 @@
 #include <cmath>
 #include <limits>
 
-#include "rows.h"
 #include "common/knn_glue.h"
+#include "rows.h"
 
 namespace sts {
 namespace {
@@ -93,8 +93,10 @@ Tensor knn_density_cpu(const Tensor& features, int64_t k, std::optional<Tensor> 
             for (int64_t i = i0; i < std::min(i1, present); i += cpu::kPoints) {
               const int used = static_cast<int>(std::min<int64_t>(cpu::kPoints, i1 - i));
               float* values = strip.data() + (i - i0) * tokens + j;
-              if (estimate) cpu::dot(&rows.row[item + i], used, keys, count, rows.channels, values, tokens);
-              else cpu::sqdist(&rows.row[item + i], used, keys, count, keys, 0, rows.channels, values, tokens);
+              if (estimate)
+                cpu::dot(&rows.row[item + i], used, keys, count, rows.channels, values, tokens);
+              else
+                cpu::sqdist(&rows.row[item + i], used, keys, count, keys, 0, rows.channels, values, tokens);
             }
           }
           for (int64_t i = i0; i < i1; ++i) {

@@ -56,7 +56,7 @@ class Distances {
     }
     const float error = error_ * (square + most);
     const bool known = cpu::in_range(square) && cpu::in_range(most);  // else nothing is known of the error
-    if (known && best.index < 0) {  // a bound to begin with
+    if (known && best.index < 0) {                                    // a bound to begin with
       const int64_t nearest = cpu::lowest(values, count).index;
       measure(query, first_key, &nearest, 1, first, best);
     }

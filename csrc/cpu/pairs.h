@@ -3,8 +3,8 @@
 #include <type_traits>
 #include <vector>
 
-#include "vector_math.h"
 #include "parallel.h"
+#include "vector_math.h"
 
 namespace sts::cpu {
 

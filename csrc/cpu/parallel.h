@@ -2,8 +2,8 @@
 #pragma once
 #include <algorithm>
 
-#include "team.h"
 #include "common/torch_glue.h"
+#include "team.h"
 
 namespace sts::cpu {
 

@@ -1,8 +1,8 @@
 #include <limits>
 #include <vector>
 
-#include "vector_math.h"
 #include "parallel.h"
+#include "vector_math.h"
 
 namespace sts {
 namespace {

@@ -4,8 +4,8 @@
 #include <type_traits>
 #include <vector>
 
-#include "vector_math.h"
 #include "parallel.h"
+#include "vector_math.h"
 
 namespace sts::cpu {
 
@@ -20,10 +20,10 @@ inline float dot_error(int64_t channels) { return static_cast<float>(channels / 
 inline bool in_range(float square) { return square >= 0x1p-60f && square <= 0x1p60f; }
 
 struct FloatRows {
-  int64_t batch, count, channels;  // channels: of each row in float32, zeros at the end included
-  std::vector<const float*> row;   // (batch, count)
-  std::vector<float> square;       // |row|^2; cosine: 1 / |row|, or 0
-  std::vector<char> usable;        // no NaN or infinity
+  int64_t batch, count, channels;   // channels: of each row in float32, zeros at the end included
+  std::vector<const float*> row;    // (batch, count)
+  std::vector<float> square;        // |row|^2; cosine: 1 / |row|, or 0
+  std::vector<char> usable;         // no NaN or infinity
   std::unique_ptr<float[]> copies;  // uninitialised: pages nobody writes to cost nothing
 
   // for_cosine: a row whose square is out of range is scaled by a power of two, which rounds nothing.

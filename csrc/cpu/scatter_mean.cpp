@@ -1,9 +1,9 @@
 #include <cmath>
 #include <vector>
 
-#include "vector_math.h"
-#include "parallel.h"
 #include "common/scatter_glue.h"
+#include "parallel.h"
+#include "vector_math.h"
 
 namespace sts {
 namespace {
@@ -22,8 +22,7 @@ struct Members {
   }
 };
 
-std::tuple<Tensor, Tensor> scatter_mean_cpu(const Tensor& features, const Tensor& assignment, int64_t count,
-                                            std::optional<Tensor> weight) {
+std::tuple<Tensor, Tensor> scatter_mean_cpu(const Tensor& features, const Tensor& assignment, int64_t count, std::optional<Tensor> weight) {
   const ScatterMean call(features, assignment, count, weight);
   const Tensor& x = call.features;
   const int64_t batch = x.size(0), tokens = x.size(1), channels = x.size(2);

@@ -9,8 +9,8 @@
 #include <type_traits>
 #include <vector>
 
-#include "pairs.h"
 #include "common/selection_plan.h"
+#include "pairs.h"
 
 namespace sts::cpu {
 
@@ -162,7 +162,8 @@ class Selector {
     if (anchor >= 0) return anchor;
     if (from_mean) return nearest_to_mean(chunks);
     std::vector<float> key(tokens);
-    for (int64_t i = 0; i < tokens; ++i) key[i] = potential_[i] == kNonFinitePotential ? kNonFinitePotential : items_.first_key_of(rule_, first + i);
+    for (int64_t i = 0; i < tokens; ++i)
+      key[i] = potential_[i] == kNonFinitePotential ? kNonFinitePotential : items_.first_key_of(rule_, first + i);
     return lowest(key.data(), tokens).index;
   }
 
@@ -255,7 +256,8 @@ class Selector {
     add_point(pick);
     const int64_t count = std::min<int64_t>(lookahead_, picks);
     if (count == 1 || (first && !ranked_)) return;
-    find_candidates(first && !first_rank_.empty() ? first_rank_ : potential_, pick, std::max<int64_t>(2 * lookahead_, places_ / kPlacesPerCandidate));
+    find_candidates(first && !first_rank_.empty() ? first_rank_ : potential_, pick,
+                    std::max<int64_t>(2 * lookahead_, places_ / kPlacesPerCandidate));
     const auto fresh = static_cast<int64_t>(candidates_.size());
     if (fresh < count) {
       for (const int64_t place : candidates_) add_point(place);
@@ -319,8 +321,8 @@ class Selector {
   Rule rule_;
   int64_t point_size_, places_ = 0;
   int lookahead_ = 0;
-  bool backward_ = true;  // the next pass
-  bool ranked_ = false;   // tokens differ before the first weights
+  bool backward_ = true;              // the next pass
+  bool ranked_ = false;               // tokens differ before the first weights
   std::vector<const scalar_t*> row_;  // by place, like the next three
   std::vector<int64_t> token_;
   std::vector<float> parameter_;  // empty where there is none

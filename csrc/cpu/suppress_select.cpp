@@ -119,12 +119,12 @@ class Walker {
   cpu::Team& team_;
   Rows<scalar_t> rows_;
   Items items_;
-  int64_t size_;                          // of a unit point
-  std::vector<uint64_t> waiting_;         // a heap
-  std::vector<int64_t> suppressed_;       // by rank
+  int64_t size_;                     // of a unit point
+  std::vector<uint64_t> waiting_;    // a heap
+  std::vector<int64_t> suppressed_;  // by rank
   std::vector<int64_t> last_resort_;
-  std::vector<int64_t> token_;            // of the block
-  std::vector<int> slot_;                 // of the block's picks
+  std::vector<int64_t> token_;  // of the block
+  std::vector<int> slot_;       // of the block's picks
   std::vector<float> block_;
   std::vector<const float*> block_row_, pick_row_;
   std::vector<std::vector<float>> pick_values_;
@@ -145,9 +145,8 @@ Tensor suppress_select_cpu(const Tensor& features, const Tensor& rank, const Ten
 
 Tensor suppress_select_varlen_cpu(const Tensor& features, const Tensor& rank, const Tensor& tau, const Tensor& cu_seqlens,
                                   const Tensor& cu_budgets, int64_t total_k, std::optional<int64_t> max_seqlen) {
-  return select(
-      Selection::packed("suppress_select_varlen", features, cu_seqlens, cu_budgets, total_k, std::nullopt, max_seqlen)
-          .with_suppress(rank, tau));
+  return select(Selection::packed("suppress_select_varlen", features, cu_seqlens, cu_budgets, total_k, std::nullopt, max_seqlen)
+                    .with_suppress(rank, tau));
 }
 
 }  // namespace

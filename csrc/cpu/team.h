@@ -49,7 +49,8 @@ class Team {
     const int64_t part = std::max({int64_t(1), kPartWork / std::max<int64_t>(1, work), rows / (16 * members)});
     const int64_t parts = ceil_div(rows, part);
     if (members < 2 || parts < 2) return f(int64_t(0), rows);
-    loop_ = {[](const void* function, int64_t begin, int64_t end) { (*static_cast<const F*>(function))(begin, end); }, &f, rows, part, parts};
+    loop_ = {[](const void* function, int64_t begin, int64_t end) { (*static_cast<const F*>(function))(begin, end); }, &f, rows, part,
+             parts};
     unfinished_.store(parts, std::memory_order_relaxed);
     left_.store(parts, std::memory_order_release);
     while (run_part()) {

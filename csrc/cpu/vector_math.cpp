@@ -14,19 +14,31 @@
 // with `L`, the number of float lanes that fill one vector register. Tests set STS_CPU_LANES to have one of a width they choose.
 #if !defined(STS_CPU_LANES) && defined(__x86_64__) && defined(__ELF__) && defined(__GNUC__) && !defined(__clang__) && \
     !defined(__SANITIZE_THREAD__)
-#define STS_PER_ISA(type, name, parameters, arguments, body)                                             \
-  namespace isa {                                                                                        \
-  __attribute__((target("arch=x86-64-v4"))) type name parameters { constexpr int L = 16; return body; }  \
-  __attribute__((target("arch=x86-64-v3"))) type name parameters { constexpr int L = 8; return body; }   \
-  __attribute__((target("default"))) type name parameters { constexpr int L = 4; return body; }          \
-  }                                                                                                      \
+#define STS_PER_ISA(type, name, parameters, arguments, body)       \
+  namespace isa {                                                  \
+  __attribute__((target("arch=x86-64-v4"))) type name parameters { \
+    constexpr int L = 16;                                          \
+    return body;                                                   \
+  }                                                                \
+  __attribute__((target("arch=x86-64-v3"))) type name parameters { \
+    constexpr int L = 8;                                           \
+    return body;                                                   \
+  }                                                                \
+  __attribute__((target("default"))) type name parameters {        \
+    constexpr int L = 4;                                           \
+    return body;                                                   \
+  }                                                                \
+  }                                                                \
   type name parameters { return isa::name arguments; } /* through a pointer set when the library loads */
 #else
 #ifndef STS_CPU_LANES
 #define STS_CPU_LANES 4
 #endif
 #define STS_PER_ISA(type, name, parameters, arguments, body) \
-  type name parameters { constexpr int L = STS_CPU_LANES; return body; }
+  type name parameters {                                     \
+    constexpr int L = STS_CPU_LANES;                         \
+    return body;                                             \
+  }
 #endif
 
 namespace sts::cpu {
@@ -160,7 +172,7 @@ struct Product {
 // Reads F more rows, `ahead`, into the second-level cache on the way, a line of each a block.
 template <class Term, int L, int P, int R, int F, class scalar_t>
 STS_INLINE void pairs_tile(const float* const* points, const scalar_t* const* rows, const scalar_t* const* ahead, int64_t channels,
-                            float* out, int64_t out_stride) {
+                           float* out, int64_t out_stride) {
   constexpr int kBlock = L * kVectors<scalar_t>;
   Floats<L> sum[P][R] = {}, x[R][kVectors<scalar_t>];
   const auto add = [&](int64_t c) __attribute__((always_inline)) {
@@ -190,7 +202,7 @@ STS_INLINE void pairs_tile(const float* const* points, const scalar_t* const* ro
 // Tiles of P points and R rows. Each fetches F of the rows that come next; returns how many.
 template <class Term, int L, int P, int R, int F, class scalar_t>
 STS_INLINE int64_t pairs_strip(const float* const* points, const scalar_t* const* rows, int64_t num_rows, const scalar_t* const* next,
-                             int64_t num_next, int64_t channels, float* out, int64_t out_stride) {
+                               int64_t num_next, int64_t channels, float* out, int64_t out_stride) {
   int64_t r = 0, fetched = 0;
   for (; r + R <= num_rows; r += R) {
     const scalar_t* ahead[F];
@@ -205,15 +217,15 @@ STS_INLINE int64_t pairs_strip(const float* const* points, const scalar_t* const
 // often, but took twice as long with AVX-512. While the rows meet all points, as many that follow are fetched, evenly: memory is
 // as slow as the arithmetic of a dozen points, and what a first few would fetch alone they would wait for.
 template <class Term, int L, class scalar_t>
-STS_INLINE void pairs_all(const float* const* points, int num_points, const scalar_t* const* rows, int64_t num_rows, const scalar_t* const* next,
-                           int64_t num_next, int64_t channels, float* out, int64_t out_stride) {
+STS_INLINE void pairs_all(const float* const* points, int num_points, const scalar_t* const* rows, int64_t num_rows,
+                          const scalar_t* const* next, int64_t num_next, int64_t channels, float* out, int64_t out_stride) {
   constexpr int kHeight = L == 16 ? 4 : 2;
   int64_t fetched = 0;
   int p = 0;
   for (; p + 4 <= num_points; p += 4) {
     const auto strip = [&](auto fetch) __attribute__((always_inline)) {
       fetched += pairs_strip<Term, L, 4, kHeight, fetch()>(points + p, rows, num_rows, next + fetched, num_next - fetched, channels,
-                                                      out + p * out_stride, out_stride);
+                                                           out + p * out_stride, out_stride);
     };
     if (num_points < 8) {
       strip(std::integral_constant<int, kHeight>());
@@ -225,7 +237,7 @@ STS_INLINE void pairs_all(const float* const* points, int num_points, const scal
   }
   for (; p < num_points; ++p)
     fetched += pairs_strip<Term, L, 1, 4, 4>(points + p, rows, num_rows, next + fetched, num_next - fetched, channels, out + p * out_stride,
-                                        out_stride);
+                                             out_stride);
 }
 
 template <int L, class scalar_t>
@@ -395,13 +407,14 @@ STS_INLINE void dot64_tile(const double* const* points, const float* const* rows
 }
 
 template <int L>
-STS_INLINE void dot64_all(const double* const* points, int num_points, const float* const* rows, int64_t num_rows, int64_t size, double* out,
-                          int64_t out_stride) {
+STS_INLINE void dot64_all(const double* const* points, int num_points, const float* const* rows, int64_t num_rows, int64_t size,
+                          double* out, int64_t out_stride) {
   constexpr int kHeight = L == 16 ? 4 : 2;
   int p = 0;
   for (; p + 4 <= num_points; p += 4) {
     int64_t r = 0;
-    for (; r + kHeight <= num_rows; r += kHeight) dot64_tile<L, 4, kHeight>(points + p, rows + r, size, out + p * out_stride + r, out_stride);
+    for (; r + kHeight <= num_rows; r += kHeight)
+      dot64_tile<L, 4, kHeight>(points + p, rows + r, size, out + p * out_stride + r, out_stride);
     for (; r < num_rows; ++r) dot64_tile<L, 4, 1>(points + p, rows + r, size, out + p * out_stride + r, out_stride);
   }
   for (; p < num_points; ++p) {
@@ -462,16 +475,16 @@ STS_INLINE Lowest finish_all(double* row, double pivot, double* distance, const 
 
 }  // namespace
 
-#define STS_CPU_MATH(scalar_t)                                                                                             \
-  STS_PER_ISA(void, to_point, (const scalar_t* row, float* point, int64_t channels), (row, point, channels),               \
-              (to_point_all<L>(row, point, channels)))                                                                     \
-  STS_PER_ISA(void, add_row, (const scalar_t* row, float* point, int64_t channels), (row, point, channels),                \
-              (add_all<L>(row, point, channels)))                                                                          \
-  STS_PER_ISA(bool, all_finite, (const scalar_t* row, int64_t channels), (row, channels), (finite_all<L>(row, channels)))  \
-  STS_PER_ISA(void, sqdist,                                                                                                \
-              (const float* const* points, int num_points, const scalar_t* const* rows, int64_t num_rows,                    \
-               const scalar_t* const* next, int64_t num_next, int64_t channels, float* out, int64_t out_stride),           \
-              (points, num_points, rows, num_rows, next, num_next, channels, out, out_stride),                             \
+#define STS_CPU_MATH(scalar_t)                                                                                                         \
+  STS_PER_ISA(void, to_point, (const scalar_t* row, float* point, int64_t channels), (row, point, channels),                           \
+              (to_point_all<L>(row, point, channels)))                                                                                 \
+  STS_PER_ISA(void, add_row, (const scalar_t* row, float* point, int64_t channels), (row, point, channels),                            \
+              (add_all<L>(row, point, channels)))                                                                                      \
+  STS_PER_ISA(bool, all_finite, (const scalar_t* row, int64_t channels), (row, channels), (finite_all<L>(row, channels)))              \
+  STS_PER_ISA(void, sqdist,                                                                                                            \
+              (const float* const* points, int num_points, const scalar_t* const* rows, int64_t num_rows, const scalar_t* const* next, \
+               int64_t num_next, int64_t channels, float* out, int64_t out_stride),                                                    \
+              (points, num_points, rows, num_rows, next, num_next, channels, out, out_stride),                                         \
               (pairs_all<SquaredDifference, L>(points, num_points, rows, num_rows, next, num_next, channels, out, out_stride)))
 STS_CPU_MATH(float)
 STS_CPU_MATH(Half)
@@ -490,10 +503,10 @@ STS_PER_ISA(void, add_weighted, (const Half* row, double weight, double* sum, in
 STS_PER_ISA(void, add_weighted, (const BFloat16* row, double weight, double* sum, int64_t channels), (row, weight, sum, channels),
             (add_weighted_all<L>(row, weight, sum, channels)))
 
-#define STS_CPU_RULE(Rule)                                                                                                 \
-  STS_PER_ISA(void, to_weight, (const Rule& rule, float* sqdist, const float* parameters, int64_t count, float pick),        \
-              (rule, sqdist, parameters, count, pick), (weight_all<L>(rule, sqdist, parameters, count, pick)))               \
-  STS_PER_ISA(Lowest, add_then_lowest, (const Rule& rule, float* potentials, const float* weights, int64_t count),          \
+#define STS_CPU_RULE(Rule)                                                                                            \
+  STS_PER_ISA(void, to_weight, (const Rule& rule, float* sqdist, const float* parameters, int64_t count, float pick), \
+              (rule, sqdist, parameters, count, pick), (weight_all<L>(rule, sqdist, parameters, count, pick)))        \
+  STS_PER_ISA(Lowest, add_then_lowest, (const Rule& rule, float* potentials, const float* weights, int64_t count),    \
               (rule, potentials, weights, count), (lowest_all<L>(&rule, potentials, weights, count)))
 STS_CPU_RULE(Repulsion)
 STS_CPU_RULE(Farthest)

@@ -20,17 +20,17 @@ constexpr int kPoints = 16;
 // zeros up to a whole number of the largest blocks they read.
 constexpr int64_t point_size(int64_t channels) { return (channels + 31) / 32 * 32; }
 
-#define STS_CPU_MATH(scalar_t)                                                                                            \
-  void to_point(const scalar_t* row, float* point, int64_t channels);                                                     \
-  /* Adds the row to the point. */                                                                                        \
-  void add_row(const scalar_t* row, float* point, int64_t channels);                                                      \
-  /* Whether no channel is a NaN or infinity. */                                                                          \
-  bool all_finite(const scalar_t* row, int64_t channels);                                                                 \
+#define STS_CPU_MATH(scalar_t)                                                                                                        \
+  void to_point(const scalar_t* row, float* point, int64_t channels);                                                                 \
+  /* Adds the row to the point. */                                                                                                    \
+  void add_row(const scalar_t* row, float* point, int64_t channels);                                                                  \
+  /* Whether no channel is a NaN or infinity. */                                                                                      \
+  bool all_finite(const scalar_t* row, int64_t channels);                                                                             \
   /* out[p * out_stride + r] = |points[p] - rows[r]|^2, summed over differences: nothing cancels. A pair's bits depend on  \
      the pair alone, and are the same with point and row exchanged. `next`: rows that are needed next, which are fetched  \
-     into cache meanwhile. */                                                                                              \
-  void sqdist(const float* const* points, int num_points, const scalar_t* const* rows, int64_t num_rows,                  \
-              const scalar_t* const* next, int64_t num_next, int64_t channels, float* out, int64_t out_stride);
+     into cache meanwhile. */          \
+  void sqdist(const float* const* points, int num_points, const scalar_t* const* rows, int64_t num_rows, const scalar_t* const* next, \
+              int64_t num_next, int64_t channels, float* out, int64_t out_stride);
 STS_CPU_MATH(float)
 STS_CPU_MATH(Half)
 STS_CPU_MATH(BFloat16)
@@ -55,10 +55,10 @@ struct Lowest {
 };
 Lowest lowest(const float* values, int64_t count);
 
-#define STS_CPU_RULE(Rule)                                                                                                 \
-  /* sqdist[i] = the rule's weight of sqdist[i], in place. `parameters`: of the tokens, or null; `pick`: of the pick. */     \
-  void to_weight(const Rule& rule, float* sqdist, const float* parameters, int64_t count, float pick);                      \
-  /* potentials[i] = the rule's sum of potentials[i] and weights[i], then `lowest`. */                                     \
+#define STS_CPU_RULE(Rule)                                                                                               \
+  /* sqdist[i] = the rule's weight of sqdist[i], in place. `parameters`: of the tokens, or null; `pick`: of the pick. */ \
+  void to_weight(const Rule& rule, float* sqdist, const float* parameters, int64_t count, float pick);                   \
+  /* potentials[i] = the rule's sum of potentials[i] and weights[i], then `lowest`. */                                   \
   Lowest add_then_lowest(const Rule& rule, float* potentials, const float* weights, int64_t count);
 STS_CPU_RULE(Repulsion)
 STS_CPU_RULE(Farthest)

@@ -2,8 +2,8 @@
 
 #include <vector>
 
-#include "cuda_glue.h"
 #include "common/dedup_glue.h"
+#include "cuda_glue.h"
 #include "scratch.h"
 
 namespace sts {
@@ -28,8 +28,8 @@ Tensor dedup_select_cuda(const Tensor& features, const Tensor& order, int64_t ke
     const DedupPlan plan = plan_dedup(batch, count);
     ScratchMemory memory(given.features, [&](auto&& allocate) { DedupScratch(plan, batch, count, channels, allocate); });
     const DedupScratch scratch(plan, batch, count, channels, memory);
-    CudaScope::check(launch_dedup(rows, batch, tokens, listed, count, keep, step, plan, scratch, static_cast<int64_t*>(out.mutable_data_ptr()),
-                                  scope.stream()),
+    CudaScope::check(launch_dedup(rows, batch, tokens, listed, count, keep, step, plan, scratch,
+                                  static_cast<int64_t*>(out.mutable_data_ptr()), scope.stream()),
                      "dedup_select");
   });
   return out;

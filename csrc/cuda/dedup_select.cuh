@@ -39,8 +39,10 @@ __device__ __forceinline__ ListCounts read_list(const int64_t* listed, const uin
     const int place = begin + lane;
     const bool there = place < counts.length, good = there && state[place] != kSpoiledRow;
     const unsigned goods = __ballot_sync(kFullWarp, good), bads = __ballot_sync(kFullWarp, there && !good), below = (1u << lane) - 1;
-    if (good) list[finite + __popc(goods & below)] = place;
-    else if (there) list[spoiled + __popc(bads & below)] = place;
+    if (good)
+      list[finite + __popc(goods & below)] = place;
+    else if (there)
+      list[spoiled + __popc(bads & below)] = place;
     finite += __popc(goods);
     spoiled += __popc(bads);
   }
@@ -51,8 +53,9 @@ __device__ __forceinline__ ListCounts read_list(const int64_t* listed, const uin
 // state: (batch, count), as unit_rows_kernel leaves it. sqdist: (entries, count, count). lists: (groups, 2, count). closest:
 // (groups, count). arrived: a zero for every group. out: (batch, keep).
 static __global__ void __launch_bounds__(kDedupThreads, 2)
-    dedup_select_kernel(int64_t first, int64_t entries, int64_t tokens, int count, int keep, int step, int group_blocks, const int64_t* listed,
-                        const uint8_t* state, const float* sqdist, int* lists, float* closest, unsigned* arrived, int64_t* out) {
+    dedup_select_kernel(int64_t first, int64_t entries, int64_t tokens, int count, int keep, int step, int group_blocks,
+                        const int64_t* listed, const uint8_t* state, const float* sqdist, int* lists, float* closest, unsigned* arrived,
+                        int64_t* out) {
   __shared__ ListCounts counts;
   const int group = blockIdx.x / group_blocks, groups = gridDim.x / group_blocks, rank = blockIdx.x % group_blocks;
   const int tid = threadIdx.x, lane = tid % 32;
@@ -77,7 +80,8 @@ static __global__ void __launch_bounds__(kDedupThreads, 2)
     if (!counts.valid) left = 0;
 
     while (left > keep) {
-      const int evens = (left + 1) / 2, odds = left / 2, most = left - keep < evens ? left - keep : evens, remove = step < most ? step : most;
+      const int evens = (left + 1) / 2, odds = left / 2, most = left - keep < evens ? left - keep : evens,
+                remove = step < most ? step : most;
       // (2) the smallest distance of each even token
       for (int e = group_warp; e < evens; e += group_warps) {
         const int row = list[2 * e];

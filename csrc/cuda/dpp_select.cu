@@ -3,8 +3,8 @@
 #include <tuple>
 #include <vector>
 
-#include "cuda_glue.h"
 #include "common/dpp_glue.h"
+#include "cuda_glue.h"
 #include "scratch.h"
 
 namespace sts {
@@ -29,10 +29,10 @@ std::tuple<Tensor, Tensor> dpp_select_cuda(const Tensor& features, const Tensor&
     const DppPlan plan = plan_dpp(batch, tokens);
     ScratchMemory memory(given.features, [&](auto&& allocate) { DppScratch(plan, batch, tokens, channels, k, allocate); });
     const DppScratch scratch(plan, batch, tokens, channels, k, memory);
-    CudaScope::check(launch_dpp(rows, batch, tokens, k, given.floor, static_cast<const float*>(given.quality.const_data_ptr()), counts, plan,
-                                scratch, static_cast<int64_t*>(order.mutable_data_ptr()), static_cast<float*>(gain.mutable_data_ptr()),
-                                scope.stream()),
-                     "dpp_select");
+    CudaScope::check(
+        launch_dpp(rows, batch, tokens, k, given.floor, static_cast<const float*>(given.quality.const_data_ptr()), counts, plan, scratch,
+                   static_cast<int64_t*>(order.mutable_data_ptr()), static_cast<float*>(gain.mutable_data_ptr()), scope.stream()),
+        "dpp_select");
   });
   return {order, gain};
 }

@@ -213,8 +213,8 @@ cudaError_t launch_dpp(const Rows<scalar_t>& rows, int64_t batch, int64_t tokens
   if (error != cudaSuccess) return error;
   const Launch shape{dim3(plan.groups * plan.group_blocks), dim3(kDppThreads), 0, 1, true, stream};
   return launch(dpp_select_kernel, shape, batch, tokens, static_cast<int>(unit_pitch(rows.channels)), k, plan.group_blocks, sqrtf(floor),
-                scratch.unit, scratch.state, quality, num_tokens, scratch.factor, scratch.distance, scratch.scale, scratch.best, scratch.arrived,
-                order, gain);
+                scratch.unit, scratch.state, quality, num_tokens, scratch.factor, scratch.distance, scratch.scale, scratch.best,
+                scratch.arrived, order, gain);
 }
 
 }  // namespace sts

@@ -1,7 +1,7 @@
 #include "knn_density.cuh"
 
-#include "cuda_glue.h"
 #include "common/knn_glue.h"
+#include "cuda_glue.h"
 
 namespace sts {
 namespace {
@@ -16,11 +16,11 @@ Tensor knn_density_cuda(const Tensor& features, int64_t k, std::optional<Tensor>
   Tensor strip = new_floats(call.features, {strip_floats}), info = new_floats(call.features, {batch, tokens, 2});
   dispatch_cuda(call.features.scalar_type(), [&](auto* element) {
     const auto rows = rows_of<std::remove_pointer_t<decltype(element)>>(call.features);
-    CudaScope::check(launch_knn_density(rows.data, batch, tokens, rows.channels, rows.batch_stride, rows.row_stride, k,
-                                        data_or_null(call.num_tokens), strip_floats, static_cast<float*>(strip.mutable_data_ptr()),
-                                        static_cast<float*>(info.mutable_data_ptr()), static_cast<float*>(density.mutable_data_ptr()),
-                                        scope.stream()),
-                     "knn_density");
+    CudaScope::check(
+        launch_knn_density(rows.data, batch, tokens, rows.channels, rows.batch_stride, rows.row_stride, k, data_or_null(call.num_tokens),
+                           strip_floats, static_cast<float*>(strip.mutable_data_ptr()), static_cast<float*>(info.mutable_data_ptr()),
+                           static_cast<float*>(density.mutable_data_ptr()), scope.stream()),
+        "knn_density");
   });
   return density;
 }

@@ -1,7 +1,7 @@
 #include "nearest.cuh"
 
-#include "cuda_glue.h"
 #include "common/nearest_glue.h"
+#include "cuda_glue.h"
 
 namespace sts {
 namespace {
@@ -17,13 +17,12 @@ std::tuple<Tensor, Tensor> nearest_cuda(const Tensor& query, const Tensor& key, 
   dispatch_cuda(call.query.scalar_type(), [&](auto* element) {
     using scalar_t = std::remove_pointer_t<decltype(element)>;
     const auto queries = rows_of<scalar_t>(call.query), keys = rows_of<scalar_t>(call.key);
-    CudaScope::check(launch_nearest(queries.data, keys.data, batch, rows, count, queries.channels, queries.batch_stride,
-                                    queries.row_stride, keys.batch_stride, keys.row_stride, call.cosine, call.query_ranks(),
-                                    call.key_ranks(), call.exclude_self, data_or_null(call.num_keys),
-                                    static_cast<float*>(info.mutable_data_ptr()),
-                                    static_cast<int64_t*>(index.mutable_data_ptr()), static_cast<float*>(value.mutable_data_ptr()),
-                                    scope.stream()),
-                     "nearest");
+    CudaScope::check(
+        launch_nearest(queries.data, keys.data, batch, rows, count, queries.channels, queries.batch_stride, queries.row_stride,
+                       keys.batch_stride, keys.row_stride, call.cosine, call.query_ranks(), call.key_ranks(), call.exclude_self,
+                       data_or_null(call.num_keys), static_cast<float*>(info.mutable_data_ptr()),
+                       static_cast<int64_t*>(index.mutable_data_ptr()), static_cast<float*>(value.mutable_data_ptr()), scope.stream()),
+        "nearest");
   });
   return {index, value};
 }

@@ -73,9 +73,12 @@ cudaError_t launch_nearest(const scalar_t* query, const scalar_t* key, int64_t b
   Key* const best = reinterpret_cast<Key*>(index);
   const TakeNearest<true> cosines{queries, keys, rows, count, query_rank, key_rank, exclude_self, best};
   const TakeNearest<false> distances{queries, keys, rows, count, query_rank, key_rank, exclude_self, best};
-  if (!cosine) error = launch_row_pairs<false>(a, b, batch, distances, stream);
-  else if (mma_serves(a) && mma_serves(b)) error = launch_row_pairs_mma(a, b, batch, cosines, stream);
-  else error = launch_row_pairs<true>(a, b, batch, cosines, stream);
+  if (!cosine)
+    error = launch_row_pairs<false>(a, b, batch, distances, stream);
+  else if (mma_serves(a) && mma_serves(b))
+    error = launch_row_pairs_mma(a, b, batch, cosines, stream);
+  else
+    error = launch_row_pairs<true>(a, b, batch, cosines, stream);
   if (error != cudaSuccess) return error;
   const Launch finish{dim3(static_cast<unsigned>(ceil_div(batch * rows, kMatchThreads))), dim3(kMatchThreads), 0, 1, false, stream};
   return launch(matches_kernel, finish, batch * rows, cosine, index, value);

@@ -94,8 +94,8 @@ __device__ __forceinline__ void scan_block(int64_t (&value)[kCount], int64_t (&c
 template <class Unused = void>
 __global__ void __launch_bounds__(kPlanThreads) plan_packed_kernel(Items items, PackedShape shape, PackedPlan plan) {
   __shared__ int64_t end_partial[kPlanWarps][2], sum_partial[kPlanWarps][3], opened_at;
-  int64_t ends[2] = {};  // of rows and places so far
-  int64_t sums[3] = {};  // floats, tiles, large items so far
+  int64_t ends[2] = {};              // of rows and places so far
+  int64_t sums[3] = {};              // floats, tiles, large items so far
   int64_t wave = 0, wave_begin = 0;  // the floats before it
   if (threadIdx.x == 0) plan.waves[0] = {0, 0};
   for (int64_t begin = 0; begin < items.count; begin += kPlanThreads) {

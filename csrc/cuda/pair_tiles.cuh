@@ -8,11 +8,11 @@ namespace sts {
 constexpr int kMarkTile = 64;  // marks are for tiles of so many tokens
 
 struct PairTile {
-  int64_t entry, row;    // token i of the item is rows.row(entry, row + i)
-  int64_t item, token;   // the item, and its first token among all tokens
-  int64_t tokens, pitch; // the item's tokens; rows of its matrix are so many floats apart
-  int64_t offset;        // of the matrix, in floats
-  int64_t i, j;          // the first row and column
+  int64_t entry, row;     // token i of the item is rows.row(entry, row + i)
+  int64_t item, token;    // the item, and its first token among all tokens
+  int64_t tokens, pitch;  // the item's tokens; rows of its matrix are so many floats apart
+  int64_t offset;         // of the matrix, in floats
+  int64_t i, j;           // the first row and column
 };
 
 // Of a padded batch's entries from first_entry on: a tile of the grid's x and y a block, and its entries one after another.
@@ -59,8 +59,15 @@ struct PackedTiles {
     if (column * (column + 1) / 2 > left) --column;
     if ((column + 1) * (column + 2) / 2 <= left) ++column;
     const int row = left - column * (column + 1) / 2;
-    return {0, item.first, b, item.first, item.tokens, matrix_pitch(item.tokens), matrix.offset,
-            int64_t(row) * tile + part / parts * kTile, int64_t(column) * tile + part % parts * kTile};
+    return {0,
+            item.first,
+            b,
+            item.first,
+            item.tokens,
+            matrix_pitch(item.tokens),
+            matrix.offset,
+            int64_t(row) * tile + part / parts * kTile,
+            int64_t(column) * tile + part % parts * kTile};
   }
   template <int kParts>
   __device__ __forceinline__ int64_t mark(int64_t turn, int i, int j) const {

@@ -17,8 +17,9 @@ Tensor pairwise_sqdist_cuda(const Tensor& features) {
     const auto rows = rows_of<scalar_t>(x);
     const auto layout = [&](auto&& allocate) { return pairwise_sqdist_scratch<scalar_t>(batch, tokens, rows.channels, allocate); };
     ScratchMemory scratch(x, layout);
-    CudaScope::check(launch_pairwise_sqdist(rows, batch, tokens, layout(scratch), static_cast<float*>(out.mutable_data_ptr()), scope.stream()),
-                     "pairwise_sqdist");
+    CudaScope::check(
+        launch_pairwise_sqdist(rows, batch, tokens, layout(scratch), static_cast<float*>(out.mutable_data_ptr()), scope.stream()),
+        "pairwise_sqdist");
   });
   return out;
 }

@@ -3,7 +3,8 @@
 namespace sts {
 namespace {
 
-Tensor repulsion_select_cuda(const Tensor& features, int64_t k, double eps, std::optional<Tensor> anchor, std::optional<Tensor> num_tokens) {
+Tensor repulsion_select_cuda(const Tensor& features, int64_t k, double eps, std::optional<Tensor> anchor,
+                             std::optional<Tensor> num_tokens) {
   return select(Selection::padded("repulsion_select", features, k, anchor, num_tokens), Repulsion{checked_eps("repulsion_select", eps)});
 }
 

@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kTile* kTile / 16, kTile == kLargePairTile ? 2
       fetch(0);
       for (int c0 = 0; c0 < channels; c0 += kChannels) {
         __syncthreads();  // all are done with the stage before
-        // (1) a stage, and the loads of the next
+                          // (1) a stage, and the loads of the next
 #pragma unroll
         for (int l = 0; l < kLoads; ++l)
 #pragma unroll
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(kTile* kTile / 16, kTile == kLargePairTile ? 2
 #pragma unroll
           for (int t = 0; t < 4; ++t) sum[s][t] += run[s][t];
       }
-      // (3) the pairs
+    // (3) the pairs
 #pragma unroll
       for (int s = 0; s < 4; ++s) take.template row<kTile>(entry, i0 + ti + s, j0 + tj, sum[s]);
     }

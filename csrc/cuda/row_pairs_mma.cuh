@@ -77,13 +77,12 @@ __global__ void __launch_bounds__(kMmaThreads<kTile>)
         cp_async_wait<kMmaStages - 2>();
         __syncthreads();  // this stage has arrived for all threads, and all are done with the one before, which `fetch` overwrites
         fetch(step + kMmaStages - 1);
-        // (2)
+      // (2)
 #pragma unroll
         for (int k = 0; k < kMmaChannels / 16; ++k) {
           uint32_t rows[kRows / 16][4], columns[2][4];
 #pragma unroll
-          for (int m = 0; m < kRows / 16; ++m)
-            ldmatrix_x4(rows[m], stage_a(step) + swizzled(wi + m * 16 + lane % 16, k * 2 + lane / 16));
+          for (int m = 0; m < kRows / 16; ++m) ldmatrix_x4(rows[m], stage_a(step) + swizzled(wi + m * 16 + lane % 16, k * 2 + lane / 16));
 #pragma unroll
           for (int n = 0; n < 2; ++n)
             ldmatrix_x4(columns[n], stage_b(step) + swizzled(wj + n * 16 + lane % 8 + lane / 16 * 8, k * 2 + lane / 8 % 2));
@@ -100,7 +99,7 @@ __global__ void __launch_bounds__(kMmaThreads<kTile>)
       flush_accumulator();
       cp_async_wait<0>();
       __syncthreads();  // no thread is still reading the stages when the next tile's arrive
-      // (3)
+                        // (3)
 #pragma unroll
       for (int m = 0; m < kRows / 16; ++m)
 #pragma unroll

@@ -1,7 +1,7 @@
 // What the kernels share: reading token rows, and the lowest (value, index) of a warp or block.
 #pragma once
-#include "device.cuh"
 #include "common/items.h"
+#include "device.cuh"
 
 namespace sts {
 

@@ -1,7 +1,7 @@
 #include "scatter_mean.cuh"
 
-#include "cuda_glue.h"
 #include "common/scatter_glue.h"
+#include "cuda_glue.h"
 
 namespace sts {
 namespace {
@@ -18,11 +18,11 @@ std::tuple<Tensor, Tensor> scatter_mean_cuda(const Tensor& features, const Tenso
   dispatch_cuda(x.scalar_type(), [&](auto* element) {
     using scalar_t = std::remove_pointer_t<decltype(element)>;
     const auto rows = rows_of<scalar_t>(x);
-    CudaScope::check(launch_scatter_mean(rows.data, batch, tokens, channels, rows.batch_stride, rows.row_stride, call.slots(), count,
-                                         call.weights(), static_cast<int*>(slots.mutable_data_ptr()),
-                                         static_cast<scalar_t*>(mean.mutable_data_ptr()), static_cast<float*>(mass.mutable_data_ptr()),
-                                         scope.stream()),
-                     "scatter_mean");
+    CudaScope::check(
+        launch_scatter_mean(rows.data, batch, tokens, channels, rows.batch_stride, rows.row_stride, call.slots(), count, call.weights(),
+                            static_cast<int*>(slots.mutable_data_ptr()), static_cast<scalar_t*>(mean.mutable_data_ptr()),
+                            static_cast<float*>(mass.mutable_data_ptr()), scope.stream()),
+        "scatter_mean");
   });
   return {mean, mass};
 }

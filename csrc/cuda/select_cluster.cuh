@@ -19,12 +19,12 @@
 
 namespace sts {
 
-constexpr int kClusterWarps = 32;  // of an item at the most: a lane keeps account of each
-constexpr int kClusterTokens = 8;  // that a thread holds at the most
+constexpr int kClusterWarps = 32;                        // of an item at the most: a lane keeps account of each
+constexpr int kClusterTokens = 8;                        // that a thread holds at the most
 constexpr int kClusterThreads = kClusterWarps / 4 * 32;  // of a block at the most: clusters are of four or eight
 constexpr int kWarpCandidates = 4;
 constexpr int kAllCandidates = kWarpCandidates * kClusterWarps;  // place h * 32 + w: candidate h of warp w
-constexpr int kClusterPicks = 8;  // in a sweep at the most
+constexpr int kClusterPicks = 8;                                 // in a sweep at the most
 
 // What a warp says to all blocks before a sweep.
 struct alignas(16) WarpMessage {
@@ -225,7 +225,8 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
 #pragma unroll
       for (int h = 0; h < kWarpCandidates; ++h)
         if (value[h] < kInfinity)
-          value[h] = after_pick(rule, value[h], __ldg(matrix + token * pitch + candidate[h].token()), candidate_parameter[h], its_parameter);
+          value[h] =
+              after_pick(rule, value[h], __ldg(matrix + token * pitch + candidate[h].token()), candidate_parameter[h], its_parameter);
       count = 1;
     }
     done += count;
@@ -275,8 +276,13 @@ auto with_cluster_kernel(int64_t tokens, const F& f) {
 inline Launch cluster_launch(int64_t tokens, int64_t count, int blocks, cudaStream_t stream) {
   int warps = 1;
   while (warps < kClusterWarps / blocks && 32 * warps * blocks < tokens) warps *= 2;
-  return {dim3(static_cast<unsigned>(count * blocks)), dim3(static_cast<unsigned>(32 * warps)), sizeof(ClusterExchange),
-          static_cast<unsigned>(blocks), false, stream, true};
+  return {dim3(static_cast<unsigned>(count * blocks)),
+          dim3(static_cast<unsigned>(32 * warps)),
+          sizeof(ClusterExchange),
+          static_cast<unsigned>(blocks),
+          false,
+          stream,
+          true};
 }
 
 }  // namespace sts

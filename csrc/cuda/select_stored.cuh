@@ -92,8 +92,8 @@ __device__ __forceinline__ void select_stored(const StoredItems& stored_items, i
   const int warps = kWarps ? kWarps : settled(static_cast<int>(ceil_div(tokens, 32 * kTokens)));
   if (warp >= warps) return;  // the item is smaller than the launch
 
-  const float* const matrix = settled(stored_items.matrix(launched));  // 16-byte aligned
-  const int64_t first_row = items.first_token(b, item);  // among all tokens
+  const float* const matrix = settled(stored_items.matrix(launched));                                 // 16-byte aligned
+  const int64_t first_row = items.first_token(b, item);                                               // among all tokens
   const uint32_t pitch = static_cast<uint32_t>(settled(static_cast<int>(stored_items.pitch(item))));  // pitch^2 <= 2^26
   const int first = tid * kTokens;
   uint32_t column[kTokens / 4];  // past the end the last 16 bytes of the row are read again
@@ -194,7 +194,8 @@ auto with_stored_kernel(int64_t tokens, const F& f) {
   if (tokens <= kStoredReadWarps * 32 * kStoredTokens)
     return f(select_stored_kernel<Rule, kStoredTokens, kStoredReadWarps>, kStoredReadWarps, reports(kStoredReadWarps));
   if (tokens <= kStoredMaxWarps * 32 * kStoredTokens)
-    return f(select_stored_kernel<Rule, kStoredTokens, 0>, static_cast<int>(ceil_div(tokens, 32 * kStoredTokens)), reports(kStoredMaxWarps));
+    return f(select_stored_kernel<Rule, kStoredTokens, 0>, static_cast<int>(ceil_div(tokens, 32 * kStoredTokens)),
+             reports(kStoredMaxWarps));
   return f(select_stored_kernel<Rule, kStoredMostTokens, 0>, static_cast<int>(ceil_div(tokens, 32 * kStoredMostTokens)),
            reports(kStoredMaxWarps));
 }

@@ -22,11 +22,11 @@
 
 namespace sts {
 
-constexpr int kWarpOffers = 2;                         // tokens that a warp offers to its block
-constexpr int kMostOffers = kWarpOffers * kSweepWarps; // tokens that a block offers to its group
-constexpr int kGroupOffers = 256;                      // tokens that a group's blocks offer together, if there are so few blocks
-constexpr int kLaneCandidates = 4;                     // candidates per lane of the drafting warp
-constexpr int kCandidates = 1 + kLaneCandidates * 32;  // with the pick at hand
+constexpr int kWarpOffers = 2;                          // tokens that a warp offers to its block
+constexpr int kMostOffers = kWarpOffers * kSweepWarps;  // tokens that a block offers to its group
+constexpr int kGroupOffers = 256;                       // tokens that a group's blocks offer together, if there are so few blocks
+constexpr int kLaneCandidates = 4;                      // candidates per lane of the drafting warp
+constexpr int kCandidates = 1 + kLaneCandidates * 32;   // with the pick at hand
 constexpr int kPairs = kCandidates * (kCandidates - 1) / 2;
 constexpr int kHeldTokens = 512;  // max tokens of a block whose potentials fit its shared memory beside the stages of two blocks per SM
 
@@ -270,8 +270,7 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
 #pragma unroll 4
         for (int slot = lane; slot < own.slots; slot += 32) {
           const int64_t i = token_of(slot);
-          if (i < own.item.tokens)
-            best = lower(best, make_key(own.later[p * own.stride + own.place(slot, i)], static_cast<uint32_t>(i)));
+          if (i < own.item.tokens) best = lower(best, make_key(own.later[p * own.stride + own.place(slot, i)], static_cast<uint32_t>(i)));
         }
         best = warp_lowest(best);
         if (lane == 0) all[p * group_blocks + rank] = best;

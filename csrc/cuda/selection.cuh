@@ -6,10 +6,10 @@
 // The items of a packed batch are looked through on the device (packed_plan.cuh). Each goes the way of its own size, whatever else is in the
 // batch: first those with weights, in waves of as many as fit, then the longer ones.
 #pragma once
+#include "common/selection_plan.h"
 #include "select_cluster.cuh"
 #include "select_stored.cuh"
 #include "select_swept.cuh"
-#include "common/selection_plan.h"
 #include "sqdist_wgmma.cuh"
 #include "unit_rows.cuh"
 
@@ -18,8 +18,8 @@ namespace sts {
 constexpr int64_t kMatrixFloats = int64_t(1) << 26;  // weights held at a time: 256 MiB, one item of kMatrixTokens
 constexpr int64_t kWaveFloats = int64_t(1) << 27;    // packed: 512 MiB. Picks of a wave take as long as its longest item's
 constexpr int kTileBlocks = 4;                       // packed: blocks that take tiles in turns, for each SM
-constexpr int64_t kFewPicks = 64;  // few: less than one of so many tokens
-constexpr int64_t kClusterFrom = 1024;  // items of more tokens are shared by a cluster
+constexpr int64_t kFewPicks = 64;                    // few: less than one of so many tokens
+constexpr int64_t kClusterFrom = 1024;               // items of more tokens are shared by a cluster
 
 // What is stored for a pair of tokens (stored_value); on the diagonal the potential of a token that is picked. row_min: null, or for all
 // tokens the ordered bits of the smallest in each row.
@@ -37,20 +37,20 @@ struct StoreWeight {
 
 // How a selection is laid out on the device; everything follows from the shapes, the element type and the device.
 struct SelectionPlan {
-  int64_t element_bytes;  // of the features
-  bool from_mean;       // the first pick may be the token nearest the mean
-  bool stored;          // weights of all pairs in memory
-  bool swept;           // else; packed: of items that are too long
-  bool mma;             // distances on tensor cores, or by differences
-  bool wgmma;           // stored: on those of Hopper
-  int tile;             // stored: tokens along the side of a tile of pairs
-  int64_t entries;      // stored: batch entries whose weights are held at a time
-  int item_blocks;      // stored: blocks that share an item, a cluster if more than one
-  bool row_min;           // the cluster's bound grows by the smallest weight of each pick's row
+  int64_t element_bytes;             // of the features
+  bool from_mean;                    // the first pick may be the token nearest the mean
+  bool stored;                       // weights of all pairs in memory
+  bool swept;                        // else; packed: of items that are too long
+  bool mma;                          // distances on tensor cores, or by differences
+  bool wgmma;                        // stored: on those of Hopper
+  int tile;                          // stored: tokens along the side of a tile of pairs
+  int64_t entries;                   // stored: batch entries whose weights are held at a time
+  int item_blocks;                   // stored: blocks that share an item, a cluster if more than one
+  bool row_min;                      // the cluster's bound grows by the smallest weight of each pick's row
   int groups, group_blocks, blocks;  // swept: of the cooperative launch, at the most
-  int held;                  // swept: tokens of a block whose potentials lie in its shared memory
-  int lookahead;             // max picks per exchange (cluster) or sweep; 1: the plain loop, in one block where weights are stored
-  PackedShape packed;        // packed
+  int held;                          // swept: tokens of a block whose potentials lie in its shared memory
+  int lookahead;                     // max picks per exchange (cluster) or sweep; 1: the plain loop, in one block where weights are stored
+  PackedShape packed;                // packed
 };
 
 // f(kernel, a function of `held` that gives its shared memory) for the kernel that sweeps.
@@ -141,10 +141,11 @@ SelectionPlan plan_selection(const Rows<scalar_t>& rows, const Items& items, int
 // are not stay null.
 struct SelectionScratch {
   TokenStats stats{};
-  PackedPlan packed{};          // packed
-  float* weights = nullptr;     // stored: (entries, tokens, matrix_pitch(tokens)), or a wave's; swept, not held: (lookahead, all tokens)
-  unsigned* marks = nullptr;    // stored on tensor cores, but for Hopper's: (entries, side, side) tiles of kMarkTile tokens, or (tiles, parts)
-  uint32_t* row_min = nullptr;    // stored, with items shared by clusters: the smallest weight of every row (all tokens)
+  PackedPlan packed{};       // packed
+  float* weights = nullptr;  // stored: (entries, tokens, matrix_pitch(tokens)), or a wave's; swept, not held: (lookahead, all tokens)
+  unsigned* marks =
+      nullptr;  // stored on tensor cores, but for Hopper's: (entries, side, side) tiles of kMarkTile tokens, or (tiles, parts)
+  uint32_t* row_min = nullptr;  // stored, with items shared by clusters: the smallest weight of every row (all tokens)
   Key* keys = nullptr;          // swept: a SweepExchange for every group
   float* floats = nullptr;      // swept: the same
   unsigned* arrived = nullptr;  // swept: (groups)
@@ -215,7 +216,8 @@ class SelectionLaunch {
         if constexpr (decltype(mma)::value)
           return launch_sqdist_mma(rows_, items_, first, held, plan_.tile, scratch_.stats, store, scratch_.marks, pitch, scratch_.weights,
                                    stream_);
-        else return launch_sqdist_tiles(rows_, items_, first, held, store, pitch, scratch_.weights, stream_);
+        else
+          return launch_sqdist_tiles(rows_, items_, first, held, store, pitch, scratch_.weights, stream_);
       });
       if (error != cudaSuccess) return error;
       const StoredItems stored{items_, scratch_.weights, first, nullptr, nullptr};
@@ -239,7 +241,8 @@ class SelectionLaunch {
       cudaError_t error = weigh([&](auto mma, const auto& store) {
         if constexpr (decltype(mma)::value)
           return launch_sqdist_mma(rows_, at, blocks, scratch_.stats, store, scratch_.marks, scratch_.weights, stream_);
-        else return launch_sqdist_tiles(rows_, at, blocks, store, scratch_.weights, stream_);
+        else
+          return launch_sqdist_tiles(rows_, at, blocks, store, scratch_.weights, stream_);
       });
       if (error != cudaSuccess) return error;
       const StoredItems stored{items_, scratch_.weights, 0, at.wave, at.matrices};

@@ -10,8 +10,8 @@
 //   (4) a second launch repairs the tiles that have marks.
 // Synchronisation: a block barrier a stage, one for the warps' marks. Blocks know nothing of each other.
 #pragma once
-#include "sqdist_tiles.cuh"
 #include "common/selection_plan.h"
+#include "sqdist_tiles.cuh"
 #include "token_stats.cuh"
 
 namespace sts {
@@ -96,9 +96,8 @@ class TileCopy {
 
 // norms: (all tokens). centre: (items, channels). marks: of a tile of kMarkTile tokens, whether it has a marked pair.
 template <class scalar_t, int kTile, class Tiles, class Store>
-__global__ void __launch_bounds__(kMmaThreads<kTile>)
-    sqdist_mma_kernel(Rows<scalar_t> rows, Tiles tiles, const float* norms, const scalar_t* centre, Store store, unsigned* marks,
-                      float* out) {
+__global__ void __launch_bounds__(kMmaThreads<kTile>) sqdist_mma_kernel(Rows<scalar_t> rows, Tiles tiles, const float* norms,
+                                                                        const scalar_t* centre, Store store, unsigned* marks, float* out) {
   await_predecessor();
   constexpr int kRows = kWarpRows<kTile>, kColumns = kWarpColumns, kThreads = kMmaThreads<kTile>, kMarks = kTile / kMarkTile;
   STS_DYNAMIC_SHARED(scalar_t, shared);
@@ -114,7 +113,7 @@ __global__ void __launch_bounds__(kMmaThreads<kTile>)
     const PairTile tile = tiles.template at<kTile>(turn);
     const int i0 = static_cast<int>(tile.i), j0 = static_cast<int>(tile.j), width = static_cast<int>(tile.tokens);
     const bool has_pairs = j0 + wj < width && i0 + wi < j0 + wj + kColumns;  // before the end, and not all below the diagonal
-    const int side_b = i0 == j0 ? 0 : kTile * kMmaChannels;  // a diagonal tile reads once
+    const int side_b = i0 == j0 ? 0 : kTile * kMmaChannels;                  // a diagonal tile reads once
     const TileCopy<scalar_t, kTile, kThreads> copy_a(rows, i0, width), copy_b(rows, j0, width);
     // The row and the half of 16 channels whose address this lane gives ldmatrix. The swizzle turns 16 channels further into an exclusive
     // or.
@@ -224,8 +223,10 @@ __global__ void __launch_bounds__(kMmaThreads<kTile>)
         if (row_min) minimum.template flush<1, 4>(0, row_min, i + r * 8);
       }
     };
-    if (i0 + wi + kRows <= j0 + wj && j0 + wj + kColumns <= width) finish(std::true_type());
-    else if (has_pairs) finish(std::false_type());
+    if (i0 + wi + kRows <= j0 + wj && j0 + wj + kColumns <= width)
+      finish(std::true_type());
+    else if (has_pairs)
+      finish(std::false_type());
     if (row_min && has_pairs) {
 #pragma unroll
       for (int c = 0; c < kColumns / 4; ++c) column_minima.template flush<4, 32>(c, row_min, j + c / 2 * 8 + c % 2);

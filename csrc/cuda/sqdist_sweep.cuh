@@ -37,15 +37,17 @@ struct DifferenceSweep {
   template <class F>
   static __device__ __forceinline__ void run(const Rows<scalar_t>& rows, int64_t entry, const Item& item, bool aligned, const float*,
                                              const scalar_t*, const SweepPoints& points, int first_tile, int tile_step, const F& f) {
-    if (aligned && rows.channels % Vec16<scalar_t>::size == 0) run_rows<true>(rows, entry, item, true, points, first_tile, tile_step, f);
-    else run_rows<false>(rows, entry, item, aligned, points, first_tile, tile_step, f);
+    if (aligned && rows.channels % Vec16<scalar_t>::size == 0)
+      run_rows<true>(rows, entry, item, true, points, first_tile, tile_step, f);
+    else
+      run_rows<false>(rows, entry, item, aligned, points, first_tile, tile_step, f);
   }
 
   // kWhole: as in load_vec.
   template <bool kWhole, class F>
   static __device__ __forceinline__ void run_rows(const Rows<scalar_t>& rows, int64_t entry, const Item& item, bool aligned,
                                                   const SweepPoints& points, int first_tile, int tile_step, const F& f) {
-    STS_DYNAMIC_SHARED(float, point);  // [kSweepPoints][kChannels]
+    STS_DYNAMIC_SHARED(float, point);                         // [kSweepPoints][kChannels]
     constexpr int kVec = Vec16<scalar_t>::size, kUnroll = 4;  // loads in flight: 64 bytes of a row
     constexpr int kTogether = 4;  // points without a branch between them, that those past `count` are computed with, from anything
     const int count = points.count;
@@ -116,7 +118,7 @@ struct MmaSweep {
   static constexpr int kTile = kSweepWarps * 16;
   static constexpr int kStages = 3;
   static constexpr int kStageRows = kTile + kSweepPoints + 1;  // rows of kMmaChannels: the tokens, the points, and the centre
-  static constexpr int kDotStride = kSweepPoints + 1;      // off the banks of the row before
+  static constexpr int kDotStride = kSweepPoints + 1;          // off the banks of the row before
   static constexpr size_t kStageBytes = size_t(kStages) * kStageRows * kMmaChannels * sizeof(scalar_t);
   static constexpr size_t kSharedBytes = kStageBytes + kTile * kDotStride * sizeof(float);
 

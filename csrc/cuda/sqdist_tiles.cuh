@@ -13,7 +13,7 @@ namespace sts {
 
 // What is stored for a pair: the distance, exactly zero on the diagonal. The smallest of a row is not asked for.
 struct StoreSqdist {
-  static constexpr bool kOverlap = false;  // the launch ahead is another op's
+  static constexpr bool kOverlap = false;           // the launch ahead is another op's
   static constexpr float kCancellation = 1.f / 16;  // see sqdist_mma.cuh
   static constexpr bool kThreeProducts = false;     // see sqdist_wgmma.cuh
   static constexpr uint32_t* row_min = nullptr;

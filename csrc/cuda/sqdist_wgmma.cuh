@@ -248,8 +248,10 @@ __global__ void __launch_bounds__(hopper_threads(kWgmmaThreads<kTile>), 1)
         }
       }
     };
-    if (!diagonal_tile && column0 + kTile <= width && pitch % 2 == 0) finish(std::true_type());
-    else finish(std::false_type());
+    if (!diagonal_tile && column0 + kTile <= width && pitch % 2 == 0)
+      finish(std::true_type());
+    else
+      finish(std::false_type());
     if (row_min) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) row_minima.template flush<1, 4>(h, row_min, i + h * 8);
@@ -304,8 +306,12 @@ cudaError_t launch_sqdist_wgmma_of(const Rows<scalar_t>& rows, const Items& item
   const Rows<scalar_t> copy{centred, items.tokens * copy_pitch, copy_pitch, static_cast<int>(copy_pitch)};
   const Rows<scalar_t> exact = sizeof(scalar_t) == 2 ? copy : rows;
   const int64_t all_tiles = tiles * (tiles + 1) / 2 * entries, sms = device_sm_count();
-  const Launch shape{dim3(static_cast<unsigned>(all_tiles < sms ? all_tiles : sms)), dim3(kWgmmaThreads<kTile>),
-                     kWgmmaSharedBytes<scalar_t, kTile, kStages>, 1, false, stream};
+  const Launch shape{dim3(static_cast<unsigned>(all_tiles < sms ? all_tiles : sms)),
+                     dim3(kWgmmaThreads<kTile>),
+                     kWgmmaSharedBytes<scalar_t, kTile, kStages>,
+                     1,
+                     false,
+                     stream};
   return launch(sqdist_wgmma_kernel<scalar_t, kTile, kStages, Store>, shape, map, exact, rows_aligned(exact), items, first_entry, entries,
                 stats.norms, store, pitch, out);
 }

@@ -13,7 +13,7 @@
 
 namespace sts {
 
-constexpr int kStatsChunk = 16;      // tokens whose channels one block sums
+constexpr int kStatsChunk = 16;  // tokens whose channels one block sums
 constexpr int kStatsThreads = 256;
 
 // The item of this block's turn, and which chunk of `size` of its tokens. Padded: x of the grid is the chunk, y the item, in turns. Packed:
@@ -55,8 +55,8 @@ struct TokenStats {
 // Scratch for the stats that are wanted, each part taken by allocate(bytes): the distances to the mean; what tensor cores need, and the
 // centred copy besides.
 template <class Allocate>
-void take_token_stats(TokenStats& stats, const Items& items, int64_t channels, int64_t element_bytes, bool from_mean, bool centre, bool centred,
-                      Allocate&& allocate) {
+void take_token_stats(TokenStats& stats, const Items& items, int64_t channels, int64_t element_bytes, bool from_mean, bool centre,
+                      bool centred, Allocate&& allocate) {
   const auto take = [&](auto*& part, int64_t count) {
     if (count) part = static_cast<std::remove_reference_t<decltype(part)>>(allocate(count * static_cast<int64_t>(sizeof(*part))));
   };
@@ -89,8 +89,7 @@ __host__ __device__ __forceinline__ scalar_t exact_centre(float low, float high)
 
 // (1) kWhole: every row is whole chunks that can be read 16 bytes at a time.
 template <class scalar_t, bool kWhole>
-__global__ void __launch_bounds__(kStatsThreads, 1)
-    sum_chunks_kernel(Rows<scalar_t> rows, Items items, bool aligned, TokenStats stats) {
+__global__ void __launch_bounds__(kStatsThreads, 1) sum_chunks_kernel(Rows<scalar_t> rows, Items items, bool aligned, TokenStats stats) {
   __shared__ bool finite[kStatsChunk];
   constexpr int kVec = Vec16<scalar_t>::size;
   constexpr int kUnroll = 4, kWarpRows = kStatsChunk * 32 / kStatsThreads;  // loads under way together: of each of so many rows
@@ -314,13 +313,13 @@ cudaError_t launch_token_stats(const Rows<scalar_t>& rows, const Items& items, c
     return Launch{dim3(static_cast<unsigned>(packed_tasks(items, size))), dim3(kStatsThreads), 0, 1, false, stream, overlap};
   };
   const bool whole = aligned && rows.channels % Vec16<scalar_t>::size == 0;
-  cudaError_t error = launch(whole ? sum_chunks_kernel<scalar_t, true> : sum_chunks_kernel<scalar_t, false>,
-                             chunks(kStatsChunk, false), rows, items, aligned, stats);
+  cudaError_t error = launch(whole ? sum_chunks_kernel<scalar_t, true> : sum_chunks_kernel<scalar_t, false>, chunks(kStatsChunk, false),
+                             rows, items, aligned, stats);
   if (error != cudaSuccess || !(stats.sums || stats.norms)) return error;
   error = launch(mean_kernel<scalar_t>, shape(ceil_div(rows.channels, 32), true), items, rows.channels, stats);
   if (error != cudaSuccess) return error;
-  return launch(whole ? mean_sqdist_kernel<scalar_t, true> : mean_sqdist_kernel<scalar_t, false>,
-                chunks(kStatsThreads / 32, true), rows, items, aligned, stats);
+  return launch(whole ? mean_sqdist_kernel<scalar_t, true> : mean_sqdist_kernel<scalar_t, false>, chunks(kStatsThreads / 32, true), rows,
+                items, aligned, stats);
 }
 
 // The first pick: the anchor, else the finite token nearest the mean, else the first token.

@@ -33,9 +33,8 @@ __device__ __forceinline__ float warp_largest(float value) {
 // listed: (batch, count) tokens, or null for token i in place i. unit: (batch, count, unit_pitch). state: (batch, count), or null. With a
 // state, spoiled rows and rows of zeros are zero.
 template <class scalar_t>
-__global__ void __launch_bounds__(kUnitThreads)
-    unit_rows_kernel(Rows<scalar_t> rows, int64_t batch, int64_t tokens, int64_t count, bool aligned, const int64_t* listed, float* unit,
-                     uint8_t* state) {
+__global__ void __launch_bounds__(kUnitThreads) unit_rows_kernel(Rows<scalar_t> rows, int64_t batch, int64_t tokens, int64_t count,
+                                                                 bool aligned, const int64_t* listed, float* unit, uint8_t* state) {
   constexpr int kVec = Vec16<scalar_t>::size;
   const int lane = threadIdx.x % 32;
   const int64_t place = (static_cast<int64_t>(blockIdx.x) * kUnitThreads + threadIdx.x) / 32;

@@ -44,12 +44,18 @@ enum cudaError_t {
 };
 inline const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {
-    case cudaSuccess: return "no error";
-    case cudaErrorInvalidValue: return "invalid argument";
-    case cudaErrorMemoryAllocation: return "out of memory";
-    case cudaErrorInvalidConfiguration: return "invalid configuration argument";
-    case cudaErrorLaunchOutOfResources: return "too many resources requested for launch";
-    case cudaErrorCooperativeLaunchTooLarge: return "too many blocks in cooperative launch";
+    case cudaSuccess:
+      return "no error";
+    case cudaErrorInvalidValue:
+      return "invalid argument";
+    case cudaErrorMemoryAllocation:
+      return "out of memory";
+    case cudaErrorInvalidConfiguration:
+      return "invalid configuration argument";
+    case cudaErrorLaunchOutOfResources:
+      return "too many resources requested for launch";
+    case cudaErrorCooperativeLaunchTooLarge:
+      return "too many blocks in cooperative launch";
   }
   return "unrecognized error code";
 }
@@ -63,9 +69,7 @@ inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream
 }
 
 // Exactly sized, so that AddressSanitizer sees both ends.
-inline cudaError_t cudaMalloc(void** to, size_t bytes) {
-  return posix_memalign(to, 256, bytes) ? cudaErrorMemoryAllocation : cudaSuccess;
-}
+inline cudaError_t cudaMalloc(void** to, size_t bytes) { return posix_memalign(to, 256, bytes) ? cudaErrorMemoryAllocation : cudaSuccess; }
 inline cudaError_t cudaFree(void* memory) {
   std::free(memory);
   return cudaSuccess;
@@ -108,8 +112,8 @@ inline int resident_blocks(unsigned threads, size_t shared_bytes) {
 inline cudaError_t launch(dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster, bool cooperative, bool overlap,
                           std::function<void()> body) {
   const uint64_t threads = uint64_t(block.x) * block.y * block.z, blocks = uint64_t(grid.x) * grid.y * grid.z;
-  if (threads == 0 || threads > kMaxThreads || block.z > 64 || blocks == 0 || grid.x > 0x7fffffff || grid.y > 65535 ||
-      grid.z > 65535 || cluster == 0 || cluster > kMaxClusters || grid.x % cluster)
+  if (threads == 0 || threads > kMaxThreads || block.z > 64 || blocks == 0 || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535 ||
+      cluster == 0 || cluster > kMaxClusters || grid.x % cluster)
     return cudaErrorInvalidConfiguration;
   if (shared_bytes > kMaxShared) return cudaErrorInvalidValue;
   Grid run;
@@ -310,15 +314,15 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == mask; }
 
-#define EMULATOR_REDUCE(T)                                                                                        \
-  inline T __reduce_min_sync(unsigned mask, T value) {                                                            \
-    return emulator::reduce(mask, value, 7, "__reduce_min_sync", [](T a, T b) { return std::min(a, b); });        \
-  }                                                                                                               \
-  inline T __reduce_max_sync(unsigned mask, T value) {                                                            \
-    return emulator::reduce(mask, value, 8, "__reduce_max_sync", [](T a, T b) { return std::max(a, b); });        \
-  }                                                                                                               \
-  inline T __reduce_add_sync(unsigned mask, T value) {                                                            \
-    return emulator::reduce(mask, value, 9, "__reduce_add_sync",                                                  \
+#define EMULATOR_REDUCE(T)                                                                                                 \
+  inline T __reduce_min_sync(unsigned mask, T value) {                                                                     \
+    return emulator::reduce(mask, value, 7, "__reduce_min_sync", [](T a, T b) { return std::min(a, b); });                 \
+  }                                                                                                                        \
+  inline T __reduce_max_sync(unsigned mask, T value) {                                                                     \
+    return emulator::reduce(mask, value, 8, "__reduce_max_sync", [](T a, T b) { return std::max(a, b); });                 \
+  }                                                                                                                        \
+  inline T __reduce_add_sync(unsigned mask, T value) {                                                                     \
+    return emulator::reduce(mask, value, 9, "__reduce_add_sync",                                                           \
                             [](T a, T b) { return static_cast<T>(static_cast<unsigned>(a) + static_cast<unsigned>(b)); }); \
   }
 EMULATOR_REDUCE(unsigned)
@@ -348,34 +352,46 @@ void check_aligned(const T* address, const char* what) {
 
 }  // namespace emulator
 
-#define EMULATOR_ATOMICS(T)                                                                               \
-  inline T atomicMin(T* p, T v) { return emulator::atomic_update(p, [v](T old) { return std::min(old, v); }); } \
-  inline T atomicMax(T* p, T v) { return emulator::atomic_update(p, [v](T old) { return std::max(old, v); }); }
+#define EMULATOR_ATOMICS(T)                                                     \
+  inline T atomicMin(T* p, T v) {                                               \
+    return emulator::atomic_update(p, [v](T old) { return std::min(old, v); }); \
+  }                                                                             \
+  inline T atomicMax(T* p, T v) {                                               \
+    return emulator::atomic_update(p, [v](T old) { return std::max(old, v); }); \
+  }
 EMULATOR_ATOMICS(int)
 EMULATOR_ATOMICS(unsigned)
 EMULATOR_ATOMICS(long long)
 EMULATOR_ATOMICS(unsigned long long)
 #undef EMULATOR_ATOMICS
-#define EMULATOR_ATOMICS(T) \
-  inline T atomicAdd(T* p, T v) { return emulator::atomic_update(p, [v](T old) { return static_cast<T>(old + v); }); }
+#define EMULATOR_ATOMICS(T)                                                            \
+  inline T atomicAdd(T* p, T v) {                                                      \
+    return emulator::atomic_update(p, [v](T old) { return static_cast<T>(old + v); }); \
+  }
 EMULATOR_ATOMICS(unsigned)
 EMULATOR_ATOMICS(unsigned long long)
 EMULATOR_ATOMICS(float)
 EMULATOR_ATOMICS(double)
 #undef EMULATOR_ATOMICS
 inline int atomicAdd(int* p, int v) { return static_cast<int>(atomicAdd(reinterpret_cast<unsigned*>(p), static_cast<unsigned>(v))); }
-#define EMULATOR_ATOMICS(T)                                                                          \
-  inline T atomicExch(T* p, T v) { return emulator::atomic_update(p, [v](T) { return v; }); }        \
-  inline T atomicCAS(T* p, T expected, T v) {                                                        \
-    return emulator::atomic_update(p, [=](T old) { return old == expected ? v : old; });             \
+#define EMULATOR_ATOMICS(T)                                                              \
+  inline T atomicExch(T* p, T v) {                                                       \
+    return emulator::atomic_update(p, [v](T) { return v; });                             \
+  }                                                                                      \
+  inline T atomicCAS(T* p, T expected, T v) {                                            \
+    return emulator::atomic_update(p, [=](T old) { return old == expected ? v : old; }); \
   }
 EMULATOR_ATOMICS(int)
 EMULATOR_ATOMICS(unsigned)
 EMULATOR_ATOMICS(unsigned long long)
 #undef EMULATOR_ATOMICS
-#define EMULATOR_ATOMICS(T)                                                                              \
-  inline T atomicOr(T* p, T v) { return emulator::atomic_update(p, [v](T old) { return old | v; }); }    \
-  inline T atomicAnd(T* p, T v) { return emulator::atomic_update(p, [v](T old) { return old & v; }); }
+#define EMULATOR_ATOMICS(T)                                            \
+  inline T atomicOr(T* p, T v) {                                       \
+    return emulator::atomic_update(p, [v](T old) { return old | v; }); \
+  }                                                                    \
+  inline T atomicAnd(T* p, T v) {                                      \
+    return emulator::atomic_update(p, [v](T old) { return old & v; }); \
+  }
 EMULATOR_ATOMICS(int)
 EMULATOR_ATOMICS(unsigned)
 EMULATOR_ATOMICS(unsigned long long)

@@ -47,7 +47,9 @@ struct Settings {
   static Settings from_environment() {
     const char* order = std::getenv("STS_EMULATE_ORDER");
     const std::string kind = order && *order ? order : "fwd";
-    return {kind == "fwd" ? kForward : kind == "rev" ? kReverse : number("STS_EMULATE_ORDER", 0, "fwd, rev or a number"),
+    return {kind == "fwd"   ? kForward
+            : kind == "rev" ? kReverse
+                            : number("STS_EMULATE_ORDER", 0, "fwd, rev or a number"),
             number("STS_EMULATE_SMS", 4), number("STS_EMULATE_BLOCKS_PER_SM", 2), number("STS_EMULATE_STALL_SECONDS", 10),
             number("STS_EMULATE_CAPABILITY", 90)};
   }
@@ -210,7 +212,7 @@ struct Thread {
   uint3 index;
   int linear = 0;
   bool done = false, spinning = false;
-  bool awaited = false;  // the launch ahead
+  bool awaited = false;                 // the launch ahead
   const uint64_t* waits_for = nullptr;  // to differ from waits_at
   uint64_t waits_at = 0;
   const char* where = "its start";
@@ -281,9 +283,7 @@ EMULATOR_NO_TSAN inline Thread& self() { return block->first_thread[block->runni
   {
     const Unchecked unchecked;
     const Thread& thread = self();
-    const auto triple = [](uint3 i) {
-      return std::to_string(i.x) + "," + std::to_string(i.y) + "," + std::to_string(i.z);
-    };
+    const auto triple = [](uint3 i) { return std::to_string(i.x) + "," + std::to_string(i.y) + "," + std::to_string(i.z); };
     block->grid->fail(what + " [block " + triple(block->index) + " thread " + triple(thread.index) + "]");
   }
   for (;;) switch_context(self().fiber->context, block->scheduler);
@@ -350,8 +350,7 @@ inline void sync_cluster() {
 }
 
 // What every lane of `mask` gave, once all are here. Only __syncwarp orders memory; shuffles and votes do not.
-inline const Words* exchange(uint32_t mask, const Words& words, int operation, const char* name,
-                             bool orders_memory = false) {
+inline const Words* exchange(uint32_t mask, const Words& words, int operation, const char* name, bool orders_memory = false) {
   check_awaited(name);
   const Unchecked unchecked;
   const Thread& thread = self();
@@ -410,9 +409,7 @@ __attribute__((noinline)) inline void run_thread() {
   release(&block->ended);
 }
 
-EMULATOR_NO_TSAN __attribute__((noinline)) inline void leave_thread() {
-  switch_context(self().fiber->context, block->scheduler);
-}
+EMULATOR_NO_TSAN __attribute__((noinline)) inline void leave_thread() { switch_context(self().fiber->context, block->scheduler); }
 
 // A fiber runs one thread after another, of one launch after another: making fibers is what takes ThreadSanitizer longest.
 inline void fiber_main() {
@@ -453,8 +450,7 @@ EMULATOR_NO_TSAN inline void Block::run(const Fibers& fibers) {
         grid->fail("deadlock: blocks wait for blocks that never come; " + whereabouts() +
                    " (only the blocks of a cooperative launch may wait for each other)");
     } else if (cluster_barrier.arrived == alive) {
-      if (!cluster->barrier.arrive_and_wait(*grid))
-        grid->fail("deadlock: blocks of the cluster never come; " + whereabouts());
+      if (!cluster->barrier.arrive_and_wait(*grid)) grid->fail("deadlock: blocks of the cluster never come; " + whereabouts());
       cluster_barrier.arrived = 0;
       ++cluster_barrier.generation;
       grid->note_progress();
@@ -507,8 +503,8 @@ inline std::string Block::whereabouts() const {
   }
   std::string text;
   for (const auto& [where, who] : places)
-    text += (text.empty() ? "" : ", ") + std::to_string(who.size()) + " threads (first " + std::to_string(who.front()) +
-            ") wait at " + where;
+    text +=
+        (text.empty() ? "" : ", ") + std::to_string(who.size()) + " threads (first " + std::to_string(who.front()) + ") wait at " + where;
   return text + " [block " + std::to_string(index.x) + "," + std::to_string(index.y) + "," + std::to_string(index.z) + "]";
 }
 

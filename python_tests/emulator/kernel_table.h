@@ -55,15 +55,19 @@ struct Argument {
   static_assert(std::is_arithmetic_v<P>, "a launcher takes pointers, numbers and, last, a stream");
   static constexpr Parameter parameter{std::is_floating_point_v<P> ? Kind::kReal : Kind::kInteger, 0};
   static P of(const Value& value) {
-    if constexpr (std::is_floating_point_v<P>) return static_cast<P>(value.real);
-    else return static_cast<P>(value.integer);
+    if constexpr (std::is_floating_point_v<P>)
+      return static_cast<P>(value.real);
+    else
+      return static_cast<P>(value.integer);
   }
 };
 template <class T>
 struct Argument<T*> {
   static constexpr size_t itemsize() {
-    if constexpr (std::is_void_v<T>) return 1;
-    else return sizeof(T);
+    if constexpr (std::is_void_v<T>)
+      return 1;
+    else
+      return sizeof(T);
   }
   static constexpr Parameter parameter{std::is_const_v<T> ? Kind::kInput : Kind::kInOut, itemsize()};
   static T* of(const Value& value) { return static_cast<T*>(value.array); }
@@ -71,8 +75,10 @@ struct Argument<T*> {
 
 template <class... P>
 constexpr bool ends_with_stream() {
-  if constexpr (sizeof...(P) == 0) return false;
-  else return std::is_same_v<std::tuple_element_t<sizeof...(P) - 1, std::tuple<P...>>, cudaStream_t>;
+  if constexpr (sizeof...(P) == 0)
+    return false;
+  else
+    return std::is_same_v<std::tuple_element_t<sizeof...(P) - 1, std::tuple<P...>>, cudaStream_t>;
 }
 
 template <class R, class... P, size_t... I>
@@ -82,15 +88,17 @@ bool add(const char* name, R (*launcher)(P...), std::index_sequence<I...>) {
   const auto call = [](void (*erased)(), const Value* values, [[maybe_unused]] cudaStream_t stream) -> Result {
     const auto typed = reinterpret_cast<Launcher>(erased);
     R result;
-    if constexpr (ends_with_stream<P...>()) result = typed(Argument<std::tuple_element_t<I, All>>::of(values[I])..., stream);
-    else result = typed(Argument<std::tuple_element_t<I, All>>::of(values[I])...);
-    if constexpr (std::is_same_v<R, cudaError_t>) return {result, 0};
-    else return {cudaSuccess, static_cast<int64_t>(result)};
+    if constexpr (ends_with_stream<P...>())
+      result = typed(Argument<std::tuple_element_t<I, All>>::of(values[I])..., stream);
+    else
+      result = typed(Argument<std::tuple_element_t<I, All>>::of(values[I])...);
+    if constexpr (std::is_same_v<R, cudaError_t>)
+      return {result, 0};
+    else
+      return {cudaSuccess, static_cast<int64_t>(result)};
   };
-  const Kernel kernel{{Argument<std::tuple_element_t<I, All>>::parameter...},
-                      std::is_same_v<R, cudaError_t>,
-                      reinterpret_cast<void (*)()>(launcher),
-                      call};
+  const Kernel kernel{
+      {Argument<std::tuple_element_t<I, All>>::parameter...}, std::is_same_v<R, cudaError_t>, reinterpret_cast<void (*)()>(launcher), call};
   if (!kernels().emplace(name, kernel).second) throw std::logic_error(std::string("two kernels are called ") + name);
   return true;
 }

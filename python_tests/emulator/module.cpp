@@ -33,8 +33,8 @@ static py::object run(const std::string& name, const py::args& args) {
   std::vector<Given> given;
   for (size_t i = 0; i < args.size(); ++i) {
     const py::handle arg = args[i];
-    const bool written = found != kernel_table::kernels().end() && i < found->second.parameters.size() &&
-                         found->second.parameters[i].kind == Kind::kInOut;
+    const bool written =
+        found != kernel_table::kernels().end() && i < found->second.parameters.size() && found->second.parameters[i].kind == Kind::kInOut;
     const std::string what = name + ": argument " + std::to_string(i);
     Given value;
     if (arg.is_none()) {

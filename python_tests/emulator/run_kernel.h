@@ -41,16 +41,21 @@ class DeviceArray {
 
 inline std::string expected(const Parameter& parameter) {
   switch (parameter.kind) {
-    case Kind::kInteger: return "an integer";
-    case Kind::kReal: return "a number";
-    default: return "an array of " + std::to_string(parameter.itemsize) + "-byte elements, or null";
+    case Kind::kInteger:
+      return "an integer";
+    case Kind::kReal:
+      return "a number";
+    default:
+      return "an array of " + std::to_string(parameter.itemsize) + "-byte elements, or null";
   }
 }
 
 inline bool fits(const Parameter& parameter, const Given& given) {
   switch (parameter.kind) {
-    case Kind::kInteger: return given.kind == Given::kInteger;
-    case Kind::kReal: return given.kind == Given::kReal || given.kind == Given::kInteger;
+    case Kind::kInteger:
+      return given.kind == Given::kInteger;
+    case Kind::kReal:
+      return given.kind == Given::kReal || given.kind == Given::kInteger;
     default:
       return given.kind == Given::kNull ||
              (given.kind == Given::kArray && given.itemsize == parameter.itemsize && given.offset <= given.count);

@@ -10,8 +10,8 @@ namespace sts {
 // packed ones in waves of wave_floats (0: as planned). wgmma: where the device has it. Every part of the scratch is
 // an allocation of its own, filled with NaN.
 template <class scalar_t, class Rule>
-cudaError_t run_selection(const Rows<scalar_t>& rows, const Items& items, int64_t matrix_tokens, int item_blocks, int lookahead,
-                          bool wgmma, int64_t wave_floats, Rule rule, unsigned* notes, int64_t* out, cudaStream_t stream) {
+cudaError_t run_selection(const Rows<scalar_t>& rows, const Items& items, int64_t matrix_tokens, int item_blocks, int lookahead, bool wgmma,
+                          int64_t wave_floats, Rule rule, unsigned* notes, int64_t* out, cudaStream_t stream) {
   SelectionPlan plan =
       plan_selection<scalar_t, Rule>(rows, items, matrix_tokens, lookahead, wgmma, wave_floats ? wave_floats : kWaveFloats);
   if (plan.stored && item_blocks) plan.item_blocks = item_blocks;
@@ -19,7 +19,8 @@ cudaError_t run_selection(const Rows<scalar_t>& rows, const Items& items, int64_
   int count = 0;
   const SelectionScratch scratch(plan, items, rows.channels, [&](int64_t bytes) -> void* {
     parts[count] = nullptr;
-    if (cudaMalloc(&parts[count], bytes) != cudaSuccess || cudaMemsetAsync(parts[count], 0xff, bytes, stream) != cudaSuccess) return nullptr;
+    if (cudaMalloc(&parts[count], bytes) != cudaSuccess || cudaMemsetAsync(parts[count], 0xff, bytes, stream) != cudaSuccess)
+      return nullptr;
     return parts[count++];
   });
   cudaError_t error = launch_selection(rows, items, plan, scratch, rule, out, stream);
@@ -39,13 +40,14 @@ cudaError_t run_unit_selection(const Rows<scalar_t>& rows, const Items& items, i
   void* unit = nullptr;
   cudaError_t error = cudaMalloc(&unit, floats * sizeof(float));
   if (error == cudaSuccess) error = cudaMemsetAsync(unit, 0xff, floats * sizeof(float), stream);
-  if (error == cudaSuccess) error = launch_unit_rows(rows, entries, items.tokens, items.tokens, nullptr, static_cast<float*>(unit), nullptr, stream);
+  if (error == cudaSuccess)
+    error = launch_unit_rows(rows, entries, items.tokens, items.tokens, nullptr, static_cast<float*>(unit), nullptr, stream);
   const Rows<float> unit_rows = unit_rows_of(static_cast<const float*>(unit), items.tokens, rows.channels);
   if (error == cudaSuccess)
-    error = run_selection(unit_rows, items, matrix_tokens, item_blocks, lookahead, true, wave_floats, UnitRows<Rule>{rule}, nullptr, out, stream);
+    error = run_selection(unit_rows, items, matrix_tokens, item_blocks, lookahead, true, wave_floats, UnitRows<Rule>{rule}, nullptr, out,
+                          stream);
   cudaFree(unit);
   return error;
 }
-
 
 }  // namespace sts

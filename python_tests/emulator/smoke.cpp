@@ -34,7 +34,8 @@ class Reader {
 
  private:
   void bytes(void* to, size_t count) {
-    if (!file_.read(static_cast<char*>(to), static_cast<std::streamsize>(count))) throw std::runtime_error("the file of calls is cut short");
+    if (!file_.read(static_cast<char*>(to), static_cast<std::streamsize>(count)))
+      throw std::runtime_error("the file of calls is cut short");
   }
   std::ifstream file_;
 };

@@ -55,9 +55,9 @@ inline cudaError_t make_tensor_map(const void* data, int64_t channels, int parts
                                static_cast<cuuint64_t>(items)};
   const cuuint64_t strides[3] = {part_bytes, row_bytes, static_cast<cuuint64_t>(rows) * row_bytes};
   const cuuint32_t box[4] = {kBoxChannels, 1, static_cast<cuuint32_t>(box_rows), 1}, steps[4] = {1, 1, 1, 1};
-  const CUresult result = encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, const_cast<void*>(data), sizes, strides, box, steps,
-                                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result =
+      encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
@@ -118,22 +118,22 @@ __device__ __forceinline__ uint64_t matrix_descriptor(const void* shared) {
 
 #define STS_FOUR(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define STS_SIXTEEN(d, i) STS_FOUR(d, i), STS_FOUR(d, i + 4), STS_FOUR(d, i + 8), STS_FOUR(d, i + 12)
-#define STS_WGMMA_64(type)                                                                                                     \
-  asm volatile(                                                                                                                \
-      "{\n\t.reg .pred add;\n\tsetp.ne.b32 add, %34, 0;\n\t"                                                                   \
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                                                              \
-      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, "  \
-      "%25, %26, %27, %28, %29, %30, %31}, %32, %33, add, 1, 1, 0, 0;\n\t}"                                                    \
-      : STS_SIXTEEN(d, 0), STS_SIXTEEN(d, 16)                                                                                  \
+#define STS_WGMMA_64(type)                                                                                                    \
+  asm volatile(                                                                                                               \
+      "{\n\t.reg .pred add;\n\tsetp.ne.b32 add, %34, 0;\n\t"                                                                  \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                                                             \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, " \
+      "%25, %26, %27, %28, %29, %30, %31}, %32, %33, add, 1, 1, 0, 0;\n\t}"                                                   \
+      : STS_SIXTEEN(d, 0), STS_SIXTEEN(d, 16)                                                                                 \
       : "l"(a), "l"(b), "r"(add))
-#define STS_WGMMA_128(type)                                                                                                    \
-  asm volatile(                                                                                                                \
-      "{\n\t.reg .pred add;\n\tsetp.ne.b32 add, %66, 0;\n\t"                                                                   \
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                                                             \
-      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, "  \
-      "%25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "    \
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, %64, %65, add, 1, 1, 0, 0;\n\t}"       \
-      : STS_SIXTEEN(d, 0), STS_SIXTEEN(d, 16), STS_SIXTEEN(d, 32), STS_SIXTEEN(d, 48)                                          \
+#define STS_WGMMA_128(type)                                                                                                   \
+  asm volatile(                                                                                                               \
+      "{\n\t.reg .pred add;\n\tsetp.ne.b32 add, %66, 0;\n\t"                                                                  \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                                                            \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, " \
+      "%25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "   \
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, %64, %65, add, 1, 1, 0, 0;\n\t}"      \
+      : STS_SIXTEEN(d, 0), STS_SIXTEEN(d, 16), STS_SIXTEEN(d, 32), STS_SIXTEEN(d, 48)                                         \
       : "l"(a), "l"(b), "r"(add))
 __device__ __forceinline__ void wgmma_of(float (&d)[32], uint64_t a, uint64_t b, int add, __half) { STS_WGMMA_64("f16"); }
 __device__ __forceinline__ void wgmma_of(float (&d)[32], uint64_t a, uint64_t b, int add, __nv_bfloat16) { STS_WGMMA_64("bf16"); }

@@ -72,11 +72,10 @@ __device__ __forceinline__ void mbarrier_arrive(Mbarrier* arrivals) {
 __device__ __forceinline__ void mbarrier_wait(Mbarrier* arrivals, int phase) {
   unsigned ended = 0;
   while (!ended)
-    asm volatile(
-        "{\n\t.reg .pred ended;\n\tmbarrier.try_wait.parity.shared::cta.b64 ended, [%1], %2;\n\tselp.u32 %0, 1, 0, ended;\n\t}"
-        : "=r"(ended)
-        : "r"(shared_address(arrivals)), "r"(phase & 1)
-        : "memory");
+    asm volatile("{\n\t.reg .pred ended;\n\tmbarrier.try_wait.parity.shared::cta.b64 ended, [%1], %2;\n\tselp.u32 %0, 1, 0, ended;\n\t}"
+                 : "=r"(ended)
+                 : "r"(shared_address(arrivals)), "r"(phase & 1)
+                 : "memory");
 }
 
 // Writes 4 or 16 aligned bytes to the place in the shared memory of block `rank` of the cluster that `address` is in this block's, in the
@@ -131,8 +130,7 @@ __device__ __forceinline__ int opaque(int value) {
 // Starts a copy of 16 aligned bytes from global to shared memory, or of 16 zero bytes where `predicate` is false (then
 // `source` is not read). It is complete for the calling thread after the cp_async_wait that covers its group.
 __device__ __forceinline__ void cp_async_16(void* destination, const void* source, bool predicate) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(destination)),
-               "l"(source), "r"(predicate ? 16 : 0)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(destination)), "l"(source), "r"(predicate ? 16 : 0)
                : "memory");
 }
 
@@ -155,16 +153,14 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* shared
 
 // d += a b of a warp: a 16 x 16 row-major, b 16 x 8 column-major, of __half or __nv_bfloat16 (the tag), in float32.
 __device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], __half) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 __device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], __nv_bfloat16) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 }  // namespace sts

@@ -113,10 +113,20 @@ inline void wgmma_fence() {}
 
 template <class T, int kSums>
 void wgmma(float (&sums)[kSums], const T* a, const T* b, int k, bool add) {
-  if (reinterpret_cast<uintptr_t>(a) % 1024 || reinterpret_cast<uintptr_t>(b) % 1024) emulator::fail("wgmma: a swizzled matrix starts on 1024 bytes");
+  if (reinterpret_cast<uintptr_t>(a) % 1024 || reinterpret_cast<uintptr_t>(b) % 1024)
+    emulator::fail("wgmma: a swizzled matrix starts on 1024 bytes");
   emulator::Thread& thread = emulator::self();
-  const bool first = std::none_of(thread.products.begin(), thread.products.end(), [&](const emulator::Product& p) { return p.sums == sums; });
-  thread.products.push_back({sums, kSums, thread.product_group, reinterpret_cast<const char*>(a), reinterpret_cast<const char*>(b), k, add, &emulator::multiply<T>, {}});
+  const bool first =
+      std::none_of(thread.products.begin(), thread.products.end(), [&](const emulator::Product& p) { return p.sums == sums; });
+  thread.products.push_back({sums,
+                             kSums,
+                             thread.product_group,
+                             reinterpret_cast<const char*>(a),
+                             reinterpret_cast<const char*>(b),
+                             k,
+                             add,
+                             &emulator::multiply<T>,
+                             {}});
   if (first) emulator::hide(thread.products.back());
 }
 inline void wgmma_commit() {
@@ -134,7 +144,9 @@ void wgmma_wait() {
   }
   products.erase(products.begin(), ended);
   for (auto product = products.begin(); product != products.end(); ++product)
-    if (std::none_of(products.begin(), product, [=](const emulator::Product& p) { return p.sums == product->sums; }) && product->start.empty()) emulator::hide(*product);
+    if (std::none_of(products.begin(), product, [=](const emulator::Product& p) { return p.sums == product->sums; }) &&
+        product->start.empty())
+      emulator::hide(*product);
   emulator::exchange(~0u, {}, 13, "wgmma_wait", true);  // the products of all lanes have ended
 }
 

@@ -44,7 +44,8 @@ void update_mbarrier(sts::Mbarrier* arrivals, const char* what, Update update) {
     update(state);
     if (state.left == 0 && state.bytes < 0) fail(std::string(what) + ": more bytes have come than were expected");
     if (state.left == 0 && state.bytes == 0) state = {0, state.count, state.count, static_cast<uint16_t>(state.phase + 1)};
-    if (__atomic_compare_exchange_n(arrivals, &old, std::bit_cast<unsigned long long>(state), false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) return;
+    if (__atomic_compare_exchange_n(arrivals, &old, std::bit_cast<unsigned long long>(state), false, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
+      return;
   }
 }
 
@@ -134,8 +135,10 @@ void cp_async_wait() {
   size_t landed = 0;
   for (; landed < thread.copies.size() && thread.copies[landed].group < thread.copy_group - Pending; ++landed) {
     const emulator::AsyncCopy copy = thread.copies[landed];
-    if (copy.source) std::memcpy(copy.destination, copy.source, 16);
-    else std::memset(copy.destination, 0, 16);
+    if (copy.source)
+      std::memcpy(copy.destination, copy.source, 16);
+    else
+      std::memset(copy.destination, 0, 16);
   }
   thread.copies.erase(thread.copies.begin(), thread.copies.begin() + static_cast<std::ptrdiff_t>(landed));
 }

@@ -32,8 +32,10 @@ STS_KERNEL(primitive_to_bfloat16, launch_to_float<__nv_bfloat16>);
 template <class T>
 __global__ void round_kernel(const float* in, T* out, int n) {
   for (int i = threadIdx.x; i < n; i += blockDim.x) {
-    if constexpr (std::is_same_v<T, __half>) out[i] = __float2half_rn(in[i]);
-    else out[i] = __float2bfloat16_rn(in[i]);
+    if constexpr (std::is_same_v<T, __half>)
+      out[i] = __float2half_rn(in[i]);
+    else
+      out[i] = __float2bfloat16_rn(in[i]);
   }
 }
 template <class T>
@@ -88,7 +90,8 @@ __global__ void __launch_bounds__(kMatmulRows * 2) matmul_kernel(const T* a, con
 }
 template <class T>
 cudaError_t launch_matmul(const T* a, const T* b, float* out, int m, int n, int k, cudaStream_t stream) {
-  const Launch shape{dim3((n + 15) / 16, (m + kMatmulRows - 1) / kMatmulRows), dim3(kMatmulRows * 2), 2 * kMatmulStage * sizeof(T), 1, false, stream};
+  const Launch shape{
+      dim3((n + 15) / 16, (m + kMatmulRows - 1) / kMatmulRows), dim3(kMatmulRows * 2), 2 * kMatmulStage * sizeof(T), 1, false, stream};
   return launch(matmul_kernel<T>, shape, a, b, out, m, n, k);
 }
 STS_KERNEL(primitive_matmul_float16, launch_matmul<__half>);
@@ -98,7 +101,8 @@ STS_KERNEL(primitive_matmul_bfloat16, launch_matmul<__nv_bfloat16>);
 // warpgroup for 64 x kColumns of out. Rows of a and b are k elements, a multiple of 8, apart.
 template <class T, int kColumns>
 __global__ void __launch_bounds__(hopper_threads(160))
-    hopper_matmul_kernel(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b, float* out, int m, int n, int k) {
+    hopper_matmul_kernel(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b, float* out, int m, int n,
+                         int k) {
 #if STS_HOPPER
   STS_DYNAMIC_SHARED(unsigned char, memory);
   __shared__ Mbarrier full[2], empty[2];
@@ -145,7 +149,8 @@ cudaError_t launch_hopper_matmul(const T* a, const T* b, float* out, int items, 
   cudaError_t error = make_tensor_map(a, k, 1, m, items, k, 64, map_a);
   if (error == cudaSuccess) error = make_tensor_map(b, k, 1, n, items, k, columns, map_b);
   if (error != cudaSuccess) return error;
-  const Launch shape{dim3((n + columns - 1) / columns, (m + 63) / 64, items), dim3(160), size_t(2) * (64 + columns) * 128 + 1024, 1, false, stream};
+  const Launch shape{
+      dim3((n + columns - 1) / columns, (m + 63) / 64, items), dim3(160), size_t(2) * (64 + columns) * 128 + 1024, 1, false, stream};
   const auto kernel = columns == 64 ? hopper_matmul_kernel<T, 64> : hopper_matmul_kernel<T, 128>;
   if (!kernel_serves(kernel, 160)) return cudaErrorInvalidConfiguration;
   return launch(kernel, shape, map_a, map_b, out, m, n, k);
@@ -220,7 +225,8 @@ __global__ void __launch_bounds__(32) cluster_kernel(const float* values, float*
 #endif
 }
 inline cudaError_t launch_cluster(const float* values, float* sums, int clusters, cudaStream_t stream) {
-  return launch(cluster_kernel, {dim3(clusters * kCluster), dim3(32), kCluster * kCluster * sizeof(float), kCluster, false, stream}, values, sums);
+  return launch(cluster_kernel, {dim3(clusters * kCluster), dim3(32), kCluster * kCluster * sizeof(float), kCluster, false, stream}, values,
+                sums);
 }
 STS_KERNEL(primitive_cluster, launch_cluster);
 

@@ -23,9 +23,9 @@ int64_t selection_plan(int64_t batch, int64_t tokens, int64_t channels, int64_t 
   const Rows<scalar_t> rows{nullptr, tokens * channels, channels, static_cast<int>(channels)};
   const Items items{batch, tokens, picks, nullptr, packed ? offsets : nullptr, nullptr, nullptr, nullptr, nullptr, max_seqlen};
   const SelectionPlan plan = plan_selection<scalar_t, Repulsion>(rows, items);
-  const int64_t fields[] = {plan.stored,        plan.swept,        plan.mma,          plan.wgmma,        plan.tile,
-                            plan.entries,       plan.item_blocks,  plan.groups,       plan.group_blocks, plan.blocks,
-                            plan.lookahead,     plan.packed.floats, plan.packed.waves, plan.packed.most_large};
+  const int64_t fields[] = {
+      plan.stored, plan.swept,        plan.mma,    plan.wgmma,     plan.tile,          plan.entries,      plan.item_blocks,
+      plan.groups, plan.group_blocks, plan.blocks, plan.lookahead, plan.packed.floats, plan.packed.waves, plan.packed.most_large};
   return fields[field];
 }
 
