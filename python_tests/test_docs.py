@@ -9,7 +9,9 @@ import torch
 
 from sts_kernels import methods
 from sts_kernels.__main__ import COMMANDS
+from sts_kernels._cli import default_picture, load_picture
 from sts_kernels._registry import OPS
+from sts_kernels.generate import prepare
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -52,6 +54,48 @@ def test_the_sample_of_the_kernels_runs():
     assert names["tokens"].shape == (8, 64, 1024)
     first = names["kept"][0].sort().values
     assert torch.equal(names["tokens"][0], names["features"][0, first])
+
+
+def tiny():
+    """-> model, processor."""
+    pytest.importorskip("sts_kernels.integrations.transformers", exc_type=ImportError)
+    pytest.importorskip("PIL")
+    from sts_kernels.integrations.transformers.random_models import build
+
+    return build("tiny", "cpu", torch.float32)
+
+
+def test_the_sample_of_pruning_runs(capsys):
+    """On the model and inputs of the first sample of docs/getting-started.md, with the budget of a small model."""
+    model, processor = tiny()
+    sample = blocks(README, "python")[0]
+    assert "budget=128" in sample
+    inputs = prepare(processor, [load_picture(default_picture())], "What is this?")
+    exec(sample.replace("budget=128", "budget=32"), {"model": model, "inputs": inputs})
+    assert "48" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_the_samples_of_getting_started_run(index, monkeypatch, capsys):
+    """As they stand, but for the checkpoint, which is the tiny model."""
+    model, processor = tiny()
+    transformers = pytest.importorskip("transformers")
+    for auto, part in ((transformers.AutoModelForImageTextToText, model), (transformers.AutoProcessor, processor)):
+        monkeypatch.setattr(auto, "from_pretrained", lambda *args, part=part, **options: part)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.chdir(ROOT)
+    samples = blocks(DOCS["getting-started.md"], "python")
+    assert len(samples) == 3
+    names = {}
+    exec(samples[index].replace("budget=128", "budget=32").replace("torch.bfloat16", "torch.float32"), names)
+    if index < 2:
+        row = names["pruning"].report.rows[0]
+        assert (row.tokens, row.kept, row.average) == (144, [48, 16], 32)
+        assert names["ids"].shape[1] > 144
+        assert "KV cache" in capsys.readouterr().out
+    else:
+        assert names["kept"].shape == names["positions"].shape == (2, 64)
+        assert names["valid"].all()
 
 
 def test_try_it_is_two_commands():
