@@ -118,6 +118,20 @@ def test_ops_are_listed_with_their_arguments():
         assert [a.name for a in torch._C.parse_schema(OPS[op].schema).arguments] == arguments.split(", ")
 
 
+def test_the_page_of_the_kernels_has_every_op_and_names_files():
+    page = DOCS["kernels.md"]
+    launches = page.split("| op | kernel launches", 1)[1].split("\n\n", 1)[0]
+    assert {op.removesuffix("_varlen") for op in OPS} <= set(re.findall(r"`(\w+)`", launches))
+    sources = {file.name for file in (ROOT / "csrc").rglob("*")}
+    assert set(re.findall(r"\w+\.(?:cuh|h)\b", page)) <= sources
+
+
+def test_the_glossary_is_short_and_sorted():
+    words = re.findall(r"^\| (\w+) \| ", DOCS["kernels.md"].split("\n## Glossary\n", 1)[1], re.MULTILINE)[1:]
+    assert len(words) <= 20
+    assert words == sorted(words)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
