@@ -42,18 +42,36 @@ def test_rows(tmp_path, way, capsys):
     assert way in capsys.readouterr().out
 
 
-def test_a_plot_has_a_line_for_each_way(tmp_path):
+def lines_of(rows):
+    return {(f"{row['model']}, batch {row['batch']}", row["way"]) for row in rows}
+
+
+def test_the_plot_has_a_line_for_each_way_that_has_rows(tmp_path):
     pytest.importorskip("matplotlib")
-    base = dict.fromkeys(ways.COLUMNS, "1") | {"model": "tiny", "device": "a device"}
+    base = dict.fromkeys(ways.COLUMNS, "1") | {"device": "a device"}
     rows = [
-        {**base, "way": way, "batch": batch, "budget": budget, "keep": keep, "keep_after": keep}
-        for way in ("eager", "captured")
-        for batch in ("1", "16")
+        {**base, "model": model, "way": way, "batch": batch, "budget": budget, "keep": keep, "keep_after": keep}
+        for model, way, batch in [("a", way, "1") for way in ways.WAYS] + [("a", "eager", "16"), ("b", "static", "1")]
         for budget, keep in (("all", "144"), ("32", "32"))
     ]
-    assert ways.draw(rows, tmp_path / "ways.png") == 4
-    assert (tmp_path / "ways.png").stat().st_size > 1000
-    assert ways.draw([], tmp_path / "none.png") == 0
+    panels = ways.chart([*rows, {**rows[0], "token_ms": "7"}]).axes
+    columns = len(panels) // len(ways.PANELS)
+    for top, bottom in zip(panels[:columns], panels[columns:], strict=True):
+        assert [line.get_label() for line in top.lines] == [line.get_label() for line in bottom.lines]
+    drawn = [(panel.get_title(), line.get_label()) for panel in panels[:columns] for line in panel.lines]
+    assert len(drawn) == len(set(drawn))
+    assert set(drawn) == lines_of(rows)
+    assert {len(line.get_xdata()) for panel in panels for line in panel.lines} == {2}
+    assert list(panels[columns].lines[0].get_ydata()) == [1, 7]  # the newest row of the same measurement
+
+
+def test_the_picture_of_the_docs_has_every_way_that_was_measured():
+    """Else: python -m bench.ways --plot docs/ways.png"""
+    image = pytest.importorskip("PIL.Image")
+    picture = record.ROOT / "docs" / "ways.png"
+    assert picture.stat().st_size < 120_000
+    drawn = image.open(picture).text["Description"].split("; ")
+    assert set(drawn) == {", ".join(line) for line in lines_of(record.read(record.RESULTS / "ways.csv"))}
 
 
 def test_nothing_to_draw(tmp_path, capsys):

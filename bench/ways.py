@@ -4,9 +4,11 @@ True sizes with random weights: times, memory and shapes are those of the real m
 model, way, batch and budget.
 
 eager              generate() as it is
-static             generate(cache_implementation="static"): transformers compiles the decode step, on a GPU
 captured           PruningHandle.compile(): encoder, prefill and decode step, on a GPU each in a CUDA graph
-captured-inductor  the same, each compiled by Inductor before it is captured
+static             generate(cache_implementation="static"): transformers compiles the decode step, on a GPU
+captured-inductor  as captured, each compiled by Inductor before it is captured
+
+This is the order of a run. The ways that compile come last, so a run that `--seconds` ends has the others whole.
 
 build    s until the second answer is there: what compiles and captures
 encode   ms of vision encoder, selection and projector; prefill: of the LLM's forward over the prompt. Both between
@@ -34,7 +36,7 @@ COLUMNS = (
     *("keep_after", "build_s", "encode_ms", "prefill_ms", "first_p20_ms", "first_p50_ms", "first_p80_ms", "token_ms"),
     *("tokens_per_s", "samples", "peak_gb", "weights_gb", "device", "threads", "torch", "transformers"),
 )
-WAYS = ("eager", "static", "captured", "captured-inductor")
+WAYS = ("eager", "captured", "static", "captured-inductor")
 NEW_TOKENS = 64  # further ones of an answer that is timed
 
 
@@ -123,9 +125,12 @@ def show(row: dict) -> None:
     )
 
 
-def draw(rows: list[dict], png: Path) -> int:
-    """Time to the first token, and of each further one, against the budget: a row of panels a model and batch. Returns
-    how many lines there were to draw."""
+PANELS = {"first_p50_ms": "first token, ms", "token_ms": "each further token, ms"}
+
+
+def chart(rows: list[dict]):
+    """A figure: times against the budget, a column of panels a model and batch, a line a way. Of rows that measure the
+    same thing the last one is drawn."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -133,30 +138,44 @@ def draw(rows: list[dict], png: Path) -> int:
 
     newest = {(row["model"], int(row["batch"]), row["way"], row["budget"]): row for row in rows}
     groups = sorted({key[:2] for key in newest})
-    if not groups:
-        return 0
     figure, panels = pyplot.subplots(
-        len(groups), 2, figsize=(10, 3.2 * len(groups)), layout="constrained", squeeze=False
+        *(len(PANELS), len(groups)),
+        figsize=(1 + 3 * len(groups), 5.5),
+        sharex="col",
+        sharey="row",
+        squeeze=False,
+        layout="constrained",
     )
-    lines = 0
-    for (model, batch), axes in zip(groups, panels, strict=True):
-        for colour, way in enumerate(WAYS):
-            mine = [row for key, row in newest.items() if key[:3] == (model, batch, way)]
-            mine.sort(key=lambda row: int(row["keep"]))
-            lines += bool(mine)
-            for panel, column in zip(axes, ("first_p50_ms", "token_ms"), strict=True):
-                points = [(average(row), float(row[column])) for row in mine]
-                panel.plot(*zip(*points, strict=True) if points else ((), ()), "o-", color=f"C{colour}", label=way)
-        for panel, what in zip(axes, ("time to the first token, ms", "a further token, ms"), strict=True):
-            panel.set(title=f"{model}, batch {batch}", xlabel="visual tokens a layer", ylabel=what, ylim=(0, None))
-            panel.grid(True, alpha=0.2)
-    panels[0][0].legend(frameon=False)
+    for (model, batch), column in zip(groups, panels.T, strict=True):
+        column[0].set(title=f"{model}, batch {batch}")
+        column[-1].set(xlabel="visual tokens, mean over layers")
+        for way in dict.fromkeys(key[2] for key in newest if key[:2] == (model, batch)):
+            mine = sorted((row for key, row in newest.items() if key[:3] == (model, batch, way)), key=average)
+            colour = f"C{WAYS.index(way)}"
+            for panel, value in zip(column, PANELS, strict=True):
+                points = [(average(row), float(row[value])) for row in mine]
+                panel.plot(*zip(*points, strict=True), "o-", color=colour, label=way)
+                for at in points:
+                    panel.annotate(f"{at[1]:.3g}", at, (0, 5), textcoords="offset points", ha="center", fontsize=8)
+    for panel in panels.flat:
+        panel.margins(0.15, 0.15)
+        panel.set(xlim=(0, None), ylim=(0, None))
+        panel.grid(True, alpha=0.2)
+    for panel, what in zip(panels[:, 0], PANELS.values(), strict=True):
+        panel.set(ylabel=what)
+    lines = {line.get_label(): line for panel in panels.flat for line in panel.lines}
     last = rows[-1]
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=len(WAYS), frameon=False)
     figure.suptitle(f"{last['device']}, {last['dtype']}, torch {last['torch']}", fontsize=10)
+    return figure
+
+
+def draw(rows: list[dict], png: Path) -> None:
+    """chart() as a file, whose description names the lines."""
+    figure = chart(rows)
+    lines = sorted({f"{row['model']}, batch {row['batch']}, {row['way']}" for row in rows})
     png.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(png, dpi=120)
-    pyplot.close(figure)
-    return lines
+    figure.savefig(png, dpi=100, metadata={"Description": "; ".join(lines)}, pil_kwargs={"optimize": True})
 
 
 def average(row: dict) -> float:
@@ -183,9 +202,11 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     path = args.csv or record.RESULTS / "ways.csv"
     if args.plot:
-        lines = draw(record.read(path), args.plot) if path.exists() else 0
-        print(f"drew {args.plot}" if lines else f"{path} has no rows to draw; measure first")
-        return 0 if lines else 2
+        measured = record.read(path) if path.exists() else []
+        if measured:
+            draw(measured, args.plot)
+        print(f"drew {args.plot}" if measured else f"{path} has no rows to draw; measure first")
+        return 0 if measured else 2
     if args.device.type == "cuda" and not cuda:
         parser.error(f"--device {args.device}: torch {torch.__version__} sees no CUDA GPU")
     args.dtype = args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32")

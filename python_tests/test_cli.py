@@ -257,7 +257,7 @@ def test_methods_are_listed(capsys):
     out = capsys.readouterr().out
     for name in methods.names():
         assert f"\n\n{name}\n" in f"\n\n{out}"
-    assert "behind layer 16 of 32 by the attention of the prompt's last token" in out
+    assert "after 16 of 32 layers by the attention of the prompt's last token" in out
     assert "anchor       mean: first pick" in out
     assert main(["methods", "--json"]) == 0
     described = json.loads(capsys.readouterr().out)

@@ -9,7 +9,9 @@ import torch
 
 from sts_kernels import methods
 from sts_kernels.__main__ import COMMANDS
+from sts_kernels._cli import default_picture, load_picture
 from sts_kernels._registry import OPS
+from sts_kernels.generate import prepare
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -54,6 +56,49 @@ def test_the_sample_of_the_kernels_runs():
     assert torch.equal(names["tokens"][0], names["features"][0, first])
 
 
+def tiny(dtype=torch.float32):
+    """-> model, processor."""
+    pytest.importorskip("sts_kernels.integrations.transformers", exc_type=ImportError)
+    pytest.importorskip("PIL")
+    from sts_kernels.integrations.transformers.random_models import build
+
+    return build("tiny", "cpu", dtype)
+
+
+def test_the_sample_of_pruning_runs(capsys):
+    """As printed, on the model and inputs of the first sample of docs/getting-started.md."""
+    model, processor = tiny()
+    inputs = prepare(processor, [load_picture(default_picture())], "What is this?")
+    names = {"model": model, "inputs": inputs}
+    exec(blocks(README, "python")[0], names)
+    assert names["pruning"].report.rows[0].average == 128
+    assert names["ids"].shape[1] > inputs["input_ids"].shape[1]
+    assert "128.0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("index", "kept"), [(0, [48, 16]), (1, [144, 112]), (2, None)])
+def test_the_samples_of_getting_started_run(index, kept, monkeypatch, capsys):
+    """As printed; the checkpoint is the tiny model."""
+    model, processor = tiny(torch.bfloat16)
+    transformers = pytest.importorskip("transformers")
+    for auto, part in ((transformers.AutoModelForImageTextToText, model), (transformers.AutoProcessor, processor)):
+        monkeypatch.setattr(auto, "from_pretrained", lambda *args, part=part, **options: part)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.chdir(ROOT)
+    samples = blocks(DOCS["getting-started.md"], "python")
+    assert len(samples) == 3
+    names = {}
+    exec(samples[index], names)
+    if kept:
+        row = names["pruning"].report.rows[0]
+        assert (row.tokens, row.kept, row.average) == (144, kept, sum(kept) / 2)
+        assert names["ids"].shape[1] > 144
+        assert "KV cache" in capsys.readouterr().out
+    else:
+        assert names["kept"].shape == names["positions"].shape == (2, 64)
+        assert names["valid"].all()
+
+
 def test_try_it_is_two_commands():
     section = README.split("\n## Try it\n", 1)[1].split("\n## ", 1)[0]
     demo, tests = blocks(section, "sh")
@@ -71,6 +116,20 @@ def test_ops_are_listed_with_their_arguments():
     assert {op for op in OPS if f"`{op}" in README or op.endswith("_varlen")} == set(OPS)
     for op, arguments in rows:
         assert [a.name for a in torch._C.parse_schema(OPS[op].schema).arguments] == arguments.split(", ")
+
+
+def test_the_page_of_the_kernels_has_every_op_and_names_files():
+    page = DOCS["kernels.md"]
+    launches = page.split("| op | kernel launches", 1)[1].split("\n\n", 1)[0]
+    assert {op.removesuffix("_varlen") for op in OPS} <= set(re.findall(r"`(\w+)`", launches))
+    sources = {file.name for file in (ROOT / "csrc").rglob("*")}
+    assert set(re.findall(r"\w+\.(?:cuh|h)\b", page)) <= sources
+
+
+def test_the_glossary_is_short_and_sorted():
+    words = re.findall(r"^\| (\w+) \| ", DOCS["kernels.md"].split("\n## Glossary\n", 1)[1], re.MULTILINE)[1:]
+    assert len(words) <= 20
+    assert words == sorted(words)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -165,7 +165,8 @@ def choose(names: Sequence[str] | None, tokens: Tokens) -> tuple[dict[str, Metho
         else:
             chosen[name] = method
         if names and name in left_out:
-            raise UserError(f"--methods: {name} cannot be shown: {left_out[name]}")
+            hint = "; --features dinov2 or MODEL gives it" if {*missing} & {"attention", "keys"} else ""
+            raise UserError(f"--methods: {name} cannot be shown: {left_out[name]}{hint}")
     return chosen, left_out
 
 

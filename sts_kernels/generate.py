@@ -143,7 +143,7 @@ def configure(args: Namespace) -> tuple[Method, dict[str, Any]]:
 
 def load(args: Namespace, device: torch.device, dtype: torch.dtype) -> Any:
     name, start = args.model or args.random, time.perf_counter()
-    print(f"loading {name} ...", end="", file=sys.stderr, flush=True)
+    print(f"loading {name} ...", file=sys.stderr, flush=True)
     try:
         if args.random:
             from .integrations.transformers.random_models import build
@@ -158,9 +158,8 @@ def load(args: Namespace, device: torch.device, dtype: torch.dtype) -> Any:
             )
             model = model.eval().to(device)
     except Exception as error:  # the hub, files, configurations and missing packages all fail in their own ways
-        print(file=sys.stderr)
         raise UserError(f"cannot load {name}: {first_line(error)}") from error
-    print(f" {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    print(f"loaded in {time.perf_counter() - start:.0f} s", file=sys.stderr)
     return model, processor
 
 

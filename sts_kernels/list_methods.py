@@ -52,5 +52,5 @@ def places(entry: dict[str, Any]) -> list[str]:
     if cuts := entry["cuts"]:
         layers = ", ".join(str(cut["layer"]) for cut in cuts)
         ahead = ", by the next layer's query and key" if cuts[0]["score_from"] == "next" else ""
-        found.append(f"behind layer {layers} of 32 by {QUERIES[cuts[0]['queries']]}{ahead}")
+        found.append(f"after {layers} of 32 layers by {QUERIES[cuts[0]['queries']]}{ahead}")
     return found

@@ -8,16 +8,20 @@ from argparse import ArgumentParser, Namespace
 from typing import Any
 
 from . import methods, papers
+from ._errors import UserError
 
 HEAD = ("where", "row", "number", "paper", "here", "off", "how")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--paper", choices=papers.names(), required=True, help="whose numbers")
+    parser.add_argument("--paper", choices=papers.names(), help="whose numbers")
     parser.add_argument("--json", action="store_true", help="print it as one JSON object")
 
 
 def run(args: Namespace) -> int:
+    if args.paper is None:
+        *others, last = papers.names()
+        raise UserError(f"--paper is required: {', '.join(others)} or {last}")
     paper = papers.load(args.paper)
     if args.json:
         json.dump(as_dict(args.paper, paper), sys.stdout, indent=2)

@@ -98,7 +98,7 @@ def test_it_prints_a_table(device):
     assert len(lines) == 3
     assert lines[0].split()[:2] == ["row", "images"]
     assert lines[1].split()[:6] == ["0", "2", "72", "20", "4", "12.0"]
-    assert lines[0].split()[-4:] == ["visual", "TFLOPs", "visual", "alone"]
+    assert lines[0].split()[-4:] == ["visual", "GFLOPs", "visual", "alone"]
     assert lines[1].endswith("x)")
     assert "layer 3 of 6" in lines[2]
     assert "prefill" in lines[2]

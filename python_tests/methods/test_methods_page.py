@@ -23,7 +23,7 @@ def test_the_first_table_says_where_a_method_acts():
         if name == "adavtp":
             assert acts == "after or before the projector"
             continue
-        assert acts.startswith(PLACES.get(entry["site"], "LLM, behind"))
+        assert acts.startswith(PLACES.get(entry["site"], "LLM, after"))
         numbers = [int(n) for n in re.findall(r"\d+", acts)]
         assert numbers == [cut["layer"] for cut in entry["cuts"]]
 

@@ -168,7 +168,9 @@ def _llava_processor(config):
             **images, image_grid_pinpoints=config.image_grid_pinpoints
         )
         return transformers.LlavaNextProcessor(image_processor=image_processor, **shared)
-    return transformers.LlavaProcessor(image_processor=transformers.CLIPImageProcessor(**images), **shared)
+    # transformers 5 warns about a missing torchvision under the plain name.
+    name = "CLIPImageProcessorPil" if hasattr(transformers, "CLIPImageProcessorPil") else "CLIPImageProcessor"
+    return transformers.LlavaProcessor(image_processor=getattr(transformers, name)(**images), **shared)
 
 
 class _QwenProcessor(transformers.Qwen2_5_VLProcessor):

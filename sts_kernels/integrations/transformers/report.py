@@ -11,6 +11,8 @@ from ...flops import CONVENTIONS, LLMSize
 from ...methods import Plan
 from .prompt import KINDS, Row
 
+UNITS = {"TFLOPs": 1.0, "GFLOPs": 1e3, "MFLOPs": 1e6}  # of a prefill, by how many make a TFLOP
+
 
 @dataclass(frozen=True)
 class ImageReport:
@@ -148,11 +150,14 @@ class Report:
         )
 
     def __str__(self) -> str:
+        largest = max((row.prefill_tflops[0] for row in self.rows), default=0.0)
+        unit = next((name for name, scale in UNITS.items() if largest * scale >= 0.1), "MFLOPs")
         head = ["row", "images", "visual tokens", "into the LLM", *(f"from layer {n}" for n in self.prune_layers)]
-        table = [[*head, "average", "KV cache MB", "of it visual", "TFLOPs", "visual alone"]]
+        table = [[*head, "average", "KV cache MB", "of it visual", unit, "visual alone"]]
         for index, row in enumerate(self.rows):
             pairs = [f"{a:.4g} -> {b:.4g}" for a, b in (row.kv_mb, row.visual_kv_mb)]
-            for a, b in (row.prefill_tflops, row.visual_tflops):
+            for pair in (row.prefill_tflops, row.visual_tflops):
+                a, b = (value * UNITS[unit] for value in pair)
                 pairs.append(f"{a:.4g} -> {b:.4g}" + (f" ({a / b:.1f}x)" if b else ""))
             counts = map(str, (row.tokens, *row.kept))
             table.append([str(index), str(len(row.images)), *counts, f"{row.average:.1f}", *pairs])
@@ -161,7 +166,7 @@ class Report:
         times = [f"{name} {ms:.1f} ms" for name, ms in self.measured.items()]
         cuts = " and ".join(f"layer {n} of {self.size.layers}" for n in self.prune_layers)
         foot = [f"pruned before {cuts}"] if cuts else []
-        foot += ["TFLOPs: prefill of the LLM's layers, of the prompt and as if it were visual tokens alone"]
+        foot += [f"{unit}: prefill of the LLM's layers, of the prompt and as if it were visual tokens alone"]
         return "\n".join([*lines, "; ".join([*foot, *times])])
 
 
