@@ -1,94 +1,107 @@
-// Selection over the stored weights of all pairs of a large item, by a thread block cluster: blocks share the tokens, each reads its columns of
-// a row, and one exchange of messages makes several picks.
+// Greedy selection of one large item by a thread block cluster, over the stored weights of all pairs. One exchange of messages makes up to
+// kClusterPicks picks.
 //
-// What: candidates are a few tokens of low potential of each warp. Every warp keeps the same account of all candidates, lane w of warp w's:
-//   exact potentials in registers, stored values of their pairs in shared memory. All other tokens are at or above a bound. A candidate
-//   below the bound is the plain loop's next pick, bit for bit, whichever rule adds (addition is monotone to the bit).
-// Bound: the lowest potential among the tokens that are no candidates. Where the weight depends on the distance alone, every pick raises it
-//   by the row minimum of the pick (row_min); for the other rules potentials never fall, and the bound stays.
-// Chosen when: items are large (kClusterFrom) and few enough for four or eight SMs each; compute capability 9.0.
+// What: the blocks of a cluster share the tokens of an item; potentials are in registers. Every warp holds the same table of candidates:
+//   up to 4 tokens of low potential from each warp of the cluster. Their exact potentials are in registers, the weights of their pairs in
+//   shared memory. So every warp can run the plain loop among the candidates without hearing from the others.
+// Bound: no token outside the table has a potential below the bound. Every exchange starts with the lowest potential outside the table.
+//   Where the weight depends on the distance alone (kOfDistance), every pick adds its row minimum (row_min) to the bound. For other rules
+//   the bound stays, as potentials never fall. Rule::add is monotone in float32: a candidate below the bound is the pick of the plain loop,
+//   bit for bit.
+// Chosen when: items have more than kClusterFrom tokens, and there are four or eight SMs for each; compute capability 9.0.
 // Steps, for every exchange:
-//   (1) every warp sends its lowest token that is no candidate to all blocks, and awaits all reports;
-//   (2) that token becomes a candidate of its warp, for the highest of its four; its row is loaded, and sent for the exchange after next;
-//   (3) picks among the candidates while the lowest is below the bound, else the one lowest token outside;
-//   (4) all threads add the rows of the picks, in pick order, and find their lowest token.
-// Synchronisation: DSMEM messages (st.async) that an mbarrier per exchange parity counts; no cluster barrier in the loop. A warp that has all
-//   reports of an exchange knows that every reader is done with the exchange before, so reports are double-buffered.
+//   (1) message: every warp sends its lowest token outside the table to all blocks, and waits for the messages of all warps;
+//   (2) insert: that token becomes a candidate if a slot of its warp is empty or holds a higher potential; the highest candidate of the
+//     warp is evicted. The inserted candidate is pending until the next exchange, because its row of weights is in flight. The bound
+//     of this exchange holds for it, as for a token outside the table;
+//   (3) pick: the lowest candidate, as long as it is below the bound. If none is, the lowest token outside the table is the only pick;
+//   (4) add: all threads add the rows of the picks to the potentials, in pick order, and find their lowest token outside the table. The
+//     warp of an inserted candidate sends its row of weights to all blocks.
+// Synchronisation: messages and rows are st.async stores into the shared memory of every block (DSMEM). An mbarrier of the receiving block
+//   counts their bytes; there is one for each parity of the exchange, and no cluster barrier in the loop.
+//   Invariant: a warp sends its message of exchange e + 1 after its last read in exchange e. A warp that has all messages of e + 1 may
+//   overwrite what was read in e: messages are double-buffered. A row is written while its candidate is pending, and nobody reads it then.
 #pragma once
 #include "select_stored.cuh"
 
 namespace sts {
 
-constexpr int kClusterWarps = 32;                        // of an item at the most: a lane keeps account of each
-constexpr int kClusterTokens = 8;                        // that a thread holds at the most
-constexpr int kClusterThreads = kClusterWarps / 4 * 32;  // of a block at the most: clusters are of four or eight
-constexpr int kWarpCandidates = 4;
-constexpr int kAllCandidates = kWarpCandidates * kClusterWarps;  // place h * 32 + w: candidate h of warp w
-constexpr int kClusterPicks = 8;                                 // in a sweep at the most
+constexpr int kClusterWarps = 32;                        // max warps of a cluster: lane w of every warp holds the candidates of warp w
+constexpr int kClusterTokens = 8;                        // max tokens per thread: 8 * 32 * 32 = kMatrixTokens
+constexpr int kClusterThreads = kClusterWarps / 4 * 32;  // max threads per block: the smallest cluster has 4 blocks
+constexpr int kWarpCandidates = 4;                       // table slots ("ways") per warp
+constexpr int kAllCandidates = kWarpCandidates * kClusterWarps;  // slot = way * 32 + warp
+constexpr int kClusterPicks = 8;                                 // max picks per exchange
 
-// What a warp says to all blocks before a sweep.
+// The message of a warp, to all blocks.
 struct alignas(16) WarpMessage {
-  Key lowest;       // of its tokens that are no candidates
-  float potential;  // of the token that has become a candidate last
-  float parameter;  // of the token of `lowest`
+  Key lowest;       // the warp's lowest token outside the table; its low half is Candidate::bits
+  float potential;  // potential of the candidate that the warp inserted in the exchange before; stale if it inserted none
+  float parameter;  // parameter of the token in `lowest`
 };
 
-// In every block of the cluster, written by all of them. Nobody waits for those who read it: a warp that has everyone's reports on a sweep
-// knows that they are done with the one before.
+// Dynamic shared memory of a block, 67088 bytes. Every block has a copy, and all warps of the cluster write to all copies.
+//   offset  field              bytes
+//        0  arrivals[2]           16  mbarriers of the even and the odd exchanges
+//       16  message[2][32]      1024  message[exchange % 2][warp]
+//     1040  weight[128][129]   66048  weight[slot a][slot b]
+// weight[a] is written once for a candidate, when it is inserted: its weights to all candidates of that exchange. So the weight of a pair
+// is in the row of the candidate that was inserted later. weight[a][a] is the row minimum over all tokens, for the bound (kOfDistance).
+// 129 columns: the elements of a column are on different banks.
 struct ClusterExchange {
-  Mbarrier arrivals[2];  // in turns: some warps may be a sweep ahead
-  WarpMessage report[2][kClusterWarps];
-  // A candidate's row is written when it comes, and has the weights to those that are there then; so of two candidates' rows that of
-  // the later has the pair's. At its own place: the smallest weight to any token. With a float more a column's elements are on
-  // different banks.
+  Mbarrier arrivals[2];
+  WarpMessage message[2][kClusterWarps];
   float weight[kAllCandidates][kAllCandidates + 1];
 };
 
-// What orders candidates of equal potential: their token. Below it are which candidate of its warp it is, and in which sweep it came: 0
-// before its row is there.
+// The low half of a candidate's key: breaks ties between equal potentials by token, the lowest first.
+//   bits  31..28  27..15  14..13  12..0
+//              0   token     way  exchange in which it was inserted; 0: pending, or not a candidate
+// An exchange makes at least one pick, so there are at most 8192 exchanges. Nothing is inserted in exchange 0.
 struct Candidate {
   uint32_t bits;
-  __device__ __forceinline__ static Candidate make(int token, int which, int came) {
-    return {static_cast<uint32_t>(token) << 15 | static_cast<uint32_t>(which) << 13 | static_cast<uint32_t>(came)};
+  __device__ __forceinline__ static Candidate make(int token, int way, int exchange) {
+    return {static_cast<uint32_t>(token) << 15 | static_cast<uint32_t>(way) << 13 | static_cast<uint32_t>(exchange)};
   }
   __device__ __forceinline__ int token() const { return static_cast<int>(bits >> 15); }
-  __device__ __forceinline__ int came() const { return static_cast<int>(bits & 8191); }
-  // warps: of the item, a power of two.
-  __device__ __forceinline__ int place(int warps) const { return static_cast<int>(bits >> 13 & 3) * 32 + (token() / 32 & (warps - 1)); }
+  __device__ __forceinline__ int inserted() const { return static_cast<int>(bits & 8191); }
+  // warps: of the cluster, a power of two. Token t belongs to warp t / 32 % warps.
+  __device__ __forceinline__ int slot(int warps) const { return static_cast<int>(bits >> 13 & 3) * 32 + (token() / 32 & (warps - 1)); }
 };
-static_assert(kWarpCandidates == 4 && kClusterTokens * kClusterWarps * 32 == 1 << 13, "2, and 13 bits for tokens as for sweeps");
+static_assert(kWarpCandidates == 4 && kClusterTokens * kClusterWarps * 32 == 1 << 13, "2 bits for ways, 13 for tokens and for exchanges");
 
-// A cluster per item. Token t of a thread is the item's token (t * warps of the cluster + its warp) * 32 + its lane.
-// On the diagonal weights are infinite, and so is the potential of a token that has been picked. row_min: (all tokens), the ordered bits of
-// the smallest weight in each token's row.
+// One cluster per item. kTokens: tokens per thread; number t is token (t * warps of the cluster + warp) * 32 + lane of the item.
+// In a matrix the diagonal is infinite: the potential of a picked token becomes infinite.
+// lookahead: max picks per exchange. row_min: (all tokens), the ordered bits of each row's minimum; not read by rules without kOfDistance.
 template <class Rule, int kTokens>
 __global__ void __launch_bounds__(kClusterThreads, 1)
     select_cluster_kernel(StoredItems stored, int lookahead, const uint32_t* row_min, const float* mean_sqdist, Rule rule, int64_t* out) {
 #if __CUDA_ARCH__ >= 900
   await_predecessor();
-  STS_DYNAMIC_SHARED(ClusterExchange, board);
+  STS_DYNAMIC_SHARED(ClusterExchange, shared);
   const auto cluster = cooperative_groups::this_cluster();
-  if (threadIdx.x < 2) mbarrier_init(&board->arrivals[threadIdx.x]);
+  if (threadIdx.x < 2) mbarrier_init(&shared->arrivals[threadIdx.x]);
   const int blocks = static_cast<int>(cluster.num_blocks()), lane = threadIdx.x % 32;
-  const int warps = blocks * (blockDim.x / 32), warp = cluster.block_rank() * (blockDim.x / 32) + threadIdx.x / 32;
+  const int warps = blocks * (blockDim.x / 32), warp = cluster.block_rank() * (blockDim.x / 32) + threadIdx.x / 32;  // in the cluster
   const Items& items = stored.items;
   const int64_t b = stored.number(blockIdx.x / blocks);
   if (b < 0) return;
   const Item item = items[b];
   const int tokens = static_cast<int>(item.tokens), first = warp * 32 + lane, step = warps * 32;
-  const int64_t pitch = stored.pitch(item), first_row = items.first_token(b, item);  // among all tokens
+  const int64_t pitch = stored.pitch(item), first_row = items.first_token(b, item);  // first_row: index of token 0 among all tokens
   const float* matrix = stored.matrix(blockIdx.x / blocks);
   int64_t* picked = out + item.out;
 
   const int64_t picks = item.picks < tokens ? item.picks : tokens;
   for (int64_t i = picks + first; i < item.picks; i += step) picked[i] = -1;
   if (picks == 0) return;
-  cluster.sync();  // nothing may be sent to a block that has not started
+  cluster.sync();  // before the first message: all blocks run, and their mbarriers are initialised
 
-  const Key nothing = make_key(kInfinity, ~0u);
-  uint32_t column[kTokens];  // this thread's tokens; past the end the last one, whose weights an infinite potential does not feel
+  // ---- Registers of the tokens of this thread ----
+  const Key no_token = make_key(kInfinity, ~0u);
+  uint32_t column[kTokens];  // past the end the last token: its weights leave an infinite potential as it is
   float potential[kTokens], parameter[kTokens];
-  Key lowest = nothing;
+  Key lowest = no_token;  // the thread's lowest token outside the table, by first_key before exchange 0. (1) reduces it over the warp
 #pragma unroll
   for (int t = 0; t < kTokens; ++t) {
     const int j = first + t * step;
@@ -101,138 +114,156 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
     potential[t] = first_potential(rule, distance < kInfinity, start, parameter[t]);
     lowest = lower(lowest, make_key(first_key(rule, distance, potential[t], items.start, parameter[t]), Candidate::make(j, 0, 0).bits));
   }
-  float low_parameter = 0.f;  // of this thread's lowest; not needed before the first candidates
-  unsigned is_candidate = 0;  // bit t: token t of this thread
-  float newest_potential = 0.f;
+  float lowest_parameter = 0.f;   // parameter of the token in `lowest`; not read in exchange 0, which inserts nothing
+  unsigned is_candidate = 0;      // bit t: token t of this thread is in the table, or was picked from it
+  float pending_potential = 0.f;  // potential of this warp's pending candidate, for the next message
 
-  // The account of the candidates of warp `lane`. Without a token, or with one whose row is still to come, the potential is infinite.
+  // ---- Registers of the table: way h of warp `lane`, the same in every warp ----
   Candidate candidate[kWarpCandidates];
-  float value[kWarpCandidates], candidate_parameter[kWarpCandidates];
+  float candidate_potential[kWarpCandidates], candidate_parameter[kWarpCandidates];  // infinite potential: the way is empty or pending
 #pragma unroll
-  for (int h = 0; h < kWarpCandidates; ++h) candidate[h] = Candidate::make(0, h, 0), value[h] = kInfinity, candidate_parameter[h] = 0.f;
-  int newest = -1;  // the one that came last, for one sweep
+  for (int h = 0; h < kWarpCandidates; ++h)
+    candidate[h] = Candidate::make(0, h, 0), candidate_potential[h] = kInfinity, candidate_parameter[h] = 0.f;
+  int pending = -1;  // the way inserted in this exchange, valid until (2) of the next; -1: none
+  // The lowest key in the table.
   const auto lowest_candidate = [&] {
-    float low = value[0];
+    float low = candidate_potential[0];
 #pragma unroll
-    for (int h = 1; h < kWarpCandidates; ++h) low = fminf(low, value[h]);
+    for (int h = 1; h < kWarpCandidates; ++h) low = fminf(low, candidate_potential[h]);
     const uint32_t lowest_bits = __reduce_min_sync(kFullWarp, ordered_bits(low));
     low = from_ordered_bits(lowest_bits);
-    uint32_t which = ~0u;
+    uint32_t tie = ~0u;
 #pragma unroll
-    for (int h = 0; h < kWarpCandidates; ++h) which = min(which, value[h] == low ? candidate[h].bits : ~0u);
-    return static_cast<Key>(lowest_bits) << 32 | __reduce_min_sync(kFullWarp, which);
+    for (int h = 0; h < kWarpCandidates; ++h) tie = min(tie, candidate_potential[h] == low ? candidate[h].bits : ~0u);
+    return static_cast<Key>(lowest_bits) << 32 | __reduce_min_sync(kFullWarp, tie);
   };
 
-  for (int sweep = 0, done = 0, rows_sent = 0;; ++sweep) {
-    Mbarrier* const arrivals = &board->arrivals[sweep & 1];
+  for (int exchange = 0, done = 0, rows_sent = 0;; ++exchange) {
+    Mbarrier* const arrivals = &shared->arrivals[exchange & 1];
+    // Bytes may arrive before they are expected: the phase stays open until this thread has arrived.
     if (threadIdx.x == 0) mbarrier_expect_tx(arrivals, warps * sizeof(WarpMessage) + rows_sent * kAllCandidates * sizeof(float));
-    // (1)
+
+    // ---- (1) message: lane l sends to block l ----
     lowest = warp_lowest(lowest);
-    if constexpr (!kOfDistance<Rule>) low_parameter = __shfl_sync(kFullWarp, low_parameter, Candidate{key_index(lowest)}.token() % 32);
-    __syncwarp();  // all lanes are done with the sweep before
-    if (lane < blocks) store_async(&board->report[sweep & 1][warp], {lowest, newest_potential, low_parameter}, arrivals, lane);
-    mbarrier_wait(arrivals, sweep / 2);
-    const WarpMessage report = lane < warps ? board->report[sweep & 1][lane] : WarpMessage{nothing, kInfinity, 0.f};
-    const Key outside = warp_lowest(report.lowest);  // the lowest of all tokens but the candidates
+    if constexpr (!kOfDistance<Rule>)
+      lowest_parameter = __shfl_sync(kFullWarp, lowest_parameter, Candidate{key_index(lowest)}.token() % 32);
+    __syncwarp();  // all lanes have read from shared memory for the exchange before: the message says so to the cluster
+    if (lane < blocks) store_async(&shared->message[exchange & 1][warp], {lowest, pending_potential, lowest_parameter}, arrivals, lane);
+    mbarrier_wait(arrivals, exchange / 2);
+    const WarpMessage message = lane < warps ? shared->message[exchange & 1][lane] : WarpMessage{no_token, kInfinity, 0.f};
+    const Key lowest_outside = warp_lowest(message.lowest);  // lowest token outside the table
 
-    // (2) The lowest of a warp takes the place of its highest candidate, if that is higher, or an empty one.
+    // ---- (2) insert ----
+    // The candidate inserted in the exchange before is complete: its row has arrived, its potential is in the message. The way to evict is
+    // the first of the highest potential; an empty way is infinite.
     int highest = 0;
-    float highest_value = -kInfinity;
+    float highest_potential = -kInfinity;
 #pragma unroll
     for (int h = 0; h < kWarpCandidates; ++h) {
-      if (h == newest) value[h] = report.potential, candidate[h].bits |= static_cast<uint32_t>(sweep - 1);
-      if (value[h] > highest_value) highest = h, highest_value = value[h];
+      if (h == pending) candidate_potential[h] = message.potential, candidate[h].bits |= static_cast<uint32_t>(exchange - 1);
+      if (candidate_potential[h] > highest_potential) highest = h, highest_potential = candidate_potential[h];
     }
-    const int offered = Candidate{key_index(report.lowest)}.token();
-    newest = sweep > 0 && key_value(report.lowest) < highest_value ? highest : -1;
-    int leaver = -1;
+    // The lowest token of warp `lane` replaces that candidate if its potential is lower. The bound holds for both: lowest_outside is at or
+    // below the proposed token, which is below the evicted candidate.
+    const int proposed = Candidate{key_index(message.lowest)}.token();
+    pending = exchange > 0 && key_value(message.lowest) < highest_potential ? highest : -1;
+    int evicted = -1;
 #pragma unroll
     for (int h = 0; h < kWarpCandidates; ++h) {
-      if (h != newest) continue;
-      leaver = value[h] < kInfinity ? candidate[h].token() : -1;
-      candidate[h] = Candidate::make(offered, h, 0);
-      candidate_parameter[h] = report.parameter;
-      value[h] = kInfinity;
+      if (h != pending) continue;
+      evicted = candidate_potential[h] < kInfinity ? candidate[h].token() : -1;
+      candidate[h] = Candidate::make(proposed, h, 0);
+      candidate_parameter[h] = message.parameter;
+      candidate_potential[h] = kInfinity;
     }
-    rows_sent = __popc(__ballot_sync(kFullWarp, newest >= 0));
+    rows_sent = __popc(__ballot_sync(kFullWarp, pending >= 0));
 
-    // Of the newcomer of this warp, if there is one: which of its tokens are candidates now, and the row.
-    const int newcomer = __shfl_sync(kFullWarp, newest < 0 ? -1 : offered, warp);
-    const int newcomer_place = __shfl_sync(kFullWarp, newest, warp) * 32 + warp;
-    leaver = __shfl_sync(kFullWarp, leaver, warp);
-    float newcomer_row[kWarpCandidates];
-    if (newcomer >= 0) {
+    // Of the candidate inserted for this warp, if any: mark the token, and start the loads of its row.
+    const int inserted = __shfl_sync(kFullWarp, pending < 0 ? -1 : proposed, warp);
+    const int inserted_slot = __shfl_sync(kFullWarp, pending, warp) * 32 + warp;
+    evicted = __shfl_sync(kFullWarp, evicted, warp);
+    float inserted_row[kWarpCandidates];
+    if (inserted >= 0) {
 #pragma unroll
       for (int t = 0; t < kTokens; ++t) {
-        if (first + t * step == leaver) is_candidate &= ~(1u << t);
-        if (first + t * step == newcomer) is_candidate |= 1u << t;
+        if (first + t * step == evicted) is_candidate &= ~(1u << t);
+        if (first + t * step == inserted) is_candidate |= 1u << t;
       }
 #pragma unroll
       for (int h = 0; h < kWarpCandidates; ++h) {
-        // As it was loaded: what is done with it would wait for it, and it is not needed before it is sent.
-        const bool itself = kOfDistance<Rule> && h * 32 + lane == newcomer_place;
-        newcomer_row[h] = __ldg(itself ? reinterpret_cast<const float*>(row_min) + (first_row + newcomer)
-                                       : matrix + newcomer * pitch + candidate[h].token());
+        // Kept as loaded: converting the row minimum here would make the warp wait for the load before its picks. (4) converts it.
+        const bool itself = kOfDistance<Rule> && h * 32 + lane == inserted_slot;
+        inserted_row[h] = __ldg(itself ? reinterpret_cast<const float*>(row_min) + (first_row + inserted)
+                                       : matrix + inserted * pitch + candidate[h].token());
       }
     }
 
-    // (3) The picks of this sweep, and this thread's share of their rows.
-    float row[kClusterPicks][kTokens], pick_parameter[kClusterPicks];
-    const auto take = [&](int p, int token, float its_parameter) {
+    // ---- (3) pick ----
+    float row[kClusterPicks][kTokens], pick_parameter[kClusterPicks];  // row: weights of the picks to the tokens of this thread
+    // Writes pick p of this exchange and starts the loads of its row, which (4) waits for.
+    const auto emit_pick = [&](int p, int token, float token_parameter) {
       if (first == 0) picked[done + p] = token;
-      pick_parameter[p] = its_parameter;
-      const uint32_t begin = static_cast<uint32_t>(token) * static_cast<uint32_t>(pitch);  // below 2^26
+      pick_parameter[p] = token_parameter;
+      const uint32_t begin = static_cast<uint32_t>(token) * static_cast<uint32_t>(pitch);  // below 8192^2 = 2^26
 #pragma unroll
       for (int t = 0; t < kTokens; ++t) row[p][t] = __ldg(matrix + (begin + column[t]));
     };
-    const int wanted = static_cast<int>(picks - done < lookahead ? picks - done : lookahead);
+    const int max_picks = static_cast<int>(picks - done < lookahead ? picks - done : lookahead);
     int count = 0;
     Key best = lowest_candidate();
-    if (key_value(best) < kInfinity && best < outside) {
-      float bound = key_value(outside);
+    if (key_value(best) < kInfinity && best < lowest_outside) {
+      // The first pick is below `lowest_outside` as a key: at equal potential the lower token wins. A later pick must be below the bound,
+      // as it is not known which token outside is at the bound.
+      float bound = key_value(lowest_outside);
 #pragma unroll
       for (int p = 0; p < kClusterPicks; ++p) {
-        if (p > 0 && (p >= wanted || !(key_value(best) < bound))) break;
+        if (p > 0 && (p >= max_picks || !(key_value(best) < bound))) break;
         const Candidate chosen{key_index(best)};
-        const int place = chosen.place(warps);
-        if constexpr (kOfDistance<Rule>) bound = Rule::add(bound, board->weight[place][place]);
-        float its_parameter = 0.f;
+        const int chosen_slot = chosen.slot(warps);
+        if constexpr (kOfDistance<Rule>) bound = Rule::add(bound, shared->weight[chosen_slot][chosen_slot]);
+        float chosen_parameter = 0.f;
         if constexpr (Rule::kByPick) {
-          const float low = place & 32 ? candidate_parameter[1] : candidate_parameter[0];  // no index: the array stays in registers
-          const float high = place & 32 ? candidate_parameter[3] : candidate_parameter[2];
-          its_parameter = __shfl_sync(kFullWarp, place & 64 ? high : low, place % 32);
+          // slot = way * 32 + lane. A dynamic index would put the array into local memory.
+          const float low = chosen_slot & 32 ? candidate_parameter[1] : candidate_parameter[0];
+          const float high = chosen_slot & 32 ? candidate_parameter[3] : candidate_parameter[2];
+          chosen_parameter = __shfl_sync(kFullWarp, chosen_slot & 64 ? high : low, chosen_slot % 32);
         }
-        take(p, chosen.token(), its_parameter);
+        emit_pick(p, chosen.token(), chosen_parameter);
+        // Adds the pick's weights to the candidates. An empty or a pending way reads a stale weight, and stays infinite. The row of a
+        // pending way is in flight, but inserted() == 0 keeps it from being read.
 #pragma unroll
         for (int h = 0; h < kWarpCandidates; ++h) {
-          // Where there is no potential nothing changes, and what is read has been there before.
-          const int its = h * 32 + lane;
-          const float weight = candidate[h].came() > chosen.came() ? board->weight[its][place] : board->weight[place][its];
-          value[h] = its == place ? kInfinity : after_pick(rule, value[h], weight, candidate_parameter[h], its_parameter);
+          const int slot = h * 32 + lane;
+          const float weight =
+              candidate[h].inserted() > chosen.inserted() ? shared->weight[slot][chosen_slot] : shared->weight[chosen_slot][slot];
+          candidate_potential[h] =
+              slot == chosen_slot ? kInfinity : after_pick(rule, candidate_potential[h], weight, candidate_parameter[h], chosen_parameter);
         }
         best = lowest_candidate();
         count = p + 1;
       }
     } else {
-      const Candidate other{key_index(outside)};
-      const int token = static_cast<int>(sweep == 0 ? first_pick(item, make_key(key_value(outside), other.token())) : other.token());
-      if (picks == 1) {  // packed items of one pick have no weights
+      // The only pick is the lowest token outside the table; in exchange 0 the first pick. Its weights to the candidates are in the matrix.
+      const Candidate chosen{key_index(lowest_outside)};
+      const int token =
+          static_cast<int>(exchange == 0 ? first_pick(item, make_key(key_value(lowest_outside), chosen.token())) : chosen.token());
+      if (picks == 1) {  // reads no row: packed items of one pick have no weights
         if (first == 0) picked[0] = token;
         return;
       }
-      const float its_parameter = Rule::kByPick ? items.parameter_of(first_row + token) : 0.f;
-      take(0, token, its_parameter);
+      const float token_parameter = Rule::kByPick ? items.parameter_of(first_row + token) : 0.f;
+      emit_pick(0, token, token_parameter);
 #pragma unroll
       for (int h = 0; h < kWarpCandidates; ++h)
-        if (value[h] < kInfinity)
-          value[h] =
-              after_pick(rule, value[h], __ldg(matrix + token * pitch + candidate[h].token()), candidate_parameter[h], its_parameter);
+        if (candidate_potential[h] < kInfinity)
+          candidate_potential[h] = after_pick(rule, candidate_potential[h], __ldg(matrix + token * pitch + candidate[h].token()),
+                                              candidate_parameter[h], token_parameter);
       count = 1;
     }
     done += count;
-    if (done == picks) return;
+    if (done == picks) return;  // all warps in the same exchange, after all its messages: nothing is sent to a block that has ended
 
-    // (4)
+    // ---- (4) add ----
     float low = kInfinity;
     int low_token = 0;
 #pragma unroll
@@ -244,27 +275,28 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {
       const int j = first + t * step;
-      if (j == newcomer) newest_potential = potential[t];
-      if (!(is_candidate >> t & 1) && potential[t] < low) low = potential[t], low_token = j, low_parameter = parameter[t];
+      if (j == inserted) pending_potential = potential[t];
+      if (!(is_candidate >> t & 1) && potential[t] < low) low = potential[t], low_token = j, lowest_parameter = parameter[t];
     }
-    lowest = low < kInfinity ? make_key(low, Candidate::make(low_token, 0, 0).bits) : nothing;
-    if (newcomer < 0) continue;
-    newest_potential = __shfl_sync(kFullWarp, newest_potential, newcomer % 32);
+    lowest = low < kInfinity ? make_key(low, Candidate::make(low_token, 0, 0).bits) : no_token;
+    if (inserted < 0) continue;
+    // Sends the row of the inserted candidate. Every block expects its bytes in the next exchange (rows_sent).
+    pending_potential = __shfl_sync(kFullWarp, pending_potential, inserted % 32);
 #pragma unroll
     for (int h = 0; h < kWarpCandidates; ++h)
-      if (kOfDistance<Rule> && h * 32 + lane == newcomer_place) newcomer_row[h] = from_ordered_bits(__float_as_uint(newcomer_row[h]));
-    Mbarrier* const next_arrivals = &board->arrivals[(sweep + 1) & 1];
+      if (kOfDistance<Rule> && h * 32 + lane == inserted_slot) inserted_row[h] = from_ordered_bits(__float_as_uint(inserted_row[h]));
+    Mbarrier* const next_arrivals = &shared->arrivals[(exchange + 1) & 1];
     for (int block = 0; block < blocks; ++block)
 #pragma unroll
       for (int h = 0; h < kWarpCandidates; ++h)
-        store_async(&board->weight[newcomer_place][h * 32 + lane], newcomer_row[h], next_arrivals, block);
+        store_async(&shared->weight[inserted_slot][h * 32 + lane], inserted_row[h], next_arrivals, block);
   }
 #else
   __trap();
 #endif
 }
 
-// f(kernel) for the kernel that shares items of at most so many tokens.
+// Calls f(kernel) with the kernel for items of up to `tokens`.
 template <class Rule, class F>
 auto with_cluster_kernel(int64_t tokens, const F& f) {
   if (tokens <= 32 * kClusterWarps * 2) return f(select_cluster_kernel<Rule, 2>);
@@ -272,7 +304,8 @@ auto with_cluster_kernel(int64_t tokens, const F& f) {
   return f(select_cluster_kernel<Rule, kClusterTokens>);
 }
 
-// `count` items, each shared by a cluster of `blocks`, a power of two.
+// The launch for `count` items, each shared by a cluster of `blocks`, a power of two. Warps per block: the fewest that give each of
+// `tokens` a thread, up to kClusterWarps per cluster.
 inline Launch cluster_launch(int64_t tokens, int64_t count, int blocks, cudaStream_t stream) {
   int warps = 1;
   while (warps < kClusterWarps / blocks && 32 * warps * blocks < tokens) warps *= 2;
