@@ -1,43 +1,48 @@
-// Streaming selection: no N x N matrix, for items of any size. Groups of resident blocks take an item each and stream its features; a sweep
-// drafts several picks and verifies them.
+// Streaming selection, for items of any size: nothing N x N is stored. Picks are drafted, and one pass over the features verifies them.
 //
-// What: a wrong draft costs time and never a result: the picks are the plain loop's, bit for bit.
+// What: a group of resident blocks shares an item and streams its features. A sweep is one iteration of draft, pass, verify and commit. A
+//   wrong draft costs time and never a result: the picks are those of the plain loop, bit for bit.
+//   The current pick of a sweep is known to be right; its weights are not added yet.
 // Chosen when: the matrix does not fit (kMatrixTokens), or few of many tokens are picked without tensor cores.
 // Steps, for every sweep:
-//   (1) candidates: every block chooses the same, of low potential, from all blocks' offers; the blocks share the distances of all pairs;
-//   (2) draft: every block runs the same plain loop among the candidates, in its shared memory. The first drafted pick is the pick at hand;
-//   (3) sweep: every block adds the weights of its tokens to the drafted picks, in that order, and keeps each token's potential after each
-//     pick (after[p][token]);
-//   (4) verify: the lowest potential of all blocks after each pick. A drafted pick is right if it is the lowest after the one before; the
-//     first that is not ends the sweep, and the lowest there is the next pick at hand;
-//   (5) commit: the potentials after the last verified pick are a block's potentials; it offers its lowest tokens.
-//   A block's tokens, their potentials and after[][] are its own: in its shared memory, or in global memory where they are too many.
-// Rules: any. Where nothing tells tokens apart before the first pick (no start), the first draft is poor: candidates are those furthest
-//   from the mean (repulsion) or the lowest indices.
-// Synchronisation: three barriers of the group a sweep (GroupBarrier; the launch is cooperative): after (1), in (4) before the lowest of
-//   all blocks are read, and after (5).
+//   (1) candidates: every block chooses the same tokens of low potential from the offers of all blocks. The distances of all pairs of
+//     candidates are computed once per group, each block a part;
+//   (2) draft: every block runs the same plain loop among the candidates, in shared memory. draft[0] is the current pick;
+//   (3) pass: every block computes the distances of its tokens to the drafts from the features. It adds their weights in draft order and
+//     keeps after[p][token], the potential after draft[p];
+//   (4) verify: the group finds argmin after[p] for each p. draft[p + 1] is accepted if it is argmin after[p] and all drafts before it are
+//     accepted. The argmin after the last accepted draft is the next current pick;
+//   (5) commit: after[last accepted draft] becomes the potentials. Every block offers its lowest tokens.
+//   Potentials and after[][] of a block's tokens are private to the block: in shared memory, or in global memory if they do not fit.
+// Rules: any. For the first draft all potentials may be equal (no `start`). Then the candidates are the tokens furthest from the mean
+//   (repulsion) or of the lowest indices, and few drafts are accepted.
+// Synchronisation: three barriers of the group per sweep (GroupBarrier; the launch is cooperative): after (1), in (4) before a block reads
+//   the lowest keys of the others, and after (5).
 #pragma once
 #include "sqdist_sweep.cuh"
 #include "token_stats.cuh"
 
 namespace sts {
 
-constexpr int kWarpOffers = 2;                          // tokens that a warp offers to its block
-constexpr int kMostOffers = kWarpOffers * kSweepWarps;  // tokens that a block offers to its group
-constexpr int kGroupOffers = 256;                       // tokens that a group's blocks offer together, if there are so few blocks
+// An offer is the key of a token of low potential, proposed as a candidate.
+constexpr int kWarpOffers = 2;                          // offers of a warp to its block
+constexpr int kMostOffers = kWarpOffers * kSweepWarps;  // max offers of a block to its group
+constexpr int kGroupOffers = 256;                       // target number of offers of a group
 constexpr int kLaneCandidates = 4;                      // candidates per lane of the drafting warp
-constexpr int kCandidates = 1 + kLaneCandidates * 32;   // with the pick at hand
+constexpr int kCandidates = 1 + kLaneCandidates * 32;   // candidate 0 is the current pick
 constexpr int kPairs = kCandidates * (kCandidates - 1) / 2;
-constexpr int kHeldTokens = 512;  // max tokens of a block whose potentials fit its shared memory beside the stages of two blocks per SM
+constexpr int kHeldTokens = 512;  // max tokens per block whose potentials and after[][] fit into shared memory at two blocks per SM
 
-// Tokens that each of a group's blocks offers.
+// Offers per block of a group of `blocks`: kGroupOffers / blocks, from kWarpOffers to kMostOffers.
 STS_HOST_DEVICE int block_offers(int blocks) {
   const int share = (kGroupOffers + blocks - 1) / blocks;
   return share < kWarpOffers ? kWarpOffers : share < kMostOffers ? share : kMostOffers;
 }
 
-// Dynamic shared memory: the stages of a sweep, where the distances of the candidates' pairs lie before; then the potentials of `held`
-// tokens before and after each pick.
+// Dynamic shared memory of a block:
+//   kSweptStages bytes      in (2) the distances of all pairs of candidates, in (1) and (3) the shared memory of Sweep
+//   held floats             potential[slot], if the tokens of the block fit
+//   kSweepPoints x held     after[p][slot], likewise
 template <class Sweep>
 constexpr size_t kSweptStages = Sweep::kSharedBytes > kPairs * sizeof(float) ? Sweep::kSharedBytes : kPairs * sizeof(float);
 template <class Sweep>
@@ -45,29 +50,29 @@ size_t swept_shared_bytes(int held) {
   return kSweptStages<Sweep> + size_t(held) * (1 + kSweepPoints) * sizeof(float);
 }
 
-// What the blocks of one group share. Each array is written between two barriers, read after the second, and written again after
-// a third; `lowest`, which may be needed at every barrier, is double-buffered.
+// Global memory that the blocks of a group share. A barrier of the group lies between writing, reading and writing again `offers` and
+// `pair`. `lowest` is double-buffered: two calls of find_argmin may follow each other without another barrier between them.
 struct SweepExchange {
-  Key* offers;  // (block_offers, blocks of the group): their tokens of lowest potential
-  Key* lowest;  // (2, kSweepPoints, blocks of the group): their lowest after each pick of a sweep
-  float* pair;  // (kPairs): distances of candidates, see pair_place
+  Key* offers;  // (block_offers, blocks of the group): each block's tokens of lowest potential
+  Key* lowest;  // (2, kSweepPoints, blocks of the group): each block's lowest key after each draft
+  float* pair;  // (kPairs): squared distances of candidates, see pair_index
 
   STS_HOST_DEVICE static int64_t keys(int blocks) { return static_cast<int64_t>(blocks) * (kMostOffers + 2 * kSweepPoints); }
   STS_HOST_DEVICE static int64_t floats() { return kPairs; }
   static __device__ __forceinline__ SweepExchange of(int group, Key* keys_of_all, float* floats_of_all, int blocks) {
-    Key* const mine = keys_of_all + group * keys(blocks);
-    return {mine, mine + blocks * kMostOffers, floats_of_all + group * floats()};
+    Key* const group_keys = keys_of_all + group * keys(blocks);
+    return {group_keys, group_keys + blocks * kMostOffers, floats_of_all + group * floats()};
   }
 };
 static_assert(kPairs % 4 == 0, "16-byte loads");
 
-// Tokens that may be drafted, in shared memory. Candidate 0 is the pick at hand.
+// Tokens that may be drafted, in shared memory. Candidate 0 is the current pick.
 struct Candidates {
-  int token[kCandidates];  // -1: none
+  int token[kCandidates];  // -1: absent
   float potential[kCandidates], parameter[kCandidates];
 };
 
-// The lowest keys that a lane has seen, in order.
+// The kCount lowest keys that a lane has inserted, ascending.
 template <int kCount>
 struct LowestKeys {
   Key key[kCount];
@@ -75,7 +80,7 @@ struct LowestKeys {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) key[i] = kNoKey;
   }
-  __device__ __forceinline__ void take(Key next) {
+  __device__ __forceinline__ void insert(Key next) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const Key low = lower(key[i], next);
@@ -83,7 +88,7 @@ struct LowestKeys {
       key[i] = low;
     }
   }
-  // The lowest of the warp, which is then dropped.
+  // By a warp: removes the lowest key of all lanes and returns it.
   __device__ __forceinline__ Key pop() {
     const Key lowest = warp_lowest(key[0]);
     if (key[0] == lowest) {
@@ -95,7 +100,7 @@ struct LowestKeys {
   }
 };
 
-// f(key) for all `keys`, shared by the lanes of a warp, with several loads under way.
+// By a warp: f(key) for all keys[0 .. count), lane-strided, with kUnroll loads in flight per lane. Past the end f(kNoKey).
 template <class F>
 __device__ __forceinline__ void for_keys(const Key* keys, int count, const F& f) {
   constexpr int kUnroll = 8;
@@ -108,29 +113,29 @@ __device__ __forceinline__ void for_keys(const Key* keys, int count, const F& f)
   }
 }
 
-// A block's share of an item, in shared memory: registers would not hold it beside a sweep. A slot is a token's number in Sweep::run.
+// The item of a block and the block's share of it. In shared memory, as the pass leaves no registers for it. slot: see Sweep::run.
 template <class scalar_t>
 struct SweptItem {
   Item item;
-  int64_t first_row;  // its first token, among all tokens
+  int64_t first_row;  // index of the item's token 0 among all tokens
   const float* norms;
   const scalar_t* centre;
-  float *now, *later;  // potentials, and after[][]: by slot in shared memory, else by token of the item
-  int64_t stride;      // of after[][]
-  int slots, picks;
+  float *potential, *after;  // in shared memory indexed by slot, else in global memory by token of the item
+  int64_t stride;            // after[p * stride + index(slot, i)]
+  int slots, picks;          // slots: tokens of this block, in whole tiles
   bool in_shared;
 
-  __device__ __forceinline__ int64_t place(int slot, int64_t i) const { return in_shared ? slot : i; }
+  __device__ __forceinline__ int64_t index(int slot, int64_t i) const { return in_shared ? slot : i; }
 };
 
-// (1) By a warp, the same in every block: the tokens of the lowest keys in each lane's share of the offers, sixteen for every pick that is
-// wanted. parameter_of(token). The result: how many candidates there may be.
+// (1) By a warp, with the same result in every block: each lane takes the lowest keys of its strided share of the offers, one key (so 32
+// candidates) for every 2 drafts. Returns the number of candidates, absent ones included. parameter_of: of a token.
 template <class F>
-__device__ __forceinline__ int choose_candidates(const Key* offers, int count, int pick, int wanted, const F& parameter_of,
+__device__ __forceinline__ int choose_candidates(const Key* offers, int count, int pick, int max_drafts, const F& parameter_of,
                                                  Candidates& candidates) {
   const int lane = threadIdx.x % 32;
-  LowestKeys<kLaneCandidates> mine;
-  for_keys(offers, count, [&](Key offer) { mine.take(static_cast<int>(key_index(offer)) == pick ? kNoKey : offer); });
+  LowestKeys<kLaneCandidates> lane_lowest;
+  for_keys(offers, count, [&](Key offer) { lane_lowest.insert(static_cast<int>(key_index(offer)) == pick ? kNoKey : offer); });
   if (lane == 0) {
     candidates.token[0] = pick;
     candidates.parameter[0] = parameter_of(pick);
@@ -139,19 +144,20 @@ __device__ __forceinline__ int choose_candidates(const Key* offers, int count, i
 #pragma unroll
   for (int h = 0; h < kLaneCandidates; ++h) {
     const int slot = 1 + 32 * h + lane;
-    const bool is_one = 2 * h < wanted && mine.key[h] != kNoKey;
-    candidates.token[slot] = is_one ? static_cast<int>(key_index(mine.key[h])) : -1;
-    candidates.potential[slot] = is_one ? key_value(mine.key[h]) : kInfinity;
-    candidates.parameter[slot] = is_one ? parameter_of(static_cast<int>(key_index(mine.key[h]))) : 0.f;
-    rows += __any_sync(kFullWarp, is_one);
+    const bool present = 2 * h < max_drafts && lane_lowest.key[h] != kNoKey;
+    candidates.token[slot] = present ? static_cast<int>(key_index(lane_lowest.key[h])) : -1;
+    candidates.potential[slot] = present ? key_value(lane_lowest.key[h]) : kInfinity;
+    candidates.parameter[slot] = present ? parameter_of(static_cast<int>(key_index(lane_lowest.key[h]))) : 0.f;
+    rows += __any_sync(kFullWarp, present);
   }
   return 1 + 32 * rows;
 }
 
-// (2) By a warp, the same in every block: the plain loop among the candidates. pair: their distances. Where the mean decides the `first`
-// pick, potentials count from then on.
+// (2) By a warp, with the same result in every block: the plain loop among the candidates. pair: their squared distances (pair_index).
+// first: the first draft of the item. Its offers hold minus the distance to the mean if Rule::kFromMean, so potentials begin at
+// Rule::start.
 template <class Rule>
-__device__ __forceinline__ void draft_picks(const Candidates& candidates, bool first, const Rule& rule, const float* pair, int wanted,
+__device__ __forceinline__ void draft_picks(const Candidates& candidates, bool first, const Rule& rule, const float* pair, int max_drafts,
                                             SweepPoints& draft) {
   const int lane = threadIdx.x % 32;
   float potential[kLaneCandidates];
@@ -161,14 +167,14 @@ __device__ __forceinline__ void draft_picks(const Candidates& candidates, bool f
     potential[h] = candidates.token[slot] < 0 ? kInfinity : first && Rule::kFromMean ? Rule::start(0.f, 0.f) : candidates.potential[slot];
   }
   int chosen = 0, count = 1;
-  while (count < wanted) {
+  while (count < max_drafts) {
     Key best = kNoKey;
-    const float of_pick = candidates.parameter[chosen];
+    const float pick_parameter = candidates.parameter[chosen];
 #pragma unroll
     for (int h = 0; h < kLaneCandidates; ++h) {
       const int slot = 1 + 32 * h + lane;
       if (potential[h] < kInfinity)
-        potential[h] = Rule::add(potential[h], rule.weight(pair[pair_place(chosen, slot)], candidates.parameter[slot], of_pick));
+        potential[h] = Rule::add(potential[h], rule.weight(pair[pair_index(chosen, slot)], candidates.parameter[slot], pick_parameter));
       best = lower(best, make_key(potential[h], slot));
     }
     best = warp_lowest(best);
@@ -186,22 +192,27 @@ __device__ __forceinline__ void draft_picks(const Candidates& candidates, bool f
   }
 }
 
-// Groups of resident blocks; group g takes items g, g + groups, ... `potential` holds the distances to the mean on entry. listed: null, or
-// how many items there are to take, and which; then there are no more groups than items. most_groups, most_blocks: of a group, at the most.
-// held: tokens of a block that its shared memory is for. after: (lookahead, all tokens), or null where no block has more. keys: of as many
-// blocks. floats, arrived: a SweepExchange's and a zero for every group.
+// Groups of resident blocks. Group g takes items g, g + groups, ... of the list.
+//   listed: null for all items; else {count, item, item, ...} (PackedPlan::large)
+//   most_groups, most_blocks: max groups; max blocks per group
+//   lookahead: max drafts per sweep, the current pick included
+//   held: tokens of a block that fit into its shared memory
+//   potential: (all tokens); on entry the squared distances to the mean (TokenStats::mean_sqdist)
+//   after: (lookahead, all tokens); null if the tokens of every block fit into shared memory
+//   keys, floats: SweepExchange::keys(blocks) and SweepExchange::floats() of every group
+//   arrived: (groups), zeros; the counters of GroupBarrier
 template <class Sweep, class scalar_t, class Rule>
 __global__ void __launch_bounds__(kSweepThreads, 2)
     select_swept_kernel(Rows<scalar_t> rows, Items items, const int* listed, bool aligned, int most_groups, int most_blocks, int lookahead,
                         int held, Rule rule, const float* norms, const scalar_t* centre, float* potential, float* after, Key* keys,
                         float* floats, unsigned* arrived, int64_t* out) {
   STS_DYNAMIC_SHARED(unsigned char, shared);
-  __shared__ SweptItem<scalar_t> own;
+  __shared__ SweptItem<scalar_t> share;
   __shared__ Candidates candidates;
-  __shared__ Key offered[kMostOffers], next[kSweepPoints];
+  __shared__ Key offered[kMostOffers], argmin[kSweepPoints];  // argmin[p]: lowest key of the group after draft[p]
   __shared__ SweepPoints draft;
   __shared__ float draft_parameter[kSweepPoints];
-  // No registers are left for these.
+  // Uniform values. In shared memory, as the pass uses all registers.
   __shared__ int candidate_count, item_count, groups, group_blocks;
   __shared__ SweepExchange exchange;
   float* const pair = reinterpret_cast<float*>(shared);
@@ -217,35 +228,38 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
   if (group >= groups) return;
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, offers = block_offers(group_blocks);
   GroupBarrier barrier(arrived + group, group_blocks);
-  int turn = 0;
+  int buffer = 0;  // its parity selects a buffer of SweepExchange::lowest
 
-  for (int at = group; at < item_count; at += groups) {
-    const int64_t b = listed ? listed[1 + at] : at;
-    __syncthreads();  // all are done with the item before
+  for (int index = group; index < item_count; index += groups) {
+    const int64_t b = listed ? listed[1 + index] : index;
+    // ---- The item and the share of this block ----
+    __syncthreads();  // all threads have read `share` of the item before
     if (tid == 0) {
       const Item item = items[b];
       const int tiles = static_cast<int>(ceil_div(item.tokens, Sweep::kTile));
-      own.item = item;
-      own.first_row = items.first_token(b, item);
-      own.norms = norms ? norms + own.first_row : nullptr;
-      own.centre = centre ? centre + b * rows.channels : nullptr;
-      own.picks = static_cast<int>(item.picks < item.tokens ? item.picks : item.tokens);
-      own.slots = rank < tiles ? ((tiles - 1 - rank) / group_blocks + 1) * Sweep::kTile : 0;
-      const bool in_shared = own.slots <= held;
-      own.in_shared = in_shared;
-      own.now = in_shared ? held_floats : potential + own.first_row;
-      own.later = in_shared ? held_floats + held : after + own.first_row;
-      own.stride = in_shared ? held : all_tokens(items);
+      share.item = item;
+      share.first_row = items.first_token(b, item);
+      share.norms = norms ? norms + share.first_row : nullptr;
+      share.centre = centre ? centre + b * rows.channels : nullptr;
+      share.picks = static_cast<int>(item.picks < item.tokens ? item.picks : item.tokens);
+      share.slots = rank < tiles ? ((tiles - 1 - rank) / group_blocks + 1) * Sweep::kTile : 0;
+      const bool in_shared = share.slots <= held;
+      share.in_shared = in_shared;
+      share.potential = in_shared ? held_floats : potential + share.first_row;
+      share.after = in_shared ? held_floats + held : after + share.first_row;
+      share.stride = in_shared ? held : all_tokens(items);
     }
     __syncthreads();
     const int64_t entry = items.packed() ? 0 : b;
     if (rank == 0)
-      for (int64_t i = own.picks + tid; i < own.item.picks; i += kSweepThreads) out[own.item.out + i] = -1;
-    if (own.picks == 0) continue;
+      for (int64_t i = share.picks + tid; i < share.item.picks; i += kSweepThreads) out[share.item.out + i] = -1;
+    if (share.picks == 0) continue;
+    // The token of a slot: the tiles of an item go round-robin to the blocks of the group. May be past the end.
     const auto token_of = [&](int slot) {
       return (static_cast<int64_t>(slot / Sweep::kTile) * group_blocks + rank) * Sweep::kTile + slot % Sweep::kTile;
     };
 
+    // Writes the offers of this block: the lowest `offers` of the kWarpOffers lowest keys of each warp.
     const auto offer = [&](LowestKeys<kWarpOffers> low) {
 #pragma unroll
       for (int h = 0; h < kWarpOffers; ++h) {
@@ -254,119 +268,124 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
       }
       __syncthreads();
       if (warp != 0) return;
-      Key mine = lane < kMostOffers ? offered[lane] : kNoKey;
+      Key lane_key = lane < kMostOffers ? offered[lane] : kNoKey;
       for (int h = 0; h < offers; ++h) {
-        const Key key = warp_lowest(mine);
-        if (mine == key) mine = kNoKey;
+        const Key key = warp_lowest(lane_key);
+        if (lane_key == key) lane_key = kNoKey;
         if (lane == 0) exchange.offers[h * group_blocks + rank] = key;
       }
     };
-    // The lowest of all blocks after every one of `count` picks.
-    const auto find_next = [&](int count) {
-      Key* const all = exchange.lowest + (turn++ & 1) * group_blocks * kSweepPoints;
-      __syncthreads();
+    // argmin[p], p < count: the lowest key in after[p] of all blocks. One warp per p, first over the block, then over the group.
+    const auto find_argmin = [&](int count) {
+      Key* const block_lowest = exchange.lowest + (buffer++ & 1) * group_blocks * kSweepPoints;
+      __syncthreads();  // after[] of all threads is written
       for (int p = warp; p < count; p += kSweepWarps) {
         Key best = kNoKey;
 #pragma unroll 4
-        for (int slot = lane; slot < own.slots; slot += 32) {
+        for (int slot = lane; slot < share.slots; slot += 32) {
           const int64_t i = token_of(slot);
-          if (i < own.item.tokens) best = lower(best, make_key(own.later[p * own.stride + own.place(slot, i)], static_cast<uint32_t>(i)));
+          if (i < share.item.tokens)
+            best = lower(best, make_key(share.after[p * share.stride + share.index(slot, i)], static_cast<uint32_t>(i)));
         }
         best = warp_lowest(best);
-        if (lane == 0) all[p * group_blocks + rank] = best;
+        if (lane == 0) block_lowest[p * group_blocks + rank] = best;
       }
       barrier.sync();
       for (int p = warp; p < count; p += kSweepWarps) {
         Key best = kNoKey;
-        for_keys(all + p * group_blocks, group_blocks, [&](Key key) { best = lower(best, key); });
+        for_keys(block_lowest + p * group_blocks, group_blocks, [&](Key key) { best = lower(best, key); });
         best = warp_lowest(best);
-        if (lane == 0) next[p] = best;
+        if (lane == 0) argmin[p] = best;
       }
       __syncthreads();
     };
-    const auto parameter_of = [&](int64_t i) { return kOfDistance<Rule> ? 0.f : items.parameter_of(own.first_row + i); };
+    const auto parameter_of = [&](int64_t i) { return kOfDistance<Rule> ? 0.f : items.parameter_of(share.first_row + i); };
 
-    // The first pick. Those that follow have low potentials; where these are all equal, they will be far from the first, and so from the
-    // mean.
-    LowestKeys<kWarpOffers> furthest;
-    for (int slot = tid; slot < own.slots; slot += kSweepThreads) {
+    // ---- The first pick, by first_key, and the first offers ----
+    // Rules with kFromMean offer the tokens furthest from the mean: potentials are equal so far, the first pick is near the mean, and the
+    // next picks are far from the first. With anchors all distances are 0, and these are the lowest indices. Other rules offer the lowest
+    // potentials. after[0] holds first_key, for find_argmin(1).
+    LowestKeys<kWarpOffers> first_offers;
+    for (int slot = tid; slot < share.slots; slot += kSweepThreads) {
       const int64_t i = token_of(slot);
-      if (i >= own.item.tokens) continue;
-      const float distance = potential[own.first_row + i], parameter = parameter_of(i);
-      const float start = kOfDistance<Rule> || !items.start ? kNonFinitePotential : items.start[own.first_row + i];
+      if (i >= share.item.tokens) continue;
+      const float distance = potential[share.first_row + i], parameter = parameter_of(i);
+      const float start = kOfDistance<Rule> || !items.start ? kNonFinitePotential : items.start[share.first_row + i];
       const float before = first_potential(rule, distance < kInfinity, start, parameter);
-      own.now[own.place(slot, i)] = before;
-      own.later[own.place(slot, i)] = first_key(rule, distance, before, items.start, parameter);
-      if (before < kNonFinitePotential) furthest.take(make_key(Rule::kFromMean ? -distance : before, static_cast<uint32_t>(i)));
+      share.potential[share.index(slot, i)] = before;
+      share.after[share.index(slot, i)] = first_key(rule, distance, before, items.start, parameter);
+      if (before < kNonFinitePotential) first_offers.insert(make_key(Rule::kFromMean ? -distance : before, static_cast<uint32_t>(i)));
     }
-    offer(furthest);
-    find_next(1);
-    int pick = static_cast<int>(first_pick(own.item, next[0]));
+    offer(first_offers);
+    find_argmin(1);
+    int pick = static_cast<int>(first_pick(share.item, argmin[0]));  // the current pick
 
     for (int done = 0;;) {
-      if (rank == 0 && tid == 0) out[own.item.out + done] = pick;
-      if (++done == own.picks) break;
+      if (rank == 0 && tid == 0) out[share.item.out + done] = pick;
+      if (++done == share.picks) break;
 
-      const int wanted = own.picks - done < lookahead ? own.picks - done : lookahead;
-      if (wanted > 1) {
-        // (1) candidates
+      const int max_drafts = share.picks - done < lookahead ? share.picks - done : lookahead;
+      if (max_drafts > 1) {
+        // (1) candidates, and the distances of their pairs
         if (warp == 0) {
-          const int most = choose_candidates(exchange.offers, group_blocks * offers, pick, wanted, parameter_of, candidates);
-          if (lane == 0) candidate_count = most;
+          const int slots = choose_candidates(exchange.offers, group_blocks * offers, pick, max_drafts, parameter_of, candidates);
+          if (lane == 0) candidate_count = slots;
         }
         __syncthreads();
         const int count = candidate_count;
-        Sweep::pairs(rows, entry, own.item, aligned, own.norms, own.centre, candidates.token, count, rank, group_blocks, exchange.pair);
+        Sweep::pairs(rows, entry, share.item, aligned, share.norms, share.centre, candidates.token, count, rank, group_blocks,
+                     exchange.pair);
         barrier.sync();
-        // (2) draft
+        // (2) draft, from a copy of the distances in shared memory
         for (int e = tid * 4; e < count * (count - 1) / 2; e += kSweepThreads * 4)
           *reinterpret_cast<float4*>(pair + e) = *reinterpret_cast<const float4*>(exchange.pair + e);
         __syncthreads();
-        if (warp == 0) draft_picks(candidates, done == 1, rule, pair, wanted, draft);
-      } else if (tid == 0) {
+        if (warp == 0) draft_picks(candidates, done == 1, rule, pair, max_drafts, draft);
+      } else if (tid == 0) {  // one pick is left, or lookahead is 1: nothing to draft
         draft.token[0] = pick;
         draft.count = 1;
       }
       __syncthreads();
 
-      // (3) sweep
+      // (3) pass over the features
       const int count = draft.count;
-      if (tid < count) {  // read in the sweep, which has barriers
+      if (tid < count) {  // Sweep::run has a barrier before these are read
         if (Rule::kByPick) draft_parameter[tid] = parameter_of(draft.token[tid]);
-        if (own.norms) draft.norm[tid] = own.norms[draft.token[tid]];
+        if (share.norms) draft.norm[tid] = share.norms[draft.token[tid]];
       }
-      const auto add = [&](int64_t i, int slot, const float* sqdist) {
-        if (i >= own.item.tokens) return;
+      // after[p] of token i, from its distances to the drafts.
+      const auto add_drafts = [&](int64_t i, int slot, const float* sqdist) {
+        if (i >= share.item.tokens) return;
         const float parameter = Rule::kByToken ? parameter_of(i) : 0.f;
-        float value = own.now[own.place(slot, i)], *to = own.later + own.place(slot, i);
-        const int64_t stride = own.stride;
+        float value = share.potential[share.index(slot, i)], *after_draft = share.after + share.index(slot, i);
+        const int64_t stride = share.stride;
 #pragma unroll
         for (int p = 0; p < kSweepPoints; ++p) {
           if (p >= count) continue;
-          const float added = rule.weight(sqdist[p], parameter, Rule::kByPick ? draft_parameter[p] : 0.f);
-          value = i == draft.token[p] ? kInfinity : Rule::add(value, added);
-          *to = value;
-          to += stride;
+          const float weight = rule.weight(sqdist[p], parameter, Rule::kByPick ? draft_parameter[p] : 0.f);
+          value = i == draft.token[p] ? kInfinity : Rule::add(value, weight);
+          *after_draft = value;
+          after_draft += stride;
         }
       };
-      Sweep::run(rows, entry, own.item, aligned, own.norms, own.centre, draft, rank, group_blocks, add);
+      Sweep::run(rows, entry, share.item, aligned, share.norms, share.centre, draft, rank, group_blocks, add_drafts);
 
-      // (4) verify
-      find_next(count);
-      int made = 1;
-      while (made < count && static_cast<int>(key_index(next[made - 1])) == draft.token[made]) ++made;
-      for (int p = 1; p < made; ++p, ++done)
-        if (rank == 0 && tid == 0) out[own.item.out + done] = draft.token[p];
-      pick = static_cast<int>(key_index(next[made - 1]));
+      // (4) verify: draft[0] .. draft[accepted - 1] are picks
+      find_argmin(count);
+      int accepted = 1;
+      while (accepted < count && static_cast<int>(key_index(argmin[accepted - 1])) == draft.token[accepted]) ++accepted;
+      for (int p = 1; p < accepted; ++p, ++done)
+        if (rank == 0 && tid == 0) out[share.item.out + done] = draft.token[p];
+      pick = static_cast<int>(key_index(argmin[accepted - 1]));
 
-      // (5) commit
+      // (5) commit, and offer
       LowestKeys<kWarpOffers> low;
-      for (int slot = tid; slot < own.slots; slot += kSweepThreads) {
+      for (int slot = tid; slot < share.slots; slot += kSweepThreads) {
         const int64_t i = token_of(slot);
-        if (i >= own.item.tokens) continue;
-        const float value = own.later[(made - 1) * own.stride + own.place(slot, i)];
-        own.now[own.place(slot, i)] = value;
-        if (value < kNonFinitePotential) low.take(make_key(value, static_cast<uint32_t>(i)));
+        if (i >= share.item.tokens) continue;
+        const float value = share.after[(accepted - 1) * share.stride + share.index(slot, i)];
+        share.potential[share.index(slot, i)] = value;
+        if (value < kNonFinitePotential) low.insert(make_key(value, static_cast<uint32_t>(i)));
       }
       offer(low);
       barrier.sync();

@@ -1,13 +1,16 @@
-// The distances of many tokens to a few points: what a selection computes where the distances of all pairs are not stored.
+// Squared distances of all tokens of an item to a few points: one pass over the features. For selections without a stored matrix.
 //
-// What: run(): a block takes tiles of consecutive tokens, tile_step apart, and hands each token's distances to one thread:
-//   f(token, slot, sqdist), by all lanes of a warp at once. slot: kTile * (tiles before) + place in the tile; token is past the end where a
-//   lane has none. pairs(): about the distances of all pairs of a few tokens, for drafts: nothing is repaired.
-// Chosen when: MmaSweep where mma_fits: products of tokens by points on tensor cores, from which distances follow as in sqdist_mma.cuh,
-//   pairs that would cancel being done by differences. DifferenceSweep for every other row. Either way a pair's bits in run() depend on
-//   the pair alone.
-// Synchronisation: barriers of the block only. The caller's threads are done with the block's shared memory before a call, and may use it
-//   after the next barrier.
+// What: run() is a pass. A block takes tiles of kTile consecutive tokens, the tiles first_tile, first_tile + tile_step, ... of the item. It
+//   calls f(token, slot, sqdist[kSweepPoints]) once for every token, with the whole warp together. A lane without a token passes one past
+//   the end. slot: kTile * (tiles of the block before) + position in the tile. sqdist is undefined past points.count.
+//   pairs() computes the distances of all pairs of a few tokens, for drafts. Here MmaSweep does not recompute cancelled pairs.
+// Chosen when: MmaSweep where mma_fits, DifferenceSweep for all other rows. MmaSweep multiplies tokens by points on tensor cores, as
+//   sqdist_mma.cuh does, and recomputes cancelled pairs by differences. In both, the bits of a distance in run() depend on the pair
+//   alone.
+// Steps of MmaSweep::run: (1) prefetch stages of 64 channels by cp.async, two ahead; (2) multiply a stage; (3) epilogue of a tile: turn
+//   products into distances, recompute cancelled pairs, call f.
+// Synchronisation: block barriers only. Before a call all threads have finished with the block's dynamic shared memory. After a call the
+//   caller may write to it once all threads have passed a barrier.
 #pragma once
 #include "sqdist_mma.cuh"
 
@@ -15,23 +18,23 @@ namespace sts {
 
 constexpr int kSweepThreads = 256;
 constexpr int kSweepWarps = kSweepThreads / 32;
-constexpr int kSweepPoints = 16;  // at the most: the columns of two tensor-core tiles
+constexpr int kSweepPoints = 16;  // max points of a pass: the columns of two mma_16x8x16
 
-// The points of a sweep, which are tokens of the item, in shared memory.
+// The points of a pass, in shared memory. Points are tokens of the item.
 struct SweepPoints {
   int token[kSweepPoints];
-  float norm[kSweepPoints];  // of MmaSweep
+  float norm[kSweepPoints];  // squared distance to the centre; MmaSweep alone reads it
   int count;
 };
 
-// Where pairs() puts the distance of candidates i and j.
-STS_HOST_DEVICE int pair_place(int i, int j) { return i < j ? j * (j - 1) / 2 + i : i * (i - 1) / 2 + j; }
+// Index of the pair (i, j), i != j, in the result of pairs(): row by row of the triangle below the diagonal.
+STS_HOST_DEVICE int pair_index(int i, int j) { return i < j ? j * (j - 1) / 2 + i : i * (i - 1) / 2 + j; }
 
-// By differences: a thread a token.
+// By differences, one thread per token.
 template <class scalar_t>
 struct DifferenceSweep {
   static constexpr int kTile = kSweepThreads;
-  static constexpr int kChannels = 128;  // of the points, in shared memory at a time
+  static constexpr int kChannels = 128;  // channels of the points in shared memory at a time
   static constexpr size_t kSharedBytes = kSweepPoints * kChannels * sizeof(float);
 
   template <class F>
@@ -49,9 +52,10 @@ struct DifferenceSweep {
                                                   const SweepPoints& points, int first_tile, int tile_step, const F& f) {
     STS_DYNAMIC_SHARED(float, point);                         // [kSweepPoints][kChannels]
     constexpr int kVec = Vec16<scalar_t>::size, kUnroll = 4;  // loads in flight: 64 bytes of a row
-    constexpr int kTogether = 4;  // points without a branch between them, that those past `count` are computed with, from anything
+    constexpr int kTogether = 4;  // points per branch. Sums of points past `count` come from stale shared memory, and f ignores them
     const int count = points.count;
     int slot = threadIdx.x;
+    // One tile: sums over all channels, kChannels of the points at a time.
     for (int64_t begin = static_cast<int64_t>(first_tile) * kTile; begin < item.tokens;
          begin += static_cast<int64_t>(tile_step) * kTile, slot += kTile) {
       const int64_t i = begin + threadIdx.x;
@@ -87,10 +91,10 @@ struct DifferenceSweep {
     }
   }
 
-  // A warp of the group takes two pairs at a time.
+  // Each warp of the group takes two pairs (i, j0), (i, j0 + 1) at a time.
   static __device__ __forceinline__ void pairs(const Rows<scalar_t>& rows, int64_t entry, const Item& item, bool aligned, const float*,
                                                const scalar_t*, const int* token, int count, int rank, int blocks, float* sqdist) {
-    constexpr int kColumns = 2;  // pairs whose loads are under way together
+    constexpr int kColumns = 2;  // pairs whose loads are in flight together
     const int warp = rank * kSweepWarps + threadIdx.x / 32, warps = blocks * kSweepWarps, strips = (count + kColumns - 1) / kColumns;
     const auto row_of = [&](int candidate) { return rows.row(entry, item.first + token[candidate]); };
     for (int strip = warp; strip < count * strips; strip += warps) {
@@ -103,41 +107,44 @@ struct DifferenceSweep {
         wanted[n] = i < j0 + n && j0 + n < count && token[j0 + n < count ? j0 + n : 0] >= 0;
         other[n] = row_of(wanted[n] ? j0 + n : i);
       }
-      float of_pair[kColumns];
-      warp_sqdist<false>(row_of(i), other, rows.channels, aligned, of_pair);
+      float pair[kColumns];
+      warp_sqdist<false>(row_of(i), other, rows.channels, aligned, pair);
 #pragma unroll
       for (int n = 0; n < kColumns; ++n)
-        if (wanted[n] && threadIdx.x % 32 == 0) sqdist[pair_place(i, j0 + n)] = of_pair[n];
+        if (wanted[n] && threadIdx.x % 32 == 0) sqdist[pair_index(i, j0 + n)] = pair[n];
     }
   }
 };
 
-// On tensor cores: a warp 16 tokens by 16 points. The loads of a block's next tiles are under way while it ends one.
+// On tensor cores: a warp multiplies 16 tokens by 16 points. Stages run on across tiles: loads of the next tile are in flight during the
+// epilogue of this one.
 template <class scalar_t>
 struct MmaSweep {
   static constexpr int kTile = kSweepWarps * 16;
   static constexpr int kStages = 3;
-  static constexpr int kStageRows = kTile + kSweepPoints + 1;  // rows of kMmaChannels: the tokens, the points, and the centre
-  static constexpr int kDotStride = kSweepPoints + 1;          // off the banks of the row before
+  static constexpr int kStageRows = kTile + kSweepPoints + 1;  // rows of kMmaChannels: tokens, points, centre
+  static constexpr int kDotStride = kSweepPoints + 1;          // in floats; odd: no bank conflict when each lane reads its row
   static constexpr size_t kStageBytes = size_t(kStages) * kStageRows * kMmaChannels * sizeof(scalar_t);
   static constexpr size_t kSharedBytes = kStageBytes + kTile * kDotStride * sizeof(float);
 
-  // norms: of the item's tokens from its centre.
+  // norms: (tokens of the item), squared distances to the centre.
+  // Shared memory: stages[kStages][kStageRows][kMmaChannels], swizzled; dots[kTile][kDotStride].
   template <class F>
   static __device__ __forceinline__ void run(const Rows<scalar_t>& rows, int64_t entry, const Item& item, bool aligned, const float* norms,
                                              const scalar_t* centre, const SweepPoints& points, int first_tile, int tile_step, const F& f) {
     STS_DYNAMIC_SHARED(unsigned char, shared);
     scalar_t* const stages = reinterpret_cast<scalar_t*>(shared);
     const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, count = points.count, chunk = tid % 8;
-    float* const dots = reinterpret_cast<float*>(shared + kStageBytes) + warp * 16 * kDotStride;  // of this warp's tokens
+    float* const dots = reinterpret_cast<float*>(shared + kStageBytes) + warp * 16 * kDotStride;  // [16 tokens of this warp][kDotStride]
     const int steps = static_cast<int>(ceil_div(rows.channels, kMmaChannels));
-    const uint32_t tokens = static_cast<uint32_t>(item.tokens);  // below 2^31, so that no tile behind wraps around
+    const uint32_t tokens = static_cast<uint32_t>(item.tokens);  // below 2^31: the first token of a tile past the end does not wrap
     const scalar_t* const first_row = rows.row(entry, item.first);
-    // A load: some channels of a tile's tokens and of the points, into a stage.
+    // Position in the pipeline: kMmaChannels channels of a tile, of the points and of the centre, and the stage that holds them.
     struct Load {
-      uint32_t first;  // the tile's first token
-      int step, stage;
+      uint32_t first;   // first token of the tile
+      int step, stage;  // step: channels from step * kMmaChannels on
     };
+    // Moves to the next channels or the next tile. True: the next tile.
     const auto advance = [&](Load& load) {
       load.stage = load.stage + 1 < kStages ? load.stage + 1 : 0;
       if (++load.step < steps) return false;
@@ -147,11 +154,12 @@ struct MmaSweep {
     };
     const auto tokens_of = [&](const Load& load) { return stages + load.stage * kStageRows * kMmaChannels; };
     const auto points_of = [&](const Load& load) { return tokens_of(load) + kTile * kMmaChannels; };
-    Load now{static_cast<uint32_t>(first_tile * kTile), 0, 0}, ahead = now;
-    // Rows past the end repeat the last one, points past `count` the first. TileCopy reaches a tile's rows from its first: a packed item
-    // may be longer than it reaches from the item's.
+    Load current{static_cast<uint32_t>(first_tile * kTile), 0, 0}, ahead = current;
+    // Rows past the end repeat the last row, points past `count` the first point. The base of TileCopy is the first row of the tile, not of
+    // the item: its 32-bit offsets may be too short for a long packed item.
     TileCopy<scalar_t, kTile, kSweepThreads> copy(rows, 0, item.tokens - ahead.first);
     const scalar_t* const point = first_row + points.token[tid / 8 < count ? tid / 8 : 0] * rows.row_stride;
+    // (1) Starts the copies of `ahead`, one commit group per stage, and advances it.
     const auto fetch = [&] {
       if (ahead.first < tokens) {
         const int c = ahead.step * kMmaChannels + chunk * 8;
@@ -160,44 +168,48 @@ struct MmaSweep {
         if (tid / 8 < kSweepPoints) cp_async_16(points_of(ahead) + swizzled(tid / 8, chunk), point + c, inside);
         if (tid < 8) cp_async_16(tokens_of(ahead) + swizzled(kStageRows - 1, chunk), centre + c, inside);
       }
-      cp_async_commit();  // empty past the end, so that every wait below counts the same
+      cp_async_commit();  // past the end an empty group: cp_async_wait below counts groups
       if (advance(ahead)) copy = TileCopy<scalar_t, kTile, kSweepThreads>(rows, 0, item.tokens - ahead.first);
     };
 
-    float dot[2][4] = {}, sum[2][4] = {};  // [8 points][what mma gives a thread]
+    // [points 0..7, points 8..15][fragment of mma_16x8x16]. Tensor cores truncate sums, so `accumulator` is added to `dot`, with rounding,
+    // every kFlushChannels channels.
+    float dot[2][4] = {}, accumulator[2][4] = {};
     const auto flush_accumulator = [&] {
 #pragma unroll
       for (int n = 0; n < 2; ++n)
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          dot[n][e] += sum[n][e];
-          sum[n][e] = 0.f;
+          dot[n][e] += accumulator[n][e];
+          accumulator[n][e] = 0.f;
         }
     };
 #pragma unroll
     for (int stage = 0; stage < kStages - 1; ++stage) fetch();
-    int slot = warp * 16 + lane;  // of the first 16 lanes
-    for (; now.first < tokens; advance(now)) {
+    int slot = warp * 16 + lane;  // valid in lanes 0..15, which have one token each
+    for (; current.first < tokens; advance(current)) {
       cp_async_wait<kStages - 2>();
-      __syncthreads();  // this stage has arrived for all threads, and all are done with the one before, which `fetch` overwrites
+      __syncthreads();  // the current stage is complete for all threads, and all have read the stage that `fetch` overwrites
       fetch();
+      // (2) multiply
 #pragma unroll
       for (int k = 0; k < kMmaChannels / 16; ++k) {
         uint32_t a[4], b[4];
-        ldmatrix_x4(a, tokens_of(now) + swizzled(warp * 16 + lane % 16, k * 2 + lane / 16));
-        ldmatrix_x4(b, points_of(now) + swizzled(lane % 8 + lane / 16 * 8, k * 2 + lane / 8 % 2));
-        const CentreFragment<scalar_t> common(tokens_of(now), kStageRows - 1, k);
-        common.subtract_from_a(a);
-        common.subtract_from_b(b);
+        ldmatrix_x4(a, tokens_of(current) + swizzled(warp * 16 + lane % 16, k * 2 + lane / 16));
+        ldmatrix_x4(b, points_of(current) + swizzled(lane % 8 + lane / 16 * 8, k * 2 + lane / 8 % 2));
+        const CentreFragment<scalar_t> centre_fragment(tokens_of(current), kStageRows - 1, k);
+        centre_fragment.subtract_from_a(a);
+        centre_fragment.subtract_from_b(b);
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
           const uint32_t columns[2] = {b[n * 2], b[n * 2 + 1]};
-          mma_16x8x16(sum[n], a, columns, scalar_t());
+          mma_16x8x16(accumulator[n], a, columns, scalar_t());
         }
       }
-      if ((now.step + 1) * kMmaChannels % kFlushChannels == 0) flush_accumulator();
-      if (now.step + 1 < steps) continue;
+      if ((current.step + 1) * kMmaChannels % kFlushChannels == 0) flush_accumulator();
+      if (current.step + 1 < steps) continue;
 
+      // (3) epilogue of the tile: one lane per token gets its products through shared memory
       flush_accumulator();
 #pragma unroll
       for (int n = 0; n < 2; ++n)
@@ -207,53 +219,56 @@ struct MmaSweep {
           dot[n][e] = 0.f;
         }
       __syncwarp();
-      const uint32_t first = now.first + warp * 16, i = lane < 16 ? first + lane : tokens;
-      float* const mine = dots + lane * kDotStride;
-      unsigned cancelled = 0;  // bit p: of this token and point p
+      const uint32_t first = current.first + warp * 16, i = lane < 16 ? first + lane : tokens;
+      float* const row = dots + lane * kDotStride;  // products of the lane's token, then its distances
+      unsigned cancelled = 0;                       // bit p: the distance to point p cancels
       if (i < tokens) {
         const float norm = norms[i];
 #pragma unroll
         for (int p = 0; p < kSweepPoints; ++p) {
           if (p >= count) continue;
-          const float norms_of_pair = norm + points.norm[p], between = norms_of_pair - 2.f * mine[p];
-          mine[p] = between;
-          if (!(between >= kCancellation * norms_of_pair)) cancelled |= 1u << p;  // a NaN too
+          const float norms_of_pair = norm + points.norm[p], distance = norms_of_pair - 2.f * row[p];
+          row[p] = distance;
+          if (!(distance >= kCancellation * norms_of_pair)) cancelled |= 1u << p;  // a NaN too
         }
       }
+      // The warp recomputes cancelled distances by differences, one after another.
       if (__any_sync(kFullWarp, cancelled)) {
         for (int p = 0; p < count; ++p) {
-          for (unsigned marked = __ballot_sync(kFullWarp, cancelled >> p & 1); marked; marked &= marked - 1) {
-            const int owner = __ffs(static_cast<int>(marked)) - 1;
+          for (unsigned owners = __ballot_sync(kFullWarp, cancelled >> p & 1); owners; owners &= owners - 1) {
+            const int owner = __ffs(static_cast<int>(owners)) - 1;
             const scalar_t* const other[1] = {rows.row(entry, item.first + points.token[p])};
             float exact[1];
             warp_sqdist<false>(rows.row(entry, item.first + first + owner), other, rows.channels, aligned, exact);
-            if (lane == owner) mine[p] = exact[0];
+            if (lane == owner) row[p] = exact[0];
           }
         }
       }
       float sqdist[kSweepPoints];
 #pragma unroll
-      for (int p = 0; p < kSweepPoints; ++p) sqdist[p] = p < count && i < tokens ? mine[p] : 0.f;
-      __syncwarp();  // all have read `dots` before the next tile's
+      for (int p = 0; p < kSweepPoints; ++p) sqdist[p] = p < count && i < tokens ? row[p] : 0.f;
+      __syncwarp();  // all lanes have read `dots` before the next tile overwrites it
       f(i, slot, sqdist);
       slot += kTile;
     }
     cp_async_wait<0>();
   }
 
-  // A block takes 16 x 16 pairs at a time, each warp some channels of them. A lane loads 16 bytes of a row: eight channels, which stand at
-  // other places of the products than in the row, the same for both rows of a pair.
+  // A block takes tiles of 16 x 16 pairs with ti <= tj. Its warps split the channels (split-K), and the partial sums meet in shared memory.
+  // Fragments come from global memory, without ldmatrix: a lane loads 8 consecutive channels of a row (16 bytes) and uses them as its
+  // registers for two steps of 16 channels. The channels of both rows are permuted alike, so the dot product is that of the rows.
   static __device__ __forceinline__ void pairs(const Rows<scalar_t>& rows, int64_t entry, const Item& item, bool, const float* norms,
                                                const scalar_t* centre, const int* token, int count, int rank, int blocks, float* sqdist) {
-    STS_DYNAMIC_SHARED(float, part);  // [kSweepWarps][16][16]
+    STS_DYNAMIC_SHARED(float, part);  // partial sums [kSweepWarps][16][16]
     const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, row = lane / 4, tiles = (count + 15) / 16;
     const scalar_t* const first_row = rows.row(entry, item.first);
+    // An absent candidate reads the row of candidate 0, which is always present.
     const auto row_of = [&](int candidate) {
-      const int its = token[candidate < count ? candidate : 0];
-      return first_row + (its < 0 ? token[0] : its) * rows.row_stride;
+      const int row_token = token[candidate < count ? candidate : 0];
+      return first_row + (row_token < 0 ? token[0] : row_token) * rows.row_stride;
     };
     for (int tile = rank; tile < tiles * (tiles + 1) / 2; tile += blocks) {
-      int ti = tile, tj = 0;  // tile number tj * (tj + 1) / 2 + ti
+      int ti = tile, tj = 0;  // tile = tj * (tj + 1) / 2 + ti, ti <= tj
       while (ti > tj) ti -= ++tj;
       const scalar_t *a[2], *b[2];
 #pragma unroll
@@ -261,7 +276,7 @@ struct MmaSweep {
       float sum[2][4] = {};
 #pragma unroll 2
       for (int c = warp * 32 + lane % 4 * 8; c - lane % 4 * 8 < rows.channels; c += kSweepWarps * 32) {
-        const Vec16<scalar_t> common = load_vec<true>(centre, c, rows.channels, true);
+        const Vec16<scalar_t> offset = load_vec<true>(centre, c, rows.channels, true);
         Vec16<scalar_t> x[2], y[2];
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
@@ -272,8 +287,8 @@ struct MmaSweep {
         for (int h = 0; h < 2; ++h)
 #pragma unroll
           for (int w = 0; w < 4; ++w) {
-            x[h].word[w] = subtract_pairs(x[h].word[w], common.word[w], scalar_t());
-            y[h].word[w] = subtract_pairs(y[h].word[w], common.word[w], scalar_t());
+            x[h].word[w] = subtract_pairs(x[h].word[w], offset.word[w], scalar_t());
+            y[h].word[w] = subtract_pairs(y[h].word[w], offset.word[w], scalar_t());
           }
 #pragma unroll
         for (int w = 0; w < 4; w += 2) {
@@ -295,10 +310,10 @@ struct MmaSweep {
         float dot = 0.f;
 #pragma unroll
         for (int w = 0; w < kSweepWarps; ++w) dot += part[w * 256 + tid];
-        const float about = norms[token[i]] + norms[token[j]] - 2.f * dot;
-        sqdist[pair_place(i, j)] = about < 0.f ? 0.f : about;
+        const float approximate = norms[token[i]] + norms[token[j]] - 2.f * dot;
+        sqdist[pair_index(i, j)] = approximate < 0.f ? 0.f : approximate;
       }
-      __syncthreads();  // all have read `part` before the next tile's
+      __syncthreads();  // all have read `part` before the next tile overwrites it
     }
   }
 };

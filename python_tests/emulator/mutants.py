@@ -607,7 +607,7 @@ MUTANTS = (
         "one buffer of what blocks have lowest",
         "repulsion_select",
         "select_swept.cuh",
-        ("(turn++ & 1) * group_blocks * kSweepPoints", "0"),
+        ("(buffer++ & 1) * group_blocks * kSweepPoints", "0"),
         says=RACE,
     ),
     mutant(
@@ -635,7 +635,7 @@ MUTANTS = (
         "no barrier before a block's lowest are found",
         "repulsion_select",
         "select_swept.cuh",
-        ("* kSweepPoints;\n      __syncthreads();\n", "* kSweepPoints;\n"),
+        ("      __syncthreads();  // after[] of all threads is written\n", ""),
         says=RACE,
     ),
     mutant(
@@ -663,14 +663,14 @@ MUTANTS = (
         "no barrier before the parts of a pair's product are overwritten",
         "repulsion_select",
         "sqdist_sweep.cuh",
-        ("      __syncthreads();  // all have read `part` before the next tile's\n", ""),
+        ("      __syncthreads();  // all have read `part` before the next tile overwrites it\n", ""),
         says=RACE,
     ),
     mutant(
         "more tokens than a block's shared memory is for",
         "repulsion_select",
         "select_swept.cuh",
-        ("const bool in_shared = own.slots <= held;", "const bool in_shared = true;"),
+        ("const bool in_shared = share.slots <= held;", "const bool in_shared = true;"),
         says=OVERRUN,
     ),
     mutant(
@@ -678,23 +678,23 @@ MUTANTS = (
         "repulsion_select",
         "select_swept.cuh",
         (
-            "own.later[(made - 1) * own.stride + own.place(slot, i)]",
-            "own.later[(made < count ? made : made - 1) * own.stride + own.place(slot, i)]",
+            "share.after[(accepted - 1) * share.stride + share.index(slot, i)]",
+            "share.after[(accepted < count ? accepted : accepted - 1) * share.stride + share.index(slot, i)]",
         ),
     ),
     mutant(
         "drafts are not verified",
         "repulsion_select",
         "select_swept.cuh",
-        ("int made = 1;", "int made = count;"),
+        ("int accepted = 1;", "int accepted = count;"),
     ),
     mutant(
         "a picked token can be picked again in a sweep",
         "repulsion_select",
         "select_swept.cuh",
         (
-            "value = i == draft.token[p] ? kInfinity : Rule::add(value, added);",
-            "value = Rule::add(value, added);",
+            "value = i == draft.token[p] ? kInfinity : Rule::add(value, weight);",
+            "value = Rule::add(value, weight);",
         ),
     ),
     mutant(
@@ -727,13 +727,13 @@ MUTANTS = (
         "the centre is left out of the points",
         "repulsion_select",
         "sqdist_sweep.cuh",
-        ("        common.subtract_from_b(b);\n", ""),
+        ("        centre_fragment.subtract_from_b(b);\n", ""),
     ),
     mutant(
         "the distance of a marked pair goes to the next token",
         "repulsion_select",
         "sqdist_sweep.cuh",
-        ("if (lane == owner) mine[p] = exact[0];", "if (lane == (owner + 1) % 16) mine[p] = exact[0];"),
+        ("if (lane == owner) row[p] = exact[0];", "if (lane == (owner + 1) % 16) row[p] = exact[0];"),
     ),
     # Other rules than repulsion.
     mutant(
