@@ -1,13 +1,15 @@
-// A selection rule (selection_rule.h) in kernels: what is stored for a pair of tokens, and how potentials compare.
+// A selection rule (selection_rule.h) in kernels: the stored value of a pair of tokens, and the order of potentials.
 #pragma once
 #include "rows.cuh"
 
 namespace sts {
 
+// Whether the weight of a pair depends on the distance alone.
 template <class Rule>
 constexpr bool kOfDistance = !Rule::kByToken && !Rule::kByPick;
 
-// What stands in a matrix for a pair: the weight, where it depends on the distance alone, else the distance. Infinity is the diagonal's.
+// An element of the matrix off the diagonal: the weight of the pair (kOfDistance), else the distance. Only the diagonal is infinite: an
+// infinite distance is stored as kNonFinitePotential.
 template <class Rule>
 __device__ __forceinline__ float stored_value(const Rule& rule, float sqdist) {
   if constexpr (kOfDistance<Rule>)
@@ -16,7 +18,8 @@ __device__ __forceinline__ float stored_value(const Rule& rule, float sqdist) {
     return sqdist == kInfinity ? kNonFinitePotential : sqdist;
 }
 
-// The potential of a token after a pick; token, pick: their parameters. Infinity for the pick itself, and where it was infinite before.
+// The potential of a token after a pick. stored: the matrix element of the token and the pick; token, pick: their parameters.
+// Infinite for the pick itself (the diagonal) and for tokens that were picked before.
 template <class Rule>
 __device__ __forceinline__ float after_pick(const Rule& rule, float potential, float stored, float token, float pick) {
   if constexpr (kOfDistance<Rule>)
@@ -25,19 +28,21 @@ __device__ __forceinline__ float after_pick(const Rule& rule, float potential, f
     return stored == kInfinity ? kInfinity : Rule::add(potential, rule.weight(stored, token, pick));
 }
 
-// Orders like the potential as an unsigned number. What is added to a token that is none may be a NaN: it comes after infinity, or is +inf.
+// The potential as an unsigned number of the same order. Potentials are at least +0 without kNegative, so their bits are ordered as they
+// are. Past the end of an item a garbage weight may turn +inf into a NaN: as an unsigned number a NaN of either sign is above +inf. Rules
+// with kNegative keep +inf.
 template <class Rule>
 __device__ __forceinline__ uint32_t order_of(float potential) {
   return Rule::kNegative ? ordered_bits(potential) : __float_as_uint(potential);
 }
 
-// A token's potential before the first pick. finite: it has no NaN or infinity.
+// A token's potential before the first pick. finite: no channel of the token is NaN or infinite.
 template <class Rule>
 __device__ __forceinline__ float first_potential(const Rule& rule, bool finite, float start, float parameter) {
   return finite ? rule.start(start, parameter) : kNonFinitePotential;
 }
 
-// The lowest of these is the first pick, where there is no anchor. has_start: `start` was given.
+// The sort key of a token for the first pick, where there is no anchor: the lowest is picked. has_start: the caller gave `start`.
 template <class Rule>
 __device__ __forceinline__ float first_key(const Rule& rule, float mean_sqdist, float potential, bool has_start, float parameter) {
   if constexpr (Rule::kFromMean)
@@ -46,7 +51,7 @@ __device__ __forceinline__ float first_key(const Rule& rule, float mean_sqdist, 
     return has_start || potential == kNonFinitePotential ? potential : rule.start(1.f, parameter);
 }
 
-// numbers[first + at[i]] for all i, or `otherwise` where there are none.
+// out[i] = numbers[first + at[i]], or `otherwise` where `numbers` is null.
 template <int kCount>
 __device__ __forceinline__ void load_numbers(const float* numbers, int64_t first, const int (&at)[kCount], float otherwise,
                                              float (&out)[kCount]) {

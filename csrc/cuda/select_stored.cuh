@@ -1,35 +1,35 @@
 // Selection over the stored weights of all pairs: the plain loop.
 //
-// What: one block per item, of a padded batch or a packed one, runs Algorithm 1 with the potentials in registers. A pick is a dependency
-//   chain (row of weights from L2, add, argmin of the block), and its latency is the run time; so the loop holds nothing that is not in it.
+// What: one block per item runs Algorithm 1 with the potentials in registers; items are padded or packed. A pick is a dependency chain:
+//   row of weights from L2, add, argmin of the block. Its latency is the run time, so the loop holds nothing but this chain.
 // Chosen when: the matrix fits (kMatrixTokens), and the item is small, or items are many, or the device has no clusters
 //   (select_cluster.cuh).
 // Steps, for every pick:
-//   (1) load the pick's row: 16-byte loads, 32-bit offsets;
+//   (1) load the row of the pick: 16-byte loads, 32-bit offsets;
 //   (2) add it to the potentials;
-//   (3) argmin of the warp: one REDUX of the ordered bits, one vote; the lowest lane among equals has the lowest token;
-//   (4) argmin of the block: every warp reports (bits, token) in shared memory, every thread reads all reports.
-// Synchronisation: one __syncthreads a pick, between the reports and their readers. Reports are double-buffered: a warp that reports on
-//   pick p + 2 has passed the barrier of p + 1, which every reader of the reports on p arrives at after reading.
+//   (3) argmin of the warp: one REDUX of the ordered bits, one ballot. Among equals the lowest lane has the lowest token;
+//   (4) argmin of the block: every warp writes a report (bits, token) to shared memory, and every thread reads all reports.
+// Synchronisation: one __syncthreads per pick, between the writes and the reads of the reports. Reports are double-buffered: a warp writes
+//   the reports of pick p + 2 after the barrier of p + 1, and all threads have read the reports of p before that barrier.
 #pragma once
 #include "token_stats.cuh"
 
 namespace sts {
 
 constexpr int kStoredTokens = 8;       // tokens per thread
-constexpr int kStoredMostTokens = 16;  // the same above kStoredMaxWarps * 32 * kStoredTokens tokens
-constexpr int kStoredMaxWarps = 16;
-constexpr int kStoredReadWarps = 8;  // up to this many reports are compared in registers, more of them by two REDUX
+constexpr int kStoredMostTokens = 16;  // tokens per thread of items with more than 16 * 32 * 8 = 4096 tokens
+constexpr int kStoredMaxWarps = 16;    // max warps per block
+constexpr int kStoredReadWarps = 8;    // max reports that a thread compares in registers; more reports take two REDUX
 
-// The items whose weights are in memory: entries of a padded batch from `first` on, or a wave of a packed one.
+// The items whose weights are in memory: the entries of a padded batch from `first` on, or one wave of a packed batch.
 struct StoredItems {
   Items items;
   const float* weights;
   int64_t first;
-  const PackedWave* wave;  // packed, else null
+  const PackedWave* wave;  // packed: wave[0] is this wave, wave[1] the next; padded: null
   const PackedMatrix* matrices;
 
-  // Which item is number `launched` of them, or -1.
+  // Index of the item that block or cluster `launched` of the grid selects from; -1: none.
   __device__ __forceinline__ int64_t number(int64_t launched) const {
     if (!wave) return first + launched;
     const int64_t b = wave[0].item + launched;
@@ -41,15 +41,15 @@ struct StoredItems {
   __device__ __forceinline__ int64_t pitch(const Item& item) const { return matrix_pitch(wave ? item.tokens : items.tokens); }
 };
 
-// What a warp reports: its lowest potential (order_of) and the token that has it.
+// Argmin of a warp: its lowest potential (order_of) and the token of that potential.
 struct alignas(8) StoredReport {
   uint32_t order, token;
 };
 
-// The lowest report, the lowest token among equals. kWarps: reports; 0: `warps` of them, at most 32.
+// The lowest of `warps` reports; among equals the lowest token. kWarps: their number, if known at compile time; 0: up to 32.
 template <int kWarps>
 __device__ __forceinline__ StoredReport lowest_report(const StoredReport* reports, int warps, int lane) {
-  uint32_t least, token = ~0u;
+  uint32_t lowest, token = ~0u;
   if constexpr (kWarps > 0) {
     StoredReport r[kWarps];
 #pragma unroll
@@ -58,21 +58,23 @@ __device__ __forceinline__ StoredReport lowest_report(const StoredReport* report
       r[i] = StoredReport{two.x, two.y};
       r[i + 1] = StoredReport{two.z, two.w};
     }
-    least = r[0].order;
+    lowest = r[0].order;
 #pragma unroll
-    for (int i = 1; i < kWarps; ++i) least = min(least, r[i].order);
+    for (int i = 1; i < kWarps; ++i) lowest = min(lowest, r[i].order);
 #pragma unroll
-    for (int i = 0; i < kWarps; ++i) token = min(token, r[i].order == least ? r[i].token : ~0u);
+    for (int i = 0; i < kWarps; ++i) token = min(token, r[i].order == lowest ? r[i].token : ~0u);
   } else {
-    const StoredReport mine = lane < warps ? reports[lane] : StoredReport{~0u, ~0u};
-    least = __reduce_min_sync(kFullWarp, mine.order);
-    token = __reduce_min_sync(kFullWarp, mine.order == least ? mine.token : ~0u);
+    const StoredReport report = lane < warps ? reports[lane] : StoredReport{~0u, ~0u};
+    lowest = __reduce_min_sync(kFullWarp, report.order);
+    token = __reduce_min_sync(kFullWarp, report.order == lowest ? report.token : ~0u);
   }
-  return {least, token};
+  return {lowest, token};
 }
 
-// By a block: item b, number `launched`. Thread i has kTokens consecutive tokens, from i * kTokens on. Tokens past the end stay above all
-// others, whatever is added: their weights may be anything. kWarps: warps at work, or 0: as many as the item needs.
+// By a block: the picks of item b, which is number `launched` of the grid. Thread i has tokens i * kTokens to (i + 1) * kTokens - 1.
+// Tokens past the end of the item have an infinite potential, above all others. No weight lowers it, so their weights may be garbage.
+// kWarps: warps that take part; 0: as many as the item needs.
+// Shared memory: report[2][kSlots], then picked[picks].
 template <class Rule, int kTokens, int kWarps>
 __device__ __forceinline__ void select_stored(const StoredItems& stored_items, int64_t launched, int64_t b, const Item& item,
                                               const float* mean_sqdist, const Rule& rule, int64_t* out) {
@@ -90,22 +92,23 @@ __device__ __forceinline__ void select_stored(const StoredItems& stored_items, i
   if (all_picks == 0) return;
   const int picks = settled(static_cast<int>(all_picks));
   const int warps = kWarps ? kWarps : settled(static_cast<int>(ceil_div(tokens, 32 * kTokens)));
-  if (warp >= warps) return;  // the item is smaller than the launch
+  if (warp >= warps) return;  // warps for larger items of the launch. __syncthreads does not wait for threads that have exited
 
-  const float* const matrix = settled(stored_items.matrix(launched));                                 // 16-byte aligned
-  const int64_t first_row = items.first_token(b, item);                                               // among all tokens
-  const uint32_t pitch = static_cast<uint32_t>(settled(static_cast<int>(stored_items.pitch(item))));  // pitch^2 <= 2^26
+  // settled(): kept in registers, not computed again for every pick.
+  const float* const matrix = settled(stored_items.matrix(launched));  // 16-byte aligned
+  const int64_t first_row = items.first_token(b, item);                // index of the item's token 0 among all tokens
+  const uint32_t pitch = static_cast<uint32_t>(settled(static_cast<int>(stored_items.pitch(item))));  // <= 2^13: offsets have 26 bits
   const int first = tid * kTokens;
-  uint32_t column[kTokens / 4];  // past the end the last 16 bytes of the row are read again
+  uint32_t column[kTokens / 4];  // column of each 16-byte load; past the end the last load of the row
   float potential[kTokens], parameter[kTokens], start[kTokens], distance[kTokens];
   uint32_t order[kTokens];
-  int at[kTokens];
+  int token[kTokens];  // past the end the last one
 #pragma unroll
-  for (int t = 0; t < kTokens; ++t) at[t] = first + t < tokens ? first + t : tokens - 1;
-  load_numbers(mean_sqdist, first_row, at, 0.f, distance);  // all loads are issued before one is used
+  for (int t = 0; t < kTokens; ++t) token[t] = first + t < tokens ? first + t : tokens - 1;
+  load_numbers(mean_sqdist, first_row, token, 0.f, distance);  // all loads are issued before one is used
   if constexpr (!kOfDistance<Rule>) {
-    load_numbers(items.start, first_row, at, kNonFinitePotential, start);
-    load_numbers(items.parameter, first_row, at, 1.f, parameter);
+    load_numbers(items.start, first_row, token, kNonFinitePotential, start);
+    load_numbers(items.parameter, first_row, token, 1.f, parameter);
   } else {
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) start[t] = parameter[t] = 0.f;
@@ -119,46 +122,47 @@ __device__ __forceinline__ void select_stored(const StoredItems& stored_items, i
     potential[t] = inside ? before : kInfinity;
     if (t % 4 == 0) column[t / 4] = static_cast<uint32_t>(j < tokens ? j : (tokens - 1) & ~3);
   }
-  // (3), (4)
+  // (3) and (4): the lowest token of the block, given to every thread. step: parity selects the buffer of reports.
   const auto lowest_token = [&](int step) {
     uint32_t low = order[0];
 #pragma unroll
     for (int t = 1; t < kTokens; ++t) low = min(low, order[t]);
-    const uint32_t least = __reduce_min_sync(kFullWarp, low);
-    int which = 0;
+    const uint32_t warp_low = __reduce_min_sync(kFullWarp, low);
+    int lowest_t = 0;  // the first token of this thread with `low`
 #pragma unroll
-    for (int t = kTokens - 1; t >= 0; --t) which = order[t] == low ? t : which;
-    const unsigned equal = __ballot_sync(kFullWarp, low == least);
-    if ((equal & ((2u << lane) - 1)) == 1u << lane) report[step & 1][warp] = {least, static_cast<uint32_t>(first + which)};
+    for (int t = kTokens - 1; t >= 0; --t) lowest_t = order[t] == low ? t : lowest_t;
+    const unsigned equal = __ballot_sync(kFullWarp, low == warp_low);
+    // True in the lowest lane of `equal` alone.
+    if ((equal & ((2u << lane) - 1)) == 1u << lane) report[step & 1][warp] = {warp_low, static_cast<uint32_t>(first + lowest_t)};
     __syncthreads();
     return lowest_report<kWarps>(report[step & 1], warps, lane);
   };
 
-  const StoredReport nearest = lowest_token(0);
-  uint32_t pick = item.anchor >= 0 ? static_cast<uint32_t>(item.anchor) : nearest.order < order_of<Rule>(kInfinity) ? nearest.token : 0;
+  const StoredReport initial = lowest_token(0);  // by first_key
+  uint32_t pick = item.anchor >= 0 ? static_cast<uint32_t>(item.anchor) : initial.order < order_of<Rule>(kInfinity) ? initial.token : 0;
   for (int step = 1; step < picks; ++step) {
     float stored[kTokens], pick_parameter = 1.f;
     const uint32_t row = pick * pitch;
 #pragma unroll
-    for (int t = 0; t < kTokens; t += 4) {  // (1)
+    for (int t = 0; t < kTokens; t += 4) {  // (1) load the row
       const float4 four = __ldg(reinterpret_cast<const float4*>(matrix + (row + column[t / 4])));
       stored[t] = four.x, stored[t + 1] = four.y, stored[t + 2] = four.z, stored[t + 3] = four.w;
     }
     if constexpr (Rule::kByPick) pick_parameter = items.parameter_of(first_row + pick);
     if (tid == 0) picked[step - 1] = static_cast<int>(pick);
 #pragma unroll
-    for (int t = 0; t < kTokens; ++t) {  // (2)
+    for (int t = 0; t < kTokens; ++t) {  // (2) add it
       potential[t] = after_pick(rule, potential[t], stored[t], parameter[t], pick_parameter);
       order[t] = order_of<Rule>(potential[t]);
     }
-    pick = lowest_token(step).token;
+    pick = lowest_token(step).token;  // (3), (4)
   }
   if (tid == 0) picked[picks - 1] = static_cast<int>(pick);
   __syncthreads();
   for (int i = tid; i < picks; i += warps * 32) picks_out[i] = picked[i];
 }
 
-// Padded: one block per item.
+// Padded batch: one block per item, with the warps that items of its size need.
 template <class Rule, int kTokens, int kWarps>
 __global__ void __launch_bounds__((kWarps ? kWarps : kStoredMaxWarps) * 32, 1)
     select_stored_kernel(StoredItems stored, const float* mean_sqdist, Rule rule, int64_t* out) {
@@ -167,7 +171,7 @@ __global__ void __launch_bounds__((kWarps ? kWarps : kStoredMaxWarps) * 32, 1)
   select_stored<Rule, kTokens, kWarps>(stored, blockIdx.x, b, stored.items[b], mean_sqdist, rule, out);
 }
 
-// Packed: the same, as it suits the size of each item. kWarps: of a block.
+// Packed batch: one block per item. kWarps: warps per block, for the longest item; shorter items use fewer.
 template <class Rule, int kWarps>
 __global__ void __launch_bounds__(kWarps * 32, 1)
     select_packed_kernel(StoredItems stored, const float* mean_sqdist, Rule rule, int64_t* out) {
@@ -186,7 +190,8 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
   }
 }
 
-// f(kernel, warps of its blocks, bytes of their reports) for items of up to `tokens`. Idle lanes cost nothing; few warps agree sooner.
+// Calls f(kernel, warps per block, bytes of the reports) with the kernel for items of up to `tokens`. Fewer warps make step (4) shorter,
+// and idle lanes cost nothing: so a thread has 8 tokens even where there are warps to spare.
 template <class Rule, class F>
 auto with_stored_kernel(int64_t tokens, const F& f) {
   const auto reports = [](int warps) { return 2 * warps * sizeof(StoredReport); };
@@ -200,7 +205,7 @@ auto with_stored_kernel(int64_t tokens, const F& f) {
            reports(kStoredMaxWarps));
 }
 
-// The same for the items of a packed batch.
+// The same for a packed batch.
 template <class Rule, class F>
 auto with_packed_kernel(int64_t tokens, const F& f) {
   const auto reports = [](int warps) { return 2 * warps * sizeof(StoredReport); };

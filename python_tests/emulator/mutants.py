@@ -415,7 +415,7 @@ MUTANTS = (
         "the last of equal tokens wins",
         "repulsion_select",
         "select_stored.cuh",
-        ("for (int t = kTokens - 1; t >= 0; --t) which", "for (int t = 0; t < kTokens; ++t) which"),
+        ("for (int t = kTokens - 1; t >= 0; --t) lowest_t", "for (int t = 0; t < kTokens; ++t) lowest_t"),
     ),
     mutant(
         "the last of equal lanes reports",
