@@ -1,16 +1,17 @@
-// Packed items on a GPU, looked through once: what the kernels that follow work on, whatever numbers the offsets hold.
+// Plan of a packed batch, computed on the device: ranges, matrix offsets and waves of the items. It is safe to use whatever cu_seqlens and
+// cu_budgets hold.
 //
-// What: one block reads offsets, budgets and anchors and writes, for every item,
-//   where it is, with rows and places of its own: items lie one behind the other, and what overlaps an item before it is empty;
-//   where its weights begin. The weights are block-diagonal: (n, matrix_pitch(n)) for an item of n tokens, one item after another;
-//   how many tiles of pairs the items before it have: a tile's item is found by search.
-//   Items whose weights do not fit in memory together are in several waves: runs of items, as long as they fit.
-// Chosen when: the batch is packed. Sums of squares cannot be known on the host, which knows bounds alone (PackedShape).
-// Steps, for kPlanThreads items at a time:
-//   (1) an item's rows and places are its own if no item before ends behind their begin: a maximum scan;
-//   (2) sums of the floats, tiles and large items before each: a sum scan;
-//   (3) waves: the first item that does not fit opens the next.
-// Synchronisation: one block; __syncthreads in the scans, and around what the thread of a wave's first item tells the others.
+// What: one block reads offsets, budgets and anchors, and writes for every item
+//   - its range of rows and of output elements. Ranges ascend and are disjoint: an item that overlaps an item before it becomes empty;
+//   - the offset of its matrix. Weights are block-diagonal: a matrix (n, matrix_pitch(n)) for an item of n tokens, one item after another;
+//   - the number of tiles of pairs in the items before it. From a tile number its item is found by search.
+//   A wave is a range of items whose matrices fit in memory together.
+// Chosen when: the batch is packed. The host knows shapes but no offsets, so it knows bounds alone (PackedShape).
+// Steps, for kPlanThreads items at a time, one per thread:
+//   (1) prefix maximum of the ends: an item that begins before an earlier item ends becomes empty;
+//   (2) prefix sums of the matrix floats, the tiles and the large items;
+//   (3) waves: the first item whose matrix does not fit into the wave opens the next wave.
+// Synchronisation: one block. __syncthreads in the scans, and before and after the thread of a wave's first item writes `opened_at`.
 #pragma once
 #include "rows.cuh"
 
@@ -19,65 +20,70 @@ namespace sts {
 constexpr int kPlanThreads = 256;
 constexpr int kPlanWarps = kPlanThreads / 32;
 
-// Where an item's weights begin in the memory of its wave, in floats, or -1 where it is too long for weights; and how many tiles the items
-// before it have.
+// The matrix of weights of an item.
+//   offset: floats from the begin of its wave; -1: the item is too long for a matrix
+//   first_tile: tiles in all items before it
 struct PackedMatrix {
   int64_t offset, first_tile;
 };
 
-// The first item of a wave, and its first tile.
+// The first item of a wave, and the first tile of that item.
 struct PackedWave {
   int64_t item, tile;
 };
 
-// Device memory. Items that are no use to a selection have no tokens and no picks; yet `first` never falls.
+// The plan, in device memory. An item that is invalid, overlaps another or has no picks has no tokens and no picks.
+// Invariant: items[b].first never decreases with b, empty items included: packed_task searches it.
 struct PackedPlan {
   Item* items;             // (items)
   PackedMatrix* matrices;  // (items)
-  PackedWave* waves;       // (waves + 1): ends with (items, all tiles)
-  int* large;              // (1 + most_large): how many items are too long for weights, and which
+  PackedWave* waves;       // (waves + 1): empty waves and the end are (items, all tiles)
+  int* large;              // (1 + most_large): the number of items that are too long for a matrix, then their indices
 };
 
-// What the host knows of packed items.
+// Bounds of a plan that the host knows from the shapes.
 struct PackedShape {
-  int64_t stored_tokens;  // weights are stored for items of up to so many tokens
-  int tile;               // side of a tile of pairs
-  int64_t floats;         // of weights, of a wave at the most
-  int64_t waves;          // at the most
-  int64_t most_large;     // items whose weights are not stored, at the most
+  int64_t stored_tokens;  // max tokens of an item with a matrix
+  int tile;               // tokens along the side of a tile of pairs
+  int64_t floats;         // max floats of the matrices of a wave
+  int64_t waves;          // max waves
+  int64_t most_large;     // max items without a matrix
 };
 
-// most_floats: of a wave, unless a single item may need more.
+// most_floats: the limit for PackedShape::floats, unless the largest possible matrix is larger.
 inline PackedShape packed_shape(const Items& items, int64_t stored_tokens, int tile, int64_t most_floats) {
   const int64_t side = items.longest() < stored_tokens ? items.longest() : stored_tokens;
   const int64_t all = items.tokens * matrix_pitch(side), largest = side * matrix_pitch(side);
   const int64_t floats = all < most_floats ? all : most_floats < largest ? largest : most_floats;
   const int64_t large = items.longest() > stored_tokens ? items.tokens / (stored_tokens + 1) : 0;
-  // The first item of a wave did not fit into the wave before: two waves in a row hold more than `floats`. And every wave has an item.
+  // The first item of a wave did not fit into the wave before: any two consecutive waves hold more than `floats` together. `all` bounds
+  // the floats of all waves. Every wave has an item.
   const int64_t waves = floats > 0 ? 2 * ceil_div(all, floats) - 1 : 1;
   return {stored_tokens, tile, floats, waves < items.count ? waves : items.count, large < items.count ? large : items.count};
 }
 
-// Tiles of all items, at the most.
+// Max tiles of all items together. An item of n tokens has s = ceil(n / tile) tiles along a side, s * (s + 1) / 2 in all.
+// The first factor bounds the sum of s, the second (s + 1) / 2 of the longest item.
 inline int64_t most_tiles(const Items& items, const PackedShape& shape) {
   const int64_t side = items.longest() < shape.stored_tokens ? items.longest() : shape.stored_tokens;
   return (items.tokens / shape.tile + items.count) * ceil_div(ceil_div(side, shape.tile) + 1, 2);
 }
 
-// By a block: op of `value` of all threads before this one and of `carry`, which gets op of all. Numbers are not negative.
+// Exclusive scan by a block, of kCount numbers at once, starting from `carry`. value: in: of this thread; out: op of `carry` and of all
+// threads before this one. carry: out: op of all. Numbers are at least 0: 0 is the identity of both ops, sum and maximum.
 template <int kCount, class Op>
 __device__ __forceinline__ void scan_block(int64_t (&value)[kCount], int64_t (&carry)[kCount], int64_t (*partial)[kCount], const Op& op) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    int64_t whole = value[i];
+    int64_t inclusive = value[i];
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
-      const int64_t before = __shfl_up_sync(kFullWarp, whole, step);
-      if (lane >= step) whole = op(before, whole);
+      const int64_t before = __shfl_up_sync(kFullWarp, inclusive, step);
+      if (lane >= step) inclusive = op(before, inclusive);
     }
-    if (lane == 31) partial[warp][i] = whole;
-    value[i] = __shfl_up_sync(kFullWarp, whole, 1);
+    if (lane == 31) partial[warp][i] = inclusive;
+    value[i] = __shfl_up_sync(kFullWarp, inclusive, 1);
     if (lane == 0) value[i] = 0;
   }
   __syncthreads();
@@ -91,38 +97,39 @@ __device__ __forceinline__ void scan_block(int64_t (&value)[kCount], int64_t (&c
   __syncthreads();  // all have read `partial` before the next scan
 }
 
+// One block. A template, so that several translation units may hold the definition.
 template <class Unused = void>
 __global__ void __launch_bounds__(kPlanThreads) plan_packed_kernel(Items items, PackedShape shape, PackedPlan plan) {
   __shared__ int64_t end_partial[kPlanWarps][2], sum_partial[kPlanWarps][3], opened_at;
-  int64_t ends[2] = {};              // of rows and places so far
+  int64_t ends[2] = {};              // maximum end so far, of rows and of output elements
   int64_t sums[3] = {};              // floats, tiles, large items so far
-  int64_t wave = 0, wave_begin = 0;  // the floats before it
+  int64_t wave = 0, wave_begin = 0;  // wave_begin: floats in all waves before `wave`
   if (threadIdx.x == 0) plan.waves[0] = {0, 0};
   for (int64_t begin = 0; begin < items.count; begin += kPlanThreads) {
     const int64_t b = begin + threadIdx.x;
     Item item{};
     if (b < items.count) item = items[b];
 
-    // (1)
+    // (1) ranges
     int64_t before[2] = {item.first + item.tokens, item.out + item.picks};
     scan_block(before, ends, end_partial, [](int64_t a, int64_t c) { return a > c ? a : c; });
-    const bool own = item.valid && item.first >= before[0] && item.out >= before[1];
-    if (!own) item.first = before[0];
-    if (!own || item.picks == 0) item.tokens = item.picks = 0;
+    const bool disjoint = item.valid && item.first >= before[0] && item.out >= before[1];
+    if (!disjoint) item.first = before[0];
+    if (!disjoint || item.picks == 0) item.tokens = item.picks = 0;
 
-    // (2)
+    // (2) prefix sums
     const bool large = item.tokens > shape.stored_tokens;
-    const bool weighed = !large && item.tokens > 1 && item.picks > 1;  // a single pick needs no weights
-    const int64_t floats = weighed ? item.tokens * matrix_pitch(item.tokens) : 0, side = weighed ? ceil_div(item.tokens, shape.tile) : 0;
+    const bool stored = !large && item.tokens > 1 && item.picks > 1;  // a single pick needs no weights
+    const int64_t floats = stored ? item.tokens * matrix_pitch(item.tokens) : 0, side = stored ? ceil_div(item.tokens, shape.tile) : 0;
     int64_t sum[3] = {floats, side * (side + 1) / 2, large};
     scan_block(sum, sums, sum_partial, [](int64_t a, int64_t c) { return a + c; });
     if (b < items.count) plan.items[b] = item;
     if (large && sum[2] < shape.most_large) plan.large[1 + sum[2]] = static_cast<int>(b);
 
-    // (3)
+    // (3) waves. Every iteration places the items that fit into the current wave. The first thread whose item does not fit opens the next.
     int64_t offset = -1;
     for (;;) {
-      const int fit = __syncthreads_count(sum[0] + floats - wave_begin <= shape.floats);  // of the first threads, as sums rise
+      const int fit = __syncthreads_count(sum[0] + floats - wave_begin <= shape.floats);  // threads 0 .. fit - 1: sums ascend
       const int tid = static_cast<int>(threadIdx.x);
       if (offset < 0 && tid < fit) offset = sum[0] - wave_begin;
       if (fit == kPlanThreads) break;
@@ -144,20 +151,21 @@ inline cudaError_t launch_packed_plan(const Items& items, const PackedShape& sha
   return launch(plan_packed_kernel<>, Launch{dim3(1), dim3(kPlanThreads), 0, 1, false, stream}, items, shape, plan);
 }
 
-// By a warp: the last number in [first, last) of which at_most(number) holds, as it does of `first` and of all numbers up to some.
+// By a warp: the last number in [first, last) for which at_most holds, by 32-ary search. Invariant: at_most holds for `first`, and is
+// monotone (true, then false).
 template <class F>
 __device__ __forceinline__ int64_t last_of(int64_t first, int64_t last, const F& at_most) {
   while (last - first > 1) {
-    const int64_t step = ceil_div(last - first, 32), mine = first + threadIdx.x % 32 * step;
-    const unsigned holds = __ballot_sync(kFullWarp, mine < last && at_most(mine)) | 1u;
+    const int64_t step = ceil_div(last - first, 32), probe = first + threadIdx.x % 32 * step;
+    const unsigned holds = __ballot_sync(kFullWarp, probe < last && at_most(probe)) | 1u;
     first += (31 - __clz(static_cast<int>(holds))) * step;
     last = first + step < last ? first + step : last;
   }
   return first;
 }
 
-// By a warp: which item, and which part of `size` tokens of it, is number `task` of packed_tasks(items, size). The part may be past the
-// item's end.
+// Tasks over a packed batch: parts of `size` tokens of an item. packed_tasks is their number, packed_task(task), by a warp, the item and
+// the part. A part may be past the end of the item.
 struct PackedTask {
   int64_t item, part;
 };

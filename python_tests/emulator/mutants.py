@@ -450,8 +450,8 @@ MUTANTS = (
         "repulsion_select",
         "packed_plan.cuh",
         (
-            "floats = weighed ? item.tokens * matrix_pitch(item.tokens) : 0",
-            "floats = weighed ? item.tokens * item.tokens : 0",
+            "floats = stored ? item.tokens * matrix_pitch(item.tokens) : 0",
+            "floats = stored ? item.tokens * item.tokens : 0",
         ),
         says="misaligned address",
     ),
