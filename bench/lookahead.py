@@ -1,4 +1,4 @@
-"""`python -m bench.lookahead`: how many picks the CUDA kernel for clusters makes an exchange (csrc/cuda/select_cluster.cuh).
+"""`python -m bench.lookahead`: how many picks the CUDA kernel for clusters makes an exchange (select_cluster.cuh).
 
 Replays its candidates and its bound beside the plain loop of Algorithm 1. Needs no timing, so it says the same on every
 machine. python_tests/test_lookahead.py holds the emulated kernel to it.

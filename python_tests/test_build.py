@@ -368,7 +368,8 @@ def test_wheel_serves_every_python(tree, tmp_path):
         assert {n for n in names if n.endswith(".py")} == python_files(tree)
         binary = {n for n in names if not n.endswith(".py") and ".dist-info/" not in n}
         pictures = {n for n in binary if n.startswith("sts_kernels/pictures/")}
-        assert binary - pictures == {f"sts_kernels/{n}" for n in ("libsts_kernels.so", "build_info.json", "py.typed", "explore.html")}
+        data = ("libsts_kernels.so", "build_info.json", "py.typed", "explore.html")
+        assert binary - pictures == {f"sts_kernels/{n}" for n in data}
         assert pictures
         archive.extractall(tmp_path / "site")
     program = """

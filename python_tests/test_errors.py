@@ -250,7 +250,7 @@ def test_raw_op_raises_too(op, name, value, error, came):
 @pytest.mark.parametrize("op", EPS)
 @pytest.mark.parametrize("value", [1e-30, 1e30, 1, 10**30])
 def test_bounds_of_eps(device, op, value):
-    """Both ends are in, and one step beyond is out, also past the Python checks: csrc/common/torch_glue.h has them too."""
+    """Both ends are in, and one step beyond is out, also past the Python checks (torch_glue.h)."""
     for namespace in (sts_kernels, torch.ops.sts_kernels):
         getattr(namespace, op)(**{**good(op, device), "eps": value})
         for beyond in (math.nextafter(1e-30, 0), math.nextafter(1e30, INF)):

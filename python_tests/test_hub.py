@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 def test_build_toml_names_every_source():
     text = (ROOT / "build.toml").read_text()
     cpu, cuda = text.split("[kernel.cpu]")[1].split("[kernel.cuda]")
+
     def sources(*folders):
         paths = [path for folder in folders for path in (ROOT / "csrc" / folder).rglob("*") if path.is_file()]
         return sorted(str(path.relative_to(ROOT)) for path in paths)

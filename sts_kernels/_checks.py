@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16)
 INTEGER = (torch.int64, torch.int32)
-# Also in csrc/common/torch_glue.h. Below, 1/eps summed over 131072 duplicates overflows float32; above, distance + eps may.
+# Also in torch_glue.h. Below, 1/eps summed over 131072 duplicates overflows float32; above, distance + eps may.
 MIN_EPS, MAX_EPS = 1e-30, 1e30
 MAX_FLOAT32 = torch.finfo(torch.float32).max
 MAX_INT = 2**63 - 1

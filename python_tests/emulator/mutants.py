@@ -202,7 +202,10 @@ MUTANTS = (
         "pairwise_sqdist",
         "sqdist_wgmma.cuh",
         ("mbarrier_init(&empty[threadIdx.x], kWarps);", "mbarrier_init(&empty[threadIdx.x], 1);"),
-        ("          if (lane == 0) mbarrier_arrive(&empty[used]);", "          if (threadIdx.x == 0) mbarrier_arrive(&empty[used]);"),
+        (
+            "          if (lane == 0) mbarrier_arrive(&empty[used]);",
+            "          if (threadIdx.x == 0) mbarrier_arrive(&empty[used]);",
+        ),
         (
             "      if (lane == 0) mbarrier_arrive(&empty[used]);\n#pragma",
             "      if (threadIdx.x == 0) mbarrier_arrive(&empty[used]);\n#pragma",
@@ -234,12 +237,6 @@ MUTANTS = (
         "pairwise_sqdist",
         "sqdist_wgmma.cuh",
         ("          matrix[column[p] * pitch + row] = value;\n", ""),
-    ),
-    mutant(
-        "the centre is left in the copy",
-        "repulsion_select",
-        "token_stats.cuh",
-        ("subtract_pairs(x[u].word[2], common[u].word[2], scalar_t())", "x[u].word[2]"),
     ),
     mutant(
         "column minima read before all warps have lowered them",
