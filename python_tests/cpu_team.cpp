@@ -5,8 +5,8 @@
 #include <stdexcept>
 #include <vector>
 
-using sts::cpu::kPartWork;
-using sts::cpu::Team;
+using sts::cpu::kMinTaskFlops;
+using sts::cpu::WorkerTeam;
 
 int failures = 0;
 
@@ -15,21 +15,21 @@ void check(bool good, const char* what) {
 }
 
 // Short loops one after another, each of which reads what the one before wrote; every row must be run once, whoever runs it.
-void body(Team& team, int* entered) {
+void body(WorkerTeam& team, int* entered) {
   ++*entered;
   std::vector<int64_t> rows(1000);
   for (int round = 1; round <= 200; ++round) {
-    const int64_t count = round * 37 % 1000, work = kPartWork / (1 + round % 50);
-    team.for_rows(count, work, [&](int64_t begin, int64_t end) {
+    const int64_t count = round * 37 % 1000, flops = kMinTaskFlops / (1 + round % 50);
+    team.for_rows(count, flops, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) ++rows[i];
     });
     for (int64_t i = 0; i < 1000; ++i) check(rows[i] == (i < count), "a row was run twice, or not at all");
-    team.for_rows(count, kPartWork, [&](int64_t begin, int64_t end) { std::fill(rows.begin() + begin, rows.begin() + end, 0); });
+    team.for_rows(count, kMinTaskFlops, [&](int64_t begin, int64_t end) { std::fill(rows.begin() + begin, rows.begin() + end, 0); });
   }
   for (int round = 0; round < 20; ++round) {
     bool thrown = false;
     try {
-      team.for_rows(100, kPartWork, [&](int64_t begin, int64_t end) {
+      team.for_rows(100, kMinTaskFlops, [&](int64_t begin, int64_t end) {
         if (begin <= 5 * round && 5 * round < end) throw std::runtime_error("on purpose");
       });
     } catch (const std::runtime_error&) {
@@ -37,7 +37,7 @@ void body(Team& team, int* entered) {
     }
     check(thrown, "an exception was lost");
     std::atomic<int64_t> sum{0};
-    team.for_rows(100, kPartWork, [&](int64_t begin, int64_t end) { sum += end - begin; });
+    team.for_rows(100, kMinTaskFlops, [&](int64_t begin, int64_t end) { sum += end - begin; });
     check(sum == 100, "a loop after an exception was cut short");
   }
 }
@@ -45,10 +45,10 @@ void body(Team& team, int* entered) {
 int main() {
   for (int threads : {1, 2, 3, 8}) {
     for (int late = 0; late < 2; ++late) {  // the first thread may be done before the others come
-      Team team(threads);
+      WorkerTeam team(threads);
       int entered = 0;
       std::vector<std::thread> others;
-      const auto join = [&] { team.join([&](Team& t) { body(t, &entered); }); };
+      const auto join = [&] { team.participate([&](WorkerTeam& t) { body(t, &entered); }); };
       if (late) join();
       for (int t = 1; t < threads; ++t) others.emplace_back(join);
       if (!late) join();

@@ -17,7 +17,7 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 template <class scalar_t>
 class Deduplicator {
  public:
-  Deduplicator(cpu::Team& team, const Rows<scalar_t>& features)
+  Deduplicator(cpu::WorkerTeam& team, const Rows<scalar_t>& features)
       : team_(team), features_(features), point_size_(cpu::point_size(features.channels)) {}
 
   // `listed`: `length` tokens, up to the first -1.
@@ -103,7 +103,7 @@ class Deduplicator {
     width_ = left;
   }
 
-  cpu::Team& team_;
+  cpu::WorkerTeam& team_;
   Rows<scalar_t> features_;
   int64_t point_size_, width_ = 0;                    // width_: of sqdist_
   std::vector<int64_t> token_, list_, next_, place_;  // list_: places in token_ and sqdist_, in the order of the rounds
@@ -122,16 +122,16 @@ Tensor dedup_select_cpu(const Tensor& features, const Tensor& order, int64_t kee
   auto* const kept = static_cast<int64_t*>(out.mutable_data_ptr());
   cpu::dispatch(given.features.scalar_type(), [&](auto* element) {
     const auto rows = rows_of<std::remove_pointer_t<decltype(element)>>(given.features);
-    const auto run = [&](cpu::Team& team, int64_t begin, int64_t end) {
+    const auto run = [&](cpu::WorkerTeam& team, int64_t begin, int64_t end) {
       Deduplicator deduplicator(team, rows);
       for (int64_t b = begin; b < end; ++b) deduplicator.run(b, listed + b * length, length, keep, step, kept + b * keep);
     };
     const int64_t item_work = length * length * (channels + length / 16);
-    cpu::with_team(batch * item_work, [&](cpu::Team& team) {
+    cpu::with_team(batch * item_work, [&](cpu::WorkerTeam& team) {
       // Threads take whole items where there are enough of them, else rows of one item.
       if (batch < team.members) return run(team, 0, batch);
       team.for_rows(batch, item_work, [&](int64_t begin, int64_t end) {
-        cpu::Team alone(1);
+        cpu::WorkerTeam alone(1);
         run(alone, begin, end);
       });
     });

@@ -23,7 +23,7 @@ constexpr int kSlots = 3 * cpu::kPoints;  // rows computed and not picked yet
 template <class scalar_t>
 class DppSelector {
  public:
-  DppSelector(cpu::Team& team, const Rows<scalar_t>& features, float floor)
+  DppSelector(cpu::WorkerTeam& team, const Rows<scalar_t>& features, float floor)
       : team_(team), features_(features), point_size_(cpu::point_size(features.channels)), floor_(floor) {}
 
   void run(int64_t b, int64_t tokens, int64_t k, const float* quality, int64_t* order, float* gain) {
@@ -204,7 +204,7 @@ class DppSelector {
     std::copy_n(candidates_.begin(), picks - done, order + done);
   }
 
-  cpu::Team& team_;
+  cpu::WorkerTeam& team_;
   Rows<scalar_t> features_;
   int64_t point_size_, tokens_ = 0, width_ = 0;  // width_: tokens_, in whole blocks of columns
   float floor_;
@@ -228,17 +228,17 @@ std::tuple<Tensor, Tensor> dpp_select_cpu(const Tensor& features, const Tensor& 
   const auto* const qualities = static_cast<const float*>(given.quality.const_data_ptr());
   cpu::dispatch(given.features.scalar_type(), [&](auto* element) {
     const auto rows = rows_of<std::remove_pointer_t<decltype(element)>>(given.features);
-    const auto run = [&](cpu::Team& team, int64_t begin, int64_t end) {
+    const auto run = [&](cpu::WorkerTeam& team, int64_t begin, int64_t end) {
       DppSelector selector(team, rows, given.floor);
       for (int64_t b = begin; b < end; ++b)
         selector.run(b, counts ? counts[b] : tokens, k, qualities + b * tokens, orders + b * k, gains + b * k);
     };
     const int64_t item_work = 2 * tokens * (k + 4) * channels;
-    cpu::with_team(batch * item_work, [&](cpu::Team& team) {
+    cpu::with_team(batch * item_work, [&](cpu::WorkerTeam& team) {
       // Threads take whole items where there are enough of them, else rows of one item.
       if (batch < team.members) return run(team, 0, batch);
       team.for_rows(batch, item_work, [&](int64_t begin, int64_t end) {
-        cpu::Team alone(1);
+        cpu::WorkerTeam alone(1);
         run(alone, begin, end);
       });
     });

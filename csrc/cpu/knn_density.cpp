@@ -77,7 +77,7 @@ Tensor knn_density_cpu(const Tensor& features, int64_t k, std::optional<Tensor> 
   float* out = static_cast<float*>(density.mutable_data_ptr());
   cpu::dispatch(x.scalar_type(), [&](auto* element) {
     using scalar_t = std::remove_pointer_t<decltype(element)>;
-    cpu::with_team(2 * batch * tokens * tokens * channels, [&](cpu::Team& team) {
+    cpu::with_team(2 * batch * tokens * tokens * channels, [&](cpu::WorkerTeam& team) {
       const auto rows = cpu::FloatRows::of(team, rows_of<scalar_t>(x), batch, tokens, false);
       const int64_t parts = ceil_div(tokens, cpu::kQueries);
       const bool estimate = 8 * k < tokens;  // else too many distances would be measured again

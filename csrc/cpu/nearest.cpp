@@ -81,7 +81,8 @@ class Distances {
   std::vector<int64_t> numbers_;
 };
 
-void match(cpu::Team& team, const Nearest& call, const cpu::FloatRows& queries, const cpu::FloatRows& keys, int64_t* index, float* value) {
+void match(cpu::WorkerTeam& team, const Nearest& call, const cpu::FloatRows& queries, const cpu::FloatRows& keys, int64_t* index,
+           float* value) {
   const int64_t parts = ceil_div(queries.count, cpu::kQueries);
   const Allowed may_match{call, keys};
   team.for_rows(queries.batch * parts, 2 * cpu::kQueries * keys.count * keys.channels, [&](int64_t begin, int64_t end) {
@@ -133,7 +134,7 @@ std::tuple<Tensor, Tensor> nearest_cpu(const Tensor& query, const Tensor& key, s
   Tensor index = new_indices(call.query, {batch, rows}), value = new_floats(call.query, {batch, rows});
   cpu::dispatch(call.query.scalar_type(), [&](auto* element) {
     using scalar_t = std::remove_pointer_t<decltype(element)>;
-    cpu::with_team(2 * batch * rows * count * channels, [&](cpu::Team& team) {
+    cpu::with_team(2 * batch * rows * count * channels, [&](cpu::WorkerTeam& team) {
       const auto keys = cpu::FloatRows::of(team, rows_of<scalar_t>(call.key), batch, count, call.cosine);
       const auto queries = cpu::FloatRows::of(team, rows_of<scalar_t>(call.query), batch, rows, call.cosine);
       match(team, call, queries, keys, static_cast<int64_t*>(index.mutable_data_ptr()), static_cast<float*>(value.mutable_data_ptr()));

@@ -10,7 +10,7 @@ namespace sts::cpu {
 
 // out: (count, count), zeros on the diagonal. Half is computed, and mirrored.
 template <class scalar_t>
-void all_pairs(Team& team, const scalar_t* const* rows, int64_t count, int64_t channels, float* out) {
+void all_pairs(WorkerTeam& team, const scalar_t* const* rows, int64_t count, int64_t channels, float* out) {
   constexpr int64_t kMost = 128;
   const int64_t width = count < 1024 ? kMost / 2 : kMost;  // columns that stay in cache while the rows above them pass
   const int64_t size = point_size(channels), blocks = ceil_div(count, width);

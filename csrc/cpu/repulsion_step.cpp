@@ -21,7 +21,7 @@ Tensor repulsion_step_cpu(Tensor potential, const Tensor& features, const Tensor
     using scalar_t = std::remove_pointer_t<decltype(element)>;
     const auto rows = rows_of<scalar_t>(step.features);
     std::vector<const scalar_t*> row(tokens);
-    cpu::with_team(batch * tokens * 4 * channels, [&](cpu::Team& team) {
+    cpu::with_team(batch * tokens * 4 * channels, [&](cpu::WorkerTeam& team) {
       for (int64_t b = 0; b < batch; ++b) {
         float* item = potentials + b * batch_stride;
         for (int64_t i = 0; i < tokens; ++i) mine[i] = item[i * token_stride], row[i] = rows.row(b, i);

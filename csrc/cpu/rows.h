@@ -28,7 +28,7 @@ struct FloatRows {
 
   // for_cosine: a row whose square is out of range is scaled by a power of two, which rounds nothing.
   template <class scalar_t>
-  static FloatRows of(Team& team, const Rows<scalar_t>& rows, int64_t batch, int64_t count, bool for_cosine) {
+  static FloatRows of(WorkerTeam& team, const Rows<scalar_t>& rows, int64_t batch, int64_t count, bool for_cosine) {
     FloatRows out{batch, count, point_size(rows.channels), {}, {}, {}, {}};
     const int64_t all = batch * count, size = out.channels;
     out.row.resize(all), out.square.resize(all), out.usable.resize(all);

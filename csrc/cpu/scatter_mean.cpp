@@ -36,7 +36,7 @@ std::tuple<Tensor, Tensor> scatter_mean_cpu(const Tensor& features, const Tensor
     float* masses = static_cast<float*>(mass.mutable_data_ptr());
     std::vector<Members> members;
     for (int64_t b = 0; b < batch; ++b) members.emplace_back(call.slots() + b * tokens, tokens, count);
-    cpu::with_team(batch * (4 * tokens + count) * channels, [&](cpu::Team& team) {
+    cpu::with_team(batch * (4 * tokens + count) * channels, [&](cpu::WorkerTeam& team) {
       team.for_rows(batch * count, (4 * tokens / count + 1) * channels, [&](int64_t begin, int64_t end) {
         std::vector<double> sum(channels);
         for (int64_t r = begin; r < end; ++r) {

@@ -84,7 +84,7 @@ class RowCache {
 template <class scalar_t, class Rule>
 class Selector {
  public:
-  Selector(Team& team, int64_t channels, const Items& items, Rule rule)
+  Selector(WorkerTeam& team, int64_t channels, const Items& items, Rule rule)
       : team_(team),
         channels_(channels),
         items_(items),
@@ -315,7 +315,7 @@ class Selector {
   const float* parameters_from(int64_t place) const { return parameter_.empty() ? nullptr : parameter_.data() + place; }
   float parameter_of(int64_t place) const { return parameter_.empty() ? 1.f : parameter_[place]; }
 
-  Team& team_;
+  WorkerTeam& team_;
   int64_t channels_;
   Items items_;
   Rule rule_;
@@ -344,14 +344,15 @@ void to_unit_point(const scalar_t* row, int64_t channels, int64_t number, float*
 }
 
 template <class scalar_t, class Rule>
-void select_items(Team& team, const Rows<scalar_t>& rows, const Items& items, Rule rule, int64_t begin, int64_t end, int64_t* picks) {
+void select_items(WorkerTeam& team, const Rows<scalar_t>& rows, const Items& items, Rule rule, int64_t begin, int64_t end, int64_t* picks) {
   Selector<scalar_t, Rule> selector(team, rows.channels, items, rule);
   for (int64_t b = begin; b < end; ++b) selector.run(rows, items.packed() ? 0 : b, items[b].first, b, items[b], picks + items[b].out);
 }
 
 // The same on a copy of unit points.
 template <class scalar_t, class Rule>
-void select_unit_items(Team& team, const Rows<scalar_t>& rows, const Items& items, Rule rule, int64_t begin, int64_t end, int64_t* picks) {
+void select_unit_items(WorkerTeam& team, const Rows<scalar_t>& rows, const Items& items, Rule rule, int64_t begin, int64_t end,
+                       int64_t* picks) {
   const auto size = static_cast<int>(point_size(rows.channels));
   Selector<float, UnitRows<Rule>> selector(team, size, items, {rule});
   std::vector<float> unit;
@@ -380,11 +381,11 @@ Tensor select_all(const Selection& selection, const F& select_some) {
     const int64_t shared = items.packed() ? std::max<int64_t>(1, items.count) : 1;  // items that share the tokens and the picks
     const int64_t passes = 4 + ceil_div(items.picks, shared);  // the first pick reads the features as often as four others
     const int64_t item_work = 2 * rows.channels * ceil_div(items.tokens, shared) * passes;
-    with_team(items.count * item_work, [&](Team& team) {
+    with_team(items.count * item_work, [&](WorkerTeam& team) {
       // Threads take whole items where there are enough of them, else rows of one item.
       if (items.count < team.members) return select_some(team, rows, 0, items.count, picks);
       team.for_rows(items.count, item_work, [&](int64_t begin, int64_t end) {
-        Team alone(1);
+        WorkerTeam alone(1);
         select_some(alone, rows, begin, end, picks);
       });
     });

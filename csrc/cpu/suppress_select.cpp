@@ -15,7 +15,7 @@ namespace {
 template <class scalar_t>
 class Walker {
  public:
-  Walker(cpu::Team& team, const Rows<scalar_t>& rows, const Items& items)
+  Walker(cpu::WorkerTeam& team, const Rows<scalar_t>& rows, const Items& items)
       : team_(team), rows_(rows), items_(items), size_(cpu::point_size(rows.channels)), block_(cpu::kPoints * size_) {
     for (int p = 0; p < cpu::kPoints; ++p) block_row_.push_back(block_.data() + p * size_);
   }
@@ -116,7 +116,7 @@ class Walker {
     pick_tau_.push_back(tau);
   }
 
-  cpu::Team& team_;
+  cpu::WorkerTeam& team_;
   Rows<scalar_t> rows_;
   Items items_;
   int64_t size_;                     // of a unit point
@@ -133,7 +133,7 @@ class Walker {
 };
 
 Tensor select(const Selection& selection) {
-  return cpu::select_all(selection, [&](cpu::Team& team, const auto& rows, int64_t begin, int64_t end, int64_t* picks) {
+  return cpu::select_all(selection, [&](cpu::WorkerTeam& team, const auto& rows, int64_t begin, int64_t end, int64_t* picks) {
     Walker walker(team, rows, selection.items);
     for (int64_t b = begin; b < end; ++b) walker.run(b, picks + selection.items[b].out);
   });
