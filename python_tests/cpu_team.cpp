@@ -1,4 +1,4 @@
-// Loops of a team of threads (csrc/cpu/team.h), under a sanitizer: test_cpu_parts.py compiles and runs this. Prints what went wrong.
+// Test of WorkerTeam (csrc/cpu/team.h). test_cpu_parts.py compiles it with a sanitizer and runs it. Prints failures.
 #include "cpu/team.h"
 
 #include <cstdio>
@@ -14,7 +14,7 @@ void check(bool good, const char* what) {
   if (!good && ++failures) std::printf("%s\n", what);
 }
 
-// Short loops one after another, each of which reads what the one before wrote; every row must be run once, whoever runs it.
+// Runs short loops one after another; each reads what the previous loop wrote. Every row must run exactly once, on any thread.
 void body(WorkerTeam& team, int* entered) {
   ++*entered;
   std::vector<int64_t> rows(1000);
@@ -44,14 +44,14 @@ void body(WorkerTeam& team, int* entered) {
 
 int main() {
   for (int threads : {1, 2, 3, 8}) {
-    for (int late = 0; late < 2; ++late) {  // the first thread may be done before the others come
+    for (int leader_first = 0; leader_first < 2; ++leader_first) {  // 1: the leader may finish before the others participate
       WorkerTeam team(threads);
       int entered = 0;
       std::vector<std::thread> others;
-      const auto join = [&] { team.participate([&](WorkerTeam& t) { body(t, &entered); }); };
-      if (late) join();
-      for (int t = 1; t < threads; ++t) others.emplace_back(join);
-      if (!late) join();
+      const auto participate = [&] { team.participate([&](WorkerTeam& t) { body(t, &entered); }); };
+      if (leader_first) participate();
+      for (int t = 1; t < threads; ++t) others.emplace_back(participate);
+      if (!leader_first) participate();
       for (std::thread& other : others) other.join();
       check(entered == 1, "the body did not run once");
     }

@@ -1,3 +1,4 @@
+// farthest_select on the CPU: greedy selection (select.h) with rule Farthest, on the rows or on unit rows.
 #include "select.h"
 
 namespace sts {

@@ -1,3 +1,4 @@
+// pairwise_sqdist on the CPU: all_pairs (pairs.h) for each batch entry.
 #include "pairs.h"
 
 namespace sts {

@@ -1,3 +1,4 @@
+// repulsion_select on the CPU: greedy selection (select.h) with rule Repulsion.
 #include "select.h"
 
 namespace sts {

@@ -13,24 +13,25 @@ namespace sts::cpu {
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
-// Max points per call of `sqdist` or `dot`. Their tiles of 4 points share the rows, which stay in cache.
+// Max points that a kernel passes to `sqdist` or `dot` at once. Tiles of 4 points share the rows, which stay in cache.
 constexpr int kPoints = 16;
 
 // Floats of a point. A point is a row in float32, with its channels in the order in which the loops load rows of its type (bfloat16 is
 // permuted), padded with zeros to a multiple of the largest block: 32 channels.
 constexpr int64_t point_size(int64_t channels) { return (channels + 31) / 32 * 32; }
 
-#define STS_CPU_MATH(scalar_t)                                                                                                               \
-  /* Converts a row to a point. */                                                                                                           \
-  void to_point(const scalar_t* row, float* point, int64_t channels);                                                                        \
-  /* point += row, in the channel order of points. */                                                                                        \
-  void add_row(const scalar_t* row, float* point, int64_t channels);                                                                         \
-  /* Whether no channel is NaN or infinite. */                                                                                               \
-  bool all_finite(const scalar_t* row, int64_t channels);                                                                                    \
-  /* out[p * out_stride + r] = |points[p] - rows[r]|^2, as a sum of squared differences: no cancellation. Invariant: the bits of a pair    \
-     depend on the pair alone, and swapping point and row does not change them. `next`: rows that the next call reads; they are            \
-     prefetched into L2. */ \
-  void sqdist(const float* const* points, int num_points, const scalar_t* const* rows, int64_t num_rows, const scalar_t* const* next,        \
+// For rows of each type:
+//   to_point    converts a row to a point.
+//   add_row     adds a row to a point.
+//   all_finite  whether no channel is NaN or infinite.
+//   sqdist      out[p * out_stride + r] = |points[p] - rows[r]|^2, summed over squared differences: no cancellation.
+//               Invariant: the bits of a pair depend on the pair alone; swapping point and row does not change them.
+//               `next`: the rows that the next call reads, prefetched into L2.
+#define STS_CPU_MATH(scalar_t)                                                                                                        \
+  void to_point(const scalar_t* row, float* point, int64_t channels);                                                                 \
+  void add_row(const scalar_t* row, float* point, int64_t channels);                                                                  \
+  bool all_finite(const scalar_t* row, int64_t channels);                                                                             \
+  void sqdist(const float* const* points, int num_points, const scalar_t* const* rows, int64_t num_rows, const scalar_t* const* next, \
               int64_t num_next, int64_t channels, float* out, int64_t out_stride);
 STS_CPU_MATH(float)
 STS_CPU_MATH(Half)
@@ -56,10 +57,11 @@ struct Lowest {
 };
 Lowest lowest(const float* values, int64_t count);
 
-#define STS_CPU_RULE(Rule)                                                                                      \
-  /* sqdist[i] = rule.weight(sqdist[i], parameters[i], pick), in place. `parameters` may be null, for all 1. */ \
-  void to_weight(const Rule& rule, float* sqdist, const float* parameters, int64_t count, float pick);          \
-  /* potentials[i] = rule.add(potentials[i], weights[i]); returns `lowest` of the potentials. */                \
+// For each rule:
+//   to_weight        sqdist[i] = rule.weight(sqdist[i], parameters[i], pick), in place. Null `parameters`: all 1.
+//   add_then_lowest  potentials[i] = rule.add(potentials[i], weights[i]); returns the lowest potential.
+#define STS_CPU_RULE(Rule)                                                                             \
+  void to_weight(const Rule& rule, float* sqdist, const float* parameters, int64_t count, float pick); \
   Lowest add_then_lowest(const Rule& rule, float* potentials, const float* weights, int64_t count);
 STS_CPU_RULE(Repulsion)
 STS_CPU_RULE(Farthest)
