@@ -24,7 +24,7 @@ struct Nearest {
   static constexpr const char* op = "nearest";
   Tensor query, key;
   bool cosine, exclude_self;
-  std::optional<Tensor> query_rank, key_rank, num_keys;  // ranks: (B, Q) and (B, K) in float64
+  std::optional<Tensor> query_rank, key_rank, num_keys;  // query_rank (B, Q), key_rank (B, K): float64
 
   Nearest(const Tensor& query_, const Tensor& key_, const std::string& metric, const std::optional<Tensor>& query_rank_,
           const std::optional<Tensor>& key_rank_, bool exclude_self_, const std::optional<Tensor>& num_keys_)

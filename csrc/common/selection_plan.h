@@ -15,7 +15,7 @@ constexpr int64_t kCpuMatrixBytes = int64_t(2) << 20;
 // CPU: max rows of weights per pass. With more rows, features that are not in cache are read less often; with fewer rows, more of the
 // drafts are right.
 constexpr int kCpuLookahead = 16;
-// CPU: features up to this size are taken to stay in cache. Such passes draft half as many rows.
+// CPU: features of at most this size are assumed to stay in cache. Their passes compute half as many rows.
 constexpr int64_t kCpuCachedBytes = int64_t(16) << 20;
 
 struct CpuSelectionPlan {

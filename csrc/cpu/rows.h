@@ -19,6 +19,7 @@ inline float dot_error(int64_t channels) { return static_cast<float>(channels / 
 // Whether the products of rows with this |row|^2 neither overflow nor vanish in float32.
 inline bool in_range(float square) { return square >= 0x1p-60f && square <= 0x1p60f; }
 
+// `row` points into the features, or into `copies`.
 struct FloatRows {
   int64_t batch, count, channels;   // channels: padded with zeros, point_size of the given channels
   std::vector<const float*> row;    // (batch, count)
@@ -26,8 +27,8 @@ struct FloatRows {
   std::vector<char> usable;         // (batch, count): no NaN or infinity
   std::unique_ptr<float[]> copies;  // uninitialised: pages that are never written cost nothing
 
-  // Copies a row if it is 16-bit, needs padding, or (for_cosine) its |row|^2 is out of range. Such a row is scaled by a power of two, which
-  // is exact and does not change cosines.
+  // Copies a row if it is 16-bit, needs padding, or (for_cosine) its |row|^2 is out of range. An out-of-range row is scaled by a power of
+  // two, which is exact and does not change cosines.
   template <class scalar_t>
   static FloatRows of(WorkerTeam& team, const Rows<scalar_t>& rows, int64_t batch, int64_t count, bool for_cosine) {
     FloatRows out{batch, count, point_size(rows.channels), {}, {}, {}, {}};
