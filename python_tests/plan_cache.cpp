@@ -1,4 +1,5 @@
-// Questions of many threads (csrc/cuda/plan_cache.h), under a sanitizer: test_cpu_parts.py compiles and runs this. Prints what went wrong.
+// Test of PlanCache (csrc/cuda/plan_cache.h) with many threads. test_cpu_parts.py compiles it with a sanitizer and runs it. Prints
+// failures.
 #include "cuda/plan_cache.h"
 
 #include <atomic>
@@ -15,7 +16,7 @@ void check(bool good, const char* what) {
   if (!good && ++failures) std::printf("%s\n", what);
 }
 
-// Every field tells questions apart.
+// 32 questions: bits 0..4 of `number` vary one field each.
 DriverQuestion question(int number) {
   static const char kernels[2] = {};
   return {kernels + number % 2, number / 2 % 2, unsigned(number / 4 % 2), size_t(number / 8 % 2), unsigned(number / 16 % 2)};
@@ -25,7 +26,7 @@ int main() {
   constexpr int kThreads = 8, kQuestions = 32;
   PlanCache cache;
   std::atomic<int> asked[kQuestions] = {}, unknown{0};
-  std::atomic<size_t> limit{10};  // the driver's: the last that was set
+  std::atomic<size_t> limit{10};  // the driver's limit: the last value set
   const auto body = [&](int thread) {
     for (int round = 0; round < 200; ++round) {
       const int number = (round + thread * 5) % kQuestions;

@@ -1,4 +1,4 @@
-# Writes build_info.json, which `python -m sts_kernels info` shows and setup.py prints.
+# Writes build_info.json. `python -m sts_kernels info` and setup.py print it.
 file(STRINGS ${TORCH_INCLUDE}/torch/headeronly/version.h parts REGEX "#define TORCH_VERSION_(MAJOR|MINOR|PATCH) ")
 list(TRANSFORM parts REPLACE "^.* " "")
 list(JOIN parts . torch_headers)

@@ -1,5 +1,8 @@
-# Decides about CUDA. Sets CUDA_VERSION ("" for none), CUDA_REASON (why none), CUDA_CODE (what the library will hold:
-# sm_80;...;compute_100) and CUDA_GENCODE (the same as nvcc's options).
+# Decides whether CUDA kernels are built, and for which architectures. Sets
+#   CUDA_VERSION  version of nvcc, "" without CUDA
+#   CUDA_REASON   why there is no CUDA
+#   CUDA_CODE     code in the library: sm_80;...;compute_100 (sm_ is machine code, compute_ is PTX)
+#   CUDA_GENCODE  CUDA_CODE as nvcc options
 set(CUDA_FLOOR 12.0)
 set(ARCH_FLOOR 80) # warp reductions, bfloat16, cp.async
 set(CUDA_VERSION "")
@@ -12,7 +15,7 @@ elseif(NOT STS_KERNELS_CUDA MATCHES "^(auto|1)$")
   message(FATAL_ERROR "STS_KERNELS_CUDA must be auto, 0 or 1, got '${STS_KERNELS_CUDA}'")
 endif()
 
-# CUDA_REASON is why there will be no CUDA; an error where CUDA was demanded.
+# Goes on without CUDA and records the reason. An error if STS_KERNELS_CUDA=1.
 macro(no_cuda reason)
   set(CUDA_REASON "${reason}")
   if(STS_KERNELS_CUDA STREQUAL "1")
@@ -21,7 +24,7 @@ macro(no_cuda reason)
   return()
 endmacro()
 
-if(DEFINED ENV{CUDACXX}) # a choice, so nothing else is looked for
+if(DEFINED ENV{CUDACXX}) # the user's choice: no other nvcc is searched
   find_program(nvcc NAMES $ENV{CUDACXX} NO_CACHE)
   set(searched "CUDACXX=$ENV{CUDACXX} is not there")
 else()
@@ -40,7 +43,7 @@ if(version_found VERSION_LESS CUDA_FLOOR)
   no_cuda("${nvcc} is CUDA ${version_found}, and ${CUDA_FLOOR} or newer is needed")
 endif()
 
-# Architectures: TORCH_CUDA_ARCH_LIST as torch spells it ("8.0 9.0a;10.0+PTX"), else those below as far as nvcc knows them.
+# Architectures: TORCH_CUDA_ARCH_LIST in torch's syntax ("8.0 9.0a;10.0+PTX"), by default those below that nvcc supports.
 execute_process(COMMAND ${nvcc} --list-gpu-arch OUTPUT_VARIABLE known)
 string(REGEX MATCHALL "[0-9]+" known "${known}")
 set(code "")
@@ -53,8 +56,8 @@ if(wanted STREQUAL "")
       set(newest ${arch})
     endif()
   endforeach()
-  list(TRANSFORM code REPLACE "^sm_90$" sm_90a) # runs on every device of 9.0, and has its own tensor cores (hopper.cuh)
-  list(APPEND code compute_${newest}) # PTX, for GPUs to come
+  list(TRANSFORM code REPLACE "^sm_90$" sm_90a) # enables wgmma (hopper.cuh); runs on every device of 9.0
+  list(APPEND code compute_${newest}) # PTX, which the driver compiles for newer GPUs
 else()
   foreach(entry ${wanted})
     if(NOT entry MATCHES "^([0-9]+)\\.([0-9])([af]?)(\\+PTX)?$")
@@ -87,7 +90,7 @@ foreach(target ${code})
 endforeach()
 
 set(CMAKE_CUDA_COMPILER ${nvcc})
-set(CMAKE_CUDA_ARCHITECTURES OFF) # CUDA_GENCODE says it
+set(CMAKE_CUDA_ARCHITECTURES OFF) # CUDA_GENCODE holds the options
 set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
 if(NOT DEFINED ENV{CUDAHOSTCXX} AND NOT CMAKE_CUDA_HOST_COMPILER)
   set(CMAKE_CUDA_HOST_COMPILER ${CMAKE_CXX_COMPILER})

@@ -1,13 +1,13 @@
-// Arguments of dedup_select, checked once for CPU and CUDA.
+// Arguments of dedup_select, with the checks that its CPU and CUDA kernels share.
 #pragma once
 #include "torch_glue.h"
 
 namespace sts {
 
 struct DedupArguments {
-  static constexpr int64_t kMostListed = 8192;  // whose distances to each other take 256 MiB. Also in dedup_select.py.
+  static constexpr int64_t kMaxListed = 8192;  // max tokens per item: their float32 distance matrix is 256 MiB. Also in dedup_select.py.
 
-  Tensor features, order;  // order: int64, contiguous
+  Tensor features, order;  // order: (B, R) int64, contiguous
   int64_t keep, step;
 
   DedupArguments(const Tensor& features_, const Tensor& order_, int64_t keep_, int64_t step_)
@@ -17,7 +17,7 @@ struct DedupArguments {
     STD_TORCH_CHECK(step >= 1, "sts_kernels::dedup_select: step must be at least 1, got ", step);
   }
 
-  // `listed`, the values of `order`, must be readable by the host.
+  // Checks the values of `order`. `listed` points to them, in host-readable memory.
   void check_values(const int64_t* listed) const {
     const int64_t length = order.size(1), tokens = features.size(1);
     for (int64_t i = 0; i < order.size(0) * length; ++i)
@@ -31,7 +31,7 @@ struct DedupArguments {
     STD_TORCH_CHECK(type == ScalarType::Long || type == ScalarType::Int, "sts_kernels::dedup_select: order must be int64 or int32");
     STD_TORCH_CHECK(order.dim() == 2 && order.size(0) == features.size(0), "sts_kernels::dedup_select: order must have shape (",
                     features.size(0), ", R)");
-    STD_TORCH_CHECK(order.size(1) >= 1 && order.size(1) <= kMostListed, "sts_kernels::dedup_select: order must list 1 to ", kMostListed,
+    STD_TORCH_CHECK(order.size(1) >= 1 && order.size(1) <= kMaxListed, "sts_kernels::dedup_select: order must list 1 to ", kMaxListed,
                     " tokens an item, got ", order.size(1));
     STD_TORCH_CHECK(order.is_cuda() == features.is_cuda() && order.get_device_index() == features.get_device_index(),
                     "sts_kernels::dedup_select: order must be on the device of features");

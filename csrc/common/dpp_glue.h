@@ -1,11 +1,11 @@
-// Arguments of dpp_select, checked once for CPU and CUDA.
+// Arguments of dpp_select, with the checks that its CPU and CUDA kernels share.
 #pragma once
 #include "torch_glue.h"
 
 namespace sts {
 
 struct DppArguments {
-  Tensor features, quality;  // quality: float32, contiguous
+  Tensor features, quality;  // quality: (B, N) float32, contiguous
   std::optional<Tensor> num_tokens;
   int64_t k;
   float floor;
@@ -20,7 +20,7 @@ struct DppArguments {
     STD_TORCH_CHECK(floor_ >= 0 && floor_ <= 1, "sts_kernels::dpp_select: floor must be between 0 and 1, got ", floor_);
   }
 
-  // `counts` must be readable by the host, or null.
+  // Checks the values of num_tokens. `counts` points to them, in host-readable memory, or is null.
   void check_values(const int64_t* counts) const {
     for (int64_t b = 0; counts && b < features.size(0); ++b)
       STD_TORCH_CHECK(counts[b] >= 0 && counts[b] <= features.size(1), "sts_kernels::dpp_select: num_tokens[", b,

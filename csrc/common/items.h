@@ -1,5 +1,5 @@
-// The items of a selection: where each one's tokens are, how many it keeps and where its picks go. One description serves
-// padded batches (B, N, C) and packed ones (T, C), on the CPU and on the GPU.
+// The items of a selection: the tokens of each item, its number of picks and its place in the output. One description serves
+// padded batches (B, N, C) and packed batches (T, C), on the CPU and on the GPU.
 #pragma once
 #include <cstdint>
 
@@ -10,18 +10,18 @@ namespace sts {
 STS_HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Item {
-  int64_t first;   // its first token, within the batch entry `row_of` reads
-  int64_t tokens;  // 0: nothing to pick, or its numbers make no sense (see `valid`)
-  int64_t picks;   // places in the output; those past `tokens` hold -1
-  int64_t out;     // its first place in the output
-  int64_t anchor;  // first pick, or -1: the rule's own
-  bool valid;      // false: counts, offsets or the anchor are out of range, and every pick is -1
+  int64_t first;   // row of the first token; padded: 0, in batch entry b; packed: cu_seqlens[b], in the single entry
+  int64_t tokens;  // 0 if the item is empty or not valid
+  int64_t picks;   // output slots; slots past `tokens` hold -1
+  int64_t out;     // index of the first output slot
+  int64_t anchor;  // first pick, counted from `first`; -1: the rule chooses it
+  bool valid;      // false: a count, offset or anchor is out of range, and every pick is -1
 };
 
-// A vector of integers of either type, or null.
+// An int32 or int64 vector, or null.
 struct Integers {
   const void* data;
-  bool narrow;  // int32, else int64
+  bool narrow;  // true: int32; false: int64
 
   STS_HOST_DEVICE Integers(const int64_t* wide = nullptr) : data(wide), narrow(false) {}
   STS_HOST_DEVICE Integers(const void* data, bool narrow) : data(data), narrow(narrow) {}
@@ -31,38 +31,38 @@ struct Integers {
 };
 
 struct Items {
-  int64_t count;              // B
-  int64_t tokens;             // N padded, T packed
-  int64_t picks;              // k of each item padded, total_k packed
-  const int64_t* num_tokens;  // padded, may be null
-  Integers cu_seqlens;        // packed, null when padded
-  Integers cu_budgets;
-  const int64_t* anchor;             // may be null
-  const float* start = nullptr;      // of every token (B, N) or (T), may be null; see selection_rule.h
-  const float* parameter = nullptr;  // likewise
-  int64_t max_seqlen = INT64_MAX;    // packed: an item of more tokens is not valid
-  const Item* planned = nullptr;     // packed, on a GPU: all items, once they are looked through (packed_plan.cuh)
+  int64_t count;                     // B
+  int64_t tokens;                    // padded: N; packed: T
+  int64_t picks;                     // padded: k, per item; packed: total_k
+  const int64_t* num_tokens;         // (B), padded only, may be null
+  Integers cu_seqlens;               // (B + 1), packed; null if padded
+  Integers cu_budgets;               // (B + 1), packed; null if padded
+  const int64_t* anchor;             // (B), may be null
+  const float* start = nullptr;      // (B, N) or (T), may be null; see selection_rule.h
+  const float* parameter = nullptr;  // (B, N) or (T), may be null; see selection_rule.h
+  int64_t max_seqlen = INT64_MAX;    // packed: a longer item is not valid
+  const Item* planned = nullptr;     // (B), packed on a GPU: the items as packed_plan.cuh checked them; null before
 
   STS_HOST_DEVICE bool packed() const { return cu_seqlens.data != nullptr; }
-  // Tokens of the longest item, as far as shapes say.
+  // Upper bound of the tokens of an item, from shapes and max_seqlen alone.
   STS_HOST_DEVICE int64_t longest() const { return packed() && max_seqlen < tokens ? max_seqlen : tokens; }
 
-  // Index of an item's first token among all tokens: in `start`, `parameter` and scratch of one number for each token.
+  // Index of an item's first token in arrays of one number per token: `start`, `parameter`, scratch.
   STS_HOST_DEVICE int64_t first_token(int64_t b, const Item& item) const { return (packed() ? 0 : b * tokens) + item.first; }
   STS_HOST_DEVICE float parameter_of(int64_t token) const { return parameter ? parameter[token] : 1.f; }
-  // The potential of a finite token before the first pick.
+  // Potential of a finite token before the first pick.
   template <class Rule>
   STS_HOST_DEVICE float start_of(const Rule& rule, int64_t token) const {
     return rule.start(start ? start[token] : kNonFinitePotential, parameter_of(token));
   }
-  // Its key for the first pick where there is no anchor and no mean (Rule::kFromMean): the smallest, the lowest index among equals.
-  // Where no start is given all potentials are alike, and the quality decides.
+  // Key of a token for the first pick, if neither an anchor nor the mean (Rule::kFromMean) decides: the pick is the argmin, the lowest
+  // index among equals. Without `start` a distance of 1 stands in for infinity, so that the parameter decides and no product overflows.
   template <class Rule>
   STS_HOST_DEVICE float first_key_of(const Rule& rule, int64_t token) const {
     return rule.start(start ? start[token] : 1.f, parameter_of(token));
   }
 
-  // Never out of bounds, whatever the arrays hold.
+  // Item b. Invariant: its ranges are in bounds, whatever numbers the arrays hold.
   STS_HOST_DEVICE Item operator[](int64_t b) const {
     if (planned) return planned[b];
     Item item{0, tokens, picks, b * picks, -1, true};
@@ -70,7 +70,7 @@ struct Items {
       const int64_t end = cu_seqlens[b + 1], out_end = cu_budgets[b + 1];
       item.first = cu_seqlens[b];
       item.out = cu_budgets[b];
-      // Compared before they are subtracted: the difference of two arbitrary numbers may wrap around to a good one.
+      // Compare before subtracting: the difference of two arbitrary numbers may wrap around to a valid one.
       if (item.out < 0 || out_end < item.out || out_end > picks)
         item.out = 0, item.picks = 0;
       else
@@ -90,7 +90,7 @@ struct Items {
   }
 };
 
-// Rows of features: token i of batch entry b. Packed features are one entry.
+// Rows of features: row(b, i) is token i of batch entry b. Packed features are a single entry, with b = 0.
 template <class scalar_t>
 struct Rows {
   const scalar_t* data;

@@ -1,4 +1,4 @@
-// Arguments of knn_density, checked once for CPU and CUDA.
+// Arguments of knn_density, with the checks that its CPU and CUDA kernels share.
 #pragma once
 #include "torch_glue.h"
 
@@ -17,7 +17,7 @@ struct KnnDensity {
     STD_TORCH_CHECK(k >= 1 && k <= features.size(1), "sts_kernels::knn_density: k must be between 1 and ", features.size(1), ", got ", k);
   }
 
-  // `counts` must be readable by the host, or null.
+  // Checks the values of num_tokens. `counts` points to them, in host-readable memory, or is null.
   void check_values(const int64_t* counts) const {
     for (int64_t b = 0; counts && b < features.size(0); ++b)
       STD_TORCH_CHECK(counts[b] >= 0 && counts[b] <= features.size(1), "sts_kernels::knn_density: num_tokens[", b,

@@ -1,4 +1,4 @@
-// Arguments of nearest, checked once for CPU and CUDA.
+// Arguments of nearest, with the checks that its CPU and CUDA kernels share.
 #pragma once
 #include <string>
 #include <tuple>
@@ -7,7 +7,7 @@
 
 namespace sts {
 
-// A tensor of the size of the first two dimensions of `rows`, on its device, contiguous and of `type`; copies only where it is not.
+// One number per row: `value` must have the first two dimensions of `rows`. Returned contiguous and as `type`; copied only if needed.
 inline Tensor checked_per_row(const char* op, const char* name, const Tensor& value, ScalarType type, const Tensor& rows) {
   STD_TORCH_CHECK(value.dim() == 2 && value.size(0) == rows.size(0) && value.size(1) == rows.size(1), "sts_kernels::", op, ": ", name,
                   " must have shape (", rows.size(0), ", ", rows.size(1), ")");
@@ -24,7 +24,7 @@ struct Nearest {
   static constexpr const char* op = "nearest";
   Tensor query, key;
   bool cosine, exclude_self;
-  std::optional<Tensor> query_rank, key_rank, num_keys;  // ranks in float64
+  std::optional<Tensor> query_rank, key_rank, num_keys;  // query_rank (B, Q), key_rank (B, K): float64
 
   Nearest(const Tensor& query_, const Tensor& key_, const std::string& metric, const std::optional<Tensor>& query_rank_,
           const std::optional<Tensor>& key_rank_, bool exclude_self_, const std::optional<Tensor>& num_keys_)
@@ -47,7 +47,7 @@ struct Nearest {
   const double* query_ranks() const { return query_rank ? static_cast<const double*>(query_rank->const_data_ptr()) : nullptr; }
   const double* key_ranks() const { return key_rank ? static_cast<const double*>(key_rank->const_data_ptr()) : nullptr; }
 
-  // `counts` must be readable by the host, or null.
+  // Checks the values of num_keys. `counts` points to them, in host-readable memory, or is null.
   void check_values(const int64_t* counts) const {
     for (int64_t b = 0; counts && b < key.size(0); ++b)
       STD_TORCH_CHECK(counts[b] >= 0 && counts[b] <= key.size(1), "sts_kernels::nearest: num_keys[", b, "] must be between 0 and ",

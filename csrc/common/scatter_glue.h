@@ -1,4 +1,4 @@
-// Arguments of scatter_mean, checked once for CPU and CUDA.
+// Arguments of scatter_mean, with the checks that its CPU and CUDA kernels share.
 #pragma once
 #include <tuple>
 
@@ -8,9 +8,9 @@ namespace sts {
 
 struct ScatterMean {
   static constexpr const char* op = "scatter_mean";
-  Tensor features, assignment;
-  std::optional<Tensor> weight;  // in float32
-  int64_t count;
+  Tensor features, assignment;   // assignment: (B, N) int64, the slot of each token, or -1
+  std::optional<Tensor> weight;  // (B, N) float32
+  int64_t count;                 // slots per item
 
   ScatterMean(const Tensor& features_, const Tensor& assignment_, int64_t count_, const std::optional<Tensor>& weight_)
       : features(checked_features(op, features_, 3)), assignment(checked_slots(assignment_, features)), count(count_) {
@@ -23,7 +23,7 @@ struct ScatterMean {
   const int64_t* slots() const { return static_cast<const int64_t*>(assignment.const_data_ptr()); }
   const float* weights() const { return weight ? static_cast<const float*>(weight->const_data_ptr()) : nullptr; }
 
-  // `slots` must be readable by the host.
+  // Checks the values of `assignment`. `slots` points to them, in host-readable memory.
   void check_values(const int64_t* slots) const {
     for (int64_t i = 0; i < features.size(0) * features.size(1); ++i)
       STD_TORCH_CHECK(slots[i] >= -1 && slots[i] < count, "sts_kernels::scatter_mean: assignment must be between -1 and ", count - 1,

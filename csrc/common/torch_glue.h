@@ -1,4 +1,5 @@
-// Between torch's stable C ABI and the kernels: argument checks that protect memory (Python's speak to people), layouts, dtypes.
+// Between torch's stable C ABI and the kernels: argument checks, layouts, dtypes. These checks protect memory; the Python checks come first
+// and explain errors to users.
 #pragma once
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -20,7 +21,7 @@
 
 #include "items.h"
 
-// torch.ops.<STS_NAMESPACE> is where the ops are. A copy of the package with another namespace can be loaded beside this one.
+// The ops are torch.ops.<STS_NAMESPACE>.*. Copies of the package with different namespaces can be loaded into one process.
 #ifndef STS_NAMESPACE
 #define STS_NAMESPACE sts_kernels
 #endif
@@ -30,7 +31,7 @@ namespace sts {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Features as (B, N, C) or packed (T, C) with contiguous channels; copies only if they are not.
+// Features (B, N, C), dim = 3, or packed (T, C), dim = 2. Returned with contiguous channels; copied only if they are not contiguous.
 inline Tensor checked_features(const char* op, const Tensor& features, int64_t dim) {
   STD_TORCH_CHECK(features.dim() == dim, "sts_kernels::", op, ": features must have ", dim, " dimensions, got ", features.dim());
   const ScalarType type = features.scalar_type();
@@ -43,13 +44,13 @@ inline Tensor checked_features(const char* op, const Tensor& features, int64_t d
   return features.stride(dim - 1) == 1 || features.size(dim - 1) == 1 ? features : torch::stable::contiguous(features);
 }
 
-// The same bounds as _checks.py's.
+// The bounds are those of _checks.py. 1 / eps <= 1e30 is below half an ulp of FLT_MAX, so kNonFinitePotential + weight does not change.
 inline float checked_eps(const char* op, double eps) {
   STD_TORCH_CHECK(eps >= 1e-30 && eps <= 1e30, "sts_kernels::", op, ": eps must be between 1e-30 and 1e30, got ", eps);
   return static_cast<float>(eps);
 }
 
-// An integer vector of the given length on the features' device; copies only if it is strided.
+// An int32 or int64 vector of the given length on the device of `features`. Returned contiguous; copied only if strided.
 inline Tensor checked_integers(const char* op, const char* name, const Tensor& value, int64_t length, const Tensor& features) {
   const ScalarType type = value.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Long || type == ScalarType::Int, "sts_kernels::", op, ": ", name, " must be int64 or int32");
@@ -64,7 +65,7 @@ inline Integers integers_of(const std::optional<Tensor>& value) {
   return {value->const_data_ptr(), value->scalar_type() == ScalarType::Int};
 }
 
-// The same as int64; copies also if it is int32.
+// As checked_integers, but returned as int64: copied also if int32.
 inline Tensor checked_vector(const char* op, const char* name, const Tensor& value, int64_t length, const Tensor& features) {
   const Tensor integers = checked_integers(op, name, value, length, features);
   return value.scalar_type() == ScalarType::Long ? integers : torch::stable::to(integers, ScalarType::Long);
@@ -87,8 +88,8 @@ Rows<scalar_t> rows_of(const Tensor& features) {
           static_cast<int>(features.size(dim - 1))};
 }
 
-// A new contiguous tensor on the device of `like`. Straight from the allocator: torch::stable::new_empty goes through the dispatcher,
-// which takes longer than all else a small call does.
+// A new contiguous tensor on the device of `like`, straight from the allocator. torch::stable::new_empty goes through the dispatcher,
+// which takes longer than the rest of a small call.
 inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, int32_t dtype) {
   int64_t strides[4], step = 1;
   for (int i = static_cast<int>(sizes.size()) - 1; i >= 0; --i) {
@@ -109,13 +110,13 @@ inline Tensor new_indices(const Tensor& like, std::initializer_list<int64_t> siz
   return new_tensor(like, sizes, aoti_torch_dtype_int64());
 }
 
-// Whether two elements of a matrix have one address: `a` rows further is `b` columns back where a * row = b * column.
+// Whether two elements of a matrix share an address: `a` rows down and `b` columns left meet where a * row = b * column (strides).
 inline bool overlaps_itself(const Tensor& matrix) {
   const int64_t row = matrix.stride(0), column = matrix.stride(1), step = std::max<int64_t>(std::gcd(row, column), 1);
   return matrix.numel() > 1 && column / step < matrix.size(0) && row / step < matrix.size(1);
 }
 
-// Calls f with a null pointer of the element type: float, or what the caller's side of the compiler has for the 16-bit types.
+// Calls f with a null pointer of the element type: float, half_t or bfloat16_t. CPU and CUDA code have different 16-bit types.
 template <class half_t, class bfloat16_t, class F>
 void dispatch_floating(ScalarType type, F&& f) {
   switch (type) {
@@ -130,7 +131,7 @@ void dispatch_floating(ScalarType type, F&& f) {
   }
 }
 
-// A number for each token, of integer or floating type, as contiguous float32; copies only if it is of another type or strided.
+// One number per token, of an integer or floating type. Returned as contiguous float32; copied only if of another type or strided.
 inline Tensor checked_values(const char* op, const char* name, const Tensor& value, bool integer, const Tensor& features) {
   const ScalarType type = value.scalar_type();
   STD_TORCH_CHECK(integer ? type == ScalarType::Long || type == ScalarType::Int
@@ -146,13 +147,13 @@ inline Tensor checked_values(const char* op, const char* name, const Tensor& val
   return floats.is_contiguous() ? floats : torch::stable::contiguous(floats);
 }
 
-// Arguments of a selection op, checked once for CPU and CUDA. Owns what `items` points into. The op's rule is not in it.
+// Arguments of a selection op except its rule, with the checks that the CPU and CUDA kernels share. Owns the memory that `items` points to.
 struct Selection {
   const char* op;
   Tensor features;
   std::optional<Tensor> anchor, num_tokens, cu_seqlens, cu_budgets, start, parameter;
   Items items{};
-  bool cosine = false;  // distances are those of rows of length 1; a row of zeros is at squared distance 2 from every row
+  bool cosine = false;  // distances of unit rows (UnitRows); a zero row has squared distance 2 to every row
 
   static Selection padded(const char* op, const Tensor& features, int64_t k, const std::optional<Tensor>& anchor,
                           const std::optional<Tensor>& num_tokens) {
@@ -180,7 +181,7 @@ struct Selection {
     return s;
   }
 
-  // For `Farthest`.
+  // Adds the arguments of rule `Farthest`.
   Selection&& with_farthest(const std::optional<Tensor>& quality, const std::optional<Tensor>& sqdist, const std::string& metric) && {
     STD_TORCH_CHECK(metric == "euclidean" || metric == "cosine", "sts_kernels::", op, ": metric must be euclidean or cosine, got ", metric);
     cosine = metric == "cosine";
@@ -189,7 +190,7 @@ struct Selection {
     return std::move(*this);
   }
 
-  // For `Suppress`.
+  // Adds the arguments of rule `Suppress`.
   Selection&& with_suppress(const Tensor& rank, const Tensor& tau) && {
     cosine = true;
     set_start("rank", rank, true);
@@ -202,7 +203,7 @@ struct Selection {
     return new_indices(features, {items.count, items.picks});
   }
 
-  // The values inside the index vectors. Pointers must be readable by the host.
+  // Checks the values of the index vectors, which must be in host-readable memory.
   static void check_values(const char* op, const Items& items) {
     if (items.packed()) {
       STD_TORCH_CHECK(items.cu_seqlens[0] == 0 && items.cu_seqlens[items.count] == items.tokens, "sts_kernels::", op,
@@ -234,15 +235,15 @@ struct Selection {
   }
 };
 
-// STS_KERNELS_LOOKAHEAD: max picks drafted together (cluster and streaming kernels, CPU); 1: no draft, the plain loop; 0: not set. The
-// result is the same for any value.
-inline int asked_lookahead(int most) {
+// STS_KERNELS_LOOKAHEAD: max picks drafted together (cluster and streaming kernels, CPU), clamped to max_lookahead. 1: no drafts, the plain
+// loop. 0: the variable is not set. Invariant: the picks are the same for every value.
+inline int asked_lookahead(int max_lookahead) {
   const char* value = std::getenv("STS_KERNELS_LOOKAHEAD");
   const int asked = value ? std::atoi(value) : 0;
-  return asked >= 1 ? std::min(asked, most) : 0;
+  return asked >= 1 ? std::min(asked, max_lookahead) : 0;
 }
 
-// Arguments of repulsion_step_, checked once for CPU and CUDA.
+// Arguments of repulsion_step_, with the checks that its CPU and CUDA kernels share.
 struct Step {
   Tensor features, picked;
   Repulsion rule;
@@ -259,7 +260,7 @@ struct Step {
                     "sts_kernels::repulsion_step_: potential must be on the device of features");
   }
 
-  // `picks` must be readable by the host.
+  // Checks the values of `picked`. `picks` points to them, in host-readable memory.
   static void check_values(const int64_t* picks, int64_t batch, int64_t tokens) {
     for (int64_t b = 0; b < batch; ++b)
       STD_TORCH_CHECK(picks[b] >= -1 && picks[b] < tokens, "sts_kernels::repulsion_step_: picked[", b, "] must be between -1 and ",

@@ -1,6 +1,13 @@
-// VisPruner's rounds on the CPU, over the stored squared distances of all listed tokens as unit rows. A round reads of each even token
-// its whole row of distances, with an infinity added where a token is not odd: that is faster than to gather the odd ones. Rows
-// and columns of removed tokens are closed up from time to time.
+// dedup_select on the CPU: VisPruner's rounds of duplicate removal, over stored squared distances of unit rows.
+//
+// What: a round compares the tokens at even list positions with those at odd positions. The even tokens nearest to an odd token are
+//   removed. The next list holds the other even tokens by ascending distance (ties in list order), then the odd tokens.
+// Chosen when: the features are on the CPU.
+// Steps:
+//   (1) list the finite tokens; if there are at most `keep`, keep them all, then non-finite tokens up to `keep`;
+//   (2) else compute the distance matrix;
+//   (3) rounds, until `keep` tokens are left; a round first compacts the matrix, if fewer than 4/5 of its tokens are left.
+// Synchronisation: the team shares (2) and the row minima of a round (for_rows). If there are enough items, each thread runs whole items.
 #include <limits>
 #include <numeric>
 #include <vector>
@@ -13,21 +20,21 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// Selects from one item at a time; its scratch is kept from item to item.
+// Selects from one item at a time; scratch memory is reused from item to item.
 template <class scalar_t>
 class Deduplicator {
  public:
-  Deduplicator(cpu::Team& team, const Rows<scalar_t>& features)
+  Deduplicator(cpu::WorkerTeam& team, const Rows<scalar_t>& features)
       : team_(team), features_(features), point_size_(cpu::point_size(features.channels)) {}
 
-  // `listed`: `length` tokens, up to the first -1.
+  // `listed`: the tokens of item b, at most `length`; the first -1 ends them. out: (keep).
   void run(int64_t b, const int64_t* listed, int64_t length, int64_t keep, int64_t step, int64_t* out) {
     length = std::find(listed, listed + length, int64_t(-1)) - listed;
     finite_.assign(length, 0);
     team_.for_rows(length, features_.channels, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) finite_[i] = cpu::all_finite(features_.row(b, listed[i]), features_.channels);
     });
-    // Finite tokens first, in their order, then the other ones.
+    // (1) Finite tokens in list order, then the others.
     token_.clear();
     for (const bool finite : {true, false})
       for (int64_t i = 0; i < length; ++i)
@@ -35,8 +42,8 @@ class Deduplicator {
     const int64_t finite = std::count(finite_.begin(), finite_.end(), 1);
     if (finite > keep) {
       token_.resize(finite);
-      measure(b);
-      while (static_cast<int64_t>(list_.size()) > keep) round(keep, step);
+      compute_sqdist(b);                                                    // (2)
+      while (static_cast<int64_t>(list_.size()) > keep) round(keep, step);  // (3)
     } else {
       list_.resize(std::min(length, keep));
       std::iota(list_.begin(), list_.end(), int64_t(0));
@@ -46,8 +53,8 @@ class Deduplicator {
   }
 
  private:
-  // Squared distances of all pairs of unit rows: 2 - 2 cosine, and so 2 to and from a zero row.
-  void measure(int64_t b) {
+  // sqdist_ = squared distances of all pairs of unit rows: 2 - 2 cosine. A zero row has cosine 0, so distance 2, to every row.
+  void compute_sqdist(int64_t b) {
     width_ = static_cast<int64_t>(token_.size());
     list_.resize(width_);
     std::iota(list_.begin(), list_.end(), int64_t(0));
@@ -69,16 +76,18 @@ class Deduplicator {
         for (int64_t j = 0; j < width_; ++j) sqdist_[i * width_ + j] = sqdist_[j * width_ + i] = 2.f;
   }
 
+  // One round, which removes at most `step` tokens. A row minimum runs over the whole row, with infinity added at positions that are not
+  // odd: that is faster than gathering the odd tokens.
   void round(int64_t keep, int64_t step) {
-    if (5 * static_cast<int64_t>(list_.size()) < 4 * width_) close_up();
+    if (5 * static_cast<int64_t>(list_.size()) < 4 * width_) compact();
     const auto left = static_cast<int64_t>(list_.size());
     const int64_t evens = (left + 1) / 2, remove = std::min({step, left - keep, evens});
-    unless_odd_.assign(width_, kInfinity);
-    for (int64_t i = 1; i < left; i += 2) unless_odd_[list_[i]] = 0.f;
+    odd_mask_.assign(width_, kInfinity);
+    for (int64_t i = 1; i < left; i += 2) odd_mask_[list_[i]] = 0.f;
     closest_.resize(evens);
     team_.for_rows(evens, width_, [&](int64_t begin, int64_t end) {
       for (int64_t e = begin; e < end; ++e)
-        closest_[e] = {cpu::lowest_sum(sqdist_.data() + list_[2 * e] * width_, unless_odd_.data(), width_), e};
+        closest_[e] = {cpu::lowest_sum(sqdist_.data() + list_[2 * e] * width_, odd_mask_.data(), width_), e};
     });
     std::sort(closest_.begin(), closest_.end());
     next_.clear();
@@ -87,30 +96,34 @@ class Deduplicator {
     std::swap(list_, next_);
   }
 
-  // Drops the rows and columns of removed tokens; the others keep their order.
-  void close_up() {
+  // Compacts the matrix: removes the rows and columns of removed tokens, in place. The others keep their order.
+  void compact() {
     next_ = list_;
     std::sort(next_.begin(), next_.end());
-    place_.resize(width_);
+    new_row_.resize(width_);
     const auto left = static_cast<int64_t>(next_.size());
     for (int64_t i = 0; i < left; ++i) {
       const float* row = sqdist_.data() + next_[i] * width_;
-      for (int64_t j = 0; j < left; ++j) sqdist_[i * left + j] = row[next_[j]];  // no further on than what is still to be read
+      for (int64_t j = 0; j < left; ++j) sqdist_[i * left + j] = row[next_[j]];  // in place: the write index never passes the read index
       token_[i] = token_[next_[i]];
-      place_[next_[i]] = i;
+      new_row_[next_[i]] = i;
     }
-    for (int64_t& i : list_) i = place_[i];
+    for (int64_t& i : list_) i = new_row_[i];
     width_ = left;
   }
 
-  cpu::Team& team_;
+  cpu::WorkerTeam& team_;
   Rows<scalar_t> features_;
-  int64_t point_size_, width_ = 0;                    // width_: of sqdist_
-  std::vector<int64_t> token_, list_, next_, place_;  // list_: places in token_ and sqdist_, in the order of the rounds
+  int64_t point_size_, width_ = 0;    // width_: tokens in the matrix
+  std::vector<int64_t> token_;        // (width_): token of a matrix row
+  std::vector<int64_t> list_, next_;  // matrix rows of the tokens left, in list order; next_: scratch
+  std::vector<int64_t> new_row_;      // (width_): matrix row after compaction
   std::vector<char> finite_, zero_;
-  std::vector<float> unit_, sqdist_, unless_odd_;
+  std::vector<float> unit_;      // (width_, point_size_)
+  std::vector<float> sqdist_;    // (width_, width_)
+  std::vector<float> odd_mask_;  // (width_): 0 for tokens at odd list positions, else infinity
   std::vector<const float*> unit_row_;
-  std::vector<std::pair<float, int64_t>> closest_;
+  std::vector<std::pair<float, int64_t>> closest_;  // (distance to the nearest odd token, index among the even tokens)
 };
 
 Tensor dedup_select_cpu(const Tensor& features, const Tensor& order, int64_t keep, int64_t step) {
@@ -122,16 +135,16 @@ Tensor dedup_select_cpu(const Tensor& features, const Tensor& order, int64_t kee
   auto* const kept = static_cast<int64_t*>(out.mutable_data_ptr());
   cpu::dispatch(given.features.scalar_type(), [&](auto* element) {
     const auto rows = rows_of<std::remove_pointer_t<decltype(element)>>(given.features);
-    const auto run = [&](cpu::Team& team, int64_t begin, int64_t end) {
+    const auto run = [&](cpu::WorkerTeam& team, int64_t begin, int64_t end) {
       Deduplicator deduplicator(team, rows);
       for (int64_t b = begin; b < end; ++b) deduplicator.run(b, listed + b * length, length, keep, step, kept + b * keep);
     };
-    const int64_t item_work = length * length * (channels + length / 16);
-    cpu::with_team(batch * item_work, [&](cpu::Team& team) {
-      // Threads take whole items where there are enough of them, else rows of one item.
+    const int64_t item_flops = length * length * (channels + length / 16);
+    cpu::with_team(batch * item_flops, [&](cpu::WorkerTeam& team) {
+      // Whole items per thread if there are enough items; else the team shares each item.
       if (batch < team.members) return run(team, 0, batch);
-      team.for_rows(batch, item_work, [&](int64_t begin, int64_t end) {
-        cpu::Team alone(1);
+      team.for_rows(batch, item_flops, [&](int64_t begin, int64_t end) {
+        cpu::WorkerTeam alone(1);
         run(alone, begin, end);
       });
     });

@@ -1,8 +1,18 @@
-// Greedy MAP of a DPP on the CPU. The Cholesky row of a pick, e = (c - sum_t e_t[pick] e_t) / e[pick], needs the cosines of the pick to all
-// tokens. They are computed for several tokens in one pass over the features, those of the largest gains, together with the
-// sum over the rows so far; a row that is picked later is brought up to date with the rows since. Every element takes the same
-// operations in the same order whatever was computed ahead, so the picks are those of the plain loop, bit for bit. Sums are taken in
-// float64: in float32 their rounding, divided by e[pick], is soon as large as the gains that are left.
+// dpp_select on the CPU: greedy MAP of a DPP by Cholesky rows, with drafted rows.
+//
+// What: pick j has the row e[i] = (c[i][j] - sum over earlier picks t of e_t[i] e_t[j]) / sqrt(distance[j]), where c is the cosine. The
+//   gain of token i is quality[i]^2 * distance[i], where distance[i] loses e[i]^2 with every pick. The picks are those of the plain loop,
+//   bit for bit: each element takes the same operations in the same order, drafted or not. Sums are float64: in float32 their rounding
+//   errors, divided by sqrt(distance), would soon be as large as the remaining gains.
+// Chosen when: the features are on the CPU.
+// Steps, for each pick:
+//   (1) if its row is not drafted: draft the tokens of the largest gains, compute all their cosines in one pass over the features, and
+//       subtract the terms of the picks so far;
+//   (2) subtract the terms of the picks since the draft;
+//   (3) finish the row: divide it, update distances and losses (loss = -gain), and take the lowest loss;
+//   (4) if the gain is at most `floor` times the first gain, stop and fill up by quality.
+// Synchronisation: the leader runs the loop; the team shares passes and subtractions (for_rows). If there are enough items, each thread
+//   runs whole items instead.
 #include <limits>
 #include <numeric>
 #include <tuple>
@@ -16,39 +26,40 @@
 namespace sts {
 namespace {
 
-constexpr int64_t kStripRows = 16;        // of a pass: they stay in cache while they meet all points
-constexpr int kSlots = 3 * cpu::kPoints;  // rows computed and not picked yet
+constexpr int64_t kStripRows = 16;        // rows per strip of a pass: they stay in cache while they meet all points
+constexpr int kSlots = 3 * cpu::kPoints;  // max drafted rows held
 
-// Selects from one item at a time; its scratch is kept from item to item.
+// Selects from one item at a time; scratch memory is reused from item to item.
 template <class scalar_t>
 class DppSelector {
  public:
-  DppSelector(cpu::Team& team, const Rows<scalar_t>& features, float floor)
+  DppSelector(cpu::WorkerTeam& team, const Rows<scalar_t>& features, float floor)
       : team_(team), features_(features), point_size_(cpu::point_size(features.channels)), floor_(floor) {}
 
+  // order, gain: (k) outputs of item b; slots past `tokens` get -1 and 0.
   void run(int64_t b, int64_t tokens, int64_t k, const float* quality, int64_t* order, float* gain) {
     const int64_t picks = std::min(k, tokens);
     std::fill(order + picks, order + k, -1);
     std::fill(gain, gain + k, 0.f);
     if (picks == 0) return;
-    const double largest = start(b, tokens, quality);
+    const double max_quality = start(b, tokens, quality);
     cpu::Lowest best = cpu::lowest(loss_.data(), width_);
-    const float least = -best.value * floor_;
+    const float min_gain = -best.value * floor_;
     int64_t step = 0;
-    for (; step < picks && -best.value > least; ++step) {
+    for (; step < picks && -best.value > min_gain; ++step) {
       const auto pick = best.index;
       order[step] = pick;
-      gain[step] = static_cast<float>(-best.value * largest * largest);
+      gain[step] = static_cast<float>(-best.value * max_quality * max_quality);
       weight_[pick] = 0.f;
       if (step + 1 == picks) return;
       best = add_row(step, pick, picks - step);
     }
-    fill(tokens, quality, order, step, picks);
+    fill(tokens, quality, order, step, picks);  // (4) fill up
   }
 
  private:
-  // Unit rows and what their rounding took of their length, weights (q_i / max q)^2, distances to the empty span, and gains. Returns
-  // max |q|.
+  // Fills the unit rows, scales (1 / length of the rounded unit row), weights (q_i / max |q|)^2, squared distances to the empty span (1, or
+  // 0 for a zero or unusable row) and losses. Returns max |q| over the tokens of distance 1.
   double start(int64_t b, int64_t tokens, const float* quality) {
     tokens_ = tokens;
     width_ = ceil_div(tokens, cpu::kColumns) * cpu::kColumns;
@@ -84,28 +95,29 @@ class DppSelector {
         }
       }
     });
-    float largest = 0.f;
+    float max_quality = 0.f;
     for (int64_t i = 0; i < tokens; ++i)
-      if (distance_[i] > 0) largest = std::max(largest, std::fabs(quality[i]));
+      if (distance_[i] > 0) max_quality = std::max(max_quality, std::fabs(quality[i]));
     for (int64_t i = 0; i < tokens; ++i) {
-      if (!(distance_[i] > 0) || largest == 0) continue;
-      const float share = quality[i] / largest;
-      weight_[i] = share * share;
+      if (!(distance_[i] > 0) || max_quality == 0) continue;
+      const float relative = quality[i] / max_quality;
+      weight_[i] = relative * relative;
       loss_[i] = -static_cast<float>(weight_[i] * distance_[i]);
     }
-    return largest;
+    return max_quality;
   }
 
-  // Makes `pick`, of weight 0 by now, the next row; returns the token of largest gain after it.
+  // Appends the Cholesky row of `pick`, whose weight is already 0, and returns the token of the largest gain after it.
   cpu::Lowest add_row(int64_t step, int64_t pick, int64_t picks) {
-    if (slot_of_[pick] < 0) compute_rows(step, pick, picks);
+    if (slot_of_[pick] < 0) compute_rows(step, pick, picks);  // (1) draft
     const int64_t slot = slot_of_[pick];
-    // The terms that came since the pass.
+    // (2) terms of the picks since the draft
     double* row = slot_rows_.data() + slot * width_;
-    subtract(&pick, &row, 1, up_to_[slot], step);
+    subtract(&pick, &row, 1, terms_subtracted_[slot], step);
     slot_of_[pick] = token_of_[slot] = -1;
     rows_.resize((step + 1) * width_);
     std::copy_n(row, width_, rows_.data() + step * width_);
+    // (3) finish the row
     return cpu::finish_row(rows_.data() + step * width_, std::sqrt(distance_[pick]), distance_.data(), weight_.data(), loss_.data(),
                            width_);
   }
@@ -125,19 +137,19 @@ class DppSelector {
     });
   }
 
-  // Residual cosines of `pick` and of the tokens that are likely to be picked soon.
+  // Computes the rows of `pick` and of drafted tokens, before the division: cosines less the terms of all rows so far.
   void compute_rows(int64_t step, int64_t pick, int64_t picks) {
-    choose(pick, std::min<int64_t>(lookahead(), picks));
-    const int count = static_cast<int>(ahead_.size());
+    choose_drafts(pick, std::min<int64_t>(max_draft(), picks));
+    const int count = static_cast<int>(drafted_.size());
     double* rows[cpu::kPoints];
     const double* points[cpu::kPoints];
     points_.resize(count * point_size_);
     for (int p = 0; p < count; ++p) {
-      const int slot = take_slot(ahead_[p]);
-      up_to_[slot] = step;
+      const int slot = acquire_slot(drafted_[p]);
+      terms_subtracted_[slot] = step;
       rows[p] = slot_rows_.data() + slot * width_;
       double* point = points_.data() + p * point_size_;
-      std::copy_n(unit_row_[ahead_[p]], point_size_, point);
+      std::copy_n(unit_row_[drafted_[p]], point_size_, point);
       points[p] = point;
       std::fill(rows[p] + tokens_, rows[p] + width_, 0.);
     }
@@ -148,20 +160,21 @@ class DppSelector {
         const int64_t first = s * kStripRows, used = std::min(kStripRows, tokens_ - first);
         cpu::dot64(points, count, unit_row_.data() + first, used, point_size_, strip, kStripRows);
         for (int p = 0; p < count; ++p)
-          for (int64_t i = 0; i < used; ++i) rows[p][first + i] = strip[p * kStripRows + i] * scale_[ahead_[p]] * scale_[first + i];
+          for (int64_t i = 0; i < used; ++i) rows[p][first + i] = strip[p * kStripRows + i] * scale_[drafted_[p]] * scale_[first + i];
       }
     });
-    subtract(ahead_.data(), rows, count, 0, step);
+    subtract(drafted_.data(), rows, count, 0, step);
   }
 
-  int lookahead() const {
+  // Max tokens per draft.
+  int max_draft() const {
     const int asked = asked_lookahead(cpu::kPoints);
     return asked ? asked : cpu::kPoints;
   }
 
-  // ahead_: `pick`, and up to `count` tokens in all: those of the largest gains that have no row.
-  void choose(int64_t pick, int64_t count) {
-    ahead_.assign(1, pick);
+  // drafted_ = `pick` and the uncached tokens of the largest gains, at most `count` together.
+  void choose_drafts(int64_t pick, int64_t count) {
+    drafted_.assign(1, pick);
     if (count < 2) return;
     candidates_.clear();
     for (int64_t i = 0; i < tokens_; ++i)
@@ -169,11 +182,11 @@ class DppSelector {
     const int64_t more = std::min<int64_t>(count - 1, static_cast<int64_t>(candidates_.size()));
     std::nth_element(candidates_.begin(), candidates_.begin() + more, candidates_.end(),
                      [&](int64_t a, int64_t b) { return loss_[a] < loss_[b]; });
-    ahead_.insert(ahead_.end(), candidates_.begin(), candidates_.begin() + more);
+    drafted_.insert(drafted_.end(), candidates_.begin(), candidates_.begin() + more);
   }
 
-  // A free slot, or that of the token of the smallest gain.
-  int take_slot(int64_t token) {
+  // Returns a free slot, or evicts the row of the smallest gain.
+  int acquire_slot(int64_t token) {
     int slot = 0;
     for (int s = 0; s < kSlots; ++s) {
       if (token_of_[s] < 0) {
@@ -188,7 +201,7 @@ class DppSelector {
     return slot;
   }
 
-  // The tokens left by quality, the largest first, and those that are not usable after them.
+  // Fills order[done] .. order[picks - 1] with the tokens not picked: usable ones by descending quality, then the others by index.
   void fill(int64_t tokens, const float* quality, int64_t* order, int64_t done, int64_t picks) {
     std::vector<bool> picked(tokens);
     for (int64_t step = 0; step < done; ++step) picked[order[step]] = true;
@@ -204,16 +217,25 @@ class DppSelector {
     std::copy_n(candidates_.begin(), picks - done, order + done);
   }
 
-  cpu::Team& team_;
+  cpu::WorkerTeam& team_;
   Rows<scalar_t> features_;
-  int64_t point_size_, tokens_ = 0, width_ = 0;  // width_: tokens_, in whole blocks of columns
+  int64_t point_size_, tokens_ = 0, width_ = 0;  // width_: tokens_ rounded up to kColumns, the row length of rows_ and slot_rows_
   float floor_;
-  std::vector<float> unit_, weight_, loss_;
-  std::vector<double> scale_, distance_, points_, rows_, slot_rows_, factors_;
-  std::vector<const float*> unit_row_;
-  std::vector<char> usable_;
-  std::vector<int64_t> slot_of_, ahead_, candidates_;
-  int64_t token_of_[kSlots], up_to_[kSlots];  // by slot; up_to_: terms that have been subtracted
+  std::vector<float> unit_;             // (tokens_, point_size_)
+  std::vector<float> weight_, loss_;    // (width_)
+  std::vector<double> scale_;           // (tokens_)
+  std::vector<double> distance_;        // (width_)
+  std::vector<double> points_;          // (drafted, point_size_)
+  std::vector<double> rows_;            // (picks so far, width_): Cholesky rows
+  std::vector<double> slot_rows_;       // (kSlots, width_): drafted rows, before the division
+  std::vector<double> factors_;         // (rows, terms): scratch of subtract
+  std::vector<const float*> unit_row_;  // (tokens_)
+  std::vector<char> usable_;            // (tokens_): finite row and quality
+  std::vector<int64_t> slot_of_;        // (tokens_): slot of the drafted row, or -1
+  std::vector<int64_t> drafted_;        // drafted tokens, the pick first
+  std::vector<int64_t> candidates_;     // scratch
+  int64_t token_of_[kSlots];            // token of the row in a slot, or -1
+  int64_t terms_subtracted_[kSlots];    // number of terms subtracted from the row in a slot
 };
 
 std::tuple<Tensor, Tensor> dpp_select_cpu(const Tensor& features, const Tensor& quality, int64_t k, double floor,
@@ -228,17 +250,17 @@ std::tuple<Tensor, Tensor> dpp_select_cpu(const Tensor& features, const Tensor& 
   const auto* const qualities = static_cast<const float*>(given.quality.const_data_ptr());
   cpu::dispatch(given.features.scalar_type(), [&](auto* element) {
     const auto rows = rows_of<std::remove_pointer_t<decltype(element)>>(given.features);
-    const auto run = [&](cpu::Team& team, int64_t begin, int64_t end) {
+    const auto run = [&](cpu::WorkerTeam& team, int64_t begin, int64_t end) {
       DppSelector selector(team, rows, given.floor);
       for (int64_t b = begin; b < end; ++b)
         selector.run(b, counts ? counts[b] : tokens, k, qualities + b * tokens, orders + b * k, gains + b * k);
     };
-    const int64_t item_work = 2 * tokens * (k + 4) * channels;
-    cpu::with_team(batch * item_work, [&](cpu::Team& team) {
-      // Threads take whole items where there are enough of them, else rows of one item.
+    const int64_t item_flops = 2 * tokens * (k + 4) * channels;
+    cpu::with_team(batch * item_flops, [&](cpu::WorkerTeam& team) {
+      // Whole items per thread if there are enough items; else the team shares each item.
       if (batch < team.members) return run(team, 0, batch);
-      team.for_rows(batch, item_work, [&](int64_t begin, int64_t end) {
-        cpu::Team alone(1);
+      team.for_rows(batch, item_flops, [&](int64_t begin, int64_t end) {
+        cpu::WorkerTeam alone(1);
         run(alone, begin, end);
       });
     });

@@ -1,10 +1,11 @@
+// farthest_select on the CPU: greedy selection (select.h) with rule Farthest, on the rows or on unit rows.
 #include "select.h"
 
 namespace sts {
 namespace {
 
 Tensor select(const Selection& selection) {
-  return cpu::select_all(selection, [&](cpu::Team& team, const auto& rows, int64_t begin, int64_t end, int64_t* picks) {
+  return cpu::select_all(selection, [&](cpu::WorkerTeam& team, const auto& rows, int64_t begin, int64_t end, int64_t* picks) {
     if (selection.cosine) return cpu::select_unit_items(team, rows, selection.items, Farthest(), begin, end, picks);
     cpu::select_items(team, rows, selection.items, Farthest(), begin, end, picks);
   });

@@ -1,3 +1,4 @@
+// pairwise_sqdist on the CPU: all_pairs (pairs.h) for each batch entry.
 #include "pairs.h"
 
 namespace sts {
@@ -10,7 +11,7 @@ Tensor pairwise_sqdist_cpu(const Tensor& features) {
   float* matrices = static_cast<float*>(out.mutable_data_ptr());
   cpu::dispatch(x.scalar_type(), [&](auto* element) {
     const auto rows = rows_of<std::remove_pointer_t<decltype(element)>>(x);
-    cpu::with_team(batch * tokens * tokens * rows.channels, [&](cpu::Team& team) {
+    cpu::with_team(batch * tokens * tokens * rows.channels, [&](cpu::WorkerTeam& team) {
       std::vector<decltype(rows.data)> row(tokens);
       for (int64_t b = 0; b < batch; ++b) {
         for (int64_t i = 0; i < tokens; ++i) row[i] = rows.row(b, i);

@@ -1,4 +1,4 @@
-// How the CPU kernels use torch's threads.
+// The CPU kernels on torch's threads.
 #pragma once
 #include <algorithm>
 
@@ -7,17 +7,18 @@
 
 namespace sts::cpu {
 
-// Floating-point operations that take some 60 microseconds: for less, waking a thread costs more than it saves.
-constexpr int64_t kWakeWork = 6 << 20;
+// Min floating-point operations per thread, about 60 us. Below that, waking a thread costs more than it saves.
+constexpr int64_t kMinThreadFlops = 6 << 20;
 
-// body(team), once, where `work` is about how many operations its loops cost together.
+// Calls body(team) once. `flops`: approximate floating-point operations of all its loops together.
 template <class Body>
-void with_team(int64_t work, const Body& body) {
-  Team team(std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(), work / kWakeWork)));
+void with_team(int64_t flops, const Body& body) {
+  WorkerTeam team(std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(), flops / kMinThreadFlops)));
   if (team.members < 2) return body(team);
-  torch::stable::parallel_for(0, team.members, 1, [&](int64_t, int64_t) { team.join(body); });
+  torch::stable::parallel_for(0, team.members, 1, [&](int64_t, int64_t) { team.participate(body); });
 }
 
+// dispatch_floating with torch's 16-bit types.
 template <class F>
 void dispatch(ScalarType type, F&& f) {
   dispatch_floating<torch::headeronly::Half, torch::headeronly::BFloat16>(type, f);

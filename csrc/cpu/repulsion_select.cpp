@@ -1,3 +1,4 @@
+// repulsion_select on the CPU: greedy selection (select.h) with rule Repulsion.
 #include "select.h"
 
 namespace sts {
@@ -5,7 +6,7 @@ namespace {
 
 Tensor select(const Selection& selection, double eps) {
   const Repulsion rule{checked_eps(selection.op, eps)};
-  return cpu::select_all(selection, [&](cpu::Team& team, const auto& rows, int64_t begin, int64_t end, int64_t* picks) {
+  return cpu::select_all(selection, [&](cpu::WorkerTeam& team, const auto& rows, int64_t begin, int64_t end, int64_t* picks) {
     cpu::select_items(team, rows, selection.items, rule, begin, end, picks);
   });
 }

@@ -1,3 +1,7 @@
+// repulsion_step_ on the CPU: one step of greedy repulsion on potentials that the caller holds, updated in place.
+//
+// Steps, for each batch entry: (1) add the weights of `picked` to the potentials, unless it is -1; (2) give non-finite tokens
+//   kNonFinitePotential, and the pick infinity; (3) return the token of the lowest potential, or -1 if all are picked.
 #include <limits>
 #include <vector>
 
@@ -16,30 +20,34 @@ Tensor repulsion_step_cpu(Tensor potential, const Tensor& features, const Tensor
   int64_t* next = static_cast<int64_t*>(out.mutable_data_ptr());
   float* potentials = static_cast<float*>(potential.mutable_data_ptr());
   const int64_t batch_stride = potential.stride(0), token_stride = potential.stride(1);
-  std::vector<float> mine(tokens), weight(tokens), point(cpu::point_size(channels));
+  // copy: the potentials of an entry, contiguous. The tensor itself may be strided.
+  std::vector<float> copy(tokens), weight(tokens), point(cpu::point_size(channels));
   cpu::dispatch(step.features.scalar_type(), [&](auto* element) {
     using scalar_t = std::remove_pointer_t<decltype(element)>;
     const auto rows = rows_of<scalar_t>(step.features);
     std::vector<const scalar_t*> row(tokens);
-    cpu::with_team(batch * tokens * 4 * channels, [&](cpu::Team& team) {
+    cpu::with_team(batch * tokens * 4 * channels, [&](cpu::WorkerTeam& team) {
       for (int64_t b = 0; b < batch; ++b) {
         float* item = potentials + b * batch_stride;
-        for (int64_t i = 0; i < tokens; ++i) mine[i] = item[i * token_stride], row[i] = rows.row(b, i);
+        for (int64_t i = 0; i < tokens; ++i) copy[i] = item[i * token_stride], row[i] = rows.row(b, i);
         if (picks[b] >= 0) cpu::to_point(row[picks[b]], point.data(), channels);
         team.for_rows(tokens, 4 * channels, [&](int64_t begin, int64_t end) {
+          // (1) add the weights
           if (picks[b] >= 0) {
             const float* points[] = {point.data()};
             cpu::sqdist(points, 1, row.data() + begin, end - begin, row.data() + end, 0, channels, weight.data() + begin, tokens);
             cpu::to_weight(step.rule, weight.data() + begin, nullptr, end - begin, 1.f);
-            for (int64_t i = begin; i < end; ++i) mine[i] = step.rule.add(mine[i], weight[i]);
+            for (int64_t i = begin; i < end; ++i) copy[i] = step.rule.add(copy[i], weight[i]);
           }
+          // (2) non-finite tokens: a NaN potential, or a row that is not finite
           for (int64_t i = begin; i < end; ++i)
-            if (mine[i] != mine[i] || (mine[i] < kNonFinitePotential && !cpu::all_finite(row[i], channels))) mine[i] = kNonFinitePotential;
+            if (copy[i] != copy[i] || (copy[i] < kNonFinitePotential && !cpu::all_finite(row[i], channels))) copy[i] = kNonFinitePotential;
         });
-        if (picks[b] >= 0) mine[picks[b]] = std::numeric_limits<float>::infinity();
-        const cpu::Lowest best = cpu::lowest(mine.data(), tokens);
+        if (picks[b] >= 0) copy[picks[b]] = std::numeric_limits<float>::infinity();
+        // (3) the next pick
+        const cpu::Lowest best = cpu::lowest(copy.data(), tokens);
         next[b] = best.value == std::numeric_limits<float>::infinity() ? -1 : best.index;
-        for (int64_t i = 0; i < tokens; ++i) item[i * token_stride] = mine[i];
+        for (int64_t i = 0; i < tokens; ++i) item[i * token_stride] = copy[i];
       }
     });
   });

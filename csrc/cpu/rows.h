@@ -1,4 +1,4 @@
-// Rows of a batch in float32, as the kernels that compare every row with every other read them.
+// float32 rows of a batch, with their norms, for the kernels that compare all rows with all others (nearest, knn_density).
 #pragma once
 #include <memory>
 #include <type_traits>
@@ -9,26 +9,28 @@
 
 namespace sts::cpu {
 
-constexpr int kQueries = 64;  // rows that one part of a loop compares, in groups of kPoints
-constexpr int kKeys = 64;     // with so many at a time, which stay in the second-level cache meanwhile
+constexpr int kQueries = 64;  // query rows per task, compared in groups of kPoints
+constexpr int kKeys = 64;     // key rows per tile: they stay in L2 while all queries of the task meet them
 
-// Worst relative error of a dot product of C channels, of |a||b|, and of the sums that make a squared distance of it: each of 4 lanes
-// or more adds C / 4 products.
+// Error bound of a dot product of C channels, relative to |a||b|: each of 4 or more lanes sums at most C / 4 products. The 16 covers the
+// rest: adding the lanes, and the sums |a|^2 + |b|^2 - 2 a.b.
 inline float dot_error(int64_t channels) { return static_cast<float>(channels / 4 + 16) * 0x1p-23f; }
 
-// Squares of such rows neither overflow nor vanish.
+// Whether the products of rows with this |row|^2 neither overflow nor vanish in float32.
 inline bool in_range(float square) { return square >= 0x1p-60f && square <= 0x1p60f; }
 
+// `row` points into the features, or into `copies`.
 struct FloatRows {
-  int64_t batch, count, channels;   // channels: of each row in float32, zeros at the end included
+  int64_t batch, count, channels;   // channels: padded with zeros, point_size of the given channels
   std::vector<const float*> row;    // (batch, count)
-  std::vector<float> square;        // |row|^2; cosine: 1 / |row|, or 0
-  std::vector<char> usable;         // no NaN or infinity
-  std::unique_ptr<float[]> copies;  // uninitialised: pages nobody writes to cost nothing
+  std::vector<float> square;        // (batch, count): |row|^2; for_cosine: 1 / |row|, or 0 for a zero row
+  std::vector<char> usable;         // (batch, count): no NaN or infinity
+  std::unique_ptr<float[]> copies;  // uninitialised: pages that are never written cost nothing
 
-  // for_cosine: a row whose square is out of range is scaled by a power of two, which rounds nothing.
+  // Copies a row if it is 16-bit, needs padding, or (for_cosine) its |row|^2 is out of range. An out-of-range row is scaled by a power of
+  // two, which is exact and does not change cosines.
   template <class scalar_t>
-  static FloatRows of(Team& team, const Rows<scalar_t>& rows, int64_t batch, int64_t count, bool for_cosine) {
+  static FloatRows of(WorkerTeam& team, const Rows<scalar_t>& rows, int64_t batch, int64_t count, bool for_cosine) {
     FloatRows out{batch, count, point_size(rows.channels), {}, {}, {}, {}};
     const int64_t all = batch * count, size = out.channels;
     out.row.resize(all), out.square.resize(all), out.usable.resize(all);
@@ -58,21 +60,21 @@ struct FloatRows {
   }
 
  private:
-  // copy = row times the power of two that takes its largest element to [1, 2), or as near as one float goes; false for a zero row.
+  // copy = row * 2^n, with the largest magnitude in [1, 2), or as near as a float32 power of two takes it. Returns false for a zero row.
   static bool scale(const float* row, float* copy, int64_t size) {
-    float largest = 0.f;
-    for (int64_t c = 0; c < size; ++c) largest = std::max(largest, std::fabs(row[c]));
-    if (largest == 0.f) return false;
-    const float power = std::ldexp(1.f, std::min(std::max(-std::ilogb(largest), -126), 126));
+    float max_abs = 0.f;
+    for (int64_t c = 0; c < size; ++c) max_abs = std::max(max_abs, std::fabs(row[c]));
+    if (max_abs == 0.f) return false;
+    const float power = std::ldexp(1.f, std::min(std::max(-std::ilogb(max_abs), -126), 126));
     for (int64_t c = 0; c < size; ++c) copy[c] = row[c] * power;
     return true;
   }
 };
 
-// How many of an item's rows count; 0 where the number makes no sense.
-inline int64_t counted(const int64_t* counts, int64_t b, int64_t most) {
-  if (!counts) return most;
-  return counts[b] >= 0 && counts[b] <= most ? counts[b] : 0;
+// Rows present in item b: counts[b], or 0 if it is out of range; without counts all rows.
+inline int64_t counted(const int64_t* counts, int64_t b, int64_t max_count) {
+  if (!counts) return max_count;
+  return counts[b] >= 0 && counts[b] <= max_count ? counts[b] : 0;
 }
 
 }  // namespace sts::cpu

@@ -1,3 +1,8 @@
+// scatter_mean on the CPU: the weighted mean of the tokens assigned to each slot.
+//
+// Steps: (1) list the tokens of each slot by a counting sort; (2) for each slot, sum its tokens in ascending order in float64 and divide by
+//   the sum of their weights. Tokens that are not finite, or of non-finite weight, are left out. The mean is 0 if that sum is not positive.
+// Synchronisation: a task is a range of slots, so sums need no atomics and do not depend on the number of threads.
 #include <cmath>
 #include <vector>
 
@@ -8,11 +13,11 @@
 namespace sts {
 namespace {
 
-// The tokens of each slot of an item, in their order: those of slot s are token[start[s]] up to token[start[s + 1]].
-struct Members {
+// The tokens of each slot of an item, as a CSR list: slot s holds token[start[s]] to token[start[s + 1] - 1], in ascending order.
+struct SlotLists {
   std::vector<int64_t> start, token;
 
-  Members(const int64_t* slot, int64_t tokens, int64_t count) : start(count + 1), token(tokens) {
+  SlotLists(const int64_t* slot, int64_t tokens, int64_t count) : start(count + 1), token(tokens) {
     for (int64_t i = 0; i < tokens; ++i)
       if (slot[i] >= 0) ++start[slot[i] + 1];
     for (int64_t s = 0; s < count; ++s) start[s + 1] += start[s];
@@ -34,17 +39,19 @@ std::tuple<Tensor, Tensor> scatter_mean_cpu(const Tensor& features, const Tensor
     const auto rows = rows_of<scalar_t>(x);
     scalar_t* means = static_cast<scalar_t*>(mean.mutable_data_ptr());
     float* masses = static_cast<float*>(mass.mutable_data_ptr());
-    std::vector<Members> members;
-    for (int64_t b = 0; b < batch; ++b) members.emplace_back(call.slots() + b * tokens, tokens, count);
-    cpu::with_team(batch * (4 * tokens + count) * channels, [&](cpu::Team& team) {
+    // (1) tokens of each slot
+    std::vector<SlotLists> lists;
+    for (int64_t b = 0; b < batch; ++b) lists.emplace_back(call.slots() + b * tokens, tokens, count);
+    cpu::with_team(batch * (4 * tokens + count) * channels, [&](cpu::WorkerTeam& team) {
+      // (2) sums
       team.for_rows(batch * count, (4 * tokens / count + 1) * channels, [&](int64_t begin, int64_t end) {
         std::vector<double> sum(channels);
         for (int64_t r = begin; r < end; ++r) {
           const int64_t b = r / count, s = r % count;
           double mass_of_slot = 0;
           std::fill(sum.begin(), sum.end(), 0.0);
-          for (int64_t m = members[b].start[s]; m < members[b].start[s + 1]; ++m) {
-            const int64_t i = members[b].token[m];
+          for (int64_t m = lists[b].start[s]; m < lists[b].start[s + 1]; ++m) {
+            const int64_t i = lists[b].token[m];
             const double w = call.weights() ? call.weights()[b * tokens + i] : 1.0;
             if (!std::isfinite(w) || !cpu::all_finite(rows.row(b, i), channels)) continue;
             cpu::add_weighted(rows.row(b, i), w, sum.data(), channels);

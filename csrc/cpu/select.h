@@ -1,9 +1,18 @@
-// Greedy selection on the CPU by any rule of selection_rule.h: the plain loop, except that the distances to several tokens are
-// computed in one pass over the features. When the next pick's row of weights is not at hand, it is computed together with the rows of the tokens
-// that the loop would pick next if it had to choose among a few candidates of low potential. Mostly these are the next picks, and
-// their rows are kept until they are; a wrong guess costs time and never a result. Potentials are exact at every pick, so the
-// picks are those of the plain loop, bit for bit. A pass leaves out the tokens already picked. Where nearly all of a few tokens
-// are picked, the plain loop runs over the stored weights of all pairs.
+// Greedy selection on the CPU by any rule of selection_rule.h, with drafted rows of weights.
+//
+// What: the picks of the plain loop, bit for bit. One pass over the features computes the weight rows of several tokens: of the pick and of
+//   drafted tokens, which are likely to be picked soon. A drafted row is cached until its token is picked. Potentials are exact at every
+//   pick, so a wrong draft costs time and never changes a result.
+// Chosen when: the features are on the CPU. If most of a few tokens are picked (plan_cpu_selection), the plain loop over stored N x N
+//   weights replaces the drafts.
+// Steps, for each pick:
+//   (1) look up its row in the cache; if it is there, go to (5);
+//   (2) compact the positions, if more than 1/16 of them hold picked tokens;
+//   (3) draft: run the plain loop among a few candidates of low potential, to guess the next picks;
+//   (4) compute the rows of the pick and the drafts in one pass;
+//   (5) add the row to the potentials and take the lowest.
+// Synchronisation: the leader runs the loop; the team shares the passes (for_rows). If there are enough items, each thread runs whole items
+//   instead.
 #pragma once
 #include <limits>
 #include <type_traits>
@@ -15,58 +24,59 @@
 namespace sts::cpu {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr int64_t kStripRows = 16;  // of a pass: they stay in cache while they meet all points
-constexpr int kCachedRows = 2 * kCpuLookahead;
-static_assert(kCpuLookahead <= kPoints, "a pass's points meet a strip at once");
-constexpr int64_t kPlacesPerCandidate = 64;  // so that their distances cost little beside a pass
+constexpr int64_t kStripRows = 16;              // rows per strip of a pass: they stay in cache while they meet all points
+constexpr int kCachedRows = 2 * kCpuLookahead;  // slots of the row cache
+static_assert(kCpuLookahead <= kPoints, "a pass compares a strip with its points in one call");
+constexpr int64_t kTokensPerCandidate = 64;  // so few candidates that their distances cost little next to a pass
 
-// Rows of weights computed and not yet used, by place.
+// Cache of weight rows that are computed and not yet used. A row has one weight per position (see Selector).
 class RowCache {
  public:
-  void reset(int64_t places, int slots) {
-    row_size_ = places;
-    place_of_.assign(slots, -1);
-    slot_of_.assign(places, -1);
-    rows_.resize(slots * places);
+  void reset(int64_t positions, int slots) {
+    row_size_ = positions;
+    position_of_.assign(slots, -1);
+    slot_of_.assign(positions, -1);
+    rows_.resize(slots * positions);
   }
-  bool has(int64_t place) const { return slot_of_[place] >= 0; }
-  float* row(int64_t place) { return slot(slot_of_[place]); }
+  bool has(int64_t position) const { return slot_of_[position] >= 0; }
+  float* row(int64_t position) { return slot(slot_of_[position]); }
 
-  // Frees rows until `count` can be added: those of the tokens furthest from being picked.
+  // Evicts rows until `count` slots are free: those of the highest potential, the least likely to be picked soon.
   void make_room(int count, const float* potential) {
-    const auto slots = static_cast<int>(place_of_.size());
-    int used = static_cast<int>(std::count_if(place_of_.begin(), place_of_.end(), [](int64_t place) { return place >= 0; }));
+    const auto slots = static_cast<int>(position_of_.size());
+    int used = static_cast<int>(std::count_if(position_of_.begin(), position_of_.end(), [](int64_t position) { return position >= 0; }));
     for (; used > slots - count; --used) {
-      int64_t last = -1;
-      for (const int64_t place : place_of_)
-        if (place >= 0 && (last < 0 || potential[place] > potential[last])) last = place;
-      remove(last);
+      int64_t victim = -1;
+      for (const int64_t position : position_of_)
+        if (position >= 0 && (victim < 0 || potential[position] > potential[victim])) victim = position;
+      remove(victim);
     }
   }
-  float* add(int64_t place) {
-    const auto slot = static_cast<int>(std::find(place_of_.begin(), place_of_.end(), -1) - place_of_.begin());
-    place_of_[slot] = place;
-    slot_of_[place] = slot;
-    return row(place);
+  // Assigns a free slot to a row, which the caller fills.
+  float* add(int64_t position) {
+    const auto slot = static_cast<int>(std::find(position_of_.begin(), position_of_.end(), -1) - position_of_.begin());
+    position_of_[slot] = position;
+    slot_of_[position] = slot;
+    return row(position);
   }
-  void append_places(std::vector<int64_t>& places) const {
-    for (const int64_t place : place_of_)
-      if (place >= 0) places.push_back(place);
+  void append_positions(std::vector<int64_t>& positions) const {
+    for (const int64_t position : position_of_)
+      if (position >= 0) positions.push_back(position);
   }
-  void remove(int64_t place) {
-    place_of_[slot_of_[place]] = -1;
-    slot_of_[place] = -1;
+  void remove(int64_t position) {
+    position_of_[slot_of_[position]] = -1;
+    slot_of_[position] = -1;
   }
-  // What was at place from[i] moves to place i; from[i] rises, and no place with a row is left out.
-  void compact(const std::vector<int64_t>& from) {
-    for (size_t i = 0; i < from.size(); ++i) {
-      const int slot = slot_of_[i] = slot_of_[from[i]];
-      if (slot >= 0) place_of_[slot] = static_cast<int64_t>(i);
+  // Moves position old[i] to position i. Precondition: `old` is ascending and holds all cached positions.
+  void compact(const std::vector<int64_t>& old) {
+    for (size_t i = 0; i < old.size(); ++i) {
+      const int slot = slot_of_[i] = slot_of_[old[i]];
+      if (slot >= 0) position_of_[slot] = static_cast<int64_t>(i);
     }
-    for (size_t s = 0; s < place_of_.size(); ++s) {
-      if (place_of_[s] < 0) continue;
+    for (size_t s = 0; s < position_of_.size(); ++s) {
+      if (position_of_[s] < 0) continue;
       float* row = slot(static_cast<int>(s));
-      for (size_t i = 0; i < from.size(); ++i) row[i] = row[from[i]];
+      for (size_t i = 0; i < old.size(); ++i) row[i] = row[old[i]];
     }
   }
 
@@ -74,17 +84,17 @@ class RowCache {
   float* slot(int slot) { return rows_.data() + slot * row_size_; }
 
   int64_t row_size_ = 0;
-  std::vector<int64_t> place_of_;
-  std::vector<int> slot_of_;
-  std::vector<float> rows_;
+  std::vector<int64_t> position_of_;  // (slots): position of the row in a slot, or -1
+  std::vector<int> slot_of_;          // (positions): slot of a position's row, or -1
+  std::vector<float> rows_;           // (slots, row_size_)
 };
 
-// Selects from one item at a time; its scratch is kept from item to item. Tokens are known by their places, which keep their
-// order and close up as tokens are picked.
+// Selects from one item at a time; scratch memory is reused from item to item. Arrays are indexed by position: compaction removes picked
+// tokens and keeps the order of the others, so that passes leave picked tokens out and ties still go to the lowest token.
 template <class scalar_t, class Rule>
 class Selector {
  public:
-  Selector(Team& team, int64_t channels, const Items& items, Rule rule)
+  Selector(WorkerTeam& team, int64_t channels, const Items& items, Rule rule)
       : team_(team),
         channels_(channels),
         items_(items),
@@ -93,57 +103,59 @@ class Selector {
         points_(kPoints),
         point_values_(kPoints * point_size_) {}
 
-  // `first`: the item's first row in entry `entry` of `rows`.
+  // Selects from item b, whose tokens are rows [first, first + item.tokens) of entry `entry`. out: item.picks slots.
   void run(const Rows<scalar_t>& rows, int64_t entry, int64_t first, int64_t b, const Item& item, int64_t* out) {
-    places_ = item.tokens;
-    const int64_t picks = std::min(item.picks, places_);
+    num_positions_ = item.tokens;
+    const int64_t picks = std::min(item.picks, num_positions_);
     std::fill(out + picks, out + item.picks, -1);
     if (picks == 0) return;
-    row_.resize(places_);
-    token_.resize(places_);
-    for (int64_t i = 0; i < places_; ++i) row_[i] = rows.row(entry, first + i), token_[i] = i;
-    int64_t pick = start(items_.first_token(b, item), item.anchor), picked = 0;  // places that hold picked tokens
-    const CpuSelectionPlan plan = plan_cpu_selection(places_, picks, places_ * channels_ * sizeof(scalar_t));
+    row_.resize(num_positions_);
+    token_.resize(num_positions_);
+    for (int64_t i = 0; i < num_positions_; ++i) row_[i] = rows.row(entry, first + i), token_[i] = i;
+    int64_t pick = start(items_.first_token(b, item), item.anchor), picked = 0;  // picked: tokens picked since the last compaction
+    const CpuSelectionPlan plan = plan_cpu_selection(num_positions_, picks, num_positions_ * channels_ * sizeof(scalar_t));
     const int asked = asked_lookahead(kCpuLookahead);
     if (plan.stored && !asked) return run_stored(pick, picks, out);
     lookahead_ = asked ? asked : plan.lookahead;
-    cache_.reset(places_, kCachedRows);
+    cache_.reset(num_positions_, kCachedRows);
     for (int64_t step = 0;; ++step) {
       out[step] = token_[pick];
       if (step + 1 == picks) break;
-      if (!cache_.has(pick)) {
-        if (picked > places_ / 16) pick = close_up(pick), picked = 0;
-        look_ahead(pick, step == 0, picks - 1 - step);
-        compute_rows();
+      if (!cache_.has(pick)) {                                                         // (1) look up
+        if (picked > num_positions_ / 16) pick = compact_positions(pick), picked = 0;  // (2) compact
+        draft(pick, step == 0, picks - 1 - step);                                      // (3) draft
+        compute_rows();                                                                // (4) pass
       }
+      // (5) add the row
       potential_[pick] = kInfinity;
       ++picked;
       const float* weight = cache_.row(pick);
       cache_.remove(pick);
-      pick = add_then_lowest(rule_, potential_.data(), weight, places_).index;
+      pick = add_then_lowest(rule_, potential_.data(), weight, num_positions_).index;
     }
   }
 
  private:
-  // The plain loop over the weights of all pairs.
+  // The plain loop over stored N x N weights.
   void run_stored(int64_t pick, int64_t picks, int64_t* out) {
-    weights_.resize(places_ * places_);
-    all_pairs(team_, row_.data(), places_, channels_, weights_.data());
-    team_.for_rows(places_, places_, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) to_weight(rule_, weights_.data() + i * places_, parameter_.data(), places_, parameter_of(i));
+    weights_.resize(num_positions_ * num_positions_);
+    all_pairs(team_, row_.data(), num_positions_, channels_, weights_.data());
+    team_.for_rows(num_positions_, num_positions_, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        to_weight(rule_, weights_.data() + i * num_positions_, parameter_.data(), num_positions_, parameter_of(i));
     });
     for (int64_t step = 0;; ++step) {
       out[step] = pick;
       if (step + 1 == picks) return;
       potential_[pick] = kInfinity;
-      pick = add_then_lowest(rule_, potential_.data(), weights_.data() + pick * places_, places_).index;
+      pick = add_then_lowest(rule_, potential_.data(), weights_.data() + pick * num_positions_, num_positions_).index;
     }
   }
 
-  // Fills the potentials and returns the first pick: the anchor, or the rule's own. `first`: number of the item's first token.
+  // Fills the potentials and returns the first pick: the anchor, or the rule's default. `first`: see Items::first_token.
   int64_t start(int64_t first, int64_t anchor) {
-    constexpr int64_t kChunk = 64;  // sums of sums of fixed chunks: small errors, and the same for any number of threads
-    const int64_t channels = channels_, tokens = places_, chunks = ceil_div(tokens, kChunk);
+    constexpr int64_t kChunk = 64;  // tokens per partial sum: limits rounding errors; fixed, so that the bits do not depend on the threads
+    const int64_t channels = channels_, tokens = num_positions_, chunks = ceil_div(tokens, kChunk);
     const bool from_mean = Rule::kFromMean && anchor < 0;
     parameter_.clear();
     if (items_.parameter) parameter_.assign(items_.parameter + first, items_.parameter + first + tokens);
@@ -167,9 +179,10 @@ class Selector {
     return lowest(key.data(), tokens).index;
   }
 
-  // The finite token nearest the mean of the finite ones, or the first token where there is none.
+  // Returns the finite token nearest the mean of the finite tokens, or token 0 if none is finite. Ranks the tokens by distance from the
+  // mean, furthest first, for the first draft.
   int64_t nearest_to_mean(int64_t chunks) {
-    const int64_t tokens = places_;
+    const int64_t tokens = num_positions_;
     const auto finite = static_cast<float>(tokens - std::count(potential_.begin(), potential_.end(), kNonFinitePotential));
     if (finite == 0.f) return 0;
     std::vector<float> mean(point_size_), sqdist(tokens);
@@ -181,7 +194,7 @@ class Selector {
       if (potential_[i] == kNonFinitePotential) {
         sqdist[i] = kInfinity;
       } else if (!(sqdist[i] < kNonFinitePotential)) {
-        sqdist[i] = kNonFinitePotential;  // beyond float32's range
+        sqdist[i] = kNonFinitePotential;  // overflow
       }
     }
     ranked_ = true;
@@ -190,44 +203,44 @@ class Selector {
     return lowest(sqdist.data(), tokens).index;
   }
 
-  // Drops the places of picked tokens; returns where `pick` is now.
-  int64_t close_up(int64_t pick) {
-    from_.clear();
-    for (int64_t i = 0; i < places_; ++i)
-      if (potential_[i] != kInfinity) from_.push_back(i);
-    places_ = static_cast<int64_t>(from_.size());
-    for (int64_t i = 0; i < places_; ++i) {
-      potential_[i] = potential_[from_[i]];
-      row_[i] = row_[from_[i]];
-      token_[i] = token_[from_[i]];
-      if (!parameter_.empty()) parameter_[i] = parameter_[from_[i]];
+  // Removes the positions of picked tokens. Returns the new position of `pick`.
+  int64_t compact_positions(int64_t pick) {
+    old_position_.clear();
+    for (int64_t i = 0; i < num_positions_; ++i)
+      if (potential_[i] != kInfinity) old_position_.push_back(i);
+    num_positions_ = static_cast<int64_t>(old_position_.size());
+    for (int64_t i = 0; i < num_positions_; ++i) {
+      potential_[i] = potential_[old_position_[i]];
+      row_[i] = row_[old_position_[i]];
+      token_[i] = token_[old_position_[i]];
+      if (!parameter_.empty()) parameter_[i] = parameter_[old_position_[i]];
     }
-    cache_.compact(from_);
-    return std::lower_bound(from_.begin(), from_.end(), pick) - from_.begin();
+    cache_.compact(old_position_);
+    return std::lower_bound(old_position_.begin(), old_position_.end(), pick) - old_position_.begin();
   }
 
-  // Caches the weights of the points, `points_`, in one pass over the features.
+  // Caches the weight rows of the drafted tokens, from one pass over the features.
   void compute_rows() {
-    const int used = static_cast<int>(ahead_.size());
+    const int used = static_cast<int>(drafted_.size());
     std::vector<float*> weights;
     cache_.make_room(used, potential_.data());
-    for (const int64_t place : ahead_) weights.push_back(cache_.add(place));
+    for (const int64_t position : drafted_) weights.push_back(cache_.add(position));
     sqdist_pass(points_.data(), used, [&](int64_t first, int64_t rows, float* strip) {
       for (int p = 0; p < used; ++p) {
-        to_weight(rule_, strip + p * kStripRows, parameters_from(first), rows, parameter_of(ahead_[p]));
+        to_weight(rule_, strip + p * kStripRows, parameters_from(first), rows, parameter_of(drafted_[p]));
         std::copy_n(strip + p * kStripRows, rows, weights[p] + first);
       }
     });
   }
 
-  // f(first, rows, sqdist) for each strip of rows: while it is in cache it meets all points. Each pass goes the other way than the
-  // one before, so that what is left of that one in cache is read first.
+  // Calls f(first, rows, sqdist) for each strip of rows, whose squared distances to all points are sqdist[p * kStripRows + r]. Passes
+  // alternate in direction: each begins with the rows that the previous pass left in cache.
   template <class F>
   void sqdist_pass(const float* const* points, int count, const F& f) {
-    const int64_t strips = ceil_div(places_, kStripRows);
-    const auto strip_at = [&](int64_t i) {  // (first row, rows)
+    const int64_t strips = ceil_div(num_positions_, kStripRows);
+    const auto strip_at = [&](int64_t i) {  // (first row, number of rows) of the i-th strip to visit; (0, 0) past the end
       const int64_t first = (backward_ ? strips - 1 - i : i) * kStripRows;
-      return i < strips ? std::pair(first, std::min(kStripRows, places_ - first)) : std::pair<int64_t, int64_t>();
+      return i < strips ? std::pair(first, std::min(kStripRows, num_positions_ - first)) : std::pair<int64_t, int64_t>();
     };
     team_.for_rows(strips, kStripRows * 2 * count * channels_, [&](int64_t begin, int64_t end) {
       float strip[kPoints * kStripRows];
@@ -241,117 +254,126 @@ class Selector {
     backward_ = !backward_;
   }
 
-  void add_point(int64_t place) {
-    float* point = point_values_.data() + ahead_.size() * point_size_;
-    to_point(row_[place], point, channels_);
-    points_[ahead_.size()] = point;
-    ahead_.push_back(place);
+  // Drafts a token: converts its row to a point of the next pass.
+  void draft_token(int64_t position) {
+    float* point = point_values_.data() + drafted_.size() * point_size_;
+    to_point(row_[position], point, channels_);
+    points_[drafted_.size()] = point;
+    drafted_.push_back(position);
   }
 
-  // Makes points of `pick` and of tokens that have no row and are likely to be among the next `picks`: those that the plain loop
-  // would pick if there were no tokens but the candidates, which are those of lowest potential and those with a row. Before the
-  // first weights, when all potentials are equal, they are those furthest from the mean, if that is known.
-  void look_ahead(int64_t pick, bool first, int64_t picks) {
-    ahead_.clear();
-    add_point(pick);
+  // Drafts `pick` and uncached tokens that are likely among the next `picks` picks: those that the plain loop picks if the candidates are
+  // the only tokens. Candidates are tokens of low potential, and all cached tokens. Before the first weights, tokens rank by their distance
+  // from the mean, furthest first, or by their start. Without either, only `pick` is drafted.
+  void draft(int64_t pick, bool first, int64_t picks) {
+    drafted_.clear();
+    draft_token(pick);
     const int64_t count = std::min<int64_t>(lookahead_, picks);
     if (count == 1 || (first && !ranked_)) return;
     find_candidates(first && !first_rank_.empty() ? first_rank_ : potential_, pick,
-                    std::max<int64_t>(2 * lookahead_, places_ / kPlacesPerCandidate));
-    const auto fresh = static_cast<int64_t>(candidates_.size());
-    if (fresh < count) {
-      for (const int64_t place : candidates_) add_point(place);
+                    std::max<int64_t>(2 * lookahead_, num_positions_ / kTokensPerCandidate));
+    const auto uncached = static_cast<int64_t>(candidates_.size());
+    if (uncached < count) {  // too few to choose from
+      for (const int64_t position : candidates_) draft_token(position);
       return;
     }
-    cache_.append_places(candidates_);
-    const auto all = static_cast<int64_t>(candidates_.size());
-    // A row of weights is also a column where no parameter tells the two tokens apart.
-    const int64_t measured = parameter_.empty() ? fresh : all;
-    candidate_rows_.resize(measured);
+    cache_.append_positions(candidates_);
+    const auto num_candidates = static_cast<int64_t>(candidates_.size());
+    // Without a parameter weights are symmetric, so a cached row is also a column: only uncached candidates need distances.
+    const int64_t num_computed = parameter_.empty() ? uncached : num_candidates;
+    candidate_rows_.resize(num_computed);
     candidate_parameter_.clear();
-    candidate_potential_.resize(all);
-    candidate_weight_.resize(all);
-    for (int64_t i = 0; i < measured; ++i) candidate_rows_[i] = row_[candidates_[i]];
+    candidate_potential_.resize(num_candidates);
+    candidate_weight_.resize(num_candidates);
+    for (int64_t i = 0; i < num_computed; ++i) candidate_rows_[i] = row_[candidates_[i]];
     if (!parameter_.empty())
-      for (const int64_t place : candidates_) candidate_parameter_.push_back(parameter_[place]);
-    for (int64_t i = 0; i < all; ++i) candidate_potential_[i] = potential_[candidates_[i]];
-    for (int64_t picked = pick, step = 1; step < picks; ++step) {
-      if (cache_.has(picked)) {
-        const float* row = cache_.row(picked);
-        for (int64_t i = 0; i < all; ++i) candidate_weight_[i] = row[candidates_[i]];
+      for (const int64_t position : candidates_) candidate_parameter_.push_back(parameter_[position]);
+    for (int64_t i = 0; i < num_candidates; ++i) candidate_potential_[i] = potential_[candidates_[i]];
+    // The plain loop among the candidates.
+    for (int64_t current = pick, step = 1; step < picks; ++step) {
+      if (cache_.has(current)) {
+        const float* row = cache_.row(current);
+        for (int64_t i = 0; i < num_candidates; ++i) candidate_weight_[i] = row[candidates_[i]];
       } else {
-        team_.for_rows(measured, 8 * channels_, [&](int64_t begin, int64_t end) {
+        team_.for_rows(num_computed, 8 * channels_, [&](int64_t begin, int64_t end) {
           const auto* rows = candidate_rows_.data() + begin;
-          sqdist(&points_[ahead_.size() - 1], 1, rows, end - begin, rows, 0, channels_, candidate_weight_.data() + begin, measured);
+          sqdist(&points_[drafted_.size() - 1], 1, rows, end - begin, rows, 0, channels_, candidate_weight_.data() + begin, num_computed);
         });
-        to_weight(rule_, candidate_weight_.data(), candidate_parameter_.data(), measured, parameter_of(picked));
-        for (int64_t i = measured; i < all; ++i) candidate_weight_[i] = cache_.row(candidates_[i])[picked];
+        to_weight(rule_, candidate_weight_.data(), candidate_parameter_.data(), num_computed, parameter_of(current));
+        for (int64_t i = num_computed; i < num_candidates; ++i) candidate_weight_[i] = cache_.row(candidates_[i])[current];
       }
-      const auto lowest = add_then_lowest(rule_, candidate_potential_.data(), candidate_weight_.data(), all);
+      const auto lowest = add_then_lowest(rule_, candidate_potential_.data(), candidate_weight_.data(), num_candidates);
       if (lowest.value == kInfinity) break;
       candidate_potential_[lowest.index] = kInfinity;
-      picked = candidates_[lowest.index];
-      if (lowest.index >= fresh) continue;
-      add_point(picked);
-      if (static_cast<int64_t>(ahead_.size()) == count) break;
+      current = candidates_[lowest.index];
+      if (lowest.index >= uncached) continue;
+      draft_token(current);
+      if (static_cast<int64_t>(drafted_.size()) == count) break;
     }
   }
 
-  // Of the tokens that are finite, not picked, not cached and not `pick`, those of lowest rank: about `count`, at most twice as many.
+  // candidates_ = about `count` tokens of lowest rank, at most 2 * count, that are finite, not picked, not cached and not `pick`.
   void find_candidates(const std::vector<float>& rank, int64_t pick, int64_t count) {
-    // `count` of the tokens that are the lowest of their group are no higher than the limit.
-    const int64_t groups = std::max(4 * count, places_ / 16);
+    // Limit = the count-th lowest group minimum. So at least `count` tokens are within it, without a selection over all tokens. Group g
+    // holds positions g, g + groups, ...
+    const int64_t groups = std::max(4 * count, num_positions_ / 16);
     group_lowest_.assign(groups, kInfinity);
-    for (int64_t i = 0; i < places_; i += groups)
-      for (int64_t g = 0; g < std::min(groups, places_ - i); ++g) group_lowest_[g] = std::min(group_lowest_[g], rank[i + g]);
+    for (int64_t i = 0; i < num_positions_; i += groups)
+      for (int64_t g = 0; g < std::min(groups, num_positions_ - i); ++g) group_lowest_[g] = std::min(group_lowest_[g], rank[i + g]);
     std::nth_element(group_lowest_.begin(), group_lowest_.begin() + count - 1, group_lowest_.end());
     const float limit = group_lowest_[count - 1];
     candidates_.clear();
-    for (int64_t i = 0; i < places_ && static_cast<int64_t>(candidates_.size()) < 2 * count; ++i)
+    for (int64_t i = 0; i < num_positions_ && static_cast<int64_t>(candidates_.size()) < 2 * count; ++i)
       if (rank[i] <= limit && potential_[i] < kNonFinitePotential && i != pick && !cache_.has(i)) candidates_.push_back(i);
   }
 
-  // Null where there are none.
-  const float* parameters_from(int64_t place) const { return parameter_.empty() ? nullptr : parameter_.data() + place; }
-  float parameter_of(int64_t place) const { return parameter_.empty() ? 1.f : parameter_[place]; }
+  // Null if there is no parameter.
+  const float* parameters_from(int64_t position) const { return parameter_.empty() ? nullptr : parameter_.data() + position; }
+  float parameter_of(int64_t position) const { return parameter_.empty() ? 1.f : parameter_[position]; }
 
-  Team& team_;
+  WorkerTeam& team_;
   int64_t channels_;
   Items items_;
   Rule rule_;
-  int64_t point_size_, places_ = 0;
+  int64_t point_size_, num_positions_ = 0;
   int lookahead_ = 0;
-  bool backward_ = true;              // the next pass
-  bool ranked_ = false;               // tokens differ before the first weights
-  std::vector<const scalar_t*> row_;  // by place, like the next three
-  std::vector<int64_t> token_;
-  std::vector<float> parameter_;  // empty where there is none
-  std::vector<float> potential_, first_rank_, chunk_sums_, weights_;
-  std::vector<int64_t> from_, ahead_;  // ahead_: the places of points_
-  std::vector<const float*> points_;
-  std::vector<float> point_values_;
-  std::vector<int64_t> candidates_;  // those without a row first
+  bool backward_ = true;               // direction of the next pass
+  bool ranked_ = false;                // potential_ or first_rank_ tells tokens apart before the first weights
+  std::vector<const scalar_t*> row_;   // (positions)
+  std::vector<int64_t> token_;         // (positions): index in the item
+  std::vector<float> parameter_;       // (positions), or empty
+  std::vector<float> potential_;       // (positions)
+  std::vector<float> first_rank_;      // (N): minus the squared distance to the mean, or empty
+  std::vector<float> chunk_sums_;      // (chunks, point_size_)
+  std::vector<float> weights_;         // (N, N), run_stored only
+  std::vector<int64_t> old_position_;  // (positions): before the last compaction
+  std::vector<int64_t> drafted_;       // positions of the drafted tokens, the pick first
+  std::vector<const float*> points_;   // their rows as points, in point_values_
+  std::vector<float> point_values_;    // (kPoints, point_size_)
+  std::vector<int64_t> candidates_;    // positions, uncached tokens first
   std::vector<const scalar_t*> candidate_rows_;
   std::vector<float> candidate_potential_, candidate_weight_, candidate_parameter_, group_lowest_;
   RowCache cache_;
 };
 
-// A row as a unit point.
+// Converts row `number` of an item to a unit point; a zero row gets its mark (UnitRows).
 template <class scalar_t>
 void to_unit_point(const scalar_t* row, int64_t channels, int64_t number, float* unit) {
   to_point(row, unit, channels);
   if (!to_unit(unit, point_size(channels))) unit[0] = zero_row_mark(number);
 }
 
+// Selects from items [begin, end). picks: the output of all items.
 template <class scalar_t, class Rule>
-void select_items(Team& team, const Rows<scalar_t>& rows, const Items& items, Rule rule, int64_t begin, int64_t end, int64_t* picks) {
+void select_items(WorkerTeam& team, const Rows<scalar_t>& rows, const Items& items, Rule rule, int64_t begin, int64_t end, int64_t* picks) {
   Selector<scalar_t, Rule> selector(team, rows.channels, items, rule);
   for (int64_t b = begin; b < end; ++b) selector.run(rows, items.packed() ? 0 : b, items[b].first, b, items[b], picks + items[b].out);
 }
 
-// The same on a copy of unit points.
+// As select_items, on a copy of the rows as unit points.
 template <class scalar_t, class Rule>
-void select_unit_items(Team& team, const Rows<scalar_t>& rows, const Items& items, Rule rule, int64_t begin, int64_t end, int64_t* picks) {
+void select_unit_items(WorkerTeam& team, const Rows<scalar_t>& rows, const Items& items, Rule rule, int64_t begin, int64_t end,
+                       int64_t* picks) {
   const auto size = static_cast<int>(point_size(rows.channels));
   Selector<float, UnitRows<Rule>> selector(team, size, items, {rule});
   std::vector<float> unit;
@@ -368,7 +390,7 @@ void select_unit_items(Team& team, const Rows<scalar_t>& rows, const Items& item
   }
 }
 
-// The output of a selection. select_some(team, rows, begin, end, picks) selects from the items from `begin` to `end`; picks: of all.
+// Runs a selection op. select_some(team, rows, begin, end, picks) selects from items [begin, end); picks: the output of all items.
 template <class F>
 Tensor select_all(const Selection& selection, const F& select_some) {
   const Items& items = selection.items;
@@ -377,14 +399,14 @@ Tensor select_all(const Selection& selection, const F& select_some) {
   int64_t* picks = static_cast<int64_t*>(out.mutable_data_ptr());
   dispatch(selection.features.scalar_type(), [&](auto* element) {
     const auto rows = rows_of<std::remove_pointer_t<decltype(element)>>(selection.features);
-    const int64_t shared = items.packed() ? std::max<int64_t>(1, items.count) : 1;  // items that share the tokens and the picks
-    const int64_t passes = 4 + ceil_div(items.picks, shared);  // the first pick reads the features as often as four others
-    const int64_t item_work = 2 * rows.channels * ceil_div(items.tokens, shared) * passes;
-    with_team(items.count * item_work, [&](Team& team) {
-      // Threads take whole items where there are enough of them, else rows of one item.
+    const int64_t shared = items.packed() ? std::max<int64_t>(1, items.count) : 1;  // packed: tokens and picks are totals, so take averages
+    const int64_t passes = 4 + ceil_div(items.picks, shared);                       // the first pick costs about as much as four passes
+    const int64_t item_flops = 2 * rows.channels * ceil_div(items.tokens, shared) * passes;
+    with_team(items.count * item_flops, [&](WorkerTeam& team) {
+      // Whole items per thread if there are enough items; else the team shares each item.
       if (items.count < team.members) return select_some(team, rows, 0, items.count, picks);
-      team.for_rows(items.count, item_work, [&](int64_t begin, int64_t end) {
-        Team alone(1);
+      team.for_rows(items.count, item_flops, [&](int64_t begin, int64_t end) {
+        WorkerTeam alone(1);
         select_some(alone, rows, begin, end, picks);
       });
     });

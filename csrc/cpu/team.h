@@ -1,4 +1,4 @@
-// Threads that run the loops of one kernel together.
+// A team of threads that runs the parallel loops of one CPU kernel.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -11,75 +11,76 @@
 
 namespace sts::cpu {
 
-// What a thread takes of a loop at a time, at the least: floating-point operations of some 5 microseconds. Of a long loop it takes
-// more, so that rows fetched ahead are mostly its own.
-constexpr int64_t kPartWork = 1 << 19;
+// Min floating-point operations per task, about 5 us. A long loop is cut into about 16 larger tasks per member: a thread prefetches the
+// rows that follow, and in a large task it uses most of them itself.
+constexpr int64_t kMinTaskFlops = 1 << 19;
 
-// Between loops the threads stay awake, for a selection has a loop every few tens of microseconds and a sleeping thread takes
-// longer than that to wake. Nothing waits for a thread that has not come: whoever is there takes the parts, so a team works with
-// any number of threads, one included.
-class Team {
+// Threads spin between loops: a selection runs a loop every few tens of microseconds, and waking a sleeping thread takes longer.
+// Threads that participate take tasks dynamically. No loop waits for a thread that is not there, so one thread is enough.
+class WorkerTeam {
  public:
-  explicit Team(int64_t members) : members(members) {}
-  const int64_t members;
+  explicit WorkerTeam(int64_t members) : members(members) {}
+  const int64_t members;  // threads expected to participate; sizes the tasks
 
-  // What each thread calls, once, with the same body: the first to come runs it, the others help with its loops until it is over.
+  // Every thread calls this once, with the same body. The first thread (the leader) runs body(team); the others run tasks of its loops
+  // until the body returns or throws.
   template <class Body>
-  void join(const Body& body) {
-    if (!led_.exchange(true)) {
+  void participate(const Body& body) {
+    if (!has_leader_.exchange(true)) {
       struct End {
         std::atomic<bool>& over;
         ~End() { over.store(true, std::memory_order_relaxed); }
-      } end{over_};
+      } end{body_done_};
       return body(*this);
     }
-    for (int turns = 0; !over_.load(std::memory_order_relaxed);) {
-      if (run_part()) {
-        turns = 0;
+    for (int spins = 0; !body_done_.load(std::memory_order_relaxed);) {
+      if (run_task()) {
+        spins = 0;
       } else {
-        wait(turns);
+        spin_wait(spins);
       }
     }
   }
 
-  // f(begin, end) over parts of [0, rows), where a row costs about `work` operations; returns when all are done. For
-  // the body to call. What f throws, it throws, after the other parts.
+  // Calls f(begin, end) on tasks that cover [0, rows), and returns when all are done. `flops`: floating-point operations per row.
+  // Only the body may call it. If f throws, the other tasks still run, and then one of the exceptions is rethrown.
   template <class F>
-  void for_rows(int64_t rows, int64_t work, const F& f) {
-    const int64_t part = std::max({int64_t(1), kPartWork / std::max<int64_t>(1, work), rows / (16 * members)});
-    const int64_t parts = ceil_div(rows, part);
-    if (members < 2 || parts < 2) return f(int64_t(0), rows);
-    loop_ = {[](const void* function, int64_t begin, int64_t end) { (*static_cast<const F*>(function))(begin, end); }, &f, rows, part,
-             parts};
-    unfinished_.store(parts, std::memory_order_relaxed);
-    left_.store(parts, std::memory_order_release);
-    while (run_part()) {
+  void for_rows(int64_t rows, int64_t flops, const F& f) {
+    const int64_t task_rows = std::max({int64_t(1), kMinTaskFlops / std::max<int64_t>(1, flops), rows / (16 * members)});
+    const int64_t tasks = ceil_div(rows, task_rows);
+    if (members < 2 || tasks < 2) return f(int64_t(0), rows);
+    loop_ = {[](const void* function, int64_t begin, int64_t end) { (*static_cast<const F*>(function))(begin, end); }, &f, rows, task_rows,
+             tasks};
+    unfinished_tasks_.store(tasks, std::memory_order_relaxed);
+    waiting_tasks_.store(tasks, std::memory_order_release);
+    while (run_task()) {
     }
-    for (int turns = 0; unfinished_.load(std::memory_order_acquire) > 0;) wait(turns);
-    if (failed_.exchange(false)) std::rethrow_exception(std::exchange(error_, nullptr));
+    for (int spins = 0; unfinished_tasks_.load(std::memory_order_acquire) > 0;) spin_wait(spins);
+    if (has_error_.exchange(false)) std::rethrow_exception(std::exchange(error_, nullptr));
   }
 
  private:
-  // Takes the next part of the present loop; false if none is left. What it reads of the loop it reads after it
-  // has taken a part, and a loop is not replaced before its parts are finished.
-  bool run_part() {
-    int64_t left = left_.load(std::memory_order_relaxed);
+  // Runs the next task of the current loop; false if none is left.
+  // Invariant: for_rows replaces loop_ only after all of its tasks have finished. So loop_ may be read once a task is taken: the acquire
+  // here pairs with the release of waiting_tasks_ in for_rows.
+  bool run_task() {
+    int64_t waiting = waiting_tasks_.load(std::memory_order_relaxed);
     do {
-      if (left == 0) return false;
-    } while (!left_.compare_exchange_weak(left, left - 1, std::memory_order_acquire, std::memory_order_relaxed));
-    const int64_t begin = (loop_.parts - left) * loop_.part;
+      if (waiting == 0) return false;
+    } while (!waiting_tasks_.compare_exchange_weak(waiting, waiting - 1, std::memory_order_acquire, std::memory_order_relaxed));
+    const int64_t begin = (loop_.tasks - waiting) * loop_.task_rows;
     try {
-      loop_.run(loop_.function, begin, std::min(begin + loop_.part, loop_.rows));
+      loop_.run(loop_.function, begin, std::min(begin + loop_.task_rows, loop_.rows));
     } catch (...) {
-      if (!failed_.exchange(true)) error_ = std::current_exception();
+      if (!has_error_.exchange(true)) error_ = std::current_exception();
     }
-    unfinished_.fetch_sub(1, std::memory_order_release);
+    unfinished_tasks_.fetch_sub(1, std::memory_order_release);
     return true;
   }
 
-  // Some tens of microseconds of spinning, then others may have the processor.
-  static void wait(int& turns) {
-    if (++turns > 1000) return std::this_thread::yield();
+  // Pauses for the first 1000 calls, some tens of microseconds; after that yields the CPU to other threads.
+  static void spin_wait(int& spins) {
+    if (++spins > 1000) return std::this_thread::yield();
 #if defined(__x86_64__)
     __builtin_ia32_pause();
 #elif defined(__aarch64__)
@@ -90,12 +91,13 @@ class Team {
   struct Loop {
     void (*run)(const void* function, int64_t begin, int64_t end);
     const void* function;
-    int64_t rows, part, parts;
+    int64_t rows, task_rows, tasks;
   } loop_{};
   std::exception_ptr error_;
-  std::atomic<bool> led_{false}, over_{false}, failed_{false};
-  alignas(64) std::atomic<int64_t> left_{0};
-  alignas(64) std::atomic<int64_t> unfinished_{0};
+  std::atomic<bool> has_leader_{false}, body_done_{false}, has_error_{false};
+  // Cache lines of their own: no false sharing.
+  alignas(64) std::atomic<int64_t> waiting_tasks_{0};
+  alignas(64) std::atomic<int64_t> unfinished_tasks_{0};
 };
 
 }  // namespace sts::cpu

@@ -8,10 +8,11 @@
 
 #include "common/dpp_rule.h"
 
+// Inlined into the function of each instruction set, and so compiled for that set.
 #define STS_INLINE inline __attribute__((always_inline))
 
-// STS_PER_ISA(type, name, parameters, arguments, body): the function `name`, compiled once per instruction set, its body called
-// with `L`, the number of float lanes that fill one vector register. Tests set STS_CPU_LANES to have one of a width they choose.
+// STS_PER_ISA(type, name, parameters, arguments, body) defines function `name`, compiled once per instruction set. In `body`, the
+// constant L is the number of float lanes of a vector register. Tests set STS_CPU_LANES to compile a single width.
 #if !defined(STS_CPU_LANES) && defined(__x86_64__) && defined(__ELF__) && defined(__GNUC__) && !defined(__clang__) && \
     !defined(__SANITIZE_THREAD__)
 #define STS_PER_ISA(type, name, parameters, arguments, body)       \
@@ -29,7 +30,7 @@
     return body;                                                   \
   }                                                                \
   }                                                                \
-  type name parameters { return isa::name arguments; } /* through a pointer set when the library loads */
+  type name parameters { return isa::name arguments; } /* calls an ifunc, resolved when the library loads */
 #else
 #ifndef STS_CPU_LANES
 #define STS_CPU_LANES 4
@@ -44,6 +45,7 @@
 namespace sts::cpu {
 namespace {
 
+// SIMD vectors: Float and Word have L lanes, Half (16-bit words) L, Double and HalfFloat L / 2.
 template <int L>
 struct VectorOf {
   typedef float Float __attribute__((vector_size(L * 4)));
@@ -55,18 +57,19 @@ struct VectorOf {
 template <int L>
 using Floats = typename VectorOf<L>::Float;
 template <int L>
-using Doubles = typename VectorOf<L>::Double;  // L / 2
+using Doubles = typename VectorOf<L>::Double;  // L / 2 lanes
 
-// Vectors in a block of channels, the unit in which rows are read.
+// Rows are read in blocks of L * kVectorsPerBlock channels.
 template <class scalar_t>
-constexpr int kVectors = std::is_same_v<scalar_t, BFloat16> ? 2 : 1;
+constexpr int kVectorsPerBlock = std::is_same_v<scalar_t, BFloat16> ? 2 : 1;
 
 template <int L>
 STS_INLINE void load(Floats<L>* out, const float* in) {
   std::memcpy(out, in, sizeof *out);
 }
 
-// Two elements to a word: those in the lower halves, then those in the upper ones. In order, each would take a shuffle more.
+// Loads 2 * L channels, permuted: out[0] holds the even channels (lower halves of 32-bit words), out[1] the odd ones. Channel order would
+// cost a shuffle per vector.
 template <int L>
 STS_INLINE void load(Floats<L>* out, const BFloat16* in) {
   typename VectorOf<L>::Word word, upper;
@@ -82,7 +85,7 @@ STS_INLINE void load(Floats<L>* out, const Half* in) {
   typename VectorOf<L>::Half half;
   std::memcpy(&half, in, sizeof half);
 #if defined(__x86_64__)
-  if constexpr (L > 4) {  // AVX2 and up convert in one instruction, for which there is no portable spelling
+  if constexpr (L > 4) {  // x86-64-v3 and -v4 have an instruction for it, which vector extensions cannot express
     Floats<L> wide;
     asm("vcvtph2ps %1, %0" : "=v"(wide) : "v"(half));
     *out = wide;
@@ -100,19 +103,19 @@ STS_INLINE void load(Floats<L>* out, const Half* in) {
   std::memcpy(out, &bits, sizeof bits);
 }
 
-// The first `count` channels of a block, zeros after them.
+// Loads the first `count` channels of a block; the other lanes are zero.
 template <int L, class scalar_t>
 STS_INLINE void load_some(Floats<L>* out, const scalar_t* in, int64_t count) {
-  alignas(64) scalar_t padded[L * kVectors<scalar_t>] = {};
+  alignas(64) scalar_t padded[L * kVectorsPerBlock<scalar_t>] = {};
   std::memcpy(padded, in, count * sizeof(scalar_t));
   load<L>(out, padded);
 }
 
-// f(c, vectors) for the block from every channel c on.
+// Calls f(c, vectors) for every block of a row; c is its first channel. The last block is padded with zeros.
 template <int L, class scalar_t, class F>
 STS_INLINE void for_blocks(const scalar_t* row, int64_t channels, const F& f) {
-  constexpr int kBlock = L * kVectors<scalar_t>;
-  Floats<L> x[kVectors<scalar_t>];
+  constexpr int kBlock = L * kVectorsPerBlock<scalar_t>;
+  Floats<L> x[kVectorsPerBlock<scalar_t>];
   int64_t c = 0;
   for (; c + kBlock <= channels; c += kBlock) {
     load<L>(x, row + c);
@@ -124,7 +127,7 @@ STS_INLINE void for_blocks(const scalar_t* row, int64_t channels, const F& f) {
   }
 }
 
-// The lower (kHalf = 0) or upper (1) half of every run of W lanes of two vectors, the first vector's runs first.
+// out = the lower (kHalf = 0) or upper (kHalf = 1) half of every group of W lanes: the groups of `a`, then those of `b`.
 template <int L, int W, int kHalf, int... I>
 STS_INLINE void halves(Floats<L>& out, const Floats<L>& a, const Floats<L>& b, std::integer_sequence<int, I...>) {
 #if defined(__clang__)
@@ -134,14 +137,14 @@ STS_INLINE void halves(Floats<L>& out, const Floats<L>& a, const Floats<L>& b, s
 #endif
 }
 
-// sums[i] = the sum of the lanes of lanes[i]: lane i + L / 2 to lane i, then lane i + L / 4, and so on, whatever N is. Runs of W
-// lanes are folded in half, two vectors into one as long as there are two.
+// Horizontal sums: sums[i] = the sum of the lanes of lanes[i]. Butterfly order for any N: lane l adds lane l + L / 2, then l + L / 4, ...
+// Each step folds groups of W lanes in half, and packs two vectors into one while there are two.
 template <int L, int N, int W = L>
-STS_INLINE void totals(Floats<L>* lanes, float* sums) {
+STS_INLINE void horizontal_sums(Floats<L>* lanes, float* sums) {
   if constexpr (W == 1) {
     std::memcpy(sums, lanes, N * sizeof(float));
   } else {
-    constexpr int kCount = (N * W + L - 1) / L;  // vectors that hold runs
+    constexpr int kCount = (N * W + L - 1) / L;  // vectors that hold groups
     constexpr auto kLanes = std::make_integer_sequence<int, L>();
     for (int v = 0; v < kCount; v += 2) {
       const Floats<L>&a = lanes[v], &b = lanes[v + 1 < kCount ? v + 1 : v];
@@ -150,11 +153,11 @@ STS_INLINE void totals(Floats<L>* lanes, float* sums) {
       halves<L, W, 1>(upper, a, b, kLanes);
       lanes[v / 2] = lower + upper;
     }
-    totals<L, N, W / 2>(lanes, sums);
+    horizontal_sums<L, N, W / 2>(lanes, sums);
   }
 }
 
-// What a channel of a pair adds to its sum.
+// The term that a channel adds to the sum of a pair.
 struct SquaredDifference {
   template <class V>
   STS_INLINE static void add(V& sum, const V& point, const V& row) {
@@ -169,14 +172,15 @@ struct Product {
   }
 };
 
-// Reads F more rows, `ahead`, into the second-level cache on the way, a line of each a block.
+// A register tile: the P x R sums of P points and R rows stay in registers over all channels. Meanwhile the F rows `prefetch` are
+// prefetched into L2, one cache line of each row per block.
 template <class Term, int L, int P, int R, int F, class scalar_t>
-STS_INLINE void pairs_tile(const float* const* points, const scalar_t* const* rows, const scalar_t* const* ahead, int64_t channels,
+STS_INLINE void pairs_tile(const float* const* points, const scalar_t* const* rows, const scalar_t* const* prefetch, int64_t channels,
                            float* out, int64_t out_stride) {
-  constexpr int kBlock = L * kVectors<scalar_t>;
-  Floats<L> sum[P][R] = {}, x[R][kVectors<scalar_t>];
+  constexpr int kBlock = L * kVectorsPerBlock<scalar_t>;
+  Floats<L> sum[P][R] = {}, x[R][kVectorsPerBlock<scalar_t>];
   const auto add = [&](int64_t c) __attribute__((always_inline)) {
-    for (int v = 0; v < kVectors<scalar_t>; ++v) {
+    for (int v = 0; v < kVectorsPerBlock<scalar_t>; ++v) {
       for (int p = 0; p < P; ++p) {
         Floats<L> point;
         load<L>(&point, points[p] + c + v * L);
@@ -187,7 +191,7 @@ STS_INLINE void pairs_tile(const float* const* points, const scalar_t* const* ro
   int64_t c = 0;
   for (; c + kBlock <= channels; c += kBlock) {
     for (int r = 0; r < R; ++r) load<L>(x[r], rows[r] + c);
-    for (int f = 0; f < F; ++f) __builtin_prefetch(ahead[f] + c, 0, 2);
+    for (int f = 0; f < F; ++f) __builtin_prefetch(prefetch[f] + c, 0, 2);
     add(c);
   }
   if (c < channels) {
@@ -195,62 +199,63 @@ STS_INLINE void pairs_tile(const float* const* points, const scalar_t* const* ro
     add(c);
   }
   float sums[P][R];
-  totals<L, P * R>(sum[0], sums[0]);
+  horizontal_sums<L, P * R>(sum[0], sums[0]);
   for (int p = 0; p < P; ++p) std::memcpy(out + p * out_stride, sums[p], sizeof sums[p]);
 }
 
-// Tiles of P points and R rows. Each fetches F of the rows that come next; returns how many.
+// P points with all rows, in tiles of R rows. Each tile prefetches F rows of `next`. Returns how many rows were prefetched.
 template <class Term, int L, int P, int R, int F, class scalar_t>
 STS_INLINE int64_t pairs_strip(const float* const* points, const scalar_t* const* rows, int64_t num_rows, const scalar_t* const* next,
                                int64_t num_next, int64_t channels, float* out, int64_t out_stride) {
-  int64_t r = 0, fetched = 0;
+  int64_t r = 0, prefetched = 0;
   for (; r + R <= num_rows; r += R) {
-    const scalar_t* ahead[F];
-    for (int f = 0; f < F; ++f, ++fetched) ahead[f] = fetched < num_next ? next[fetched] : rows[r];
-    pairs_tile<Term, L, P, R, F>(points, rows + r, ahead, channels, out + r, out_stride);
+    const scalar_t* prefetch[F];
+    for (int f = 0; f < F; ++f, ++prefetched) prefetch[f] = prefetched < num_next ? next[prefetched] : rows[r];
+    pairs_tile<Term, L, P, R, F>(points, rows + r, prefetch, channels, out + r, out_stride);
   }
   for (; r < num_rows; ++r) pairs_tile<Term, L, P, 1, 0, scalar_t>(points, rows + r, nullptr, channels, out + r, out_stride);
-  return std::min(fetched, num_next);
+  return std::min(prefetched, num_next);
 }
 
-// Tiles of points and rows that fit the registers with their sums: 32 of them with AVX-512, else 16. Tiles of 8 x 2 load less
-// often, but took twice as long with AVX-512. While the rows meet all points, as many that follow are fetched, evenly: memory is
-// as slow as the arithmetic of a dozen points, and what a first few would fetch alone they would wait for.
+// All points with all rows, in register tiles. A tile and its sums fit the registers: 32 with AVX-512, else 16. Tiles of 8 x 2 load fewer
+// vectors per product, but took twice as long with AVX-512.
+// While the rows meet all points, as many rows of `next` are prefetched, spread evenly over the points. Reading a row from memory takes
+// about as long as the arithmetic of a dozen points, so the first few points alone would wait for it.
 template <class Term, int L, class scalar_t>
 STS_INLINE void pairs_all(const float* const* points, int num_points, const scalar_t* const* rows, int64_t num_rows,
                           const scalar_t* const* next, int64_t num_next, int64_t channels, float* out, int64_t out_stride) {
-  constexpr int kHeight = L == 16 ? 4 : 2;
-  int64_t fetched = 0;
+  constexpr int kTileRows = L == 16 ? 4 : 2;
+  int64_t prefetched = 0;
   int p = 0;
   for (; p + 4 <= num_points; p += 4) {
-    const auto strip = [&](auto fetch) __attribute__((always_inline)) {
-      fetched += pairs_strip<Term, L, 4, kHeight, fetch()>(points + p, rows, num_rows, next + fetched, num_next - fetched, channels,
-                                                           out + p * out_stride, out_stride);
+    const auto strip = [&](auto prefetches) __attribute__((always_inline)) {
+      prefetched += pairs_strip<Term, L, 4, kTileRows, prefetches()>(points + p, rows, num_rows, next + prefetched, num_next - prefetched,
+                                                                     channels, out + p * out_stride, out_stride);
     };
     if (num_points < 8) {
-      strip(std::integral_constant<int, kHeight>());
+      strip(std::integral_constant<int, kTileRows>());
     } else if (num_points < 16) {
-      strip(std::integral_constant<int, kHeight / 2>());
+      strip(std::integral_constant<int, kTileRows / 2>());
     } else {
       strip(std::integral_constant<int, 1>());
     }
   }
   for (; p < num_points; ++p)
-    fetched += pairs_strip<Term, L, 1, 4, 4>(points + p, rows, num_rows, next + fetched, num_next - fetched, channels, out + p * out_stride,
-                                             out_stride);
+    prefetched += pairs_strip<Term, L, 1, 4, 4>(points + p, rows, num_rows, next + prefetched, num_next - prefetched, channels,
+                                                out + p * out_stride, out_stride);
 }
 
 template <int L, class scalar_t>
 STS_INLINE void to_point_all(const scalar_t* row, float* point, int64_t channels) {
   for_blocks<L>(row, channels, [&](int64_t c, const auto& x) __attribute__((always_inline)) { std::memcpy(point + c, x, sizeof x); });
-  constexpr int kBlock = L * kVectors<scalar_t>;
+  constexpr int kBlock = L * kVectorsPerBlock<scalar_t>;
   for (int64_t c = (channels + kBlock - 1) / kBlock * kBlock; c < point_size(channels); ++c) point[c] = 0.f;
 }
 
 template <int L, class scalar_t>
 STS_INLINE void add_all(const scalar_t* row, float* point, int64_t channels) {
   for_blocks<L>(row, channels, [&](int64_t c, const auto& x) __attribute__((always_inline)) {
-    for (int v = 0; v < kVectors<scalar_t>; ++v) {
+    for (int v = 0; v < kVectorsPerBlock<scalar_t>; ++v) {
       Floats<L> sum;
       load<L>(&sum, point + c + v * L);
       sum += x[v];
@@ -261,12 +266,12 @@ STS_INLINE void add_all(const scalar_t* row, float* point, int64_t channels) {
 
 template <int L, class scalar_t>
 STS_INLINE bool finite_all(const scalar_t* row, int64_t channels) {
-  Floats<L> zero = {};
+  Floats<L> nan_sum = {};
   for_blocks<L>(row, channels, [&](int64_t, const auto& x) __attribute__((always_inline)) {
-    for (int v = 0; v < kVectors<scalar_t>; ++v) zero += x[v] - x[v];  // a NaN where x is not finite
+    for (int v = 0; v < kVectorsPerBlock<scalar_t>; ++v) nan_sum += x[v] - x[v];  // NaN if x is not finite
   });
   float sum;
-  totals<L, 1>(&zero, &sum);
+  horizontal_sums<L, 1>(&nan_sum, &sum);
   return sum == 0.f;
 }
 
@@ -275,28 +280,28 @@ STS_INLINE void add_weighted_all(const scalar_t* row, double weight, double* sum
   for (int64_t c = 0; c < channels; ++c) sum[c] += weight * static_cast<double>(static_cast<float>(row[c]));
 }
 
-// The largest entry's power of two is divided out first: no square leaves float32's range, and rows that differ by a power of two have
-// equal units.
+// First scales by a power of two, to a largest magnitude in [0.5, 1). So the sum of squares neither overflows nor vanishes, and rows that
+// differ by a power of two have equal unit rows.
 template <int L>
 STS_INLINE bool unit_all(float* point, int64_t size) {
-  Floats<L> x, lanes = {}, spoiled = {};
+  Floats<L> x, lanes = {}, nan_sum = {};
   for (int64_t c = 0; c < size; c += L) {
     load<L>(&x, point + c);
-    spoiled += x - x;  // a NaN where x is not finite
+    nan_sum += x - x;  // NaN if x is not finite
     x = x < 0.f ? -x : x;
     lanes = x > lanes ? x : lanes;
   }
-  float total, largest = 0.f;
-  totals<L, 1>(&spoiled, &total);
+  float total, max_abs = 0.f;
+  horizontal_sums<L, 1>(&nan_sum, &total);
   if (total != 0.f) {
     std::fill_n(point, size, __builtin_nanf(""));
     return true;
   }
-  for (int lane = 0; lane < L; ++lane) largest = std::max(largest, lanes[lane]);
-  if (largest == 0.f) return false;
+  for (int lane = 0; lane < L; ++lane) max_abs = std::max(max_abs, lanes[lane]);
+  if (max_abs == 0.f) return false;
   int exponent;
-  std::frexp(largest, &exponent);
-  const int half = exponent / 2;  // in two steps: 2^-exponent may be infinite
+  std::frexp(max_abs, &exponent);
+  const int half = exponent / 2;  // scale in two steps: 2^-exponent may overflow
   const float first = std::ldexp(1.f, -half), second = std::ldexp(1.f, half - exponent);
   lanes = Floats<L>{};
   for (int64_t c = 0; c < size; c += L) {
@@ -305,7 +310,7 @@ STS_INLINE bool unit_all(float* point, int64_t size) {
     std::memcpy(point + c, &x, sizeof x);
     lanes += x * x;
   }
-  totals<L, 1>(&lanes, &total);
+  horizontal_sums<L, 1>(&lanes, &total);
   const float length = std::sqrt(total);
   for (int64_t c = 0; c < size; c += L) {
     load<L>(&x, point + c);
@@ -315,8 +320,8 @@ STS_INLINE bool unit_all(float* point, int64_t size) {
   return true;
 }
 
-// Writes the potentials and finds the lowest lane by lane, then its index: two passes without a branch in the first. rule: null to leave
-// the potentials as they are.
+// Two passes: (1) write the potentials and take the minimum lane by lane, without branches; (2) search its index. A null `rule` leaves the
+// potentials as they are.
 template <int L, class Rule>
 STS_INLINE Lowest lowest_all(const Rule* rule, float* potentials, const float* weights, int64_t count) {
   float value = __builtin_huge_valf();
@@ -375,7 +380,7 @@ STS_INLINE float lowest_sum_all(const float* a, const float* b, int64_t count) {
   return value;
 }
 
-// L / 2 elements.
+// Loads of L / 2 doubles, the second from float32.
 template <int L>
 STS_INLINE void load(Doubles<L>* out, const double* in) {
   std::memcpy(out, in, sizeof *out);
@@ -409,12 +414,12 @@ STS_INLINE void dot64_tile(const double* const* points, const float* const* rows
 template <int L>
 STS_INLINE void dot64_all(const double* const* points, int num_points, const float* const* rows, int64_t num_rows, int64_t size,
                           double* out, int64_t out_stride) {
-  constexpr int kHeight = L == 16 ? 4 : 2;
+  constexpr int kTileRows = L == 16 ? 4 : 2;
   int p = 0;
   for (; p + 4 <= num_points; p += 4) {
     int64_t r = 0;
-    for (; r + kHeight <= num_rows; r += kHeight)
-      dot64_tile<L, 4, kHeight>(points + p, rows + r, size, out + p * out_stride + r, out_stride);
+    for (; r + kTileRows <= num_rows; r += kTileRows)
+      dot64_tile<L, 4, kTileRows>(points + p, rows + r, size, out + p * out_stride + r, out_stride);
     for (; r < num_rows; ++r) dot64_tile<L, 4, 1>(points + p, rows + r, size, out + p * out_stride + r, out_stride);
   }
   for (; p < num_points; ++p) {
@@ -424,32 +429,33 @@ STS_INLINE void dot64_all(const double* const* points, int num_points, const flo
   }
 }
 
-// P rows and V vectors of columns: their differences stay in registers while all terms pass.
+// A register tile of P rows and V vectors of columns, which stays in registers while all terms are subtracted.
 template <int L, int P, int V>
 STS_INLINE void subtract_tile(double* const* rows, const double* const* factors, const double* terms, int64_t stride, int64_t num_terms,
                               int64_t i) {
   constexpr int kLanes = L / 2;
-  Doubles<L> left[P][V], x[V];
+  Doubles<L> acc[P][V], x[V];
   for (int p = 0; p < P; ++p)
-    for (int v = 0; v < V; ++v) load<L>(&left[p][v], rows[p] + i + v * kLanes);
+    for (int v = 0; v < V; ++v) load<L>(&acc[p][v], rows[p] + i + v * kLanes);
   for (int64_t t = 0; t < num_terms; ++t) {
     for (int v = 0; v < V; ++v) load<L>(&x[v], terms + t * stride + i + v * kLanes);
     for (int p = 0; p < P; ++p) {
       const Doubles<L> factor = Doubles<L>{} + factors[p][t];
-      for (int v = 0; v < V; ++v) left[p][v] -= factor * x[v];
+      for (int v = 0; v < V; ++v) acc[p][v] -= factor * x[v];
     }
   }
   for (int p = 0; p < P; ++p)
-    for (int v = 0; v < V; ++v) std::memcpy(rows[p] + i + v * kLanes, &left[p][v], sizeof left[p][v]);
+    for (int v = 0; v < V; ++v) std::memcpy(rows[p] + i + v * kLanes, &acc[p][v], sizeof acc[p][v]);
 }
 
 template <int L>
 STS_INLINE void subtract_all(double* const* rows, const double* const* factors, int num_rows, const double* terms, int64_t stride,
                              int64_t num_terms, int64_t begin, int64_t end) {
-  constexpr int kWide = L == 16 ? 4 : 2, kLanes = L / 2;
+  constexpr int kTileVectors = L == 16 ? 4 : 2, kLanes = L / 2;
   int p = 0;
   for (; p + 4 <= num_rows; p += 4)
-    for (int64_t i = begin; i < end; i += kWide * kLanes) subtract_tile<L, 4, kWide>(rows + p, factors + p, terms, stride, num_terms, i);
+    for (int64_t i = begin; i < end; i += kTileVectors * kLanes)
+      subtract_tile<L, 4, kTileVectors>(rows + p, factors + p, terms, stride, num_terms, i);
   for (; p < num_rows; ++p)
     for (int64_t i = begin; i < end; i += 4 * kLanes) subtract_tile<L, 1, 4>(rows + p, factors + p, terms, stride, num_terms, i);
 }
@@ -465,10 +471,10 @@ STS_INLINE Lowest finish_all(double* row, double pivot, double* distance, const 
     e /= pivot;
     d -= e * e;
     d = d < kInSpan ? Doubles<L>{} : d;
-    const auto lost = __builtin_convertvector(-(w * d), typename VectorOf<L>::HalfFloat);
+    const auto losses = __builtin_convertvector(-(w * d), typename VectorOf<L>::HalfFloat);
     std::memcpy(row + i, &e, sizeof e);
     std::memcpy(distance + i, &d, sizeof d);
-    std::memcpy(loss + i, &lost, sizeof lost);
+    std::memcpy(loss + i, &losses, sizeof losses);
   }
   return lowest_all<L, Repulsion>(nullptr, loss, nullptr, count);
 }
@@ -514,6 +520,7 @@ STS_CPU_RULE(UnitRows<Farthest>)
 #undef STS_CPU_RULE
 
 STS_PER_ISA(bool, to_unit, (float* point, int64_t size), (point, size), (unit_all<L>(point, size)))
+// Without a rule, lowest_all only reads the values.
 STS_PER_ISA(Lowest, lowest, (const float* values, int64_t count), (values, count),
             (lowest_all<L, Repulsion>(nullptr, const_cast<float*>(values), nullptr, count)))
 STS_PER_ISA(float, lowest_sum, (const float* a, const float* b, int64_t count), (a, b, count), (lowest_sum_all<L>(a, b, count)))
