@@ -121,7 +121,7 @@ int max_resident_blocks(void (*kernel)(Params...), int threads, size_t shared_by
   return per_sm * device_sm_count();
 }
 
-// Whether the current device can run this launch of `kernel` in clusters. Its code must be for sm_90 or later.
+// Whether the current device can run this launch of `kernel` in clusters; false unless its code is for sm_90 or later.
 template <class... Params>
 bool clusters_fit(void (*kernel)(Params...), const Launch& shape) {
   const DriverQuestion question{address_of(kernel), current_device(), shape.block.x, shape.shared_bytes, shape.cluster};
@@ -163,8 +163,8 @@ __device__ __forceinline__ uint32_t subtract_pairs(uint32_t a, uint32_t b, T) {
 
 // Barrier of `blocks` co-resident blocks, called by all their threads. Writes before it are visible to ordinary loads of all blocks after
 // it, but not to __ldg, whose cache may be stale.
-// Invariant: the counter is 0 before the launch and only grows, so it serves any number of barriers. Counter and target may wrap around: their
-// difference is compared.
+// Invariant: the counter is 0 before the launch and is only added to, modulo 2^32. So it serves any number of barriers, and the difference
+// of counter and target is compared.
 class GroupBarrier {
  public:
   __device__ GroupBarrier(unsigned* counter, unsigned blocks) : counter_(counter), blocks_(blocks) {}

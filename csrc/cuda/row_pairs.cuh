@@ -147,8 +147,8 @@ __global__ void __launch_bounds__(kTile* kTile / 16, kTile == kLargePairTile ? 2
           for (int s = 0; s < 4; ++s)
 #pragma unroll
             for (int t = 0; t < 4; ++t) {
-              const float first = kProduct ? x[s] : x[s] - y[t], second = kProduct ? y[t] : first;
-              stage_sum[s][t] = fmaf(first, second, stage_sum[s][t]);
+              const float lhs = kProduct ? x[s] : x[s] - y[t], rhs = kProduct ? y[t] : lhs;
+              stage_sum[s][t] = fmaf(lhs, rhs, stage_sum[s][t]);
             }
         }
 #pragma unroll
