@@ -1,8 +1,8 @@
 // Duplicate removal by VisPruner: all rounds of all items in one launch, over stored distances of all listed tokens.
 //
 // What: each item has a list of tokens. A round finds, for each token at an even position, its smallest distance to a token at an odd
-//   position. It removes the even tokens with the smallest of these distances. The next list has the remaining even tokens by ascending
-//   distance, then the odd tokens. Distances are of unit rows: 2 - 2 cosine.
+//   position. It removes at most `step` even tokens, those with the smallest of these distances. The next list has the remaining even
+//   tokens by ascending distance, then the odd tokens. Distances are of unit rows: 2 - 2 cosine.
 // Chosen when: always. Lists are short enough that the distances of all pairs can be stored.
 // Steps: (1) the list: finite tokens first, others only if too few are finite. Then each round: (2) the smallest distance of each even
 //   token, a warp per token; (3) its rank among the even tokens, by counting. The rank is its position in the next list, unless removed.

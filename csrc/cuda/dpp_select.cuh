@@ -1,8 +1,8 @@
 // Greedy MAP inference of a determinantal point process: all picks of all items in one launch, over unit rows.
 //
-// What: token i has the gain q_i^2 d_i, where d_i is the squared distance of its unit row to the span of the picks. Pick j gives every token i
-//   an entry of a Cholesky row: e_i = (c_ij - sum_t e_t[i] e_t[j]) / sqrt(d_j), with the cosine c_ij; then d_i -= e_i^2. Sums are float64:
-//   rounding of float32, divided by sqrt(d_j), would soon be as large as the remaining gains.
+// What: token i has the gain q_i^2 d_i, where d_i is the squared distance of its unit row to the span of the picks. Pick j gives every
+//   token i an entry of a Cholesky row: e_i = (c_ij - sum_t e_t[i] e_t[j]) / sqrt(d_j), with the cosine c_ij; then d_i -= e_i^2. Sums are
+//   float64: rounding of float32, divided by sqrt(d_j), would soon be as large as the remaining gains.
 // Chosen when: always. Nothing N x N is stored: a pick computes its N cosines.
 // Steps: (1) d_i = 1, and 1 / length of each unit row, which rounding to float32 has changed a little; (2) the pick: the largest gain over
 //   all blocks; (3) its Cholesky row, a warp per token. Both sums run along contiguous rows: of the features, and of the factor, which is
@@ -79,7 +79,8 @@ static __global__ void __launch_bounds__(kDppThreads, 1)
       return span_sqdist > 0. ? make_key(-(fabsf(item_quality[i]) * sqrtf(static_cast<float>(span_sqdist))), static_cast<uint32_t>(i))
                               : kNoKey;
     };
-    // The lowest key, by quality, of this lane's tokens that are not picked; invalid rows come last. A lane has every 32nd token of its warp.
+    // The lowest key, by quality, of this lane's tokens that are not picked; invalid rows come last. Lanes stride over
+    // the tokens of their warp.
     const auto key_of_quality = [&](int64_t picked) {
       Key key = kNoKey;
       for (int64_t i = group_warp + lane * group_warps; i < count; i += 32 * group_warps) {

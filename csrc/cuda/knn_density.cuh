@@ -2,8 +2,8 @@
 //
 // What: exp(-mean / channels), of the mean of a token's k smallest squared distances, its own 0 among them.
 // Chosen when: always.
-// Steps: (1) RowInfo: which tokens are valid. Then, for as many rows as `strip` holds: (2) distances of the rows to all tokens of their item
-//   (row_pairs.cuh); (3) density, a block per row: radix select of the k-th smallest distance, 8 bits a pass, and the sum up to it.
+// Steps: (1) RowInfo: which tokens are valid. Then, for as many rows as `strip` holds: (2) distances of the rows to all tokens of their
+//   item (row_pairs.cuh); (3) density, a block per row: radix select of the k-th smallest distance, 8 bits a pass, and the sum up to it.
 // Synchronisation: launches. In (3) block barriers; the atomics of the histogram add integers, and floats are summed in a fixed order.
 #pragma once
 #include "row_pairs.cuh"

@@ -79,7 +79,7 @@ struct PackedTiles {
   }
 };
 
-// The first index from `index` on whose tile is marked, or end(). Tiles are of kMarkTile tokens. Called by whole warps: a lane tests an index.
+// The first index from `index` on whose tile of kMarkTile tokens is marked, or end(). Called by whole warps: each lane tests an index.
 template <class Tiles>
 __device__ __forceinline__ int64_t next_marked(const Tiles& tiles, const unsigned* marks, int64_t index) {
   for (; index < tiles.end(); index += 32 * tiles.step()) {

@@ -49,8 +49,8 @@ class PlanCache {
     return answers_.emplace(question, answer).first->second;
   }
 
-  // Calls set() if `bytes` is above the limit of `kernel`, which is default_limit at first. set() raises the limit to `bytes` and returns an
-  // error code, 0 for success.
+  // Calls set() if `bytes` is above the limit of `kernel`, which is default_limit at first. set() raises the limit to `bytes` and returns
+  // an error code, 0 for success.
   template <class Set>
   auto raise_limit(const void* kernel, int device, size_t bytes, size_t default_limit, const Set& set) -> decltype(set()) {
     if (bytes <= default_limit) return {};

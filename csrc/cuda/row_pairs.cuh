@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kRowInfoThreads)
   RowInfo row_info{1.f, finite ? 1.f : __uint_as_float(0x7fc00000u)};
   if (cosine && finite) {
     if (!(sum_sq >= 0x1p-60f && sum_sq <= 0x1p60f)) {
-      // The scale brings the largest channel to [1, 2), so that squares neither overflow nor vanish. Its biased exponent is kept in [1, 253].
+      // The scale brings the largest channel to [1, 2): squares neither overflow nor vanish. Its biased exponent is kept in [1, 253].
 #pragma unroll
       for (int offset = 16; offset > 0; offset /= 2) max_abs = fmaxf(max_abs, __shfl_xor_sync(kFullWarp, max_abs, offset));
       const int exponent = static_cast<int>(254u - (__float_as_uint(max_abs) >> 23));

@@ -5,7 +5,7 @@
 //   cancel in products, so row_pairs.cuh computes distances.
 // Steps, for each square tile of pairs of a block: (1) cp.async prefetches stages of 64 channels of both sides, kMmaStages - 1 ahead;
 //   (2) mma.sync accumulates exact products in float32, and partial sums are flushed every kFlushChannels; (3) epilogue. Rows whose squared
-//   norm is out of range have a scale: their products are recomputed from scaled elements.
+//   norm is out of range have a scale other than 1: their products are recomputed from scaled elements.
 // Synchronisation: a block barrier a stage. Blocks do not communicate.
 #pragma once
 #include "row_pairs.cuh"
@@ -118,8 +118,7 @@ __global__ void __launch_bounds__(kMmaThreads<kTile>)
               float product = dot[m][n][half * 2 + e];
               if (i < a.count && j < b.count) {
                 const RowInfo x = a.info[entry * a.count + i], y = b.info[entry * b.count + j];
-                const bool nonzero =
-                    x.inv_norm > 0.f && y.inv_norm > 0.f;  // else a zero row, with a product of 0, or one that is not valid
+                const bool nonzero = x.inv_norm > 0.f && y.inv_norm > 0.f;  // false: a zero row (product 0), or one that is not valid
                 if (nonzero && (x.scale != 1.f || y.scale != 1.f))
                   product = scaled_product(a.rows.row(entry, i), x.scale, b.rows.row(entry, j), y.scale, channels);
                 else if (!nonzero)

@@ -2,8 +2,9 @@
 //
 // What: mean of the tokens assigned to each slot, and their total weight. Tokens or weights that are not finite are left out.
 // Chosen when: always.
-// Steps: (1) token_slots, a warp per token: its slot, or -1 if the token is left out; (2) slot_means, a block per slot and tile of channels:
-//   scans the assignments in order, and compacts the tokens of its slot into a list; (3) each thread adds the listed tokens to its channels.
+// Steps: (1) token_slots, a warp per token: its slot, or -1 if the token is left out; (2) slot_means, a block per slot and tile of
+//   channels: scans the assignments in order, and compacts the tokens of its slot into a list; (3) each thread adds the listed tokens to
+//   its channels.
 // Synchronisation: two launches; block barriers around the list. No atomics: sums are float64, in token order.
 #pragma once
 #include "rows.cuh"

@@ -17,8 +17,8 @@ namespace sts {
 constexpr int kTokenBlock = 16;  // tokens per token block, whose channels one thread block sums
 constexpr int kStatsThreads = 256;
 
-// The (item, part) tasks of a thread block, where a part is `size` tokens of an item. Padded: blockIdx.x is the part, and blockIdx.y strides
-// over the items. Packed: one task per thread block; packed_task finds its item.
+// The (item, part) tasks of a thread block, where a part is `size` tokens of an item. Padded: blockIdx.x is the part, and blockIdx.y
+// strides over the items. Packed: one task per thread block; packed_task finds its item.
 struct StatsLoop {
   const Items& items;
   PackedTask task;
@@ -239,8 +239,8 @@ __global__ void __launch_bounds__(kStatsThreads) mean_sqdist_kernel(Rows<scalar_
     if (i >= item.tokens) continue;
     const int64_t entry = items.packed() ? 0 : b;
     const int64_t token = entry * items.tokens + item.first + i;
-    if (stats.mean_sqdist[token] != 0.f) {                                              // infinity, by (1): not finite
-      if (stats.norms && lane == 0) stats.norms[token] = __uint_as_float(0x7fc00000u);  // a quiet NaN
+    if (stats.mean_sqdist[token] != 0.f) {  // infinity, by (1): not finite
+      if (stats.norms && lane == 0) stats.norms[token] = __uint_as_float(0x7fc00000u);
       continue;
     }
     const scalar_t* row = rows.row(entry, item.first + i);
@@ -299,7 +299,8 @@ __global__ void __launch_bounds__(kStatsThreads) mean_sqdist_kernel(Rows<scalar_
     norm = warp_sum(norm);
     __syncwarp();  // every lane has read mean_sqdist[token], which lane 0 overwrites
     if (lane != 0) continue;
-    // A sum that overflowed (infinity, or NaN from an overflowed mean) is clamped: it sorts after all other finite tokens, and before infinity.
+    // A sum that overflowed (infinity, or NaN from an overflowed mean) is clamped: it sorts after all other finite tokens, but before
+    // infinity.
     stats.mean_sqdist[token] = sum < kNonFinitePotential ? sum : kNonFinitePotential;
     if (stats.norms) stats.norms[token] = norm;
   }

@@ -1,7 +1,7 @@
 // Unit rows: features in float32, divided by their length. The squared distance of two unit rows is 2 - 2 cosine.
 //
-// What: token i of each item, or the i-th token that the item lists, divided by its length. A row is invalid if it has a NaN or infinity, or
-//   is no token of its item. A zero row has no direction. `state` tells them apart. Without `state` the rows do: an invalid row is NaN
+// What: token i of each item, or the i-th token that the item lists, divided by its length. A row is invalid if it has a NaN or infinity,
+//   or is no token of its item. A zero row has no direction. `state` tells them apart. Without `state` the rows do: an invalid row is NaN
 //   throughout, and a zero row holds zero_row_mark in its first channel.
 // Chosen when: the metric is cosine. Rows of the copy are 16-byte aligned.
 // Steps, a warp per row: (1) the largest channel, whose power of two is divided out: the division is exact, and squares neither overflow

@@ -1,5 +1,5 @@
-// CUDA C++ on the CPU, for tests of kernels and launchers: C++20 with g++ or clang, no part of CUDA. It defines only what the kernels use, and
-// accepts no more than nvcc does.
+// CUDA C++ on the CPU, for tests of kernels and launchers: C++20 with g++ or clang, no part of CUDA. It defines only what the kernels use,
+// and accepts no more than nvcc does.
 #pragma once
 #include <algorithm>
 #include <atomic>

@@ -1,7 +1,7 @@
 // Runs a grid of thread blocks on the CPU.
 //
-// The warps of a block run in skewed bursts, which exposes missing barriers. Blocks run one after another, in an order that kernels must not
-// depend on. The blocks of a cluster, and all blocks of a cooperative launch, run concurrently on OS threads of their own. Under
+// The warps of a block run in skewed bursts, which exposes missing barriers. Blocks run one after another, in an order that kernels must
+// not depend on. The blocks of a cluster, and all blocks of a cooperative launch, run concurrently on OS threads of their own. Under
 // ThreadSanitizer all blocks are spread over a few OS threads, unordered, so that it sees races between blocks.
 // A launch reads the environment variables of Settings; README.md describes them.
 //
@@ -289,8 +289,8 @@ EMULATOR_NO_TSAN inline Thread& self() { return block->first_thread[block->runni
   for (;;) switch_context(self().fiber->context, block->scheduler);
 }
 
-// A thread of an overlapping launch must call this before anything else. Launches here run one after another, so only the order of the calls
-// is checked.
+// A thread of an overlapping launch must call this before anything else. Launches here run one after another, so only the order of the
+// calls is checked.
 inline void await_predecessor() {
   const Unchecked unchecked;
   self().awaited = true;

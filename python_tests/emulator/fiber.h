@@ -34,8 +34,8 @@ __attribute__((naked, noinline)) inline void swap_stacks(void** /*save*/, void* 
 }
 #endif
 
-// The first call on a stack that was switched to. Neither this nor the callers of switch_context are inlined: a fiber may continue on another
-// OS thread, so no address of a thread-local variable may be kept across the switch.
+// The first call on a stack that was switched to. Neither this nor the callers of switch_context are inlined: a fiber may continue on
+// another OS thread, so no address of a thread-local variable may be kept across the switch.
 EMULATOR_NO_TSAN __attribute__((noinline)) inline void finish_switch([[maybe_unused]] void* fake_stack) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(fake_stack, &previous_context->stack, &previous_context->stack_size);

@@ -1,5 +1,5 @@
-// Table of the launchers that tests call by name. STS_KERNEL(name, launcher), in a file of launchers/, adds one. Its signature determines how
-// arguments are passed:
+// Table of the launchers that tests call by name. STS_KERNEL(name, launcher), in a file of launchers/, adds one. Its signature determines
+// how arguments are passed:
 //   const T*                      an array that is read (null: absent); void counts as bytes
 //   T*                            an array that is written, in place (null: absent)
 //   bool, integer, float, double

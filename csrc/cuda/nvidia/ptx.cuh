@@ -78,8 +78,8 @@ __device__ __forceinline__ void mbarrier_wait(Mbarrier* barrier, int phase) {
                  : "memory");
 }
 
-// Asynchronous DSMEM store of 4 or 16 aligned bytes to block `rank` of the cluster. `address` and `barrier` are addresses of this block; the
-// same offsets of block `rank` are written, and its mbarrier counts the bytes.
+// Asynchronous DSMEM store of 4 or 16 aligned bytes to block `rank` of the cluster. `address` and `barrier` are addresses of this block;
+// the same offsets of block `rank` are written, and its mbarrier counts the bytes.
 template <class T>
 __device__ __forceinline__ void store_async(T* address, const T& value, Mbarrier* barrier, int rank) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 16, "4 or 16 bytes");
@@ -144,8 +144,8 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
-// Loads fragments of four 8 x 8 matrices of 16-bit elements. Lane l passes the address of row l % 8 of matrix l / 8, and receives the elements
-// 2 (l % 4) and 2 (l % 4) + 1 of row l / 4 of each matrix.
+// Loads fragments of four 8 x 8 matrices of 16-bit elements. Lane l passes the address of row l % 8 of matrix l / 8, and receives the
+// elements 2 (l % 4) and 2 (l % 4) + 1 of row l / 4 of each matrix.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* shared_row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])

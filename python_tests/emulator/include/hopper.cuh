@@ -59,8 +59,8 @@ inline void land_copies(sts::Mbarrier* barrier) {
   }
 }
 
-// Products read shared memory and write their accumulators in the wait that covers them, as late as allowed. Until then the accumulators are
-// NaNs.
+// Products read shared memory and write their accumulators in the wait that covers them, as late as allowed. Until then the accumulators
+// are NaNs.
 template <class T>
 void multiply(const Product& product) {
   const auto read = [&product](const char* matrix, int row, double (&x)[16]) {

@@ -111,8 +111,8 @@ inline int opaque(int value) { return value; }
 
 // ---- asynchronous copies and tensor cores ----
 
-// A copy completes in the wait that covers it, so that a missing wait or commit is seen. Until then the destination holds NaNs, tiny numbers
-// or its old values, depending on the schedule. So a copy that starts while its destination is still being read is seen, too.
+// A copy completes in the wait that covers it, so that a missing wait or commit is seen. Until then the destination holds NaNs, tiny
+// numbers or its old values, depending on the schedule. So a copy that starts while its destination is still being read is seen, too.
 inline void cp_async_16(void* destination, const void* source, bool predicate) {
   emulator::check_awaited("cp_async_16");
   if (reinterpret_cast<uintptr_t>(destination) % 16) emulator::fail("cp_async_16: misaligned destination");

@@ -230,8 +230,8 @@ inline cudaError_t launch_cluster(const float* values, float* sums, int clusters
 }
 STS_KERNEL(primitive_cluster, launch_cluster);
 
-// The blocks of a cluster exchange messages of 4 and of 16 bytes by st.async. In each step a warp passes its values on to the same warp of the
-// next block, and sends their sum modulo 8 to all blocks, where all sums are added to each value. Double-buffered without a reader-side
+// The blocks of a cluster exchange messages of 4 and of 16 bytes by st.async. In each step a warp passes its values on to the same warp of
+// the next block, and sends their sum modulo 8 to all blocks, where all sums are added to each value. Double-buffered without a reader-side
 // barrier: a warp that has all messages of a step knows that all warps have read those of the step before. sm_90.
 struct alignas(16) Letter {
   float sum;
