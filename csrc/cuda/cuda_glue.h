@@ -1,4 +1,4 @@
-// What only the .cu files need of torch: the current stream, device guards, launch errors.
+// Torch for the .cu files: current stream, device guard, launch errors.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -6,13 +6,13 @@
 
 #include "common/torch_glue.h"
 
-// Defined in libtorch_cuda.so only; weak, so that the library loads into a torch without CUDA.
+// Defined in libtorch_cuda.so alone. Weak, so that this library also loads into a torch without CUDA.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 #pragma weak aoti_torch_get_current_cuda_stream
 
 namespace sts {
 
-// Makes the features' device current for torch and for the CUDA runtime linked into this library, and names torch's stream on it.
+// Makes the features' device current, for torch and for the CUDA runtime that is linked into this library. stream(): torch's stream on it.
 class CudaScope {
  public:
   explicit CudaScope(const Tensor& features) : guard_(features.get_device_index()) {
@@ -38,7 +38,7 @@ void dispatch_cuda(ScalarType type, F&& f) {
   dispatch_floating<__half, __nv_bfloat16>(type, f);
 }
 
-// STS_KERNELS_CHECK=1: the values inside index vectors are checked, at the price of a sync.
+// STS_KERNELS_CHECK=1: ops check the values of index tensors, which costs a synchronisation.
 inline bool check_values_on_device() {
   const char* value = std::getenv("STS_KERNELS_CHECK");
   return value && std::strcmp(value, "1") == 0;

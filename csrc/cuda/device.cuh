@@ -1,5 +1,5 @@
-// What kernels and their launchers are written with: launches, elements, barriers between blocks. Kernels include this header, hopper.cuh
-// where they need it, and nothing of CUDA's.
+// Launches, element types, and barriers between blocks. Kernels include this header, and hopper.cuh if they need it, but no header of CUDA
+// directly.
 #pragma once
 #include <cooperative_groups.h>
 #include <cuda_bf16.h>
@@ -20,11 +20,13 @@ namespace sts {
 
 struct Launch {
   dim3 grid, block;
-  size_t shared_bytes = 0;   // dynamic
+  size_t shared_bytes = 0;   // dynamic shared memory
   unsigned cluster = 1;      // blocks per cluster, along x
-  bool cooperative = false;  // all blocks resident at once; the launch fails where they do not fit
+  bool cooperative = false;  // all blocks are resident at once, or the launch fails
   cudaStream_t stream = nullptr;
-  bool overlap = false;  // blocks may start before the launch ahead ends, where the device can: the kernel begins with await_predecessor
+  // Programmatic dependent launch, if the device has it: blocks may start before the previous launch ends. The kernel must begin with
+  // await_predecessor.
+  bool overlap = false;
 };
 
 template <class... Params>
@@ -38,16 +40,16 @@ inline int current_device() {
   return cudaGetDevice(&device) == cudaSuccess ? device : -1;
 }
 
-// Raises the limit of dynamic shared memory where `bytes` is above it.
+// Raises the kernel's limit of dynamic shared memory to `bytes`, if it is lower.
 template <class... Params>
 cudaError_t allow_shared(void (*kernel)(Params...), size_t bytes) {
-  constexpr size_t kPreset = 48 * 1024;  // every kernel may use it
-  return PlanCache::of_process().raise_limit(address_of(kernel), current_device(), bytes, kPreset, [&] {
+  constexpr size_t kDefaultLimit = 48 * 1024;  // bytes that every kernel may use
+  return PlanCache::of_process().raise_limit(address_of(kernel), current_device(), bytes, kDefaultLimit, [&] {
     return cudaFuncSetAttribute(address_of(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
   });
 }
 
-// A launch as the runtime wants it described.
+// A Launch in the runtime's types.
 struct RuntimeLaunch {
   cudaLaunchAttribute attributes[3];
   cudaLaunchConfig_t config{};
@@ -79,16 +81,16 @@ struct RuntimeLaunch {
   RuntimeLaunch(const RuntimeLaunch&) = delete;  // config points to attributes
 };
 
-// Whether launches of `kernel` may overlap on the current device: its code was compiled for sm_90, so that it waits, and the driver can
-// capture such launches into a graph.
+// Whether launches of `kernel` may overlap on the current device: its code is for sm_90 or later, where await_predecessor waits, and the
+// driver can capture such launches into a graph.
 template <class... Params>
 bool may_overlap(void (*kernel)(Params...)) {
   return PlanCache::of_process().answer({address_of(kernel), current_device(), 0, 0, 0}, 0, [&](int& may) {
-    constexpr int kGraphsFrom = 12030;
+    constexpr int kFirstDriver = 12030;  // CUDA 12.3
     cudaFuncAttributes attributes;
     int driver = 0;
     if (cudaFuncGetAttributes(&attributes, address_of(kernel)) != cudaSuccess || cudaDriverGetVersion(&driver) != cudaSuccess) return false;
-    may = attributes.ptxVersion >= 90 && driver >= kGraphsFrom;
+    may = attributes.ptxVersion >= 90 && driver >= kFirstDriver;
     return true;
   });
 }
@@ -100,7 +102,7 @@ cudaError_t launch(void (*kernel)(Params...), const Launch& shape, Args... args)
   return cudaLaunchKernelEx(&runtime.config, kernel, static_cast<Params>(args)...);
 }
 
-// SMs of the current device, at least 1.
+// SMs of the current device; 1 if unknown.
 inline int device_sm_count() {
   const int device = current_device();
   return PlanCache::of_process().answer({nullptr, device, 0, 0, 0}, 1, [&](int& count) {
@@ -108,7 +110,7 @@ inline int device_sm_count() {
   });
 }
 
-// Blocks of `kernel` that are resident at once on the whole current device; 0 where it cannot run.
+// Blocks of `kernel` that can be resident at once on all SMs of the current device; 0 if it cannot run.
 template <class... Params>
 int max_resident_blocks(void (*kernel)(Params...), int threads, size_t shared_bytes) {
   const DriverQuestion question{address_of(kernel), current_device(), static_cast<unsigned>(threads), shared_bytes, 1};
@@ -119,7 +121,7 @@ int max_resident_blocks(void (*kernel)(Params...), int threads, size_t shared_by
   return per_sm * device_sm_count();
 }
 
-// Whether the current device can run a launch of `kernel` in clusters, and its code was compiled for devices that can.
+// Whether the current device can run this launch of `kernel` in clusters; false unless its code is for sm_90 or later.
 template <class... Params>
 bool clusters_fit(void (*kernel)(Params...), const Launch& shape) {
   const DriverQuestion question{address_of(kernel), current_device(), shape.block.x, shape.shared_bytes, shape.cluster};
@@ -131,7 +133,7 @@ bool clusters_fit(void (*kernel)(Params...), const Launch& shape) {
     if (answered && attributes.ptxVersion >= 90)
       answered = allow_shared(kernel, shape.shared_bytes) == cudaSuccess &&
                  cudaOccupancyMaxActiveClusters(&resident, kernel, &runtime.config) == cudaSuccess;
-    if (!answered) cudaGetLastError();  // a refusal is an answer here
+    if (!answered) cudaGetLastError();  // clear the error: a refusal is a valid answer
     fit = resident > 0;
     return answered;
   });
@@ -147,7 +149,7 @@ __host__ __device__ __forceinline__ void from_float(float value, float& element)
 __host__ __device__ __forceinline__ void from_float(float value, __half& element) { element = __float2half_rn(value); }
 __host__ __device__ __forceinline__ void from_float(float value, __nv_bfloat16& element) { element = __float2bfloat16_rn(value); }
 
-// a - b of two elements in a word.
+// a - b of two packed 16-bit elements of type T (the tag).
 template <class T>
 __device__ __forceinline__ uint32_t subtract_pairs(uint32_t a, uint32_t b, T) {
   std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162> x, y;
@@ -159,9 +161,10 @@ __device__ __forceinline__ uint32_t subtract_pairs(uint32_t a, uint32_t b, T) {
 
 // ---- device: barriers between blocks ----
 
-// A barrier of `blocks` resident blocks, all threads of each. What any of them wrote before is visible to all after it,
-// to ordinary loads: not to __ldg. The counter is zero before the launch and is only ever added to, so one
-// counter serves any number of barriers; the target may wrap around.
+// Barrier of `blocks` co-resident blocks, called by all their threads. Writes before it are visible to ordinary loads of all blocks after
+// it, but not to __ldg, whose cache may be stale.
+// Invariant: the counter is 0 before the launch and is only added to, modulo 2^32. So it serves any number of barriers, and the difference
+// of counter and target is compared.
 class GroupBarrier {
  public:
   __device__ GroupBarrier(unsigned* counter, unsigned blocks) : counter_(counter), blocks_(blocks) {}
@@ -170,7 +173,7 @@ class GroupBarrier {
     target_ += blocks_;
     __syncthreads();
     if (threadIdx.x == 0 && threadIdx.y == 0 && threadIdx.z == 0) {
-      add_release(counter_, 1);  // release is cumulative: it carries what the block wrote before __syncthreads
+      add_release(counter_, 1);  // release is cumulative: it also publishes what other threads wrote before __syncthreads
       while (static_cast<int>(load_acquire(counter_) - target_) < 0) spin_pause();
     }
     __syncthreads();

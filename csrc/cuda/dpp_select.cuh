@@ -1,14 +1,15 @@
-// Greedy MAP of a determinantal point process: all picks of all items in one launch, after their rows are divided by their lengths.
-// What: token i has the gain q_i^2 distance_i, where distance_i is the squared distance of its unit row to the span of the picks. A pick j
-//   gives every token an entry of a Cholesky row, e_i = (c_ij - sum_t e_t[i] e_t[j]) / sqrt(distance_j), and distance_i -= e_i^2. Sums are
-//   taken in float64: in float32 their rounding, divided by sqrt(distance_j), is soon as large as the gains that are left.
-// Chosen when: always. Nothing N x N is stored: a pick computes the N cosines of its row.
-// Steps: (1) the gain of a token alone, and what rounding took of the length of its unit row; (2) the pick: the largest gain of all blocks; (3) its Cholesky row, a warp a token: both sums run
-//   along rows, of the features and of the factor, which is stored token by token; (4) where gains have fallen to the floor, tokens
-//   follow by quality.
-// Synchronisation: a group of resident blocks takes an item. Every pick has a slot, to which each block lowers the key of its best
-//   token; one barrier of the group, and all blocks read the slot. Only the warp that owns a token writes its distance, state and row
-//   of the factor. Others read a pick's distance and row alone, which are not written any more.
+// Greedy MAP inference of a determinantal point process: all picks of all items in one launch, over unit rows.
+//
+// What: token i has the gain q_i^2 d_i, where d_i is the squared distance of its unit row to the span of the picks. Pick j gives every
+//   token i an entry of a Cholesky row: e_i = (c_ij - sum_t e_t[i] e_t[j]) / sqrt(d_j), with the cosine c_ij; then d_i -= e_i^2. Sums are
+//   float64: rounding of float32, divided by sqrt(d_j), would soon be as large as the remaining gains.
+// Chosen when: always. Nothing N x N is stored: a pick computes its N cosines.
+// Steps: (1) d_i = 1, and 1 / length of each unit row, which rounding to float32 has changed a little; (2) the pick: the largest gain over
+//   all blocks; (3) its Cholesky row, a warp per token. Both sums run along contiguous rows: of the features, and of the factor, which is
+//   stored token by token. (4) Once gains are down to the floor, the remaining picks are by quality.
+// Synchronisation: a group of resident blocks takes an item. Every pick has a slot of its own: each block lowers it by atomicMin to the key
+//   of its best token, and after one group barrier all blocks read it. Only the warp that owns a token writes its distance, state and row
+//   of the factor. Other warps read the distance and row of a pick alone, which no longer change.
 #pragma once
 #include <cmath>
 
@@ -18,7 +19,7 @@
 namespace sts {
 
 constexpr int kDppThreads = 512, kDppWarps = kDppThreads / 32;
-constexpr uint8_t kPickedRow = 0xff;  // a RowState of this kernel alone
+constexpr uint8_t kPickedRow = 0xff;  // a RowState that only this kernel uses
 
 __device__ __forceinline__ double warp_sum(double value) {
 #pragma unroll
@@ -26,7 +27,7 @@ __device__ __forceinline__ double warp_sum(double value) {
   return value;
 }
 
-// a . b of this lane's channels of unit rows of `pitch` floats.
+// This lane's part of a . b, for unit rows of `pitch` floats.
 __device__ __forceinline__ double lane_dot(const float* a, const float* b, int pitch) {
   double sum = 0.;
 #pragma unroll 4
@@ -38,123 +39,128 @@ __device__ __forceinline__ double lane_dot(const float* a, const float* b, int p
   return sum;
 }
 
-// Groups of `group_blocks` resident blocks; group g takes items g, g + groups, ... and warp w of a group its tokens w, w + warps, ...
-// least: sqrt(floor). unit, state: as unit_rows_kernel leaves them. factor: (groups, tokens, k). distance, scale: (batch, tokens). best:
-// (batch, k + 1) of kNoKey. arrived: a zero for every group.
+// Groups of `group_blocks` resident blocks stride over the items, and the warps of a group over the tokens of its item.
+//   min_root_ratio: sqrt(floor), the smallest sqrt(gain) relative to the first pick's
+//   unit, state: of unit_rows_kernel; factor (groups, tokens, k): entries of the Cholesky rows
+//   distance (batch, tokens): squared, to the span; inv_length (batch, tokens): 1 / length of the unit row
+//   best (batch, k + 1): the slots, kNoKey before the launch; arrived (groups): counters of the group barriers, 0 before the launch
 static __global__ void __launch_bounds__(kDppThreads, 1)
-    dpp_select_kernel(int64_t batch, int64_t tokens, int pitch, int64_t k, int group_blocks, float least, const float* unit, uint8_t* state,
-                      const float* quality, const int64_t* num_tokens, double* factor, double* distance, double* scale, Key* best,
-                      unsigned* arrived, int64_t* order, float* gain) {
+    dpp_select_kernel(int64_t batch, int64_t tokens, int pitch, int64_t k, int group_blocks, float min_root_ratio, const float* unit,
+                      uint8_t* state, const float* quality, const int64_t* num_tokens, double* factor, double* distance, double* inv_length,
+                      Key* best, unsigned* arrived, int64_t* order, float* gain) {
   __shared__ Key partial[2][32];
-  const int group = blockIdx.x / group_blocks, groups = gridDim.x / group_blocks, rank = blockIdx.x % group_blocks;
+  const int group = blockIdx.x / group_blocks, groups = gridDim.x / group_blocks, block_in_group = blockIdx.x % group_blocks;
   const int tid = threadIdx.x, lane = tid % 32;
-  const int64_t group_warp = rank * kDppWarps + tid / 32, group_warps = static_cast<int64_t>(group_blocks) * kDppWarps;
+  const int64_t group_warp = block_in_group * kDppWarps + tid / 32, group_warps = static_cast<int64_t>(group_blocks) * kDppWarps;
   GroupBarrier barrier(arrived + group, group_blocks);
-  int turn = 0;
+  int calls = 0;
   factor += group * tokens * k;
 
   for (int64_t b = group; b < batch; b += groups) {
     int64_t count = num_tokens ? num_tokens[b] : tokens;
     if (count < 0 || count > tokens) count = 0;
     const int64_t picks = k < count ? k : count;
-    if (rank == 0)
+    if (block_in_group == 0)
       for (int64_t i = picks + tid; i < k; i += kDppThreads) order[b * k + i] = -1, gain[b * k + i] = 0.f;
     if (picks == 0) continue;
-    const float *row = unit + b * tokens * pitch, *merit = quality + b * tokens;
-    double *const squared = distance + b * tokens, *const inverse = scale + b * tokens;
-    uint8_t* const mine = state + b * tokens;
+    const float *item_rows = unit + b * tokens * pitch, *item_quality = quality + b * tokens;
+    double *const sqdist = distance + b * tokens, *const item_inv_length = inv_length + b * tokens;
+    uint8_t* const item_state = state + b * tokens;
     Key* slot = best + b * (k + 1);
 
-    // The lowest key of the group, from each thread's own.
-    const auto find = [&](Key key) {
-      key = block_lowest(key, partial, turn++);
+    // The lowest key of all threads of the group: block minimum, atomicMin to the next slot, group barrier.
+    const auto group_lowest = [&](Key key) {
+      key = block_lowest(key, partial, calls++);
       if (tid == 0) atomicMin(slot, key);
       barrier.sync();
       return *slot++;
     };
-    const auto key_of_gain = [&](int64_t i, double to_span) {
-      return to_span > 0. ? make_key(-(fabsf(merit[i]) * sqrtf(static_cast<float>(to_span))), static_cast<uint32_t>(i)) : kNoKey;
+    const auto key_of_gain = [&](int64_t i, double span_sqdist) {
+      return span_sqdist > 0. ? make_key(-(fabsf(item_quality[i]) * sqrtf(static_cast<float>(span_sqdist))), static_cast<uint32_t>(i))
+                              : kNoKey;
     };
-    // The tokens left by quality, those that are spoiled after all others. A lane has each 32nd token of its warp.
+    // The lowest key, by quality, of this lane's tokens that are not picked; invalid rows come last. Lanes stride over
+    // the tokens of their warp.
     const auto key_of_quality = [&](int64_t picked) {
       Key key = kNoKey;
       for (int64_t i = group_warp + lane * group_warps; i < count; i += 32 * group_warps) {
-        if (i == picked) mine[i] = kPickedRow;
-        if (mine[i] == kPickedRow) continue;
-        key = lower(key, make_key(mine[i] == kSpoiledRow ? kInfinity : -(merit[i] + 0.f), static_cast<uint32_t>(i)));  // -0 equals 0
+        if (i == picked) item_state[i] = kPickedRow;
+        if (item_state[i] == kPickedRow) continue;
+        key = lower(key, make_key(item_state[i] == kInvalidRow ? kInfinity : -(item_quality[i] + 0.f),
+                                  static_cast<uint32_t>(i)));  // + 0: -0 becomes 0
       }
       return key;
     };
 
-    // (1) the gain of a token alone
+    // (1) distance, length and gain of each token before the first pick
     Key key = kNoKey;
     for (int64_t i = group_warp; i < count; i += group_warps) {
-      const bool usable = mine[i] == kUnitRow && merit[i] - merit[i] == 0.f;
-      const double square = warp_sum(usable ? lane_dot(row + i * pitch, row + i * pitch, pitch) : 0.);
-      const double to_span = usable ? 1. : 0.;
-      __syncwarp();  // every lane has read before one writes
+      const bool usable = item_state[i] == kUnitRow && item_quality[i] - item_quality[i] == 0.f;
+      const double square = warp_sum(usable ? lane_dot(item_rows + i * pitch, item_rows + i * pitch, pitch) : 0.);
+      const double span_sqdist = usable ? 1. : 0.;
+      __syncwarp();  // all lanes have read what lane 0 overwrites
       if (lane == 0) {
-        if (!(merit[i] - merit[i] == 0.f)) mine[i] = kSpoiledRow;
-        squared[i] = to_span;
-        inverse[i] = usable ? 1. / sqrt(square) : 0.;
+        if (!(item_quality[i] - item_quality[i] == 0.f)) item_state[i] = kInvalidRow;
+        sqdist[i] = span_sqdist;
+        item_inv_length[i] = usable ? 1. / sqrt(square) : 0.;
       }
-      key = lower(key, key_of_gain(i, to_span));
+      key = lower(key, key_of_gain(i, span_sqdist));
     }
-    key = find(key);
+    key = group_lowest(key);
 
-    bool filling = false;
-    float first = 0.f;
+    bool by_quality = false;
+    float first_root = 0.f;
     for (int64_t step = 0;;) {
-      // (2) the pick. The root of its gain is compared, which is in range where the gain may not be.
+      // (2) the pick. sqrt(gain) is compared, since a gain may be out of float32's range.
       float root = 0.f;
-      if (!filling) {
+      if (!by_quality) {
         if (key != kNoKey) root = -key_value(key);
-        if (step == 0) first = root;
-        if (!(root > least * first)) {
-          filling = true;
+        if (step == 0) first_root = root;
+        if (!(root > min_root_ratio * first_root)) {
+          by_quality = true;
           root = 0.f;
-          key = find(key_of_quality(-1));
+          key = group_lowest(key_of_quality(-1));
         }
       }
       const int64_t pick = key_index(key);
-      if (rank == 0 && tid == 0) {
+      if (block_in_group == 0 && tid == 0) {
         order[b * k + step] = pick;
         gain[b * k + step] = root * root;
       }
       if (step + 1 == picks) break;
-      if (filling) {
+      if (by_quality) {
         // (4) by quality
-        key = find(key_of_quality(pick));
+        key = group_lowest(key_of_quality(pick));
         ++step;
         continue;
       }
       // (3) the Cholesky row
-      const double pivot = sqrt(squared[pick]), pick_inverse = inverse[pick];
-      const float* const pick_row = row + pick * pitch;
+      const double pivot = sqrt(sqdist[pick]), pick_inv_length = item_inv_length[pick];
+      const float* const pick_row = item_rows + pick * pitch;
       const double* const pick_factor = factor + pick * k;
       key = kNoKey;
       for (int64_t i = group_warp; i < count; i += group_warps) {
         if (i == pick) {
-          if (lane == 0) mine[i] = kPickedRow;
+          if (lane == 0) item_state[i] = kPickedRow;
           continue;
         }
-        const double before = squared[i];
-        if (mine[i] != kUnitRow || before == 0.) continue;
-        double sum = lane_dot(row + i * pitch, pick_row, pitch) * inverse[i] * pick_inverse;
-        double* const own = factor + i * k;
+        const double old_sqdist = sqdist[i];
+        if (item_state[i] != kUnitRow || old_sqdist == 0.) continue;
+        double sum = lane_dot(item_rows + i * pitch, pick_row, pitch) * item_inv_length[i] * pick_inv_length;
+        double* const factor_row = factor + i * k;
 #pragma unroll 4
-        for (int64_t t = lane; t < step; t += 32) sum = fma(-own[t], pick_factor[t], sum);
+        for (int64_t t = lane; t < step; t += 32) sum = fma(-factor_row[t], pick_factor[t], sum);
         const double entry = warp_sum(sum) / pivot;
-        double after = before - entry * entry;
-        if (after < kInSpan) after = 0.;
-        __syncwarp();  // every lane has read before one writes
+        double new_sqdist = old_sqdist - entry * entry;
+        if (new_sqdist < kInSpan) new_sqdist = 0.;
+        __syncwarp();  // all lanes have read what lane 0 overwrites
         if (lane == 0) {
-          own[step] = entry;
-          squared[i] = after;
+          factor_row[step] = entry;
+          sqdist[i] = new_sqdist;
         }
-        key = lower(key, key_of_gain(i, after));
+        key = lower(key, key_of_gain(i, new_sqdist));
       }
-      key = find(key);
+      key = group_lowest(key);
       ++step;
     }
   }
@@ -170,14 +176,14 @@ inline DppPlan plan_dpp(int64_t batch, int64_t tokens) {
   const int resident = max_resident_blocks(dpp_select_kernel, kDppThreads, 0);
   if (resident == 0) return {0, 0};
   const int groups = static_cast<int>(batch < resident ? batch : resident);
-  const int64_t useful = ceil_div(tokens, kDppWarps);
-  return {groups, static_cast<int>(useful < resident / groups ? useful : resident / groups)};
+  const int64_t max_useful = ceil_div(tokens, kDppWarps);
+  return {groups, static_cast<int>(max_useful < resident / groups ? max_useful : resident / groups)};
 }
 
-// Device memory besides input and output. `allocate(bytes)` is called once for each part.
+// Scratch in device memory; shapes as at the kernel. allocate(bytes) is called once per array.
 struct DppScratch {
   float* unit;
-  double *factor, *distance, *scale;
+  double *factor, *distance, *inv_length;
   uint8_t* state;
   Key* best;
   unsigned* arrived;
@@ -192,7 +198,7 @@ struct DppScratch {
     take(unit, batch * tokens * unit_pitch(channels));
     take(factor, plan.groups * tokens * k);
     take(distance, batch * tokens);
-    take(scale, batch * tokens);
+    take(inv_length, batch * tokens);
     take(state, batch * tokens);
     take(best, slots);
     take(arrived, plan.groups);
@@ -213,7 +219,7 @@ cudaError_t launch_dpp(const Rows<scalar_t>& rows, int64_t batch, int64_t tokens
   if (error != cudaSuccess) return error;
   const Launch shape{dim3(plan.groups * plan.group_blocks), dim3(kDppThreads), 0, 1, true, stream};
   return launch(dpp_select_kernel, shape, batch, tokens, static_cast<int>(unit_pitch(rows.channels)), k, plan.group_blocks, sqrtf(floor),
-                scratch.unit, scratch.state, quality, num_tokens, scratch.factor, scratch.distance, scratch.scale, scratch.best,
+                scratch.unit, scratch.state, quality, num_tokens, scratch.factor, scratch.distance, scratch.inv_length, scratch.best,
                 scratch.arrived, order, gain);
 }
 

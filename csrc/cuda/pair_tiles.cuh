@@ -1,21 +1,22 @@
-// Which pairs of tokens a block computes: square tiles of the upper triangle of each item's pairs.
-//   for (int64_t turn = tiles.begin(); turn < tiles.end(); turn += tiles.step()) { const PairTile tile = tiles.at<kTile>(turn); ... }
+// Work lists of the distance kernels: square tiles of the upper triangle of each item's matrix of pairs. A block strides over its tiles:
+//   for (int64_t index = tiles.begin(); index < tiles.end(); index += tiles.step()) { const PairTile tile = tiles.at<kTile>(index); ... }
 #pragma once
 #include "packed_plan.cuh"
 
 namespace sts {
 
-constexpr int kMarkTile = 64;  // marks are for tiles of so many tokens
+constexpr int kMarkTile = 64;  // side of the tiles that have a mark each, in tokens
 
 struct PairTile {
   int64_t entry, row;     // token i of the item is rows.row(entry, row + i)
-  int64_t item, token;    // the item, and its first token among all tokens
-  int64_t tokens, pitch;  // the item's tokens; rows of its matrix are so many floats apart
-  int64_t offset;         // of the matrix, in floats
-  int64_t i, j;           // the first row and column
+  int64_t item, token;    // index of the item, and of its first token among all tokens
+  int64_t tokens, pitch;  // tokens of the item; row pitch of its matrix in floats
+  int64_t offset;         // start of the item's matrix, in floats
+  int64_t i, j;           // first row and column of the tile
 };
 
-// Of a padded batch's entries from first_entry on: a tile of the grid's x and y a block, and its entries one after another.
+// Entries [first_entry, first_entry + entries) of a padded batch. blockIdx.x and y give the tile, and blockIdx.z strides over the entries:
+// index = entry - first_entry. Blocks below the diagonal have no work.
 struct PaddedTiles {
   int64_t tokens, first_entry, entries, pitch;
 
@@ -23,20 +24,21 @@ struct PaddedTiles {
   __device__ __forceinline__ int64_t end() const { return entries; }
   __device__ __forceinline__ int64_t step() const { return gridDim.z; }
   template <int kTile>
-  __device__ __forceinline__ PairTile at(int64_t turn) const {
-    const int64_t entry = first_entry + turn;
+  __device__ __forceinline__ PairTile at(int64_t index) const {
+    const int64_t entry = first_entry + index;
     const int64_t i = int64_t(blockIdx.y) * kTile, j = int64_t(blockIdx.x) * kTile;
-    return {entry, 0, entry, entry * tokens, tokens, pitch, turn * tokens * pitch, i, j};
+    return {entry, 0, entry, entry * tokens, tokens, pitch, index * tokens * pitch, i, j};
   }
-  // Where the mark of part (i, j) of this block's tile is, or -1 past the end; kParts: parts along a side. Marks are (entries, side, side).
+  // Marks are (entries, side, side). Index of the mark of part (i, j) of this block's tile, or -1 past the end; kParts: parts along a side.
   template <int kParts>
-  __device__ __forceinline__ int64_t mark(int64_t turn, int i, int j) const {
+  __device__ __forceinline__ int64_t mark(int64_t index, int i, int j) const {
     const int64_t side = ceil_div(tokens, kMarkTile), row = int64_t(blockIdx.y) * kParts + i, column = int64_t(blockIdx.x) * kParts + j;
-    return row < side && column < side ? (turn * side + row) * side + column : -1;
+    return row < side && column < side ? (index * side + row) * side + column : -1;
   }
 };
 
-// Of the items of one wave of a packed batch: the tiles in turns. parts: tiles are taken apart into so many along a side.
+// All tiles of one wave of a packed batch; blocks stride over them. tile: side of a tile, in tokens. parts: a tile is split into
+// parts x parts squares, and index counts the squares.
 struct PackedTiles {
   const Item* items;
   const PackedMatrix* matrices;
@@ -46,19 +48,21 @@ struct PackedTiles {
   __device__ __forceinline__ int64_t begin() const { return wave[0].tile * parts * parts + blockIdx.x; }
   __device__ __forceinline__ int64_t end() const { return wave[1].tile * parts * parts; }
   __device__ __forceinline__ int64_t step() const { return gridDim.x; }
-  // By whole warps.
+  // Called by whole warps, for last_of.
   template <int kTile>
-  __device__ __forceinline__ PairTile at(int64_t turn) const {
-    const int64_t number = turn / (parts * parts);
-    const int part = static_cast<int>(turn % (parts * parts));
+  __device__ __forceinline__ PairTile at(int64_t index) const {
+    const int64_t number = index / (parts * parts);
+    const int part = static_cast<int>(index % (parts * parts));
     const int64_t b = last_of(wave[0].item, wave[1].item, [&](int64_t i) { return matrices[i].first_tile <= number; });
     const Item item = items[b];
     const PackedMatrix matrix = matrices[b];
-    const int left = static_cast<int>(number - matrix.first_tile);  // column by column, of which column c has c + 1
-    int column = static_cast<int>((sqrtf(8.f * static_cast<float>(left) + 1.f) - 1.f) / 2.f);
-    if (column * (column + 1) / 2 > left) --column;
-    if ((column + 1) * (column + 2) / 2 <= left) ++column;
-    const int row = left - column * (column + 1) / 2;
+    const int local = static_cast<int>(number - matrix.first_tile);
+    // Tiles of the triangle are numbered by column; column c has c + 1. So column = floor((sqrt(8 local + 1) - 1) / 2), and the two
+    // corrections undo the rounding of float32.
+    int column = static_cast<int>((sqrtf(8.f * static_cast<float>(local) + 1.f) - 1.f) / 2.f);
+    if (column * (column + 1) / 2 > local) --column;
+    if ((column + 1) * (column + 2) / 2 <= local) ++column;
+    const int row = local - column * (column + 1) / 2;
     return {0,
             item.first,
             b,
@@ -70,18 +74,18 @@ struct PackedTiles {
             int64_t(column) * tile + part % parts * kTile};
   }
   template <int kParts>
-  __device__ __forceinline__ int64_t mark(int64_t turn, int i, int j) const {
-    return (turn * kParts + i) * kParts + j;
+  __device__ __forceinline__ int64_t mark(int64_t index, int i, int j) const {
+    return (index * kParts + i) * kParts + j;
   }
 };
 
-// By whole warps: the first turn from `turn` on whose tile, of kMarkTile tokens, is marked; end() where there is none.
+// The first index from `index` on whose tile of kMarkTile tokens is marked, or end(). Called by whole warps: each lane tests an index.
 template <class Tiles>
-__device__ __forceinline__ int64_t next_marked(const Tiles& tiles, const unsigned* marks, int64_t turn) {
-  for (; turn < tiles.end(); turn += 32 * tiles.step()) {
-    const int64_t mine = turn + threadIdx.x % 32 * tiles.step();
-    const unsigned marked = __ballot_sync(kFullWarp, mine < tiles.end() && marks[tiles.template mark<1>(mine, 0, 0)] != 0);
-    if (marked) return turn + (__ffs(static_cast<int>(marked)) - 1) * tiles.step();
+__device__ __forceinline__ int64_t next_marked(const Tiles& tiles, const unsigned* marks, int64_t index) {
+  for (; index < tiles.end(); index += 32 * tiles.step()) {
+    const int64_t candidate = index + threadIdx.x % 32 * tiles.step();
+    const unsigned marked = __ballot_sync(kFullWarp, candidate < tiles.end() && marks[tiles.template mark<1>(candidate, 0, 0)] != 0);
+    if (marked) return index + (__ffs(static_cast<int>(marked)) - 1) * tiles.step();
   }
   return tiles.end();
 }

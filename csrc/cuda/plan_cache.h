@@ -1,11 +1,11 @@
-// What the driver says of a kernel on a device, asked once per process.
+// Cache of driver queries about kernels and devices, one per process.
 //
-// What: answers to questions that every plan needs: SMs of a device, blocks of a kernel that fit it at once, whether clusters of them
-//   fit; and the limit of dynamic shared memory that was set last. A question costs the host 1 to 5 us, as much as a launch. Its answer
-//   depends on the kernel, the shape of the launch and the device alone.
-// Chosen when: always; device.cuh asks through it, so every launcher does.
-// Synchronisation: one mutex. A question is asked outside of it, so two threads may ask the same one. The limit is raised inside: the
-//   driver keeps the limit that was set last, and a lower one must not overtake a higher one.
+// What: answers that every plan needs: SMs of a device, resident blocks of a kernel, resident clusters; and the limit of dynamic shared
+//   memory that was set last. A query costs the host 1 to 5 us, as much as a launch. Its answer depends on the kernel, the launch shape and
+//   the device alone.
+// Chosen when: always; all launchers query the driver through device.cuh, which uses this cache.
+// Synchronisation: one mutex. Queries run outside of it, so two threads may run the same one. The limit is raised inside: the driver keeps
+//   the limit that was set last, and a lower limit must not overwrite a higher one.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -14,13 +14,13 @@
 
 namespace sts {
 
-// What is asked about. Not every question has every field: null, 0.
+// Key of a query. Fields that a query does not need are null or 0.
 struct DriverQuestion {
   const void* kernel;
   int device;
   unsigned threads;  // per block
   size_t shared_bytes;
-  unsigned cluster;  // blocks per cluster; 1: how many blocks fit at once
+  unsigned cluster;  // blocks per cluster; 1: the query is for resident blocks per SM
   bool operator==(const DriverQuestion& other) const {
     return kernel == other.kernel && device == other.device && threads == other.threads && shared_bytes == other.shared_bytes &&
            cluster == other.cluster;
@@ -29,14 +29,14 @@ struct DriverQuestion {
 
 class PlanCache {
  public:
-  // Never destroyed: a thread may still launch while the process ends.
+  // Never destroyed: a thread may still launch kernels while the process exits.
   static PlanCache& of_process() {
     static PlanCache& cache = *new PlanCache;
     return cache;
   }
 
-  // The answer to `question`. ask(answer) fills it in, and returns whether the driver knew; else the result is `unknown`, and the
-  // question is asked again next time.
+  // The cached answer, or that of ask(answer), which queries the driver and returns whether it succeeded. On failure the result is
+  // `unknown`, and nothing is cached.
   template <class Ask>
   int answer(const DriverQuestion& question, int unknown, const Ask& ask) {
     {
@@ -49,11 +49,11 @@ class PlanCache {
     return answers_.emplace(question, answer).first->second;
   }
 
-  // Calls set() where `bytes` is above the limit of `kernel`, `preset` at first. set() sets the limit to `bytes`, and returns an error
-  // code; 0: it is set.
+  // Calls set() if `bytes` is above the limit of `kernel`, which is default_limit at first. set() raises the limit to `bytes` and returns
+  // an error code, 0 for success.
   template <class Set>
-  auto raise_limit(const void* kernel, int device, size_t bytes, size_t preset, const Set& set) -> decltype(set()) {
-    if (bytes <= preset) return {};
+  auto raise_limit(const void* kernel, int device, size_t bytes, size_t default_limit, const Set& set) -> decltype(set()) {
+    if (bytes <= default_limit) return {};
     const std::lock_guard<std::mutex> lock(mutex_);
     size_t& limit = limits_[DriverQuestion{kernel, device, 0, 0, 0}];
     if (bytes <= limit) return {};
@@ -66,9 +66,9 @@ class PlanCache {
   struct Hash {
     size_t operator()(const DriverQuestion& question) const {
       uint64_t hash = reinterpret_cast<uintptr_t>(question.kernel);
-      const uint64_t parts[] = {uint64_t(question.device), question.threads, question.shared_bytes, question.cluster};
-      for (const uint64_t part : parts) {
-        hash = (hash ^ part) * 0x9e3779b97f4a7c15u;
+      const uint64_t fields[] = {uint64_t(question.device), question.threads, question.shared_bytes, question.cluster};
+      for (const uint64_t field : fields) {
+        hash = (hash ^ field) * 0x9e3779b97f4a7c15u;
         hash ^= hash >> 32;
       }
       return static_cast<size_t>(hash);

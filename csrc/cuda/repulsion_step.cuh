@@ -1,4 +1,11 @@
-// One step of Algorithm 1: potentials grow by the repulsion of the picked tokens, and the lowest is found.
+// One step of Algorithm 1.
+//
+// What: adds the repulsion of each item's picked token to the potentials of its tokens, in place, and finds the lowest. The picked token's
+//   potential becomes infinity; a token that is not finite has at least kNonFinitePotential.
+// Chosen when: always.
+// Steps: (1) repel, a warp per token: distance to the pick, new potential; the lowest key of a block lowers its item's; (2) next_pick: keys
+//   to token indices.
+// Synchronisation: two launches. Blocks meet at atomicMin of whole keys, whose result does not depend on their order.
 #pragma once
 #include "rows.cuh"
 
@@ -6,7 +13,7 @@ namespace sts {
 
 constexpr int kStepThreads = 256;
 
-// A warp per token. `lowest` (batch), set to all ones before the launch, receives the lowest key of each item.
+// (1) `lowest` (batch) receives the lowest key of each item; kNoKey before the launch.
 template <class scalar_t, class Rule>
 __global__ void __launch_bounds__(kStepThreads)
     repel_kernel(Rows<scalar_t> rows, int64_t batch, int64_t tokens, bool aligned, float* potential, int64_t potential_batch_stride,
@@ -15,18 +22,18 @@ __global__ void __launch_bounds__(kStepThreads)
   __shared__ Key partial[2][32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kWarps + warp;
-  int turn = 0;
+  int calls = 0;
   for (int64_t b = blockIdx.y; b < batch; b += gridDim.y) {
     const int64_t pick = picked[b] >= 0 && picked[b] < tokens ? picked[b] : -1;
     Key best = kNoKey;
     if (i < tokens) {
       const scalar_t* row = rows.row(b, i);
-      const scalar_t* other = rows.row(b, pick < 0 ? i : pick);
+      const scalar_t* pick_row = rows.row(b, pick < 0 ? i : pick);
       float sum = 0.f;
       bool finite = true;
 #pragma unroll 4
       for (int c = lane * kVec; c < rows.channels; c += 32 * kVec) {
-        const Vec16<scalar_t> x = load_channels(row, c, rows.channels, aligned), y = load_channels(other, c, rows.channels, aligned);
+        const Vec16<scalar_t> x = load_channels(row, c, rows.channels, aligned), y = load_channels(pick_row, c, rows.channels, aligned);
 #pragma unroll
         for (int v = 0; v < kVec; ++v) {
           const float difference = x[v] - y[v];
@@ -36,21 +43,21 @@ __global__ void __launch_bounds__(kStepThreads)
       }
       sum = warp_sum(sum);
       finite = __all_sync(kFullWarp, finite);
-      float* mine = potential + b * potential_batch_stride + i * potential_token_stride;
-      float value = *mine;
+      float* own_potential = potential + b * potential_batch_stride + i * potential_token_stride;
+      float value = *own_potential;
       if (pick >= 0) value = Rule::add(value, rule.weight(sum));
       if (value != value || (!finite && value < kNonFinitePotential)) value = kNonFinitePotential;
       if (i == pick) value = kInfinity;
-      __syncwarp();  // every lane has read before one writes
-      if (lane == 0) *mine = value;
+      __syncwarp();  // all lanes have read the potential, which lane 0 overwrites
+      if (lane == 0) *own_potential = value;
       best = make_key(value, static_cast<uint32_t>(i));
     }
-    best = block_lowest(best, partial, turn++);
+    best = block_lowest(best, partial, calls++);
     if (threadIdx.x == 0) atomicMin(lowest + b, best);
   }
 }
 
-// Keys to token indices, in place; -1 where every token is picked.
+// (2) Keys to token indices, in place; -1 if every token is picked.
 static __global__ void __launch_bounds__(kStepThreads) next_pick_kernel(int64_t batch, int64_t* next) {
   const int64_t b = static_cast<int64_t>(blockIdx.x) * kStepThreads + threadIdx.x;
   if (b >= batch) return;
@@ -58,7 +65,7 @@ static __global__ void __launch_bounds__(kStepThreads) next_pick_kernel(int64_t 
   next[b] = key_value(key) < kInfinity ? static_cast<int64_t>(key_index(key)) : -1;
 }
 
-// next (batch) is the result, and the scratch of the search for it.
+// next (batch): the result; holds the keys until (2).
 template <class scalar_t>
 cudaError_t launch_repulsion_step(float* potential, int64_t potential_batch_stride, int64_t potential_token_stride,
                                   const scalar_t* features, int64_t batch, int64_t tokens, int64_t channels, int64_t batch_stride,
@@ -67,8 +74,8 @@ cudaError_t launch_repulsion_step(float* potential, int64_t potential_batch_stri
   static_assert(kNoKey == ~0ull, "the memset below writes kNoKey");
   cudaError_t error = cudaMemsetAsync(next, 0xff, batch * sizeof(int64_t), stream);
   if (error != cudaSuccess) return error;
-  const auto depth = static_cast<unsigned>(batch < 65535 ? batch : 65535);
-  const Launch shape{dim3(static_cast<unsigned>(ceil_div(tokens, kStepThreads / 32)), depth), dim3(kStepThreads), 0, 1, false, stream};
+  const auto grid_y = static_cast<unsigned>(batch < 65535 ? batch : 65535);
+  const Launch shape{dim3(static_cast<unsigned>(ceil_div(tokens, kStepThreads / 32)), grid_y), dim3(kStepThreads), 0, 1, false, stream};
   error = launch(repel_kernel<scalar_t, Repulsion>, shape, rows, batch, tokens, rows_aligned(rows), potential, potential_batch_stride,
                  potential_token_stride, picked, Repulsion{eps}, reinterpret_cast<Key*>(next));
   if (error != cudaSuccess) return error;

@@ -1,23 +1,27 @@
-// What: |a - b|^2 or a.b of every row a of one set with every row b of another, handed to `take` pair by pair; nothing is stored here.
-// Chosen when: always. Sums are float32 on CUDA cores: differences do not cancel, and products of 16-bit rows are exact.
-// Steps: of a block, for one square tile of pairs after another: (1) load a stage of 32 channels of both sides; (2) add it to the 4 x 4
-//   pairs of each thread; (3) hand them over. Stages are summed channel by channel in ascending order and then one to another: a pair's
-//   bits depend on the pair alone, and the error of a sum grows with channels / 32.
-// Synchronisation: two block barriers a stage. Blocks know nothing of each other.
+// Pairs of the rows of two sets on CUDA cores.
+//
+// What: |a - b|^2 or a.b of every row a of one set with every row b of another. An epilogue takes the pairs; nothing is stored here.
+// Chosen when: differences are wanted, or row_pairs_mma.cuh does not serve the rows. Sums are float32: differences do not cancel, and
+//   products of 16-bit elements are exact.
+// Steps, for each square tile of pairs of a block: (1) store a prefetched stage of 32 channels of both sides to shared memory, and prefetch
+//   the next; (2) accumulate the 4 x 4 pairs of each thread; (3) epilogue. A stage is summed channel by channel in ascending order, and
+//   then added to the total: a pair's bits depend on the pair alone, and rounding errors grow with channels / 32.
+// Synchronisation: two block barriers a stage. Blocks do not communicate.
 #pragma once
 #include "rows.cuh"
 
 namespace sts {
 
-// Of a row: the power of two it is scaled by, and 1 / |row| of the scaled row, or 0 for a zero row; NaN: the row does not count.
+// Of a row. scale: the power of two that it is multiplied by. inv_norm: 1 / |scaled row|; 0 for a zero row; NaN for a row that is not valid
+// (not finite, or past the number of its item's rows).
 struct __align__(8) RowInfo {
-  float scale, per_norm;
-  __device__ __forceinline__ bool counts() const { return per_norm == per_norm; }
+  float scale, inv_norm;
+  __device__ __forceinline__ bool valid() const { return inv_norm == inv_norm; }
 };
 
 constexpr int kRowInfoThreads = 256;
 
-// A warp a row. counts: of each item, the rows that count; null: all. cosine: false leaves scale and per_norm at 1.
+// RowInfo of every row, by a warp. counts: (batch) valid rows of each item; null: all. cosine: false leaves scale and inv_norm at 1.
 template <class scalar_t>
 __global__ void __launch_bounds__(kRowInfoThreads)
     row_info_kernel(Rows<scalar_t> rows, int64_t batch, int64_t count, const int64_t* counts, bool aligned, bool cosine, RowInfo* info) {
@@ -28,7 +32,7 @@ __global__ void __launch_bounds__(kRowInfoThreads)
   const int64_t b = r / count, i = r % count;
   const bool present = !counts || (counts[b] <= count && i < counts[b]);
   const scalar_t* row = rows.row(b, i);
-  float square = 0.f, largest = 0.f;
+  float sum_sq = 0.f, max_abs = 0.f;
   bool finite = present;
   const int channels = present ? rows.channels : 0;
 #pragma unroll 4
@@ -37,30 +41,31 @@ __global__ void __launch_bounds__(kRowInfoThreads)
 #pragma unroll
     for (int v = 0; v < kVec; ++v) {
       finite = finite && x[v] - x[v] == 0.f;
-      square = fmaf(x[v], x[v], square);
-      largest = fmaxf(largest, fabsf(x[v]));
+      sum_sq = fmaf(x[v], x[v], sum_sq);
+      max_abs = fmaxf(max_abs, fabsf(x[v]));
     }
   }
   finite = __all_sync(kFullWarp, finite);
-  square = warp_sum(square);
-  RowInfo mine{1.f, finite ? 1.f : __uint_as_float(0x7fc00000u)};
+  sum_sq = warp_sum(sum_sq);
+  RowInfo row_info{1.f, finite ? 1.f : __uint_as_float(0x7fc00000u)};
   if (cosine && finite) {
-    if (!(square >= 0x1p-60f && square <= 0x1p60f)) {  // squares of the scaled row neither overflow nor vanish
+    if (!(sum_sq >= 0x1p-60f && sum_sq <= 0x1p60f)) {
+      // The scale brings the largest channel to [1, 2): squares neither overflow nor vanish. Its biased exponent is kept in [1, 253].
 #pragma unroll
-      for (int offset = 16; offset > 0; offset /= 2) largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, offset));
-      const int exponent = static_cast<int>(254u - (__float_as_uint(largest) >> 23));
-      mine.scale = __uint_as_float(static_cast<uint32_t>(exponent < 1 ? 1 : exponent > 253 ? 253 : exponent) << 23);
-      square = 0.f;
+      for (int offset = 16; offset > 0; offset /= 2) max_abs = fmaxf(max_abs, __shfl_xor_sync(kFullWarp, max_abs, offset));
+      const int exponent = static_cast<int>(254u - (__float_as_uint(max_abs) >> 23));
+      row_info.scale = __uint_as_float(static_cast<uint32_t>(exponent < 1 ? 1 : exponent > 253 ? 253 : exponent) << 23);
+      sum_sq = 0.f;
       for (int c = lane * kVec; c < channels; c += 32 * kVec) {
         const Vec16<scalar_t> x = load_channels(row, c, channels, aligned);
 #pragma unroll
-        for (int v = 0; v < kVec; ++v) square = fmaf(x[v] * mine.scale, x[v] * mine.scale, square);
+        for (int v = 0; v < kVec; ++v) sum_sq = fmaf(x[v] * row_info.scale, x[v] * row_info.scale, sum_sq);
       }
-      square = warp_sum(square);
+      sum_sq = warp_sum(sum_sq);
     }
-    mine.per_norm = square > 0.f ? 1.f / sqrtf(square) : 0.f;
+    row_info.inv_norm = sum_sq > 0.f ? 1.f / sqrtf(sum_sq) : 0.f;
   }
-  if (lane == 0) info[r] = mine;
+  if (lane == 0) info[r] = row_info;
 }
 
 template <class scalar_t>
@@ -71,7 +76,7 @@ cudaError_t launch_row_info(const Rows<scalar_t>& rows, int64_t batch, int64_t c
   return launch(row_info_kernel<scalar_t>, shape, rows, batch, count, counts, rows_aligned(rows), cosine, info);
 }
 
-// Rows of every batch entry of one side.
+// The rows of all batch entries on one side of the pairs.
 template <class scalar_t>
 struct Side {
   Rows<scalar_t> rows;
@@ -82,11 +87,11 @@ struct Side {
 
 constexpr int kSmallPairTile = 32, kLargePairTile = 64;
 
-// take.template row<kTile>(entry, i, j, values): the pairs of row i of `a` with rows j to j + 3 of `b`, called by all threads of a block
+// epilogue.template row<kTile>(entry, i, j, values): values[t] is of row i of `a` and row j + t of `b`. All threads of a block call it
 // together; i and j may be past the end.
-template <class scalar_t, bool kProduct, int kTile, class Take>
+template <class scalar_t, bool kProduct, int kTile, class Epilogue>
 __global__ void __launch_bounds__(kTile* kTile / 16, kTile == kLargePairTile ? 2 : 4)
-    row_pairs_kernel(Side<scalar_t> a, Side<scalar_t> b, int64_t entries, int channels, Take take) {
+    row_pairs_kernel(Side<scalar_t> a, Side<scalar_t> b, int64_t entries, int channels, Epilogue epilogue) {
   constexpr int kThreads = kTile * kTile / 16;  // each thread has 4 x 4 pairs
   constexpr int kChannels = 32, kVec = Vec16<scalar_t>::size;
   constexpr int kLoads = kTile * kChannels / kVec / kThreads;
@@ -105,7 +110,7 @@ __global__ void __launch_bounds__(kTile* kTile / 16, kTile == kLargePairTile ? 2
       float scale_a[kLoads], scale_b[kLoads];
       Vec16<scalar_t> next_a[kLoads], next_b[kLoads];
 #pragma unroll
-      for (int l = 0; l < kLoads; ++l) {  // rows past the end repeat the last one
+      for (int l = 0; l < kLoads; ++l) {  // rows past the end repeat the last row
         const int64_t i = i0 + row_of_load(l) < a.count ? i0 + row_of_load(l) : a.count - 1;
         const int64_t j = j0 + row_of_load(l) < b.count ? j0 + row_of_load(l) : b.count - 1;
         row_a[l] = a.rows.row(entry, i), row_b[l] = b.rows.row(entry, j);
@@ -121,19 +126,18 @@ __global__ void __launch_bounds__(kTile* kTile / 16, kTile == kLargePairTile ? 2
       float sum[4][4] = {};
       fetch(0);
       for (int c0 = 0; c0 < channels; c0 += kChannels) {
-        __syncthreads();  // all are done with the stage before
-                          // (1) a stage, and the loads of the next
+        __syncthreads();  // all threads have read the previous stage
 #pragma unroll
-        for (int l = 0; l < kLoads; ++l)
+        for (int l = 0; l < kLoads; ++l)  // (1) store a stage
 #pragma unroll
           for (int v = 0; v < kVec; ++v) {
             stage_a[column + v][row_of_load(l)] = kProduct ? next_a[l][v] * scale_a[l] : next_a[l][v];
             stage_b[column + v][row_of_load(l)] = kProduct ? next_b[l][v] * scale_b[l] : next_b[l][v];
           }
-        __syncthreads();  // the stage is there
+        __syncthreads();  // stage complete
         if (c0 + kChannels < channels) fetch(c0 + kChannels);
-        // (2) its sums
-        float run[4][4] = {};
+        // (2) accumulate
+        float stage_sum[4][4] = {};
 #pragma unroll 4
         for (int c = 0; c < kChannels; ++c) {
           float x[4], y[4];
@@ -143,35 +147,37 @@ __global__ void __launch_bounds__(kTile* kTile / 16, kTile == kLargePairTile ? 2
           for (int s = 0; s < 4; ++s)
 #pragma unroll
             for (int t = 0; t < 4; ++t) {
-              const float first = kProduct ? x[s] : x[s] - y[t], second = kProduct ? y[t] : first;
-              run[s][t] = fmaf(first, second, run[s][t]);
+              const float lhs = kProduct ? x[s] : x[s] - y[t], rhs = kProduct ? y[t] : lhs;
+              stage_sum[s][t] = fmaf(lhs, rhs, stage_sum[s][t]);
             }
         }
 #pragma unroll
         for (int s = 0; s < 4; ++s)
 #pragma unroll
-          for (int t = 0; t < 4; ++t) sum[s][t] += run[s][t];
+          for (int t = 0; t < 4; ++t) sum[s][t] += stage_sum[s][t];
       }
-    // (3) the pairs
 #pragma unroll
-      for (int s = 0; s < 4; ++s) take.template row<kTile>(entry, i0 + ti + s, j0 + tj, sum[s]);
+      for (int s = 0; s < 4; ++s) epilogue.template row<kTile>(entry, i0 + ti + s, j0 + tj, sum[s]);  // (3)
     }
 }
 
-template <bool kProduct, int kTile, class scalar_t, class Take>
-cudaError_t launch_row_pairs_of(const Side<scalar_t>& a, const Side<scalar_t>& b, int64_t entries, const Take& take, cudaStream_t stream) {
-  const auto most = [](int64_t blocks) { return static_cast<unsigned>(blocks < 65535 ? blocks : 65535); };
-  const dim3 grid(static_cast<unsigned>(ceil_div(a.count, kTile)), most(ceil_div(b.count, kTile)), most(entries));
+template <bool kProduct, int kTile, class scalar_t, class Epilogue>
+cudaError_t launch_row_pairs_of(const Side<scalar_t>& a, const Side<scalar_t>& b, int64_t entries, const Epilogue& epilogue,
+                                cudaStream_t stream) {
+  // 65535: the limit of a grid's y and z; blocks stride over the rest.
+  const auto grid_extent = [](int64_t blocks) { return static_cast<unsigned>(blocks < 65535 ? blocks : 65535); };
+  const dim3 grid(static_cast<unsigned>(ceil_div(a.count, kTile)), grid_extent(ceil_div(b.count, kTile)), grid_extent(entries));
   const Launch shape{grid, dim3(kTile * kTile / 16), 0, 1, false, stream};
-  return launch(row_pairs_kernel<scalar_t, kProduct, kTile, Take>, shape, a, b, entries, a.rows.channels, take);
+  return launch(row_pairs_kernel<scalar_t, kProduct, kTile, Epilogue>, shape, a, b, entries, a.rows.channels, epilogue);
 }
 
-template <bool kProduct, class scalar_t, class Take>
-cudaError_t launch_row_pairs(const Side<scalar_t>& a, const Side<scalar_t>& b, int64_t entries, const Take& take, cudaStream_t stream) {
-  // Small tiles where large ones would leave SMs without work.
+template <bool kProduct, class scalar_t, class Epilogue>
+cudaError_t launch_row_pairs(const Side<scalar_t>& a, const Side<scalar_t>& b, int64_t entries, const Epilogue& epilogue,
+                             cudaStream_t stream) {
+  // Small tiles if large ones were fewer than two per SM.
   if (ceil_div(a.count, kLargePairTile) * ceil_div(b.count, kLargePairTile) * entries < 2 * device_sm_count())
-    return launch_row_pairs_of<kProduct, kSmallPairTile>(a, b, entries, take, stream);
-  return launch_row_pairs_of<kProduct, kLargePairTile>(a, b, entries, take, stream);
+    return launch_row_pairs_of<kProduct, kSmallPairTile>(a, b, entries, epilogue, stream);
+  return launch_row_pairs_of<kProduct, kLargePairTile>(a, b, entries, epilogue, stream);
 }
 
 }  // namespace sts

@@ -1,4 +1,4 @@
-// What the kernels share: reading token rows, and the lowest (value, index) of a warp or block.
+// Shared by the kernels: 16-byte loads of token rows, order-preserving keys, and reductions over a warp or block.
 #pragma once
 #include "common/items.h"
 #include "device.cuh"
@@ -8,17 +8,17 @@ namespace sts {
 constexpr unsigned kFullWarp = 0xffffffffu;
 constexpr float kInfinity = __builtin_huge_valf();
 
-// Row stride of a stored matrix: rows start on 16 bytes.
+// Row pitch of a stored matrix, in floats: rows are 16-byte aligned.
 STS_HOST_DEVICE int64_t matrix_pitch(int64_t tokens) { return ceil_div(tokens, 4) * 4; }
 
-// Whether every row can be read 16 bytes at a time.
+// Whether every row starts on 16 bytes.
 template <class scalar_t>
 bool rows_aligned(const Rows<scalar_t>& rows) {
   const auto bytes = [](int64_t elements) { return elements * static_cast<int64_t>(sizeof(scalar_t)); };
   return reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && bytes(rows.row_stride) % 16 == 0 && bytes(rows.batch_stride) % 16 == 0;
 }
 
-// 16 bytes of a row, kept as they were loaded until an element is asked for: half the registers of floats for 16-bit types.
+// 16 bytes of a row, kept packed and converted when an element is read: 16-bit types take half the registers of floats.
 template <class scalar_t>
 struct Vec16 {
   static constexpr int size = 16 / sizeof(scalar_t);
@@ -36,7 +36,7 @@ struct Vec16 {
   }
 };
 
-// Channels [c, c + 16 bytes) of a row; zeros past its end.
+// The 16 bytes of a row that start at channel c; zeros past its end.
 template <class scalar_t>
 __device__ __forceinline__ Vec16<scalar_t> load_channels(const scalar_t* row, int c, int channels, bool aligned) {
   constexpr int kSize = Vec16<scalar_t>::size;
@@ -62,7 +62,8 @@ __device__ __forceinline__ Vec16<scalar_t> load_channels(const scalar_t* row, in
   return out;
 }
 
-// The same. kWhole: the row is whole chunks that can be read 16 bytes at a time, so that loads in a loop need not wait for a branch.
+// As load_channels. kWhole: rows are 16-byte aligned and whole 16-byte vectors long. Without a branch for the tail, the loads of an
+// unrolled loop overlap.
 template <bool kWhole, class scalar_t>
 __device__ __forceinline__ Vec16<scalar_t> load_vec(const scalar_t* row, int c, int channels, bool aligned) {
   if constexpr (kWhole) {
@@ -77,7 +78,7 @@ __device__ __forceinline__ Vec16<scalar_t> load_vec(const scalar_t* row, int c, 
   }
 }
 
-// Orders like the float as an unsigned number; a NaN comes after every number.
+// Bits that compare as unsigned like the floats do. A NaN without sign bit is above infinity.
 __device__ __forceinline__ uint32_t ordered_bits(float value) {
   const uint32_t bits = __float_as_uint(value);
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
@@ -86,15 +87,16 @@ __device__ __forceinline__ float from_ordered_bits(uint32_t ordered) {
   return __uint_as_float(ordered & 0x80000000u ? ordered & 0x7fffffffu : ~ordered);
 }
 
-// Orders like (value, index) as an unsigned number.
+// (value, index) as one number that compares like the pair: bits 32..63 ordered_bits(value) | bits 0..31 index. Ties: the lowest index.
 using Key = unsigned long long;
-constexpr Key kNoKey = ~0ull;
+constexpr Key kNoKey = ~0ull;  // above every key
 
 __device__ __forceinline__ Key make_key(float value, uint32_t index) { return static_cast<Key>(ordered_bits(value)) << 32 | index; }
 __device__ __forceinline__ uint32_t key_index(Key key) { return static_cast<uint32_t>(key); }
 __device__ __forceinline__ float key_value(Key key) { return from_ordered_bits(static_cast<uint32_t>(key >> 32)); }
 __device__ __forceinline__ Key lower(Key a, Key b) { return a < b ? a : b; }
 
+// Minimum over the warp, given to every lane: a REDUX for each word.
 __device__ __forceinline__ Key warp_lowest(Key key) {
   const uint32_t high = static_cast<uint32_t>(key >> 32), low = static_cast<uint32_t>(key);
   const uint32_t lowest_high = __reduce_min_sync(kFullWarp, high);
@@ -102,24 +104,25 @@ __device__ __forceinline__ Key warp_lowest(Key key) {
   return static_cast<Key>(lowest_high) << 32 | lowest_low;
 }
 
-// The lowest key of the block, given to every thread, with one barrier a call: `partial` has two halves of one slot a warp,
-// taken in turns, so a fast warp cannot overwrite what a slow one has yet to read. Whole warps only.
-__device__ __forceinline__ Key block_lowest(Key key, Key (*partial)[32], int turn) {
+// Minimum over the block, given to every thread, with one barrier a call. call: the number of the call, whose parity selects a half of the
+// double buffer `partial`, with a slot per warp. So a fast warp cannot overwrite a slot that a slow warp has yet to read. Whole warps only.
+__device__ __forceinline__ Key block_lowest(Key key, Key (*partial)[32], int call) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   key = warp_lowest(key);
-  if (lane == 0) partial[turn & 1][warp] = key;
+  if (lane == 0) partial[call & 1][warp] = key;
   __syncthreads();
-  return warp_lowest(lane < warps ? partial[turn & 1][lane] : kNoKey);
+  return warp_lowest(lane < warps ? partial[call & 1][lane] : kNoKey);
 }
 
-// The smallest of the lanes that differ in the bits of their number from kFrom up to, and without, kEnd.
+// Butterfly minimum over the lane-id bits kFrom, 2 kFrom, ... below kEnd. All lanes that agree in the other bits get the same result.
 template <int kFrom, int kEnd>
-__device__ __forceinline__ float lanes_lowest(float value) {
+__device__ __forceinline__ float lanes_min(float value) {
 #pragma unroll
   for (int offset = kFrom; offset < kEnd; offset *= 2) value = fminf(value, __shfl_xor_sync(kFullWarp, value, offset));
   return value;
 }
 
+// Butterfly sum, given to every lane.
 __device__ __forceinline__ float warp_sum(float value) {
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(kFullWarp, value, offset);

@@ -1,7 +1,10 @@
-// What: the weighted mean of the tokens of each slot.
+// Weighted mean of the tokens of each slot.
+//
+// What: mean of the tokens assigned to each slot, and their total weight. Tokens or weights that are not finite are left out.
 // Chosen when: always.
-// Steps: (1) a warp a token: its slot, or -1 where it counts nowhere; (2) a block per slot and tile of channels: the assignments are
-//   scanned in order, some at a time, and those of the slot listed in order; (3) each thread adds the listed tokens to its channels.
+// Steps: (1) token_slots, a warp per token: its slot, or -1 if the token is left out; (2) slot_means, a block per slot and tile of
+//   channels: scans the assignments in order, and compacts the tokens of its slot into a list; (3) each thread adds the listed tokens to
+//   its channels.
 // Synchronisation: two launches; block barriers around the list. No atomics: sums are float64, in token order.
 #pragma once
 #include "rows.cuh"
@@ -10,6 +13,7 @@ namespace sts {
 
 constexpr int kSlotThreads = 256;
 
+// (1)
 template <class scalar_t>
 __global__ void __launch_bounds__(kSlotThreads)
     token_slots_kernel(Rows<scalar_t> rows, int64_t batch, int64_t tokens, bool aligned, const int64_t* assignment, int64_t count,
@@ -20,22 +24,22 @@ __global__ void __launch_bounds__(kSlotThreads)
   if (r >= batch * tokens) return;
   const int64_t slot = assignment[r];
   const float w = weight ? weight[r] : 1.f;
-  bool counts = slot >= 0 && slot < count && w - w == 0.f;
-  if (counts) {
+  bool is_used = slot >= 0 && slot < count && w - w == 0.f;
+  if (is_used) {
     const scalar_t* row = rows.row(r / tokens, r % tokens);
 #pragma unroll 4
     for (int c = lane * kVec; c < rows.channels; c += 32 * kVec) {
       const Vec16<scalar_t> x = load_channels(row, c, rows.channels, aligned);
 #pragma unroll
-      for (int v = 0; v < kVec; ++v) counts = counts && x[v] - x[v] == 0.f;
+      for (int v = 0; v < kVec; ++v) is_used = is_used && x[v] - x[v] == 0.f;
     }
   }
-  counts = __all_sync(kFullWarp, counts);
-  if (lane == 0) slots[r] = counts ? static_cast<int>(slot) : -1;
+  is_used = __all_sync(kFullWarp, is_used);
+  if (lane == 0) slots[r] = is_used ? static_cast<int>(slot) : -1;
 }
 
 constexpr int kMeanThreads = 128, kMeanWarps = kMeanThreads / 32;
-constexpr int kScanned = 4;  // assignments a thread looks at before the list is worked off
+constexpr int kScanRounds = 4;  // assignments that a thread scans before the list is summed
 
 __device__ __forceinline__ void store_mean(float value, float& element) { element = value; }
 template <class scalar_t>
@@ -43,55 +47,55 @@ __device__ __forceinline__ void store_mean(float value, scalar_t& element) {
   from_float(value, element);
 }
 
-// Slot blockIdx.x, channels from blockIdx.y on.
+// Slot blockIdx.x; blockIdx.y strides over the tiles of channels, and blockIdx.z over the batch. slots: (batch, tokens), of (1).
 template <class scalar_t>
 __global__ void __launch_bounds__(kMeanThreads)
     slot_means_kernel(Rows<scalar_t> rows, int64_t batch, int64_t tokens, bool aligned, const int* slots, int64_t count,
                       const float* weight, scalar_t* mean, float* mass) {
   constexpr int kVec = Vec16<scalar_t>::size;
-  __shared__ int list[kScanned * kMeanThreads];
-  __shared__ int listed[kScanned * kMeanWarps];  // by each warp in each round
+  __shared__ int members[kScanRounds * kMeanThreads];
+  __shared__ int warp_count[kScanRounds * kMeanWarps];  // (round, warp): members among the warp's assignments
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
   const int slot = static_cast<int>(blockIdx.x), channels = rows.channels;
   const int tiles = static_cast<int>(ceil_div(channels, kMeanThreads * kVec));
   for (int64_t b = blockIdx.z; b < batch; b += gridDim.z)
     for (int tile = blockIdx.y; tile < tiles; tile += gridDim.y) {
       const int c = (tile * kMeanThreads + tid) * kVec;
-      double sum[kVec] = {}, total = 0;
-      for (int64_t begin = 0; begin < tokens; begin += kScanned * kMeanThreads) {
-        // (2) the next tokens of the slot
-        unsigned mine[kScanned];
+      double sum[kVec] = {}, total_weight = 0;
+      for (int64_t begin = 0; begin < tokens; begin += kScanRounds * kMeanThreads) {
+        // (2) the tokens of the slot among the next kScanRounds * kMeanThreads, compacted by ballots and a prefix sum over (round, warp)
+        unsigned member_mask[kScanRounds];
 #pragma unroll
-        for (int round = 0; round < kScanned; ++round) {
+        for (int round = 0; round < kScanRounds; ++round) {
           const int64_t i = begin + round * kMeanThreads + tid;
-          mine[round] = __ballot_sync(kFullWarp, i < tokens && slots[b * tokens + i] == slot);
+          member_mask[round] = __ballot_sync(kFullWarp, i < tokens && slots[b * tokens + i] == slot);
         }
-        __syncthreads();  // all are done with the list before
+        __syncthreads();  // all threads have read the previous list
 #pragma unroll
-        for (int round = 0; round < kScanned; ++round)
-          if (lane == round) listed[round * kMeanWarps + warp] = __popc(mine[round]);
+        for (int round = 0; round < kScanRounds; ++round)
+          if (lane == round) warp_count[round * kMeanWarps + warp] = __popc(member_mask[round]);
         __syncthreads();
-        int length = 0;
+        int num_members = 0;
 #pragma unroll
-        for (int part = 0; part < kScanned * kMeanWarps; ++part) {
+        for (int part = 0; part < kScanRounds * kMeanWarps; ++part) {
           const int round = part / kMeanWarps;
-          if (part % kMeanWarps == warp && (mine[round] >> lane & 1))
-            list[length + __popc(mine[round] & ((1u << lane) - 1))] = round * kMeanThreads + tid;
-          length += listed[part];
+          if (part % kMeanWarps == warp && (member_mask[round] >> lane & 1))
+            members[num_members + __popc(member_mask[round] & ((1u << lane) - 1))] = round * kMeanThreads + tid;
+          num_members += warp_count[part];
         }
         __syncthreads();
-        // (3) their sums
-        for (int m = 0; m < length; ++m) {
-          const int64_t i = begin + list[m];
+        // (3) sums
+        for (int m = 0; m < num_members; ++m) {
+          const int64_t i = begin + members[m];
           const double w = weight ? weight[b * tokens + i] : 1.f;
-          total += w;
+          total_weight += w;
           const Vec16<scalar_t> x = load_channels(rows.row(b, i), c, channels, aligned);
 #pragma unroll
           for (int v = 0; v < kVec; ++v) sum[v] += w * x[v];
         }
       }
-      if (tile == 0 && tid == 0) mass[b * count + slot] = static_cast<float>(total);
-      const double per_mass = total > 0 ? 1 / total : 0;
+      if (tile == 0 && tid == 0) mass[b * count + slot] = static_cast<float>(total_weight);
+      const double per_mass = total_weight > 0 ? 1 / total_weight : 0;
       scalar_t* out = mean + (b * count + slot) * channels;
 #pragma unroll
       for (int v = 0; v < kVec; ++v)
@@ -100,7 +104,7 @@ __global__ void __launch_bounds__(kMeanThreads)
 }
 
 // features (batch, tokens, channels) with the given strides, assignment and weight (batch, tokens) -> mean (batch, count, channels) and
-// mass (batch, count). slots: batch tokens ints of scratch.
+// mass (batch, count), the total weight. slots: scratch of batch tokens ints.
 template <class scalar_t>
 cudaError_t launch_scatter_mean(const scalar_t* features, int64_t batch, int64_t tokens, int64_t channels, int64_t batch_stride,
                                 int64_t row_stride, const int64_t* assignment, int64_t count, const float* weight, int* slots,
@@ -110,8 +114,9 @@ cudaError_t launch_scatter_mean(const scalar_t* features, int64_t batch, int64_t
   const Launch find{dim3(static_cast<unsigned>(ceil_div(batch * tokens, kSlotThreads / 32))), dim3(kSlotThreads), 0, 1, false, stream};
   const cudaError_t error = launch(token_slots_kernel<scalar_t>, find, rows, batch, tokens, aligned, assignment, count, weight, slots);
   if (error != cudaSuccess) return error;
-  const auto most = [](int64_t blocks) { return static_cast<unsigned>(blocks < 65535 ? blocks : 65535); };
-  const dim3 grid(static_cast<unsigned>(count), most(ceil_div(channels, kMeanThreads * Vec16<scalar_t>::size)), most(batch));
+  // 65535: the limit of a grid's y and z; blocks stride over the rest.
+  const auto grid_extent = [](int64_t blocks) { return static_cast<unsigned>(blocks < 65535 ? blocks : 65535); };
+  const dim3 grid(static_cast<unsigned>(count), grid_extent(ceil_div(channels, kMeanThreads * Vec16<scalar_t>::size)), grid_extent(batch));
   const Launch shape{grid, dim3(kMeanThreads), 0, 1, false, stream};
   return launch(slot_means_kernel<scalar_t>, shape, rows, batch, tokens, aligned, slots, count, weight, mean, mass);
 }

@@ -1,11 +1,11 @@
-// Device memory that a launch needs besides its input and output, of torch's allocator.
+// Scratch memory of a launch, from torch's allocator.
 #pragma once
 #include "common/torch_glue.h"
 
 namespace sts {
 
-// One allocation, its parts on 256-byte boundaries. layout(allocate) is called first, with an `allocate` that measures; then this object
-// deals the parts out, in the same order.
+// One allocation for all arrays of a launch, each aligned to 256 bytes. The constructor calls layout(allocate) with an `allocate` that only
+// measures. Then operator() hands out the arrays; they must be requested in the same order.
 class ScratchMemory {
  public:
   template <class Layout>

@@ -1,4 +1,4 @@
-// Between the selection ops and their kernels: torch's tensors, scratch memory, and unit rows where the metric is cosine.
+// Glue between the selection ops and their kernels: torch tensors, scratch memory, and unit rows for the cosine metric.
 #pragma once
 #include <vector>
 
@@ -7,7 +7,7 @@
 
 namespace sts {
 
-// The index vectors on the host, for the check that STS_KERNELS_CHECK=1 asks for.
+// Checks the values of the index tensors, copied to the host (STS_KERNELS_CHECK=1).
 inline void check_device_values(const Selection& selection) {
   std::vector<std::vector<int64_t>> copies;
   const auto on_host = [&](const std::optional<Tensor>& value) -> const int64_t* {
@@ -17,7 +17,7 @@ inline void check_device_values(const Selection& selection) {
     std::vector<int64_t>& copy = copies.back();
     const size_t bytes = copy.size() * (integers.narrow ? sizeof(int32_t) : sizeof(int64_t));
     CudaScope::check(cudaMemcpy(copy.data(), integers.data, bytes, cudaMemcpyDeviceToHost), "STS_KERNELS_CHECK");
-    for (size_t i = copy.size(); integers.narrow && i-- > 0;) {  // from the back: in place
+    for (size_t i = copy.size(); integers.narrow && i-- > 0;) {  // int32 to int64 in place, from the back
       int32_t value;
       memcpy(&value, reinterpret_cast<const int32_t*>(copy.data()) + i, sizeof value);
       copy[i] = value;
@@ -36,9 +36,9 @@ inline void check_device_values(const Selection& selection) {
 template <class scalar_t, class Rule>
 void select_rows(const Selection& selection, const Rows<scalar_t>& rows, Rule rule, cudaStream_t stream, int64_t* picks) {
   const Items& items = selection.items;
-  const int asked = asked_lookahead(kSweepPoints);
-  const SelectionPlan plan = plan_selection<scalar_t, Rule>(rows, items, kMatrixTokens, asked ? asked : kSweepPoints);
-  // One allocation, its parts on 256-byte boundaries: measured first, then dealt out.
+  const int env_lookahead = asked_lookahead(kSweepPoints);
+  const SelectionPlan plan = plan_selection<scalar_t, Rule>(rows, items, kMatrixTokens, env_lookahead ? env_lookahead : kSweepPoints);
+  // One allocation, each array aligned to 256 bytes. The first pass measures, the second hands out.
   int64_t bytes = 0;
   char* memory = nullptr;
   const auto allocate = [&](int64_t size) -> void* {
@@ -60,7 +60,7 @@ Tensor select(const Selection& selection, Rule rule) {
   const CudaScope scope(selection.features);
   Tensor out = selection.new_output();
   int64_t* picks = static_cast<int64_t*>(out.mutable_data_ptr());
-  if (items.count == 0) {  // budgets that no item takes
+  if (items.count == 0) {  // no item takes the budget: every pick is -1
     CudaScope::check(cudaMemsetAsync(picks, 0xff, (items.packed() ? items.picks : 0) * sizeof(int64_t), scope.stream()), selection.op);
     return out;
   }
@@ -70,7 +70,7 @@ Tensor select(const Selection& selection, Rule rule) {
   }
   dispatch_cuda(selection.features.scalar_type(), [&](auto* element) {
     const auto rows = rows_of<std::remove_pointer_t<decltype(element)>>(selection.features);
-    if constexpr (!Rule::kFromMean) {  // the rules that have a metric
+    if constexpr (!Rule::kFromMean) {  // rules with a metric
       if (selection.cosine) {
         const int64_t entries = items.packed() ? 1 : items.count;
         const Tensor unit = new_floats(selection.features, {entries, items.tokens, unit_pitch(rows.channels)});
@@ -79,7 +79,7 @@ Tensor select(const Selection& selection, Rule rule) {
         return select_rows(selection, unit_rows_of(copy, items.tokens, rows.channels), UnitRows<Rule>{rule}, scope.stream(), picks);
       }
     }
-    if constexpr (!Rule::kByPick) select_rows(selection, rows, rule, scope.stream(), picks);  // Suppress is of unit rows
+    if constexpr (!Rule::kByPick) select_rows(selection, rows, rule, scope.stream(), picks);  // Suppress has unit rows alone
   });
   return out;
 }

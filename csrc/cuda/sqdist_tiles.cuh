@@ -1,19 +1,20 @@
-// Squared distances of all pairs of an item's tokens on CUDA cores, and what the kernels of distances share.
+// Squared distances of all pairs of an item's tokens on CUDA cores, and definitions that all distance kernels share.
 //
-// What: one square tile of the upper triangle a block, mirrored. Differences are squared and summed channel by channel in ascending order:
-//   nothing cancels, and the result is the same bits whichever tile computes it.
-// Chosen when: tensor cores do not serve the features (sqdist_mma.cuh, sqdist_wgmma.cuh); and for the pairs that sqdist_mma.cuh marks.
-// Steps: for every stage of 32 channels, (1) store what was loaded of it, (2) load the next, (3) add it to the 4 x 4 pairs of each thread;
-//   (4) store the pairs.
-// Synchronisation: two block barriers a stage. Blocks know nothing of each other.
+// What: a block computes one square tile of the upper triangle, and mirrors it. Differences are squared and summed channel by channel in
+//   ascending order: nothing cancels, and a pair's bits do not depend on the tile.
+// Chosen when: tensor cores do not serve the features (sqdist_mma.cuh, sqdist_wgmma.cuh). It also recomputes the pairs that sqdist_mma.cuh
+//   marks.
+// Steps, for every stage of 32 channels: (1) store the prefetched channels to shared memory; (2) prefetch the next stage into registers;
+//   (3) accumulate the 4 x 4 pairs of each thread. Then (4) the epilogue stores each pair and its mirror image, and lowers row minima.
+// Synchronisation: two block barriers a stage. Blocks meet only at the atomicMin of row minima.
 #pragma once
 #include "pair_tiles.cuh"
 
 namespace sts {
 
-// What is stored for a pair: the distance, exactly zero on the diagonal. The smallest of a row is not asked for.
+// Epilogue that stores the squared distance, exactly 0 on the diagonal. No row minima.
 struct StoreSqdist {
-  static constexpr bool kOverlap = false;           // the launch ahead is another op's
+  static constexpr bool kOverlap = false;           // no early start: the previous launch belongs to another op
   static constexpr float kCancellation = 1.f / 16;  // see sqdist_mma.cuh
   static constexpr bool kThreeProducts = false;     // see sqdist_wgmma.cuh
   static constexpr uint32_t* row_min = nullptr;
@@ -22,12 +23,12 @@ struct StoreSqdist {
 
 constexpr int kSmallTile = 32, kLargeTile = 64;
 
-// Stands in a matrix for a pair whose distance is still to be computed: a NaN that arithmetic does not make.
+// Bits of a marked pair, whose distance is still to be recomputed: a NaN that arithmetic does not produce.
 constexpr uint32_t kMarkedBits = 0xffc0feedu;
 __device__ __forceinline__ float marked_pair() { return __uint_as_float(kMarkedBits); }
 __device__ __forceinline__ bool is_marked(float stored) { return __float_as_uint(stored) == kMarkedBits; }
 
-// The smallest stored values that a thread has of some rows of a tile.
+// A thread's running minima of the stored values of kRows rows of a tile.
 template <int kRows>
 struct RowMin {
   float value[kRows];
@@ -35,17 +36,18 @@ struct RowMin {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) value[r] = kInfinity;
   }
-  __device__ __forceinline__ void take(int r, float stored) { value[r] = fminf(value[r], stored); }  // of a marked pair: no change
-  // Lowers row_min[i], the ordered bits of the smallest of row i, to row r of the lanes from kFrom up to kEnd (lanes_lowest).
+  __device__ __forceinline__ void take(int r, float stored) { value[r] = fminf(value[r], stored); }  // fminf ignores a marked pair
+  // row_min[i] = min(row_min[i], minimum of row r over a lane group), by atomicMin of ordered bits. Lanes of a group differ in the lane-id
+  // bits from kFrom up to, and without, kEnd (lanes_min).
   template <int kFrom, int kEnd>
   __device__ __forceinline__ void flush(int r, uint32_t* row_min, int64_t i) const {
-    const float lowest = lanes_lowest<kFrom, kEnd>(value[r]);
-    const int others = (kEnd - 1) & ~(kFrom - 1);  // the bits in which those lanes differ
-    if ((threadIdx.x & others) == 0 && lowest < kInfinity) atomicMin(row_min + i, ordered_bits(lowest));
+    const float lowest = lanes_min<kFrom, kEnd>(value[r]);
+    const int group_bits = (kEnd - 1) & ~(kFrom - 1);  // lane-id bits in which the lanes of a group differ
+    if ((threadIdx.x & group_bits) == 0 && lowest < kInfinity) atomicMin(row_min + i, ordered_bits(lowest));
   }
 };
 
-// sqdist[n] = |a - b[n]|^2, the same for every lane of the warp. kWhole: as in load_vec.
+// sqdist[n] = |a - b[n]|^2, by a warp; every lane gets the result. kWhole: as in load_vec.
 template <bool kWhole, int kCount, class scalar_t>
 __device__ __forceinline__ void warp_sqdist(const scalar_t* a, const scalar_t* const (&b)[kCount], int channels, bool aligned,
                                             float (&sqdist)[kCount]) {
@@ -67,7 +69,7 @@ __device__ __forceinline__ void warp_sqdist(const scalar_t* a, const scalar_t* c
   for (int n = 0; n < kCount; ++n) sqdist[n] = warp_sum(sqdist[n]);
 }
 
-// marks: null for all pairs; or, of every tile, whether it has marked pairs, which alone are then computed.
+// marks: a flag per tile, nonzero if the tile has marked pairs; only marked pairs are then recomputed. Null: all pairs are computed.
 template <class scalar_t, int kTile, class Tiles, class Store>
 __global__ void __launch_bounds__(kTile* kTile / 16, kTile == kLargeTile ? 2 : 4)
     sqdist_tile_kernel(Rows<scalar_t> rows, Tiles tiles, bool aligned, Store store, const unsigned* marks, float* out) {
@@ -81,13 +83,13 @@ __global__ void __launch_bounds__(kTile* kTile / 16, kTile == kLargeTile ? 2 : 4
   const int channels = rows.channels;
   const int tid = threadIdx.x, ti = tid / (kTile / 4) * 4, tj = tid % (kTile / 4) * 4;
 
-  for (int64_t turn = tiles.begin();; turn += tiles.step()) {
-    if (marks) turn = next_marked(tiles, marks, turn);
-    if (turn >= tiles.end()) break;
-    const PairTile tile = tiles.template at<kTile>(turn);
+  for (int64_t index = tiles.begin();; index += tiles.step()) {
+    if (marks) index = next_marked(tiles, marks, index);
+    if (index >= tiles.end()) break;
+    const PairTile tile = tiles.template at<kTile>(index);
     const int64_t tokens = tile.tokens, pitch = tile.pitch, i0 = tile.i, j0 = tile.j;
     float sum[4][4] = {};
-    // What this thread loads of each stage. Rows past the end repeat the last one; their pairs are not stored.
+    // Rows that this thread loads in each stage. Rows past the end repeat the last row; their pairs are not stored.
     const scalar_t *row_a[kLoads], *row_b[kLoads];
     Vec16<scalar_t> next_a[kLoads], next_b[kLoads];
 #pragma unroll
@@ -109,7 +111,7 @@ __global__ void __launch_bounds__(kTile* kTile / 16, kTile == kLargeTile ? 2 : 4
     for (int c0 = 0; c0 < channels; c0 += kChannels) {
       __syncthreads();
 #pragma unroll
-      for (int l = 0; l < kLoads; ++l) {
+      for (int l = 0; l < kLoads; ++l) {  // (1) store, after all threads have read the previous stage
         const int token = (l * kThreads + tid) / (kChannels / kVec);
 #pragma unroll
         for (int i = 0; i < kVec; ++i) {
@@ -118,9 +120,9 @@ __global__ void __launch_bounds__(kTile* kTile / 16, kTile == kLargeTile ? 2 : 4
         }
       }
       __syncthreads();
-      if (c0 + kChannels < channels) fetch(c0 + kChannels);
+      if (c0 + kChannels < channels) fetch(c0 + kChannels);  // (2) prefetch
 #pragma unroll 4
-      for (int c = 0; c < kChannels; ++c) {
+      for (int c = 0; c < kChannels; ++c) {  // (3) accumulate
         float x[4], y[4];
 #pragma unroll
         for (int t = 0; t < 4; ++t) x[t] = a[c][ti + t], y[t] = b[c][tj + t];
@@ -133,6 +135,7 @@ __global__ void __launch_bounds__(kTile* kTile / 16, kTile == kLargeTile ? 2 : 4
           }
       }
     }
+    // (4) epilogue
     float* matrix = out + tile.offset;
     RowMin<4> row_minima, column_minima;
 #pragma unroll
@@ -169,7 +172,7 @@ cudaError_t launch_sqdist_tiles_of(const Rows<scalar_t>& rows, const PaddedTiles
   return launch(sqdist_tile_kernel<scalar_t, kTile, PaddedTiles, Store>, shape, rows, tiles, rows_aligned(rows), store, marks, out);
 }
 
-// blocks: that take turns. The tiles' side is kTile, or `parts` times that.
+// blocks: the grid, which strides over the tiles. Invariant: tiles.tile == tiles.parts * kTile.
 template <int kTile, class scalar_t, class Store>
 cudaError_t launch_sqdist_tiles_of(const Rows<scalar_t>& rows, const PackedTiles& tiles, int64_t blocks, Store store, const unsigned* marks,
                                    float* out, cudaStream_t stream) {
@@ -177,14 +180,14 @@ cudaError_t launch_sqdist_tiles_of(const Rows<scalar_t>& rows, const PackedTiles
   return launch(sqdist_tile_kernel<scalar_t, kTile, PackedTiles, Store>, shape, rows, tiles, rows_aligned(rows), store, marks, out);
 }
 
-// Small tiles where large ones would leave SMs without work.
+// Side of a tile: small if large ones were fewer than two per SM.
 inline int sqdist_tile(int64_t tokens, int64_t entries) {
   const int64_t large = ceil_div(tokens, kLargeTile);
   return large * (large + 1) / 2 * entries < 2 * device_sm_count() ? kSmallTile : kLargeTile;
 }
 
-// Entries [first_entry, first_entry + entries) of a padded batch: what `store` makes of each pair, as (entries, tokens, tokens) with rows
-// `pitch` floats apart.
+// Entries [first_entry, first_entry + entries) of a padded batch. out: (entries, tokens, tokens) with a row pitch of `pitch` floats; holds
+// store(squared distance) of each pair.
 template <class scalar_t, class Store>
 cudaError_t launch_sqdist_tiles(const Rows<scalar_t>& rows, const Items& items, int64_t first_entry, int64_t entries, Store store,
                                 int64_t pitch, float* out, cudaStream_t stream) {
@@ -193,7 +196,7 @@ cudaError_t launch_sqdist_tiles(const Rows<scalar_t>& rows, const Items& items, 
   return launch_sqdist_tiles_of<kLargeTile>(rows, tiles, store, nullptr, out, stream);
 }
 
-// The same of the items of a wave of a packed batch.
+// The same for the items of one wave of a packed batch.
 template <class scalar_t, class Store>
 cudaError_t launch_sqdist_tiles(const Rows<scalar_t>& rows, const PackedTiles& tiles, int64_t blocks, Store store, float* out,
                                 cudaStream_t stream) {

@@ -1,63 +1,63 @@
-// Rows of features in float32, of length one: the squared distances of unit rows are 2 - 2 cosine of the rows.
+// Unit rows: features in float32, divided by their length. The squared distance of two unit rows is 2 - 2 cosine.
 //
-// What: token i of each item, or the i-th token it lists, divided by its length; a warp per row. A row with a NaN or infinity, or that
-//   is no token of its item, is spoiled. A row of zeros has no direction. `state` says so; without it the rows do: a spoiled one is
-//   NaN throughout, and one of zeros holds zero_row_mark.
-// Chosen when: the metric of a selection is cosine. Rows of the copy are 16-byte aligned.
-// Steps: (1) the largest channel, whose power of two is divided out: that rounds nothing, and squares neither overflow nor vanish;
-//   (2) the length; (3) the division.
-// Synchronisation: none but the warp's shuffles.
+// What: token i of each item, or the i-th token that the item lists, divided by its length. A row is invalid if it has a NaN or infinity,
+//   or is no token of its item. A zero row has no direction. `state` tells them apart. Without `state` the rows do: an invalid row is NaN
+//   throughout, and a zero row holds zero_row_mark in its first channel.
+// Chosen when: the metric is cosine. Rows of the copy are 16-byte aligned.
+// Steps, a warp per row: (1) the largest channel, whose power of two is divided out: the division is exact, and squares neither overflow
+//   nor vanish; (2) the length; (3) the division by it.
+// Synchronisation: warp shuffles alone.
 #pragma once
 #include "rows.cuh"
 
 namespace sts {
 
 constexpr int kUnitThreads = 256;
-constexpr float kSmallestNormal = 1.17549435e-38f;
+constexpr float kSmallestNormal = 1.17549435e-38f;  // 2^-126
 
 enum RowState : uint8_t {
-  kSpoiledRow,
+  kInvalidRow,  // has a NaN or infinity, or is no token of its item
   kZeroRow,
   kUnitRow,
 };
 
-// Channels of the copy: whole 16-byte chunks.
+// Row pitch of the copy, in floats: rows are 16-byte aligned.
 STS_HOST_DEVICE int64_t unit_pitch(int64_t channels) { return ceil_div(channels, 4) * 4; }
 
-__device__ __forceinline__ float warp_largest(float value) {
+__device__ __forceinline__ float warp_max(float value) {
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) value = fmaxf(value, __shfl_xor_sync(kFullWarp, value, offset));
   return value;
 }
 
-// listed: (batch, count) tokens, or null for token i in place i. unit: (batch, count, unit_pitch). state: (batch, count), or null. With a
-// state, spoiled rows and rows of zeros are zero.
+// listed: (batch, count) token indices; null: row i is of token i. unit: (batch, count, unit_pitch). state: (batch, count), or null. With
+// `state`, invalid rows and zero rows are all zeros.
 template <class scalar_t>
 __global__ void __launch_bounds__(kUnitThreads) unit_rows_kernel(Rows<scalar_t> rows, int64_t batch, int64_t tokens, int64_t count,
                                                                  bool aligned, const int64_t* listed, float* unit, uint8_t* state) {
   constexpr int kVec = Vec16<scalar_t>::size;
   const int lane = threadIdx.x % 32;
-  const int64_t place = (static_cast<int64_t>(blockIdx.x) * kUnitThreads + threadIdx.x) / 32;
-  if (place >= batch * count) return;
-  const int64_t b = place / count, token = listed ? listed[place] : place % count;
+  const int64_t r = (static_cast<int64_t>(blockIdx.x) * kUnitThreads + threadIdx.x) / 32;
+  if (r >= batch * count) return;
+  const int64_t b = r / count, token = listed ? listed[r] : r % count;
   const int pitch = static_cast<int>(unit_pitch(rows.channels));
-  float* const out = unit + place * pitch;
-  const bool there = token >= 0 && token < tokens;
-  const scalar_t* row = rows.row(b, there ? token : 0);
+  float* const out = unit + r * pitch;
+  const bool in_range = token >= 0 && token < tokens;
+  const scalar_t* row = rows.row(b, in_range ? token : 0);
 
   // (1) the largest channel
-  float largest = 0.f;
+  float max_abs = 0.f;
   bool finite = true;
   for (int c = lane * kVec; c < rows.channels; c += 32 * kVec) {
     const Vec16<scalar_t> x = load_channels(row, c, rows.channels, aligned);
 #pragma unroll
     for (int v = 0; v < kVec; ++v) {
       finite = finite && x[v] - x[v] == 0.f;
-      largest = fmaxf(largest, fabsf(x[v]));
+      max_abs = fmaxf(max_abs, fabsf(x[v]));
     }
   }
-  const bool good = __all_sync(kFullWarp, finite) && there;
-  const float power = fmaxf(__uint_as_float(__float_as_uint(warp_largest(largest)) & 0x7f800000u), kSmallestNormal);
+  const bool usable = __all_sync(kFullWarp, finite) && in_range;
+  const float power = fmaxf(__uint_as_float(__float_as_uint(warp_max(max_abs)) & 0x7f800000u), kSmallestNormal);
 
   // (2) the length
   float sum = 0.f;
@@ -65,25 +65,25 @@ __global__ void __launch_bounds__(kUnitThreads) unit_rows_kernel(Rows<scalar_t> 
     const Vec16<scalar_t> x = load_channels(row, c, rows.channels, aligned);
 #pragma unroll
     for (int v = 0; v < kVec; ++v) {
-      const float part = x[v] / power;
-      sum = fmaf(part, part, sum);
+      const float scaled = x[v] / power;
+      sum = fmaf(scaled, scaled, sum);
     }
   }
   sum = warp_sum(sum);
-  const float length = good && sum > 0.f ? sqrtf(sum) : kInfinity;
+  const float length = usable && sum > 0.f ? sqrtf(sum) : kInfinity;
 
   // (3) the division
-  const float spoiled = state ? 0.f : __uint_as_float(0x7fc00000u), zero = state || sum > 0.f ? 0.f : zero_row_mark(token);
+  const float invalid_value = state ? 0.f : __uint_as_float(0x7fc00000u), zero_mark = state || sum > 0.f ? 0.f : zero_row_mark(token);
   for (int c = lane * kVec; c < pitch; c += 32 * kVec) {
     const Vec16<scalar_t> x = load_channels(row, c, rows.channels, aligned);
 #pragma unroll
     for (int v = 0; v < kVec; ++v) {
       if (c + v >= pitch) continue;
-      const float value = good ? x[v] / power / length + (c + v == 0 ? zero : 0.f) : spoiled;
+      const float value = usable ? x[v] / power / length + (c + v == 0 ? zero_mark : 0.f) : invalid_value;
       out[c + v] = c + v < rows.channels ? value : 0.f;
     }
   }
-  if (state && lane == 0) state[place] = !good ? kSpoiledRow : sum > 0.f ? kUnitRow : kZeroRow;
+  if (state && lane == 0) state[r] = !usable ? kInvalidRow : sum > 0.f ? kUnitRow : kZeroRow;
 }
 
 template <class scalar_t>

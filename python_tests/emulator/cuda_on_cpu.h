@@ -1,5 +1,5 @@
-// CUDA as seen by a kernel and its launcher, on the CPU, for tests: C++20 and g++ or clang, nothing of CUDA's. What the
-// kernels here do not use is left out; what is here accepts no more than nvcc does.
+// CUDA C++ on the CPU, for tests of kernels and launchers: C++20 with g++ or clang, no part of CUDA. It defines only what the kernels use,
+// and accepts no more than nvcc does.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -29,7 +29,7 @@
 #define blockIdx (::emulator::block->index)
 constexpr int warpSize = emulator::kWarp;
 
-#define __CUDA_ARCH__ 900  // with the features of sm_90a
+#define __CUDA_ARCH__ 900  // sm_90, and with the next line sm_90a
 #define __CUDA_ARCH_FEAT_SM90_ALL
 
 // ---- host ----
@@ -59,7 +59,7 @@ inline const char* cudaGetErrorString(cudaError_t error) {
   }
   return "unrecognized error code";
 }
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }  // launches here report their own errors
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }  // a launch returns all its errors itself
 
 struct CUstream_st;
 using cudaStream_t = CUstream_st*;
@@ -68,7 +68,7 @@ inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream
   return cudaSuccess;
 }
 
-// Exactly sized, so that AddressSanitizer sees both ends.
+// Exactly sized: AddressSanitizer sees accesses past both ends.
 inline cudaError_t cudaMalloc(void** to, size_t bytes) { return posix_memalign(to, 256, bytes) ? cudaErrorMemoryAllocation : cudaSuccess; }
 inline cudaError_t cudaFree(void* memory) {
   std::free(memory);
@@ -87,7 +87,7 @@ inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
-// Devices are told apart by their settings, so that what is remembered of one is not taken for another's.
+// The device number encodes the settings: cached answers (PlanCache) of one device are not taken for another's.
 inline cudaError_t cudaGetDevice(int* device) {
   const auto settings = emulator::Settings::from_environment();
   *device = settings.multiprocessors * 1024 + settings.blocks_per_multiprocessor;
@@ -96,24 +96,24 @@ inline cudaError_t cudaGetDevice(int* device) {
 
 namespace emulator {
 
-inline std::atomic<int64_t> questions{0};  // to the driver, about kernels and devices
+inline std::atomic<int64_t> questions{0};  // number of driver queries about kernels and devices
 
-// The limits of sm_90.
-constexpr unsigned kMaxThreads = 1024, kMaxClusters = 8, kMaxResidentThreads = 2048;
-constexpr size_t kMaxShared = 227 * 1024, kSharedOfMultiprocessor = 228 * 1024, kSharedOfSystem = 1024;
+// Limits of sm_90: threads and blocks, then bytes of shared memory per block, per SM, and reserved per block.
+constexpr unsigned kMaxThreads = 1024, kMaxClusterBlocks = 8, kMaxResidentThreads = 2048;
+constexpr size_t kMaxShared = 227 * 1024, kSharedPerSm = 228 * 1024, kReservedShared = 1024;
 
 inline int resident_blocks(unsigned threads, size_t shared_bytes) {
   if (threads == 0 || threads > kMaxThreads || shared_bytes > kMaxShared) return 0;
-  const size_t by_shared = kSharedOfMultiprocessor / (shared_bytes + kSharedOfSystem), by_threads = kMaxResidentThreads / threads;
-  const size_t asked = static_cast<size_t>(Settings::from_environment().blocks_per_multiprocessor);
-  return static_cast<int>(std::min({by_shared, by_threads, asked}));
+  const size_t by_shared = kSharedPerSm / (shared_bytes + kReservedShared), by_threads = kMaxResidentThreads / threads;
+  const size_t configured = static_cast<size_t>(Settings::from_environment().blocks_per_multiprocessor);
+  return static_cast<int>(std::min({by_shared, by_threads, configured}));
 }
 
 inline cudaError_t launch(dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster, bool cooperative, bool overlap,
                           std::function<void()> body) {
   const uint64_t threads = uint64_t(block.x) * block.y * block.z, blocks = uint64_t(grid.x) * grid.y * grid.z;
   if (threads == 0 || threads > kMaxThreads || block.z > 64 || blocks == 0 || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535 ||
-      cluster == 0 || cluster > kMaxClusters || grid.x % cluster)
+      cluster == 0 || cluster > kMaxClusterBlocks || grid.x % cluster)
     return cudaErrorInvalidConfiguration;
   if (shared_bytes > kMaxShared) return cudaErrorInvalidValue;
   Grid run;
@@ -192,7 +192,7 @@ template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel, const cudaLaunchConfig_t* config) {
   ++emulator::questions;
   const unsigned multiprocessors = static_cast<unsigned>(emulator::Settings::from_environment().multiprocessors);
-  *clusters = config->cluster() > emulator::kMaxClusters ? 0 : static_cast<int>(multiprocessors / config->cluster());
+  *clusters = config->cluster() > emulator::kMaxClusterBlocks ? 0 : static_cast<int>(multiprocessors / config->cluster());
   return cudaSuccess;
 }
 struct cudaFuncAttributes {
@@ -212,7 +212,7 @@ inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int byte
 // ---- barriers and fences ----
 
 inline void __syncthreads() { emulator::sync_block(); }
-inline int __syncthreads_count(int predicate) {  // three tallies: being read, being voted in, being cleared
+inline int __syncthreads_count(int predicate) {  // three counters by generation: one is read, one counts votes, one is cleared
   {
     const emulator::Unchecked unchecked;
     const uint64_t generation = emulator::block->barrier.generation;
@@ -227,7 +227,7 @@ inline int __syncthreads_or(int predicate) { return __syncthreads_count(predicat
 inline int __syncthreads_and(int predicate) { return __syncthreads_count(!predicate) == 0; }
 inline void __syncwarp(unsigned mask = ~0u) { emulator::exchange(mask, {}, 1, "__syncwarp", true); }
 
-// ThreadSanitizer knows no fences: one clock for all of them, which may hide a race but reports none that is not there.
+// ThreadSanitizer does not model fences. They share one clock, which may hide a race but reports no false one.
 inline char emulator_fence_clock;
 inline void __threadfence() {
 #if defined(__SANITIZE_THREAD__)
@@ -284,25 +284,25 @@ T reduce(uint32_t mask, T value, int operation, const char* name, Combine combin
 
 }  // namespace emulator
 
-// `w`: lanes exchange within sections of w lanes. A source outside the section is the lane itself.
+// Lanes exchange within sections of `width` lanes. A source outside the section is replaced by the lane itself.
 template <class T>
-T __shfl_sync(unsigned mask, T value, int source, int w = 32) {
-  return emulator::shuffle(mask, value, (emulator::lane() & ~(w - 1)) | (source & (w - 1)), 2, "__shfl_sync");
+T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
+  return emulator::shuffle(mask, value, (emulator::lane() & ~(width - 1)) | (source & (width - 1)), 2, "__shfl_sync");
 }
 template <class T>
-T __shfl_xor_sync(unsigned mask, T value, int flip, int w = 32) {
+T __shfl_xor_sync(unsigned mask, T value, int flip, int width = 32) {
   const int lane = emulator::lane(), source = lane ^ flip;
-  return emulator::shuffle(mask, value, (source & ~(w - 1)) > (lane & ~(w - 1)) ? lane : source, 3, "__shfl_xor_sync");
+  return emulator::shuffle(mask, value, (source & ~(width - 1)) > (lane & ~(width - 1)) ? lane : source, 3, "__shfl_xor_sync");
 }
 template <class T>
-T __shfl_up_sync(unsigned mask, T value, unsigned delta, int w = 32) {
+T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32) {
   const int lane = emulator::lane(), source = lane - static_cast<int>(delta);
-  return emulator::shuffle(mask, value, source < (lane & ~(w - 1)) ? lane : source, 4, "__shfl_up_sync");
+  return emulator::shuffle(mask, value, source < (lane & ~(width - 1)) ? lane : source, 4, "__shfl_up_sync");
 }
 template <class T>
-T __shfl_down_sync(unsigned mask, T value, unsigned delta, int w = 32) {
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32) {
   const int lane = emulator::lane(), source = lane + static_cast<int>(delta);
-  return emulator::shuffle(mask, value, source > (lane | (w - 1)) ? lane : source, 5, "__shfl_down_sync");
+  return emulator::shuffle(mask, value, source > (lane | (width - 1)) ? lane : source, 5, "__shfl_down_sync");
 }
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
   const emulator::Words* given = emulator::exchange(mask, {predicate != 0}, 6, "__ballot_sync");
@@ -333,7 +333,7 @@ EMULATOR_REDUCE(int)
 
 namespace emulator {
 
-// Atomics order nothing, as on the GPU: the race checker sees what relies on them without a fence, a release or an acquire.
+// Atomics are relaxed, as on the GPU: the race checker reports code that relies on their order without fence, release or acquire.
 template <class T, class Update>
 T atomic_update(T* address, Update update) {
   T old;
@@ -464,7 +464,7 @@ struct cluster_group {
   unsigned num_blocks() const { return emulator::block->grid->cluster_size; }
   void sync() const { emulator::sync_cluster(); }
 
-  // The same place in the shared memory of block `rank`.
+  // Address of the same variable in the shared memory of block `rank`.
   template <class T>
   T* map_shared_rank(T* address, int rank) const {
     const emulator::Unchecked unchecked;

@@ -1,11 +1,11 @@
-// Runs a grid of thread blocks on the CPU. The warps of a block run in skewed bursts, which is what exposes a missing
-// barrier; blocks run one after another in an order that kernels must not depend on, except that the blocks of a cluster,
-// and all blocks of a cooperative launch, run at once on OS threads of their own. Under ThreadSanitizer blocks always
-// spread over a few OS threads, unordered, so that races between blocks are seen.
-// README.md has the environment variables, Settings, that a launch reads.
+// Runs a grid of thread blocks on the CPU.
 //
-// What a kernel may not do (a deadlock, a divergent collective, a misaligned access) ends the launch with
-// std::runtime_error.
+// The warps of a block run in skewed bursts, which exposes missing barriers. Blocks run one after another, in an order that kernels must
+// not depend on. The blocks of a cluster, and all blocks of a cooperative launch, run concurrently on OS threads of their own. Under
+// ThreadSanitizer all blocks are spread over a few OS threads, unordered, so that it sees races between blocks.
+// A launch reads the environment variables of Settings; README.md describes them.
+//
+// A kernel error (deadlock, divergent collective, misaligned access) ends the launch with std::runtime_error.
 #pragma once
 #include <algorithm>
 #include <array>
@@ -33,7 +33,7 @@ struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-inline thread_local dim3 gridDim, blockDim;  // of the block that runs; variables, as the fields of cudaLaunchConfig_t have these names
+inline thread_local dim3 gridDim, blockDim;  // of the running block; not macros, since cudaLaunchConfig_t has fields of these names
 
 namespace emulator {
 
@@ -66,7 +66,7 @@ struct Settings {
   }
 };
 
-// A launch under way.
+// A launch in progress.
 struct Grid {
   dim3 grid, block;
   size_t shared_bytes = 0;
@@ -75,9 +75,9 @@ struct Grid {
   std::function<void()> body;
   Settings settings;
   std::mutex mutex;
-  std::string error;  // the first one
+  std::string error;  // the first error
 
-  // Relaxed, all of it: the race checker must not take the emulator's own traffic for synchronisation.
+  // All accesses are relaxed: the race checker must not take them for synchronisation of the kernel.
   bool failed() const { return failed_.load(std::memory_order_relaxed); }
   uint64_t progress() const { return progress_.load(std::memory_order_relaxed); }
   void note_progress() { progress_.fetch_add(1, std::memory_order_relaxed); }
@@ -90,10 +90,10 @@ struct Grid {
 
  private:
   std::atomic<bool> failed_{false};
-  std::atomic<uint64_t> progress_{0};  // rises whenever a thread gets further than spinning
+  std::atomic<uint64_t> progress_{0};  // increases when a thread makes progress, other than spinning
 };
 
-// Waiting of one OS thread for others, with an end: true from pause() means give up.
+// A bounded wait of one OS thread for others. pause() returns true when the wait must be given up.
 class Patience {
  public:
   explicit Patience(Grid& grid) : grid_(grid) {}
@@ -115,7 +115,7 @@ class Patience {
   std::chrono::steady_clock::time_point since_;
 };
 
-// A barrier of blocks. A block that has left counts as arrived.
+// A barrier of blocks on OS threads. A block that has left is no longer waited for.
 class BlockBarrier {
  public:
   explicit BlockBarrier(unsigned blocks) : expected_(blocks) {}
@@ -156,19 +156,19 @@ class BlockBarrier {
 struct Cluster {
   explicit Cluster(unsigned size) : barrier(size), exit(size), statics(size), dynamics(size) {}
   BlockBarrier barrier, exit;
-  std::vector<char*> statics, dynamics;  // where the shared memory of each rank lies
-  char clock[2];                         // of the even and of the odd barriers
+  std::vector<char*> statics, dynamics;  // base address of the shared memory of each rank
+  char clock[2];                         // for ThreadSanitizer, of the even and of the odd barriers
 };
 
-// Threads wait for the next generation. The clocks of the even and of the odd generations keep a thread that is a barrier
-// ahead from being ordered with one that is behind.
+// Threads wait for the next generation. Even and odd generations have a clock each, so a thread that is one barrier ahead is not ordered
+// with one that is behind.
 struct Barrier {
   uint64_t generation = 0;
   int arrived = 0;
   char clock[2];
 };
 
-using Words = std::array<uint64_t, 3>;  // what a lane gives to a collective of its warp
+using Words = std::array<uint64_t, 3>;  // a lane's operand of a warp collective
 
 struct WarpCollective {
   uint32_t mask = 0, arrived = 0;
@@ -184,38 +184,38 @@ struct AsyncCopy {
   int group;
 };
 
-// Rows of parts of channels of 2 bytes, as the copy engine is told of them (sm_90).
+// Tensor map of a TMA copy (sm_90): 2-byte elements (items, rows, parts, channels).
 struct TensorMap {
   const char* data;
   int64_t channels, parts, rows, items, part_bytes;
-  int box_rows;  // of 128 bytes
+  int box_rows;  // rows of a box, 128 bytes each
 };
 
 struct BoxCopy {
   void* destination;
   TensorMap map;
   int channel, part, row, item;
-  unsigned long long* arrivals;
+  unsigned long long* barrier;
 };
 
-struct Product {  // of a warpgroup, as one thread has it
-  float* sums;
+struct Product {  // a wgmma in flight, one thread's part of it
+  float* accumulators;
   int count, group;
   const char *a, *b;
   int k;
   bool add;
   void (*run)(const Product&);
-  std::vector<float> start;  // the sums before, of the first product under way that adds to them
+  std::vector<float> start;  // accumulators before it, if it is the first product in flight that writes them
 };
 
 struct Thread {
   uint3 index;
   int linear = 0;
   bool done = false, spinning = false;
-  bool awaited = false;                 // the launch ahead
-  const uint64_t* waits_for = nullptr;  // to differ from waits_at
+  bool awaited = false;                 // await_predecessor was called
+  const uint64_t* waits_for = nullptr;  // blocked while *waits_for == waits_at
   uint64_t waits_at = 0;
-  const char* where = "its start";
+  const char* where = "its start";  // for deadlock messages
   std::vector<AsyncCopy> copies;
   int copy_group = 0;
   std::vector<Product> products;
@@ -238,7 +238,7 @@ struct Block {
   bool progressed = false;
   std::vector<Thread> threads;
   Thread* first_thread;
-  std::vector<std::vector<std::unique_ptr<WarpCollective>>> collectives;  // of each warp, by mask
+  std::vector<std::vector<std::unique_ptr<WarpCollective>>> collectives;  // per warp, one for each mask
   Barrier barrier, cluster_barrier;
   std::vector<BoxCopy> boxes;
   char boxes_clock;
@@ -256,7 +256,7 @@ struct Block {
         threads(static_cast<size_t>(alive)),
         first_thread(threads.data()),
         collectives((threads.size() + kWarp - 1) / kWarp) {
-    // Exactly sized, so that AddressSanitizer sees its end; all ones, so that what is read before it is written is NaN.
+    // Exactly sized: AddressSanitizer sees accesses past its end. All ones: a read before the first write gives NaN.
     if (grid.shared_bytes) {
       void* bytes = nullptr;
       if (posix_memalign(&bytes, 128, grid.shared_bytes)) throw std::bad_alloc();
@@ -289,8 +289,8 @@ EMULATOR_NO_TSAN inline Thread& self() { return block->first_thread[block->runni
   for (;;) switch_context(self().fiber->context, block->scheduler);
 }
 
-// A thread of a launch that overlaps does nothing before it has waited for the launch ahead. Launches here run one after another, so
-// that is all that can be seen.
+// A thread of an overlapping launch must call this before anything else. Launches here run one after another, so only the order of the
+// calls is checked.
 inline void await_predecessor() {
   const Unchecked unchecked;
   self().awaited = true;
@@ -300,7 +300,7 @@ inline void check_awaited(const char* what) {
   if (block->grid->overlap && !self().awaited) fail(std::string(what) + ": before await_predecessor");
 }
 
-// Lets the other threads run until `generation` has moved on from `value`.
+// Runs other threads until `generation` differs from `value`.
 inline void wait_while(const uint64_t& generation, uint64_t value, const char* where) {
   Thread& thread = self();
   thread.waits_for = &generation;
@@ -336,7 +336,7 @@ inline void sync_block(const char* where = "__syncthreads") {
   acquire(&barrier.clock[generation & 1]);
 }
 
-// The scheduler completes it when all threads of the block are here.
+// The scheduler completes it when all threads of the block have arrived.
 inline void sync_cluster() {
   check_awaited("cluster.sync");
   const Unchecked unchecked;
@@ -349,18 +349,18 @@ inline void sync_cluster() {
   acquire(clock);
 }
 
-// What every lane of `mask` gave, once all are here. Only __syncwarp orders memory; shuffles and votes do not.
+// Returns the operands of all lanes of `mask`, once all have arrived. Only __syncwarp orders memory; shuffles and votes do not.
 inline const Words* exchange(uint32_t mask, const Words& words, int operation, const char* name, bool orders_memory = false) {
   check_awaited(name);
   const Unchecked unchecked;
   const Thread& thread = self();
   const int lane = thread.linear % kWarp, first = thread.linear - lane;
-  const auto complain = [name](const char* what) { fail(std::string(name) + ": " + what); };
-  if (!(mask >> lane & 1)) complain("the calling lane is not in its own mask");
+  const auto reject = [name](const char* what) { fail(std::string(name) + ": " + what); };
+  if (!(mask >> lane & 1)) reject("the calling lane is not in its own mask");
   for (int l = 0; l < kWarp; ++l) {
     const int other = first + l;
     if ((mask >> l & 1) && (other >= static_cast<int>(block->threads.size()) || block->threads[other].done))
-      complain("the mask names a lane that does not exist or has exited");
+      reject("the mask names a lane that does not exist or has exited");
   }
   WarpCollective* collective = nullptr;
   auto& collectives = block->collectives[thread.linear / kWarp];
@@ -371,7 +371,7 @@ inline const Words* exchange(uint32_t mask, const Words& words, int operation, c
     collective = collectives.back().get();
     collective->mask = mask;
   }
-  if (collective->arrived && collective->operation != operation) complain("lanes of one warp are at different collectives");
+  if (collective->arrived && collective->operation != operation) reject("lanes of one warp are at different collectives");
   const uint64_t generation = collective->generation;
   char* clock = &collective->clock[generation & 1];
   collective->operation = operation;
@@ -411,9 +411,9 @@ __attribute__((noinline)) inline void run_thread() {
 
 EMULATOR_NO_TSAN __attribute__((noinline)) inline void leave_thread() { switch_context(self().fiber->context, block->scheduler); }
 
-// A fiber runs one thread after another, of one launch after another: making fibers is what takes ThreadSanitizer longest.
+// A fiber runs one thread after another, over many launches: ThreadSanitizer spends most of its time on creating fibers.
 inline void fiber_main() {
-  arrived(nullptr);
+  finish_switch(nullptr);
   for (;;) {
     run_thread();
     leave_thread();
@@ -460,12 +460,13 @@ EMULATOR_NO_TSAN inline void Block::run(const Fibers& fibers) {
   }
   acquire(&ended);
   cluster->barrier.leave();
-  cluster->exit.arrive_and_wait(*grid);  // its shared memory must outlive what others do to it
+  cluster->exit.arrive_and_wait(*grid);  // other blocks may still access its shared memory
   for (const Thread& thread : threads)
     if (thread.fiber->overflowed()) grid->fail("a thread overflowed its stack of " + std::to_string(Fiber::kStack) + " bytes");
   block = nullptr;
 }
 
+// One pass over the warps. Random schedules shuffle the warps, start each at a random lane order, and run it up to `burst` times.
 EMULATOR_NO_TSAN inline void Block::run_warps(std::mt19937& random, std::vector<int>& order) {
   const int kind = grid->settings.order, warps = static_cast<int>(order.size());
   if (kind >= 0)
@@ -474,12 +475,12 @@ EMULATOR_NO_TSAN inline void Block::run_warps(std::mt19937& random, std::vector<
     const int warp = kind == Settings::kReverse ? warps - 1 - i : order[i];
     const int flip = kind >= 0 ? static_cast<int>(random() % kWarp) : kind == Settings::kReverse ? kWarp - 1 : 0;
     const uint32_t burst = kind >= 0 ? 1u << random() % 8 : ~0u;
-    for (uint32_t turn = 0; turn < burst && run_warp(warp, flip); ++turn) {
+    for (uint32_t step = 0; step < burst && run_warp(warp, flip); ++step) {
     }
   }
 }
 
-// Runs each lane that can run until it waits; whether any got further.
+// Runs each lane that is not blocked until it waits. Returns whether any made progress. flip: exclusive or on the order of the lanes.
 EMULATOR_NO_TSAN inline bool Block::run_warp(int warp, int flip) {
   bool any = false;
   for (int l = 0; l < kWarp; ++l) {
@@ -494,17 +495,17 @@ EMULATOR_NO_TSAN inline bool Block::run_warp(int warp, int flip) {
 }
 
 inline std::string Block::whereabouts() const {
-  std::vector<std::pair<std::string, std::vector<int>>> places;
+  std::vector<std::pair<std::string, std::vector<int>>> groups;
   for (const Thread& thread : threads) {
     if (thread.done) continue;
-    auto place = std::find_if(places.begin(), places.end(), [&](const auto& p) { return p.first == thread.where; });
-    if (place == places.end()) place = places.insert(places.end(), {thread.where, {}});
-    place->second.push_back(thread.linear);
+    auto group = std::find_if(groups.begin(), groups.end(), [&](const auto& p) { return p.first == thread.where; });
+    if (group == groups.end()) group = groups.insert(groups.end(), {thread.where, {}});
+    group->second.push_back(thread.linear);
   }
   std::string text;
-  for (const auto& [where, who] : places)
-    text +=
-        (text.empty() ? "" : ", ") + std::to_string(who.size()) + " threads (first " + std::to_string(who.front()) + ") wait at " + where;
+  for (const auto& [where, waiting] : groups)
+    text += (text.empty() ? "" : ", ") + std::to_string(waiting.size()) + " threads (first " + std::to_string(waiting.front()) +
+            ") wait at " + where;
   return text + " [block " + std::to_string(index.x) + "," + std::to_string(index.y) + "," + std::to_string(index.z) + "]";
 }
 
@@ -512,39 +513,39 @@ inline std::string Block::whereabouts() const {
 
 inline void run_grid(Grid& grid, bool cooperative) {
   const unsigned blocks = grid.grid.x * grid.grid.y * grid.grid.z, size = grid.cluster_size;
-  const unsigned at_once = cooperative ? blocks : size > 1 ? size : kRaceChecker ? std::min(4u, blocks) : 1;
+  const unsigned concurrent = cooperative ? blocks : size > 1 ? size : kRaceChecker ? std::min(4u, blocks) : 1;
   std::vector<unsigned> order(blocks / size);
   for (unsigned i = 0; i < order.size(); ++i) order[i] = i;
   if (grid.settings.order == Settings::kReverse) std::reverse(order.begin(), order.end());
   if (grid.settings.order >= 0) std::shuffle(order.begin(), order.end(), std::mt19937(grid.settings.order));
   std::vector<std::unique_ptr<Cluster>> clusters;
   for (unsigned i = 0; i < order.size(); ++i) clusters.push_back(std::make_unique<Cluster>(size));
-  // Fibers are handed out before, and taken back after all have run, so that nothing orders the blocks of this launch.
+  // Fibers leave the pool before all blocks run, and return after: the pool must not order the blocks of this launch.
   static std::mutex one_launch;
   const std::lock_guard<std::mutex> lock(one_launch);
-  static Fibers idle;
-  std::vector<Fibers> fibers(at_once);
-  for (Fibers& own : fibers)
-    while (own.size() < size_t(grid.block.x) * grid.block.y * grid.block.z) {
-      if (idle.empty()) idle.push_back(std::make_unique<Fiber>(fiber_main));
-      own.push_back(std::move(idle.back()));
-      idle.pop_back();
+  static Fibers pool;
+  std::vector<Fibers> fibers(concurrent);
+  for (Fibers& block_fibers : fibers)
+    while (block_fibers.size() < size_t(grid.block.x) * grid.block.y * grid.block.z) {
+      if (pool.empty()) pool.push_back(std::make_unique<Fiber>(fiber_main));
+      block_fibers.push_back(std::move(pool.back()));
+      pool.pop_back();
     }
   const auto work = [&](unsigned first) {
-    for (unsigned i = first; i < blocks && !grid.failed(); i += at_once) {
+    for (unsigned i = first; i < blocks && !grid.failed(); i += concurrent) {
       const unsigned cluster = order[i / size], rank = i % size;
       Block(grid, *clusters[cluster], cluster * size + rank, rank).run(fibers[first]);
     }
   };
-  if (at_once == 1) {
+  if (concurrent == 1) {
     work(0);
   } else {
     std::vector<std::thread> threads;
-    for (unsigned i = 0; i < at_once; ++i) threads.emplace_back(work, i);
+    for (unsigned i = 0; i < concurrent; ++i) threads.emplace_back(work, i);
     for (auto& thread : threads) thread.join();
   }
-  if (!grid.failed())  // else some are stuck half-way through a kernel
-    for (Fibers& own : fibers) std::move(own.begin(), own.end(), std::back_inserter(idle));
+  if (!grid.failed())  // else some fibers are suspended inside a kernel
+    for (Fibers& block_fibers : fibers) std::move(block_fibers.begin(), block_fibers.end(), std::back_inserter(pool));
   if (grid.failed()) throw std::runtime_error("emulated kernel: " + grid.error);
 }
 

@@ -22,7 +22,7 @@ struct Context {
   size_t stack_size = 0;
 };
 
-inline thread_local Context* came_from = nullptr;
+inline thread_local Context* previous_context = nullptr;
 
 #if defined(__x86_64__)
 // Saves the callee-saved registers on the old stack, and returns on the new one.
@@ -34,17 +34,17 @@ __attribute__((naked, noinline)) inline void swap_stacks(void** /*save*/, void* 
 }
 #endif
 
-// To be called first thing on a stack that was switched to. Not inlined, nor is what calls switch_context between threads: a
-// fiber may go on on another OS thread, so no address of a thread-local variable may be kept across the switch.
-EMULATOR_NO_TSAN __attribute__((noinline)) inline void arrived([[maybe_unused]] void* fake_stack) {
+// The first call on a stack that was switched to. Neither this nor the callers of switch_context are inlined: a fiber may continue on
+// another OS thread, so no address of a thread-local variable may be kept across the switch.
+EMULATOR_NO_TSAN __attribute__((noinline)) inline void finish_switch([[maybe_unused]] void* fake_stack) {
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(fake_stack, &came_from->stack, &came_from->stack_size);
+  __sanitizer_finish_switch_fiber(fake_stack, &previous_context->stack, &previous_context->stack_size);
 #endif
 }
 
 EMULATOR_NO_TSAN inline void switch_context(Context& from, Context& to) {
   void* fake_stack = nullptr;
-  came_from = &from;
+  previous_context = &from;
 #if defined(__SANITIZE_THREAD__)
   __tsan_switch_to_fiber(to.tsan_fiber, 1);  // 1: a switch orders nothing
 #endif
@@ -56,7 +56,7 @@ EMULATOR_NO_TSAN inline void switch_context(Context& from, Context& to) {
 #else
   swapcontext(&from.registers, &to.registers);
 #endif
-  arrived(fake_stack);
+  finish_switch(fake_stack);
 }
 
 // The context of the running OS thread, for fibers to switch back to.
@@ -66,7 +66,7 @@ inline void adopt_thread([[maybe_unused]] Context& context) {
 #endif
 }
 
-// A context with a stack of its own, which `entry` never leaves.
+// A context with a stack of its own. `entry` never returns.
 class Fiber {
  public:
 #if defined(__SANITIZE_ADDRESS__)

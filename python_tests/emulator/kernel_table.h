@@ -1,11 +1,10 @@
-// The launchers that tests may call by name: STS_KERNEL(name, launcher) in a file of launchers/ enters one. How its arguments
-// are given is deduced from its signature:
+// Table of the launchers that tests call by name. STS_KERNEL(name, launcher), in a file of launchers/, adds one. Its signature determines
+// how arguments are passed:
 //   const T*                      an array that is read (null: absent); void counts as bytes
 //   T*                            an array that is written, in place (null: absent)
 //   bool, integer, float, double
 //   cudaStream_t                  last, if at all; supplied by the front end
-// A launcher returns cudaError_t. A function that returns an integer instead is a question to the host code, such as how it
-// would lay out a launch.
+// A launcher returns cudaError_t. A function that returns an integer is a query to the host code, such as a field of a plan.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -40,8 +39,8 @@ struct Result {
 
 struct Kernel {
   std::vector<Parameter> parameters;
-  bool launches;       // or answers
-  void (*launcher)();  // as its own type it is known to `call`
+  bool launches;       // else it answers a query
+  void (*launcher)();  // type-erased; `call` restores its type
   Result (*call)(void (*launcher)(), const Value* values, cudaStream_t stream);
 };
 
@@ -108,7 +107,7 @@ bool add(const char* name, R (*launcher)(P...)) {
   return add(name, launcher, std::make_index_sequence<sizeof...(P) - ends_with_stream<P...>()>());
 }
 
-// Device memory for a launcher under test, until it returns: every part an allocation of its own, filled with NaN.
+// Scratch memory of a launcher under test, freed with this object. Each array is an allocation of its own, filled with NaN.
 class Scratch {
  public:
   explicit Scratch(cudaStream_t stream) : stream_(stream) {}

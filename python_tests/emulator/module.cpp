@@ -5,8 +5,8 @@
 
 #include "run_kernel.h"
 
-// What tests ask of the emulator itself: phases of mbarriers that blocks have begun, by which a kernel's exchanges are counted, and questions
-// about kernels and devices that the driver was asked.
+// Counters of the emulator itself. phases_begun: mbarrier phases that blocks have begun; tests count a kernel's exchanges by it.
+// driver_questions: driver queries about kernels and devices.
 static int64_t phases_begun() { return emulator::phases_begun; }
 static int64_t driver_questions() { return emulator::questions; }
 STS_KERNEL(phases_begun, phases_begun);

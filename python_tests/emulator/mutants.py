@@ -61,8 +61,8 @@ MUTANTS = (
         "one buffer of partial minima",
         "repulsion_step",
         "rows.cuh",
-        ("partial[turn & 1][warp] = key;", "partial[0][warp] = key;"),
-        ("partial[turn & 1][lane] : kNoKey", "partial[0][lane] : kNoKey"),
+        ("partial[call & 1][warp] = key;", "partial[0][warp] = key;"),
+        ("partial[call & 1][lane] : kNoKey", "partial[0][lane] : kNoKey"),
         says=RACE,
     ),
     mutant(
@@ -276,7 +276,10 @@ MUTANTS = (
         "a barrier that not all threads reach",
         "repulsion_step",
         "repulsion_step.cuh",
-        ("best = block_lowest(best, partial, turn++);", "if (i < tokens) best = block_lowest(best, partial, turn++);"),
+        (
+            "best = block_lowest(best, partial, calls++);",
+            "if (i < tokens) best = block_lowest(best, partial, calls++);",
+        ),
     ),
     mutant(
         "a shuffle that not all lanes reach",
@@ -290,13 +293,13 @@ MUTANTS = (
         "no barrier before a stage of pairs is overwritten",
         "nearest",
         "row_pairs.cuh",
-        ("        __syncthreads();  // all are done with the stage before\n", ""),
+        ("        __syncthreads();  // all threads have read the previous stage\n", ""),
     ),
     mutant(
         "no barrier before a stage of pairs is read",
         "nearest",
         "row_pairs.cuh",
-        ("        __syncthreads();  // the stage is there\n", ""),
+        ("        __syncthreads();  // stage complete\n", ""),
     ),
     mutant(
         "blocks lower a key without an atomic",
@@ -312,7 +315,7 @@ MUTANTS = (
         "a key that does not count is matched",
         "nearest",
         "nearest.cuh",
-        ("if (!query.counts() || !key.counts())", "if (!query.counts())"),
+        ("if (!query.valid() || !key.valid())", "if (!query.valid())"),
     ),
     mutant(
         "a key of equal rank is matched",
@@ -344,7 +347,7 @@ MUTANTS = (
         "rows out of range are multiplied as they are",
         "nearest",
         "row_pairs_mma.cuh",
-        ("if (some && (x.scale", "if (false && (x.scale"),
+        ("if (nonzero && (x.scale", "if (false && (x.scale"),
     ),
     mutant(
         "the last lanes of a row do not offer",
@@ -357,7 +360,7 @@ MUTANTS = (
         "no barrier before the list of tokens is replaced",
         "scatter_mean",
         "scatter_mean.cuh",
-        ("        __syncthreads();  // all are done with the list before\n", ""),
+        ("        __syncthreads();  // all threads have read the previous list\n", ""),
         says=RACE,
     ),
     mutant(
@@ -378,7 +381,7 @@ MUTANTS = (
         "a token listed by every warp of its round",
         "scatter_mean",
         "scatter_mean.cuh",
-        ("list[length + __popc(", "list[__popc("),
+        ("members[num_members + __popc(", "members[__popc("),
     ),
     # Densities.
     mutant(
@@ -405,7 +408,7 @@ MUTANTS = (
         "no barrier after the finite tokens are noted",
         "repulsion_select",
         "token_stats.cuh",
-        ("    __syncthreads();  // `finite` is whole\n", ""),
+        ("    __syncthreads();  // `finite` is complete\n", ""),
     ),
     # A selection over stored weights.
     mutant(
@@ -502,7 +505,7 @@ MUTANTS = (
         "marks of another tile",
         "repulsion_select",
         "pair_tiles.cuh",
-        ("return (turn * kParts + i) * kParts + j;", "return (turn + i) * kParts + j;"),
+        ("return (index * kParts + i) * kParts + j;", "return (index + i) * kParts + j;"),
     ),
     mutant(
         "items too long for weights are taken for stored ones",
@@ -761,7 +764,7 @@ MUTANTS = (
         "a zero row is as near as any",
         "unit_rows",
         "unit_rows.cuh",
-        ("(c + v == 0 ? zero : 0.f)", "0.f"),
+        ("(c + v == 0 ? zero_mark : 0.f)", "0.f"),
     ),
     mutant(
         "the last channels are not written",
@@ -816,8 +819,8 @@ MUTANTS = (
         "dpp_select",
         "dpp_select.cuh",
         (
-            "make_key(-(fabsf(merit[i]) * sqrtf(static_cast<float>(to_span)))",
-            "make_key(-sqrtf(static_cast<float>(to_span))",
+            "make_key(-(fabsf(item_quality[i]) * sqrtf(static_cast<float>(span_sqdist)))",
+            "make_key(-sqrtf(static_cast<float>(span_sqdist))",
         ),
     ),
     mutant(
@@ -830,7 +833,7 @@ MUTANTS = (
         "a picked token may be picked again",
         "dpp_select",
         "dpp_select.cuh",
-        ("if (lane == 0) mine[i] = kPickedRow;", ""),
+        ("if (lane == 0) item_state[i] = kPickedRow;", ""),
     ),
     mutant(
         "no check of dpp_select's num_tokens",
@@ -845,13 +848,13 @@ MUTANTS = (
         "no barrier before the ranks",
         "dedup_select",
         "dedup_select.cuh",
-        ("      barrier.sync();\n      // (3) its rank", "      // (3) its rank"),
+        ("      barrier.sync();\n      // (3) rank", "      // (3) rank"),
     ),
     mutant(
         "equal distances have one rank",
         "dedup_select",
         "dedup_select.cuh",
-        ("closest[f] < own || (closest[f] == own && f < e)", "closest[f] < own"),
+        ("closest[f] < distance || (closest[f] == distance && f < e)", "closest[f] < distance"),
     ),
     mutant(
         "one list for both halves of a round",
@@ -863,7 +866,7 @@ MUTANTS = (
         "a listed token that is not there",
         "dedup_select",
         "unit_rows.cuh",
-        ("rows.row(b, there ? token : 0)", "rows.row(b, token)"),
+        ("rows.row(b, in_range ? token : 0)", "rows.row(b, token)"),
         says=OVERRUN,
         nonsense=True,
     ),

@@ -1,4 +1,5 @@
-// CUDA's number and vector types, as far as kernels here use them. The 16-bit types convert, and are subtracted in pairs: other arithmetic is float32.
+// CUDA's number and vector types, as far as the kernels use them. 16-bit types have conversions and paired subtraction alone; all other
+// arithmetic is float32.
 #pragma once
 #include <bit>
 #include <cstdint>
@@ -30,8 +31,8 @@ inline __half __float2half_rn(float value) {  // to nearest, ties to even
   const uint32_t bits = std::bit_cast<uint32_t>(value), magnitude = bits & 0x7fffffff;
   const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000);
   if (magnitude > 0x7f800000) return {0x7fff};
-  if (magnitude >= 0x477ff000) return {static_cast<uint16_t>(sign | 0x7c00)};  // rounds to 2^16 or more
-  if (magnitude < 0x38800000) {                                                // subnormal: let the adder round at 2^-24
+  if (magnitude >= 0x477ff000) return {static_cast<uint16_t>(sign | 0x7c00)};  // rounds to 2^16 or more: infinity
+  if (magnitude < 0x38800000) {                                                // subnormal: adding 0.5 rounds at 2^-24
     const float shifted = std::bit_cast<float>(magnitude) + 0.5f;
     return {static_cast<uint16_t>(sign | (std::bit_cast<uint32_t>(shifted) - std::bit_cast<uint32_t>(0.5f)))};
   }
@@ -54,7 +55,7 @@ inline __nv_bfloat162 __hsub2(__nv_bfloat162 a, __nv_bfloat162 b) {
           __float2bfloat16_rn(__bfloat162float(a.y) - __bfloat162float(b.y))};
 }
 
-// The number that 16 bits are, by type.
+// The value of 16 bits as __half or __nv_bfloat16 (the tag).
 inline float number_of(uint16_t bits, __half) { return __half2float({bits}); }
 inline float number_of(uint16_t bits, __nv_bfloat16) { return __bfloat162float({bits}); }
 

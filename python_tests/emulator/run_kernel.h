@@ -1,4 +1,4 @@
-// Calls a kernel of the table on host arrays: on the GPU when compiled by nvcc, else in the emulator. Both front ends use it.
+// Calls a launcher of the table on host arrays: on the GPU if compiled by nvcc, else in the emulator. Both front ends use it.
 #pragma once
 #include <stdexcept>
 #include <string>
@@ -12,7 +12,7 @@ struct Given {
   enum Kind { kNull, kInteger, kReal, kArray } kind = kNull;
   int64_t integer = 0;
   double real = 0;
-  void* data = nullptr;  // an array is `count` elements, and the kernel is given the address of number `offset`
+  void* data = nullptr;  // an array of `count` elements; the launcher gets the address of element `offset`
   size_t itemsize = 0, count = 0, offset = 0;
 };
 
@@ -20,7 +20,7 @@ inline void check(cudaError_t error, const char* doing) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(doing) + ": " + cudaGetErrorString(error));
 }
 
-// One array in an allocation of exactly its size, so that memory checkers see both of its ends.
+// One array in an allocation of exactly its size: memory checkers see accesses past both ends.
 class DeviceArray {
  public:
   DeviceArray(const void* data, size_t bytes) : bytes_(bytes) {
@@ -62,7 +62,7 @@ inline bool fits(const Parameter& parameter, const Given& given) {
   }
 }
 
-// Writes the arrays back that the launcher may have changed. The answer of a question, 0 of a launch.
+// Copies arrays that the launcher may write back to the host. Returns the answer of a query, 0 for a launch.
 inline int64_t run_kernel(const std::string& name, const std::vector<Given>& given) {
   const auto found = kernels().find(name);
   if (found == kernels().end()) throw std::invalid_argument("no kernel is called " + name);
@@ -74,7 +74,7 @@ inline int64_t run_kernel(const std::string& name, const std::vector<Given>& giv
     if (!fits(kernel.parameters[i], given[i]))
       throw std::invalid_argument(name + ": argument " + std::to_string(i) + " must be " + expected(kernel.parameters[i]));
 
-  static const cudaStream_t stream = [] {  // not the default one, so that a launcher that forgets it is found out
+  static const cudaStream_t stream = [] {  // not the default stream: a launcher that ignores its stream fails
     cudaStream_t created;
     check(cudaStreamCreateWithFlags(&created, cudaStreamNonBlocking), "cudaStreamCreate");
     return created;

@@ -1,17 +1,20 @@
-// A selection with everything fixed that the plan chooses by size.
+// A selection whose plan tests can override.
 #pragma once
 #include "cuda/selection.cuh"
 
 namespace sts {
 
-// A selection as the ops run it. notes, if not null, is given what is noted on the way: where blocks share an item the least
-// weights, else of stored weights on tensor cores the marks (SelectionScratch), of sweeps how often the blocks of the first group have
-// come to a barrier. Items of at most matrix_tokens tokens go through stored weights, shared by item_blocks blocks each (0: as planned);
-// packed ones in waves of wave_floats (0: as planned). wgmma: where the device has it. Every part of the scratch is
-// an allocation of its own, filled with NaN.
+// A selection as the ops run it.
+//   matrix_tokens: items of at most so many tokens have stored weights
+//   item_blocks: blocks that share such an item; 0: as planned
+//   wave_floats: floats of weights in a wave of packed items; 0: as planned
+//   wgmma: used if the device has it
+//   debug_out, if not null: the row minima if the scratch has them, else the marks if it has them (SelectionScratch), else the barrier
+//     arrivals of the first group of sweeping blocks
+// Each array of the scratch is an allocation of its own, filled with NaN.
 template <class scalar_t, class Rule>
 cudaError_t run_selection(const Rows<scalar_t>& rows, const Items& items, int64_t matrix_tokens, int item_blocks, int lookahead, bool wgmma,
-                          int64_t wave_floats, Rule rule, unsigned* notes, int64_t* out, cudaStream_t stream) {
+                          int64_t wave_floats, Rule rule, unsigned* debug_out, int64_t* out, cudaStream_t stream) {
   SelectionPlan plan =
       plan_selection<scalar_t, Rule>(rows, items, matrix_tokens, lookahead, wgmma, wave_floats ? wave_floats : kWaveFloats);
   if (plan.stored && item_blocks) plan.item_blocks = item_blocks;
@@ -25,14 +28,15 @@ cudaError_t run_selection(const Rows<scalar_t>& rows, const Items& items, int64_
   });
   cudaError_t error = launch_selection(rows, items, plan, scratch, rule, out, stream);
   if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
-  const unsigned* noted = scratch.row_min ? scratch.row_min : scratch.marks ? scratch.marks : scratch.arrived;
-  const int64_t num_noted = scratch.row_min ? all_tokens(items) : scratch.marks ? SelectionScratch::marks_of(plan, items) : 1;
-  if (error == cudaSuccess && notes && noted) error = cudaMemcpy(notes, noted, num_noted * sizeof *notes, cudaMemcpyDeviceToDevice);
+  const unsigned* debug_data = scratch.row_min ? scratch.row_min : scratch.marks ? scratch.marks : scratch.arrived;
+  const int64_t debug_count = scratch.row_min ? all_tokens(items) : scratch.marks ? SelectionScratch::marks_of(plan, items) : 1;
+  if (error == cudaSuccess && debug_out && debug_data)
+    error = cudaMemcpy(debug_out, debug_data, debug_count * sizeof *debug_out, cudaMemcpyDeviceToDevice);
   while (count) cudaFree(parts[--count]);
   return error;
 }
 
-// The same on unit rows.
+// The same over unit rows.
 template <class scalar_t, class Rule>
 cudaError_t run_unit_selection(const Rows<scalar_t>& rows, const Items& items, int64_t matrix_tokens, int item_blocks, int lookahead,
                                int64_t wave_floats, Rule rule, int64_t* out, cudaStream_t stream) {

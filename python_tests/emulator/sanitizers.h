@@ -1,4 +1,4 @@
-// What the sanitizers must be told about fibers, and how the emulator's own bookkeeping is kept out of the race check.
+// Sanitizer annotations: fiber switches, and exclusion of the emulator's own data from the race check.
 #pragma once
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -35,7 +35,7 @@ inline void acquire([[maybe_unused]] void* clock) {
 #endif
 }
 
-// While one lives, the fiber's memory accesses are not race-checked.
+// During its lifetime the fiber's memory accesses are not race-checked.
 class Unchecked {
  public:
   Unchecked() {

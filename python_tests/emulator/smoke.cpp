@@ -1,12 +1,12 @@
-// Runs kernels of the table on arguments from a file, without Python or torch: for compute-sanitizer and ncu when compiled by
-// nvcc, for the sanitizers of the compiler when emulated. smoke.py writes the file and judges what comes out.
+// Runs launchers of the table on arguments from a file, without Python or torch. Compiled by nvcc it is for compute-sanitizer and ncu, and
+// emulated for the compiler's sanitizers. smoke.py writes the file and checks the output.
 //
 //   smoke CALLS OUTPUT
 //
 // CALLS: "STSCALLS", u64 number of calls; a call is a string (u64 length, bytes), u64 number of arguments, and arguments,
 // each a u64 tag and: 0 null; 1 i64; 2 f64; 3 array: u64 itemsize, u64 count, u64 offset, the bytes.
-// OUTPUT: for each call an i64 answer (0 of a launch) and the bytes of its arrays, whether changed or not.
-// Everything in the byte order of the machine.
+// OUTPUT: for each call an i64 answer (0 for a launch) and the bytes of all its arrays.
+// All numbers are in the byte order of the machine.
 #include <cstdio>
 #include <fstream>
 #include <iostream>

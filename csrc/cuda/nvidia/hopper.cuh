@@ -1,5 +1,5 @@
-// The copy engine (TMA) and the tensor cores (wgmma) of compute capability 9.0, as far as kernels here use them; the emulator has a file of
-// this name too. Code for them is compiled for sm_90a alone; elsewhere a kernel that needs them has no body, and kernel_serves says so.
+// TMA and wgmma of compute capability 9.0, as far as the kernels use them. The emulator has a file of this name with the same functions.
+// These instructions are compiled for sm_90a alone. For other targets a kernel that needs them has no body, and kernel_serves is false.
 #pragma once
 #include <cuda.h>
 
@@ -15,7 +15,7 @@ namespace sts {
 
 // ---- host ----
 
-// Launch bounds of a kernel without a body: no launch of `threads` succeeds.
+// Launch bounds of a kernel that needs sm_90a. Without a body the bound is 32 threads, which kernel_serves recognises.
 constexpr int hopper_threads(int threads) { return STS_HOPPER ? threads : 32; }
 
 // Whether the current device can run `kernel`, declared with hopper_threads(threads).
@@ -25,21 +25,21 @@ bool kernel_serves(void (*kernel)(Params...), int threads) {
   return PlanCache::of_process().answer(question, 0, [&](int& serves) {
     cudaFuncAttributes attributes;
     const bool known = cudaFuncGetAttributes(&attributes, address_of(kernel)) == cudaSuccess;
-    if (!known) cudaGetLastError();  // a refusal is an answer here
+    if (!known) cudaGetLastError();  // clear the error: a refusal is a valid answer
     serves = known && attributes.maxThreadsPerBlock >= threads;
     return true;
   });
 }
 
 using TensorMap = CUtensorMap;
-constexpr int kBoxChannels = 64;  // 128 bytes a row: the widest swizzle
+constexpr int kBoxChannels = 64;  // per row of a box: 128 bytes, the widest swizzle
 
-// Describes (items, rows, parts, channels) of 16-bit elements to the copy engine: boxes of box_rows rows of one part. pitch: elements from
-// part to part, a multiple of 8. What a box has outside the tensor is zero.
+// Tensor map of 16-bit elements (items, rows, parts, channels), for TMA boxes (1, box_rows, 1, kBoxChannels). pitch: elements from one part
+// to the next, a multiple of 8. Elements of a box outside the tensor are read as zero.
 inline cudaError_t make_tensor_map(const void* data, int64_t channels, int parts, int64_t rows, int64_t items, int64_t pitch, int box_rows,
                                    TensorMap& map) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
-  static const Encode encode = [] {  // of the driver, which need not be there when the library is loaded
+  static const Encode encode = [] {  // looked up at run time: the library also loads without a driver
     void* entry = nullptr;
     cudaDriverEntryPointQueryResult found;
 #if CUDART_VERSION >= 12050
@@ -63,7 +63,7 @@ inline cudaError_t make_tensor_map(const void* data, int64_t channels, int parts
 
 // ---- device ----
 
-// Gives registers of this warpgroup back, or takes what others gave. By all its threads.
+// setmaxnreg: lowers this warpgroup's registers per thread to kRegisters, or raises them from those that others gave. By all its threads.
 template <int kRegisters>
 __device__ __forceinline__ void give_registers() {
 #if STS_HOPPER
@@ -77,32 +77,32 @@ __device__ __forceinline__ void take_registers() {
 #endif
 }
 
-// Starts the copy of a box to `shared`, on 1024 bytes, its rows 128 bytes apart and their 16-byte chunks swizzled by row, with a period of
-// 8 rows. Its bytes come to `arrivals`. By one thread.
-__device__ __forceinline__ void copy_box(void* shared, const TensorMap& map, int channel, int part, int row, int item, Mbarrier* arrivals) {
+// Starts a TMA copy of a box to `shared`, which is 1024-byte aligned. Rows lie 128 bytes apart, and 16-byte vector v of row r is stored at
+// v ^ (r % 8), the 128-byte swizzle. `barrier` counts the bytes. By one thread.
+__device__ __forceinline__ void copy_box(void* shared, const TensorMap& map, int channel, int part, int row, int item, Mbarrier* barrier) {
 #if STS_HOPPER
   asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(
                    shared_address(shared)),
-               "l"(&map), "r"(channel), "r"(part), "r"(row), "r"(item), "r"(shared_address(arrivals))
+               "l"(&map), "r"(channel), "r"(part), "r"(row), "r"(item), "r"(shared_address(barrier))
                : "memory");
 #endif
 }
 
-// Before the first product of sums that were written otherwise, and before the first of a stage.
+// Orders register writes before wgmma: required before the first product, and after accumulators were written by other instructions.
 __device__ __forceinline__ void wgmma_fence() {
 #if STS_HOPPER
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #endif
 }
 
-// Ends a group of products.
+// Closes the current group of products.
 __device__ __forceinline__ void wgmma_commit() {
 #if STS_HOPPER
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 #endif
 }
 
-// Waits until at most the `Pending` latest groups are under way. Before that neither sums nor the matrices of a group may be touched.
+// Waits until at most the `Pending` latest groups are in flight. A group's accumulators and matrices must not be touched before.
 template <int Pending>
 __device__ __forceinline__ void wgmma_wait() {
 #if STS_HOPPER
@@ -111,7 +111,8 @@ __device__ __forceinline__ void wgmma_wait() {
 }
 
 #if STS_HOPPER
-// Of rows as copy_box leaves them: 128-byte swizzle, 1024 bytes from one 8 rows to the next.
+// Descriptor of a matrix as copy_box stores it. bits 0..13 address / 16 | 16..29 leading offset (unused: 1) | 32..45 stride of 8 rows,
+// 1024 / 16 | 62..63 layout: 1, the 128-byte swizzle.
 __device__ __forceinline__ uint64_t matrix_descriptor(const void* shared) {
   return static_cast<uint64_t>((shared_address(shared) & 0x3ffff) >> 4) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
 }
@@ -145,9 +146,9 @@ __device__ __forceinline__ void wgmma_of(float (&d)[64], uint64_t a, uint64_t b,
 #undef STS_FOUR
 #endif
 
-// Starts d = a b^T, or d += a b^T, of a warpgroup, in float32: 64 rows of a by 2 * kSums rows of b, 16 channels from k * 16 on, of __half
-// or __nv_bfloat16 (the tag). a, b: as copy_box leaves them. Warp w has rows 16 w and on; thread d[4 n + 2 h + e] is of row lane / 4 + 8 h
-// and of column 8 n + lane % 4 * 2 + e.
+// Starts d = a b^T, or d += a b^T if `add`, by a warpgroup with float32 accumulators: 64 rows of a, 2 kSums rows of b, and the channels
+// [16 k, 16 k + 16), of __half or __nv_bfloat16. a, b: as copy_box stores them.
+// Accumulator layout: d[4 n + 2 h + e] is of row 16 warp + 8 h + lane / 4 and column 8 n + 2 (lane % 4) + e.
 template <class T, int kSums>
 __device__ __forceinline__ void wgmma(float (&d)[kSums], const T* a, const T* b, int k, bool add) {
 #if STS_HOPPER

@@ -1,4 +1,4 @@
-// Stands in for csrc/cuda/nvidia/hopper.cuh, where the functions are described.
+// Replaces csrc/cuda/nvidia/hopper.cuh, which documents the functions.
 #pragma once
 #include "device.cuh"
 
@@ -15,7 +15,7 @@ bool kernel_serves(void (*)(Params...), int) {
 }
 
 using TensorMap = emulator::TensorMap;
-constexpr int kBoxChannels = 64;  // of 2 bytes, swizzled in 128
+constexpr int kBoxChannels = 64;  // of 2 bytes: 128 bytes per row of a box
 
 inline cudaError_t make_tensor_map(const void* data, int64_t channels, int parts, int64_t rows, int64_t items, int64_t pitch, int box_rows,
                                    TensorMap& map) {
@@ -33,12 +33,12 @@ void take_registers() {}
 
 namespace emulator {
 
-inline void land_copies(sts::Mbarrier* arrivals) {
+inline void land_copies(sts::Mbarrier* barrier) {
   for (;;) {
     BoxCopy copy{};
     {
       const Unchecked unchecked;
-      const auto found = std::find_if(block->boxes.begin(), block->boxes.end(), [=](const BoxCopy& c) { return c.arrivals == arrivals; });
+      const auto found = std::find_if(block->boxes.begin(), block->boxes.end(), [=](const BoxCopy& c) { return c.barrier == barrier; });
       if (found == block->boxes.end()) return;
       copy = *found;
       block->boxes.erase(found);
@@ -46,27 +46,28 @@ inline void land_copies(sts::Mbarrier* arrivals) {
     }
     const TensorMap& map = copy.map;
     for (int r = 0; r < map.box_rows; ++r)
-      for (int chunk = 0; chunk < sts::kBoxChannels / 8; ++chunk) {
-        char* const to = static_cast<char*>(copy.destination) + r * sts::kBoxChannels * 2 + (chunk ^ (r & 7)) * 16;
-        const int64_t row = copy.row + r, channel = copy.channel + chunk * 8;
+      for (int vec = 0; vec < sts::kBoxChannels / 8; ++vec) {
+        char* const to = static_cast<char*>(copy.destination) + r * sts::kBoxChannels * 2 + (vec ^ (r & 7)) * 16;
+        const int64_t row = copy.row + r, channel = copy.channel + vec * 8;
         const int64_t inside = row < 0 || row >= map.rows ? 0 : std::clamp<int64_t>(map.channels - channel, 0, 8);
         std::memset(to, 0, 16);
         const int64_t part = (copy.item * map.rows + row) * map.parts + copy.part;
         if (inside) std::memcpy(to, map.data + part * map.part_bytes + channel * 2, static_cast<size_t>(inside) * 2);
       }
     const auto bytes = static_cast<int32_t>(map.box_rows * sts::kBoxChannels * 2);
-    update_mbarrier(arrivals, "copy_box", [bytes](MbarrierState& state) { state.bytes -= bytes; });
+    update_mbarrier(barrier, "copy_box", [bytes](MbarrierState& state) { state.bytes -= bytes; });
   }
 }
 
-// Products read shared memory, and their sums appear, at the last moment: in the wait that covers them. Until then sums are NaNs.
+// Products read shared memory and write their accumulators in the wait that covers them, as late as allowed. Until then the accumulators
+// are NaNs.
 template <class T>
 void multiply(const Product& product) {
   const auto read = [&product](const char* matrix, int row, double (&x)[16]) {
-    for (int chunk = 0; chunk < 2; ++chunk) {
+    for (int vec = 0; vec < 2; ++vec) {
       uint16_t bits[8];
-      std::memcpy(bits, matrix + row * sts::kBoxChannels * 2 + ((product.k * 2 + chunk) ^ (row & 7)) * 16, 16);
-      for (int c = 0; c < 8; ++c) x[chunk * 8 + c] = number_of(bits[c], T());
+      std::memcpy(bits, matrix + row * sts::kBoxChannels * 2 + ((product.k * 2 + vec) ^ (row & 7)) * 16, 16);
+      for (int c = 0; c < 8; ++c) x[vec * 8 + c] = number_of(bits[c], T());
     }
   };
   const int row = self().linear % 128 / kWarp * 16 + lane() / 4, column = lane() % 4 * 2;
@@ -75,7 +76,7 @@ void multiply(const Product& product) {
   for (int j = 0; j < product.count / 2; ++j) {
     read(product.b, j / 2 * 8 + column + j % 2, y);
     for (int h = 0; h < 2; ++h) {
-      float& sum = product.sums[j / 2 * 4 + h * 2 + j % 2];
+      float& sum = product.accumulators[j / 2 * 4 + h * 2 + j % 2];
       double exact = product.add ? sum : 0;
       for (int c = 0; c < 16; ++c) exact += x[h][c] * y[c];
       sum = static_cast<float>(exact);
@@ -83,17 +84,17 @@ void multiply(const Product& product) {
   }
 }
 inline void hide(Product& product) {
-  product.start.assign(product.sums, product.sums + product.count);
-  std::fill(product.sums, product.sums + product.count, std::bit_cast<float>(0x7fffffffu));
+  product.start.assign(product.accumulators, product.accumulators + product.count);
+  std::fill(product.accumulators, product.accumulators + product.count, std::bit_cast<float>(0x7fffffffu));
 }
 
 }  // namespace emulator
 
 namespace sts {
 
-// A copy lands at the last moment, when a thread waits for its arrivals; in the schedule kReverse at once. Until then the destination holds
-// NaNs or tiny numbers, as in cp_async_16.
-inline void copy_box(void* destination, const TensorMap& map, int channel, int part, int row, int item, Mbarrier* arrivals) {
+// A copy completes when a thread waits for its mbarrier, or at once in the schedule kReverse. Until then the destination holds NaNs or tiny
+// numbers, as in cp_async_16.
+inline void copy_box(void* destination, const TensorMap& map, int channel, int part, int row, int item, Mbarrier* barrier) {
   if (reinterpret_cast<uintptr_t>(destination) % 1024) emulator::fail("copy_box: a swizzled box starts on 1024 bytes");
   if (channel % 8 || part < 0 || part >= map.parts || item < 0 || item >= map.items) emulator::fail("copy_box: outside the tensor");
   const int order = emulator::block->grid->settings.order;
@@ -103,22 +104,22 @@ inline void copy_box(void* destination, const TensorMap& map, int channel, int p
     const emulator::Unchecked unchecked;
     for (const emulator::BoxCopy& copy : emulator::block->boxes)
       if (copy.destination == destination) emulator::fail("copy_box: an earlier copy to the same place is under way");
-    emulator::block->boxes.push_back({destination, map, channel, part, row, item, arrivals});
+    emulator::block->boxes.push_back({destination, map, channel, part, row, item, barrier});
     emulator::release(&emulator::block->boxes_clock);
   }
-  if (order == emulator::Settings::kReverse) emulator::land_copies(arrivals);
+  if (order == emulator::Settings::kReverse) emulator::land_copies(barrier);
 }
 
 inline void wgmma_fence() {}
 
 template <class T, int kSums>
-void wgmma(float (&sums)[kSums], const T* a, const T* b, int k, bool add) {
+void wgmma(float (&accumulators)[kSums], const T* a, const T* b, int k, bool add) {
   if (reinterpret_cast<uintptr_t>(a) % 1024 || reinterpret_cast<uintptr_t>(b) % 1024)
     emulator::fail("wgmma: a swizzled matrix starts on 1024 bytes");
   emulator::Thread& thread = emulator::self();
-  const bool first =
-      std::none_of(thread.products.begin(), thread.products.end(), [&](const emulator::Product& p) { return p.sums == sums; });
-  thread.products.push_back({sums,
+  const bool first = std::none_of(thread.products.begin(), thread.products.end(),
+                                  [&](const emulator::Product& p) { return p.accumulators == accumulators; });
+  thread.products.push_back({accumulators,
                              kSums,
                              thread.product_group,
                              reinterpret_cast<const char*>(a),
@@ -139,15 +140,15 @@ void wgmma_wait() {
   const int done = emulator::self().product_group - Pending;
   const auto ended = std::find_if(products.begin(), products.end(), [=](const emulator::Product& p) { return p.group >= done; });
   for (auto product = products.begin(); product != ended; ++product) {
-    std::copy(product->start.begin(), product->start.end(), product->sums);
+    std::copy(product->start.begin(), product->start.end(), product->accumulators);
     product->run(*product);
   }
   products.erase(products.begin(), ended);
   for (auto product = products.begin(); product != products.end(); ++product)
-    if (std::none_of(products.begin(), product, [=](const emulator::Product& p) { return p.sums == product->sums; }) &&
+    if (std::none_of(products.begin(), product, [=](const emulator::Product& p) { return p.accumulators == product->accumulators; }) &&
         product->start.empty())
       emulator::hide(*product);
-  emulator::exchange(~0u, {}, 13, "wgmma_wait", true);  // the products of all lanes have ended
+  emulator::exchange(~0u, {}, 13, "wgmma_wait", true);  // the products of all lanes are complete
 }
 
 }  // namespace sts

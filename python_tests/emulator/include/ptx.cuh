@@ -1,5 +1,5 @@
-// Stands in for csrc/cuda/nvidia/ptx.cuh, where the functions are described. What a missing wait would leave open is left open here as
-// long as it may be: copies land at the last moment.
+// Replaces csrc/cuda/nvidia/ptx.cuh, which documents the functions. Asynchronous copies complete as late as the program allows, so that a
+// missing wait is seen.
 #pragma once
 #include "../cuda_on_cpu.h"
 
@@ -23,79 +23,80 @@ using Mbarrier = unsigned long long;
 
 namespace emulator {
 
-inline std::atomic<int64_t> phases_begun{0};  // by all blocks of all launches: what a kernel's exchanges are counted by
+inline std::atomic<int64_t> phases_begun{0};  // mbarrier phases, by all blocks of all launches
 
-// An mbarrier: bytes that are still to come, negative where more have come than were announced; arrivals of a phase, and those that are
-// still to come; the number of the phase.
+// An mbarrier. bytes: expected minus arrived, negative if stores arrive before they are expected. count: arrivals per phase. left: arrivals
+// that this phase still waits for. phase: its number.
 struct MbarrierState {
   int32_t bytes;
   uint8_t count, left;
   uint16_t phase;
 };
 
-// What an update makes of the state. A phase's clock carries what came in it to those who wait for its end.
+// Applies `update` to the state, and begins the next phase if the current one is complete. ThreadSanitizer's clock of a phase orders its
+// arrivals and stores before the return of those that wait for it.
 template <class Update>
-void update_mbarrier(sts::Mbarrier* arrivals, const char* what, Update update) {
-  check_aligned(arrivals, what);
+void update_mbarrier(sts::Mbarrier* barrier, const char* what, Update update) {
+  check_aligned(barrier, what);
   const Unchecked unchecked;
-  for (unsigned long long old = __atomic_load_n(arrivals, __ATOMIC_RELAXED);;) {
+  for (unsigned long long old = __atomic_load_n(barrier, __ATOMIC_RELAXED);;) {
     auto state = std::bit_cast<MbarrierState>(old);
-    release(reinterpret_cast<char*>(arrivals) + (state.phase & 1));
+    release(reinterpret_cast<char*>(barrier) + (state.phase & 1));
     update(state);
     if (state.left == 0 && state.bytes < 0) fail(std::string(what) + ": more bytes have come than were expected");
     if (state.left == 0 && state.bytes == 0) state = {0, state.count, state.count, static_cast<uint16_t>(state.phase + 1)};
-    if (__atomic_compare_exchange_n(arrivals, &old, std::bit_cast<unsigned long long>(state), false, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
+    if (__atomic_compare_exchange_n(barrier, &old, std::bit_cast<unsigned long long>(state), false, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
       return;
   }
 }
 
-void land_copies(sts::Mbarrier* arrivals);  // hopper.cuh
+void land_copies(sts::Mbarrier* barrier);  // hopper.cuh
 
 }  // namespace emulator
 
 namespace sts {
 
-inline void mbarrier_init(Mbarrier* arrivals, int count = 1) {
-  emulator::check_aligned(arrivals, "mbarrier_init");
+inline void mbarrier_init(Mbarrier* barrier, int count = 1) {
+  emulator::check_aligned(barrier, "mbarrier_init");
   if (count < 1 || count > 255) emulator::fail("mbarrier_init: the emulator counts to 255");
-  const auto each = static_cast<uint8_t>(count);
-  *arrivals = std::bit_cast<unsigned long long>(emulator::MbarrierState{0, each, each, 0});
+  const auto expected = static_cast<uint8_t>(count);
+  *barrier = std::bit_cast<unsigned long long>(emulator::MbarrierState{0, expected, expected, 0});
 }
-inline void mbarrier_expect_tx(Mbarrier* arrivals, unsigned bytes) {
+inline void mbarrier_expect_tx(Mbarrier* barrier, unsigned bytes) {
   emulator::phases_begun.fetch_add(1, std::memory_order_relaxed);
-  emulator::update_mbarrier(arrivals, "mbarrier_expect_tx", [bytes](emulator::MbarrierState& state) {
+  emulator::update_mbarrier(barrier, "mbarrier_expect_tx", [bytes](emulator::MbarrierState& state) {
     if (state.left == 0) emulator::fail("mbarrier_expect_tx: more arrivals than the phase counts");
     --state.left;
     state.bytes += static_cast<int32_t>(bytes);
   });
 }
-inline void mbarrier_arrive(Mbarrier* arrivals) {
-  emulator::update_mbarrier(arrivals, "mbarrier_arrive", [](emulator::MbarrierState& state) {
+inline void mbarrier_arrive(Mbarrier* barrier) {
+  emulator::update_mbarrier(barrier, "mbarrier_arrive", [](emulator::MbarrierState& state) {
     if (state.left == 0) emulator::fail("mbarrier_arrive: more arrivals than the phase counts");
     --state.left;
   });
 }
-inline void mbarrier_wait(Mbarrier* arrivals, int phase) {
-  emulator::check_aligned(arrivals, "mbarrier_wait");
+inline void mbarrier_wait(Mbarrier* barrier, int phase) {
+  emulator::check_aligned(barrier, "mbarrier_wait");
   for (;;) {
-    emulator::land_copies(arrivals);
-    if ((std::bit_cast<emulator::MbarrierState>(__atomic_load_n(arrivals, __ATOMIC_RELAXED)).phase & 1) != (phase & 1)) break;
+    emulator::land_copies(barrier);
+    if ((std::bit_cast<emulator::MbarrierState>(__atomic_load_n(barrier, __ATOMIC_RELAXED)).phase & 1) != (phase & 1)) break;
     spin_pause();
   }
-  emulator::acquire(reinterpret_cast<char*>(arrivals) + (phase & 1));
+  emulator::acquire(reinterpret_cast<char*>(barrier) + (phase & 1));
 }
 template <class T>
-void store_async(T* address, const T& value, Mbarrier* arrivals, int rank) {
+void store_async(T* address, const T& value, Mbarrier* barrier, int rank) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 16, "4 or 16 bytes");
   const auto cluster = cooperative_groups::this_cluster();
-  T* const there = cluster.map_shared_rank(address, rank);
-  if (reinterpret_cast<uintptr_t>(there) % sizeof(T)) emulator::fail("store_async: misaligned address");
-  *there = value;
-  emulator::update_mbarrier(cluster.map_shared_rank(arrivals, rank), "store_async",
+  T* const remote = cluster.map_shared_rank(address, rank);
+  if (reinterpret_cast<uintptr_t>(remote) % sizeof(T)) emulator::fail("store_async: misaligned address");
+  *remote = value;
+  emulator::update_mbarrier(cluster.map_shared_rank(barrier, rank), "store_async",
                             [](emulator::MbarrierState& state) { state.bytes -= static_cast<int32_t>(sizeof(T)); });
 }
 
-// ---- values the compiler would compute anew in every step of a loop ----
+// ---- hints to nvcc's optimiser: no effect here ----
 
 inline int settled(int value) { return value; }
 template <class T>
@@ -110,9 +111,8 @@ inline int opaque(int value) { return value; }
 
 // ---- asynchronous copies and tensor cores ----
 
-// A copy lands at the last moment, in the wait that covers it, so that a missing wait or commit is seen. Until then its
-// destination holds, depending on the schedule, NaNs, tiny numbers or what it held before; so a copy that starts while its
-// destination is still being read is seen, too.
+// A copy completes in the wait that covers it, so that a missing wait or commit is seen. Until then the destination holds NaNs, tiny
+// numbers or its old values, depending on the schedule. So a copy that starts while its destination is still being read is seen, too.
 inline void cp_async_16(void* destination, const void* source, bool predicate) {
   emulator::check_awaited("cp_async_16");
   if (reinterpret_cast<uintptr_t>(destination) % 16) emulator::fail("cp_async_16: misaligned destination");
@@ -152,7 +152,7 @@ inline void ldmatrix_x4(uint32_t (&r)[4], const void* shared_row) {
   }
 }
 
-// The fragments of mma.m16n8k16 as PTX lays them out. Products are exact and summed in double precision, then rounded once.
+// Fragment layouts are those of PTX's mma.m16n8k16. Products are exact, summed in double precision and rounded once.
 template <class T>
 void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], T = T()) {
   emulator::Words given;

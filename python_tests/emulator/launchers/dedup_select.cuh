@@ -4,14 +4,14 @@
 
 namespace sts {
 
-// held: entries whose distances are held at a time (0: as planned).
+// stored_entries: batch entries whose distances are stored at a time; 0: as planned.
 template <class scalar_t>
 cudaError_t launch_dedup_select(const scalar_t* features, int64_t batch, int64_t tokens, int64_t channels, int64_t batch_stride,
-                                int64_t row_stride, const int64_t* listed, int64_t count, int64_t keep, int64_t step, int64_t held,
-                                int64_t* out, cudaStream_t stream) {
+                                int64_t row_stride, const int64_t* listed, int64_t count, int64_t keep, int64_t step,
+                                int64_t stored_entries, int64_t* out, cudaStream_t stream) {
   const Rows<scalar_t> rows{features, batch_stride, row_stride, static_cast<int>(channels)};
   DedupPlan plan = plan_dedup(batch, count);
-  if (held) plan.entries = held;
+  if (stored_entries) plan.entries = stored_entries;
   kernel_table::Scratch memory(stream);
   const DedupScratch scratch(plan, batch, count, channels, memory);
   const cudaError_t error = launch_dedup(rows, batch, tokens, listed, count, keep, step, plan, scratch, out, stream);

@@ -1,4 +1,4 @@
-// Kernels that use every function of device.cuh, ptx.cuh and hopper.cuh, so that the emulator and a GPU can be held to the same expectations.
+// Kernels that call every function of device.cuh, ptx.cuh and hopper.cuh, so that tests expect the same results of the emulator and a GPU.
 #pragma once
 #include <type_traits>
 
@@ -28,7 +28,7 @@ STS_KERNEL(primitive_to_float32, launch_to_float<float>);
 STS_KERNEL(primitive_to_float16, launch_to_float<__half>);
 STS_KERNEL(primitive_to_bfloat16, launch_to_float<__nv_bfloat16>);
 
-// in (n) float32 -> out (n) of the bits that T rounds it to.
+// in (n) float32 -> out (n), rounded to T.
 template <class T>
 __global__ void round_kernel(const float* in, T* out, int n) {
   for (int i = threadIdx.x; i < n; i += blockDim.x) {
@@ -46,7 +46,7 @@ STS_KERNEL(primitive_round_float16, launch_round<__half>);
 STS_KERNEL(primitive_round_bfloat16, launch_round<__nv_bfloat16>);
 
 // out (m, n) = a (m, k) b (n, k)^T on tensor cores: cp.async into two stages of dynamic shared memory, ldmatrix, mma.
-// A block has kRows x 16 of out, a warp 16 x 16. k is a multiple of 8.
+// A block computes kMatmulRows x 16 of out, a warp 16 x 16. k is a multiple of 8.
 constexpr int kMatmulRows = 32, kMatmulStage = (kMatmulRows + 16) * 24;  // rows of 16, 24 apart: no bank conflicts
 
 template <class T>
@@ -97,8 +97,8 @@ cudaError_t launch_matmul(const T* a, const T* b, float* out, int m, int n, int 
 STS_KERNEL(primitive_matmul_float16, launch_matmul<__half>);
 STS_KERNEL(primitive_matmul_bfloat16, launch_matmul<__nv_bfloat16>);
 
-// out (items, m, n) = a (items, m, k) b (items, n, k)^T by Hopper's copy engine and tensor cores: a producer warp, two stages, and a
-// warpgroup for 64 x kColumns of out. Rows of a and b are k elements, a multiple of 8, apart.
+// out (items, m, n) = a (items, m, k) b (items, n, k)^T by TMA and wgmma: a producer warp, two stages, and a warpgroup that computes
+// 64 x kColumns of out. The row pitch of a and b is k, a multiple of 8.
 template <class T, int kColumns>
 __global__ void __launch_bounds__(hopper_threads(160))
     hopper_matmul_kernel(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b, float* out, int m, int n,
@@ -158,27 +158,27 @@ cudaError_t launch_hopper_matmul(const T* a, const T* b, float* out, int items, 
 STS_KERNEL(primitive_hopper_matmul_float16, launch_hopper_matmul<__half>);
 STS_KERNEL(primitive_hopper_matmul_bfloat16, launch_hopper_matmul<__nv_bfloat16>);
 
-// Groups of blocks, each of which turns its values (one a block) `turns` times: a block takes its neighbour's value.
-__global__ void __launch_bounds__(64) turn_kernel(float* values, unsigned* arrived, int group_blocks, int turns) {
+// Each group of blocks rotates its values, 64 per block, by one block in each of `steps` steps.
+__global__ void __launch_bounds__(64) rotate_kernel(float* values, unsigned* arrived, int group_blocks, int steps) {
   const int group = blockIdx.x / group_blocks, rank = blockIdx.x % group_blocks;
   GroupBarrier barrier(arrived + group, group_blocks);
-  float* mine = values + static_cast<int64_t>(group) * group_blocks * 64;
-  for (int turn = 0; turn < turns; ++turn) {
-    const float next = mine[(rank + 1) % group_blocks * 64 + threadIdx.x];
+  float* group_values = values + static_cast<int64_t>(group) * group_blocks * 64;
+  for (int step = 0; step < steps; ++step) {
+    const float next = group_values[(rank + 1) % group_blocks * 64 + threadIdx.x];
     barrier.sync();
-    mine[rank * 64 + threadIdx.x] = next;
+    group_values[rank * 64 + threadIdx.x] = next;
     barrier.sync();
   }
 }
-inline cudaError_t launch_turn(float* values, unsigned* arrived, int groups, int group_blocks, int turns, cudaStream_t stream) {
-  if (groups * group_blocks > max_resident_blocks(turn_kernel, 64, 0)) return cudaErrorCooperativeLaunchTooLarge;
+inline cudaError_t launch_rotate(float* values, unsigned* arrived, int groups, int group_blocks, int steps, cudaStream_t stream) {
+  if (groups * group_blocks > max_resident_blocks(rotate_kernel, 64, 0)) return cudaErrorCooperativeLaunchTooLarge;
   const cudaError_t error = cudaMemsetAsync(arrived, 0, groups * sizeof(unsigned), stream);
   if (error != cudaSuccess) return error;
-  return launch(turn_kernel, {dim3(groups * group_blocks), dim3(64), 0, 1, true, stream}, values, arrived, group_blocks, turns);
+  return launch(rotate_kernel, {dim3(groups * group_blocks), dim3(64), 0, 1, true, stream}, values, arrived, group_blocks, steps);
 }
-STS_KERNEL(primitive_turn, launch_turn);
+STS_KERNEL(primitive_turn, launch_rotate);
 
-// Collectives: of each thread's value (grid of one block, whole warps) what every collective makes of it. out (8, n).
+// The result of each collective for each thread's value. One block of whole warps; out (8, n).
 __global__ void collectives_kernel(const int* values, int* out, int* counter) {
   __shared__ int total;
   const int n = blockDim.x, tid = threadIdx.x, value = values[tid];
@@ -212,9 +212,9 @@ __global__ void __launch_bounds__(32) cluster_kernel(const float* values, float*
   given[threadIdx.x] = values[blockIdx.x * 32 + threadIdx.x];
   cluster.sync();
   if (threadIdx.x < kCluster) {
-    const float* theirs = cluster.map_shared_rank(given, static_cast<int>(threadIdx.x));
+    const float* remote = cluster.map_shared_rank(given, static_cast<int>(threadIdx.x));
     float sum = 0;
-    for (int i = 0; i < 8; ++i) sum += theirs[rank * 8 + i];
+    for (int i = 0; i < 8; ++i) sum += remote[rank * 8 + i];
     cluster.map_shared_rank(received, 0)[rank * kCluster + threadIdx.x] = sum;
   }
   cluster.sync();
@@ -230,43 +230,43 @@ inline cudaError_t launch_cluster(const float* values, float* sums, int clusters
 }
 STS_KERNEL(primitive_cluster, launch_cluster);
 
-// The blocks of a cluster send each other letters, of 4 and of 16 bytes: in every turn each warp hands its values on to that warp of
-// the next block, and tells all blocks their sum modulo 8, which goes to each value. A warp that has the letters of all others knows
-// that they have read those before. sm_90.
+// The blocks of a cluster exchange messages of 4 and of 16 bytes by st.async. In each step a warp passes its values on to the same warp of
+// the next block, and sends their sum modulo 8 to all blocks, where all sums are added to each value. Double-buffered without a reader-side
+// barrier: a warp that has all messages of a step knows that all warps have read those of the step before. sm_90.
 struct alignas(16) Letter {
   float sum;
-  int block, warp, turn;
+  int block, warp, step;
 };
-__global__ void __launch_bounds__(64) letters_kernel(const float* values, float* out, int turns) {
+__global__ void __launch_bounds__(64) letters_kernel(const float* values, float* out, int steps) {
 #if __CUDA_ARCH__ >= 900
-  __shared__ Mbarrier arrivals[2];
-  __shared__ float handed[2][64];
+  __shared__ Mbarrier barriers[2];
+  __shared__ float passed[2][64];
   __shared__ Letter letters[2][kCluster][2];
   const auto cluster = cooperative_groups::this_cluster();
   const int rank = static_cast<int>(cluster.block_rank()), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  if (threadIdx.x < 2) mbarrier_init(&arrivals[threadIdx.x]);
+  if (threadIdx.x < 2) mbarrier_init(&barriers[threadIdx.x]);
   cluster.sync();
   float value = values[blockIdx.x * 64 + threadIdx.x];
-  for (int turn = 0; turn < turns; ++turn) {
-    Mbarrier* const now = &arrivals[turn & 1];
-    if (threadIdx.x == 0) mbarrier_expect_tx(now, sizeof handed[0] + sizeof letters[0]);
+  for (int step = 0; step < steps; ++step) {
+    Mbarrier* const barrier = &barriers[step & 1];
+    if (threadIdx.x == 0) mbarrier_expect_tx(barrier, sizeof passed[0] + sizeof letters[0]);
     const float sum = fmodf(warp_sum(value), 8);
-    __syncwarp();  // all lanes have read what came in the turn before
-    store_async(&handed[turn & 1][threadIdx.x], value, now, (rank + 1) % kCluster);
-    if (lane < kCluster) store_async(&letters[turn & 1][rank][warp], {sum, rank, warp, turn}, now, lane);
-    mbarrier_wait(now, turn / 2);
-    value = handed[turn & 1][threadIdx.x];
+    __syncwarp();  // all lanes have read the messages of the previous step
+    store_async(&passed[step & 1][threadIdx.x], value, barrier, (rank + 1) % kCluster);
+    if (lane < kCluster) store_async(&letters[step & 1][rank][warp], {sum, rank, warp, step}, barrier, lane);
+    mbarrier_wait(barrier, step / 2);
+    value = passed[step & 1][threadIdx.x];
     for (int block = 0; block < kCluster; ++block)
       for (int other = 0; other < 2; ++other) {
-        const Letter letter = letters[turn & 1][block][other];
-        value += letter.block == block && letter.warp == other && letter.turn == turn ? letter.sum : kInfinity;
+        const Letter letter = letters[step & 1][block][other];
+        value += letter.block == block && letter.warp == other && letter.step == step ? letter.sum : kInfinity;
       }
   }
   out[blockIdx.x * 64 + threadIdx.x] = value;
 #endif
 }
-inline cudaError_t launch_letters(const float* values, float* out, int clusters, int turns, cudaStream_t stream) {
-  return launch(letters_kernel, {dim3(clusters * kCluster), dim3(64), 0, kCluster, false, stream}, values, out, turns);
+inline cudaError_t launch_letters(const float* values, float* out, int clusters, int steps, cudaStream_t stream) {
+  return launch(letters_kernel, {dim3(clusters * kCluster), dim3(64), 0, kCluster, false, stream}, values, out, steps);
 }
 STS_KERNEL(primitive_letters, launch_letters);
 

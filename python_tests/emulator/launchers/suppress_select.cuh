@@ -4,7 +4,7 @@
 
 namespace sts {
 
-// As launch_repulsion_select. Ranks are float32 here.
+// As launch_repulsion_select. rank is float32.
 template <class scalar_t>
 cudaError_t launch_suppress_select(const scalar_t* features, int64_t batch, int64_t tokens, int64_t channels, int64_t batch_stride,
                                    int64_t row_stride, int64_t k, const float* rank, const float* tau, const int64_t* num_tokens,
