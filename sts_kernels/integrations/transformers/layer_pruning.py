@@ -116,6 +116,12 @@ class LayerPruner:
             run.raters = raters_of(self.method, kwargs["inputs_embeds"], run, max(row.num_kept for row in rows))
         return run, kwargs
 
+    def embedded(self, kwargs: dict) -> dict:
+        """With embeddings in place of ids, which a caller may give the LLM where it calls it by itself."""
+        if kwargs.get("inputs_embeds") is not None:
+            return kwargs
+        return {**kwargs, "input_ids": None, "inputs_embeds": self.text.get_input_embeddings()(kwargs["input_ids"])}
+
     def resume(self, kwargs: dict, cache, prompt: PrunedPrompt, by_hand: bool) -> tuple[Decoding, dict]:
         """Continues a pruned prompt: one token at a time, drafts, or the next turn of a conversation.
 

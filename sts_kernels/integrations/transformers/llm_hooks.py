@@ -105,6 +105,8 @@ class LLMHooks:
             placed = self._find_handed_out(embeds, cache) or placed
         state = pruned_state(cache)
         if state is not None:
+            given = self.pruner.embedded(given)
+            embeds = given["inputs_embeds"]
             by_hand = threading.get_ident() not in self.generating
             started = self.pruner.resume(given, cache, state, by_hand)
         elif placed is None or placed.modality is None or embeds is None or placed.modality.shape != embeds.shape[:2]:
