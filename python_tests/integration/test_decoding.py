@@ -93,3 +93,16 @@ def test_cudnn_attention_that_the_user_turned_off(on_cuda):
         assert not torch.backends.cuda.cudnn_sdp_enabled()
     finally:
         torch.backends.cuda.enable_cudnn_sdp(True)
+
+
+def test_the_llm_by_itself_continues_a_pruned_prompt_by_ids():
+    """As by the embeddings that the base model would give it."""
+    model = models.build("llava")
+    inputs = models.batch(model, [models.prompt_of("llava", 1, seed=1)])
+    ids, embedding = torch.tensor([[5, 6]]), model.get_input_embeddings()
+    with apply_sts(model, CONFIG), torch.no_grad():
+        found = []
+        for given in ({"input_ids": ids}, {"inputs_embeds": embedding(ids)}):
+            cache = output_cache(model(**inputs, use_cache=True))
+            found.append(model.model.language_model(**given, **{CACHE: cache}).last_hidden_state)
+    assert torch.equal(*found)

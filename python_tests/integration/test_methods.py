@@ -404,7 +404,7 @@ MUTANTS = {
         "llava",
         "pyramiddrop",
         layer_pruning,
-        "        if self.contiguous:\n            rotary",
+        "        if run.end is not None:\n            rotary",
         "        if False:\n            rotary",
     ),
     "numbers that begin as in the full prompt": (

@@ -21,16 +21,17 @@ import math
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ._attention_received_plan import Columns, Plan
-from ._triton_launch import Launcher
+from ._triton_launch import Bound, Launcher
 
 INTERPRETED = triton.knobs.runtime.interpret
 MEAN_BLOCK = 128  # keys of a program of mean_kernel
 
 
 @triton.jit
-def _part(at, inside, column, DIM: tl.constexpr, CHUNK: tl.constexpr, UPCAST: tl.constexpr):
+def _part(at, inside, column, DIM: tl.constexpr, CHUNK: tl.constexpr, UPCAST: tl.constexpr):  # type: ignore[no-untyped-def]
     """CHUNK columns of the rows at `at`: (rows, CHUNK). Padding is 0."""
     d = column + tl.arange(0, CHUNK)
     x = tl.load(at[:, None] + d[None, :], mask=inside[:, None] & (d < DIM)[None, :], other=0.0)
@@ -38,7 +39,7 @@ def _part(at, inside, column, DIM: tl.constexpr, CHUNK: tl.constexpr, UPCAST: tl
 
 
 @triton.jit
-def _products(
+def _products(  # type: ignore[no-untyped-def]
     fixed, fixed_tail, at_fixed, inside_fixed, at_moving, inside_moving, x,
     DIM: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -64,19 +65,19 @@ def _products(
 
 
 @triton.jit
-def _finite(top):
+def _finite(top):  # type: ignore[no-untyped-def]
     """A maximum to subtract: 0 where nothing is seen, for -inf - -inf would be NaN."""
     return tl.where(top == float("-inf"), 0.0, top)
 
 
 @triton.jit
-def _last_seen(position, keys):
+def _last_seen(position, keys):  # type: ignore[no-untyped-def]
     """The last key that a row at `position` sees; -1: none."""
     return tl.maximum(tl.minimum(position, keys - 1), -1).to(tl.int32)
 
 
 @triton.jit
-def _add_keys(
+def _add_keys(  # type: ignore[no-untyped-def]
     top, total, fixed, fixed_tail, at_fixed, live, key, stride_token, key_mask, stride_mask, position, start, keys,
     scale,
     DIM: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr,
@@ -113,7 +114,7 @@ _RUNTIME = (
 
 
 @triton.jit
-def _place(count, HEADS: tl.constexpr):
+def _place(count, HEADS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Program -> block of `count`, and item, head and their joint number."""
     item_head = tl.program_id(0) // count
     return tl.program_id(0) % count, (item_head // HEADS).to(tl.int64), item_head % HEADS, item_head.to(tl.int64)
@@ -121,7 +122,7 @@ def _place(count, HEADS: tl.constexpr):
 
 @Launcher
 @triton.jit(do_not_specialize=_RUNTIME)
-def rows_kernel(
+def rows_kernel(  # type: ignore[no-untyped-def]
     query, key, key_mask, row_weight, row_position, tops, shares, reaches, scale, rows, keys,
     query_stride_item, query_stride_row, query_stride_head, key_stride_item, key_stride_token, key_stride_head,
     mask_stride_item, mask_stride_token, weight_stride_item, weight_stride_row,
@@ -192,7 +193,7 @@ def rows_kernel(
 
 @Launcher
 @triton.jit(do_not_specialize=_RUNTIME)
-def keys_kernel(
+def keys_kernel(  # type: ignore[no-untyped-def]
     query, key, key_mask, row_weight, row_position, tops, shares, reaches, received, scale, rows, keys,
     query_stride_item, query_stride_row, query_stride_head, key_stride_item, key_stride_token, key_stride_head,
     mask_stride_item, mask_stride_token, weight_stride_item, weight_stride_row,
@@ -271,7 +272,7 @@ def keys_kernel(
 
 @Launcher
 @triton.jit(do_not_specialize=("keys",))
-def mean_kernel(received, out, keys, HEADS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr):
+def mean_kernel(received, out, keys, HEADS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """(3) Program (item, block of keys)."""
     block = tl.program_id(0) % tl.cdiv(keys, BLOCK)
     item = (tl.program_id(0) // tl.cdiv(keys, BLOCK)).to(tl.int64)
@@ -285,7 +286,18 @@ def mean_kernel(received, out, keys, HEADS: tl.constexpr, PADDED: tl.constexpr, 
 
 
 @functools.lru_cache(maxsize=1024)
-def _passes(plan, heads, kv_heads, dim, size, align, blocks, masked, weighted, causal):
+def _passes(
+    plan: Plan,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    size: int,
+    align: int,
+    blocks: int,
+    masked: bool,
+    weighted: bool,
+    causal: bool,
+) -> tuple[Bound, Bound]:
     """rows_kernel and keys_kernel for all that does not depend on the numbers of rows and keys. blocks: a power of two
     that no number of blocks of rows exceeds."""
     columns = Columns.of(dim, size)
@@ -305,19 +317,30 @@ def _passes(plan, heads, kv_heads, dim, size, align, blocks, masked, weighted, c
         "PRECISION": "bf16x6" if size == 4 and not INTERPRETED else "ieee",
         "UPCAST": INTERPRETED,  # the interpreter's arithmetic on bfloat16 works on raw bits
     }
-    reach = {"REACH": plan.rows, "BLOCKS": blocks}
     return (
         rows_kernel.bind(plan.warps, ROWS=plan.rows, KEYS=plan.moving_keys, **constants),
-        keys_kernel.bind(plan.warps, ROWS=plan.moving_rows, KEYS=plan.keys, **reach, **constants),
+        keys_kernel.bind(
+            plan.warps, ROWS=plan.moving_rows, KEYS=plan.keys, REACH=plan.rows, BLOCKS=blocks, **constants
+        ),
     )
 
 
 @functools.lru_cache(maxsize=1024)
-def _mean(heads):
+def _mean(heads: int) -> Bound:
     return mean_kernel.bind(4, HEADS=heads, PADDED=min(32, triton.next_power_of_2(heads)), BLOCK=MEAN_BLOCK)
 
 
-def received(out, query, key, scale, row_weight, row_position, key_mask, per_head, plan: Plan | None = None):
+def received(
+    out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    scale: float | None,
+    row_weight: Tensor | None,
+    row_position: Tensor | None,
+    key_mask: Tensor | None,
+    per_head: bool,
+    plan: Plan | None = None,
+) -> Tensor:
     """Fills `out` (B, S), or (B, Hq, S) with per_head."""
     batch, rows, heads, dim = query.shape
     _, keys, kv_heads, _ = key.shape
@@ -335,15 +358,15 @@ def received(out, query, key, scale, row_weight, row_position, key_mask, per_hea
     options = (option is not None for option in (key_mask, row_weight, row_position))
     shape = heads, kv_heads, dim, size, align, 1 << (blocks - 1).bit_length()
     rows_pass, keys_pass = _passes(plan, *shape, *options)
-    scratch = {"dtype": torch.float32, "device": query.device}
+    floats = functools.partial(torch.empty, dtype=torch.float32, device=query.device)
     scale = (dim**-0.5 if scale is None else scale) * math.log2(math.e)
     with torch.cuda.device_of(query):
-        tops, shares = torch.empty((batch, heads, rows), **scratch), torch.empty((batch, heads, rows), **scratch)
+        tops, shares = floats((batch, heads, rows)), floats((batch, heads, rows))
         reaches = torch.empty((batch, heads, blocks), dtype=torch.int32, device=query.device)
         tensors = query, key, key_mask, row_weight, row_position, tops, shares, reaches
         numbers = scale, rows, keys, *strides
         rows_pass.launch((batch * heads * blocks,), tensors, numbers)
-        of_heads = out if per_head else torch.empty((batch, heads, keys), **scratch)
+        of_heads = out if per_head else floats((batch, heads, keys))
         keys_pass.launch((batch * heads * -(-keys // plan.keys),), (*tensors, of_heads), numbers)
         if not per_head:
             _mean(heads).launch((batch * -(-keys // MEAN_BLOCK),), (of_heads, out), (keys,))

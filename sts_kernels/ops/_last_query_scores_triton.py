@@ -13,16 +13,17 @@ import math
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ._last_query_scores_plan import Plan, columns
-from ._triton_launch import Launcher
+from ._triton_launch import Bound, Launcher
 
 INTERPRETED = triton.knobs.runtime.interpret
 
 
 @triton.jit
-def _span(item, cu_seqlens, tokens, longest, VARLEN: tl.constexpr):
+def _span(item, cu_seqlens, tokens, longest, VARLEN: tl.constexpr):  # type: ignore[no-untyped-def]
     """First token and length of an item in the packed order of logits and scores. What does not fit is empty."""
     if VARLEN:
         first = tl.load(cu_seqlens + item).to(tl.int64)
@@ -37,7 +38,7 @@ def _span(item, cu_seqlens, tokens, longest, VARLEN: tl.constexpr):
 
 
 @triton.jit
-def _keys(key, item, first, stride_item, stride_token, ALIGN: tl.constexpr, VARLEN: tl.constexpr):
+def _keys(key, item, first, stride_item, stride_token, ALIGN: tl.constexpr, VARLEN: tl.constexpr):  # type: ignore[no-untyped-def]
     """Where an item's keys start. Strides come divided by ALIGN, so that the compiler knows what divides them."""
     if VARLEN:
         key += first * (stride_token.to(tl.int64) * ALIGN)
@@ -47,7 +48,7 @@ def _keys(key, item, first, stride_item, stride_token, ALIGN: tl.constexpr, VARL
 
 
 @triton.jit
-def _queries(
+def _queries(  # type: ignore[no-untyped-def]
     query, stride_head, column, HEADS: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -60,7 +61,7 @@ def _queries(
 
 
 @triton.jit
-def _add_columns(
+def _add_columns(  # type: ignore[no-untyped-def]
     x, query, stride_head, row, inside, column, HEADS: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr,
     WIDTH: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -78,7 +79,7 @@ def _add_columns(
 
 
 @triton.jit
-def _logits(
+def _logits(  # type: ignore[no-untyped-def]
     query, stride_head, key, stride_token, key_mask, stride_mask, start, end, scale,
     HEADS: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK: tl.constexpr, STAGES: tl.constexpr, ALIGN: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
@@ -106,13 +107,13 @@ def _logits(
 
 
 @triton.jit
-def _finite(top):
+def _finite(top):  # type: ignore[no-untyped-def]
     """A maximum to subtract: 0 where nothing is allowed, for -inf - -inf would be NaN."""
     return tl.where(top == float("-inf"), 0.0, top)
 
 
 @triton.jit
-def _share(total, HEADS: tl.constexpr):
+def _share(total, HEADS: tl.constexpr):  # type: ignore[no-untyped-def]
     """What an exponential counts in the mean over heads; a total of 0 has none to count."""
     return 1.0 / (tl.where(total == 0.0, 1.0, total) * HEADS)
 
@@ -125,7 +126,7 @@ _RUNTIME = (
 
 @Launcher
 @triton.jit(do_not_specialize=_RUNTIME)
-def split_kernel(
+def split_kernel(  # type: ignore[no-untyped-def]
     query, key, key_mask, cu_seqlens, logits, sums, scale, tokens, longest, splits, span,
     query_stride_item, query_stride_head, key_stride_item, key_stride_token, key_stride_head,
     mask_stride_item, mask_stride_token,
@@ -178,7 +179,7 @@ def split_kernel(
 
 @Launcher
 @triton.jit(do_not_specialize=_RUNTIME)
-def mean_kernel(
+def mean_kernel(  # type: ignore[no-untyped-def]
     logits, sums, cu_seqlens, scores, tokens, longest, splits,
     ALL_HEADS: tl.constexpr, PADDED: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, VARLEN: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -207,7 +208,7 @@ def mean_kernel(
 
 @Launcher
 @triton.jit(do_not_specialize=_RUNTIME)
-def whole_kernel(
+def whole_kernel(  # type: ignore[no-untyped-def]
     query, key, key_mask, cu_seqlens, scores, scale, tokens, longest,
     query_stride_item, query_stride_head, key_stride_item, key_stride_token, key_stride_head,
     mask_stride_item, mask_stride_token,
@@ -252,7 +253,20 @@ def _device(index: int) -> tuple[int, bool]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _first(whole, tiles, heads, block, overlap, kv_heads, group, dim, size, align, masked, varlen):
+def _first(
+    whole: bool,
+    tiles: int,
+    heads: int,
+    block: int,
+    overlap: bool,
+    kv_heads: int,
+    group: int,
+    dim: int,
+    size: int,
+    align: int,
+    masked: bool,
+    varlen: bool,
+) -> Bound:
     """split_kernel or whole_kernel for all that does not depend on the number of keys."""
     width, chunk = columns(dim, size)
     constants = {
@@ -277,14 +291,16 @@ def _first(whole, tiles, heads, block, overlap, kv_heads, group, dim, size, alig
 
 
 @functools.lru_cache(maxsize=1024)
-def _mean(heads, splits, block, overlap, varlen):
+def _mean(heads: int, splits: int, block: int, overlap: bool, varlen: bool) -> Bound:
     """mean_kernel, likewise. splits: a power of two."""
     padded = min(32, triton.next_power_of_2(heads))
     constants = {"ALL_HEADS": heads, "PADDED": padded, "SPLITS": splits, "BLOCK": block}
     return mean_kernel.bind(4, overlap, VARLEN=varlen, OVERLAP=overlap, **constants)
 
 
-def scores(query, key, scale, key_mask, plan: Plan | None = None) -> torch.Tensor:
+def scores(
+    query: Tensor, key: Tensor, scale: float | None, key_mask: Tensor | None, plan: Plan | None = None
+) -> Tensor:
     batch, longest, *_ = key.shape
     out = torch.empty((batch, longest), dtype=torch.float32, device=query.device)
     if batch:
@@ -292,7 +308,9 @@ def scores(query, key, scale, key_mask, plan: Plan | None = None) -> torch.Tenso
     return out
 
 
-def scores_varlen(query, key, cu_seqlens, max_seqlen, scale, plan: Plan | None = None) -> torch.Tensor:
+def scores_varlen(
+    query: Tensor, key: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float | None, plan: Plan | None = None
+) -> Tensor:
     out = query.new_zeros(len(key), dtype=torch.float32)  # no item need cover a token
     longest = min(max_seqlen, len(key))
     if len(query) and longest:
@@ -300,7 +318,17 @@ def scores_varlen(query, key, cu_seqlens, max_seqlen, scale, plan: Plan | None =
     return out
 
 
-def _run(out, query, key, key_strides, key_mask, cu_seqlens, longest, scale, plan):
+def _run(
+    out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    key_strides: tuple[int, ...],
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    longest: int,
+    scale: float | None,
+    plan: Plan | None,
+) -> None:
     """key_strides: of item, token, head and column."""
     batch, heads, dim = query.shape
     kv_heads, size, tokens = key.shape[-2], key.element_size(), out.numel()

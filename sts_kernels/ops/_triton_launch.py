@@ -16,7 +16,14 @@ import functools
 import importlib.metadata
 import logging
 import re
-from typing import Any
+from collections.abc import Hashable
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from triton.compiler import CompiledKernel
+    from triton.runtime.jit import JITFunction
 
 KNOWN = (3, 4), (3, 10)  # versions whose compiled kernels take these arguments: from, and up to but not including
 WIDE = 1 << 31  # integers below have 32 bits
@@ -53,7 +60,7 @@ class Launcher:
     """Decorates a `triton.jit` kernel. Its parameters are tensors, then numbers, then constexpr; integers are not
     specialized."""
 
-    def __init__(self, kernel):
+    def __init__(self, kernel: "JITFunction"):
         import triton
         from triton.compiler import CompiledKernel
         from triton.runtime import driver
@@ -64,7 +71,7 @@ class Launcher:
         if not self.direct and not self.knobs.interpret:
             _log.debug("triton: %s", _unknown(triton.__version__))
 
-    def bind(self, num_warps: int, launch_pdl: bool = False, **constants) -> "Bound":
+    def bind(self, num_warps: int, launch_pdl: bool = False, **constants: int | str) -> "Bound":
         """The kernel with all its constexpr parameters. To be kept: it remembers what was compiled.
 
         Args:
@@ -83,13 +90,13 @@ class Launcher:
 
 
 class Bound:
-    def __init__(self, launcher: Launcher, constants: dict, options: dict):
+    def __init__(self, launcher: Launcher, constants: dict[str, int | str], options: dict[str, int]):
         self.launcher, self.constants, self.options = launcher, constants, options
         names = launcher.kernel.arg_names
         self._in_order = [constants[name] for name in names[len(names) - len(constants) :]]
-        self._compiled: dict[Any, Any] = {}
+        self._compiled: dict[tuple[Hashable, ...], CompiledKernel] = {}
 
-    def launch(self, grid: tuple[int, ...], tensors: tuple, numbers: tuple) -> None:
+    def launch(self, grid: tuple[int, ...], tensors: tuple[Tensor | None, ...], numbers: tuple[float, ...]) -> None:
         """Launches on the current device and stream.
 
         Args:
@@ -121,5 +128,7 @@ class Bound:
             x, y, z, stream, function, metadata, None, None, None, *addresses, *numbers, *self._in_order
         )  # (3)
 
-    def launch_by_triton(self, grid, tensors, numbers):
+    def launch_by_triton(
+        self, grid: tuple[int, ...], tensors: tuple[Tensor | None, ...], numbers: tuple[float, ...]
+    ) -> "CompiledKernel | None":
         return self.launcher.kernel[grid](*tensors, *numbers, **self.constants, **self.options)

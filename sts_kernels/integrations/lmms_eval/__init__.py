@@ -4,6 +4,11 @@ lmms-eval finds them through the entry point `lmms_eval.models`. Nothing heavy i
 one plugin that raises takes all others with it.
 """
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lmms_eval.models.registry_v2 import ModelManifest
+
 FAMILIES = {  # model of lmms-eval that is pruned, by its id -> its class
     "llava_hf": "LlavaHf",
     "qwen2_5_vl": "Qwen2_5_VL",
@@ -12,7 +17,7 @@ FAMILIES = {  # model of lmms-eval that is pruned, by its id -> its class
 }
 
 
-def manifests() -> list:
+def manifests() -> list["ModelManifest"]:
     """What lmms-eval registers: sts_<id> for each family."""
     from lmms_eval.models.registry_v2 import ModelManifest
 

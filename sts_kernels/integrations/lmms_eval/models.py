@@ -3,12 +3,22 @@
 import dataclasses
 import functools
 import importlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from ... import methods
 from ...methods import Budget, Method
 from ..transformers import prune
 from . import FAMILIES
+
+if TYPE_CHECKING:
+    from lmms_eval.api.instance import Instance
+    from lmms_eval.api.model import lmms as MixedInto
+
+    from ..transformers.report import RowReport
+else:
+    MixedInto = object
 
 AMOUNTS = ("budget", "keep", "layers", "ratios")
 PLACES = ("scope", "positions", "score_from", "cudnn_attention")  # further options of prune that are words
@@ -18,7 +28,7 @@ class PruningFailed(SystemExit):
     """Ends the run. lmms-eval logs an Exception of generate() and scores an empty answer, which is a wrong number."""
 
 
-def configure(arguments: dict) -> tuple[Method, dict]:
+def configure(arguments: dict[str, Any]) -> tuple[Method, dict[str, Any]]:
     """Takes what concerns pruning out of --model_args -> the method, and the other options of `prune`.
 
     Lists are written with plus signs: layers=8+16+24,ratios=0.5+0.25+64.
@@ -29,7 +39,7 @@ def configure(arguments: dict) -> tuple[Method, dict]:
     name = arguments.pop("method", "sts")
     known = {field.name for kind in (methods.create(name),) for field in dataclasses.fields(kind)}
     method = methods.create(name, **{option: arguments.pop(option) for option in known & arguments.keys()})
-    amounts = {option: _numbers(arguments.pop(option)) for option in AMOUNTS if option in arguments}
+    amounts: dict[str, Any] = {option: _numbers(arguments.pop(option)) for option in AMOUNTS if option in arguments}
     for option in ("layers", "ratios"):
         if option in amounts and not isinstance(amounts[option], list):
             amounts[option] = [amounts[option]]
@@ -39,40 +49,40 @@ def configure(arguments: dict) -> tuple[Method, dict]:
     return method, {**amounts, **{option: arguments.pop(option) for option in PLACES if option in arguments}}
 
 
-def _numbers(value):
+def _numbers(value: str | int | float) -> int | float | list[int | float]:
     if not isinstance(value, str):
         return value
     parts = [float(part) if "." in part else int(part) for part in value.split("+")]
     return parts if "+" in value else parts[0]
 
 
-class Pruned:
+class Pruned(MixedInto):
     """In front of a model of lmms-eval: prunes the model that it loads, and says at the end what was kept."""
 
     is_simple = False
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         method, options = configure(kwargs)
         super().__init__(*args, **kwargs)
         self._pruning = prune(self.model, method, **options)
-        self._pruned_rows = []
+        self._pruned_rows: list[RowReport] = []
         said = ", ".join(f"{name}={value}" for name, value in {**options, **method.options()}.items())
         print(f"sts_kernels: {method.name} prunes this model, {said}")
 
-    def generate_until(self, requests):
+    def generate_until(self, requests: list["Instance"]) -> Any:
         with mock.patch.object(self.model, "generate", functools.partial(self._generate, self.model.generate)):
             answers = super().generate_until(requests)
         print(self._summary(len(requests)))
         return answers
 
-    def _generate(self, generate, *args, **kwargs):
+    def _generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         before = self._pruning.report
         try:
             out = generate(*args, **kwargs)
         except Exception as error:
             raise PruningFailed(f"sts_kernels: {type(error).__name__}: {error}") from error
         report = self._pruning.report
-        if report is not before:
+        if report is not None and report is not before:
             self._pruned_rows += report.rows
         return out
 

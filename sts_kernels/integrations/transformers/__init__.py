@@ -16,7 +16,8 @@ A token's way through it, one visit a phase:
     report, visualize, timer   what was kept, and how long it took
     captured                   the same way as functions of fixed shapes, for CUDA graphs: `PruningHandle.compile`
 
-Aside: stack (whose generate() runs), cudnn (off while a pruned prompt is inside), random_models (for the command line).
+Aside: stack (whose generate() runs), cudnn (off while a pruned prompt is inside), untyped (names for types of models),
+random_models (for the command line).
 """
 
 from ..._errors import REQUIREMENTS, install, needs

@@ -10,12 +10,17 @@ import contextlib
 import copy
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
 
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from .hooks import MASKS
+from .untyped import Config, Kwargs, Model
+
+Callback: TypeAlias = Callable[[Model, torch.Tensor, torch.Tensor, Kwargs], None]  # module, query, key, further ones
+Attention: TypeAlias = Callable[..., tuple[torch.Tensor, Any]]  # module, query, key, value, ... -> output, weights
 
 _state = threading.local()
 _PREFIX = "sts_capture_"  # the implementation's name follows, as the library looks for "flash" in it
@@ -24,7 +29,7 @@ _PREFIX = "sts_capture_"  # the implementation's name follows, as the library lo
 class _CapturingConfig:
     """Stands in for `config`: it differs in the name of the attention implementation."""
 
-    def __init__(self, config, callback: Callable):
+    def __init__(self, config: Config, callback: Callback):
         self.__dict__.update(_sts_config=config, _sts_callback=callback)
 
     @property
@@ -34,25 +39,27 @@ class _CapturingConfig:
             AttentionInterface.register(name, _wrapper(name.removeprefix(_PREFIX)))
         return name
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_sts_config"], name)
 
-    def __setattr__(self, name: str, value) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._sts_config, name, value)
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, Any]) -> Config:
         return copy.deepcopy(self._sts_config, memo)  # a copy of the model captures nothing
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Callable[[Config], Config], tuple[Config]]:
         return _same, (self._sts_config,)
 
 
-def _same(config):
+def _same(config: Config) -> Config:
     return config
 
 
-def _wrapper(implementation: str) -> Callable:
-    def capturing(module, query, key, *args, **kwargs):
+def _wrapper(implementation: str) -> Attention:
+    def capturing(
+        module: Model, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, Any]:
         config = module.config
         if MASKS not in kwargs and isinstance(config, _CapturingConfig):
             config._sts_callback(module, query, key, kwargs)
@@ -66,7 +73,7 @@ def _wrapper(implementation: str) -> Callable:
     return capturing
 
 
-def function_of(implementation: str, module: torch.nn.Module) -> Callable:
+def function_of(implementation: str, module: torch.nn.Module) -> Attention:
     """What the attention module calls under this name; each model has an eager one of its own."""
     if implementation == "eager":
         return sys.modules[type(module).__module__].eager_attention_forward
@@ -78,7 +85,7 @@ class _Stop(Exception):
 
 
 @contextlib.contextmanager
-def stopped():
+def stopped() -> Iterator[None]:
     """Ends an attention module's forward once its query and key were shown."""
     _state.stopped = True
     try:
@@ -89,12 +96,12 @@ def stopped():
         _state.stopped = False
 
 
-def attach(module: torch.nn.Module, callback: Callable) -> None:
+def attach(module: Model, callback: Callback) -> None:
     """Until `detach`, calls `callback(module, query, key, kwargs)` whenever this module attends to something."""
     module.config = _CapturingConfig(module.config, torch.compiler.disable(callback))
 
 
-def detach(module: torch.nn.Module) -> None:
+def detach(module: Model) -> None:
     """Safe to call twice."""
     if isinstance(module.config, _CapturingConfig):
         module.config = module.config._sts_config

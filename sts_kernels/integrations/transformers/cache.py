@@ -1,24 +1,35 @@
 """A pruned prompt in a key/value cache: every layer keeps its own length, and the cache tells the full one."""
 
+from typing import TYPE_CHECKING, Any
+
+import torch
 from transformers import Cache
 
 from .segments import PrunedPrompt
 
+if TYPE_CHECKING:
+    from transformers import Cache as MixedInto
+else:
+    MixedInto = object
+
 _STATE = "_sts_prompt"
 
 
-class PrunedCache:
+class PrunedCache(MixedInto):
     """Mixed into the class of a cache that holds a pruned prompt. `get_seq_length` counts the columns the caller sees;
     masks are built on the columns that are there."""
 
-    def get_seq_length(self, *args, **kwargs):
+    plain_class: type[Cache]
+    _sts_prompt: PrunedPrompt
+
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
         length = super().get_seq_length(*args, **kwargs)
         return length + self._sts_prompt.hidden if length else 0
 
-    def get_query_offset(self, layer_idx: int = 0):
+    def get_query_offset(self, layer_idx: int = 0) -> int:
         return super().get_seq_length(layer_idx)
 
-    def update(self, *args, **kwargs):
+    def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         prompt = self._sts_prompt
         if not prompt.running and not (prompt.slots is not None and prompt.slots.active):
             raise RuntimeError(
@@ -27,7 +38,7 @@ class PrunedCache:
             )
         return super().update(*args, **kwargs)
 
-    def crop(self, *args, **kwargs):
+    def crop(self, *args: int, **kwargs: int) -> None:
         """Takes a negative number of columns to remove or, as before transformers 5, the length to leave."""
         (tokens,) = (*args, *kwargs.values())  # its name depends on the version
         length = self.get_seq_length()
@@ -44,17 +55,17 @@ class PrunedCache:
         for layer in self.layers:
             layer.crop(remove if remove > -length else -layer.get_seq_length())
 
-    def reorder_cache(self, beam_idx):
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self._sts_prompt.select_rows(beam_idx)
-        return super().reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx)
 
-    def batch_select_indices(self, indices):
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
         self._sts_prompt.select_rows(indices)
-        return super().batch_select_indices(indices)
+        super().batch_select_indices(indices)
 
-    def batch_repeat_interleave(self, repeats: int):
+    def batch_repeat_interleave(self, repeats: int) -> None:
         self._sts_prompt.repeat_rows(repeats)
-        return super().batch_repeat_interleave(repeats)
+        super().batch_repeat_interleave(repeats)
 
 
 _pruned_classes: dict[tuple[type, type], type] = {}
@@ -77,8 +88,8 @@ def detach_state(cache: Cache) -> None:
 
 def pruned_state(cache: Cache | None) -> PrunedPrompt | None:
     """The pruned prompt in `cache`. A cache that was emptied becomes a plain one again."""
-    prompt = getattr(cache, _STATE, None)
-    if prompt is None or cache.get_seq_length():
+    prompt: PrunedPrompt | None = getattr(cache, _STATE, None)
+    if cache is None or prompt is None or cache.get_seq_length():
         return prompt
     detach_state(cache)
     return None

@@ -7,14 +7,21 @@ import contextlib
 import functools
 import inspect
 import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from .untyped import Args, Kwargs, Model
+
+if TYPE_CHECKING:
+    from transformers import Cache
+
 OLDEST, NEWEST = (4, 57), (5, 24)  # minor versions that the tests run on
 CACHE_NAMES = ("cache", "past_key_values")
-CACHE = next(name for name in CACHE_NAMES if name in BaseModelOutputWithPast.__dataclass_fields__)
+CACHE: str = next(name for name in CACHE_NAMES if name in BaseModelOutputWithPast.__dataclass_fields__)
 
 # What the hooks read or replace, by the module that gets it.
 TEXT_ARGUMENTS = ("inputs_embeds", "attention_mask", "position_ids", CACHE_NAMES)
@@ -29,24 +36,24 @@ def version() -> tuple[int, ...]:
     return tuple(map(int, transformers.__version__.split(".")[:2]))
 
 
-def cache_of(arguments: dict):
+def cache_of(arguments: Kwargs) -> "Cache | None":
     """The cache among the arguments of a forward, by either name."""
     return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
 
 
-def output_cache(output):
+def output_cache(output: Any) -> "Cache | None":
     """The cache in the output of a forward."""
     return getattr(output, CACHE, None)
 
 
 @contextlib.contextmanager
-def without_kept_cache(model):
+def without_kept_cache(model: Model) -> Iterator[None]:
     """Without the static cache that a model keeps before transformers 5, whose layers have one length."""
-    kept = vars(model).pop("_cache", None)
+    kept = model.__dict__.pop("_cache", None)
     try:
         yield
     finally:
-        vars(model).pop("_cache", None)
+        model.__dict__.pop("_cache", None)
         if kept is not None:
             model._cache = kept
 
@@ -55,17 +62,17 @@ def parameters(module: torch.nn.Module) -> list[str]:
     return list(inspect.signature(module.forward).parameters)
 
 
-def named(names: list[str], args: tuple, kwargs: dict) -> dict:
+def named(names: list[str], args: Args, kwargs: Kwargs) -> Kwargs:
     """Arguments of a forward by name, also those given by position."""
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def check_model(base: torch.nn.Module, text: torch.nn.Module) -> None:
+def check_model(base: Model, text: Model) -> None:
     """Refuses forwards without the arguments that the hooks work on, before a prompt meets them."""
     for module, wanted in ((base, BASE_ARGUMENTS), (text, TEXT_ARGUMENTS), (text.layers[0], LAYER_ARGUMENTS)):
         have = parameters(module)
-        for names in wanted:
-            names = (names,) if isinstance(names, str) else names
+        for name in wanted:
+            names = (name,) if isinstance(name, str) else name
             if not set(names) & set(have):
                 raise NotImplementedError(
                     f"sts_kernels: {type(module).__name__}.forward of transformers {transformers.__version__} has no "

@@ -12,7 +12,7 @@ import weakref
 import torch
 
 _lock = threading.RLock()
-_holders: weakref.WeakSet = weakref.WeakSet()  # forwards under way
+_holders: weakref.WeakSet[object] = weakref.WeakSet()  # forwards under way
 _switched = False  # whether it was on, and is off because of them
 
 
@@ -20,7 +20,7 @@ def concerns(x: torch.Tensor) -> bool:
     return x.is_cuda
 
 
-def turn_off(holder) -> None:
+def turn_off(holder: object) -> None:
     """Until `turn_on` for every holder. Where a user has turned it off already, it stays so."""
     global _switched
     with _lock:
@@ -30,7 +30,7 @@ def turn_off(holder) -> None:
             torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def turn_on(holder) -> None:
+def turn_on(holder: object) -> None:
     """Safe to call twice, and without `turn_off`."""
     global _switched
     with _lock:

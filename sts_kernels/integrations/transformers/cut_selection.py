@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeAlias
 
 import torch
 
@@ -9,9 +10,24 @@ from ... import methods
 from ...methods import Cut, Method
 from ...methods._keep_top import best_of
 from ...methods._packed import host
+from ...methods._pool import ABSENT
 from ...methods.base import Inside
 from . import masks
 from .prompt import Row
+
+Group: TypeAlias = tuple[tuple[int, int, int], torch.Tensor]  # tokens before, left and recycled; rows of a batch
+
+
+class Run(Protocol):
+    """A prompt between two layers: (B, P) tensors of its slots. See `layer_pruning.Prefill`."""
+
+    slots: torch.Tensor
+    candidates: torch.Tensor
+    text: torch.Tensor
+    text_width: int
+    trailing: int
+    scores: torch.Tensor | None
+    raters: torch.Tensor | None
 
 
 @dataclass
@@ -24,7 +40,7 @@ class PlannedCut:
     recycled: list[int]  # those of them that it makes of the dropped ones
     lengths: list[int]  # all tokens of each row from here on
 
-    def alike(self, device) -> list[tuple[tuple[int, int, int], torch.Tensor]]:
+    def alike(self, device: torch.device) -> list[Group]:
         """Rows with equal numbers of tokens, which are batches without padding."""
         found: dict[tuple[int, int, int], list[int]] = {}
         for row, numbers in enumerate(zip(self.before, self.left, self.recycled, strict=True)):
@@ -45,18 +61,24 @@ def planned_cuts(cuts: Sequence[Cut], rows: list[Row], lengths: list[int]) -> li
 
 
 def leave(
-    run, planned: PlannedCut, hidden: torch.Tensor, candidates: torch.Tensor, norm: Callable
+    run: Run,
+    planned: PlannedCut,
+    hidden: torch.Tensor,
+    candidates: torch.Tensor,
+    norm: Callable[[torch.Tensor], torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """-> hidden states (B, P, C) with merged tokens in them, chosen (B, P) bool among the candidates, and the place
     (B, P) int64 of each column in the prompt where some move; None: all stay where they are. Nothing is read back.
 
-    run: the Prefill. norm: the LLM's final norm.
+    norm: the LLM's final norm.
     """
     scores = None if run.scores is None else run.scores.to(hidden.device)
     if planned.cut.select is None:
+        assert scores is not None  # such a cut goes by attention, of a layer that ran before it
         return hidden, best_of(scores, candidates, host(planned.left, scores.device)), None
     text, text_mask = masks.compact(run.text.to(hidden.device), run.text_width)
-    chosen, place, width = torch.zeros_like(candidates), None, candidates.shape[1]
+    chosen, width = torch.zeros_like(candidates), candidates.shape[1]
+    place: torch.Tensor | None = None
     taken = torch.ones((), dtype=torch.bool, device=hidden.device)  # as a Python bool it would be copied from the host
     if any(planned.recycled):
         place = torch.arange(width, device=hidden.device).mul(width + 1).repeat(len(candidates), 1)
@@ -74,8 +96,8 @@ def leave(
             visual,
             masks.take(hidden[rows], text[rows]),
             text_mask[rows],
-            None if scores is None else scores[rows].gather(1, columns),
-            None if scores is None else scores[rows].gather(1, text[rows]),
+            ABSENT if scores is None else scores[rows].gather(1, columns),
+            ABSENT if scores is None else scores[rows].gather(1, text[rows]),
             norm,
         )
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
@@ -85,13 +107,14 @@ def leave(
         if picked.assignment is not None:
             hidden = hidden.index_put((rows[:, None], at), methods.merge(visual, picked))
         if recycled:
+            assert place is not None  # any(planned.recycled)
             last = at[:, : left - recycled].amax(1, keepdim=True) * (width + 1)
             turn = torch.arange(1, recycled + 1, device=hidden.device)
             place[rows[:, None], at[:, left - recycled :]] = last + turn
     return hidden, chosen, place
 
 
-def raters_of(method: Method, embeds: torch.Tensor, run, width: int) -> torch.Tensor:
+def raters_of(method: Method, embeds: torch.Tensor, run: Run, width: int) -> torch.Tensor:
     """(B, text_width) float32: the weights of the text behind the last image, for attention that rates. width: the
     largest number of visual tokens."""
     visual, visual_mask = masks.compact(run.candidates, width)

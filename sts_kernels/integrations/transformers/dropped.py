@@ -4,6 +4,8 @@ It survives whatever the model does to features on their way into the prompt (un
 cannot go unnoticed. No NaN enters the LLM: at the entrance marked rows are taken out.
 """
 
+from typing import Any
+
 import torch
 
 from .prompt import KINDS
@@ -26,7 +28,7 @@ def is_dropped(embeds: torch.Tensor) -> torch.Tensor:
     return embeds[..., 0].isnan()
 
 
-def of_output(output) -> torch.Tensor:
+def of_output(output: Any) -> torch.Tensor:
     """(tokens,) bool: the marks in what get_image_features() or get_video_features() returned, image after image."""
     features = getattr(output, "pooler_output", output)
     if isinstance(features, list | tuple):
@@ -35,7 +37,7 @@ def of_output(output) -> torch.Tensor:
     return is_dropped(features).flatten()
 
 
-def _nested(features) -> bool:
+def _nested(features: list[Any] | tuple[Any, ...]) -> bool:
     return isinstance(features[0], list | tuple)
 
 

@@ -2,7 +2,9 @@
 
 import functools
 import inspect
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any, TypeAlias
 
 import torch
 
@@ -12,17 +14,32 @@ from .adapters import EncodeCall, ModelAdapter
 from .session import Encoding, Sessions
 from .stack import Caller
 from .timer import Timer
+from .untyped import Args, Kwargs, Model
+from .vision_pruning import Kept
+from .visual_item import VisualItem
+
+Numbers: TypeAlias = torch.Tensor | list[torch.Tensor] | tuple[torch.Tensor, ...]
+Relevance: TypeAlias = Numbers | Callable[[str, Kwargs], Numbers]  # of each token; or a function of kind and arguments
 
 
 class EncoderHooks:
     def __init__(
-        self, adapter: ModelAdapter, base, method: Method, plan: Plan, scope: str, sessions: Sessions, relevance=None
+        self,
+        adapter: ModelAdapter,
+        base: Model,
+        method: Method,
+        plan: Plan,
+        scope: str,
+        sessions: Sessions,
+        relevance: Relevance | None = None,
     ):
         self.adapter, self.base, self.method, self.plan, self.scope = adapter, base, method, plan, scope
         self.sessions, self.relevance = sessions, relevance
         self.token_ids = prompt.token_ids(base.config)
 
-    def encode(self, kind: str, caller: Caller, timer: Timer, original, args: tuple, kwargs: dict):
+    def encode(
+        self, kind: str, caller: Caller, timer: Timer, original: Callable[..., Any], args: Args, kwargs: Kwargs
+    ) -> Any:
         """Around get_image_features and get_video_features."""
         session = self.sessions.now
         if caller.forward and session.placed is not None:
@@ -43,7 +60,7 @@ class EncoderHooks:
             session.handed_out[kind] = (session.encoded[kind], dropped.of_output(out))
         return out
 
-    def capture(self, module, query, key, kwargs) -> None:
+    def capture(self, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, kwargs: Kwargs) -> None:
         """The encoder's attention, where the method asks for it."""
         encoding = self.sessions.now.encoding
         if encoding is not None:
@@ -52,7 +69,7 @@ class EncoderHooks:
                 calls = [vision_attention.one_head(*call) for call in calls]
             encoding.attention += calls
 
-    def before_projector(self, module, args, kwargs):
+    def before_projector(self, module: torch.nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         session = self.sessions.now
         encoding = session.encoding
         if encoding is None:
@@ -74,12 +91,14 @@ class EncoderHooks:
             x = vision_pruning.merged_rows(self.method, self.adapter.name, x, kept.values)
         return (x, *args[1:]), kwargs
 
-    def after_projector(self, module, args, kwargs, output):
+    def after_projector(
+        self, module: torch.nn.Module, args: Args, kwargs: Kwargs, output: torch.Tensor | None
+    ) -> torch.Tensor | None:
         encoding = self.sessions.now.encoding
         if encoding is None or encoding.dropping is None or output is None:
             return None
         (what, shape), encoding.dropping = encoding.dropping, None
-        if self.method.site == "encoder":
+        if isinstance(what, torch.Tensor):
             return dropped.mark(output, what, shape)
         kept = self._select(encoding, output, shape, what) if self.method.site == "projected" else None
         if kept is None:
@@ -88,27 +107,30 @@ class EncoderHooks:
         values = flat[kept.rows] if kept.values is None else kept.values.to(flat.dtype)
         return dropped.mark(values, kept.rows, shape[:-1] + output.shape[-1:]).view(output.shape)
 
-    def _select(self, encoding: Encoding, features: torch.Tensor, shape: torch.Size, items):
+    def _select(
+        self, encoding: Encoding, features: torch.Tensor, shape: torch.Size, items: list[VisualItem]
+    ) -> Kept | None:
         """features: (..., C), what the method selects from; shape: of what the projector gets."""
-        signals, (calls, encoding.attention) = {}, (encoding.attention, [])
+        signals: dict[str, torch.Tensor] = {}
+        calls, encoding.attention = encoding.attention, []
         for name, find in (("attention", self.adapter.attention), ("keys", self.adapter.keys)):
             if name in self.method.signals:
                 if not calls:
                     raise RuntimeError(f"sts_kernels: {self.method.name} saw no attention in the vision encoder")
                 signals[name] = find(self.base, calls, shape)
-        if "text" in self.method.signals:
-            signals["texts"] = encoding.texts(items)
+        texts = encoding.texts(items) if "text" in self.method.signals else None
         if "relevance" in self.method.signals:
             signals["attention"] = self._relevance(encoding.call, shape[:-1].numel(), features.device)
         flat = features.reshape(shape[:-1].numel(), features.shape[-1])
-        kept = vision_pruning.select(self.method, self.scope, flat, items, **signals)
+        kept = vision_pruning.select(self.method, self.scope, flat, items, texts=texts, **signals)
         if kept is not None and kept.counts is not None:
             counted = zip(items, kept.counts, strict=True)
             self.sessions.now.encoded[encoding.call.kind] = [replace(item, kept=count) for item, count in counted]
         return kept
 
-    def _relevance(self, call: EncodeCall, rows: int, device) -> torch.Tensor:
+    def _relevance(self, call: EncodeCall, rows: int, device: torch.device) -> torch.Tensor:
         """(rows,) float32: what the caller says of the tokens, in the order in which the projector gets them."""
+        assert self.relevance is not None  # prune() demands it
         given = self.relevance(call.kind, dict(call.arguments)) if callable(self.relevance) else self.relevance
         parts = list(given) if isinstance(given, list | tuple) else [given]
         if not all(isinstance(part, torch.Tensor) for part in parts):

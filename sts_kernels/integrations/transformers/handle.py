@@ -5,7 +5,8 @@ import functools
 import threading
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import transformers
@@ -15,19 +16,20 @@ from ...methods import Method, Plan
 from . import attention_capture, captured, compat, prompt, unsupported
 from .adapters import ADAPTERS, ModelAdapter, adapter_of
 from .captured import Bucket, Captured
-from .encoder_hooks import EncoderHooks
+from .encoder_hooks import EncoderHooks, Relevance
 from .hooks import Hooks
 from .llm_hooks import LLMHooks, compiled
 from .report import Report
 from .session import Placed, Session, Sessions
 from .timer import Timer
+from .untyped import Args, Kwargs, Model
 
 VISUAL_INPUTS = ("pixel_values", "pixel_values_images", "pixel_values_videos", "mm_encoder_outputs")
 
 _handles: "weakref.WeakKeyDictionary[torch.nn.Module, weakref.ref[PruningHandle]]" = weakref.WeakKeyDictionary()
 
 
-def base_model(model) -> torch.nn.Module:
+def base_model(model: Model) -> Model:
     """The module that joins vision encoder, projector and LLM, however deep it is wrapped."""
     modules = model.modules() if isinstance(model, torch.nn.Module) else ()
     found = [module for module in modules if "language_model" in module._modules]
@@ -35,13 +37,13 @@ def base_model(model) -> torch.nn.Module:
     return next(known, found[0] if found else model)  # a wrapper may call the whole model its language_model
 
 
-def active_handle(model) -> "PruningHandle | None":
+def active_handle(model: Model) -> "PruningHandle | None":
     base = base_model(model)
     handle = _handles.get(base) if isinstance(base, torch.nn.Module) else None
     return None if handle is None else handle()
 
 
-def supported(model) -> tuple[torch.nn.Module, ModelAdapter]:
+def supported(model: Model) -> tuple[Model, ModelAdapter]:
     """The base model and its adapter, or an error."""
     base = base_model(model)
     model_type = getattr(getattr(base, "config", None), "model_type", None)
@@ -75,8 +77,8 @@ class PruningHandle:
 
     def __init__(
         self,
-        model,
-        base: torch.nn.Module,
+        model: torch.nn.Module,
+        base: Model,
         adapter: ModelAdapter,
         method: Method,
         plan: Plan,
@@ -84,7 +86,7 @@ class PruningHandle:
         positions: str,
         profile: bool = False,
         cudnn_attention: bool = False,
-        relevance=None,
+        relevance: Relevance | None = None,
     ):
         self.model, self.base, self.adapter, self.method, self.plan = model, base, adapter, method, plan
         self.text, self.scope = base.language_model, scope
@@ -98,7 +100,8 @@ class PruningHandle:
         self._arguments = compat.parameters(base)
         self._encoder = EncoderHooks(adapter, base, method, plan, scope, self._sessions, relevance)
         self._llm = LLMHooks(base, self.text, method, plan, contiguous, cudnn_attention, self._sessions, self._timer)
-        self._hooks, self._captured = Hooks(), []
+        self._hooks = Hooks()
+        self._captured: list[torch.nn.Module] = []
         self._lock = threading.RLock()
         try:
             self._forget_graphs()
@@ -113,7 +116,7 @@ class PruningHandle:
     def __enter__(self) -> "PruningHandle":
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.remove()
 
     def remove(self) -> None:
@@ -226,10 +229,11 @@ class PruningHandle:
             kinds = prompt.token_ids(self.base.config)
             last = self.method.encoder_attention == "last"
             find = self.adapter.last_attention if last else self.adapter.vision_attention
+            assert find is not None  # unsupported.check_signals
             for attention in {find(self.base, kind) for kind in kinds}:
                 self._capture(attention, self._encoder.capture)
 
-    def _capture(self, attention: torch.nn.Module, callback) -> None:
+    def _capture(self, attention: torch.nn.Module, callback: attention_capture.Callback) -> None:
         self._captured.append(attention)
         attention_capture.attach(attention, callback)
 
@@ -244,7 +248,7 @@ class PruningHandle:
 
     # --- around the model ---
 
-    def _generate(self, module, original, *args, **kwargs):
+    def _generate(self, module: Model, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Refuses before anything runs what `checked_caller` refuses where a generate() that is not shadowed calls."""
         session, images = self._sessions.now, _has_images(kwargs)
         if images:
@@ -264,7 +268,7 @@ class PruningHandle:
             if not inner:
                 self._llm.generating.discard(me)
 
-    def _encode(self, kind: str, original, *args, **kwargs):
+    def _encode(self, kind: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         session = self._sessions.now
         if session.encoding is not None:  # Qwen3-VL's videos pass through get_image_features
             return original(*args, **kwargs)
@@ -276,7 +280,7 @@ class PruningHandle:
         self._llm.handed_out |= caller.outside
         return out
 
-    def _before_model(self, module, args, kwargs) -> None:
+    def _before_model(self, module: torch.nn.Module, args: Args, kwargs: Kwargs) -> None:
         """The base model: sees which columns are images."""
         if module is not self.base:
             return _copy_is_plain(module)
@@ -292,12 +296,12 @@ class PruningHandle:
             placed.modality = prompt.placeholders(self.base, self._encoder.token_ids, ids, embeds)
 
 
-def _compiled_alone(module) -> bool:
+def _compiled_alone(module: torch.nn.Module) -> bool:
     forward = vars(module).get("forward")
     return getattr(module, "_compiled_call_impl", None) is not None or hasattr(forward, "_torchdynamo_orig_callable")
 
 
-def _copy_is_plain(module) -> None:
+def _copy_is_plain(module: torch.nn.Module) -> None:
     if getattr(module, "_is_replica", False):
         raise NotImplementedError(
             "sts_kernels: torch.nn.DataParallel is not supported, its replicas share the hooks of one model; run a "
@@ -309,7 +313,7 @@ def _copy_is_plain(module) -> None:
     )
 
 
-def _has_images(kwargs: dict) -> bool:
+def _has_images(kwargs: Kwargs) -> bool:
     for name in VISUAL_INPUTS:
         value = kwargs.get(name)
         if isinstance(value, dict) and not any(encoded is not None for encoded in value.values()):

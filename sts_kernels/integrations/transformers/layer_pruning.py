@@ -6,6 +6,7 @@ states go back to their columns. In later forwards only the masks differ, segmen
 """
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -14,9 +15,15 @@ from ...ops import attention_received, last_query_scores
 from . import attention_capture, masks, unsupported
 from .cache import attach_state, columns_behind
 from .compat import output_cache
-from .cut_selection import PlannedCut, leave, planned_cuts, raters_of
+from .cut_selection import PlannedCut, Run, leave, planned_cuts, raters_of
 from .prompt import Row, separators
 from .segments import PrunedPrompt, Segment
+from .untyped import Args, Kwargs, Model
+
+if TYPE_CHECKING:
+    from transformers import Cache
+
+Rotary: TypeAlias = tuple[torch.Tensor, ...]  # cos and sin
 
 
 @dataclass
@@ -24,7 +31,7 @@ class Forward:
     """One forward of the text model over a pruned prompt (prefill), or after one (decoding)."""
 
     prompt: PrunedPrompt
-    masks: list = field(default_factory=list)  # one for each segment
+    masks: list[torch.Tensor | None]  # one for each segment
 
 
 @dataclass
@@ -32,21 +39,22 @@ class Decoding(Forward):
     pass
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Prefill(Forward):
-    rotary: list = field(default_factory=list)  # cos and sin of each segment; None: those that the layers are given
-    end: torch.Tensor | None = None  # (B,) position of each row's last token, where segments number theirs anew
-    trailing: int = 0  # columns at the end that follow the prompt: drafts, or earlier answers (use_cache=False)
-    ragged: bool = False  # whether some of these are padding
-    columns: torch.Tensor | None = None  # (B, P) column of the full prompt in each slot; None: all in order
-    slots: torch.Tensor | None = None  # (B, P) bool: tokens, not padding
-    candidates: torch.Tensor | None = None  # (B, P) bool: visual tokens, which cuts may drop
-    cuts: list[PlannedCut] = field(default_factory=list)  # cuts[i] is made on entry to segment i + 1
-    text: torch.Tensor | None = None  # (B, P) bool: the text behind the last image
-    text_width: int = 0  # the longest of these
+    rotary: list[Rotary | None]  # of each segment; None: those that the layers are given
+    end: torch.Tensor | None  # (B,) position of each row's last token, where segments number theirs anew
+    trailing: int  # columns at the end that follow the prompt: drafts, or earlier answers (use_cache=False)
+    ragged: bool  # whether some of these are padding
+    columns: torch.Tensor | None  # (B, P) column of the full prompt in each slot; None: all in order
+    slots: torch.Tensor  # (B, P) bool: tokens, not padding
+    candidates: torch.Tensor  # (B, P) bool: visual tokens, which cuts may drop
+    cuts: list[PlannedCut]  # cuts[i] is made on entry to segment i + 1
+    text: torch.Tensor  # (B, P) bool: the text behind the last image
+    text_width: int  # the longest of these
     raters: torch.Tensor | None = None  # (B, text_width) float32: how much their attention counts, where a cut asks
     scores: torch.Tensor | None = None  # (B, P) of the next cut
-    left: list[tuple] = field(default_factory=list)  # columns and slots after each cut made so far
+    # Columns and slots after each cut made so far.
+    left: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
     @property
     def widths(self) -> dict[int, int]:
@@ -57,7 +65,7 @@ class Prefill(Forward):
 class LayerPruner:
     """What the hooks of one text model do. It holds no state: that of a forward is its Forward."""
 
-    def __init__(self, text, method: Method, contiguous: bool):
+    def __init__(self, text: Model, method: Method, contiguous: bool):
         self.text = text
         self.method = method
         self.contiguous = contiguous
@@ -66,14 +74,14 @@ class LayerPruner:
 
     def prefill(
         self,
-        kwargs: dict,
+        kwargs: Kwargs,
         modality: torch.Tensor,
         valid: torch.Tensor | None,
         dropped: torch.Tensor,
         rows: list[Row],
         cuts: tuple[Cut, ...],
         trailing: int,
-    ):
+    ) -> tuple[Prefill, Kwargs] | None:
         """Starts a prompt -> Prefill and the arguments; None where nothing is dropped, and then nothing is touched.
 
         modality, valid (None: no padding) and dropped: (B, S), of the columns of the prompt.
@@ -101,22 +109,36 @@ class LayerPruner:
             kwargs["position_ids"] = masks.take_positions(kwargs["position_ids"], columns)
             _shrink_deepstack(kwargs, dropped, columns, slots)
             candidates, text, valid = candidates.gather(1, columns) & slots, text.gather(1, columns) & slots, slots
-        if self.contiguous:
+        if end is not None:
             kwargs["position_ids"] = masks.contiguous_positions(valid, end)
         ragged = any(row.tail < trailing for row in rows)
         first = Segment(0, width, _padding(valid, lengths, width, ragged))
         prompt = PrunedPrompt(length, [first])
         run = Prefill(
-            prompt, trailing=trailing, ragged=ragged, columns=columns, slots=valid, candidates=candidates, cuts=planned
+            prompt,
+            [self._mask(first.valid, width, 0, kwargs["inputs_embeds"])],
+            rotary=[None],
+            end=end,
+            trailing=trailing,
+            ragged=ragged,
+            columns=columns,
+            slots=valid,
+            candidates=candidates,
+            cuts=planned,
+            text=text,
+            text_width=max(row.text for row in rows if row.items),
         )
-        run.text, run.text_width = text, max(row.text for row in rows if row.items)
-        run.masks = [self._mask(first.valid, width, 0, kwargs["inputs_embeds"])]
-        run.rotary, run.end = [None], end
         if any(planned_cut.cut.queries == "raters" for planned_cut in planned):
             run.raters = raters_of(self.method, kwargs["inputs_embeds"], run, max(row.num_kept for row in rows))
         return run, kwargs
 
-    def resume(self, kwargs: dict, cache, prompt: PrunedPrompt, by_hand: bool) -> tuple[Decoding, dict]:
+    def embedded(self, kwargs: Kwargs) -> Kwargs:
+        """With embeddings in place of ids, which a caller may give the LLM where it calls it by itself."""
+        if kwargs.get("inputs_embeds") is not None:
+            return kwargs
+        return {**kwargs, "input_ids": None, "inputs_embeds": self.text.get_input_embeddings()(kwargs["input_ids"])}
+
+    def resume(self, kwargs: Kwargs, cache: "Cache", prompt: PrunedPrompt, by_hand: bool) -> tuple[Decoding, Kwargs]:
         """Continues a pruned prompt: one token at a time, drafts, or the next turn of a conversation.
 
         by_hand: not in generate(), whose masks hold no padding in the columns of an answer.
@@ -124,9 +146,12 @@ class LayerPruner:
         embeds = kwargs["inputs_embeds"]
         past = cache.get_seq_length()
         run = Decoding(prompt, self.later_masks(kwargs.get("attention_mask"), cache, prompt, embeds, by_hand))
-        return run, self._full_positions(kwargs, *embeds.shape[:2], past)
+        batch, length = embeds.shape[:2]
+        return run, self._full_positions(kwargs, batch, length, past)
 
-    def later_masks(self, mask, cache, prompt: PrunedPrompt, like: torch.Tensor, by_hand: bool) -> list:
+    def later_masks(
+        self, mask: Any, cache: "Cache", prompt: PrunedPrompt, like: torch.Tensor, by_hand: bool
+    ) -> list[torch.Tensor | None]:
         """A mask for each segment, for new tokens behind a pruned prompt. like: (B, new tokens, any) of embeddings."""
         batch, queries = like.shape[:2]
         mask = unsupported.plain_mask(mask)
@@ -152,11 +177,13 @@ class LayerPruner:
         prompt.later = new
         return found
 
-    def _mask(self, valid, queries: int, past: int, like: torch.Tensor, slots: int | None = None):
+    def _mask(
+        self, valid: torch.Tensor | None, queries: int, past: int, like: torch.Tensor, slots: int | None = None
+    ) -> torch.Tensor | None:
         return masks.attention_mask(unsupported.attention_of(self.text), valid, queries, past, like, slots)
 
     @staticmethod
-    def _full_positions(kwargs: dict, batch: int, length: int, past: int) -> dict:
+    def _full_positions(kwargs: Kwargs, batch: int, length: int, past: int) -> Kwargs:
         """Positions are those of the full prompt. The library's mask is made for one cache length and is not used."""
         positions = kwargs.get("position_ids")
         if positions is None:
@@ -168,12 +195,14 @@ class LayerPruner:
     # --- decoder layers ---
 
     @staticmethod
-    def needs_layers(run: Forward, kwargs: dict) -> bool:
+    def needs_layers(run: Forward, kwargs: Kwargs) -> bool:
         """Whether any layer of this forward is to get other arguments than the first one got."""
         changed = kwargs.get("attention_mask") is not None or any(mask is not None for mask in run.masks)
         return changed or isinstance(run, Prefill)
 
-    def before_layer(self, run: Forward, index: int, layer, args: tuple, kwargs: dict):
+    def before_layer(
+        self, run: Forward, index: int, layer: Model, args: Args, kwargs: Kwargs
+    ) -> tuple[Args, Kwargs] | None:
         """The layer's arguments, changed; None: as they are."""
         segment, rotary = run.prompt.segment_of(index), None
         if isinstance(run, Prefill):
@@ -200,7 +229,7 @@ class LayerPruner:
         if layer == cut.scoring_layer:
             run.scores = scores_of(run, cut, query, key, scale)
 
-    def _cut(self, run: Prefill, planned: PlannedCut, layer, args: tuple, kwargs: dict):
+    def _cut(self, run: Prefill, planned: PlannedCut, layer: Model, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         hidden = _hidden(args, kwargs)
         if planned.cut.score_from == "next":
             self._look_ahead(run, layer, hidden, kwargs)
@@ -214,7 +243,7 @@ class LayerPruner:
         run.columns = columns if run.columns is None else run.columns.to(columns.device).gather(1, columns)
         run.left.append((run.columns, run.slots))
         hidden = masks.take(hidden, columns)
-        if self.contiguous:
+        if run.end is not None:
             rotary = self.text.rotary_emb(hidden, masks.contiguous_positions(run.slots, run.end))
         else:
             before = run.rotary[-1] or kwargs["position_embeddings"]
@@ -228,7 +257,7 @@ class LayerPruner:
     def _final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.text.norm(hidden).to(hidden.device)
 
-    def _look_ahead(self, run: Prefill, layer, hidden: torch.Tensor, kwargs: dict) -> None:
+    def _look_ahead(self, run: Prefill, layer: Model, hidden: torch.Tensor, kwargs: Kwargs) -> None:
         """Scores by the layer's own query and key on the tokens as they still are. Its attention does not run."""
         tables = run.rotary[-1] or kwargs["position_embeddings"]
         rotary = tuple(table.to(hidden.device) for table in tables)
@@ -240,7 +269,7 @@ class LayerPruner:
     # --- exit ---
 
     @staticmethod
-    def finish(run: Forward, output) -> None:
+    def finish(run: Forward, output: Any) -> None:
         """The callers get their length back, and the cache learns what it holds."""
         run.prompt.running = False
         if output is None or not isinstance(run, Prefill):
@@ -257,8 +286,8 @@ class LayerPruner:
                 attach_state(cache, run.prompt)
 
 
-def scores_of(run, cut: Cut, query: torch.Tensor, key: torch.Tensor, scale: float | None) -> torch.Tensor:
-    """(B, P) float32, by query and key (B, heads, P, D) of the layer that scores. run: the Prefill."""
+def scores_of(run: Run, cut: Cut, query: torch.Tensor, key: torch.Tensor, scale: float | None) -> torch.Tensor:
+    """(B, P) float32, by query and key (B, heads, P, D) of the layer that scores."""
     column = torch.arange(key.shape[2], device=key.device)
     slots = run.slots.to(key.device)
     if cut.queries == "keys":
@@ -266,6 +295,7 @@ def scores_of(run, cut: Cut, query: torch.Tensor, key: torch.Tensor, scale: floa
     if cut.queries == "raters":
         asking, _ = masks.compact(run.text.to(key.device), run.text_width)
         rows = masks.take(query.transpose(1, 2), asking)
+        assert run.raters is not None  # found before the first layer
         raters = run.raters.to(key.device)
         return attention_received(rows, key.transpose(1, 2), scale, raters, asking, slots)
     last = torch.where(slots & (column < key.shape[2] - run.trailing), column, 0).argmax(1)
@@ -274,7 +304,7 @@ def scores_of(run, cut: Cut, query: torch.Tensor, key: torch.Tensor, scale: floa
     return last_query_scores(row, key.transpose(1, 2), scale, seen)
 
 
-def _hidden(args: tuple, kwargs: dict) -> torch.Tensor:
+def _hidden(args: Args, kwargs: Kwargs) -> torch.Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 
@@ -283,7 +313,9 @@ def _padding(slots: torch.Tensor, lengths: list[int], width: int, ragged: bool) 
     return None if all(length == width for length in lengths) and not ragged else slots
 
 
-def _joined(prompt, later, shape: tuple[int, int, int], device) -> torch.Tensor | None:
+def _joined(
+    prompt: torch.Tensor | None, later: torch.Tensor | None, shape: tuple[int, int, int], device: torch.device
+) -> torch.Tensor | None:
     """Which cached columns are tokens: those of the prompt and those after it."""
     if prompt is None and later is None:
         return None
@@ -296,7 +328,7 @@ def _joined(prompt, later, shape: tuple[int, int, int], device) -> torch.Tensor 
     return torch.cat(parts, dim=1)
 
 
-def _shrink_deepstack(kwargs: dict, dropped, columns, slots) -> None:
+def _shrink_deepstack(kwargs: Kwargs, dropped: torch.Tensor, columns: torch.Tensor, slots: torch.Tensor) -> None:
     """Qwen3-VL adds visual features to the first layers too, at the placeholders."""
     where = kwargs.get("visual_pos_masks")
     if where is not None:

@@ -4,6 +4,8 @@ import functools
 import sys
 import threading
 import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -11,15 +13,28 @@ from ...methods import Method, Plan
 from . import compat, cudnn, dropped, prompt, unsupported
 from .cache import pruned_state
 from .hooks import MASKS, Hooks
-from .layer_pruning import LayerPruner, Prefill
-from .report import Report, describe
-from .session import Placed, Session
+from .layer_pruning import Forward, LayerPruner, Prefill
+from .report import Left, Report, describe
+from .session import Placed, Session, Sessions
 from .static_cache import StaticSlots, is_static
+from .timer import Timer
+from .untyped import Args, Kwargs, Model
+
+if TYPE_CHECKING:
+    from transformers import Cache
 
 
 class LLMHooks:
     def __init__(
-        self, base, text, method: Method, plan: Plan, contiguous: bool, cudnn_attention: bool, sessions, timer
+        self,
+        base: Model,
+        text: Model,
+        method: Method,
+        plan: Plan,
+        contiguous: bool,
+        cudnn_attention: bool,
+        sessions: Sessions,
+        timer: Timer,
     ):
         self.base, self.text, self.plan, self.sessions, self.timer = base, text, plan, sessions, timer
         self.pruner = LayerPruner(text, method, contiguous)
@@ -40,7 +55,7 @@ class LLMHooks:
         hooks.after(self.text, self._after_text)
         hooks.before(self.text.layers[0], self._before_first_layer, layer=0)
 
-    def captured(self) -> dict[int, "functools.partial"]:
+    def captured(self) -> dict[int, "functools.partial[None]"]:
         """Layers whose attention the cuts go by, with what to call."""
         layers = {cut.scoring_layer for cut in self.plan.cuts if cut.queries != "text"}
         return {layer: functools.partial(self._score, layer) for layer in layers}
@@ -51,7 +66,7 @@ class LLMHooks:
             self._layer_hooks.remove()
         self.slots.close()
 
-    def _find_handed_out(self, embeds: torch.Tensor, cache) -> Placed | None:
+    def _find_handed_out(self, embeds: torch.Tensor, cache: "Cache | None") -> Placed | None:
         """Of a prompt that the caller merged with encoded features."""
         session = self.sessions.now
         modality = dropped.find(embeds, session.handed_out)
@@ -65,7 +80,7 @@ class LLMHooks:
 
     # --- steps of generate() on a static cache ---
 
-    def create_masks(self, original, *args, **kwargs):
+    def create_masks(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around the function that makes masks of a static cache's length: prompts get theirs inside the LLM, once it
         is known what they lose, and what follows a pruned one from `prepare_inputs`."""
         like = kwargs.get("inputs_embeds", kwargs.get("input_embeds"))
@@ -74,7 +89,7 @@ class LLMHooks:
             return args[0] if args else kwargs.get("attention_mask")
         return original(*args, **kwargs)
 
-    def prepare_inputs(self, original, *args, **kwargs) -> dict:
+    def prepare_inputs(self, original: Callable[..., Kwargs], *args: Any, **kwargs: Any) -> Kwargs:
         """Around prepare_inputs_for_generation: adds the masks of a step that is to run without hooks."""
         inputs = original(*args, **kwargs)
         cache = compat.cache_of(inputs)
@@ -93,7 +108,7 @@ class LLMHooks:
 
     # --- the text model ---
 
-    def _before_text(self, module, args, kwargs):
+    def _before_text(self, module: torch.nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         if module is not self.text:
             return None
         session = self.sessions.now
@@ -104,13 +119,16 @@ class LLMHooks:
         if embeds is not None and self.handed_out and (placed is None or placed.by_embeds):
             placed = self._find_handed_out(embeds, cache) or placed
         state = pruned_state(cache)
+        started: tuple[Forward, Kwargs] | None
         if state is not None:
+            given = self.pruner.embedded(given)
+            embeds = given["inputs_embeds"]
             by_hand = threading.get_ident() not in self.generating
             started = self.pruner.resume(given, cache, state, by_hand)
         elif placed is None or placed.modality is None or embeds is None or placed.modality.shape != embeds.shape[:2]:
             return None
         else:
-            started = self._prefill(session, given, placed)
+            started = self._prefill(session, given, placed, placed.modality)
         if started is None:
             return None
         session.forward, changed = started
@@ -119,12 +137,14 @@ class LLMHooks:
             cudnn.turn_off(session)
         return (), changed
 
-    def _prefill(self, session: Session, kwargs: dict, placed: Placed):
+    def _prefill(
+        self, session: Session, kwargs: Kwargs, placed: Placed, modality: torch.Tensor
+    ) -> tuple[Prefill, Kwargs] | None:
         embeds, mask = kwargs["inputs_embeds"], unsupported.plain_mask(kwargs.get("attention_mask"))
         valid = None if mask is None else mask.bool()
         prompt_length = placed.prompt_length if self.prompt_length is None else self.prompt_length
         trailing = 0 if prompt_length is None else max(0, embeds.shape[1] - prompt_length)
-        modality, marks = placed.modality, dropped.is_dropped(embeds)
+        marks = dropped.is_dropped(embeds)
         rows = prompt.read_rows(modality, valid, marks.to(modality.device), trailing, session.encoded, self.plan)
         if not any(row.items for row in rows):
             return None
@@ -143,7 +163,7 @@ class LLMHooks:
         self.timer.start(session)
         return started
 
-    def _after_text(self, module, args, kwargs, output) -> None:
+    def _after_text(self, module: torch.nn.Module, args: Args, kwargs: Kwargs, output: Any) -> None:
         if module is not self.text:
             return
         session = self.sessions.now
@@ -153,7 +173,7 @@ class LLMHooks:
                 self.pruner.finish(forward, output)
             if report is not None and output is not None:
                 self.timer.stop(session, "prefill")
-                left = {}
+                left: Left = {}
                 if isinstance(forward, Prefill):
                     left = {c.cut.layer: slots for c, slots in zip(forward.cuts, forward.left, strict=False)}
                 report.finish(left, dict(session.clock))
@@ -172,29 +192,33 @@ class LLMHooks:
 
     # --- decoder layers ---
 
-    def _before_first_layer(self, module, args, kwargs):
+    def _before_first_layer(self, module: torch.nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         """All layers are called with what the first one gets: it tells whether they need hooks in this forward."""
         session = self.sessions.now
         if session.forward is None:
             return None
         if self.pruner.needs_layers(session.forward, kwargs):
-            self._hold_layers(session)
+            self._hold_layers(session, session.forward)
         return self.pruner.before_layer(session.forward, 0, module, args, kwargs)
 
-    def _before_layer(self, index, module, args, kwargs):
+    def _before_layer(
+        self, index: int, module: torch.nn.Module, args: Args, kwargs: Kwargs
+    ) -> tuple[Args, Kwargs] | None:
         forward = self.sessions.now.forward
         return None if forward is None else self.pruner.before_layer(forward, index, module, args, kwargs)
 
-    def _score(self, layer, module, query, key, kwargs) -> None:
+    def _score(
+        self, layer: int, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, kwargs: Kwargs
+    ) -> None:
         forward = self.sessions.now.forward
         if forward is not None:
             self.pruner.score(forward, layer, query, key, kwargs.get("scaling"))
 
-    def _hold_layers(self, session: Session) -> None:
+    def _hold_layers(self, session: Session, forward: Forward) -> None:
         with self._lock:
             self._layer_users.add(session)
             # Compiled code does not see hooks come and go.
-            self._layers_stay |= compiled() or session.forward.prompt.slots is not None
+            self._layers_stay |= compiled() or forward.prompt.slots is not None
             if self._layer_hooks or not self.active:
                 return
             for index, layer in enumerate(self.text.layers):

@@ -6,12 +6,13 @@ import torch
 
 from ...methods import Plan
 from . import masks
+from .untyped import Config, Model
 from .visual_item import VisualItem
 
 KINDS = ("image", "video")
 
 
-def token_ids(config) -> dict[str, int]:
+def token_ids(config: Config) -> dict[str, int]:
     """Placeholder ids by kind, under whichever name the configuration has them."""
     ids = {}
     for kind in KINDS:
@@ -22,7 +23,9 @@ def token_ids(config) -> dict[str, int]:
     return ids
 
 
-def placeholders(base, ids: dict[str, int], input_ids, inputs_embeds) -> torch.Tensor | None:
+def placeholders(
+    base: Model, ids: dict[str, int], input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
+) -> torch.Tensor | None:
     """Modality ids (B, S) int8: 0 for text, 1 + index in KINDS for a placeholder. Embeddings are compared, as the model
     does."""
     source = input_ids if input_ids is not None else inputs_embeds
@@ -158,7 +161,12 @@ def _assign(kind: str, wanted: list[int], items: list[VisualItem], rows: list[Ro
 
 
 def texts(
-    base, ids: dict[str, int], kind: str, input_ids: torch.Tensor | None, mask: torch.Tensor | None, items
+    base: Model,
+    ids: dict[str, int],
+    kind: str,
+    input_ids: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    items: list[VisualItem],
 ) -> list[torch.Tensor]:
     """Of each item, the embeddings (M, C) of the text tokens of its prompt. Reads back from the device."""
     if input_ids is None or (mask is not None and mask.shape != input_ids.shape):
@@ -171,7 +179,7 @@ def texts(
         text = text & (input_ids != token)
     rows = [Row([], 0) for _ in input_ids]
     _assign(kind, (input_ids == ids[kind]).sum(1).tolist(), items, rows)
-    first = {}
+    first: dict[int, int] = {}
     for index, row in enumerate(rows):
         for item in row.items:
             first.setdefault(id(item), index)

@@ -1,30 +1,35 @@
 """prune() and apply_sts(): a method on a stock transformers model, and off again."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
+
+import torch
 
 from ... import methods
 from ...methods import Budget, Method
 from ...methods.sts import STS, STSConfig
+from .encoder_hooks import Relevance
 from .handle import PruningHandle, active_handle, supported
 
 SCOPES, POSITIONS, SCORE_FROM = ("image", "crop"), ("original", "contiguous"), ("layer", "next")
 
 
 def prune(
-    model,
+    model: torch.nn.Module,
     method: str | Method,
     *,
     profile: bool = False,
     budget: int | float | None = None,
     keep: int | float | None = None,
-    layers=None,
-    ratios=None,
+    layers: Sequence[int] | None = None,
+    ratios: Sequence[int | float] | None = None,
     scope: str | None = None,
     positions: str | None = None,
     score_from: str | None = None,
     cudnn_attention: bool = False,
-    relevance=None,
-    **options,
+    relevance: Relevance | None = None,
+    **options: Any,
 ) -> PruningHandle:
     """Prunes visual tokens of a stock transformers model with `method`, until the handle is removed.
 
@@ -105,7 +110,9 @@ def prune(
     return PruningHandle(model, base, adapter, method, plan, scope, positions, profile, cudnn_attention, relevance)
 
 
-def apply_sts(model, config: STSConfig, measure: bool = False, cudnn_attention: bool = False) -> PruningHandle:
+def apply_sts(
+    model: torch.nn.Module, config: STSConfig, measure: bool = False, cudnn_attention: bool = False
+) -> PruningHandle:
     """Prunes visual tokens of a stock transformers model with STS, until the handle is removed.
 
     ::
@@ -130,7 +137,7 @@ def apply_sts(model, config: STSConfig, measure: bool = False, cudnn_attention: 
     return PruningHandle(model, base, adapter, method, plan, config.scope, "original", measure, cudnn_attention)
 
 
-def remove_pruning(model) -> bool:
+def remove_pruning(model: torch.nn.Module) -> bool:
     """Takes pruning off a model whose handle is lost. False: it was not active."""
     handle = active_handle(model)
     if handle is None:

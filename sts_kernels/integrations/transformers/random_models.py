@@ -5,6 +5,7 @@ What they answer means nothing. Shapes, memory and time are those of the real on
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import transformers
@@ -24,12 +25,14 @@ class RandomModel:
     """How one of them is built, and what its documentation calls it."""
 
     config: Callable[[], transformers.PretrainedConfig]
-    processor: Callable[[transformers.PretrainedConfig], object]
+    processor: Callable[[transformers.PretrainedConfig], transformers.ProcessorMixin]
     image_size: tuple[int, int]  # width and height of a picture that gives the family's full number of tokens
     visual_tokens: int  # of that picture
 
 
-def build(name: str, device, dtype: torch.dtype, attention: str = "sdpa"):
+def build(
+    name: str, device: torch.device | str, dtype: torch.dtype, attention: str = "sdpa"
+) -> tuple[transformers.PreTrainedModel, transformers.ProcessorMixin]:
     """-> model in eval mode, processor."""
     config = RANDOM[name].config()
     with torch.device(device):
@@ -58,7 +61,7 @@ def _vicuna_7b() -> transformers.LlamaConfig:
     return transformers.LlamaConfig(vocab_size=32064, max_position_embeddings=4096, pad_token_id=0)
 
 
-def _tiny():
+def _tiny() -> transformers.LlavaConfig:
     return transformers.LlavaConfig(
         vision_config=transformers.CLIPVisionConfig(
             hidden_size=64,
@@ -83,11 +86,11 @@ def _tiny():
     )
 
 
-def _llava():
+def _llava() -> transformers.LlavaConfig:
     return transformers.LlavaConfig(vision_config=_llava_vision(), text_config=_vicuna_7b(), image_token_index=32000)
 
 
-def _llava_next():
+def _llava_next() -> transformers.LlavaNextConfig:
     return transformers.LlavaNextConfig(
         vision_config=_llava_vision(),
         text_config=_vicuna_7b(),
@@ -96,7 +99,7 @@ def _llava_next():
     )
 
 
-def _qwen2_5_vl():
+def _qwen2_5_vl() -> transformers.Qwen2_5_VLConfig:
     mrope = {"rope_type": "default", "mrope_section": [16, 24, 24]}
     text = {
         "vocab_size": 152064,
@@ -152,7 +155,7 @@ def _tokenizer(vocabulary: int, special: dict[str, int]) -> PreTrainedTokenizerF
     )
 
 
-def _llava_processor(config):
+def _llava_processor(config: transformers.PretrainedConfig) -> transformers.ProcessorMixin:
     side, patch = config.vision_config.image_size, config.vision_config.patch_size
     images = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
     shared = {
@@ -176,11 +179,11 @@ def _llava_processor(config):
 class _QwenProcessor(transformers.Qwen2_5_VLProcessor):
     """The real one, without its demand for a video processor (which needs torchvision) and Qwen's tokenizer class."""
 
-    def check_argument_for_proper_class(self, *args):
+    def check_argument_for_proper_class(self, *args: Any) -> None:
         pass
 
 
-def _qwen_processor(config):
+def _qwen_processor(config: transformers.PretrainedConfig) -> transformers.ProcessorMixin:
     special = {
         "<|vision_start|>": config.vision_start_token_id,
         "<|vision_end|>": config.vision_end_token_id,

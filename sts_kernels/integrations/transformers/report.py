@@ -4,12 +4,16 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TypeAlias
 
 import torch
 
 from ...flops import CONVENTIONS, LLMSize
 from ...methods import Plan
 from .prompt import KINDS, Row
+from .untyped import Config
+
+Left: TypeAlias = dict[int, tuple[torch.Tensor, torch.Tensor]]  # by layer that a segment starts at: columns, slots
 
 UNITS = {"TFLOPs": 1.0, "GFLOPs": 1e3, "MFLOPs": 1e6}  # of a prefill, by how many make a TFLOP
 
@@ -78,11 +82,9 @@ class Report:
     _rows: list[Row] = field(default_factory=list, repr=False)
     _modality: torch.Tensor | None = field(default=None, repr=False)
     _dropped: torch.Tensor | None = field(default=None, repr=False)
-    _left: dict[int, tuple] = field(
-        default_factory=dict, repr=False
-    )  # by layer that a segment starts at: columns, slots
+    _left: Left = field(default_factory=dict, repr=False)
 
-    def finish(self, left: dict[int, tuple], measured: dict[str, float]) -> None:
+    def finish(self, left: Left, measured: dict[str, float]) -> None:
         """Once the prompt went through: what each cut left of it. Where it has layer 0, that entered the LLM, and the
         report was started without `dropped`."""
         self.pending, self.measured, self._left = False, measured, left
@@ -99,6 +101,7 @@ class Report:
 
     @cached_property
     def rows(self) -> list[RowReport]:
+        assert self._modality is not None  # `describe` made the report
         modality = self._modality.cpu()
         everything = torch.ones(modality.shape, dtype=torch.bool, device="cpu")
         kept = [self._left_at(0, everything) if self._dropped is None else ~self._dropped.cpu()]
@@ -130,21 +133,23 @@ class Report:
         starts = [0, *self.prune_layers, size.layers]
         depth = [after - start for start, after in itertools.pairwise(starts)]
         other = length - tokens
-        visual = (size.layers * tokens, sum(n * layers for n, layers in zip(counts, depth, strict=True)))
+        plain, pruned = [(size.layers, tokens)], list(zip(depth, counts, strict=True))
+        before, after = (sum(layers * n for layers, n in segments) for segments in (plain, pruned))
+        text = size.layers * other
         flops = {
-            name: tuple(
-                size.prefill_flops(segments, other, convention) / 1e12
-                for segments in ([(size.layers, tokens)], list(zip(depth, counts, strict=True)))
+            name: (
+                size.prefill_flops(plain, other, convention) / 1e12,
+                size.prefill_flops(pruned, other, convention) / 1e12,
             )
             for name, convention in CONVENTIONS.items()
         }
         return RowReport(
             tokens,
             counts,
-            visual[1] / size.layers,
+            after / size.layers,
             length,
-            tuple(size.kv_mb(v + size.layers * other) for v in visual),
-            tuple(map(size.kv_mb, visual)),
+            (size.kv_mb(before + text), size.kv_mb(after + text)),
+            (size.kv_mb(before), size.kv_mb(after)),
             flops,
             images,
         )
@@ -171,7 +176,12 @@ class Report:
 
 
 def describe(
-    plan: Plan, config, dtype: torch.dtype, rows: list[Row], modality: torch.Tensor, dropped: torch.Tensor | None
+    plan: Plan,
+    config: Config,
+    dtype: torch.dtype,
+    rows: list[Row],
+    modality: torch.Tensor,
+    dropped: torch.Tensor | None,
 ) -> Report:
     """Starts the report of a prompt; nothing is read back."""
     report = Report([cut.layer for cut in plan.cuts], LLMSize.of(config, dtype))

@@ -2,8 +2,14 @@
 
 import bisect
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from transformers.cache_utils import StaticLayer
+
+    from .static_cache import StaticSlots
 
 
 @dataclass
@@ -24,8 +30,8 @@ class PrunedPrompt:
         self.ragged = False  # whether a later turn came with an attention mask, which may hold padding
         self.running = False  # whether the hooks are around the text model right now
         self.later = 0  # columns behind the prompt, in a static cache; others tell by their shapes
-        self.slots = None  # the StaticSlots that a static cache has its layers from
-        self.plain_layers: list = []  # the layers that it was made with
+        self.slots: StaticSlots | None = None  # that a static cache has its layers from
+        self.plain_layers: list[StaticLayer] = []  # the layers that it was made with
 
     @property
     def hidden(self) -> int:

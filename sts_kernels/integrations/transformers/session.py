@@ -10,6 +10,7 @@ import torch
 from .adapters import EncodeCall
 from .layer_pruning import Forward
 from .report import Report
+from .vision_attention import AttentionCall
 from .visual_item import VisualItem
 
 
@@ -19,8 +20,9 @@ class Encoding:
 
     call: EncodeCall
     texts: Callable[[list[VisualItem]], list[torch.Tensor]]  # of items, the embeddings of the text beside each
-    attention: list[tuple] = field(default_factory=list)  # query, key and scale of the encoder's attention
-    dropping: tuple | None = None  # rows that stay (for methods behind the projector: the items), the features' shape
+    attention: list[AttentionCall] = field(default_factory=list)  # of the encoder
+    # Rows that stay (for methods behind the projector: the items), and the features' shape.
+    dropping: tuple[torch.Tensor | list[VisualItem], torch.Size] | None = None
 
 
 @dataclass
@@ -39,7 +41,8 @@ class Placed:
 class Session:
     encoding: Encoding | None = None
     encoded: dict[str, list[VisualItem]] = field(default_factory=dict)  # last, by kind
-    handed_out: dict[str, tuple] = field(default_factory=dict)  # to a caller: items, and the marks in their features
+    # To a caller: items, and the marks in their features.
+    handed_out: dict[str, tuple[list[VisualItem], torch.Tensor]] = field(default_factory=dict)
     placed: Placed | None = None
     forward: Forward | None = None  # Prefill or Decoding: inside the LLM
     report: Report | None = None  # of the prompt under way

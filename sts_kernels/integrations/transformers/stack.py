@@ -5,11 +5,13 @@ The model that is pruned need not be the one whose generate() is called: it may 
 
 import sys
 from dataclasses import dataclass, field
+from types import FrameType
 
 import torch
 from transformers import GenerationMixin
 
 from . import compat
+from .untyped import Kwargs
 
 
 @dataclass
@@ -18,7 +20,7 @@ class Caller:
 
     forward: bool = False
     model: GenerationMixin | None = None  # whose generate() it is
-    options: dict = field(default_factory=dict)  # of generate()
+    options: Kwargs = field(default_factory=dict)  # of generate()
 
     @property
     def outside(self) -> bool:
@@ -47,7 +49,8 @@ class Caller:
 
 def caller_of(base: torch.nn.Module) -> Caller:
     """The innermost generate() of a model that holds `base`, among the callers of this function."""
-    caller, frame = Caller(), sys._getframe(1)
+    caller = Caller()
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_name
         if name == "forward" and not caller.forward:

@@ -12,6 +12,7 @@ import bisect
 import threading
 import weakref
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from transformers.cache_utils import StaticLayer
@@ -19,11 +20,14 @@ from transformers.cache_utils import StaticLayer
 from .cache import PrunedCache, attach_state, detach_state
 from .segments import PrunedPrompt
 
+if TYPE_CHECKING:
+    from transformers import Cache
+
 ROUNDING = 64  # slots: prompts of nearly one length share a graph
 SPARE = 4  # sets of layers that wait for a prompt
 
 
-def is_static(cache) -> bool:
+def is_static(cache: "Cache | None") -> "TypeGuard[Cache]":
     return bool(getattr(cache, "is_compileable", False))
 
 
@@ -34,12 +38,17 @@ class SegmentLayer(StaticLayer):
     buffers keep their addresses, which CUDA graphs know them by, and no history of gradients.
     """
 
+    keys: torch.Tensor  # None before the first prompt
+    values: torch.Tensor
+
     def __init__(self, slots: int):
         super().__init__(slots)
         self.empty = True  # for the host
         self.filled = torch.zeros((), dtype=torch.long, device="cpu")
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """A prompt on empty slots attends to itself alone: it gets its own states back, and needs no mask of slots."""
         if self.empty:
             torch.compiler.disable(self._begin)(key_states, value_states)
@@ -67,7 +76,7 @@ class SegmentLayer(StaticLayer):
             buffer[:, :, new:] = 0  # a NaN would come through any mask
         self.filled.fill_(new)
 
-    def get_seq_length(self, *args) -> torch.Tensor:
+    def get_seq_length(self, *args: Any) -> torch.Tensor:
         return self.filled
 
     def crop(self, tokens: int) -> None:
@@ -90,7 +99,7 @@ def _differ(buffer: torch.Tensor, states: torch.Tensor) -> bool:
 class PrunedStaticCache(PrunedCache):
     """Its lengths are counted on the host: to read them is no sync."""
 
-    def get_seq_length(self, *args, **kwargs) -> int:
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
         return self._sts_prompt.length + self._sts_prompt.later
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
@@ -102,7 +111,7 @@ class PrunedStaticCache(PrunedCache):
         super()._shorten(remove, length)
         self._sts_prompt.later += remove
 
-    def reset(self):
+    def reset(self) -> None:
         """A plain static cache again, of the length that it was made for."""
         prompt = self._sts_prompt
         detach_state(self)
@@ -111,10 +120,10 @@ class PrunedStaticCache(PrunedCache):
 
 @dataclass(eq=False)
 class _Held:
-    kind: tuple  # batch size, starts of the segments
+    kind: tuple[int, ...]  # batch size, starts of the segments
     slots: tuple[int, ...]  # of each segment
     layers: list[SegmentLayer]
-    owner: weakref.ref | None = None  # the cache that they were given to
+    owner: "weakref.ref[Cache]"  # the cache that they were given to
 
     @property
     def free(self) -> bool:
@@ -129,16 +138,16 @@ class StaticSlots:
     needs no new graph.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.active = True
         self._held: list[_Held] = []
-        self._most: dict[tuple, tuple[int, ...]] = {}
+        self._most: dict[tuple[int, ...], tuple[int, ...]] = {}
         self._lock = threading.Lock()
 
-    def __deepcopy__(self, memo) -> "StaticSlots":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "StaticSlots":
         return self  # a copy of a cache has its own layers
 
-    def give(self, cache, prompt: PrunedPrompt, batch: int, ends: dict[int, int], room: int) -> None:
+    def give(self, cache: "Cache", prompt: PrunedPrompt, batch: int, ends: dict[int, int], room: int) -> None:
         """Puts layers into an empty cache. ends: tokens of each segment, by its first layer. room: for later tokens."""
         kind = (batch, *ends)
         slots = tuple(-(-(tokens + room) // ROUNDING) * ROUNDING for tokens in ends.values())
@@ -149,8 +158,9 @@ class StaticSlots:
             if mine is None:
                 starts = list(ends)
                 layers = [SegmentLayer(slots[bisect.bisect_right(starts, i) - 1]) for i in range(len(cache.layers))]
-                mine = _Held(kind, slots, layers)
-            mine.owner = weakref.ref(cache)
+                mine = _Held(kind, slots, layers, weakref.ref(cache))
+            else:
+                mine.owner = weakref.ref(cache)
             spare = [held for held in free if held.kind != kind][-SPARE:]  # one set for each of the last kinds
             self._held = [held for held in self._held if held not in free or held in spare] + [mine]
         for layer in mine.layers:

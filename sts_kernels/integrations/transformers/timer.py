@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from collections.abc import Iterator
 
 import torch
 
@@ -23,7 +24,7 @@ class Timer:
             session.clock[name] = 1e3 * (self._now() - session.clock.pop("start"))
 
     @contextlib.contextmanager
-    def __call__(self, session: Session, name: str):
+    def __call__(self, session: Session, name: str) -> Iterator[None]:
         self.start(session)
         try:
             yield

@@ -1,17 +1,25 @@
 """What pruning does not support, said in one sentence before anything runs."""
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from transformers.cache_utils import StaticLayer
 from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 
+from ...methods import Method
 from . import compat
+from .adapters import ModelAdapter
 from .stack import Caller, caller_of
 from .static_cache import is_static
+from .untyped import Kwargs, Model
+
+if TYPE_CHECKING:
+    from transformers import Cache
 
 ATTENTIONS = "eager, sdpa and flash_attention_2/3"
 
 
-def attention_of(text) -> str:
+def attention_of(text: Model) -> str:
     """The text model's attention implementation, if pruning can serve it."""
     name = text.config._attn_implementation or "eager"
     if name not in ("eager", "sdpa") and ("flash" not in name or "paged" in name):
@@ -19,7 +27,7 @@ def attention_of(text) -> str:
     return name
 
 
-def check_model(model, base, text, prune_layers: list[int], contiguous: bool) -> None:
+def check_model(model: Model, base: Model, text: Model, prune_layers: list[int], contiguous: bool) -> None:
     """Models that would be pruned wrongly."""
     config = text.config
     attention_of(text)
@@ -47,7 +55,7 @@ def check_model(model, base, text, prune_layers: list[int], contiguous: bool) ->
         )
 
 
-def check_signals(method, adapter) -> None:
+def check_signals(method: Method, adapter: ModelAdapter) -> None:
     """Methods that are defined by what the family's encoder does not have."""
     if method.encoder_attention == "last" and adapter.last_attention is None:
         raise NotImplementedError(
@@ -56,14 +64,14 @@ def check_signals(method, adapter) -> None:
         )
 
 
-def check_gradients(base) -> None:
+def check_gradients(base: Model) -> None:
     if base.training and torch.is_grad_enabled():
         raise NotImplementedError(
             "sts_kernels: pruning is for inference: call model.eval(), or run under torch.no_grad()"
         )
 
 
-def check_threads(base, others: set[int]) -> None:
+def check_threads(base: Model, others: set[int]) -> None:
     """generate() in several threads, on models that keep state of a prompt on the model itself."""
     if others and hasattr(base, "rope_deltas"):
         raise RuntimeError(
@@ -72,7 +80,7 @@ def check_threads(base, others: set[int]) -> None:
         )
 
 
-def check_cache(cache, text) -> None:
+def check_cache(cache: "Cache | None", text: Model) -> None:
     """Caches that a prompt with images may not come with."""
     if cache is None:
         return
@@ -91,7 +99,7 @@ def check_cache(cache, text) -> None:
             )
 
 
-def check_static(text, offloading: bool) -> None:
+def check_static(text: Model, offloading: bool) -> None:
     """What static caches do not go with."""
     if offloading:
         raise NotImplementedError(
@@ -104,7 +112,7 @@ def check_static(text, offloading: bool) -> None:
         )
 
 
-def plain_mask(mask):
+def plain_mask(mask: Any) -> torch.Tensor | None:
     """The attention mask of a pruned prompt, if it is one of padding."""
     if mask is not None and (not isinstance(mask, torch.Tensor) or mask.ndim != 2):
         raise NotImplementedError(
@@ -113,11 +121,11 @@ def plain_mask(mask):
     return mask
 
 
-def check_generation(model, text, options: dict, cache) -> None:
+def check_generation(model: Model, text: Model, options: Kwargs, cache: "Cache | None") -> None:
     """Options of generate() for a prompt with images that would be pruned wrongly."""
     given = options.get("generation_config") or model.generation_config
 
-    def option(name):
+    def option(name: str) -> Any:
         return options[name] if name in options else getattr(given, name, None)
 
     static = is_static(cache) or option("cache_implementation") in ALL_STATIC_CACHE_IMPLEMENTATIONS
@@ -135,7 +143,7 @@ def check_generation(model, text, options: dict, cache) -> None:
         )
 
 
-def checked_caller(base, checked: bool) -> Caller:
+def checked_caller(base: Model, checked: bool) -> Caller:
     """Who called, and an error where that is a generate() with such options. checked: they were looked at before."""
     caller = caller_of(base)
     if caller.model is not None and not checked:

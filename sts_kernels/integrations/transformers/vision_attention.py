@@ -2,10 +2,14 @@
 
 import itertools
 import math
+from typing import TypeAlias
 
 import torch
 
 from ...ops import attention_received, last_query_scores
+from .untyped import Kwargs
+
+AttentionCall: TypeAlias = tuple[torch.Tensor, torch.Tensor, float]  # query and key (n, heads, tokens, D), scale
 
 
 def cls_attention(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
@@ -24,7 +28,7 @@ def received(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tens
     return (cls_attention if has_class_token else mean_attention)(query, key, scale)
 
 
-def calls_of(query: torch.Tensor, key: torch.Tensor, kwargs: dict) -> list[tuple]:
+def calls_of(query: torch.Tensor, key: torch.Tensor, kwargs: Kwargs) -> list[AttentionCall]:
     """One forward of the vision attention -> (query, key, scale) of what attends to itself in it. Qwen's encoder packs
     images along the tokens of one row and says so in cu_seq_lens_q, or calls once an image."""
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
@@ -35,7 +39,7 @@ def calls_of(query: torch.Tensor, key: torch.Tensor, kwargs: dict) -> list[tuple
     return [(query[:, :, a:b], key[:, :, a:b], scale) for a, b in itertools.pairwise(bounds)]
 
 
-def one_head(query: torch.Tensor, key: torch.Tensor, scale: float) -> tuple:
+def one_head(query: torch.Tensor, key: torch.Tensor, scale: float) -> AttentionCall:
     """The same call with the channels of all heads side by side as one head's."""
     query, key = (x.transpose(1, 2).flatten(2)[:, None] for x in (query, key))
     return query, key, query.shape[-1] ** -0.5

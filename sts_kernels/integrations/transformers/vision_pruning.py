@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -33,7 +34,7 @@ class Pools:
     first: torch.Tensor  # (sum of budgets,): where the pool of each pick starts in `rows`
 
     @staticmethod
-    def of(items: Sequence[VisualItem], scope: str, device) -> "Pools | None":
+    def of(items: Sequence[VisualItem], scope: str, device: torch.device) -> "Pools | None":
         """None: all tokens stay."""
         if all(item.kept == item.num_visual for item in items):
             return None
@@ -52,7 +53,7 @@ class Pools:
         return replace(self, budgets=budgets, first=_first(self.lengths, budgets, self.rows.device))
 
 
-def _first(lengths: list[int], budgets: list[int], device) -> torch.Tensor:
+def _first(lengths: list[int], budgets: list[int], device: torch.device) -> torch.Tensor:
     return host(offsets(lengths)[:-1], "cpu").repeat_interleave(host(budgets, "cpu")).to(device)
 
 
@@ -106,11 +107,15 @@ def select_from(
     rows, ascending = pools.rows[picked.order + pools.first].sort()
     if picked.assignment is None:
         return Kept(rows)
-    merged = methods.merge_packed(signals["features"], picked, pools.lengths, pools.budgets)
+    pool = signals["features"]
+    assert pool is not None  # made of `features`
+    merged = methods.merge_packed(pool, picked, pools.lengths, pools.budgets)
     return Kept(rows, merged[ascending])
 
 
-def _pooled(pools: Pools, features: torch.Tensor, attention, keys) -> dict[str, torch.Tensor | None]:
+def _pooled(
+    pools: Pools, features: torch.Tensor, attention: torch.Tensor | None, keys: torch.Tensor | None
+) -> dict[str, torch.Tensor | None]:
     """Signals with a row for each of `pools.rows`."""
     signals = {"features": features, "scores": attention, "keys": keys}
     everything = len(pools.rows) == features.shape[0]
@@ -129,10 +134,14 @@ def merged_rows(method: Method, family: str, x: torch.Tensor, values: torch.Tens
 
 
 def _beside_text(
-    method: Method, lengths: list[int], budgets: list[int], signals: dict, texts: list[torch.Tensor]
+    method: Method,
+    lengths: list[int],
+    budgets: list[int],
+    signals: dict[str, torch.Tensor | None],
+    texts: list[torch.Tensor],
 ) -> Selection:
     """`select_packed` of pools with a text each: those with texts of one length at a time."""
-    parts: list = [None] * len(lengths)
+    parts: list[Any] = [None] * len(lengths)  # of each item: the columns of a Selection
     for size in sorted({len(text) for text in texts}):
         mine = [i for i, text in enumerate(texts) if len(text) == size]
         given = {
@@ -140,9 +149,14 @@ def _beside_text(
         }
         sizes, counts = [lengths[i] for i in mine], [budgets[i] for i in mine]
         picked = method.select_packed(sizes, counts, **given, text=torch.stack([texts[i] for i in mine]))
-        columns = zip(_packed.columns(picked), (counts, sizes, sizes, counts), strict=True)
-        columns = [[None] * len(mine) if x is None else x.split(n) for x, n in columns]
+        whole = zip(_packed.columns(picked), (counts, sizes, sizes, counts), strict=True)
+        columns: list[Sequence[torch.Tensor | None]] = [
+            [None] * len(mine) if x is None else x.split(n) for x, n in whole
+        ]
         for index, part in zip(mine, zip(*columns, strict=True), strict=True):
             parts[index] = part
-    joined = [None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)]
-    return Selection(*joined, method)
+    order, assignment, weight, sources = (
+        None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)
+    )
+    assert order is not None
+    return Selection(order, assignment, weight, sources, method)

@@ -1,14 +1,20 @@
 """Pictures of the tokens that each step of a pruning left."""
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 
 from .report import Report
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
+    from transformers import ProcessorMixin
 
 DIMMED = 0.25  # brightness of a dropped token
 SIDE, MARGIN, CAPTION = 336, 10, 22  # pixels
 
 
-def draw(report: Report, inputs: dict, images: list, processor):
+def draw(report: Report, inputs: dict[str, Any], images: list["Picture"], processor: "ProcessorMixin") -> "Picture":
     """One row a picture: what entered the LLM, and what each cut inside it left, the dropped tokens dimmed.
 
     Args:
@@ -44,7 +50,9 @@ def draw(report: Report, inputs: dict, images: list, processor):
     return sheet
 
 
-def _parts(inputs: dict, index: int, image, counts: list[int], processor) -> list:
+def _parts(
+    inputs: dict[str, Any], index: int, image: "Picture", counts: list[int], processor: "ProcessorMixin"
+) -> list["Picture"]:
     """The pictures that the model saw of one image, part by part: crops or tiles as they were, or the whole image where
     the model takes any size."""
     from PIL import Image
@@ -63,7 +71,7 @@ def _parts(inputs: dict, index: int, image, counts: list[int], processor) -> lis
     ]
 
 
-def _panel(parts: list, grids: list[tuple[int, int]], kept: torch.Tensor):
+def _panel(parts: list["Picture"], grids: list[tuple[int, int]], kept: torch.Tensor) -> "Picture":
     from PIL import Image, ImageEnhance
 
     panels = []

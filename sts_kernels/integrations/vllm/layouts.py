@@ -4,15 +4,16 @@ The front end and the workers ask the same functions, so they agree on every num
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
 from ...methods import Plan
 from ..transformers.adapters.qwen_vl import window_order
+from ..transformers.untyped import Config
 from ..transformers.visual_item import VisualItem, square
 from .settings import refuse
 
@@ -20,17 +21,23 @@ from .settings import refuse
 @dataclass(frozen=True)
 class Layout:
     """
-    item: the image, as the transformers integration describes it. Its feature_of_token is always there.
+    item: the image, as the transformers integration describes it.
     grid: rows and columns of its tokens, where the LLM's rotary positions have three axes. None: they have one.
     """
 
     item: VisualItem
     grid: tuple[int, int] | None = None
 
+    @property
+    def feature_of_token(self) -> torch.Tensor:
+        """(num_tokens,) int64, -1: a separator."""
+        assert self.item.feature_of_token is not None  # the functions below give all their items one
+        return self.item.feature_of_token
+
     @functools.cached_property
     def token_of_feature(self) -> torch.Tensor:
         """(num_features,) int64, -1: the model discards it."""
-        order = self.item.feature_of_token
+        order = self.feature_of_token
         used = (order >= 0).nonzero()[:, 0]
         return torch.full((self.item.num_features,), -1).index_copy_(0, order[used], used)
 
@@ -47,18 +54,18 @@ class Layout:
         return plan.keep(self.item.num_visual) + self.item.num_tokens - self.item.num_visual
 
 
-def side(config) -> int:
+def side(config: Config) -> int:
     return config.vision_config.image_size // config.vision_config.patch_size
 
 
-def llava(config) -> Layout:
+def llava(config: Config) -> Layout:
     refuse("%s is not supported", {"LLaVA with a Pixtral tower": config.vision_config.model_type == "pixtral"})
     class_token = config.vision_config.model_type == "clip_vision_model"
     tokens = side(config) ** 2 + class_token - (config.vision_feature_select_strategy == "default")
     return Layout(VisualItem("image", [tokens], [square(tokens)], torch.arange(tokens)))
 
 
-def llava_next(config, height: int, width: int) -> Layout:
+def llava_next(config: Config, height: int, width: int) -> Layout:
     """The whole picture, then its crops side by side without their padding, each row with a newline behind it."""
     n, pixels = side(config), config.vision_config.image_size
     rows, columns = get_anyres_image_grid_shape((height, width), config.image_grid_pinpoints, pixels)
@@ -70,7 +77,7 @@ def llava_next(config, height: int, width: int) -> Layout:
     return Layout(VisualItem("image", [n * n] * crops, [(n, n)] * crops, order))
 
 
-def qwen_vl(config, frames: int, height: int, width: int) -> Layout:
+def qwen_vl(config: Config, frames: int, height: int, width: int) -> Layout:
     """Qwen2.5-VL's features lie attention window by attention window."""
     vision = config.vision_config
     grid = height // vision.spatial_merge_size, width // vision.spatial_merge_size
@@ -92,7 +99,7 @@ class Family(NamedTuple):
     size: str | None = None
     grid: bool = False
 
-    def of(self, config, data) -> Layout:
+    def of(self, config: Config, data: Mapping[str, Any]) -> Layout:
         """data: what vLLM's processor made of an image."""
         return self.layout(config, *(data[self.size].data.flatten().tolist() if self.size else ()))
 

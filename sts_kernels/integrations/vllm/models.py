@@ -7,8 +7,10 @@ it, `forward` reads it, and neither needs to know which request a token is of. B
 CUDA graphs of parts of the LLM demand.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from vllm.distributed import get_pp_group, get_tp_group
@@ -18,10 +20,22 @@ from ... import __version__
 from ...methods._packed import offsets
 from ..transformers import vision_attention, vision_pruning
 from ..transformers.adapters import adapter_of
+from ..transformers.untyped import Args, Kwargs, Model
+from ..transformers.vision_attention import AttentionCall
 from . import layouts, logger
 from .layouts import Layout
 from .processor import serves
 from .settings import Settings, read, refuse
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.model_executor.models.interfaces import SupportsMultiModal as MixedInto
+    from vllm.multimodal.inputs import MultiModalFeatureSpec
+    from vllm.sequence import IntermediateTensors
+else:
+    MixedInto = object
+
+ImageInput: TypeAlias = Any  # what a family of vLLM's calls its own: tensors of a batch of images by name
 
 BASE, DIGITS = 128, 6  # two digits for each of three axes: positions below 2^15 in bfloat16, which holds 0 to 256
 ROTATIONS = ("default", "linear", "llama3")  # with a table of any length
@@ -37,39 +51,37 @@ def batches(sizes: Sequence[int], budget: int) -> Iterator[slice]:
             start, total = i, size
 
 
-def numbered(parts: list[torch.Tensor], sizes: Sequence[int], device) -> torch.Tensor:
+def numbered(parts: list[torch.Tensor], sizes: Sequence[int], device: torch.device) -> torch.Tensor:
     """Numbers within items of these sizes, as numbers within all of them; -1 stays."""
     shifted = [torch.where(part < 0, part, part + start) for part, start in zip(parts, offsets(sizes), strict=False)]
     return torch.cat(shifted).to(device, non_blocking=True)
 
 
-class Prunes:
-    """Mixin in front of a family's model. `processor.serves` gives it its family.
-
-    A family writes encode(image_input, part, layouts of the part): the features as the projector gets them, and the
-    tokens that they become, or None where those are made only of what is kept.
-    """
+class Prunes(MixedInto):
+    """Mixin in front of a family's model. `processor.serves` gives it its family."""
 
     family: layouts.Family
+    places: torch.Tensor | None  # (2, 3, tokens) int64: what is added to the positions of a step, and the sum
     supports_tower_connector_lora = False  # it counts rows of the encoder by tokens of the prompt
 
-    def __init__(self, *, vllm_config, prefix: str = ""):
+    def __init__(self, *, vllm_config: "VllmConfig", prefix: str = ""):
         self.check(vllm_config, asked := read(vllm_config.model_config.hf_config))
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self.asked, self.adapter = asked, adapter_of(self.family.adapter)
+        adapter = adapter_of(self.family.adapter)
+        assert adapter is not None  # each of `layouts`' families has one
+        self.asked, self.adapter = asked, adapter
         # vLLM counts pruned tokens against this budget. The encoder runs on whole images.
         self.encoder_budget = vllm_config.scheduler_config.max_num_encoder_input_tokens
         tokens = vllm_config.scheduler_config.max_num_batched_tokens + 1
-        # What is added to the positions of a step, and the sum.
         places = torch.zeros(2, 3, tokens, dtype=torch.int64) if asked.positions == "original" else None
         self.register_buffer("places", places, persistent=False)
-        self.calls: list[tuple] = []  # query and key of the encoder's attention
+        self.calls: list[AttentionCall] = []  # of the encoder
         if asked.method.signals & {"attention", "keys"}:
             self.attention_module().register_forward_pre_hook(self.capture, with_kwargs=True)
         if get_tp_group().rank_in_group == 0 and get_pp_group().is_first_rank:
             logger.info("sts_kernels %s: %s", __version__, asked)
 
-    def check(self, vllm_config, asked: Settings) -> None:
+    def check(self, vllm_config: "VllmConfig", asked: Settings) -> None:
         """Refuses what would be pruned wrongly."""
         config, multimodal = vllm_config.model_config.hf_config, vllm_config.model_config.multimodal_config
         parallel, compilation = vllm_config.parallel_config, vllm_config.compilation_config
@@ -98,9 +110,10 @@ class Prunes:
         refuse('the vLLM plugin does not support %s with positions="original"', {} if moved else original)
 
     def attention_module(self) -> torch.nn.Module:
-        return self.adapter.vision_attention(self, "image").attn
+        attention: Model = self.adapter.vision_attention(self, "image")
+        return attention.attn
 
-    def capture(self, module, args, kwargs) -> None:
+    def capture(self, module: Model, args: Args, kwargs: Kwargs) -> None:
         query, key = args[:2] if args else (kwargs["query"], kwargs["key"])
         query, key = (x.reshape(*x.shape[:2], -1, module.head_size).transpose(1, 2) for x in (query, key))
         about = {"scaling": module.scale, "cu_seq_lens_q": kwargs.get("cu_seqlens")}
@@ -111,16 +124,27 @@ class Prunes:
     def project(self, features: torch.Tensor) -> torch.Tensor:
         return self.adapter.projector(self)(features)
 
-    def _process_image_input(self, image_input) -> Sequence[torch.Tensor]:
+    def encode(
+        self, image_input: ImageInput, part: slice, found: list[Layout]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Of a part of the images, with their layouts: the features as the projector gets them, and the tokens that
+        they become, or None where those are made only of what is kept."""
+        raise NotImplementedError
+
+    def _process_image_input(self, image_input: ImageInput) -> Sequence[torch.Tensor]:
         sizes = image_input[self.family.size].tolist() if self.family.size else [()] * len(image_input["pixel_values"])
         found = [self.family.layout(self.config, *size) for size in sizes]
         items = vision_pruning.with_budgets([layout.item for layout in found], self.asked.plan)
-        features, tokens, attention, keys = self.encode_all(image_input, found)
+        encoded = self.encode_all(image_input, found)
+        features, tokens = encoded["features"], encoded.get("tokens")
         before = self.asked.method.site == "encoder"  # the projector
-        if tokens is None and not before:
-            tokens = self.project(features)
-        pool = features if before else tokens[:, : self.config.get_text_config().hidden_size]
-        kept = vision_pruning.select(self.asked.method, self.asked.scope, pool, items, attention, keys)
+        if before:
+            pool = features
+        else:
+            tokens = self.project(features) if tokens is None else tokens
+            pool = tokens[:, : self.config.get_text_config().hidden_size]
+        signals = encoded.get("attention"), encoded.get("keys")
+        kept = vision_pruning.select(self.asked.method, self.asked.scope, pool, items, *signals)
         if kept is None:
             used = [torch.cat(item.candidates()) for item in items]
             kept = vision_pruning.Kept(numbered(used, [item.num_features for item in items], pool.device))
@@ -133,25 +157,26 @@ class Prunes:
             embeds = self.project(embeds) if before else embeds
         return self.laid_out(embeds, rows, found)
 
-    def encode_all(self, image_input, found: list[Layout]) -> Iterator[torch.Tensor | None]:
-        """Features, tokens, attention and keys of all images, a row for each feature; None: not made, or not asked."""
-        columns, group = [], get_tp_group()
+    def encode_all(self, image_input: ImageInput, found: list[Layout]) -> dict[str, torch.Tensor]:
+        """features, tokens, attention and keys of all images, a row for each feature: what is made and asked for."""
+        columns: defaultdict[str, list[torch.Tensor]] = defaultdict(list)
+        group = get_tp_group()
         for part in batches([layout.item.num_features for layout in found], self.encoder_budget):
             features, tokens = self.encode(image_input, part, found[part])
             calls, self.calls = self.calls, []
-            columns.append([features.flatten(0, -2), tokens])
+            columns["features"].append(features.flatten(0, -2))
+            if tokens is not None:
+                columns["tokens"].append(tokens)
             for name, find in (("attention", self.adapter.attention), ("keys", self.adapter.keys)):
-                signal = None
                 if name in self.asked.method.signals:  # the mean over heads, of which each rank has as many
                     signal = find(self, calls, features.shape).contiguous()
-                    signal = group.all_reduce(signal) / group.world_size
-                columns[-1].append(signal)
-        return (None if column[0] is None else torch.cat(column) for column in zip(*columns, strict=True))
+                    columns[name].append(group.all_reduce(signal) / group.world_size)
+        return {name: torch.cat(parts) for name, parts in columns.items()}
 
     def laid_out(self, embeds: torch.Tensor, rows: torch.Tensor, found: list[Layout]) -> Sequence[torch.Tensor]:
         """The tokens of each image in their order, separators among them. rows: the feature that each embedding is."""
         sizes = [layout.item.num_tokens for layout in found]
-        separators = [(layout.item.feature_of_token < 0).nonzero()[:, 0] for layout in found]
+        separators = [(layout.feature_of_token < 0).nonzero()[:, 0] for layout in found]
         tokens = numbered([layout.token_of_feature for layout in found], sizes, rows.device)[rows]
         if any(map(len, separators)):
             tokens = torch.cat([tokens, numbered(separators, sizes, rows.device)])
@@ -165,9 +190,13 @@ class Prunes:
 
     # --- from tokens to the LLM ---
 
-    def get_mrope_input_positions(self, input_tokens, mm_features) -> tuple[torch.Tensor, int]:
+    def get_mrope_input_positions(
+        self, input_tokens: list[int], mm_features: list["MultiModalFeatureSpec"]
+    ) -> tuple[torch.Tensor, int]:
         """The prompt's tokens at their positions in the whole prompt, all tokens of an image at that of its first."""
-        whole, spread, source, at = [], [], [], 0
+        whole: list[int] = []  # the prompt with all tokens of its images
+        source: list[int] = []  # of each token of the pruned prompt, its column in it
+        spread, at = [], 0
         for feature in sorted(mm_features, key=lambda feature: feature.mm_position.offset):
             start, length = feature.mm_position.offset, feature.mm_position.length
             tokens = self.family.of(self.config, feature.data).item.num_tokens
@@ -183,7 +212,13 @@ class Prunes:
         positions, delta = super().get_mrope_input_positions(whole, spread) if self.family.grid else plain
         return positions[:, source], delta + len(whole) - len(input_tokens)
 
-    def embed_input_ids(self, input_ids, multimodal_embeddings=None, *, is_multimodal=None) -> torch.Tensor:
+    def embed_input_ids(
+        self,
+        input_ids: torch.Tensor,
+        multimodal_embeddings: Sequence[torch.Tensor] | None = None,
+        *,
+        is_multimodal: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         if self.places is not None:
             added = self.places[0].zero_()
             if multimodal_embeddings is not None and len(multimodal_embeddings):
@@ -192,7 +227,14 @@ class Prunes:
                 multimodal_embeddings = [x[:, :-DIGITS] for x in multimodal_embeddings]
         return super().embed_input_ids(input_ids, multimodal_embeddings, is_multimodal=is_multimodal)
 
-    def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None, **kwargs):
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: "IntermediateTensors | None" = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: object,
+    ) -> "torch.Tensor | IntermediateTensors":
         if self.places is not None:
             added, total = self.places[:, :, : positions.shape[1]]
             torch.add(positions, added, out=total)
@@ -208,7 +250,7 @@ class Llava(Prunes):
 
     supports_mrope = True
 
-    def check(self, vllm_config, asked: Settings) -> None:
+    def check(self, vllm_config: "VllmConfig", asked: Settings) -> None:
         """And makes the table of rotations as long as the longest prompt is with all tokens of its images."""
         super().check(vllm_config, asked)
         model, config = vllm_config.model_config, vllm_config.model_config.hf_config
@@ -221,7 +263,7 @@ class Llava(Prunes):
     def attention_module(self) -> torch.nn.Module:
         return self.vision_tower.vision_model.encoder.layers[-1].self_attn.attn  # vLLM builds no layer behind it
 
-    def encode(self, image_input, part, found):
+    def encode(self, image_input: ImageInput, part: slice, found: list[Layout]) -> tuple[torch.Tensor, None]:
         pixels = image_input["pixel_values"][part]
         if self.family.size:  # crops of images of one request may have been padded to a number that all have
             pixels = torch.cat([x[: len(layout.item.crops)] for x, layout in zip(pixels, found, strict=True)])
@@ -231,8 +273,9 @@ class Llava(Prunes):
 class Qwen(Prunes):
     """The features are what the merger gets. It runs on all of them, within the encoder."""
 
-    def encode(self, image_input, part, found):
-        grids, features = image_input["image_grid_thw"], []
+    def encode(self, image_input: ImageInput, part: slice, found: list[Layout]) -> tuple[torch.Tensor, torch.Tensor]:
+        grids = image_input["image_grid_thw"]
+        features: list[torch.Tensor] = []
         ends = offsets(grids.prod(-1).tolist())
         pixels = image_input["pixel_values"][ends[part.start] : ends[part.stop]]
         given = {"type": "pixel_values", "pixel_values": pixels, "image_grid_thw": grids[part]}

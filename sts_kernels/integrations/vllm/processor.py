@@ -3,25 +3,48 @@
 vLLM sizes a prompt before the image is encoded, so the number is a function of the image's size alone.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from . import layouts, settings
 
+if TYPE_CHECKING:
+    from vllm.inputs import MultiModalHashes
+    from vllm.multimodal.inputs import MultiModalKwargsItems
+    from vllm.multimodal.parse import MultiModalDataItems
+    from vllm.multimodal.processing import (
+        BaseDummyInputsBuilder,
+        BaseProcessingInfo,
+        InputProcessingContext,
+        ProcessorInputs,
+        PromptUpdate,
+    )
+    from vllm.multimodal.processing import BaseMultiModalProcessor as MixedInto
+else:
+    MixedInto = object
 
-class Prunes:
+ModelClass: TypeAlias = Any  # in vLLM's registry
+
+
+class Prunes(MixedInto):
     """Mixin in front of a family's processor."""
 
     family: layouts.Family
 
-    def _get_prompt_updates(self, mm_items, hf_processor_mm_kwargs, out_mm_kwargs) -> Sequence:
+    def _get_prompt_updates(
+        self,
+        mm_items: "MultiModalDataItems",
+        hf_processor_mm_kwargs: Mapping[str, object],
+        out_mm_kwargs: "MultiModalKwargsItems",
+    ) -> "Sequence[PromptUpdate]":
         config = self.info.get_hf_config()
         plan = settings.read(config).plan
 
-        def kept(whole, index: int) -> list[int]:
+        def kept(whole: Callable[[int], list[int]], index: int) -> list[int]:
             layout, tokens = self.family.of(config, out_mm_kwargs["image"][index]), whole(index)
             if len(tokens) != layout.item.num_tokens:
                 raise RuntimeError(
@@ -32,7 +55,7 @@ class Prunes:
         updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
         return [x if x.modality != "image" else replace(x, replacement=partial(kept, x.replacement)) for x in updates]
 
-    def _get_mm_hashes(self, inputs) -> Mapping:
+    def _get_mm_hashes(self, inputs: "ProcessorInputs") -> "MultiModalHashes":
         """What is kept of an image has a hash of its own: servers may share a store of encoded images or blocks."""
         tag = settings.read(self.info.get_hf_config()).tag()
         hashes = super()._get_mm_hashes(inputs)
@@ -42,20 +65,20 @@ class Prunes:
 class ImagesOnly:
     """Mixin in front of a family's information: videos are refused, as their tokens would not be pruned."""
 
-    def get_supported_mm_limits(self) -> Mapping:
+    def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         return {"image": None, "video": 0}
 
-    def get_mm_max_tokens_per_item(self, seq_len, mm_counts) -> None:
+    def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> None:
         return None  # as many as a dummy image has: pruned
 
 
-def serves(family: layouts.Family):
+def serves(family: layouts.Family) -> Callable[[ModelClass], ModelClass]:
     """Decorator of a model class: the processor of the vLLM model that it is made from, with pruned prompts."""
 
-    def decorate(model: type) -> type:
+    def decorate(model: ModelClass) -> ModelClass:
         vllm = model._processor_factory
 
-        def information(ctx):
+        def information(ctx: "InputProcessingContext") -> "BaseProcessingInfo":
             """vLLM calls it when it makes a model's configuration, which it sends to all its processes. So what is
             asked for is written there: what a variable says, and the pruned model's own name, which a process without
             the variable knows too. Called again, it changes nothing."""
@@ -70,7 +93,7 @@ def serves(family: layouts.Family):
             found = vllm.info(ctx)
             return type("STSInformation", (ImagesOnly, type(found)), {})(ctx) if family.grid else found
 
-        def processor(info, dummy_inputs):
+        def processor(info: "BaseProcessingInfo", dummy_inputs: "BaseDummyInputsBuilder") -> Prunes:
             found = type(vllm.processor(info, dummy_inputs))
             return type(f"STS{found.__name__}", (Prunes, found), {"family": family})(info, dummy_inputs)
 

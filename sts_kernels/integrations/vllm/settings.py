@@ -7,10 +7,14 @@ import functools
 import json
 import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from ... import __version__, methods
 from ...methods import Budget, Method, Plan
 from ...methods._budget import check_amount
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 VARIABLE = "STS_KERNELS_KEEP"
 SCOPES, POSITIONS = ("image", "crop"), ("original", "contiguous")
@@ -36,7 +40,7 @@ class Settings:
     plan: Plan
     scope: str  # what is selected from at once: an "image", or each "crop"
     positions: str  # of the tokens kept: their "original" ones, or "contiguous" ones
-    options: dict  # as they were given
+    options: dict[str, Any]  # as they were given
 
     def tag(self) -> str:
         """What an image's tokens depend on beside the image, for names of files too."""
@@ -48,7 +52,7 @@ class Settings:
         return f"{self.method.name} keeps {tokens} of each image before the LLM, at {self.positions} positions"
 
 
-def from_variable() -> dict | None:
+def from_variable() -> dict[str, Any] | None:
     """The options that STS_KERNELS_KEEP stands for; None: it is not set."""
     text = os.environ.get(VARIABLE, "").strip()
     if not text:
@@ -62,8 +66,8 @@ def from_variable() -> dict | None:
     return {"keep": amount}
 
 
-def read(config) -> Settings:
-    """The settings of a transformers configuration.
+def read(config: "PretrainedConfig") -> Settings:
+    """The settings of a configuration.
 
     Raises:
         Refused: none are given; one is not known or has a bad value; vLLM cannot do what they say.

@@ -2,11 +2,14 @@
 
 import math
 
+import torch
+
+from ..untyped import Model
 from ..visual_item import VisualItem, square
 from . import base
 
 
-def layout(model, call, shape):
+def layout(model: Model, call: base.EncodeCall, shape: torch.Size) -> list[VisualItem]:
     """(tiles of all images, tokens, C). The model is not told which tiles are one image, but the prompt shows it: an
     image is one run of placeholders. Features encoded without a prompt count each tile as an image."""
     tiles, tokens = shape[0], shape[1]
@@ -16,7 +19,7 @@ def layout(model, call, shape):
     return [VisualItem("image", [tokens] * (run // tokens), [square(tokens)] * (run // tokens)) for run in runs]
 
 
-def shuffled(model, values, shape):
+def shuffled(model: Model, values: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """The mean over the patches that make up a feature."""
     count, depth = values.shape[1:]
     side = math.isqrt(count)
@@ -28,13 +31,13 @@ def shuffled(model, values, shape):
 class FixedTileEncoder(base.FixedEncoder):
     """(tiles of all images, 3, H, W)."""
 
-    def shape(self, model, call):
+    def shape(self, model: Model, call: base.EncodeCall) -> base.EncoderShape:
         tiles, _, *size = call.arguments["pixel_values"].shape
         patches = math.prod(n // patch for n, patch in zip(size, model.vision_tower.embeddings.patch_size, strict=True))
         tokens = round(patches * model.config.downsample_ratio**2)
         return base.EncoderShape((tiles, tokens), tuple(call.placeholder_runs("image")))
 
-    def run(self, model, tables, pixel_values):
+    def run(self, model: Model, tables: dict[str, torch.Tensor], pixel_values: torch.Tensor) -> base.Features:
         layer = model.config.vision_feature_layer
         states = {} if layer == -1 else {"output_hidden_states": True}
         out = model.vision_tower(pixel_values=pixel_values.to(model.dtype), return_dict=True, **states)

@@ -1,21 +1,23 @@
 """LLaVA-NeXT: an image is a base crop and crops of its best resolution, with newlines between rows."""
 
 import sys
+from collections.abc import Sequence
 
 import torch
 
+from ..untyped import Model
 from ..visual_item import VisualItem, square
 from . import base
 
 
-def crops_of(model, size) -> int:
+def crops_of(model: Model, size: torch.Tensor | Sequence[int]) -> int:
     """Of an image of this height and width, the base crop among them."""
     crops = sys.modules[type(model).__module__].image_size_to_num_patches
     side = model.config.vision_config.image_size
     return crops(image_size=size, grid_pinpoints=model.config.image_grid_pinpoints, patch_size=side)
 
 
-def layout(model, call, shape):
+def layout(model: Model, call: base.EncodeCall, shape: torch.Size) -> list[VisualItem]:
     """(crops of all images, tokens, C): the number of crops follows from the image's size, and which of their tokens
     survive unpadding, and where newlines go, from the model's own packing of their numbers."""
     config, tokens = model.config, shape[1]
@@ -37,24 +39,24 @@ def layout(model, call, shape):
 class FixedCropEncoder(base.FixedEncoder):
     """(images, crops of the largest, 3, H, W), or the crops of all images in one row."""
 
-    def shape(self, model, call):
+    def shape(self, model: Model, call: base.EncodeCall) -> base.EncoderShape:
         sizes = torch.as_tensor(call.arguments["image_sizes"], device="cpu").tolist()
         crops, pixels = [crops_of(model, size) for size in sizes], call.arguments["pixel_values"].shape
         features = (sum(crops), base.tower_tokens(model, call, model.vision_tower))
         return base.EncoderShape(features, (tuple(map(tuple, sizes)), pixels[1] if len(pixels) == 5 else None))
 
-    def tables(self, model, shape):
+    def tables(self, model: Model, shape: base.EncoderShape) -> dict[str, torch.Tensor]:
         sizes, stride = shape.sizes
         if stride is None:
             return {}
         crops = [i * stride + crop for i, size in enumerate(sizes) for crop in range(crops_of(model, size))]
         return {"crops": torch.tensor(crops, device="cpu")}
 
-    def run(self, model, tables, pixel_values):
+    def run(self, model: Model, tables: dict[str, torch.Tensor], pixel_values: torch.Tensor) -> base.Features:
         crops = pixel_values.flatten(0, 1)[tables["crops"]] if "crops" in tables else pixel_values
         return base.Features(base.tower_features(model, model.vision_tower, crops))
 
-    def separator(self, model):
+    def separator(self, model: Model) -> torch.Tensor:
         return model.image_newline
 
 

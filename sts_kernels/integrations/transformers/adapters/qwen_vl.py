@@ -1,36 +1,40 @@
 """Qwen2-VL, Qwen2.5-VL and Qwen3-VL: a feature is a 2x2 group of patches; images have any size."""
 
+import functools
 import itertools
 import math
 import sys
+from collections.abc import Sequence
 
 import torch
 
 from .. import attention_capture
+from ..untyped import Config, Model
+from ..vision_attention import AttentionCall
 from ..visual_item import VisualItem
 from . import base
 
 
-def merger_mlp(model):
+def merger_mlp(model: Model) -> torch.nn.Module:
     """Behind the merger's norm: its input is the normalised patches of a 2x2 group side by side."""
     return model.visual.merger.mlp
 
 
-def merger(model):
+def merger(model: Model) -> torch.nn.Module:
     """The whole of it: an adapter wraps the linear layers inside, and would not see which rows a hook on them drops."""
     return model.visual.merger
 
 
-def merged_patches(module, x):
+def merged_patches(module: Model, x: torch.Tensor) -> torch.Tensor:
     """What its linear layers get: as the input of Qwen2.5-VL's MLP."""
     return module.norm(x).view(-1, module.hidden_size)
 
 
-def grids_of(call) -> list[list[int]]:
+def grids_of(call: base.EncodeCall) -> list[list[int]]:
     return call.arguments[f"{call.kind}_grid_thw"].tolist()
 
 
-def layout(model, call, shape):
+def layout(model: Model, call: base.EncodeCall, shape: torch.Size) -> list[VisualItem]:
     """(groups of all images, C), frame after frame. Qwen2.5-VL orders the groups of a frame by attention windows, and
     puts them in raster order after the merger."""
     merge = model.visual.spatial_merge_size
@@ -41,7 +45,7 @@ def layout(model, call, shape):
     return items
 
 
-def frames_of(visual, grids) -> list[torch.Tensor]:
+def frames_of(visual: Model | Config, grids: Sequence[Sequence[int]]) -> list[torch.Tensor]:
     """(rows, columns) of each frame: the numbers of its groups, in raster order. visual: the encoder or its
     configuration."""
     merge = visual.spatial_merge_size
@@ -50,7 +54,7 @@ def frames_of(visual, grids) -> list[torch.Tensor]:
     return [frame.view(size) for frame, size in zip(groups, sizes, strict=True)]
 
 
-def windows_of(visual, frames: list[torch.Tensor]) -> list[torch.Tensor]:
+def windows_of(visual: Model | Config, frames: list[torch.Tensor]) -> list[torch.Tensor]:
     """The groups that attend to each other in most blocks: those of a window, or of a frame."""
     if not hasattr(visual, "window_size"):
         return [frame.flatten() for frame in frames]
@@ -58,20 +62,20 @@ def windows_of(visual, frames: list[torch.Tensor]) -> list[torch.Tensor]:
     return [part.flatten() for frame in frames for rows in frame.split(side) for part in rows.split(side, 1)]
 
 
-def window_order(visual, grids) -> torch.Tensor:
+def window_order(visual: Model | Config, grids: Sequence[Sequence[int]]) -> torch.Tensor:
     """Qwen2.5-VL: the groups of a frame window by window, each in raster order."""
     return torch.cat(windows_of(visual, frames_of(visual, grids)))
 
 
-def windows(model, call):
+def windows(model: Model, call: base.EncodeCall) -> torch.Tensor:
     return window_order(model.visual, grids_of(call))
 
 
-def attention(model, kind):
+def attention(model: Model, kind: str) -> torch.nn.Module:
     return model.visual.blocks[-1].attn  # attends to the whole image in all of them; inner blocks may be windowed
 
 
-def of_groups(model, values, shape):
+def of_groups(model: Model, values: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """The mean over the patches of a group."""
     return values.reshape(shape[0], -1, values.shape[-1]).mean(1)
 
@@ -80,11 +84,11 @@ class FixedQwenEncoder(base.FixedEncoder):
     """The model attends once for each window or frame, which it cuts out by numbers that it reads. Here those of equal
     length are neighbours and one batch: a block attends as often as there are lengths."""
 
-    def shape(self, model, call):
+    def shape(self, model: Model, call: base.EncodeCall) -> base.EncoderShape:
         grids = tuple(map(tuple, grids_of(call)))
         return base.EncoderShape((sum(map(math.prod, grids)) // model.visual.spatial_merge_size**2,), grids)
 
-    def tables(self, model, shape):
+    def tables(self, model: Model, shape: base.EncoderShape) -> dict[str, torch.Tensor]:
         """windows_i (n, L): the patches of n windows of length L, numbered as in the pixel values. All windows_i one
         after the other are the order in which blocks run; the other tables number patches in it.
         frames_i (n, L): likewise the patches of n frames; unframed: the way back from their order. features: patches in
@@ -105,10 +109,11 @@ class FixedQwenEncoder(base.FixedEncoder):
         spots, sizes = spots_of(shape.sizes, visual.spatial_merge_size)
         tables["positions"] = spots[order]
         if hasattr(visual, "pos_embed"):
-            tables |= {name: table[order] for name, table in interpolation(spots, sizes, visual.num_grid_per_side)}
+            learned = interpolation(spots, sizes, visual.num_grid_per_side)
+            tables |= {name: table[order] for name, table in learned.items()}
         return tables
 
-    def run(self, model, tables, pixel_values):
+    def run(self, model: Model, tables: dict[str, torch.Tensor], pixel_values: torch.Tensor) -> base.Features:
         visual, deepstack = model.visual, []
         windows, frames = (runs(tables, name) for name in ("windows", "frames"))
         hidden = visual.patch_embed(pixel_values.type(visual.dtype))[joined(tables, "windows")]
@@ -134,7 +139,7 @@ class FixedQwenEncoder(base.FixedEncoder):
             rows = merger.ln_q(rows).view(-1, merger.hidden_size)
         return base.Features(rows, deepstack)
 
-    def calls(self, model, shape, calls):
+    def calls(self, model: Model, shape: base.EncoderShape, calls: list[AttentionCall]) -> list[AttentionCall]:
         """Frames of one length at a time -> each of them, where they have several."""
         if len(calls) == 1:
             return calls
@@ -149,7 +154,7 @@ def patches_of(groups: torch.Tensor, unit: int) -> torch.Tensor:
     return (groups[..., None] * unit + torch.arange(unit, device="cpu")).flatten(-2)
 
 
-def by_length(name: str, parts, unit: int) -> dict[str, torch.Tensor]:
+def by_length(name: str, parts: Sequence[torch.Tensor], unit: int) -> dict[str, torch.Tensor]:
     """Parts of some groups each -> those of equal length as one table of their patches, short ones first."""
     equal = itertools.groupby(sorted(parts, key=len), len)
     return {f"{name}_{i}": patches_of(torch.stack(list(same)), unit) for i, (_, same) in enumerate(equal)}
@@ -164,7 +169,7 @@ def joined(tables: dict[str, torch.Tensor], name: str) -> torch.Tensor:
     return torch.cat([table.flatten() for key, table in tables.items() if key.startswith(f"{name}_")])
 
 
-def spots_of(grids, merge: int) -> tuple[torch.Tensor, torch.Tensor]:
+def spots_of(grids: Sequence[Sequence[int]], merge: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Of each patch, group after group: row and column (patches, 2), and rows and columns of its frame."""
     spots, sizes = [], []
     for count, height, width in grids:
@@ -175,17 +180,17 @@ def spots_of(grids, merge: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat(spots), torch.cat(sizes)
 
 
-def interpolation(spots: torch.Tensor, sizes: torch.Tensor, side: int):
+def interpolation(spots: torch.Tensor, sizes: torch.Tensor, side: int) -> dict[str, torch.Tensor]:
     """Bilinear, corners aligned: (patches, 4) learned positions on a grid of `side` rows and columns, and weights."""
     place = spots.double() * (side - 1) / (sizes - 1).clamp(min=1)
     low = place.long()
     corners = torch.cartesian_prod(*[torch.arange(2, device="cpu")] * 2)
     row, column = (low[:, None] + corners).clamp(max=side - 1).unbind(-1)
     weights = (1 - corners - (place - low)[:, None]).abs().prod(-1)
-    return ("corners", row * side + column), ("weights", weights.float())
+    return {"corners": row * side + column, "weights": weights.float()}
 
 
-def attend(attention, x: torch.Tensor, rotary: torch.Tensor, runs) -> torch.Tensor:
+def attend(attention: Model, x: torch.Tensor, rotary: torch.Tensor, runs: list[torch.Size]) -> torch.Tensor:
     """(patches, C): the attention of windows, or frames, of equal length at a time."""
     parts = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1)).unbind(1)
     rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb_vision
@@ -199,14 +204,15 @@ def attend(attention, x: torch.Tensor, rotary: torch.Tensor, runs) -> torch.Tens
     return attention.proj(torch.cat(out).flatten(1))
 
 
-SHARED = {
-    "layout": layout,
-    "vision_attention": attention,
-    "per_feature": of_groups,
-    "fixed_encoder": FixedQwenEncoder(),
-}
+adapter = functools.partial(
+    base.ModelAdapter,
+    layout=layout,
+    vision_attention=attention,
+    per_feature=of_groups,
+    fixed_encoder=FixedQwenEncoder(),
+)
 ADAPTERS = [
-    base.ModelAdapter("Qwen2-VL", ("qwen2_vl",), merger_mlp, **SHARED),
-    base.ModelAdapter("Qwen2.5-VL", ("qwen2_5_vl",), merger_mlp, **SHARED, prune_layer=14, order=windows),
-    base.ModelAdapter("Qwen3-VL", ("qwen3_vl",), merger, **SHARED, features=merged_patches),
+    adapter("Qwen2-VL", ("qwen2_vl",), merger_mlp),
+    adapter("Qwen2.5-VL", ("qwen2_5_vl",), merger_mlp, prune_layer=14, order=windows),
+    adapter("Qwen3-VL", ("qwen3_vl",), merger, features=merged_patches),
 ]

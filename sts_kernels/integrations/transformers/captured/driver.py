@@ -1,13 +1,15 @@
 """Stock generate() drives, graphs compute: sampling, stopping and streaming stay the library's."""
 
 import contextlib
+import functools
 import inspect
 import threading
 import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,13 +22,17 @@ from .. import compat, prompt
 from ..adapters import EncodeCall, EncoderShape, ModelAdapter
 from ..cut_selection import planned_cuts
 from ..hooks import Hooks
-from ..report import describe
+from ..report import Left, describe
+from ..untyped import Args, Kwargs, Model
 from ..vision_pruning import with_budgets
 from ..visual_item import VisualItem
 from . import layout
-from .encoder import KIND, Encoder
+from .encoder import KIND, Encoded, Encoder
 from .graphs import Buffers, Graph, Graphs
-from .runner import Runner, Shape
+from .runner import Decoded, Prefilled, Runner, Shape
+
+if TYPE_CHECKING:
+    from ..handle import PruningHandle
 
 STEP, MOST = 64, 8  # of buckets: slots between two, and how many are kept
 PIXELS = ("pixel_values", "pixel_values_images")
@@ -94,10 +100,10 @@ class CapturedCache(Cache):
     def is_compileable(self) -> bool:
         return False
 
-    def get_seq_length(self, *args, **kwargs) -> int:
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
         return self.length
 
-    def update(self, *args, **kwargs):
+    def update(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise RuntimeError(
             "this cache stands for buffers of compiled graphs, which the next prompt overwrites, and cannot be "
             "continued; generate on a handle without compile() to continue a conversation"
@@ -109,8 +115,8 @@ class _Ready:
     """A Runner and its graphs."""
 
     runner: Runner
-    prefill: Graph
-    decode: Graph
+    prefill: Graph[Prefilled]
+    decode: Graph[Decoded]
     bucket: Bucket | None = None  # once they are prepared
 
     def prepare(self) -> None:
@@ -128,9 +134,19 @@ class _Ready:
 class _Deferred:
     """Stands for the features that generate() asks for before the prompt is known to fit."""
 
-    original: Callable
-    args: tuple
-    kwargs: dict
+    original: Callable[..., Any]
+    args: Args
+    kwargs: Kwargs
+
+
+@dataclass
+class _Answer:
+    """What a prompt is continued with."""
+
+    ready: _Ready
+    cache: CapturedCache
+    rows: int
+    left: int  # tokens that still fit
 
 
 @dataclass
@@ -138,10 +154,10 @@ class _Serving:
     """One generate() under way."""
 
     thread: int
-    cache: CapturedCache | None = None
-    ready: _Ready | None = None
-    rows: int = 0
-    left: int = 0  # tokens that still fit
+    answer: _Answer | None = None  # once the prompt is known to fit
+
+
+_EncoderEntry: TypeAlias = tuple[Encoder, Graph[Encoded], list[VisualItem]]
 
 
 class _Refused(Exception):
@@ -151,7 +167,18 @@ class _Refused(Exception):
 class Captured:
     """What `PruningHandle.compile` installs. One prompt at a time; several threads wait for each other."""
 
-    def __init__(self, handle, module, prompt_tokens, max_new_tokens: int, batch_size, backend, strict: bool):
+    def __init__(
+        self,
+        handle: "PruningHandle",
+        module: Model,
+        prompt_tokens: tuple[int, ...] | None,
+        max_new_tokens: int,
+        batch_size: tuple[int, ...],
+        backend: str | None,
+        strict: bool,
+    ):
+        assert handle.adapter.fixed_encoder is not None  # as checked
+        self._fixed = handle.adapter.fixed_encoder
         self.handle, self.base, self.text = handle, handle.base, handle.text
         self.plan, self.method, self.adapter = handle.plan, handle.method, handle.adapter
         self.buckets, self.new, self.batches, self.strict = prompt_tokens, max_new_tokens, batch_size, strict
@@ -160,13 +187,14 @@ class Captured:
         self._head, self._modules = module.get_output_embeddings(), list(handle.model.modules())
         self._standing = _standing_reason(handle, self._head, self._modules)
         # Where images have any size, a shape may never come again: it is prepared when it does.
-        self._one_size = self.adapter.fixed_encoder.usual(self.base, 1) is not None
+        self._one_size = self._fixed.usual(self.base, 1) is not None
         self._step = 1 if _steady(self.plan) else STEP
         self._graphs = Graphs(self.text.embed_tokens.weight.device, backend)
         self._buffers = Buffers(self.text.embed_tokens.weight.detach())
         self._runners: OrderedDict[Shape, _Ready] = OrderedDict()
-        self._encoders: OrderedDict[tuple, tuple[Encoder, Graph, list]] = OrderedDict()
-        self._lock, self._serving = threading.RLock(), None
+        self._encoders: OrderedDict[tuple[EncoderShape, tuple[int, ...]], _EncoderEntry] = OrderedDict()
+        self._lock = threading.RLock()
+        self._serving: _Serving | None = None
         self._said: set[str] = set()
         if self._standing is not None:
             self._fall_back(_Refused(self._standing))
@@ -177,11 +205,14 @@ class Captured:
 
     def build(self) -> None:
         """Buckets that were asked for, of prompts with one image each, where all images of the family have one size."""
-        if self.buckets is None or self._standing is not None or not self._one_size:
+        if self.buckets is None or self._standing is not None:
             return
         for batch in sorted(self.batches, reverse=True):
-            size, pixels = self.adapter.fixed_encoder.usual(self.base, batch)
-            pixels = torch.empty(pixels, device="meta")
+            usual = self._fixed.usual(self.base, batch)
+            if usual is None:
+                return
+            size, shape = usual
+            pixels = torch.empty(shape, device="meta")
             items = self._encoder(size, EncodeCall(KIND, {PIXELS[0]: pixels}, lambda kind: []), pixels)[2]
             for slots in sorted(self.buckets, reverse=True):  # the largest first: the others use its memory
                 given = layout.of_length(items, slots, self.plan)
@@ -191,7 +222,7 @@ class Captured:
     # --- generate() ---
 
     @contextlib.contextmanager
-    def serving(self, module, args: tuple, kwargs: dict):
+    def serving(self, module: Model, args: Args, kwargs: Kwargs) -> Iterator[None]:
         """Around a generate() of `module`. What graphs do not serve runs as if there were none."""
         with self._lock:
             outer, self._serving, shadowed = self._serving, None, Hooks()
@@ -209,15 +240,15 @@ class Captured:
                 shadowed.remove()
                 self._serving = outer
 
-    def _forward(self, original, *args, **kwargs):
+    def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """In place of the forward of a model whose generate() is served."""
         serving = self._served()
         if serving is None:
             return original(*args, **kwargs)
-        if serving.cache is not None:
-            if compat.cache_of(kwargs) is not serving.cache or args:
+        if serving.answer is not None:
+            if compat.cache_of(kwargs) is not serving.answer.cache or args:
                 return original(*args, **kwargs)
-            return self._decode(serving, kwargs["input_ids"])
+            return self._decode(serving.answer, kwargs["input_ids"])
         try:
             if args or kwargs.get("input_ids") is None or kwargs["input_ids"].ndim != 2:
                 raise _Refused("the model is not called with ids alone")
@@ -231,10 +262,10 @@ class Captured:
                 given[kind] = self.handle._encode(kind, later.original, *later.args, **later.kwargs)
         return original(*args, **kwargs)
 
-    def deferred(self, kind: str, original, args: tuple, kwargs: dict) -> _Deferred | None:
+    def deferred(self, kind: str, original: Callable[..., Any], args: Args, kwargs: Kwargs) -> _Deferred | None:
         """Newer versions of generate() encode images before they call the model: with the prompt, in its graph."""
         serving = self._served()
-        return _Deferred(original, args, kwargs) if serving is not None and serving.cache is None else None
+        return _Deferred(original, args, kwargs) if serving is not None and serving.answer is None else None
 
     def _served(self) -> _Serving | None:
         """The generate() of this thread that graphs serve."""
@@ -251,12 +282,12 @@ class Captured:
                 f"sts_kernels: this runs through the hooks, not through compiled graphs: {reason}", stacklevel=4
             )
 
-    def _check_call(self, module, args: tuple, kwargs: dict) -> None:
+    def _check_call(self, module: Model, args: Args, kwargs: Kwargs) -> None:
         if self._standing is not None:
             raise _Refused(self._standing)
         given = (kwargs.get("generation_config"), module.generation_config)
 
-        def option(name):
+        def option(name: str) -> Any:
             values = [kwargs[name]] if kwargs.get(name) is not None else [getattr(g, name, None) for g in given]
             return next((value for value in values if value is not None), None)
 
@@ -274,7 +305,7 @@ class Captured:
             raise _Refused(f"there are hooks on {hooked}, which a graph would not call")
         self._check_length(args[0] if args else kwargs.get("input_ids", kwargs.get("inputs")), option)
 
-    def _check_length(self, ids, option: Callable) -> None:
+    def _check_length(self, ids: Any, option: Callable[[str], Any]) -> None:
         asked, longest = option("max_new_tokens"), option("max_length")
         if asked is None and longest not in (None, LIBRARY_LENGTH) and isinstance(ids, Tensor):
             asked = longest - ids.shape[-1]
@@ -296,7 +327,7 @@ class Captured:
 
     # --- a prompt ---
 
-    def _prefill(self, serving: _Serving, kwargs: dict):
+    def _prefill(self, serving: _Serving, kwargs: Kwargs) -> CausalLMOutputWithPast:
         arguments, pixels = _arguments(kwargs)
         ids, mask = arguments["input_ids"], arguments.get("attention_mask")
         if mask is not None and mask.shape != ids.shape:
@@ -304,12 +335,15 @@ class Captured:
         valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         batch = self._at_least(len(ids), self.batches, "batch_size", f"the batch has {len(ids)} prompts")
         token_ids = prompt.token_ids(self.base.config)
-        encoder, items = None, {}
+        items: dict[str, list[VisualItem]] = {}
+        encode: Callable[[Runner, Tensor], None] | None = None
         try:
             if pixels is not None:
                 call = EncodeCall(KIND, arguments, lambda kind: prompt.runs(ids, token_ids[kind]))
-                *encoder, items[KIND] = self._encoder(self.adapter.fixed_encoder.shape(self.base, call), call, pixels)
+                encoder, graph, items[KIND] = self._encoder(self._fixed.shape(self.base, call), call, pixels)
+                encode = functools.partial(_encode, encoder, graph, pixels)
             modality = prompt.placeholders(self.base, token_ids, ids, None)
+            assert modality is not None  # there are ids
             given = layout.read(ids, valid, modality, self._positions(arguments, valid), items, self.plan)
             longest = max(given.entering)
             slots = self._at_least(longest, self.buckets, "prompt_tokens", f"the pruned prompt takes {longest} slots")
@@ -317,41 +351,41 @@ class Captured:
             values, places = layout.fill(given, shape, self.plan)
         except NotImplementedError as error:
             raise _Refused(str(error)) from None
-        serving.ready, serving.rows, serving.left = self._runner(shape), len(ids), self.new
-        serving.cache = CapturedCache(ids.shape[1])
+        ready = self._runner(shape)
+        serving.answer = _Answer(ready, CapturedCache(ids.shape[1]), len(ids), self.new)
         session, timer = self.handle._sessions.now, self.handle._timer
-        serving.ready.runner.prompt.load(values)
-        if encoder is not None:
+        ready.runner.prompt.load(values)
+        if encode is not None:
             with timer(session, "encode"):
-                _encode(*encoder, serving.ready.runner, pixels, places)
+                encode(ready.runner, places)
         timer.start(session)
-        out = serving.ready.prefill.run()
+        out = ready.prefill.run()
         timer.stop(session, "prefill")
-        if encoder is not None:
+        if encode is not None:
             self._report(given, shape, out["columns"], dict(session.clock))
-        return self._output(serving, out)
+        return self._output(serving.answer, out["logits"])
 
-    def _decode(self, serving: _Serving, ids: Tensor):
-        if ids.shape != (serving.rows, 1):
+    def _decode(self, answer: _Answer, ids: Tensor) -> CausalLMOutputWithPast:
+        if ids.shape != (answer.rows, 1):
             raise RuntimeError(
-                f"sts_kernels: compiled graphs decode one token of each of the {serving.rows} prompts at a time, got "
+                f"sts_kernels: compiled graphs decode one token of each of the {answer.rows} prompts at a time, got "
                 f"ids of shape {tuple(ids.shape)}"
             )
-        if not serving.left:
+        if not answer.left:
             raise ValueError(
                 f"sts_kernels: the answer is longer than the {self.new} tokens that were compiled; give "
                 "compile(max_new_tokens=...) a larger number"
             )
-        serving.left -= 1
-        serving.cache.length += 1
-        serving.ready.runner.token[: serving.rows].copy_(ids)
-        return self._output(serving, serving.ready.decode.run())
+        answer.left -= 1
+        answer.cache.length += 1
+        answer.ready.runner.token[: answer.rows].copy_(ids)
+        return self._output(answer, answer.ready.decode.run()["logits"])
 
     @staticmethod
-    def _output(serving: _Serving, out: dict) -> CausalLMOutputWithPast:
-        return CausalLMOutputWithPast(logits=out["logits"][: serving.rows, None], **{compat.CACHE: serving.cache})
+    def _output(answer: _Answer, logits: Tensor) -> CausalLMOutputWithPast:
+        return CausalLMOutputWithPast(logits=logits[: answer.rows, None], **{compat.CACHE: answer.cache})
 
-    def _positions(self, arguments: dict, valid: Tensor) -> Tensor:
+    def _positions(self, arguments: Kwargs, valid: Tensor) -> Tensor:
         """(axes, B, S): rotary positions of the full prompt, as the model itself numbers them."""
         index = getattr(self.base, "get_rope_index", None)
         if index is not None and any(arguments.get(f"{kind}_grid_thw") is not None for kind in prompt.KINDS):
@@ -362,12 +396,13 @@ class Captured:
                     return index(**given | {"attention_mask": valid.long()})[0]
         return (valid.long().cumsum(1) - 1).clamp(min=0).expand(self.axes, -1, -1)
 
-    def _report(self, given: layout.Prompt, shape: Shape, columns: list[Tensor], clock: dict) -> None:
+    def _report(self, given: layout.Prompt, shape: Shape, columns: list[Tensor], clock: dict[str, float]) -> None:
         plan, rows, dtype = self.plan, len(given.rows), self.text.embed_tokens.weight.dtype
         report = describe(plan, self.text.config, dtype, given.rows, given.modality, None)
         cuts = planned_cuts(plan.cuts, given.rows, given.entering)
         numbers = [given.entering, *(planned.lengths for planned in cuts)]
-        layers, left = [0, *(plan.cuts[cut.index].layer for cut in shape.cuts)], {}
+        layers = [0, *(plan.cuts[cut.index].layer for cut in shape.cuts)]
+        left: Left = {}
         for layer, held, lengths in zip(layers, columns, numbers, strict=True):
             slots = torch.arange(held.shape[1], device="cpu") < torch.tensor(lengths, device="cpu")[:, None]
             left[layer] = held[:rows].clone(), slots
@@ -411,9 +446,7 @@ class Captured:
             self._runners[shape].prepare()
         return self._runners[shape]
 
-    def _encoder(
-        self, shape: EncoderShape, call: EncodeCall, pixels: Tensor
-    ) -> tuple[Encoder, Graph, list[VisualItem]]:
+    def _encoder(self, shape: EncoderShape, call: EncodeCall, pixels: Tensor) -> _EncoderEntry:
         key = (shape, tuple(pixels.shape))
         if key in self._encoders:
             self._encoders[key][1].prepare()
@@ -432,7 +465,7 @@ class Captured:
         return self._encoders[key]
 
 
-def _arguments(kwargs: dict) -> tuple[dict, Tensor | None]:
+def _arguments(kwargs: Kwargs) -> tuple[Kwargs, Tensor | None]:
     """Of the forward of a prompt, those of the encoder among them, sizes and ids on the host; and the pixel values."""
     arguments = dict(kwargs)
     for kind, later in (arguments.pop("mm_encoder_outputs", None) or {}).items():
@@ -446,7 +479,7 @@ def _arguments(kwargs: dict) -> tuple[dict, Tensor | None]:
     return arguments | host, pixels
 
 
-def _encode(encoder: Encoder, graph: Graph, runner: Runner, pixels: Tensor, places: Tensor) -> None:
+def _encode(encoder: Encoder, graph: Graph[Encoded], pixels: Tensor, runner: Runner, places: Tensor) -> None:
     encoder.pixels.copy_(pixels, non_blocking=True)
     encoder.places.copy_(places, non_blocking=True)
     out, count = graph.run(), encoder.rows
@@ -457,7 +490,7 @@ def _encode(encoder: Encoder, graph: Graph, runner: Runner, pixels: Tensor, plac
         mine[:count].copy_(rows)
 
 
-def check(method: Method, adapter: ModelAdapter, text) -> None:
+def check(method: Method, adapter: ModelAdapter, text: Model) -> None:
     """Refuses what no call could be served of."""
     if (reason := unselectable(method, text.embed_tokens.weight.device)) is not None:
         raise NotImplementedError(f"compile: {method.name} cannot be compiled: {reason}")
@@ -486,7 +519,7 @@ def unselectable(method: Method, device: torch.device) -> str | None:
     return None
 
 
-def sizes(name: str, value, least: int) -> tuple[int, ...]:
+def sizes(name: str, value: int | Sequence[int], least: int) -> tuple[int, ...]:
     """An int, or several, ascending."""
     values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
     for number in values:
@@ -496,7 +529,7 @@ def sizes(name: str, value, least: int) -> tuple[int, ...]:
     return tuple(sorted(set(values)))
 
 
-def check_backend(backend) -> None:
+def check_backend(backend: str | None) -> None:
     if backend not in BACKENDS:
         raise ValueError(f'compile: backend must be None or "inductor", got {backend!r}')
 
@@ -510,7 +543,9 @@ def _steady(plan: Plan) -> bool:
     return few == many
 
 
-def _standing_reason(handle, head, modules: list[torch.nn.Module]) -> str | None:
+def _standing_reason(
+    handle: "PruningHandle", head: torch.nn.Module | None, modules: list[torch.nn.Module]
+) -> str | None:
     """Why no call of this model can be served; None: nothing stands in the way."""
     if head is None:
         return "the model has no output embeddings"

@@ -4,6 +4,7 @@ import copy
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -12,7 +13,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from ....methods import Method
 from .. import vision_attention, vision_pruning
 from ..adapters import EncoderShape, ModelAdapter
-from ..attention_capture import function_of
+from ..attention_capture import Attention, function_of
+from ..untyped import Config, Model
+from ..vision_attention import AttentionCall
 from ..visual_item import VisualItem
 from .graphs import Graph, Graphs, quietly, replaced
 from .layout import survivors
@@ -30,12 +33,19 @@ class Assembly:
     sorted: bool  # whether kept features in order are tokens in order, and there are no separators
 
 
+class Encoded(TypedDict):
+    rows: Tensor  # (R, D) as the LLM gets them, in the order of the prompts
+    places: Tensor  # (1 + axes, R)
+    candidate: Tensor  # (R,) bool: which of them a cut may drop
+    deepstack: list[Tensor]  # the same rows of each deepstack layer
+
+
 class Encoder:
     """`run` of one EncoderShape. `pixels` and `places` (1 + axes, placeholders) are its inputs."""
 
     def __init__(
         self,
-        base,
+        base: Model,
         adapter: ModelAdapter,
         method: Method,
         scope: str,
@@ -46,22 +56,25 @@ class Encoder:
         axes: int,
     ):
         self.base, self.adapter, self.method, self.shape = base, adapter, method, shape
+        assert adapter.fixed_encoder is not None  # as checked
+        self._fixed = adapter.fixed_encoder
         weight = base.language_model.embed_tokens.weight
         device, self._dtype = weight.device, weight.dtype
         with torch.inference_mode(False):
             self.pixels = torch.zeros(pixels.shape, dtype=base.dtype, device=device)  # the encoder's, cast by a copy
             self.places = torch.zeros(1 + axes, sum(i.num_tokens for i in items), dtype=torch.int64, device=device)
             self._assembly = _assembly(items, order, device)
-            tables = adapter.fixed_encoder.tables(base, shape)
+            tables = self._fixed.tables(base, shape)
             self._tables = {k: v if k.startswith("host_") else v.to(device) for k, v in tables.items()}
             self._pools = None if method.site is None else vision_pruning.Pools.of(items, scope, device)
         self.rows = sum(map(survivors, items))
-        self._taps: dict[torch.nn.Module, list] = {}
+        self._taps: dict[torch.nn.Module, list[AttentionCall]] = {}
         if method.signals & {"attention", "keys"}:  # also where all tokens stay: a handle's own callback is not traced
             find = adapter.last_attention if method.encoder_attention == "last" else adapter.vision_attention
+            assert find is not None  # unsupported.check_signals
             self._taps[find(base, KIND)] = []
 
-    def ready(self, graphs: Graphs, now: bool = True) -> Graph:
+    def ready(self, graphs: Graphs, now: bool = True) -> Graph[Encoded]:
         tapped = [(module, "config", _tapped(module, seen)) for module, seen in self._taps.items()]
         around = functools.partial(replaced, tapped)
         if now and graphs.backend is not None:  # the library sets up its recording of hidden states: not to be traced
@@ -69,10 +82,8 @@ class Encoder:
                 self.run()
         return graphs.ready(self.run, around, now)
 
-    def run(self) -> dict:
-        """-> rows (R, D) as the LLM gets them, in the order of the prompts; their places (1 + axes, R); which of them a
-        cut may drop, (R,); and the same rows of each deepstack layer."""
-        encoded = self.adapter.fixed_encoder.run(self.base, self._tables, self.pixels)
+    def run(self) -> Encoded:
+        encoded = self._fixed.run(self.base, self._tables, self.pixels)
         calls = [call for seen in self._taps.values() for call in seen]
         for seen in self._taps.values():
             seen.clear()
@@ -85,10 +96,10 @@ class Encoder:
         if self._pools is None or self.method.site == "projected":
             projected = projector(x).reshape(len(flat), -1)
             if self._pools is not None:
-                which, values = self._selected(projected, calls)
+                which, values = self._selected(self._pools, projected, calls)
             rows = projected[which] if values is None else values.to(projected.dtype)
         else:
-            which, values = self._selected(flat, calls)
+            which, values = self._selected(self._pools, flat, calls)
             picked = together[which].view(-1, x.shape[-1])
             if values is not None:
                 picked = vision_pruning.merged_rows(self.method, self.adapter.name, picked, values)
@@ -98,39 +109,42 @@ class Encoder:
         ]
         return self._assembled(which, rows, deepstack)
 
-    def _selected(self, features: Tensor, calls: list[tuple]) -> tuple[Tensor, Tensor | None]:
-        signals = {}
+    def _selected(
+        self, pools: vision_pruning.Pools, features: Tensor, calls: list[AttentionCall]
+    ) -> tuple[Tensor, Tensor | None]:
+        signals: dict[str, Tensor] = {}
         if calls:
-            calls = self.adapter.fixed_encoder.calls(self.base, self.shape, calls)
+            calls = self._fixed.calls(self.base, self.shape, calls)
             if self.method.encoder_attention == "last":
                 calls = [vision_attention.one_head(*call) for call in calls]
             size = torch.Size((*self.shape.features, features.shape[-1]))
             for name in sorted({"attention", "keys"} & self.method.signals):
                 signals[name] = getattr(self.adapter, name)(self.base, calls, size)
-        kept = vision_pruning.select_from(self.method, self._pools, features, **signals)
+        kept = vision_pruning.select_from(self.method, pools, features, signals.get("attention"), signals.get("keys"))
         return kept.rows, kept.values
 
-    def _assembled(self, which: Tensor, rows: Tensor, deepstack: list[Tensor]) -> dict:
+    def _assembled(self, which: Tensor, rows: Tensor, deepstack: list[Tensor]) -> Encoded:
         """Rows in the order of their placeholders, separators among them."""
         table = self._assembly
         token, candidate = table.token[which], torch.ones_like(which, dtype=torch.bool)
         rows, deepstack = rows.to(self._dtype), [part.to(self._dtype) for part in deepstack]
         if not table.sorted:
-            separator = self.adapter.fixed_encoder.separator(self.base)
             count = len(table.separators)
             order = torch.cat([token, table.separators]).argsort(dim=0)
             token = torch.cat([token, table.separators])[order]
             candidate = torch.cat([candidate, candidate.new_zeros(count)])[order]
             if count:
+                separator = self._fixed.separator(self.base)
+                assert separator is not None  # the family's images have such tokens
                 rows = torch.cat([rows, separator.to(rows)[None].expand(count, -1)])
                 deepstack = [torch.cat([part, part.new_zeros(count, part.shape[1])]) for part in deepstack]
             rows, deepstack = rows[order], [part[order] for part in deepstack]
         return {"rows": rows, "places": self.places[:, token], "candidate": candidate, "deepstack": deepstack}
 
 
-def _assembly(items: Sequence[VisualItem], order: Tensor | None, device) -> Assembly:
+def _assembly(items: Sequence[VisualItem], order: Tensor | None, device: torch.device) -> Assembly:
     with torch.device("cpu"):
-        tokens, separators, feature, placeholder = [], [], 0, 0
+        tokens, apart, feature, placeholder = [], [], 0, 0
         for item in items:
             token = torch.full((item.num_features,), -1)
             if item.feature_of_token is None:
@@ -139,12 +153,12 @@ def _assembly(items: Sequence[VisualItem], order: Tensor | None, device) -> Asse
                 places = torch.arange(item.num_tokens)
                 piece = item.feature_of_token >= 0
                 token[item.feature_of_token[piece]] = places[piece]
-                separators.append(places[~piece] + placeholder)
+                apart.append(places[~piece] + placeholder)
             tokens.append(torch.where(token < 0, -1, token + placeholder))
             feature, placeholder = feature + item.num_features, placeholder + item.num_tokens
         token = torch.cat(tokens)
         token = token if order is None else token[order]
-        separators = torch.cat([token[:0], *separators])
+        separators = torch.cat([token[:0], *apart])
         used = (token >= 0).nonzero()[:, 0]
         ascending = bool((token[used].diff() > 0).all()) and not len(separators)
     return Assembly(token.to(device), separators.to(device), used.to(device), ascending)
@@ -155,7 +169,7 @@ def _assembly(items: Sequence[VisualItem], order: Tensor | None, device) -> Asse
 _PREFIX = "sts_seen_"
 
 
-def _tapped(module: torch.nn.Module, seen: list):
+def _tapped(module: Model, seen: list[AttentionCall]) -> Config:
     """The module's configuration, with an implementation that notes query, key and scale of each call and then runs the
     module's own."""
     config = getattr(module.config, "_sts_config", module.config)
@@ -169,8 +183,8 @@ def _tapped(module: torch.nn.Module, seen: list):
     return tapped
 
 
-def _noting(implementation: str):
-    def attention(module, query, key, *args, **kwargs):
+def _noting(implementation: str) -> Attention:
+    def attention(module: Model, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
         config = module.config
         config.sts_seen.append((query, key, kwargs.get("scaling") or query.shape[-1] ** -0.5))
         if "flash" in implementation:  # reads the implementation from module.config again

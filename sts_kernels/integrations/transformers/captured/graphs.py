@@ -9,10 +9,14 @@ import contextlib
 import itertools
 import types
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
 
 from ....methods import _packed
+
+Out = TypeVar("Out")  # of a function, a dict of tensors
+Around: TypeAlias = Callable[[], contextlib.AbstractContextManager[None]]  # makes the context in which one is called
 
 WARM_UPS = 2  # runs before a capture: kernels are loaded, tuned and compiled, and workspaces allocated
 
@@ -44,9 +48,10 @@ class Buffers:
     """Memory by name, as large as the largest tensor taken under it: buckets run one at a time and share it."""
 
     def __init__(self, like: torch.Tensor):
-        self._like, self._flat = like, {}
+        self._like = like
+        self._flat: dict[tuple[str, int], torch.Tensor] = {}
 
-    def take(self, name, shape: tuple[int, ...]) -> torch.Tensor:
+    def take(self, name: tuple[str, int], shape: tuple[int, ...]) -> torch.Tensor:
         size = torch.Size(shape).numel()
         if name not in self._flat or self._flat[name].numel() < size:
             self._flat[name] = self._like.new_zeros(size)
@@ -69,24 +74,25 @@ class Graphs:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def ready(
-        self, function: Callable[[], dict], around: Callable = contextlib.nullcontext, now: bool = True
-    ) -> "Graph":
-        """The function must be safe to run any number of times on the buffers as they are when it is prepared. around:
-        makes the context in which it is called. now: prepare it at once."""
+        self, function: Callable[[], Out], around: Around = contextlib.nullcontext, now: bool = True
+    ) -> "Graph[Out]":
+        """The function must be safe to run any number of times on the buffers as they are when it is prepared. now:
+        prepare it at once."""
         graph = Graph(self, function, around)
         if now:
             graph.prepare()
         return graph
 
-    def compiled(self, function: Callable[[], dict]) -> Callable[[], dict]:
+    def compiled(self, function: Callable[[], Out]) -> Callable[[], Out]:
         if self.backend is None:
             return function
         torch.compiler.assume_constant_result(_packed.copied)  # marked here, since this imports the compiler
         return torch.compile(_with_code_of_its_own(function), fullgraph=True, dynamic=False, backend=self.backend)
 
-    def captured(self, run: Callable[[], dict]) -> tuple[torch.cuda.CUDAGraph, dict]:
+    def captured(self, run: Callable[[], Out]) -> tuple[torch.cuda.CUDAGraph, Out]:
         """-> the graph and its outputs."""
         stream, current = self._stream, torch.cuda.current_stream(self.device)
+        assert stream is not None  # on a CUDA device
         stream.wait_stream(current)
         with torch.cuda.device(self.device):
             with torch.cuda.stream(stream):
@@ -99,13 +105,13 @@ class Graphs:
         return graph, outputs
 
 
-class Graph:
+class Graph(Generic[Out]):
     """`run()` gives the function's outputs, which hold until the next run. Before `prepare()` it is called as it is."""
 
-    def __init__(self, graphs: Graphs, function: Callable[[], dict], around: Callable):
+    def __init__(self, graphs: Graphs, function: Callable[[], Out], around: Around):
         self._graphs, self._function, self._around = graphs, function, around
-        self._constants: dict = {}
-        self._replay, self._outputs = None, {}
+        self._constants: dict[Any, torch.Tensor] = {}
+        self._captured: tuple[torch.cuda.CUDAGraph, Out] | None = None
         self.prepared = False
 
     def prepare(self) -> None:
@@ -115,14 +121,14 @@ class Graph:
         self._function = self._graphs.compiled(self._function)
         if self._graphs.device.type == "cuda":
             with self._inside():
-                graph, self._outputs = self._graphs.captured(self._function)
-            self._replay = graph.replay
+                self._captured = self._graphs.captured(self._function)
         self.prepared = True
 
-    def run(self) -> dict:
-        if self._replay is not None:
-            self._replay()
-            return self._outputs
+    def run(self) -> Out:
+        if self._captured is not None:
+            graph, outputs = self._captured
+            graph.replay()
+            return outputs
         with self._inside():
             return self._function()
 
@@ -139,10 +145,10 @@ def quietly() -> Iterator[None]:
         yield
 
 
-def _with_code_of_its_own(function: Callable[[], dict]) -> Callable[[], dict]:
+def _with_code_of_its_own(function: Callable[[], Out]) -> Callable[[], Out]:
     """Dynamo keeps what it compiled by code object, and only a few for each: buckets must not share one."""
 
-    def entry():
+    def entry() -> Out:
         return function()
 
     code = entry.__code__.replace(co_name=f"entry_{next(_numbers)}")

@@ -30,7 +30,9 @@ class Prompt:
         return [row.length - row.num_visual + row.num_kept for row in self.rows]
 
 
-def read(ids, valid, modality, positions, items: dict[str, list[VisualItem]], plan: Plan) -> Prompt:
+def read(
+    ids: Tensor, valid: Tensor, modality: Tensor, positions: Tensor, items: dict[str, list[VisualItem]], plan: Plan
+) -> Prompt:
     """Assigns images to prompts. Errors as of `prompt.read_rows`."""
     return Prompt(ids, valid, modality, positions, prompt.read_rows(modality, valid, None, 0, items, plan))
 

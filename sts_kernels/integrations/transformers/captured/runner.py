@@ -9,6 +9,7 @@ import copy
 import functools
 import itertools
 from dataclasses import dataclass
+from typing import Any, TypeAlias, TypedDict
 
 import torch
 from torch import Tensor
@@ -17,17 +18,30 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from ....methods import Cut, Method, Plan
 from ....methods._keep_top import best_of
 from .. import compat, masks
-from ..cut_selection import PlannedCut, leave, raters_of
-from ..layer_pruning import scores_of
+from ..cut_selection import Group, PlannedCut, leave, raters_of
+from ..layer_pruning import Rotary, scores_of
+from ..untyped import Config, Model
 from .graphs import Buffers, Graph, Graphs, Inputs, replaced
 
 ATTENTION = "sts_captured"
 ALIGNMENT = 16  # slots: masks and keys whose rows the attention kernels can load as vectors
 
+Seen: TypeAlias = tuple[Tensor, Tensor, float | None]  # query, key and scale of a layer
 
-def attention(module, query, key, value, attention_mask, scaling=None, sts_seen=None, sts_alone=False, **kwargs):
-    """Every attention of the LLM inside a graph. sts_seen: a list that gets query, key and scale. sts_alone: nothing
-    else is wanted; the output is of the right shape and means nothing."""
+
+def attention(
+    module: Model,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sts_seen: list[Seen] | None = None,
+    sts_alone: bool = False,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Every attention of the LLM inside a graph. sts_seen: gets query, key and scale. sts_alone: nothing else is
+    wanted; the output is of the right shape and means nothing."""
     if sts_seen is not None:
         sts_seen.append((query, key, scaling))
     if sts_alone:
@@ -85,7 +99,9 @@ class Slots:
     """
 
     def __init__(self, segments: list[Segment], buffers: Buffers, batch: int, heads: int, dim: int):
-        self.keys, self.values, self.filled = {}, {}, {}
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
+        self.filled: dict[int, Tensor] = {}
         self._row = torch.arange(batch, device=segments[0].filled.device)
         for segment in segments:
             for layer in segment.layers:
@@ -98,7 +114,7 @@ class Slots:
     def bytes(self) -> int:
         return sum(tensor.nbytes for tensor in (*self.keys.values(), *self.values.values()))
 
-    def update(self, key: Tensor, value: Tensor, layer: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(self, key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """key, value: (B, heads, tokens, D) -> those to attend to."""
         held = self.keys[layer], self.values[layer]
         prompt = key.shape[2]
@@ -116,7 +132,7 @@ class Slots:
 
 @dataclass
 class _Prefill:
-    """What cuts look at, as in `layer_pruning.Prefill`: masks are (B, width) of the segment under way."""
+    """A `cut_selection.Run`: masks are (B, width) of the segment under way."""
 
     slots: Tensor
     candidates: Tensor
@@ -125,6 +141,15 @@ class _Prefill:
     trailing: int = 0
     scores: Tensor | None = None
     raters: Tensor | None = None
+
+
+class Prefilled(TypedDict):
+    logits: Tensor  # (B, V) behind each prompt
+    columns: list[Tensor]  # of each segment, those (B, width) of the full prompt that its slots hold
+
+
+class Decoded(TypedDict):
+    logits: Tensor  # (B, V) behind `Runner.token`
 
 
 class Runner:
@@ -136,8 +161,8 @@ class Runner:
 
     def __init__(
         self,
-        text,
-        head,
+        text: Model,
+        head: torch.nn.Module,
         method: Method,
         plan: Plan,
         contiguous: bool,
@@ -165,7 +190,7 @@ class Runner:
             self._cache = Slots(self.segments, buffers, shape.batch, config.num_key_value_heads, dim)
             self._cuts = [self._planned(plan.cuts[cut.index], cut) for cut in shape.cuts]
 
-    def ready(self, graphs: Graphs) -> tuple[Graph, Graph]:
+    def ready(self, graphs: Graphs) -> tuple[Graph[Prefilled], Graph[Decoded]]:
         """Prefill and decode, to be prepared between prompts."""
         around = functools.partial(replaced, self.replacements(fused=graphs.backend is None))
         return graphs.ready(self.prefill, around, now=False), graphs.ready(self.decode, around, now=False)
@@ -201,9 +226,8 @@ class Runner:
 
     # --- prefill ---
 
-    def prefill(self) -> dict:
-        """-> logits (B, V) behind each prompt, and of each segment the columns (B, width) of the full prompt that its
-        slots hold. The cache holds the prompt afterwards."""
+    def prefill(self) -> Prefilled:
+        """The cache holds the prompt afterwards."""
         given, shape = self.prompt.tensors, self.shape
         source = given["source"]
         visual, source = source >= 0, source.clamp(min=0)
@@ -232,20 +256,21 @@ class Runner:
         hidden = hidden.gather(1, last[:, None, None].expand(-1, 1, hidden.shape[2]))
         return {"logits": self.head(self.text.norm(hidden))[:, 0], "columns": columns}
 
-    def _layer(self, run, layer: int, following: Cut | None, hidden: Tensor, rotary) -> Tensor:
+    def _layer(self, run: _Prefill, layer: int, following: Cut | None, hidden: Tensor, rotary: Rotary) -> Tensor:
         if following is None or following.queries == "text" or layer != following.scoring_layer:
             return self._run(layer, hidden, None, rotary)
-        seen: list = []
+        seen: list[Seen] = []
         hidden = self._run(layer, hidden, None, rotary, sts_seen=seen)
         run.scores = scores_of(run, following, *seen[0])
         return hidden
 
-    def _cut(self, run, number: int, hidden: Tensor, rotary):
+    def _cut(self, run: _Prefill, number: int, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Rotary, Tensor]:
         """-> hidden states and rotary tables behind the cut, and the slots (B, width) that go on."""
         planned, shape = self._cuts[number], self.shape.cuts[number]
         if planned.cut.score_from == "next" and planned.cut.queries != "text":
             run.scores = scores_of(run, planned.cut, *self._look_ahead(planned.cut.layer, hidden, rotary))
         if shape.counts is None:
+            assert run.scores is not None  # such a cut goes by attention, of a layer that ran before it
             chosen, place = best_of(run.scores, run.candidates, self.prompt.tensors["after"][number]), None
         else:
             hidden, chosen, place = leave(run, planned, hidden, run.candidates, self.text.norm)
@@ -262,9 +287,9 @@ class Runner:
             return hidden, self._rotary(hidden, slot.expand(len(hidden), -1)), index
         return hidden, tuple(masks.take_rotary(table, index) for table in rotary), index
 
-    def _look_ahead(self, layer: int, hidden: Tensor, rotary) -> tuple:
-        """Query, key and scale of a layer on the tokens as they still are."""
-        seen: list = []
+    def _look_ahead(self, layer: int, hidden: Tensor, rotary: Rotary) -> Seen:
+        """Of a layer on the tokens as they still are."""
+        seen: list[Seen] = []
         module = self.text.layers[layer]
         module.self_attn(
             hidden_states=module.input_layernorm(hidden),
@@ -277,8 +302,7 @@ class Runner:
 
     # --- decoding ---
 
-    def decode(self) -> dict:
-        """-> logits (B, V) behind `token`."""
+    def decode(self) -> Decoded:
         hidden = self.text.embed_tokens(self.token)
         rotary = None if self.contiguous else self._rotary(hidden, self.position[:, None].expand(self.axes, -1, 1))
         for segment in self.segments:
@@ -294,13 +318,13 @@ class Runner:
 
     # --- the model's own parts ---
 
-    def _rotary(self, hidden: Tensor, positions: Tensor):
+    def _rotary(self, hidden: Tensor, positions: Tensor) -> Rotary:
         """positions: (axes, B, P), or (B, P)."""
         if self.axes == 1 and positions.ndim == 3:
             positions = positions[0]
         return self.text.rotary_emb(hidden, positions)
 
-    def _run(self, layer: int, hidden: Tensor, mask: Tensor | None, rotary, **extra) -> Tensor:
+    def _run(self, layer: int, hidden: Tensor, mask: Tensor | None, rotary: Rotary | None, **extra: Any) -> Tensor:
         given = {compat.CACHE: self._cache, "position_embeddings": rotary, "position_ids": None, "use_cache": True}
         out = self.text.layers[layer].forward(hidden, attention_mask=mask, **given, **extra)  # without its hooks
         return out[0] if isinstance(out, tuple) else out
@@ -310,9 +334,9 @@ class Runner:
 class _Grouped(PlannedCut):
     """A cut whose groups of rows are on the device already."""
 
-    groups: list = None
+    groups: list[Group]
 
-    def alike(self, device):
+    def alike(self, device: torch.device) -> list[Group]:
         return self.groups
 
 
@@ -341,14 +365,15 @@ def _additive(allowed: Tensor, like: Tensor) -> Tensor:
     return mask[:, None, None]
 
 
-def _rms_norm(module, hidden: Tensor) -> Tensor:
+def _rms_norm(module: Model, hidden: Tensor) -> Tensor:
     """A step of decoding is short, and the library's norm is eight kernels of it."""
     return torch.nn.functional.rms_norm(hidden, hidden.shape[-1:], module.weight, module.variance_epsilon)
 
 
-def _configs(text) -> list[tuple[torch.nn.Module, str, object]]:
+def _configs(text: Model) -> list[tuple[torch.nn.Module, str, object]]:
     """Each attention module of the LLM with `attention` as the implementation in its configuration."""
-    found, made = [], {}
+    found: list[tuple[torch.nn.Module, str, object]] = []
+    made: dict[int, Config] = {}
     for layer in text.layers:
         module = layer.self_attn
         config = getattr(module.config, "_sts_config", module.config)  # attention_capture's stand-in, looked behind
