@@ -56,6 +56,28 @@ def test_case(emulated, monkeypatch, case, dtype):
         calls.run_in(emulated, call)
 
 
+@pytest.mark.parametrize("wgmma", [1, 0])
+@pytest.mark.parametrize(("case", "dtype"), with_dtypes([case for case in AFFORDABLE if case in VARLEN_CASES]))
+def test_packed_items_have_the_bits_of_padded_ones(emulated, case, dtype, wgmma):
+    """The picks, and the smallest weight of every row, which clusters ask for."""
+    inputs, way = case.inputs(dtype=dtype), {"item_blocks": 4, "lookahead": 8, "wgmma": wgmma}
+    notes = np.zeros(len(inputs["features"]), np.uint32)
+    call = operations.repulsion_select_varlen(case.name, **inputs, **way, notes=notes)
+    *_, packed_least, packed = calls.run_in(emulated, call)
+    starts, places = inputs["cu_seqlens"].tolist(), inputs["cu_budgets"].tolist()
+    for b, budget in enumerate(case.budgets):
+        if budget:
+            rows = slice(starts[b], starts[b + 1])
+            anchor = None if inputs["anchor"] is None else inputs["anchor"][b : b + 1]
+            tokens = inputs["features"][None, rows]
+            call = operations.repulsion_select(
+                case.name, tokens, budget, case.eps, anchor, notes=notes[None, rows], **way
+            )
+            *_, least, picks = calls.run_in(emulated, call)
+            assert np.array_equal(packed[places[b] : places[b + 1]], picks[0])
+            assert budget == 1 or np.array_equal(packed_least[rows], least[0])  # a single pick needs no weights
+
+
 @pytest.mark.parametrize("call", QUICK, ids=str)
 def test_neither_schedule_nor_device_changes_a_bit(emulated, monkeypatch, call):
     first = None

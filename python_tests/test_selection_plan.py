@@ -47,18 +47,16 @@ def test_packed_weights_take_no_more_than_512_mib_in_as_many_waves_as_may_be_nee
 
     assert waves(4, 2304) == (1, 2304 * 2304)
     assert waves(6, 4022) == (1, 4022 * 4024)
-    assert waves(64, 59_824) == (8, 1 << 27)
-    assert waves(64, 59_824, 2880) == (2, 1 << 27)
+    assert waves(64, 59_824) == (7, 1 << 27)
+    assert waves(64, 59_824, 2880) == (3, 1 << 27)
     assert waves(64, 59_824, 576) == (1, 59_824 * 576)
     for batch, tokens, bound in ((3, 10**6, 8192), (10**5, 10**7, 700), (2, 16_384, 8191), (1, 1, 1)):
         most, floats = waves(batch, tokens, bound)
         assert floats <= 1 << 27
         side = min(tokens, bound)
-        largest = side * (side + -side % 4)
-        # All but the last are filled so far that the largest item does not fit.
-        assert (most - 1) * (floats - largest + 1) <= tokens * (side + -side % 4) < most * (floats - largest + 1) or (
-            most == 1 and tokens * (side + -side % 4) <= floats
-        )
+        # The first item of a wave did not fit into the wave before: two in a row hold more than `floats`.
+        filled = -(-tokens * (side + -side % 4) // floats)
+        assert most == min(batch, 2 * filled - 1)
 
 
 def test_no_more_packed_items_are_swept_than_there_can_be(plan):
@@ -99,8 +97,10 @@ def test_hopper_takes_rows_of_any_type_and_alignment(plan, monkeypatch):
     for tokens in (1, 576, 8192):
         assert plan(2, tokens, 1001)["wgmma"]
     assert plan(2, 8192, 1001, dtype="float32", picks=1)["wgmma"]
-    assert not plan(2, 576, 1024, packed=True)["wgmma"]
     assert not plan(1, 8193, 1024)["wgmma"]
+    for tokens in (1, 576, 20_000):  # packed: items of up to 8192 tokens
+        for dtype in ("float32", "bfloat16"):
+            assert plan(2, tokens, 1001, packed=True, dtype=dtype)["wgmma"]
     monkeypatch.setenv("STS_EMULATE_CAPABILITY", "80")
     assert not plan(2, 576, 1024)["wgmma"]
 

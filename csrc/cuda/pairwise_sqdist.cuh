@@ -23,7 +23,7 @@ template <class scalar_t, class Allocate>
 TokenStats pairwise_sqdist_scratch(int64_t batch, int64_t tokens, int64_t channels, Allocate&& allocate) {
   const Items items{batch, tokens, 0, nullptr, nullptr, nullptr, nullptr};
   TokenStats stats{};
-  if (wgmma_serves<scalar_t, StoreSqdist>(items)) take_token_stats(stats, items, channels, sizeof(scalar_t), false, true, true, allocate);
+  if (wgmma_serves<scalar_t, StoreSqdist>()) take_token_stats(stats, items, channels, sizeof(scalar_t), false, true, true, allocate);
   return stats;
 }
 

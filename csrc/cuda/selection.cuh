@@ -112,7 +112,7 @@ SelectionPlan plan_selection(const Rows<scalar_t>& rows, const Items& items, int
   plan.from_mean = Rule::kFromMean && !items.anchor;
   plan.element_bytes = sizeof(scalar_t);
   plan.mma = mma_fits(rows, items);
-  plan.wgmma = wgmma && wgmma_serves<scalar_t, StoreWeight<Rule>>(items);
+  plan.wgmma = wgmma && wgmma_serves<scalar_t, StoreWeight<Rule>>();
   plan.lookahead = lookahead;
   // Both kernels take the same bits for a distance by differences, so that the picks do not depend on how many they are. On tensor
   // cores they do not, where a pair is repaired.
@@ -239,6 +239,9 @@ class SelectionLaunch {
     for (int64_t w = 0; w < plan_.packed.waves; ++w) {
       const PackedTiles at{scratch_.packed.items, scratch_.packed.matrices, scratch_.packed.waves + w, plan_.tile, 1};
       cudaError_t error = weigh([&](auto mma, const auto& store) {
+        if constexpr (kWgmmaServes<scalar_t, StoreWeight<Rule>>) {
+          if (plan_.wgmma) return launch_sqdist_wgmma(rows_, items_, at, tiles, scratch_.stats, store, scratch_.weights, stream_);
+        }
         if constexpr (decltype(mma)::value)
           return launch_sqdist_mma(rows_, at, blocks, scratch_.stats, store, scratch_.marks, scratch_.weights, stream_);
         else

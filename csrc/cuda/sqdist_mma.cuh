@@ -4,7 +4,7 @@
 //   channels where that rounds nothing (exact_centre): what is left of an offset is less than eight times the channel's spread. Where it
 //   cancels still (d < (|a|^2 + |b|^2) / 64: duplicates, near-duplicates) the pair is marked, and computed again by differences
 //   (sqdist_tiles.cuh). A pair's bits depend on the pair and the centre of its item alone.
-// Chosen when: rows are whole 16-byte chunks at aligned addresses, items are padded, and the device is not Hopper (sqdist_wgmma.cuh).
+// Chosen when: rows are whole 16-byte chunks at aligned addresses, and the device is not Hopper (sqdist_wgmma.cuh).
 // Steps: (1) stages of 64 channels of a tile's rows and columns, and of the centre, come by cp.async, two ahead; (2) mma.sync of the
 //   differences to the centre; runs of kFlushChannels channels are closed into rounded float32; (3) epilogue: distances, stored twice, and marks;
 //   (4) a second launch repairs the tiles that have marks.

@@ -5,10 +5,11 @@
 //   on the pair and the centre of its item alone, not on the tile.
 //   A float32 row is the sum of two rows of bfloat16, up to 2^-18 of an element, and a product three: of the first parts, and of each first
 //   part with the other's second. That is 1.2e-5 of |a||b| off at most, and 1.9e-4 of a distance that is kept.
-// Chosen when: compute capability 9.0, code for sm_90a, padded items; of float32 rows, where Store::kThreeProducts. Rows of the copy are
-//   16-byte aligned, whatever the features' are.
-// Steps: a producer warp (1) brings 64 channels of a tile's rows and columns a stage by TMA; a diagonal tile has rows alone. Warpgroups of
-//   64 rows each (2) multiply them by wgmma, and close a run of kFlushChannels channels into rounded float32; (3) epilogue: distances from the
+// Chosen when: compute capability 9.0, code for sm_90a; of float32 rows, where Store::kThreeProducts. Rows of the copy are 16-byte aligned,
+//   whatever the features' are.
+// Steps: a producer warp (1) brings 64 channels of a tile's rows and columns a stage by TMA; a diagonal tile has rows alone. A box may run
+//   past the item's end: its last rows are those of the next packed item, or zeros, and their pairs are not stored. Warpgroups of 64 rows
+//   each (2) multiply them by wgmma, and close a run of kFlushChannels channels into rounded float32; (3) epilogue: distances from the
 //   sums, stored twice, and what cancels is marked; (4) warps repair their marked pairs, four of a row at a time.
 // Synchronisation: mbarriers. full, of each stage: the producer's announcement and its bytes. empty, of each stage: an arrival of every
 //   consumer warp, once its products of the stage have ended. The producer runs ahead into the next tile: loads go on during an epilogue.
@@ -52,11 +53,44 @@ struct TriangleTile {
   }
 };
 
-// The marked pairs of 16 rows of a tile, by the warp that has stored them: those above the diagonal, each twice. low, high: the lanes that
-// have marked one of their pairs in the first 8 rows, in the others.
+// The tiles of a padded batch's entries from first_entry on, a block's in turns (pair_tiles.cuh).
+struct PaddedTriangles {
+  Items items;
+  int64_t first_entry, pitch, count;  // count: tiles of all these entries
+  int tile;
+
+  PaddedTriangles(const Items& items, int64_t first_entry, int64_t entries, int64_t pitch, int tile)
+      : items(items), first_entry(first_entry), pitch(pitch), tile(tile) {
+    const int64_t side = ceil_div(items.tokens, tile);
+    count = side * (side + 1) / 2 * entries;
+  }
+  __device__ __forceinline__ int64_t begin() const { return blockIdx.x; }
+  __device__ __forceinline__ int64_t end() const { return count; }
+  __device__ __forceinline__ int64_t step() const { return gridDim.x; }
+  // A tile may lie past the end of a ragged item.
+  template <int kTile>
+  __device__ __forceinline__ PairTile at(int64_t turn) const {
+    const int side = static_cast<int>(ceil_div(items.tokens, kTile)), entry_tiles = side * (side + 1) / 2;
+    const int64_t held = turn / entry_tiles;
+    const TriangleTile tile(static_cast<int>(turn % entry_tiles), side);
+    const int64_t entry = first_entry + held;
+    return {entry,
+            0,
+            entry,
+            entry * items.tokens,
+            items[entry].tokens,
+            pitch,
+            held * items.tokens * pitch,
+            tile.row * kTile,
+            tile.column * kTile};
+  }
+};
+
+// The marked pairs of 16 rows of a tile, by the warp that has stored them: those above the diagonal, each twice. rows: the item's. low,
+// high: the lanes that have marked one of their pairs in the first 8 rows, in the others.
 template <int kTile, class scalar_t, class Store>
-__device__ __noinline__ void repair_marked(Rows<scalar_t> rows, bool aligned, int64_t entry, unsigned low, unsigned high, int first_row,
-                                           int first_column, int width, Store store, int64_t pitch, float* matrix, uint32_t* row_min) {
+__device__ __noinline__ void repair_marked(Rows<scalar_t> rows, bool aligned, unsigned low, unsigned high, int first_row, int first_column,
+                                           int width, Store store, int64_t pitch, float* matrix, uint32_t* row_min) {
   const int lane = threadIdx.x % 32;
   __syncwarp();  // all lanes have stored what they marked
   for (int r = 0; r < 16; ++r) {
@@ -80,10 +114,10 @@ __device__ __noinline__ void repair_marked(Rows<scalar_t> rows, bool aligned, in
 #pragma unroll
         for (int p = 0; p < 4; ++p) {
           column[p] = left ? begin + __ffs(static_cast<int>(left)) - 1 : -1;
-          other[p] = rows.row(entry, column[p] >= 0 ? column[p] : row);
+          other[p] = rows.row(0, column[p] >= 0 ? column[p] : row);
           left &= left - 1;  // of 0: 0
         }
-        warp_sqdist<sizeof(scalar_t) == 2>(rows.row(entry, row), other, rows.channels, aligned, sqdist);
+        warp_sqdist<sizeof(scalar_t) == 2>(rows.row(0, row), other, rows.channels, aligned, sqdist);
 #pragma unroll
         for (int p = 0; p < 4; ++p) {
           if (lane != p || column[p] < 0) continue;
@@ -99,12 +133,11 @@ __device__ __noinline__ void repair_marked(Rows<scalar_t> rows, bool aligned, in
   }
 }
 
-// map: the centred rows in boxes of kTile. rows, norms: of all items; differences are taken of `rows`. out: (entries, tokens, tokens), rows
-// `pitch` floats apart.
-template <class scalar_t, int kTile, int kStages, class Store>
+// map: the centred rows in boxes of kTile. tiles: of kTile. rows, norms: of all items; differences are taken of `rows`.
+template <class scalar_t, int kTile, int kStages, class Tiles, class Store>
 __global__ void __launch_bounds__(hopper_threads(kWgmmaThreads<kTile>), 1)
-    sqdist_wgmma_kernel(const __grid_constant__ TensorMap map, Rows<scalar_t> rows, bool aligned, Items items, int64_t first_entry,
-                        int64_t entries, const float* norms, Store store, int64_t pitch, float* out) {
+    sqdist_wgmma_kernel(const __grid_constant__ TensorMap map, Rows<scalar_t> rows, bool aligned, Tiles tiles, const float* norms,
+                        Store store, float* out) {
 #if STS_HOPPER
   using element_t = copy_t<scalar_t>;
   constexpr int kParts = kCopyParts<scalar_t>;
@@ -115,8 +148,7 @@ __global__ void __launch_bounds__(hopper_threads(kWgmmaThreads<kTile>), 1)
   __shared__ uint32_t column_least[2][kTile];  // ordered bits
   element_t* const stages = reinterpret_cast<element_t*>(memory + (1024 - reinterpret_cast<uintptr_t>(memory) % 1024) % 1024);
   const int lane = threadIdx.x % 32, warp = __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / 32, 0);
-  const int tiles = static_cast<int>(ceil_div(items.tokens, kTile)), steps = static_cast<int>(ceil_div(rows.channels, kBoxChannels));
-  const int entry_tiles = tiles * (tiles + 1) / 2;
+  const int steps = static_cast<int>(ceil_div(rows.channels, kBoxChannels));
   if (threadIdx.x < kStages) {
     mbarrier_init(&full[threadIdx.x]);
     mbarrier_init(&empty[threadIdx.x], kWarps);
@@ -124,16 +156,11 @@ __global__ void __launch_bounds__(hopper_threads(kWgmmaThreads<kTile>), 1)
   if (threadIdx.x == 0) mbarrier_init(&met, kWarps);
   if (threadIdx.x < kTile) column_least[0][threadIdx.x] = column_least[1][threadIdx.x] = ~0u;
   __syncthreads();
-  // f(entry, first row, first column, tokens) for the tiles of this block.
+  // f(tile) for the tiles of this block. By whole warps.
   const auto for_tiles = [&](const auto& f) {
-    int64_t entry = 0;
-    for (int t = blockIdx.x;; t += gridDim.x) {
-      entry += t / entry_tiles;
-      t %= entry_tiles;
-      if (entry >= entries) return;
-      const TriangleTile tile(t, tiles);
-      const int width = static_cast<int>(items[first_entry + entry].tokens);
-      if (tile.column * kTile < width) f(entry, tile.row * kTile, tile.column * kTile, width);
+    for (int64_t turn = tiles.begin(), end = tiles.end(); turn < end; turn += tiles.step()) {
+      const PairTile tile = tiles.template at<kTile>(turn);
+      if (tile.j < tile.tokens) f(tile);
     }
   };
   int stage = 0, turn = 0;  // every stage is filled and emptied once a turn
@@ -145,17 +172,19 @@ __global__ void __launch_bounds__(hopper_threads(kWgmmaThreads<kTile>), 1)
 
   if (warp >= kWarps) {  // (1)
     if constexpr (kTile == kLargeMmaTile) give_registers<40>();
-    if (threadIdx.x != kWarps * 32) return;
-    for_tiles([&](int64_t entry, int row0, int column0, int) {
-      const int item = static_cast<int>(first_entry + entry);
+    if (warp != kWarps) return;
+    for_tiles([&](const PairTile& tile) {
+      if (lane != 0) return;
+      const int entry = static_cast<int>(tile.entry), row0 = static_cast<int>(tile.row + tile.i);
+      const int column0 = static_cast<int>(tile.row + tile.j);
       for (int step = 0; step < steps; ++step, next_stage()) {
         element_t* const sides = stages + stage * 2 * kSide;
         if (turn > 0) mbarrier_wait(&empty[stage], turn - 1);
         mbarrier_expect_tx(&full[stage], (row0 == column0 ? 1 : 2) * kSide * 2);
 #pragma unroll
         for (int part = 0; part < kParts; ++part) {
-          copy_box(sides + part * kPart, map, step * kBoxChannels, part, row0, item, &full[stage]);
-          if (row0 != column0) copy_box(sides + kSide + part * kPart, map, step * kBoxChannels, part, column0, item, &full[stage]);
+          copy_box(sides + part * kPart, map, step * kBoxChannels, part, row0, entry, &full[stage]);
+          if (row0 != column0) copy_box(sides + kSide + part * kPart, map, step * kBoxChannels, part, column0, entry, &full[stage]);
         }
       }
     });
@@ -164,11 +193,13 @@ __global__ void __launch_bounds__(hopper_threads(kWgmmaThreads<kTile>), 1)
 
   if constexpr (kTile == kLargeMmaTile) take_registers<232>();
   int meeting = 0;
-  for_tiles([&](int64_t entry, int row0, int column0, int width) {
+  for_tiles([&](const PairTile& tile) {
+    const int row0 = static_cast<int>(tile.i), column0 = static_cast<int>(tile.j), width = static_cast<int>(tile.tokens);
+    const int64_t pitch = tile.pitch;
     const bool diagonal_tile = row0 == column0;
     const int first_row = row0 + warp * 16;  // of the warp: 16 w of a warpgroup, 64 from one warpgroup to the next
     const int i = first_row + lane / 4, j = column0 + lane % 4 * 2;
-    const float* const norm = norms + (first_entry + entry) * items.tokens;
+    const float* const norm = norms + tile.token;
     float row_norm[2], column_norm[kTile / 4];  // loaded ahead of the epilogue
 #pragma unroll
     for (int h = 0; h < 2; ++h) row_norm[h] = i + h * 8 < width ? __ldg(norm + i + h * 8) : 0.f;
@@ -211,9 +242,9 @@ __global__ void __launch_bounds__(hopper_threads(kWgmmaThreads<kTile>), 1)
     }
 
     // (3)
-    float* const matrix = out + entry * items.tokens * pitch;
+    float* const matrix = out + tile.offset;
     float* const upper = matrix + i * pitch + j;
-    uint32_t* const row_min = store.row_min ? store.row_min + (first_entry + entry) * items.tokens : nullptr;
+    uint32_t* const row_min = store.row_min ? store.row_min + tile.token : nullptr;
     bool marked[2] = {false, false};  // one of a row's pairs
     RowMin<2> row_minima;
     RowMin<kTile / 4> column_minima;
@@ -267,8 +298,10 @@ __global__ void __launch_bounds__(hopper_threads(kWgmmaThreads<kTile>), 1)
       }
     }
     const unsigned low = __ballot_sync(kFullWarp, marked[0]), high = __ballot_sync(kFullWarp, marked[1]);
-    if (low | high)
-      repair_marked<kTile>(rows, aligned, first_entry + entry, low, high, first_row, column0, width, store, pitch, matrix, row_min);
+    if (!(low | high)) return;
+    Rows<scalar_t> item_rows = rows;
+    item_rows.data = rows.row(tile.entry, tile.row);
+    repair_marked<kTile>(item_rows, aligned, low, high, first_row, column0, width, store, pitch, matrix, row_min);
   });
 #endif
 }
@@ -283,47 +316,55 @@ template <class scalar_t, class Store>
 constexpr bool kWgmmaServes = sizeof(scalar_t) == 2 || Store::kThreeProducts;
 
 template <class scalar_t, class Store>
-bool wgmma_serves(const Items& items) {
+bool wgmma_serves() {
   if constexpr (kWgmmaServes<scalar_t, Store>) {
     constexpr int kTile = kSmallMmaTile;
-    const auto kernel = sqdist_wgmma_kernel<scalar_t, kTile, kWgmmaStages<scalar_t, kTile>, Store>;
-    return !items.packed() && kernel_serves(kernel, kWgmmaThreads<kTile>);
+    const auto kernel = sqdist_wgmma_kernel<scalar_t, kTile, kWgmmaStages<scalar_t, kTile>, PaddedTriangles, Store>;
+    return kernel_serves(kernel, kWgmmaThreads<kTile>);
   } else {
     return false;
   }
 }
 
-template <class scalar_t, int kTile, int kStages = kWgmmaStages<scalar_t, kTile>, class Store>
-cudaError_t launch_sqdist_wgmma_of(const Rows<scalar_t>& rows, const Items& items, int64_t first_entry, int64_t entries,
-                                   const TokenStats& stats, Store store, int64_t pitch, float* out, cudaStream_t stream) {
+template <class scalar_t, int kTile, int kStages = kWgmmaStages<scalar_t, kTile>, class Tiles, class Store>
+cudaError_t launch_sqdist_wgmma_of(const Rows<scalar_t>& rows, const Items& items, const Tiles& tiles, int64_t most_tiles,
+                                   const TokenStats& stats, Store store, float* out, cudaStream_t stream) {
   TensorMap map;
-  const int64_t copy_pitch = centred_pitch(rows.channels), tiles = ceil_div(items.tokens, kTile);
+  const int64_t copy_pitch = centred_pitch(rows.channels), entries = items.packed() ? 1 : items.count;
   const cudaError_t error =
-      make_tensor_map(stats.centred, rows.channels, kCopyParts<scalar_t>, items.tokens, items.count, copy_pitch, kTile, map);
+      make_tensor_map(stats.centred, rows.channels, kCopyParts<scalar_t>, items.tokens, entries, copy_pitch, kTile, map);
   if (error != cudaSuccess) return error;
   // Differences of the 16-bit copy are those of the features, and its rows are aligned.
   const auto* const centred = static_cast<const scalar_t*>(stats.centred);
   const Rows<scalar_t> copy{centred, items.tokens * copy_pitch, copy_pitch, static_cast<int>(copy_pitch)};
   const Rows<scalar_t> exact = sizeof(scalar_t) == 2 ? copy : rows;
-  const int64_t all_tiles = tiles * (tiles + 1) / 2 * entries, sms = device_sm_count();
-  const Launch shape{dim3(static_cast<unsigned>(all_tiles < sms ? all_tiles : sms)),
+  const int64_t sms = device_sm_count();
+  const Launch shape{dim3(static_cast<unsigned>(most_tiles < sms ? most_tiles : sms)),
                      dim3(kWgmmaThreads<kTile>),
                      kWgmmaSharedBytes<scalar_t, kTile, kStages>,
                      1,
                      false,
                      stream};
-  return launch(sqdist_wgmma_kernel<scalar_t, kTile, kStages, Store>, shape, map, exact, rows_aligned(exact), items, first_entry, entries,
-                stats.norms, store, pitch, out);
+  return launch(sqdist_wgmma_kernel<scalar_t, kTile, kStages, Tiles, Store>, shape, map, exact, rows_aligned(exact), tiles, stats.norms,
+                store, out);
 }
 
-// As launch_sqdist_mma, of the copy of the rows in `stats`, with tiles of `tile`. Marked pairs are repaired.
+// Of the copy of the rows in `stats`. tiles: those of tiles.tile, at most most_tiles of them. Marked pairs are repaired.
+template <class scalar_t, class Tiles, class Store>
+cudaError_t launch_sqdist_wgmma(const Rows<scalar_t>& rows, const Items& items, const Tiles& tiles, int64_t most_tiles,
+                                const TokenStats& stats, Store store, float* out, cudaStream_t stream) {
+  const auto launch_tile = tiles.tile == kLargeMmaTile
+                               ? launch_sqdist_wgmma_of<scalar_t, kLargeMmaTile, kWgmmaStages<scalar_t, kLargeMmaTile>, Tiles, Store>
+                               : launch_sqdist_wgmma_of<scalar_t, kSmallMmaTile, kWgmmaStages<scalar_t, kSmallMmaTile>, Tiles, Store>;
+  return launch_tile(rows, items, tiles, most_tiles, stats, store, out, stream);
+}
+
+// As launch_sqdist_mma, of entries of a padded batch.
 template <class scalar_t, class Store>
 cudaError_t launch_sqdist_wgmma(const Rows<scalar_t>& rows, const Items& items, int64_t first_entry, int64_t entries, int tile,
                                 const TokenStats& stats, Store store, int64_t pitch, float* out, cudaStream_t stream) {
-  constexpr int kLarge = kLargeMmaTile, kSmall = kSmallMmaTile;
-  const auto launch_tile = tile == kLarge ? launch_sqdist_wgmma_of<scalar_t, kLarge, kWgmmaStages<scalar_t, kLarge>, Store>
-                                          : launch_sqdist_wgmma_of<scalar_t, kSmall, kWgmmaStages<scalar_t, kSmall>, Store>;
-  return launch_tile(rows, items, first_entry, entries, stats, store, pitch, out, stream);
+  const PaddedTriangles tiles(items, first_entry, entries, pitch, tile);
+  return launch_sqdist_wgmma(rows, items, tiles, tiles.count, stats, store, out, stream);
 }
 
 }  // namespace sts

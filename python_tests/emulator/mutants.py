@@ -239,6 +239,12 @@ MUTANTS = (
         ("          matrix[column[p] * pitch + row] = value;\n", ""),
     ),
     mutant(
+        "the centre is left in the norms",
+        "repulsion_select",
+        "token_stats.cuh",
+        (": 0.f, from_centre = x[u][v] - centre_vec[u][v];", ": 0.f, from_centre = x[u][v];"),
+    ),
+    mutant(
         "column minima read before all warps have lowered them",
         "repulsion_select",
         "sqdist_wgmma.cuh",
@@ -249,7 +255,62 @@ MUTANTS = (
         "a tile of another item",
         "pairwise_sqdist",
         "sqdist_wgmma.cuh",
-        ("const int item = static_cast<int>(first_entry + entry);", "const int item = static_cast<int>(first_entry);"),
+        ("const int entry = static_cast<int>(tile.entry),", "const int entry = static_cast<int>(tile.entry & ~1),"),
+    ),
+    mutant(
+        "one thread looks for the producer's tiles",
+        "repulsion_select",
+        "sqdist_wgmma.cuh",
+        ("if (warp != kWarps) return;", "if (threadIdx.x != kWarps * 32) return;"),
+        says="__ballot_sync",
+    ),
+    mutant(
+        "boxes of the first packed rows",
+        "repulsion_select",
+        "sqdist_wgmma.cuh",
+        ("row0 = static_cast<int>(tile.row + tile.i);", "row0 = static_cast<int>(tile.i);"),
+    ),
+    mutant(
+        "columns of the next packed item are stored",
+        "repulsion_select",
+        "sqdist_wgmma.cuh",
+        ("!diagonal_tile && column0 + kTile <= width &&", "!diagonal_tile &&"),
+        says=OVERRUN,
+    ),
+    mutant(
+        "rows of the next packed item are stored",
+        "repulsion_select",
+        "sqdist_wgmma.cuh",
+        ("if (row > column || column >= width) continue;", "if (row > column) continue;"),
+        says=OVERRUN,
+    ),
+    mutant(
+        "a marked pair of the first packed rows",
+        "repulsion_select",
+        "sqdist_wgmma.cuh",
+        ("item_rows.data = rows.row(tile.entry, tile.row);", "item_rows.data = rows.row(tile.entry, 0);"),
+    ),
+    mutant(
+        "marks past the end of the item are repaired",
+        "repulsion_select",
+        "sqdist_wgmma.cuh",
+        ("column > row && column < width ? matrix", "column > row ? matrix"),
+        says=OVERRUN,
+    ),
+    mutant(
+        "norms of the first item",
+        "repulsion_select",
+        "sqdist_wgmma.cuh",
+        ("norm = norms + tile.token;", "norm = norms;"),
+    ),
+    mutant(
+        "the centre of the first item",
+        "repulsion_select",
+        "token_stats.cuh",
+        (
+            "static_cast<const scalar_t*>(stats.centre) + b * rows.channels : nullptr;",
+            "static_cast<const scalar_t*>(stats.centre) : nullptr;",
+        ),
     ),
     # A step.
     mutant(
@@ -500,6 +561,12 @@ MUTANTS = (
         "repulsion_select",
         "pair_tiles.cuh",
         ("matrices[i].first_tile <= number", "matrices[i].first_tile < number"),
+    ),
+    mutant(
+        "tiles of the first wave",
+        "repulsion_select",
+        "pair_tiles.cuh",
+        ("return wave[0].tile * parts * parts + blockIdx.x;", "return blockIdx.x;"),
     ),
     mutant(
         "marks of another tile",

@@ -319,12 +319,12 @@ def repulsion_select(name, features, k, eps, anchor=None, num_tokens=None, notes
     return _select("repulsion_select", name, features, k, options, judge, None, num_tokens, way, (notes,))
 
 
-def repulsion_select_varlen(name, features, cu_seqlens, cu_budgets, total_k, eps, anchor=None, **way):
+def repulsion_select_varlen(name, features, cu_seqlens, cu_budgets, total_k, eps, anchor=None, notes=None, **way):
     def judge(picks):
         oracle.check_select_varlen(picks, features, cu_seqlens, cu_budgets, total_k, eps, anchor)
 
     packed, options = (cu_seqlens, cu_budgets), (eps, index(anchor))
-    return _select("repulsion_select", name, features, total_k, options, judge, packed, None, way, (None,))
+    return _select("repulsion_select", name, features, total_k, options, judge, packed, None, way, (notes,))
 
 
 def _numbers(values):
@@ -400,14 +400,16 @@ WAYS = (  # to select
 
 
 def ways_of(case, dtype) -> list[dict]:
-    """The ways to select of `case` that differ: Hopper's tensor cores take padded items alone. Packed items also in
-    waves of as few as fit, the longest in sweeps; and with a bound on their length, which makes waves of them all."""
+    """The ways to select of `case` that differ. Packed items also in waves of as few as fit, the longest in sweeps; and
+    with a bound on their length, which makes waves of them all. Without Hopper's tensor cores they are in one wave, and
+    in waves shared by clusters."""
     if not isinstance(case, cases.VarlenCase):
         return [way for way in WAYS if dtype != torch.float32 or way.get("wgmma", 1)]
     longest = max(case.lengths)
     tight = {"max_seqlen": longest, "wave_floats": 1}
     plain = [way for way in WAYS if way.get("wgmma", 1)]
-    return [*plain, {"matrix_tokens": longest - 1, "wave_floats": 1}, tight, {**tight, "item_blocks": 4}]
+    mixed = {"matrix_tokens": longest - 1, "wave_floats": 1}
+    return [*plain, mixed, tight, {**tight, "item_blocks": 4, "wgmma": 0}, {"wgmma": 0}]
 
 
 def of_sets(case, features, num_tokens) -> list[Call]:
@@ -500,9 +502,9 @@ PATHS = (
     Case("odd", 2, 45, 13, 45, cases.not_finite, cases.channel_slice),
     Case("pitched", 2, 9, 13, 9, layout=pitched),  # aligned rows whose end is not
     Case("ragged", 3, 40, 8, 20, num_tokens=(40, 7, 0), anchor=(39, 6, 0)),
-    VarlenCase("packed", (31, 0, 70, 9), (15, 0, 20, 1), 16),
+    VarlenCase("packed", (31, 0, 70, 9), (15, 0, 20, 1), 16, cases.common_offset),  # each with a centre of its own
     VarlenCase(
-        "packed_tiles", (150, 70, 1, 200, 140), (9, 12, 1, 5, 40), 72, cases.near_duplicates
+        "packed_tiles", (150, 70, 1, 300, 140), (120, 12, 1, 5, 40), 72, cases.near_duplicates
     ),  # as "large_tiles"
     VarlenCase(
         "packed_many", ((0,) * 14 + (5,)) * 18, ((0,) * 14 + (3,)) * 18, 4
@@ -515,7 +517,7 @@ def quick() -> list[Call]:
     for i, case in enumerate(PATHS):
         for dtype in (
             cases.FLOATING
-            if case.name in ("stages", "large_tiles", "offset", "packed_tiles")
+            if case.name in ("stages", "large_tiles", "offset", "packed", "packed_tiles")
             else (cases.FLOATING[i % 3],)
         ):
             calls += of_case(case, dtype)

@@ -123,8 +123,9 @@ def repulsion_select_varlen(
         as `repulsion_select` for each item. On a GPU all items of up to 8192 tokens are run together: one launch for
         the distances of all, one for the picks of all. Their weights, 4 n^2 bytes for an item of n tokens, take at
         most 512 MiB at a time; items that do not fit are run after the others. The host knows bounds alone: it takes
-        4 T m bytes, 512 MiB at most, m the smallest of T, 8192 and max_seqlen, and enqueues 1 + T m / (2^27 - m^2)
-        such rounds, of which those that find nothing to do take some microseconds. Longer items are run last.
+        4 T m bytes, 512 MiB at most, m the smallest of T, 8192 and max_seqlen, and enqueues up to 1 + T m / 2^26 such
+        rounds, of which those that find nothing to do take some microseconds. Longer items are run last. On compute
+        capability 9.0 scratch also holds a copy of the features.
     """
     _check(features, cu_seqlens, cu_budgets, total_k, eps, anchor, max_seqlen)
     check_packed_values(_OP, features, cu_seqlens, cu_budgets, total_k, anchor, max_seqlen)
