@@ -1,4 +1,4 @@
-// pairwise_sqdist: differences on CUDA cores, and tensor cores for 16-bit rows on Hopper (sqdist_wgmma.cuh).
+// The launcher of pairwise_sqdist: tensor cores for 16-bit rows on Hopper (sqdist_wgmma.cuh), else differences (sqdist_tiles.cuh).
 #pragma once
 #include "sqdist_wgmma.cuh"
 
@@ -18,7 +18,7 @@ cudaError_t launch_pairwise_sqdist(const Rows<scalar_t>& rows, int64_t batch, in
   return launch_sqdist_tiles(rows, items, 0, batch, StoreSqdist{}, tokens, out, stream);
 }
 
-// The parts of `TokenStats` that launch_pairwise_sqdist needs, each taken by allocate(bytes): none for differences.
+// The scratch of launch_pairwise_sqdist, each part from allocate(bytes). Differences need none.
 template <class scalar_t, class Allocate>
 TokenStats pairwise_sqdist_scratch(int64_t batch, int64_t tokens, int64_t channels, Allocate&& allocate) {
   const Items items{batch, tokens, 0, nullptr, nullptr, nullptr, nullptr};

@@ -1,10 +1,12 @@
-// Greedy selection by any rule of selection_rule.h: all picks of all items in one launch, after their distances.
-//   up to kMatrixTokens tokens: the weights of all pairs are stored once, and one block per item runs the picks (select_stored.cuh), or
-//     a cluster of blocks where items are large and few (select_cluster.cuh);
-//   above, and from half as many tokens on where few are picked: nothing N x N is stored, and all blocks work on one item, or a few
-//     (select_swept.cuh).
-// The items of a packed batch are looked through on the device (packed_plan.cuh). Each goes the way of its own size, whatever else is in the
-// batch: first those with weights, in waves of as many as fit, then the longer ones.
+// The plan, the scratch memory and the launches of a greedy selection, by any rule of selection_rule.h.
+//
+// What: a stored selection computes the weights of all pairs (sqdist_*.cuh), then makes all picks of all items in one launch: one block per
+//   item (select_stored.cuh), or a cluster of blocks where items are large and few (select_cluster.cuh). A streaming selection stores
+//   nothing N x N: all resident blocks share one item, or a few (select_swept.cuh).
+// Chosen when: stored up to kMatrixTokens tokens; streaming above, and above half as many tokens where few are picked (kFewPicks) without
+//   tensor cores.
+// Packed: packed_plan.cuh finds the items on the device. Every item takes the path of its own size, whatever else is in the batch. Stored
+//   items come first, in waves that fit kWaveFloats, then the longer items in one streaming launch.
 #pragma once
 #include "common/selection_plan.h"
 #include "select_cluster.cuh"
@@ -15,19 +17,19 @@
 
 namespace sts {
 
-constexpr int64_t kMatrixFloats = int64_t(1) << 26;  // weights held at a time: 256 MiB, one item of kMatrixTokens
-constexpr int64_t kWaveFloats = int64_t(1) << 27;    // packed: 512 MiB. Picks of a wave take as long as its longest item's
-constexpr int kTileBlocks = 4;                       // packed: blocks that take tiles in turns, for each SM
-constexpr int64_t kFewPicks = 64;                    // few: less than one of so many tokens
-constexpr int64_t kClusterFrom = 1024;               // items of more tokens are shared by a cluster
+constexpr int64_t kMatrixFloats = int64_t(1) << 26;  // padded: max weights in memory at once: 256 MiB, one item of kMatrixTokens
+constexpr int64_t kWaveFloats = int64_t(1) << 27;    // packed: max weights of a wave: 512 MiB. A wave lasts as long as its longest item
+constexpr int kTileBlocks = 4;                       // packed: blocks per SM that share the tiles of a wave
+constexpr int64_t kFewPicks = 64;                    // "few" picks: K < N / kFewPicks
+constexpr int64_t kClusterFrom = 1024;               // longer items are shared by a cluster
 
-// What is stored for a pair of tokens (stored_value); on the diagonal the potential of a token that is picked. row_min: null, or for all
-// tokens the ordered bits of the smallest in each row.
+// Epilogue of the distances: the stored_value of a pair, and infinity on the diagonal, the potential of a picked token.
+// row_min: null, or (all tokens): the ordered bits of the minimum of each row.
 template <class Rule>
 struct StoreWeight {
   static constexpr bool kOverlap = true;
   static constexpr float kCancellation = sts::kCancellation;
-  static constexpr bool kThreeProducts = std::is_same_v<Rule, Repulsion>;  // of float32 rows, for which others want differences
+  static constexpr bool kThreeProducts = std::is_same_v<Rule, Repulsion>;  // float32 rows on tensor cores; other rules need differences
   Rule rule;
   uint32_t* row_min;
   __device__ float operator()(float sqdist, bool diagonal) const { return diagonal ? kInfinity : stored_value(rule, sqdist); }
@@ -35,25 +37,25 @@ struct StoreWeight {
 
 // ---- plan and launch ----
 
-// How a selection is laid out on the device; everything follows from the shapes, the element type and the device.
+// How a selection runs on the device. It follows from the shapes, the element type and the device alone.
 struct SelectionPlan {
   int64_t element_bytes;             // of the features
   bool from_mean;                    // the first pick may be the token nearest the mean
   bool stored;                       // weights of all pairs in memory
-  bool swept;                        // else; packed: of items that are too long
-  bool mma;                          // distances on tensor cores, or by differences
-  bool wgmma;                        // stored: on those of Hopper
+  bool swept;                        // streaming: no weights stored. Packed: of the items that are too long
+  bool mma;                          // distances on tensor cores (mma.sync) where wgmma is false, or by differences
+  bool wgmma;                        // stored: distances by TMA and wgmma
   int tile;                          // stored: tokens along the side of a tile of pairs
-  int64_t entries;                   // stored: batch entries whose weights are held at a time
-  int item_blocks;                   // stored: blocks that share an item, a cluster if more than one
-  bool row_min;                      // the cluster's bound grows by the smallest weight of each pick's row
-  int groups, group_blocks, blocks;  // swept: of the cooperative launch, at the most
-  int held;                          // swept: tokens of a block whose potentials lie in its shared memory
+  int64_t entries;                   // stored: batch entries whose weights are in memory at once
+  int item_blocks;                   // stored: blocks per item; more than one: a cluster
+  bool row_min;                      // cluster: the bound rises by the row minimum of each pick
+  int groups, group_blocks, blocks;  // swept: max groups, blocks per group, and blocks of the cooperative launch
+  int held;                          // swept: max tokens of a block whose potentials are in its shared memory
   int lookahead;                     // max picks per exchange (cluster) or sweep; 1: the plain loop, in one block where weights are stored
   PackedShape packed;                // packed
 };
 
-// f(kernel, a function of `held` that gives its shared memory) for the kernel that sweeps.
+// f(kernel, bytes): the streaming kernel, and bytes(held), its dynamic shared memory.
 template <class scalar_t, class Rule, class F>
 auto with_swept_kernel(bool mma, const F& f) {
   if constexpr (sizeof(scalar_t) == 2) {
@@ -62,10 +64,10 @@ auto with_swept_kernel(bool mma, const F& f) {
   return f(select_swept_kernel<DifferenceSweep<scalar_t>, scalar_t, Rule>, swept_shared_bytes<DifferenceSweep<scalar_t>>);
 }
 
-// Blocks that share each item, of which `at_once` are under way: as many as there are SMs for, if items are large.
+// Blocks per item. Large items: 8, else 4, if `at_once` clusters of them fit the device. Else 1.
 template <class Rule>
 int stored_item_blocks(const Items& items, int64_t at_once) {
-  if (items.tokens <= kClusterFrom * (items.packed() ? items.count : 1)) return 1;  // on average where packed
+  if (items.tokens <= kClusterFrom * (items.packed() ? items.count : 1)) return 1;  // packed: the mean length
   const int sms = device_sm_count();
   const int64_t most_tokens = items.longest() < kMatrixTokens ? items.longest() : kMatrixTokens;
   for (int blocks = 8; blocks >= 4; blocks /= 2) {
@@ -76,7 +78,7 @@ int stored_item_blocks(const Items& items, int64_t at_once) {
   return 1;
 }
 
-// The part of a plan that is for sweeps of items of up to items.longest() tokens. count: of such items, at the most.
+// The streaming part of a plan, for at most `count` items of at most items.longest() tokens.
 template <class scalar_t, class Rule>
 bool plan_sweeps(const Rows<scalar_t>& rows, const Items& items, int64_t count, SelectionPlan& plan) {
   const auto resident_of = [&](int held) {
@@ -89,16 +91,16 @@ bool plan_sweeps(const Rows<scalar_t>& rows, const Items& items, int64_t count, 
   plan.groups = static_cast<int>(count < resident ? count : resident);
   const int tile = plan.mma ? MmaSweep<scalar_t>::kTile : DifferenceSweep<scalar_t>::kTile;
   const int64_t useful = ceil_div(items.longest(), tile);
-  // A packed batch may have fewer such items, that then have more blocks each.
+  // A packed batch may have fewer long items than `count`; then each has more blocks. So a group may have up to all resident blocks.
   const int64_t share = items.packed() ? resident : resident / plan.groups;
   plan.group_blocks = static_cast<int>(useful < share ? useful : share);
   const int64_t blocks = int64_t(plan.groups) * plan.group_blocks;
   plan.blocks = static_cast<int>(blocks < resident ? blocks : resident);
-  // The potentials of a block's tokens lie in its shared memory, if as many blocks are resident with it. How many blocks share a packed
-  // item is known on the device alone, which decides there what fits.
+  // Potentials are in shared memory, if that costs no resident block. Packed: only the device knows how many blocks share an item, and so
+  // decides whether they fit.
   const int64_t slots = items.packed() ? kHeldTokens : ceil_div(useful, plan.group_blocks) * tile;
   plan.held = slots <= kHeldTokens && resident_of(static_cast<int>(slots)) >= plan.blocks ? static_cast<int>(slots) : 0;
-  // Else they take no more memory than the features, unless those are narrow.
+  // In global memory, after[lookahead][tokens] takes at most the memory of the features, but for very few channels.
   const int64_t affordable = rows.channels * sizeof(scalar_t) / sizeof(float);
   const int most = affordable > kSweepPoints ? kSweepPoints : affordable < 4 ? 4 : static_cast<int>(affordable);
   plan.lookahead = plan.lookahead < most ? plan.lookahead : most;
@@ -114,13 +116,13 @@ SelectionPlan plan_selection(const Rows<scalar_t>& rows, const Items& items, int
   plan.mma = mma_fits(rows, items);
   plan.wgmma = wgmma && wgmma_serves<scalar_t, StoreWeight<Rule>>();
   plan.lookahead = lookahead;
-  // Both kernels take the same bits for a distance by differences, so that the picks do not depend on how many they are. On tensor
-  // cores they do not, where a pair is repaired.
+  // The path may depend on k only if that cannot change the picks (prefix property). By differences the stored and the streaming kernel
+  // compute the same bits. On tensor cores a repaired pair may differ, so there k must not decide.
   const bool few = !plan.mma && !plan.wgmma && !items.packed() && items.picks * kFewPicks < items.tokens;
   const int64_t stored_tokens = few ? matrix_tokens / 2 : matrix_tokens;
   plan.stored = items.packed() ? matrix_tokens > 0 : items.tokens <= stored_tokens;
   if (plan.stored) {
-    const int64_t tokens = items.packed() ? ceil_div(items.tokens, items.count) : items.tokens;  // packed: on average
+    const int64_t tokens = items.packed() ? ceil_div(items.tokens, items.count) : items.tokens;  // packed: the mean length
     const int64_t fit = items.packed() ? items.count : kMatrixFloats / (tokens * matrix_pitch(tokens));
     plan.entries = items.count < fit ? items.count : fit;
     plan.tile = plan.wgmma ? wgmma_tile(tokens, plan.entries)
@@ -137,17 +139,16 @@ SelectionPlan plan_selection(const Rows<scalar_t>& rows, const Items& items, int
   return plan;
 }
 
-// Device memory of one selection besides its input and output. `allocate(bytes)` is called once for each part in use; parts that
-// are not stay null.
+// Scratch memory of a selection. `allocate(bytes)` is called once for each part in use; other parts are null.
 struct SelectionScratch {
   TokenStats stats{};
-  PackedPlan packed{};       // packed
-  float* weights = nullptr;  // stored: (entries, tokens, matrix_pitch(tokens)), or a wave's; swept, not held: (lookahead, all tokens)
-  unsigned* marks =
-      nullptr;  // stored on tensor cores, but for Hopper's: (entries, side, side) tiles of kMarkTile tokens, or (tiles, parts)
-  uint32_t* row_min = nullptr;  // stored, with items shared by clusters: the smallest weight of every row (all tokens)
-  Key* keys = nullptr;          // swept: a SweepExchange for every group
-  float* floats = nullptr;      // swept: the same
+  PackedPlan packed{};  // packed
+  // Stored: (entries, tokens, matrix_pitch(tokens)), or the matrices of a wave. Streaming, not held: after[][], (lookahead, all tokens).
+  float* weights = nullptr;
+  unsigned* marks = nullptr;    // mma.sync: see launch_sqdist_mma
+  uint32_t* row_min = nullptr;  // clusters: (all tokens), ordered bits of the minimum of each row
+  Key* keys = nullptr;          // swept: the keys of a SweepExchange per group
+  float* floats = nullptr;      // swept: the floats of a SweepExchange per group
   unsigned* arrived = nullptr;  // swept: (groups)
 
   static int64_t marks_of(const SelectionPlan& plan, const Items& items) {
@@ -190,7 +191,7 @@ class SelectionLaunch {
     if (!plan_.stored && !plan_.swept) return cudaErrorLaunchOutOfResources;
     cudaError_t error = cudaSuccess;
     if (items_.packed()) {
-      // Places that no item's budget covers would otherwise stay unwritten; -1 is all bits set.
+      // -1 (all bits set) where no budget covers the output: the kernels write the picks of items alone.
       error = cudaMemsetAsync(out_, 0xff, items_.picks * sizeof(int64_t), stream_);
       if (error == cudaSuccess) error = launch_packed_plan(items_, plan_.packed, scratch_.packed, stream_);
       items_.planned = scratch_.packed.items;
@@ -203,7 +204,7 @@ class SelectionLaunch {
   }
 
  private:
-  // As many entries at a time as there is memory for.
+  // Padded: plan_.entries entries at a time.
   cudaError_t select_entries() {
     const int64_t pitch = matrix_pitch(items_.tokens), most_picks = items_.picks < items_.tokens ? items_.picks : items_.tokens;
     for (int64_t first = 0; first < items_.count; first += plan_.entries) {
@@ -230,7 +231,8 @@ class SelectionLaunch {
     return cudaSuccess;
   }
 
-  // Wave by wave; later ones may be empty. A block for every item there is, of which those of other waves have nothing to do.
+  // Packed: wave by wave; the last waves may be empty. Every wave launches a block or a cluster per item of the batch: those of items of
+  // other waves return at once.
   cudaError_t select_waves() {
     const int64_t longest = items_.longest() < plan_.packed.stored_tokens ? items_.longest() : plan_.packed.stored_tokens;
     const int64_t most_picks = items_.picks < longest ? items_.picks : longest;
@@ -258,7 +260,7 @@ class SelectionLaunch {
     return cudaSuccess;
   }
 
-  // f(whether on tensor cores, what is stored of a pair).
+  // f(std::true_type for mma.sync, the epilogue of a pair).
   template <class F>
   cudaError_t weigh(const F& f) {
     const StoreWeight<Rule> store{rule_, scratch_.row_min};

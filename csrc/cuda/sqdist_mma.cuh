@@ -1,14 +1,17 @@
-// The distances of all pairs of 16-bit tokens on tensor cores.
+// Squared distances of all pairs of 16-bit rows on tensor cores: cp.async and mma.sync.
 //
-// What: |a|^2 + |b|^2 - 2ab, products exact, sums in float32. A common offset would cancel, so a centre is subtracted first, from the
-//   channels where that rounds nothing (exact_centre): what is left of an offset is less than eight times the channel's spread. Where it
-//   cancels still (d < (|a|^2 + |b|^2) / 64: duplicates, near-duplicates) the pair is marked, and computed again by differences
-//   (sqdist_tiles.cuh). A pair's bits depend on the pair and the centre of its item alone.
-// Chosen when: rows are whole 16-byte chunks at aligned addresses, and the device is not Hopper (sqdist_wgmma.cuh).
-// Steps: (1) stages of 64 channels of a tile's rows and columns, and of the centre, come by cp.async, two ahead; (2) mma.sync of the
-//   differences to the centre; runs of kFlushChannels channels are closed into rounded float32; (3) epilogue: distances, stored twice, and marks;
-//   (4) a second launch repairs the tiles that have marks.
-// Synchronisation: a block barrier a stage, one for the warps' marks. Blocks know nothing of each other.
+// What: |a|^2 + |b|^2 - 2ab. Products are exact, sums are float32. An offset that all tokens share would cause catastrophic cancellation.
+//   So a centre is subtracted first, in the channels where the subtraction is exact in 16 bits (exact_centre). The offset that remains is
+//   below 8x the spread of the channel. A pair that cancels still (d < (|a|^2 + |b|^2) / 64: duplicates, near-duplicates) is marked, and
+//   computed again by differences (sqdist_tiles.cuh). The bits of a pair depend on the pair and the centre of its item alone.
+// Chosen when: rows are whole 16-byte vectors at aligned addresses, and sqdist_wgmma.cuh does not serve the device.
+// Steps: (1) load: cp.async fills a ring of kMmaStages stages, two stages ahead; a stage has 64 channels of the tile's rows, of its columns
+//   and of the centre;
+//   (2) multiply: ldmatrix, subtraction of the centre in registers, mma.sync. Every kFlushChannels channels the accumulators of mma.sync
+//   are added to sums in rounded float32;
+//   (3) epilogue: distances from the sums, stored at (a, b) and (b, a), and the marks;
+//   (4) repair: a second launch computes the marked pairs of marked tiles.
+// Synchronisation: a block barrier per stage, and one for the marks of the warps. Blocks do not synchronise with each other.
 #pragma once
 #include "common/selection_plan.h"
 #include "sqdist_tiles.cuh"
@@ -16,47 +19,48 @@
 
 namespace sts {
 
-// Tokens along a tile's side. A large tile reads half as much for a pair; small ones keep more SMs busy.
+// Tokens along the side of a tile. Large tiles read half as much per pair; small tiles keep more SMs busy.
 constexpr int kSmallMmaTile = 64, kLargeMmaTile = 128;
 static_assert(kMarkTile == kLargeTile, "marks are for the tiles of the kernel that repairs");
-constexpr int kMmaChannels = 64;  // a stage
+constexpr int kMmaChannels = 64;  // per stage
 constexpr int kMmaStages = 3;
-// Tensor cores truncate when they add. Sums of more channels than this are continued in rounded float32: the error of a sum
-// stays below 2e-6 of |a||b|, and below 1.3e-4 of an unmarked distance.
+// Tensor cores truncate when they add. So accumulators are added to rounded float32 sums after this many channels: the error of ab stays
+// below 2e-6 |a||b|, and that of an unmarked distance below 1.3e-4 of it.
 constexpr int kFlushChannels = 256;
 constexpr float kCancellation = 1.f / 64;
 
 template <int kTile>
-constexpr int kWarpRows = kTile / 2;  // a warp has so many rows of a tile's pairs and kWarpColumns columns
+constexpr int kWarpRows = kTile / 2;  // a warp computes kWarpRows x kWarpColumns pairs of a tile
 constexpr int kWarpColumns = 32;
 template <int kTile>
 constexpr int kMmaThreads = kTile / kWarpRows<kTile> * (kTile / kWarpColumns) * 32;
 template <int kTile>
-constexpr int kMmaStageRows = 2 * kTile + 1;  // the tokens of both sides, and the centre
+constexpr int kMmaStageRows = 2 * kTile + 1;  // rows of the tile, its columns, and the centre
 template <int kTile>
 constexpr size_t kMmaSharedBytes = size_t(kMmaStages) * kMmaStageRows<kTile> * kMmaChannels * 2;
 
 template <class scalar_t>
 bool mma_fits(const Rows<scalar_t>& rows, const Items& items) {
-  // By TileCopy. Whatever else is packed, an item's distances are the same bits.
+  // Within the 32-bit offsets of TileCopy. Packed: judged by the longest possible item, so that the bits of an item do not depend on its
+  // batch.
   const bool reachable = rows.row_stride / 8 <= 0xffffffffll / (items.packed() ? kMatrixTokens : items.tokens);
   return sizeof(scalar_t) == 2 && rows_aligned(rows) && rows.channels % 8 == 0 && reachable;
 }
 
-// Where 16-byte chunk `chunk` of row `row` of a stage is, in elements. Rows lie 128 bytes apart, all on the same banks: chunks are
-// swizzled by row, with a period of 8 rows.
+// Offset of 16-byte vector `chunk` of row `row` of a stage, in elements. A row is 128 bytes, all banks once. Without the XOR swizzle the
+// same vector of 8 rows would be on the same banks.
 __device__ __forceinline__ int swizzled(int row, int chunk) { return row * kMmaChannels + (chunk ^ (row & 7)) * 8; }
 
-// The centre's elements that belong to what ldmatrix gives a lane of 16 channels: of the first eight, and of the others.
+// The elements of the centre at the channels that ldmatrix gives this lane: low of channels 0..7 of 16, high of 8..15.
 template <class scalar_t>
 struct CentreFragment {
   uint32_t low, high;
-  // `row`: of a stage that holds the centre; k: which 16 of its channels.
+  // row: the row of the stage that holds the centre. k: the k-th 16 channels of the stage.
   __device__ __forceinline__ CentreFragment(const scalar_t* stage, int row, int k) {
     memcpy(&low, stage + swizzled(row, k * 2) + threadIdx.x % 4 * 2, 4);
     memcpy(&high, stage + swizzled(row, k * 2 + 1) + threadIdx.x % 4 * 2, 4);
   }
-  // Matrices of the first eight channels and of the others in turns, or two by two.
+  // Fragments of ldmatrix.x4. B: registers alternate between channels 0..7 and 8..15. A: registers 0, 1 hold 0..7, and 2, 3 hold 8..15.
   __device__ __forceinline__ void subtract_from_b(uint32_t (&r)[4]) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) r[i] = subtract_pairs(r[i], i % 2 ? high : low, scalar_t());
@@ -67,15 +71,15 @@ struct CentreFragment {
   }
 };
 
-// A thread's share of the copies of one side of a tile: one chunk of every kStride-th row, a stage at a time. Rows are known by 32-bit
-// numbers of chunks: computing addresses anew took longer than the tensor cores, and pointers take registers that a large tile lacks.
+// The part of a thread in copying one side of a tile into a stage: one 16-byte vector of every kStride-th row. Row offsets are 32-bit, in
+// vectors. Computing addresses in every stage took longer than the tensor cores; 64-bit pointers take registers that a large tile lacks.
 template <class scalar_t, int kTile, int kThreads>
 class TileCopy {
  public:
   static constexpr int kStride = kThreads / 8, kCopies = kTile / kStride;
   static_assert(kStride % 8 == 0, "all copies of a thread are swizzled alike");
 
-  // Rows past the end repeat the last one; their pairs are not stored.
+  // Rows past the end repeat the last row; their pairs are not stored.
   __device__ __forceinline__ TileCopy(const Rows<scalar_t>& rows, int64_t first, int64_t tokens) {
 #pragma unroll
     for (int u = 0; u < kCopies; ++u) {
@@ -83,7 +87,7 @@ class TileCopy {
       offset_[u] = static_cast<uint32_t>((row < tokens ? row : tokens - 1) * rows.row_stride / 8);
     }
   }
-  // chunk: this thread's of the first row.
+  // chunk: the vector of this thread in row 0. inside: false: zeros.
   __device__ __forceinline__ void start(scalar_t* side, const scalar_t* chunk, bool inside) const {
     scalar_t* const mine = side + swizzled(threadIdx.x / 8, threadIdx.x % 8);
 #pragma unroll
@@ -94,7 +98,7 @@ class TileCopy {
   uint32_t offset_[kCopies];
 };
 
-// norms: (all tokens). centre: (items, channels). marks: of a tile of kMarkTile tokens, whether it has a marked pair.
+// norms: (all tokens). centre: (items, channels). marks: per tile of kMarkTile x kMarkTile pairs, 1 if it has a marked pair, else 0.
 template <class scalar_t, int kTile, class Tiles, class Store>
 __global__ void __launch_bounds__(kMmaThreads<kTile>) sqdist_mma_kernel(Rows<scalar_t> rows, Tiles tiles, const float* norms,
                                                                         const scalar_t* centre, Store store, unsigned* marks, float* out) {
@@ -102,8 +106,8 @@ __global__ void __launch_bounds__(kMmaThreads<kTile>) sqdist_mma_kernel(Rows<sca
   constexpr int kRows = kWarpRows<kTile>, kColumns = kWarpColumns, kThreads = kMmaThreads<kTile>, kMarks = kTile / kMarkTile;
   STS_DYNAMIC_SHARED(scalar_t, shared);
   __shared__ bool warp_marked[kTile / kRows][kTile / kColumns];
-  // Warps 0 to 3, one on each quarter of the SM, have the first half of a large tile's columns, and 4 to 7 the second: in
-  // the last tiles of a row that half may be past the end, and each quarter has half of the work.
+  // Warps 0..3, one per SM sub-partition, have the left half of a large tile, warps 4..7 the right half. In the last tiles of a row the
+  // right half may be past the end: then every sub-partition still has one warp at work.
   const int tid = threadIdx.x, lane = tid % 32, warp_i = tid / 32 % (kTile / kRows), warp_j = tid / 32 / (kTile / kRows);
   const int wi = warp_i * kRows, wj = warp_j * kColumns;
   const int steps = static_cast<int>(ceil_div(rows.channels, kMmaChannels));
@@ -115,8 +119,7 @@ __global__ void __launch_bounds__(kMmaThreads<kTile>) sqdist_mma_kernel(Rows<sca
     const bool has_pairs = j0 + wj < width && i0 + wi < j0 + wj + kColumns;  // before the end, and not all below the diagonal
     const int side_b = i0 == j0 ? 0 : kTile * kMmaChannels;                  // a diagonal tile reads once
     const TileCopy<scalar_t, kTile, kThreads> copy_a(rows, i0, width), copy_b(rows, j0, width);
-    // The row and the half of 16 channels whose address this lane gives ldmatrix. The swizzle turns 16 channels further into an exclusive
-    // or.
+    // Offset whose address this lane gives ldmatrix, at k = 0. The swizzle makes k * 16 channels further an exclusive or.
     const int at_a = swizzled(wi + lane % 16, lane / 16), at_b = side_b + swizzled(wj + lane % 8 + lane / 16 * 8, lane / 8 % 2);
     const scalar_t* chunk = rows.row(tile.entry, tile.row) + tid % 8 * 8;
     const scalar_t* centre_chunk = centre + tile.item * rows.channels + tid % 8 * 8;
@@ -132,7 +135,7 @@ __global__ void __launch_bounds__(kMmaThreads<kTile>) sqdist_mma_kernel(Rows<sca
         left -= kMmaChannels;
         filled = filled + kStage == kRing ? 0 : filled + kStage;
       }
-      cp_async_commit();  // empty past the end, so that every wait below counts the same
+      cp_async_commit();  // an empty group past the end, so that cp_async_wait counts the same everywhere
     };
 
     float dot[kRows / 16][4][4] = {}, run[kRows / 16][4][4] = {};  // [16 rows][8 columns][what mma gives a thread]
@@ -245,13 +248,13 @@ __global__ void __launch_bounds__(kMmaThreads<kTile>) sqdist_mma_kernel(Rows<sca
   }
 }
 
-// Large tiles where there are two for every SM.
+// Side of a tile: large where there are at least two large tiles per SM.
 inline int mma_tile(int64_t tokens, int64_t entries) {
   const int64_t large = ceil_div(tokens, kLargeMmaTile);
   return large * (large + 1) / 2 * entries >= 2 * device_sm_count() ? kLargeMmaTile : kSmallMmaTile;
 }
 
-// Also sets the marks.
+// (1) to (3). Sets all marks.
 template <int kTile, class scalar_t, class Tiles, class Store>
 cudaError_t launch_sqdist_mma_of(const Rows<scalar_t>& rows, const Tiles& tiles, dim3 grid, const TokenStats& stats, Store store,
                                  unsigned* marks, float* out, cudaStream_t stream) {
@@ -260,7 +263,7 @@ cudaError_t launch_sqdist_mma_of(const Rows<scalar_t>& rows, const Tiles& tiles,
                 static_cast<const scalar_t*>(stats.centre), store, marks, out);
 }
 
-// As launch_sqdist_tiles, for 16-bit rows that mma_fits, with tiles of `tile`. marks: (entries, side, side) tiles of kMarkTile tokens.
+// As launch_sqdist_tiles, for rows that mma_fits. tile: side of a tile. marks: (entries, side, side) with side = ceil(tokens / kMarkTile).
 template <class scalar_t, class Store>
 cudaError_t launch_sqdist_mma(const Rows<scalar_t>& rows, const Items& items, int64_t first_entry, int64_t entries, int tile,
                               const TokenStats& stats, Store store, unsigned* marks, int64_t pitch, float* out, cudaStream_t stream) {
@@ -274,7 +277,7 @@ cudaError_t launch_sqdist_mma(const Rows<scalar_t>& rows, const Items& items, in
   return launch_sqdist_tiles_of<kMarkTile>(rows, tiles, store, marks, out, stream);
 }
 
-// The same of the items of a wave of a packed batch. marks: (tiles, kMarkTile parts of a tile).
+// The same for the items of a wave of a packed batch. marks: (tiles, parts, parts) with parts = tile / kMarkTile.
 template <class scalar_t, class Store>
 cudaError_t launch_sqdist_mma(const Rows<scalar_t>& rows, PackedTiles tiles, int64_t blocks, const TokenStats& stats, Store store,
                               unsigned* marks, float* out, cudaStream_t stream) {

@@ -1,29 +1,37 @@
-// The distances of all pairs of tokens on Hopper's tensor cores.
+// Squared distances of all pairs of tokens on the tensor cores of Hopper: TMA and wgmma.
 //
-// What: |a|^2 + |b|^2 - 2ab of the rows that launch_token_stats has centred, products exact, sums in float32; one square tile of the upper
-//   triangle after another, mirrored. Where that cancels (cancellation<>) the pair is computed again by differences. A pair's bits depend
-//   on the pair and the centre of its item alone, not on the tile.
-//   A float32 row is the sum of two rows of bfloat16, up to 2^-18 of an element, and a product three: of the first parts, and of each first
-//   part with the other's second. That is 1.2e-5 of |a||b| off at most, and 1.9e-4 of a distance that is kept.
-// Chosen when: compute capability 9.0, code for sm_90a; of float32 rows, where Store::kThreeProducts. Rows of the copy are 16-byte aligned,
-//   whatever the features' are.
-// Steps: a producer warp (1) brings 64 channels of a tile's rows and columns a stage by TMA; a diagonal tile has rows alone. A box may run
-//   past the item's end: its last rows are those of the next packed item, or zeros, and their pairs are not stored. Warpgroups of 64 rows
-//   each (2) multiply them by wgmma, and close a run of kFlushChannels channels into rounded float32; (3) epilogue: distances from the
-//   sums, stored twice, and what cancels is marked; (4) warps repair their marked pairs, four of a row at a time.
-// Synchronisation: mbarriers. full, of each stage: the producer's announcement and its bytes. empty, of each stage: an arrival of every
-//   consumer warp, once its products of the stage have ended. The producer runs ahead into the next tile: loads go on during an epilogue.
-//   met: all consumer warps have lowered the tile's column minima. These are double-buffered: a warp that lowers those of tile t + 2 has
-//   met the others at t + 1, where they arrive after they have read those of t. Blocks know nothing of each other.
+// What: |a|^2 + |b|^2 - 2ab of the centred copy of the rows (launch_token_stats), for one square tile of the upper triangle after another;
+//   a tile is also stored mirrored. Products are exact, sums are float32. A pair that cancels (kCancellation) is marked, and computed again
+//   by differences. The bits of a pair depend on the pair and the centre of its item alone, not on the tile.
+//   A float32 row x is the sum of two bfloat16 rows, x1 + x2, up to 2^-18 of an element. ab is a1 b1 + a1 b2 + a2 b1: the error is at most
+//   1.2e-5 of |a||b|, and 1.9e-4 of a distance that is not marked.
+// Chosen when: compute capability 9.0 and code for sm_90a; for float32 rows also Store::kThreeProducts. The features may have any
+//   alignment: the rows of the copy are 16-byte aligned.
+// Steps: (1) load: a producer warp brings 64 channels of the tile's rows (A) and columns (B) into a pipeline stage by TMA; a diagonal tile
+//   has A alone. A box may run past the end of the item. Its last rows are then zeros, or rows of the next packed item, and their pairs
+//   are not stored;
+//   (2) multiply: each consumer warpgroup multiplies 64 rows of A by all of B with wgmma. Every kFlushChannels channels the accumulators of
+//   wgmma are added to sums in rounded float32;
+//   (3) epilogue: distances from the sums, stored at (a, b) and (b, a); pairs that cancel are marked;
+//   (4) repair: each warp computes its marked pairs again, four pairs of a row at a time.
+// Synchronisation: mbarriers.
+//   full[stage]: the producer's arrival and the bytes of its boxes.
+//   empty[stage]: an arrival of every consumer warp, once its products of the stage have ended. The producer runs ahead into the next tile,
+//   so loads go on during an epilogue.
+//   met: every consumer warp has lowered the column minima of the tile. They are double-buffered. Invariant: a warp lowers those of tile
+//   t + 2 after `met` of t + 1, where all warps arrive after they have read those of t.
+//   Blocks do not synchronise with each other.
 #pragma once
 #include "hopper.cuh"
 #include "sqdist_mma.cuh"
 
 namespace sts {
 
-// A warpgroup for 64 rows, and the producer: a warp, or a warpgroup whose registers the others need.
+// Threads per block: a consumer warpgroup for every 64 rows, and the producer. For large tiles the producer is a whole warpgroup, because
+// setmaxnreg moves its registers to the consumers by warpgroups.
 template <int kTile>
 constexpr int kWgmmaThreads = kTile == kLargeMmaTile ? 3 * 128 : 128 + 32;
+// bfloat16 or 16-bit rows of the copy for one row of the features.
 template <class scalar_t>
 constexpr int kCopyParts = sizeof(scalar_t) / 2;
 template <class scalar_t>
@@ -31,14 +39,15 @@ using copy_t = std::conditional_t<sizeof(scalar_t) == 2, scalar_t, __nv_bfloat16
 template <class scalar_t, int kTile>
 constexpr int kWgmmaStages = (kTile == kLargeMmaTile ? 6 : 12) / kCopyParts<scalar_t>;  // 192 KB
 template <class scalar_t, int kTile, int kStages>
-constexpr size_t kWgmmaSharedBytes = size_t(kStages) * kCopyParts<scalar_t> * 2 * kTile * kBoxChannels * 2 + 1024;  // to a multiple of 1024
+constexpr size_t kWgmmaSharedBytes =
+    size_t(kStages) * kCopyParts<scalar_t> * 2 * kTile * kBoxChannels * 2 + 1024;  // 1024: to align the stages
 
-// A distance below so much of both norms is computed again.
+// A pair whose distance is below kCancelled * (|a|^2 + |b|^2) is marked.
 template <class scalar_t, class Store>
-constexpr float cancellation = kCopyParts<scalar_t> == 1 ? Store::kCancellation : 1.f / 16;
+constexpr float kCancelled = kCopyParts<scalar_t> == 1 ? Store::kCancellation : 1.f / 16;
 
-// Tile number t of an upper triangle: first those off the diagonal, column by column, then the diagonal ones, which load half as much and
-// so end a launch evenly.
+// Tile number t of an upper triangle of tiles x tiles: the tiles off the diagonal, column by column, then the diagonal. Diagonal tiles load
+// half as much: as the last ones they even out the ends of the blocks.
 struct TriangleTile {
   int row, column;
   __device__ __forceinline__ TriangleTile(int t, int tiles) {
@@ -53,11 +62,11 @@ struct TriangleTile {
   }
 };
 
-// The tiles of a padded batch's entries from first_entry on, a block's in turns (pair_tiles.cuh).
+// The tiles of entries first_entry, first_entry + 1, ... of a padded batch, in a grid-stride loop (pair_tiles.cuh has the interface).
 struct PaddedTriangles {
   Items items;
-  int64_t first_entry, pitch, count;  // count: tiles of all these entries
-  int tile;
+  int64_t first_entry, pitch, count;  // count: tiles of all entries
+  int tile;                           // side of a tile, in tokens
 
   PaddedTriangles(const Items& items, int64_t first_entry, int64_t entries, int64_t pitch, int tile)
       : items(items), first_entry(first_entry), pitch(pitch), tile(tile) {
@@ -86,8 +95,8 @@ struct PaddedTriangles {
   }
 };
 
-// The marked pairs of 16 rows of a tile, by the warp that has stored them: those above the diagonal, each twice. rows: the item's. low,
-// high: the lanes that have marked one of their pairs in the first 8 rows, in the others.
+// (4) Repairs the marked pairs of 16 rows of a tile, by the warp that stored them. Each pair above the diagonal is stored twice.
+// rows: of the item. low, high: bit l: lane l has marked a pair in rows 0..7, in rows 8..15; lanes 4r..4r + 3 hold row r.
 template <int kTile, class scalar_t, class Store>
 __device__ __noinline__ void repair_marked(Rows<scalar_t> rows, bool aligned, unsigned low, unsigned high, int first_row, int first_column,
                                            int width, Store store, int64_t pitch, float* matrix, uint32_t* row_min) {
@@ -107,7 +116,7 @@ __device__ __noinline__ void repair_marked(Rows<scalar_t> rows, bool aligned, un
     for (int c = 0; c < kTile / 32; ++c) {
       const int begin = first_column + c * 32;
       unsigned left = __ballot_sync(kFullWarp, is_marked(stored[c]));
-      while (left) {  // four at a time
+      while (left) {  // four pairs at a time: their loads overlap
         int column[4];
         const scalar_t* other[4];
         float sqdist[4];
@@ -133,7 +142,7 @@ __device__ __noinline__ void repair_marked(Rows<scalar_t> rows, bool aligned, un
   }
 }
 
-// map: the centred rows in boxes of kTile. tiles: of kTile. rows, norms: of all items; differences are taken of `rows`.
+// map: the centred copy, in boxes of kTile rows. tiles: of side kTile. rows, norms: of all items; (4) takes differences of `rows`.
 template <class scalar_t, int kTile, int kStages, class Tiles, class Store>
 __global__ void __launch_bounds__(hopper_threads(kWgmmaThreads<kTile>), 1)
     sqdist_wgmma_kernel(const __grid_constant__ TensorMap map, Rows<scalar_t> rows, bool aligned, Tiles tiles, const float* norms,
@@ -156,21 +165,21 @@ __global__ void __launch_bounds__(hopper_threads(kWgmmaThreads<kTile>), 1)
   if (threadIdx.x == 0) mbarrier_init(&met, kWarps);
   if (threadIdx.x < kTile) column_least[0][threadIdx.x] = column_least[1][threadIdx.x] = ~0u;
   __syncthreads();
-  // f(tile) for the tiles of this block. By whole warps.
+  // f(tile) for the tiles of this block. By whole warps: the search for a packed tile votes.
   const auto for_tiles = [&](const auto& f) {
     for (int64_t turn = tiles.begin(), end = tiles.end(); turn < end; turn += tiles.step()) {
       const PairTile tile = tiles.template at<kTile>(turn);
       if (tile.j < tile.tokens) f(tile);
     }
   };
-  int stage = 0, turn = 0;  // every stage is filled and emptied once a turn
+  int stage = 0, turn = 0;  // turn: of the ring of stages; its parity is the phase of the stage's mbarriers
   const auto next_stage = [&] {
     if (++stage < kStages) return;
     stage = 0;
     ++turn;
   };
 
-  if (warp >= kWarps) {  // (1)
+  if (warp >= kWarps) {  // (1) load
     if constexpr (kTile == kLargeMmaTile) give_registers<40>();
     if (warp != kWarps) return;
     for_tiles([&](const PairTile& tile) {
@@ -197,20 +206,20 @@ __global__ void __launch_bounds__(hopper_threads(kWgmmaThreads<kTile>), 1)
     const int row0 = static_cast<int>(tile.i), column0 = static_cast<int>(tile.j), width = static_cast<int>(tile.tokens);
     const int64_t pitch = tile.pitch;
     const bool diagonal_tile = row0 == column0;
-    const int first_row = row0 + warp * 16;  // of the warp: 16 w of a warpgroup, 64 from one warpgroup to the next
+    const int first_row = row0 + warp * 16;  // of the warp's 16 rows; a warpgroup has 64
     const int i = first_row + lane / 4, j = column0 + lane % 4 * 2;
     const float* const norm = norms + tile.token;
-    float row_norm[2], column_norm[kTile / 4];  // loaded ahead of the epilogue
+    float row_norm[2], column_norm[kTile / 4];  // loaded before the products: the epilogue does not wait for them
 #pragma unroll
     for (int h = 0; h < 2; ++h) row_norm[h] = i + h * 8 < width ? __ldg(norm + i + h * 8) : 0.f;
 #pragma unroll
     for (int c = 0; c < kTile / 4; ++c) column_norm[c] = j + c / 2 * 8 + c % 2 < width ? __ldg(norm + j + c / 2 * 8 + c % 2) : 0.f;
 
-    // (2)
+    // (2) multiply. run: accumulators of wgmma; dot: their sums in rounded float32.
     float dot[kSums], run[kSums];
 #pragma unroll
     for (int s = 0; s < kSums; ++s) dot[s] = 0.f;
-    int used = 0;  // the stage before
+    int used = 0;  // the stage whose products are under way
     for (int begin = 0; begin < steps; begin += kRunSteps) {
 #pragma unroll
       for (int step = 0; step < kRunSteps; ++step) {
@@ -241,15 +250,15 @@ __global__ void __launch_bounds__(hopper_threads(kWgmmaThreads<kTile>), 1)
       for (int s = 0; s < kSums; ++s) dot[s] += run[s];
     }
 
-    // (3)
+    // (3) epilogue
     float* const matrix = out + tile.offset;
     float* const upper = matrix + i * pitch + j;
     uint32_t* const row_min = store.row_min ? store.row_min + tile.token : nullptr;
-    bool marked[2] = {false, false};  // one of a row's pairs
+    bool marked[2] = {false, false};  // [h]: this thread has marked a pair of row i + 8h
     RowMin<2> row_minima;
     RowMin<kTile / 4> column_minima;
     const auto finish = [&](auto all_inside) {
-      constexpr bool inside = decltype(all_inside)::value;  // all pairs are above the diagonal and before the end, and the pitch is even
+      constexpr bool inside = decltype(all_inside)::value;  // all pairs are above the diagonal and before the end; the pitch is even
       float* lower = matrix + j * pitch + i;
 #pragma unroll
       for (int n = 0; n < kTile / 8; ++n, lower += 8 * pitch) {
@@ -261,7 +270,7 @@ __global__ void __launch_bounds__(hopper_threads(kWgmmaThreads<kTile>), 1)
             const int row = i + h * 8, column = j + n * 8 + e;
             const float norms_of_pair = row_norm[h] + column_norm[n * 2 + e];  // NaN: one of the tokens is not finite
             const float sqdist = fmaf(-2.f, dot[n * 4 + h * 2 + e], norms_of_pair), stored = store(sqdist, false);
-            const bool cancels = !(sqdist >= cancellation<scalar_t, Store> * norms_of_pair) && norms_of_pair == norms_of_pair;
+            const bool cancels = !(sqdist >= kCancelled<scalar_t, Store> * norms_of_pair) && norms_of_pair == norms_of_pair;
             value[e] = cancels ? marked_pair() : stored;
             if (inside) {
               lower[e * pitch + h * 8] = value[e];
@@ -306,7 +315,7 @@ __global__ void __launch_bounds__(hopper_threads(kWgmmaThreads<kTile>), 1)
 #endif
 }
 
-// Small tiles where there are at most two for every SM: large ones load half as much for a pair.
+// Side of a tile. Small tiles keep all SMs busy, where there are at most two per SM; large tiles load half as much per pair.
 inline int wgmma_tile(int64_t tokens, int64_t entries) {
   const int64_t small = ceil_div(tokens, kSmallMmaTile);
   return small * (small + 1) / 2 * entries > 2 * device_sm_count() ? kLargeMmaTile : kSmallMmaTile;
@@ -334,7 +343,7 @@ cudaError_t launch_sqdist_wgmma_of(const Rows<scalar_t>& rows, const Items& item
   const cudaError_t error =
       make_tensor_map(stats.centred, rows.channels, kCopyParts<scalar_t>, items.tokens, entries, copy_pitch, kTile, map);
   if (error != cudaSuccess) return error;
-  // Differences of the 16-bit copy are those of the features, and its rows are aligned.
+  // The 16-bit copy has the same differences as the features, exactly, and its rows are aligned.
   const auto* const centred = static_cast<const scalar_t*>(stats.centred);
   const Rows<scalar_t> copy{centred, items.tokens * copy_pitch, copy_pitch, static_cast<int>(copy_pitch)};
   const Rows<scalar_t> exact = sizeof(scalar_t) == 2 ? copy : rows;
@@ -349,7 +358,7 @@ cudaError_t launch_sqdist_wgmma_of(const Rows<scalar_t>& rows, const Items& item
                 store, out);
 }
 
-// Of the copy of the rows in `stats`. tiles: those of tiles.tile, at most most_tiles of them. Marked pairs are repaired.
+// Distances of the rows of stats.centred, through `store`. tiles: of side tiles.tile, at most most_tiles. out: see PairTile::offset, pitch.
 template <class scalar_t, class Tiles, class Store>
 cudaError_t launch_sqdist_wgmma(const Rows<scalar_t>& rows, const Items& items, const Tiles& tiles, int64_t most_tiles,
                                 const TokenStats& stats, Store store, float* out, cudaStream_t stream) {
@@ -359,7 +368,7 @@ cudaError_t launch_sqdist_wgmma(const Rows<scalar_t>& rows, const Items& items, 
   return launch_tile(rows, items, tiles, most_tiles, stats, store, out, stream);
 }
 
-// As launch_sqdist_mma, of entries of a padded batch.
+// The same for `entries` entries of a padded batch, as launch_sqdist_mma.
 template <class scalar_t, class Store>
 cudaError_t launch_sqdist_wgmma(const Rows<scalar_t>& rows, const Items& items, int64_t first_entry, int64_t entries, int tile,
                                 const TokenStats& stats, Store store, int64_t pitch, float* out, cudaStream_t stream) {
