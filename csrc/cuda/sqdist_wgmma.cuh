@@ -1,7 +1,7 @@
 // Squared distances of all pairs of tokens on the tensor cores of Hopper: TMA and wgmma.
 //
 // What: |a|^2 + |b|^2 - 2ab of the centred copy of the rows (launch_token_stats), for one square tile of the upper triangle after another;
-//   a tile is also stored mirrored. Products are exact, sums are float32. A pair that cancels (kCancellation) is marked, and computed again
+//   a tile is also stored mirrored. Products are exact, sums are float32. A pair that cancels (kCancelled) is marked, and computed again
 //   by differences. The bits of a pair depend on the pair and the centre of its item alone, not on the tile.
 //   A float32 row x is the sum of two bfloat16 rows, x1 + x2, up to 2^-18 of an element. ab is a1 b1 + a1 b2 + a2 b1: the error is at most
 //   1.2e-5 of |a||b|, and 1.9e-4 of a distance that is not marked.
