@@ -400,16 +400,14 @@ WAYS = (  # to select
 
 
 def ways_of(case, dtype) -> list[dict]:
-    """The ways to select of `case` that differ. Packed items also in waves of as few as fit, the longest in sweeps; and
-    with a bound on their length, which makes waves of them all. Without Hopper's tensor cores they are in one wave, and
-    in waves shared by clusters."""
+    """The ways to select of `case` that differ, packed items on Hopper's tensor cores. Those also in waves of as few as
+    fit, the longest in sweeps; and with a bound on their length, which makes waves of them all."""
     if not isinstance(case, cases.VarlenCase):
         return [way for way in WAYS if dtype != torch.float32 or way.get("wgmma", 1)]
     longest = max(case.lengths)
     tight = {"max_seqlen": longest, "wave_floats": 1}
     plain = [way for way in WAYS if way.get("wgmma", 1)]
-    mixed = {"matrix_tokens": longest - 1, "wave_floats": 1}
-    return [*plain, mixed, tight, {**tight, "item_blocks": 4, "wgmma": 0}, {"wgmma": 0}]
+    return [*plain, {"matrix_tokens": longest - 1, "wave_floats": 1}, tight, {**tight, "item_blocks": 4}]
 
 
 def of_sets(case, features, num_tokens) -> list[Call]:
@@ -433,7 +431,8 @@ def of_case(case, dtype) -> list[Call]:
     """Every kernel that serves `case`, every way it can be made to."""
     inputs = case.inputs(dtype=dtype)
     if isinstance(case, cases.VarlenCase):
-        return [repulsion_select_varlen(case.name, **inputs, **way) for way in ways_of(case, dtype)]
+        ways = [*ways_of(case, dtype), {"wgmma": 0}]
+        return [repulsion_select_varlen(case.name, **inputs, **way) for way in ways]
     if case.batch == 0:
         return []  # nothing is launched
     features, anchor = inputs["features"], inputs["anchor"]
