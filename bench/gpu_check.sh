@@ -78,9 +78,9 @@ sanitize() {
     log=$BUILD/$tool.log under= calls=()
     if [ "$tool" != none ]; then
       under="compute-sanitizer --tool $tool --error-exitcode 9 --print-limit 20 --log-file $log"
-      calls=(--work 2e4) # 251 calls, of 1145
+      calls=(--work 2e4) # a fifth of all calls
     fi
-    # racecheck did not finish these in 40 s on an H200. One call of each kernel and algorithm, of several warps: 68.
+    # racecheck did not finish these in 40 s on an H200. One call of each kernel and algorithm, of several warps.
     if [ "$tool" = racecheck ]; then calls=(--work 6e4 --per-kernel 1); fi
     printf '\n==== %s\n' "${under:-no tool}"
     : >"$log"
