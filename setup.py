@@ -1,8 +1,8 @@
-"""What pip needs around CMakeLists.txt, which is the build: torch's headers, CMake and Ninja, a wheel tag.
+"""pip's side of the build: finds torch's headers, CMake and Ninja, and tags the wheel. CMakeLists.txt is the build.
 
 Environment:
-    STS_KERNELS_CUDA=auto|0|1       CUDA kernels: where there is an nvcc (default), never, or fail without one
-    STS_KERNELS_NATIVE=auto|0|1     the compiled library: on Linux, or fail (default); never; on any system, or fail
+    STS_KERNELS_CUDA=auto|0|1       CUDA kernels. auto (default): if there is an nvcc. 0: none. 1: an error without nvcc
+    STS_KERNELS_NATIVE=auto|0|1     library. auto (default): required on Linux, none elsewhere. 0: none. 1: required
     STS_KERNELS_TORCH_INCLUDE=DIR   the torch/include folder to compile against, instead of an installed torch's
     TORCH_CUDA_ARCH_LIST, CUDA_HOME, CUDACXX, CXX, MAX_JOBS    as in other CUDA extensions
 """
@@ -41,17 +41,17 @@ def switch(name: str) -> str:
 
 
 def interpreters() -> Iterator[tuple[str, dict]]:
-    """Pythons that may have torch, with the environment to run each in; first those that are certain, then guesses.
+    """Pythons that may have torch, each with its environment: certain ones first, then guesses.
 
-    A wrong guess does no harm: the library is built against the stable ABI, so any torch from TORCH_FLOOR on has the
-    same headers for it.
+    A wrong guess is harmless: the library uses torch's stable ABI, so the headers of any torch from TORCH_FLOOR on
+    serve.
     """
     yield sys.executable, dict(os.environ)  # without build isolation, or with torch as an extra build requirement
     # pip isolates a build by these two variables alone.
     outside = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
     yield sys.executable, outside
-    # uv and `python -m build` isolate by a virtual environment of their own, ahead on PATH. uv installs into the active
-    # environment, else into the nearest .venv.
+    # uv and `python -m build` put their own virtual environment first on PATH. uv installs into the active environment,
+    # else into the nearest .venv.
     here = Path(os.environ.get("PWD") or ROOT)
     local = (str(folder / ".venv/bin") for start in (here, ROOT) for folder in (start, *start.parents))
     own = {Path(sys.prefix, "bin"), Path(sys.executable).parent}
@@ -76,7 +76,7 @@ def installed_torches() -> Iterator[Path]:
 
 
 def headers_version(include: Path) -> tuple[int, ...] | None:
-    """The version of torch's headers; None where they lack the stable ABI altogether."""
+    """Version of torch's headers; None if they have no stable ABI."""
     try:
         text = (include / "torch/headeronly/version.h").read_text()
     except OSError:
@@ -102,13 +102,13 @@ Or go without the library, on the PyTorch reference, which does the same and is 
 
 
 class Plan(NamedTuple):
-    include: Path | None  # the torch headers to compile against; None: there will be no library
-    reason: str = ""  # why none
-    remedy: str = ""  # what to type
+    include: Path | None  # torch headers to compile against; None: no library
+    reason: str = ""  # why there is no include folder
+    remedy: str = ""  # commands that fix it
 
 
 def torch_headers() -> Plan:
-    """The torch/include folder to compile against, or why there is none that serves."""
+    """The torch/include folder to compile against, or why none was found."""
     floor = ".".join(map(str, TORCH_FLOOR))
     if given := os.environ.get("STS_KERNELS_TORCH_INCLUDE"):
         if not Path(given).is_dir():
@@ -143,7 +143,7 @@ def plan() -> Plan:
 
 
 def demanded() -> str:
-    """What makes a missing library an error; "" where the reference alone is what was asked for."""
+    """Start of the error for a missing library; "" if the build may go without one."""
     for name in ("STS_KERNELS_NATIVE", "STS_KERNELS_CUDA"):
         if switch(name) == "1":
             return f"{name}=1, but "
@@ -151,7 +151,7 @@ def demanded() -> str:
 
 
 def tool(name: str) -> str:
-    """CMake or Ninja: the build environment's wheel, else what is on PATH."""
+    """Path of CMake or Ninja: from the build environment's wheel, else from PATH."""
     try:
         module = __import__(name)
         folder = module.CMAKE_BIN_DIR if name == "cmake" else module.BIN_DIR
@@ -169,12 +169,13 @@ def tool(name: str) -> str:
     return path
 
 
-# What CMake reads once and then caches. Not CMake and Ninja themselves: pip's isolation moves them every time.
+# Variables that CMake reads once and caches: a change needs --fresh. Not the paths of CMake and Ninja: pip's isolation
+# moves both on every build.
 CACHED = "STS_KERNELS_CUDA TORCH_CUDA_ARCH_LIST CUDA_HOME CUDA_PATH CUDACXX CUDAHOSTCXX CXX CXXFLAGS CUDAFLAGS LDFLAGS"
 
 
 def compile_library(include: Path, out: Path) -> None:
-    """Configures, compiles and installs into `out`/sts_kernels, rebuilding only what changed since the last time."""
+    """Configures, compiles and installs into `out`/sts_kernels. Incremental."""
     version = headers_version(include)
     print(f"sts_kernels: headers of torch {'.'.join(map(str, version))} in {include}", flush=True)
     tree = ROOT / "build" / "cmake"
@@ -208,7 +209,7 @@ def run(command: list) -> None:
 
 
 class BuildLibrary(setuptools.Command):
-    """Builds the library, or fails; without one on purpose or elsewhere than on Linux. Leaves a build_info.json."""
+    """Builds the library and writes build_info.json. A missing library is an error, unless `demanded` returns ""."""
 
     description = "build sts_kernels/libsts_kernels.so with CMake"
     user_options = []  # noqa: RUF012
@@ -228,9 +229,9 @@ class BuildLibrary(setuptools.Command):
         package.mkdir(parents=True, exist_ok=True)
         if include:
             compile_library(include, package.parent)
-            if not self.editable_mode:  # `python -m sts_kernels` in a checkout imports from there, installed or not
+            if not self.editable_mode:  # in a checkout, `python -m sts_kernels` imports the checkout
                 for name in PRODUCTS:
-                    (ROOT / "sts_kernels" / name).unlink(missing_ok=True)  # never into a file that is in use
+                    (ROOT / "sts_kernels" / name).unlink(missing_ok=True)  # a process may have the old file mapped
                     shutil.copy2(package / name, ROOT / "sts_kernels" / name)
         else:
             self.without_library(package, reason)
@@ -238,7 +239,7 @@ class BuildLibrary(setuptools.Command):
         print(f"sts_kernels {info['version']}: built {info['summary']}", flush=True)
 
     def without_library(self, package, reason):
-        (package / "libsts_kernels.so").unlink(missing_ok=True)  # of an earlier build
+        (package / "libsts_kernels.so").unlink(missing_ok=True)  # left by an earlier build
         info = {
             "version": self.distribution.get_version(),
             "summary": f"no compiled library ({reason})",
@@ -247,7 +248,7 @@ class BuildLibrary(setuptools.Command):
             "cuda": "",
         }
         (package / "build_info.json").write_text(json.dumps(info, indent=2) + "\n")
-        for name in PRODUCTS if package != ROOT / "sts_kernels" else ():  # an earlier build's, in the checkout
+        for name in PRODUCTS if package != ROOT / "sts_kernels" else ():  # left in the checkout by an earlier build
             (ROOT / "sts_kernels" / name).unlink(missing_ok=True)
 
     def get_source_files(self):
@@ -262,13 +263,13 @@ class BuildLibrary(setuptools.Command):
 
 
 class Build(build):
-    # The library first: what stops it is then all there is to read.
+    # The library first: its error is then the only output.
     sub_commands = [("build_library", None), *build.sub_commands]  # noqa: RUF012
 
 
 class Wheel(bdist_wheel):
     def get_tag(self):
-        # The library knows nothing of Python: one wheel for all versions.
+        # The library does not use Python's C API: one wheel serves all versions of Python.
         return ("py3", "none", super().get_tag()[2])
 
 

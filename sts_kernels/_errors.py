@@ -1,4 +1,4 @@
-"""Errors that end a command, and what to type against them."""
+"""Errors that end a command, and the install commands in their messages."""
 
 import importlib.metadata
 import shlex
@@ -9,16 +9,19 @@ REQUIREMENTS = {"torch": "torch>=2.10", "pillow": "pillow>=10.1", "transformers"
 
 
 class UserError(Exception):
-    """What was asked for cannot be done; the command line prints the message as one line and exits with status 2."""
+    """A request that cannot be served. The command line prints the message as one line and exits with status 2."""
 
 
 def needs(*packages: str) -> str:
-    """Packages that are missing, and the command that installs them."""
+    """Text: the missing packages and the command that installs them."""
     return f"{' and '.join(packages)}: {install(*(REQUIREMENTS[package] for package in packages))}"
 
 
 def has_pip() -> bool:
-    """Not by find_spec: before Python 3.12 setuptools then gives up its own distutils, which torch.compile needs."""
+    """Whether pip is installed.
+
+    Not by find_spec: before Python 3.12 setuptools then disables its distutils, which torch.compile needs.
+    """
     try:
         importlib.metadata.version("pip")
     except importlib.metadata.PackageNotFoundError:
@@ -27,7 +30,7 @@ def has_pip() -> bool:
 
 
 def install(*arguments: str) -> str:
-    """The command that installs into this environment, as one types it: with pip, or uv where there is no pip."""
+    """The shell command that installs into this environment: pip, or uv if pip is missing."""
     active = shutil.which("python") == sys.executable
     if has_pip():
         command = ["python" if active else sys.executable, "-m", "pip", "install"]

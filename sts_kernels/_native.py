@@ -1,4 +1,4 @@
-"""Loads the compiled library and remembers what came of it."""
+"""Loads the compiled library and records the result."""
 
 import functools
 import importlib.metadata
@@ -25,9 +25,9 @@ TORCH_FLOOR = (2, 10)
 @dataclass(frozen=True)
 class Status:
     loaded: bool
-    reason: str  # why it is not loaded; "" when it is
-    build: dict[str, Any] = field(default_factory=dict)  # as recorded: torch headers, CUDA, architectures, compiler
-    remedy: str = ""  # what to type, so that it loads; "" where it is left out on purpose, or there is none
+    reason: str  # why it is not loaded; "" if loaded
+    build: dict[str, Any] = field(default_factory=dict)  # build_info.json: torch headers, CUDA, architectures, compiler
+    remedy: str = ""  # command that makes it load; "" if none does, or if it is left out on purpose
     chosen: bool = False  # left out on purpose
 
     def why(self, key: str) -> str:
@@ -39,7 +39,7 @@ class Status:
         return "the compiled library is loaded"
 
     def remedies(self) -> list[str]:
-        """What to do, so that every tensor this machine can hold is served by the compiled library."""
+        """Commands after which the compiled library serves all tensors of this machine."""
         if not self.loaded:
             return [self.remedy] if self.remedy else []
         if self.build.get("cuda") or not torch.cuda.is_available():
@@ -51,7 +51,7 @@ class Status:
 def status() -> Status:
     """Loads the library on the first call. Schemas must be defined by then."""
     status = load()
-    if not status.loaded and not status.chosen:  # nothing else shows that everything runs on the reference
+    if not status.loaded and not status.chosen:  # nothing else shows the slow reference
         advice = f". To fix it: {status.remedy}" if status.remedy else ""
         message = f"sts_kernels runs on its slow PyTorch reference: {status.reason}{advice}"
         warnings.warn(message, RuntimeWarning, stacklevel=3)  # at the user's import
@@ -59,7 +59,7 @@ def status() -> Status:
 
 
 def build_info() -> dict[str, Any]:
-    """What the build recorded; empty where there was none."""
+    """Contents of build_info.json; {} if it cannot be read."""
     try:
         recorded: dict[str, Any] = json.loads(BUILD_INFO.read_text())
     except (OSError, ValueError):
@@ -76,7 +76,7 @@ def load() -> Status:
     try:
         torch.ops.load_library(str(LIBRARY))
     except (OSError, RuntimeError) as error:
-        cause = str(error.__cause__ or error).splitlines()[0]  # the dynamic linker's own words
+        cause = str(error.__cause__ or error).splitlines()[0]  # the dynamic linker's message
         reason, remedy = f"the compiled library does not load: {cause}", rebuild()
         if tuple(map(int, torch.__version__.split(".")[:2])) < TORCH_FLOOR:
             reason, remedy = f"{reason}; torch is {torch.__version__}", install("--upgrade", REQUIREMENTS["torch"])
@@ -85,7 +85,7 @@ def load() -> Status:
 
 
 def missing(build: dict[str, Any]) -> Status:
-    """What a missing library comes of. A build on Linux makes one, fails, or is told to leave it out."""
+    """Status of a missing library. A build on Linux makes the library, fails, or is told to leave it out."""
     if other := installed_elsewhere():
         reason = f"{LIBRARY.parent} hides the installed package in {other}, which has the compiled library"
         remedy = f"start Python in another folder than {ROOT}, or build here: {rebuild()}"
@@ -99,7 +99,7 @@ def missing(build: dict[str, Any]) -> Status:
 
 
 def installed_elsewhere() -> Path | None:
-    """The folder of an installed package with a library, where this one is another copy."""
+    """Folder of another, installed copy of the package that has the library; None without one."""
     for distribution in importlib.metadata.distributions(name="sts-kernels"):
         library = Path(str(distribution.locate_file("sts_kernels"))) / LIBRARY.name
         if library.exists():
@@ -108,10 +108,10 @@ def installed_elsewhere() -> Path | None:
 
 
 def rebuild(*settings: str) -> str:
-    """The command that builds and installs this package again in this environment, with settings of the build."""
+    """The shell command that rebuilds and reinstalls this package. settings: environment variables of the build."""
     options, (source, editable) = ["--no-deps", "--force-reinstall"], origin()
     if "://" in source:
-        options.append("--no-cache-dir")  # pip keeps what it has built of these
+        options.append("--no-cache-dir")  # pip caches wheels built from URLs
     command = install(*options, *["-e"] * editable, source or ".")
     if command.startswith("uv ") and "--python" in command:  # uv's build sees the active environment only
         include = shlex.quote(str(Path(torch.__file__).parent / "include"))
@@ -121,7 +121,7 @@ def rebuild(*settings: str) -> str:
 
 
 def origin() -> tuple[str, bool]:
-    """What pip installed this package from, "" where that is not known, and whether it is an editable installation."""
+    """(source, editable): path or URL that pip installed from, "" if unknown; whether the install is editable."""
     try:
         direct = json.loads(importlib.metadata.distribution("sts-kernels").read_text("direct_url.json") or "{}")
     except (importlib.metadata.PackageNotFoundError, TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""`python -m sts_kernels` as a process among others: how Ctrl-C and a closed pipe end it. Needs no torch."""
+"""How Ctrl-C, a closed pipe and a failed write end `python -m sts_kernels`. Imports no torch."""
 
 import os
 import signal
@@ -10,15 +10,15 @@ NAME = "python -m sts_kernels"
 
 
 def starts_here() -> bool:
-    """This is `python -m sts_kernels`, and not yet at its __main__: while Python looks for it, argv[0] is "-m"."""
+    """Whether `python -m sts_kernels` is starting: argv[0] is "-m" until Python has found __main__."""
     return sys.argv[:1] == ["-m"] and "sts_kernels" in sys.orig_argv
 
 
 def end_on_interrupt() -> None:
     """Ctrl-C ends this process with one line and status 130.
 
-    At once, and not by KeyboardInterrupt: while torch or transformers are imported that may be caught, or printed from
-    a callback and forgotten.
+    It exits at once, without KeyboardInterrupt: an import of torch or transformers may catch that exception, or a
+    callback may print and drop it.
     """
 
     def end(signum: Any, frame: Any) -> None:
@@ -34,7 +34,7 @@ def end_on_interrupt() -> None:
 
 
 def run(main: Callable[[], int]) -> int:
-    """The exit status of `main`, with its output written: what stops that is one line, and a reader who left none."""
+    """Runs `main` and flushes stdout -> exit status. A failed write prints one line, a closed pipe nothing."""
     try:
         try:
             return main()

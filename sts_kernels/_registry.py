@@ -1,7 +1,7 @@
-"""The one place that talks to torch.library: an op is a schema, a reference, a fake and a vmap rule, in one call.
+"""The only user of torch.library: `define_op` takes an op's schema, reference, fake kernel and vmap rule in one call.
 
-The reference is registered as CompositeExplicitAutograd and so serves every device; the compiled library and the Triton
-launchers only override the CPU and CUDA keys. Adding an op never touches this file.
+The reference is registered as CompositeExplicitAutograd, so it serves every device. The compiled library and the Triton
+launchers override the CPU and CUDA keys. Adding an op does not change this file.
 """
 
 import functools
@@ -27,13 +27,13 @@ class Op:
     triton: bool
 
     def backend(self, key: str) -> str:
-        """Which code serves tensors of dispatch key `key` ("CPU" or "CUDA"): "native", "triton" or "reference"."""
+        """Backend of dispatch key `key` ("CPU" or "CUDA"): "native", "triton" or "reference"."""
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{self.name}", key):
             return "reference"
         return "triton" if self.triton and key == "CUDA" else "native"
 
     def why(self, key: str) -> str:
-        """Why that backend was chosen, as a sentence for people."""
+        """Why `key` has this backend, for the user."""
         backend = self.backend(key)
         if self.triton:
             if key == "CPU":
@@ -43,7 +43,7 @@ class Op:
 
 
 def _triton_how() -> str:
-    from .ops._triton_launch import how  # the ops import this module
+    from .ops._triton_launch import how  # here, because the ops import this module
 
     return how()
 
@@ -52,10 +52,11 @@ OPS: dict[str, Op] = {}
 
 
 class _Registrations:
-    """What torch holds of the ops, by name and dispatch key.
+    """Schemas and kernels of the ops, by name and dispatch key.
 
-    torch takes a namespace once per process, and compiled graphs keep its ops. So this object lives on torch.ops, the
-    ops are defined once, and a kernel is looked up when it is called: importing the package again only replaces it.
+    A process can define a torch namespace only once, and compiled graphs keep its ops. So this object lives on
+    torch.ops, each op is defined once, and each call looks its kernel up. Importing the package again replaces the
+    kernels.
     """
 
     def __init__(self, library: torch.library.Library):
@@ -70,7 +71,7 @@ class _Registrations:
         return ops._registrations
 
     def define(self, name: str, schema: str) -> bool:
-        """False where the op is there already."""
+        """Defines the op; False if it is already defined."""
         if name in self.schemas:
             if self.schemas[name] != schema:
                 raise ImportError(f"{NAMESPACE}::{name} changed its schema since it was first imported; restart Python")
@@ -98,15 +99,15 @@ def define_op(
     discrete: bool = False,
     derivative: "_transforms.Derivative | None" = None,
 ) -> Callable[[F], F]:
-    """Decorates an op's reference: defines `schema` and registers all that serves it.
+    """Decorator of an op's reference: defines `schema` and registers its kernels and rules.
 
     Args:
-        fake: allocates what the op returns.
-        vmap: takes the op's arguments with the mapped axis in front of every tensor, returns the output likewise;
-            `_transforms.fold` makes it for an op whose tensors all begin with the batch.
+        fake: the fake (meta) kernel: allocates the outputs, computes nothing.
+        vmap: the vmap rule: takes arguments and returns outputs with the mapped axis first in every tensor.
+            `_transforms.fold` makes it for an op whose tensors all begin with the batch axis.
         triton: launcher for CUDA tensors, with the signature of the reference.
-        discrete: the op returns indices and writes to nothing, so there is no gradient to lose.
-        derivative: None refuses to be differentiated where that would pass without a word.
+        discrete: the op returns indices and writes to no argument, so no gradient can be lost.
+        derivative: vjp and jvp. None: forward-mode AD and torch.func raise, unless discrete.
     """
     name = schema[: schema.index("(")]
 

@@ -1,4 +1,7 @@
-"""What an op gives to autograd, forward-mode AD, torch.func and vmap. Only _registry calls it."""
+"""Kernels and rules for autograd, forward-mode AD, torch.func and vmap.
+
+Ops use `Derivative`, `fold` and `stack_offsets`; `autograd` and `vmap` are for _registry.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,12 +14,12 @@ from torch.autograd.function import _SingleLevelFunction
 from torch.autograd.graph import increment_version
 from torch.library import fallthrough_kernel
 
-KEYS = ("Autograd", "ADInplaceOrView")  # dispatch keys whose kernels pass the call on, and so take the keyset
+KEYS = ("Autograd", "ADInplaceOrView")  # keys whose kernels redispatch, so they take the keyset
 
 
 class Derivative(NamedTuple):
-    """Of the floating-point outputs; integer outputs are indices and have none. Arguments come with their defaults
-    filled in. Both functions are differentiable themselves, and see no autocast."""
+    """Derivative of the floating-point outputs; integer outputs are indices and have none. Arguments have their
+    defaults filled in. vjp and jvp are differentiable themselves and unaffected by autocast."""
 
     # (*grads of floating outputs, *integer outputs, *arguments) -> a gradient or None per argument
     vjp: Callable[..., Any]
@@ -25,17 +28,17 @@ class Derivative(NamedTuple):
 
 
 def autograd(overload: Any, discrete: bool, derivative: Derivative | None) -> dict[str, Any]:
-    """The op's kernels above its backends, by dispatch key."""
+    """The op's kernels for KEYS, which run before its backend."""
     if derivative is not None:
         return {"Autograd": _differentiable(overload, derivative)}
     written = _written(overload)
-    if written is not None:  # also in inference mode, which leaves out the Autograd key
+    if written is not None:  # inference mode skips the Autograd key only
         return {"Autograd": fallthrough_kernel, "ADInplaceOrView": _in_place(overload, written)}
     return {"Autograd": fallthrough_kernel if discrete else _not_differentiable(overload)}
 
 
 def _written(overload: Any) -> int | None:
-    """Position of the argument that the op writes to."""
+    """Position of the argument that the op writes to, or None."""
     return next((i for i, a in enumerate(overload._schema.arguments) if a.alias_info and a.alias_info.is_write), None)
 
 
@@ -45,12 +48,12 @@ def _below_autograd(overload: Any, keyset: Any, arguments: Any) -> Any:
 
 
 def _transformed() -> bool:
-    """Whether forward-mode AD or torch.func is at work: cheap to ask, and mostly not."""
+    """Whether forward-mode AD or torch.func is active: a cheap test that is mostly False."""
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def _unpack_dual(value: torch.Tensor) -> Any:
-    """As forward_ad.unpack_dual, which does not know of a level that a compiled graph has entered."""
+    """forward_ad.unpack_dual at level 0: the public function misses a level that a compiled graph has entered."""
     return torch._VF._unpack_dual(value, level=0)
 
 
@@ -59,7 +62,7 @@ def _has_tangent(value: torch.Tensor) -> bool:
 
 
 def _refuse_lost_derivatives(overload: Any, arguments: Any) -> None:
-    """Reverse mode outside torch.func needs none of it: there the output says requires_grad=False."""
+    """Raises where a derivative would be lost silently. Plain reverse mode shows requires_grad=False instead."""
     for argument, value in zip(overload._schema.arguments, arguments, strict=False):
         if not isinstance(value, torch.Tensor):
             continue
@@ -105,10 +108,10 @@ def _in_place(overload: Any, written: int) -> Any:
 def _differentiable(overload: Any, derivative: Derivative) -> Any:
     defaults = [a.default_value if a.has_default_value() else None for a in overload._schema.arguments]
 
-    class Function(_SingleLevelFunction):  # torch.func calls the Autograd key at each of its levels
+    class Function(_SingleLevelFunction):  # torch.func runs the Autograd key once per level
         @staticmethod
         def forward(ctx: Any, keyset: Any, *arguments: Any) -> Any:
-            # An autograd.Function switches both modes off; torch.func's outer levels need them.
+            # autograd.Function disables both modes; outer levels of torch.func need them.
             with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
                 out = _below_autograd(overload, keyset, arguments)
             outputs = out if isinstance(out, tuple) else (out,)
@@ -116,7 +119,7 @@ def _differentiable(overload: Any, derivative: Derivative) -> Any:
             ctx.mark_non_differentiable(*indices)
             ctx.floating = [value.is_floating_point() for value in outputs]
             ctx.constants = [None if isinstance(a, torch.Tensor) else a for a in (*indices, *arguments)]
-            # Not the floating outputs, which may be written to before backward.
+            # Floating-point outputs are not saved: the user may write to them before backward.
             saved = [a if isinstance(a, torch.Tensor) else None for a in (*indices, *arguments)]
             ctx.save_for_backward(*saved)
             ctx.save_for_forward(*saved)
@@ -153,7 +156,7 @@ def _differentiable(overload: Any, derivative: Derivative) -> Any:
 
 
 def vmap(overload: Any, rule: Callable[..., Any]) -> Any:
-    """`rule` as torch.library.register_vmap wants it: the mapped axis comes first, in every tensor."""
+    """Adapts `rule` to torch.library.register_vmap: the mapped axis comes first in every tensor."""
     written = _written(overload)
 
     def kernel(info: Any, in_dims: Any, *arguments: Any) -> Any:
@@ -173,7 +176,7 @@ def _in_front(lanes: int, value: Any, dim: int | None) -> Any:
 
 
 def fold(call: Callable[..., Any]) -> Callable[..., Any]:
-    """The vmap rule of an op whose tensors all begin with the batch: the mapped axis makes a larger batch."""
+    """vmap rule of an op whose tensors all begin with the batch axis: folds the mapped axis into the batch."""
 
     def rule(*arguments: Any) -> Any:
         lanes, batch = arguments[0].shape[:2]
@@ -188,9 +191,9 @@ def fold(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def stack_offsets(offsets: torch.Tensor, length: int) -> torch.Tensor:
-    """Prefix sums (lanes, B+1) of packed tensors of `length` rows, as those of the tensors one after another.
+    """Prefix sums (lanes, B+1) of packed tensors of `length` rows -> (lanes * (B+1),) of their concatenation.
 
-    Between two lanes this leaves an item, empty where each lane's offsets end at `length`.
+    One extra item lies between two lanes. It is empty if each lane's offsets end at `length`.
     """
     shift = torch.arange(offsets.shape[0], device=offsets.device) * length
     return (offsets + shift[:, None]).flatten()

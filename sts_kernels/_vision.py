@@ -17,7 +17,7 @@ from ._errors import UserError, needs
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-PATCH_SIZE, PATCH_GRID = 14, 24  # 336 pixels a side, as CLIP ViT-L/14 at 336 pixels sees a picture
+PATCH_SIZE, PATCH_GRID = 14, 24  # 336 pixels per side, as in CLIP ViT-L/14 at 336 pixels
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 VISION_MODELS = {
@@ -26,33 +26,33 @@ VISION_MODELS = {
     "siglip": "SiglipVisionModel",
     "siglip_vision_model": "SiglipVisionModel",
 }
-DINOV2_LAYER = 10  # of 0 .. 11: the penultimate one, as LLaVA takes it
+DINOV2_LAYER = 10  # penultimate of layers 0..11, as in LLaVA
 PATCHES = "{side} x {side} = {count} patches of {size} x {size} pixels"
-SHOWN = 576  # pixels a side at which a picture is shown, where the photograph has them
+SHOWN = 576  # pixels per side of a shown picture, if the photograph has as many
 PIXELS_ARE_NOT_FEATURES = (
     "raw pixels say how a selection spreads over a picture, not what a model would keep; features of a trained model: "
 )
 
 
 class Signals(NamedTuple):
-    """Of the N patches of one square, row by row."""
+    """Signals of the N patches of one square, in row-major order."""
 
     features: Tensor  # (N, C) float32
-    attention: Tensor | None = None  # (N,) float32, what [CLS] pays, else what all patches pay; mean over heads
+    attention: Tensor | None = None  # (N,) float32, from [CLS], else mean over all patches; mean over heads
     keys: Tensor | None = None  # (N, D) float32, mean over heads
 
 
 @dataclass(frozen=True)
 class Source:
-    """What turns a square picture into tokens.
+    """Encoder of a square picture into tokens.
 
     Attributes:
         side: the grid is side x side.
-        patch: pixels a side of a token.
-        size: pixels a side of the square it takes; patches cover its top left side * patch.
-        what: what the features are, for people.
-        trained: by a model, not pixels.
-        encode: of a square of `size` pixels.
+        patch: pixels per side of a token.
+        size: pixels per side of the input square; patches cover its top left side * patch.
+        what: description of the features, for the user.
+        trained: the features come from a trained model, not from pixels.
+        encode: maps a square of `size` pixels to its signals.
     """
 
     side: int
@@ -63,22 +63,22 @@ class Source:
     encode: "Callable[[Image], Signals]"
 
     def note(self) -> str:
-        """What must be said beside a picture, or nothing."""
+        """The caveat to show beside a picture, or ""."""
         return "" if self.trained else PIXELS_ARE_NOT_FEATURES + _dinov2.commands()
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokens of the square in the middle of a photograph, and of its crops, one square after the other.
+    """Tokens of the central square of a photograph, then of its crops, square by square.
 
     Attributes:
         features: (N, C) float32.
-        picture: the square that the grid covers, as sharp as the photograph is.
+        picture: the square that the grid covers, in the resolution of `_shown`.
         side: a square's grid is side x side.
-        what: what the features are, for people.
-        patch: pixels a side of a token, as the model sees it.
-        crops: pictures of the crops, row by row.
-        attention, keys: as in `Signals`; None where there are none.
+        what: description of the features, for the user.
+        patch: pixels per side of a token at the model's resolution.
+        crops: pictures of the crops, in row-major order.
+        attention, keys: as in `Signals`; None if the source has none.
     """
 
     features: Tensor
@@ -104,7 +104,7 @@ class Tokens:
 
 
 def add_argument(parser: ArgumentParser) -> None:
-    """--features, of the commands that take a picture."""
+    """Adds --features, for commands that take a picture."""
     patches = PATCHES.format(side=PATCH_GRID, count=PATCH_GRID**2, size=PATCH_SIZE)
     parser.add_argument(
         "--features",
@@ -117,7 +117,7 @@ def add_argument(parser: ArgumentParser) -> None:
 
 
 def source(name: str, device: torch.device) -> Source:
-    """By the value of --features."""
+    """The source named by --features."""
     if name == "auto":
         name = "dinov2" if _dinov2.is_there() else "patches"
     if name == "patches":
@@ -128,8 +128,8 @@ def source(name: str, device: torch.device) -> Source:
 
 
 def tokens(source: Source, picture: "Image", crops: int = 0) -> Tokens:
-    """Of the square in the middle of a picture; with crops > 1 of that and of its crops x crops parts, at the
-    resolution of the model each, as LLaVA-NeXT takes a square picture."""
+    """Tokens of the central square of a picture. With crops > 1 also of its crops x crops parts, each at the model's
+    resolution, as in LLaVA-NeXT for a square picture."""
     squares = [centre_crop(picture, source.size, source.side)]
     tiles: list[Image] = []
     if crops > 1:
@@ -149,7 +149,7 @@ def _joined(parts: tuple[Tensor | None, ...]) -> Tensor | None:
 
 
 def centre_crop(picture: "Image", size: int, side: int) -> "Image":
-    """The square in the middle of the picture, scaled to size x size pixels."""
+    """The central square of the picture, scaled to size x size pixels."""
     from PIL import Image
 
     width, height = picture.size
@@ -164,13 +164,14 @@ def centre_crop(picture: "Image", size: int, side: int) -> "Image":
 
 
 def _tiles(square: "Image", crops: int, size: int, seen: int) -> "list[Image]":
-    """crops x crops parts of `size` pixels, row by row; of each the top left `seen`."""
+    """crops x crops parts of `size` pixels in row-major order, each cut to its top left `seen` pixels."""
     corners = [(x * size, y * size) for y in range(crops) for x in range(crops)]
     return [square.crop((x, y, x + seen, y + seen)) for x, y in corners]
 
 
 def _shown(source: Source, picture: "Image", crops: int) -> "list[Image]":
-    """What the grids cover, at the photograph's own resolution: no less than the model's, no more than SHOWN."""
+    """Pictures of the squares under the grids. crops > 1: at the model's resolution. Else at the photograph's, at least
+    the model's, at most SHOWN pixels per side."""
     short = min(picture.size) * source.side * source.patch // source.size
     most = max(source.patch, SHOWN // source.side) if crops == 1 else source.patch
     cell = min(max(short // (crops * source.side), source.patch), most)
@@ -202,7 +203,7 @@ def _dinov2_source(device: torch.device) -> Source:
 
 
 def _model_source(name: str, device: torch.device) -> Source:
-    """A CLIP or SigLIP vision model: tokens as LLaVA takes them, of the penultimate layer, without the CLS token."""
+    """A CLIP or SigLIP vision model: penultimate layer without the [CLS] token, as in LLaVA."""
     try:
         import transformers
     except ImportError as error:
@@ -218,7 +219,7 @@ def _model_source(name: str, device: torch.device) -> Source:
     vision = getattr(config, "vision_config", config)
     side = vision.image_size // vision.patch_size
     verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # else it lists the weights of the text half, left out here
+    transformers.logging.set_verbosity_error()  # else it lists the unused weights of the text tower
     try:
         model_class = getattr(transformers, VISION_MODELS[config.model_type])
         model, loaded = model_class.from_pretrained(
@@ -251,13 +252,13 @@ def _model_source(name: str, device: torch.device) -> Source:
 
 
 def _key_projection(model: torch.nn.Module, layers: int) -> torch.nn.Module:
-    """Of the layer whose output is taken, the last but one."""
+    """Key projection of the penultimate layer, whose output is the features."""
     ending = f"layers.{max(0, layers - 2)}.self_attn.k_proj"
     return model.get_submodule(next(name for name, _ in model.named_modules() if name.endswith(ending)))
 
 
 def _of_output(output: Any, key: Tensor, name: str, side: int, heads: int) -> Signals:
-    """Of one square's forward: CLIP puts its CLS token first, SigLIP has none."""
+    """Signals from the forward of one square. CLIP has a [CLS] token first, SigLIP has none."""
     features = output.hidden_states[-2][0]
     extra = features.shape[0] - side * side
     if extra not in (0, 1):

@@ -1,12 +1,12 @@
-"""Numbers that describe visual tokens, their attention, and a selection of them. Plain tensor code, for reports.
+"""Statistics of visual tokens, of their attention and of a selection, for reports. Plain tensor code.
 
 Shared by all functions:
     features: (B, N, C) float32, float16 or bfloat16, any strides. scores: (B, N) float, at least 0, larger is better.
     num_tokens: (B,) int64 or int32, only the first num_tokens[b] tokens of item b count; None: all N do. An item
-        without tokens gives 0.
-    Returns float32. Inside is float64, so the rest of the batch and the padding change the last bit at most. An item
-        with a NaN or infinity gives NaN, the others are untouched. No gradient.
-    Raises TypeError or ValueError: the message names the function, the argument, what was expected and what came.
+        without tokens returns 0.
+    Returns float32, computed in float64: the rest of the batch and the padding change at most the last bit. An item
+        with a NaN or infinity returns NaN; other items are unaffected. No gradient.
+    Raises TypeError or ValueError: the message names the function, the argument, the expected and the given value.
 """
 
 import math
@@ -29,12 +29,12 @@ __all__ = [
 ]
 
 SCORES = (*_checks.FLOATING, torch.float64)
-TIE = 2.0**40
-CHUNK = 1 << 24  # float64 distances at a time in coverage: 128 MB
+TIE = 2.0**40  # cosines are rounded to multiples of 1 / TIE, so that equal tokens tie
+CHUNK = 1 << 24  # float64 distances per block in coverage: 128 MB
 
 
 class Coverage(NamedTuple):
-    """Distances from the tokens of each item to their nearest kept one: (B,) float32 each."""
+    """Distance of the tokens of each item to their nearest kept token: (B,) float32 each."""
 
     mean: Tensor
     largest: Tensor
@@ -55,7 +55,7 @@ def _present(op: str, like: Tensor, num_tokens: Tensor | None) -> Tensor:
 
 
 def _tokens(op: str, features: Tensor, num_tokens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Features in float64, zero where they do not count or their item is bad; the tokens present; items to be NaN."""
+    """x (B, N, C) float64, 0 outside the item and in bad items; present (B, N) bool; bad (B,) bool: result is NaN."""
     _checks.features(op, features)
     present = _present(op, features, num_tokens)
     bad = (present & ~features.isfinite().all(-1)).any(1)
@@ -64,7 +64,7 @@ def _tokens(op: str, features: Tensor, num_tokens: Tensor | None) -> tuple[Tenso
 
 
 def _scores(op: str, scores: Tensor, num_tokens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """The same of scores."""
+    """`_tokens` for scores: (B, N) float64, present, bad."""
     _checks.tensor(op, "scores", scores, SCORES, "(B, N)", 2)
     if scores.shape[1] == 0:
         raise ValueError(f"{op}: scores must have at least one token, got shape {tuple(scores.shape)}")
@@ -92,19 +92,18 @@ def erank(features: Tensor, num_tokens: Tensor | None = None) -> Tensor:
     """Effective rank of each item's tokens (AdaVTP Eq. 3, 7).
 
     Equivalent to ``exp(-(q * q.log()).sum())`` with ``s = torch.linalg.svdvals(features)``, ``q = s / s.sum()``. The
-    features are not centred: a common offset of all tokens lowers it much.
+    features are not centred: a common offset of all tokens lowers the rank.
 
     Args:
         features: (B, N, C). A selection's rows are `methods.merge(features, selection)`; zero rows change nothing.
         num_tokens: (B,).
 
     Returns:
-        (B,) float32 between 1 and min(N, C); 0 where all tokens are zero. Through the Gram matrix, negative eigenvalues
-        clipped to 0. Both are in float64: in float32 the noise of the Gram matrix counts as rank where the features
-        have little of their own.
+        (B,) float32 between 1 and min(N, C); 0 if all tokens are zero. Singular values come from the eigenvalues of the
+        Gram matrix in float64, clipped at 0. In float32 the rounding noise of the Gram matrix would count as rank.
 
     Cost:
-        2 B N C min(N, C) flops and the eigenvalues of B matrices of that side, in float64. On CUDA
+        2 B N C min(N, C) flops and the eigenvalues of B matrices of side min(N, C), in float64. On CUDA
         torch.linalg.eigvalsh synchronises; `participation_ratio` and `attention_entropy` do not.
     """
     x, _, bad = _tokens("erank", features, num_tokens)
@@ -117,9 +116,9 @@ def erank(features: Tensor, num_tokens: Tensor | None = None) -> Tensor:
 def participation_ratio(features: Tensor, num_tokens: Tensor | None = None) -> Tensor:
     """Participation ratio of each item's tokens: (sum s^2)^2 / sum s^4 of their singular values s.
 
-    Equivalent to ``trace(G)**2 / G.square().sum()`` with ``G = features @ features.mT``. Like `erank` it says how many
-    directions the tokens fill, with more weight on the strong ones. It needs no eigenvalues: nothing is read back to
-    the host, and a CUDA graph captures it.
+    Equivalent to ``trace(G)**2 / G.square().sum()`` with ``G = features @ features.mT``. Like `erank`, the number of
+    directions that the tokens span; strong directions weigh more. No eigenvalues are computed and nothing is read back
+    to the host, so a CUDA graph can capture it.
 
     Args:
         features: (B, N, C), not centred.
@@ -159,17 +158,17 @@ def attention_entropy(scores: Tensor, num_tokens: Tensor | None = None) -> Tenso
 
 @torch.no_grad()
 def knn_consistency(features: Tensor, scores: Tensor, k: int, num_tokens: Tensor | None = None) -> Tensor:
-    """How alike the attention of similar tokens is (STS 3.1, A.1).
+    """How much similar tokens agree in attention (STS 3.1, A.1).
 
-    ``1 - sigma_local / sigma``: sigma_local is the mean over tokens of the standard deviation of the scores of the k
-    tokens nearest by cosine, the token itself left out; sigma that of all scores. Population standard deviations. 0
-    says that neighbours differ as much as any k tokens, 1 that they are equal.
+    ``1 - sigma_local / sigma``. sigma is the population standard deviation of all scores. A token's local standard
+    deviation is that of its k nearest tokens by cosine, itself excluded; sigma_local is the mean over tokens. 1: the
+    scores of neighbours are equal. 0: they vary as much as all scores.
 
     Args:
-        features: (B, N, C). A zero row has cosine 0 to every token. Cosines that are equal to 2^-40 go to the lowest
-            index.
+        features: (B, N, C). A zero row has cosine 0 to every token. Cosines are rounded to multiples of 2^-40; ties go
+            to the lowest index.
         scores: (B, N).
-        k: neighbours, 1 <= k < N. An item of k tokens or fewer takes all the others.
+        k: neighbours, 1 <= k < N. In an item of at most k tokens, all other tokens.
         num_tokens: (B,).
 
     Returns:
@@ -197,7 +196,7 @@ def _consistency(x: Tensor, scores: Tensor, present: Tensor, k: int) -> Tensor:
     """`knn_consistency` of one item: x (N, C), scores (N,), present (N,)."""
     norm = x.square().sum(1, keepdim=True).sqrt()
     x = torch.where(norm > 0, x / norm, 0.0)
-    cosine = (x @ x.T).mul_(TIE).round_()  # equal tokens: the product rounds their columns differently
+    cosine = (x @ x.T).mul_(TIE).round_()  # the product may round the columns of equal tokens differently
     cosine.masked_fill_(~present, -math.inf).fill_diagonal_(-math.inf)
     value, near = cosine.sort(dim=1, descending=True, stable=True)
     value, near = value[:, :k], near[:, :k]
@@ -207,7 +206,7 @@ def _consistency(x: Tensor, scores: Tensor, present: Tensor, k: int) -> Tensor:
 
 
 def _std(values: Tensor, counts: Tensor) -> Tensor:
-    """Population standard deviation of each row, of what counts in it."""
+    """Population standard deviation of each row over the entries with `counts`."""
     number = counts.sum(1, keepdim=True)
     mean = torch.where(counts, values, 0.0).sum(1, keepdim=True) / number
     return (torch.where(counts, values - mean, 0.0).square().sum(1) / number[:, 0]).sqrt()
@@ -216,7 +215,8 @@ def _std(values: Tensor, counts: Tensor) -> Tensor:
 def _best(
     op: str, scores: Tensor, share: Any, num_tokens: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Scores sorted descending, their indices, which of them are the best `share`, tokens of each item, bad items."""
+    """(value, index, best, count, bad): scores in descending order, their indices, whether in the top `share`, (B, 1)
+    tokens of each item, bad items."""
     s, present, bad = _scores(op, scores, num_tokens)
     if isinstance(share, bool) or not isinstance(share, int | float):
         raise TypeError(f"{op}: share must be a float, got {type(share).__name__}")
@@ -230,11 +230,11 @@ def _best(
 
 @torch.no_grad()
 def share_of_top(scores: Tensor, share: float = 0.2, num_tokens: Tensor | None = None) -> Tensor:
-    """Part of all attention that the best tokens take (VisPruner Fig. 3a).
+    """Fraction of an item's attention that its top tokens have (VisPruner Fig. 3a).
 
     Args:
         scores: (B, N).
-        share: of the tokens, above 0 and at most 1; the nearest number of tokens, at least 1.
+        share: fraction of the tokens, 0 < share <= 1; rounded to a number of tokens, at least 1.
         num_tokens: (B,).
 
     Returns:
@@ -250,12 +250,12 @@ def share_of_top(scores: Tensor, share: float = 0.2, num_tokens: Tensor | None =
 
 @torch.no_grad()
 def quartile_shares(scores: Tensor, share: float = 0.25, num_tokens: Tensor | None = None) -> Tensor:
-    """Where the best tokens lie: the part of them in each quarter of the index range (VisPruner Fig. 2b).
+    """Positions of the top tokens: the fraction of them in each quarter of the index range (VisPruner Fig. 2b).
 
     Args:
         scores: (B, N). Equal scores go to the lowest index.
-        share: of the tokens, above 0 and at most 1; the nearest number of tokens, at least 1.
-        num_tokens: (B,). The quarters are those of an item's own tokens.
+        share: fraction of the tokens, 0 < share <= 1; rounded to a number of tokens, at least 1.
+        num_tokens: (B,). The quarters divide the range 0 to num_tokens[b] - 1.
 
     Returns:
         (B, 4) float32, each row of sum 1.
@@ -271,21 +271,21 @@ def quartile_shares(scores: Tensor, share: float = 0.25, num_tokens: Tensor | No
 
 @torch.no_grad()
 def coverage(features: Tensor, order: Tensor, num_tokens: Tensor | None = None) -> Coverage:
-    """How well the kept tokens stand for all: the distance of each token to its nearest kept one.
+    """How well the kept tokens represent all tokens: distance of each token to its nearest kept token.
 
     Equivalent to ``torch.cdist(features, features[order]).min(-1)``, its mean and its maximum. A kept token's distance
     is 0 and counts in the mean.
 
     Args:
         features: (B, N, C).
-        order: (B, K) int64 or int32, the tokens kept, as of `Selection.order`; -1 says none.
+        order: (B, K) int64 or int32, the kept tokens, as in `Selection.order`; -1: no token.
         num_tokens: (B,).
 
     Returns:
-        Coverage(mean, largest), (B,) float32 each, L2 in units of features; infinite where an item keeps none.
+        Coverage(mean, largest), (B,) float32 each, L2 in units of features; infinite if an item keeps no token.
 
     Cost:
-        2 B N K C flops in float64, 128 MB of scratch at most.
+        2 B N K C flops in float64, distances in blocks of 128 MB.
     """
     op = "coverage"
     x, present, bad = _tokens(op, features, num_tokens)
@@ -304,8 +304,8 @@ def coverage(features: Tensor, order: Tensor, num_tokens: Tensor | None = None) 
     valid = (order >= 0) & (order < tokens)
     slots = order.long().masked_fill(~valid, tokens)
     is_kept = present.new_zeros(batch, tokens + 1).scatter(1, slots, True)[:, :tokens] & present
-    valid &= is_kept.gather(1, slots.clamp(max=tokens - 1))  # a pick in the padding is none
-    x = x - _ratio(x.sum(1), present.sum(1, keepdim=True))[:, None]  # distances stay, |x|^2 - 2xy + |y|^2 cancels less
+    valid &= is_kept.gather(1, slots.clamp(max=tokens - 1))  # picks in the padding do not count
+    x = x - _ratio(x.sum(1), present.sum(1, keepdim=True))[:, None]  # less cancellation in |x|^2 - 2xy + |y|^2
     kept = x.gather(1, slots.clamp(max=tokens - 1)[..., None].expand(-1, -1, x.shape[2]))
     own = kept.square().sum(2).masked_fill_(~valid, math.inf)[:, None]
     rows = max(1, CHUNK // max(1, batch * order.shape[1]))

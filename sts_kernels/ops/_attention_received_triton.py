@@ -1,18 +1,18 @@
 """Triton kernels and launcher of `attention_received`. Imported at the first call on CUDA tensors.
 
-What: the column means of softmax(Q K^T scale), without a matrix of R x S in memory.
+What: the column means of softmax(Q K^T scale), without the (R, S) matrix in memory.
 Chosen when: the tensors are on a GPU.
 Steps:
-    (1) rows_kernel: per query row, the maximum of its logits and weight / (sum of exponentials). A flash forward
-        without values.
-    (2) keys_kernel: per key of one query head, the sum over rows of exp(logit - maximum) times that share, divided by
-        the weight of all rows that count.
-    (3) mean_kernel: the mean over heads. Left out where heads are asked for.
-Synchronisation: the three launches follow each other on one stream. Inside, each program writes its own outputs in a
-fixed order; there are no atomics.
+    (1) rows_kernel: per query row, the maximum of its logits and share = weight / (sum of exponentials). This is a
+        FlashAttention forward without values.
+    (2) keys_kernel: per query head and key, the sum over rows of exp(logit - maximum) * share, divided by the total
+        weight of the rows that count.
+    (3) mean_kernel: the mean over heads. Skipped with per_head.
+Synchronisation: the three launches follow each other on one stream. Each program sums in a fixed order and writes its
+own outputs. There are no atomics.
 
-Both passes multiply a block that stays ("fixed": rows in (1), keys in (2)) by blocks that stream past ("moving"), so
-one product serves both. Logits are in base 2.
+Both passes multiply a fixed block (rows in (1), keys in (2)) by moving blocks that stream past; `_products` serves
+both. Logits are multiplied by log2(e), so exponentials are exp2.
 """
 
 import functools
@@ -27,7 +27,7 @@ from ._attention_received_plan import Columns, Plan
 from ._triton_launch import Bound, Launcher
 
 INTERPRETED = triton.knobs.runtime.interpret
-MEAN_BLOCK = 128  # keys of a program of mean_kernel
+MEAN_BLOCK = 128  # keys per program of mean_kernel
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def _products(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _finite(top):  # type: ignore[no-untyped-def]
-    """A maximum to subtract: 0 where nothing is seen, for -inf - -inf would be NaN."""
+    """The maximum to subtract: 0 for a row that sees no key, because -inf - -inf is NaN."""
     return tl.where(top == float("-inf"), 0.0, top)
 
 
@@ -84,7 +84,7 @@ def _add_keys(  # type: ignore[no-untyped-def]
     KEYS: tl.constexpr, STAGES: tl.constexpr, ALIGN: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr,
     CHECKED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Maximum and sum of exponentials of ROWS rows with KEYS more keys. CHECKED: some of these may not be seen."""
+    """Online softmax: updates maximum and sum of exponentials of ROWS rows with KEYS keys. CHECKED: applies masks."""
     s = start + tl.arange(0, KEYS)
     inside = s < keys
     if MASKED:
@@ -115,7 +115,7 @@ _RUNTIME = (
 
 @triton.jit
 def _place(count, HEADS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Program -> block of `count`, and item, head and their joint number."""
+    """Program -> (block < count, item, head, item * HEADS + head)."""
     item_head = tl.program_id(0) // count
     return tl.program_id(0) % count, (item_head // HEADS).to(tl.int64), item_head % HEADS, item_head.to(tl.int64)
 
@@ -143,7 +143,7 @@ def rows_kernel(  # type: ignore[no-untyped-def]
         at = row_weight + item * weight_stride_item + r.to(tl.int64) * weight_stride_row
         weight = tl.load(at, mask=live, other=0.0).to(tl.float32)
         live = weight != 0.0
-    # The last key that each row sees; -1 where it counts for nothing.
+    # The last key that each row sees; -1 for a row of weight 0.
     position = tl.where(live, keys - 1, -1)
     if CAUSAL:
         at = row_position + item * position_stride_item + r.to(tl.int64) * position_stride_row
@@ -187,7 +187,7 @@ def rows_kernel(  # type: ignore[no-untyped-def]
         )  # fmt: skip
     at = item_head * rows + r
     tl.store(tops + at, _finite(top), mask=r < rows)
-    # A sum of 0: the row sees no key. A NaN stays one.
+    # total == 0: the row sees no key. A NaN total gives a NaN share.
     tl.store(shares + at, tl.where(total == 0.0, 0.0, weight / total), mask=r < rows)
 
 
@@ -203,7 +203,7 @@ def keys_kernel(  # type: ignore[no-untyped-def]
     STAGES: tl.constexpr, ALIGN: tl.constexpr, MASKED: tl.constexpr, WEIGHTED: tl.constexpr, CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """(2) Program (item, query head, block of keys): what each key receives from all rows."""
+    """(2) Program (item, query head, block of keys): attention that each key receives from all rows."""
     block, item, head, item_head = _place(tl.cdiv(keys, KEYS), HEADS)
     s = block * KEYS + tl.arange(0, KEYS)
     allowed = s < keys
@@ -221,7 +221,7 @@ def keys_kernel(  # type: ignore[no-untyped-def]
     high = rows
     counted = rows.to(tl.float32)
     if CAUSAL or WEIGHTED:
-        # Blocks of rows before the first and behind the last one that sees a key of this block give nothing.
+        # Rows [low, high): from the first to the last block of rows that sees a key of this block.
         j = tl.arange(0, BLOCKS)
         blocks = tl.cdiv(rows, REACH)
         sees = tl.load(reaches + item_head * blocks + j, mask=j < blocks, other=0) > block * KEYS
@@ -264,7 +264,7 @@ def keys_kernel(  # type: ignore[no-untyped-def]
             seen = s[:, None] <= _last_seen(position, keys)[None, :]
             given = tl.where(seen & (share != 0.0)[None, :], given, 0.0)
         elif WEIGHTED:
-            given = tl.where((share != 0.0)[None, :], given, 0.0)  # whatever the row holds
+            given = tl.where((share != 0.0)[None, :], given, 0.0)  # the row may hold NaN
         total += tl.sum(given, 1)
     total *= tl.where(counted == 0.0, 0.0, 1.0 / tl.where(counted == 0.0, 1.0, counted))
     tl.store(received + item_head * keys + s, tl.where(allowed, total, 0.0), mask=s < keys)
@@ -273,7 +273,7 @@ def keys_kernel(  # type: ignore[no-untyped-def]
 @Launcher
 @triton.jit(do_not_specialize=("keys",))
 def mean_kernel(received, out, keys, HEADS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """(3) Program (item, block of keys)."""
+    """(3) Program (item, block of keys): mean over heads."""
     block = tl.program_id(0) % tl.cdiv(keys, BLOCK)
     item = (tl.program_id(0) // tl.cdiv(keys, BLOCK)).to(tl.int64)
     s = block * BLOCK + tl.arange(0, BLOCK)
@@ -298,8 +298,8 @@ def _passes(
     weighted: bool,
     causal: bool,
 ) -> tuple[Bound, Bound]:
-    """rows_kernel and keys_kernel for all that does not depend on the numbers of rows and keys. blocks: a power of two
-    that no number of blocks of rows exceeds."""
+    """rows_kernel and keys_kernel with their constexpr parameters. blocks: a power of two, at least the number of
+    blocks of rows."""
     columns = Columns.of(dim, size)
     constants = {
         "HEADS": heads,
@@ -313,9 +313,9 @@ def _passes(
         "MASKED": masked,
         "WEIGHTED": weighted,
         "CAUSAL": causal,
-        # float32 as three bfloat16 each, six products of them: as good as float32, where TF32 would keep 11 bits
+        # float32: split into three bfloat16, six products, as accurate as float32 (TF32: 11 bits)
         "PRECISION": "bf16x6" if size == 4 and not INTERPRETED else "ieee",
-        "UPCAST": INTERPRETED,  # the interpreter's arithmetic on bfloat16 works on raw bits
+        "UPCAST": INTERPRETED,  # Triton's interpreter computes bfloat16 on raw bits
     }
     return (
         rows_kernel.bind(plan.warps, ROWS=plan.rows, KEYS=plan.moving_keys, **constants),

@@ -1,20 +1,20 @@
-"""How the Triton kernels of `last_query_scores` and its varlen form cut up the work."""
+"""Tile and split sizes of the Triton kernels of `last_query_scores` and its varlen form."""
 
 import functools
 from dataclasses import dataclass
 
 import triton
 
-WHOLE_BYTES = 128 << 10  # one launch up to here: keys of an item in bytes
-WHOLE_TILE_BYTES = 32 << 10  # and up to here: one key head of them, as padded in the tile
-WHOLE_BLOCK = 256  # and up to here: keys of an item, where rows are short
-TILE_BYTES = 16 << 10  # of keys a program of split_kernel works on at a time
-PROGRAMS_PER_MULTIPROCESSOR = 4  # of split_kernel: with the tiles in flight they fill the shared memory
+WHOLE_BYTES = 128 << 10  # whole_kernel, in one launch: max bytes of an item's keys
+WHOLE_TILE_BYTES = 32 << 10  # and max bytes of one key head, padded to the tile
+WHOLE_BLOCK = 256  # and max keys of an item, padded to a power of two
+TILE_BYTES = 16 << 10  # bytes of keys per iteration of split_kernel
+PROGRAMS_PER_MULTIPROCESSOR = 4  # of split_kernel: their tiles in flight fill the shared memory
 MAX_SPLITS = 128  # every program of mean_kernel reads the sums of all splits
 
 
 def columns(dim: int, itemsize: int) -> tuple[int, int]:
-    """Columns of a row of D with its padding, and the columns multiplied at a time: 16 or more, as tl.dot wants."""
+    """(width, chunk): D with padding, and columns per tl.dot, which needs at least 16."""
     if dim > 256:
         chunk = 64 if itemsize == 2 and dim % 8 == 0 else 32
         return triton.cdiv(dim, chunk) * chunk, chunk
@@ -24,19 +24,19 @@ def columns(dim: int, itemsize: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Plan:
-    """How the work on one item is cut up. It does not look at the batch, so neither does an item's result."""
+    """Tiles and splits of one item. Invariant: they do not depend on the batch, so its result does not either."""
 
-    whole: bool  # one launch
-    tiles: int  # of the query heads that read one key head
-    heads: int  # query heads in a tile
-    block: int  # keys a program works on at a time
-    span: int  # keys of a split
-    splits: int
+    whole: bool  # whole_kernel, in one launch
+    tiles: int  # tiles of query heads per key head
+    heads: int  # query heads per tile
+    block: int  # keys per iteration of a program
+    span: int  # keys per split
+    splits: int  # per item
 
     @staticmethod
     @functools.lru_cache(maxsize=1024)
     def of(kv_heads: int, group: int, keys: int, dim: int, itemsize: int, multiprocessors: int) -> "Plan":
-        most = 32 if itemsize == 2 else 8  # what the registers hold; float32 comes in three parts
+        most = 32 if itemsize == 2 else 8  # bounded by registers; float32 is split into three bfloat16
         heads = max(n for n in range(1, min(group, most) + 1) if group % n == 0)
         tiles = group // heads
         width, _ = columns(dim, itemsize)

@@ -1,10 +1,10 @@
 """Triton kernels and launchers of `last_query_scores` and its varlen form. Imported at the first call on CUDA tensors.
 
-Long items take two launches. `split_kernel` reads every key once: a program takes a span of an item's keys and the
-query heads that read one key head, and writes their logits and, per head, the span's maximum and sum of exponentials.
-`mean_kernel` joins the spans' sums and writes the mean over heads of the weights. Items so small that a second launch
-would take longer than reading their keys by one multiprocessor are done in one, by `whole_kernel`. All sums run in a
-fixed order, without atomics. Logits are in base 2.
+Long items take two launches. `split_kernel` reads every key once. Each program takes one split of an item's keys and a
+tile of the query heads that read one key head. It writes the logits and, per head, the split's maximum and sum of
+exponentials. `mean_kernel` combines the sums of the splits and writes the mean of the weights over heads. Small items
+take one launch, of `whole_kernel`: a second launch would take longer than one SM reading their keys. All sums run in a
+fixed order, without atomics. Logits are multiplied by log2(e), so exponentials are exp2.
 """
 
 import functools
@@ -24,7 +24,7 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 @triton.jit
 def _span(item, cu_seqlens, tokens, longest, VARLEN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """First token and length of an item in the packed order of logits and scores. What does not fit is empty."""
+    """First token and length of an item in the packed order of logits and scores. An item out of range has length 0."""
     if VARLEN:
         first = tl.load(cu_seqlens + item).to(tl.int64)
         length = tl.load(cu_seqlens + item + 1).to(tl.int64) - first
@@ -39,7 +39,7 @@ def _span(item, cu_seqlens, tokens, longest, VARLEN: tl.constexpr):  # type: ign
 
 @triton.jit
 def _keys(key, item, first, stride_item, stride_token, ALIGN: tl.constexpr, VARLEN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Where an item's keys start. Strides come divided by ALIGN, so that the compiler knows what divides them."""
+    """Pointer to an item's keys. Strides are passed divided by ALIGN, so that the compiler knows their divisor."""
     if VARLEN:
         key += first * (stride_token.to(tl.int64) * ALIGN)
     else:
@@ -85,7 +85,7 @@ def _logits(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr, STAGES: tl.constexpr, ALIGN: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK, PADDED) logits of keys start to start + BLOCK; -inf where a key is past `end` or masked out."""
+    """(BLOCK, PADDED) logits of keys [start, start + BLOCK); -inf if a key is past `end` or masked."""
     s = start + tl.arange(0, BLOCK)
     inside = s < end
     allowed = inside
@@ -98,7 +98,7 @@ def _logits(  # type: ignore[no-untyped-def]
             x = _add_columns(
                 x, query, stride_head, row, inside, column, HEADS, PADDED, DIM, WIDTH, CHUNK, PRECISION, UPCAST
             )
-    else:  # as many tiles as the columns fill would not fit the shared memory together
+    else:  # not unrolled: the tiles of all columns do not fit in shared memory
         for column in tl.range(0, WIDTH, CHUNK, num_stages=STAGES):
             x = _add_columns(
                 x, query, stride_head, row, inside, column, HEADS, PADDED, DIM, WIDTH, CHUNK, PRECISION, UPCAST
@@ -108,13 +108,13 @@ def _logits(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _finite(top):  # type: ignore[no-untyped-def]
-    """A maximum to subtract: 0 where nothing is allowed, for -inf - -inf would be NaN."""
+    """The maximum to subtract: 0 without allowed keys, because -inf - -inf is NaN."""
     return tl.where(top == float("-inf"), 0.0, top)
 
 
 @triton.jit
 def _share(total, HEADS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What an exponential counts in the mean over heads; a total of 0 has none to count."""
+    """Factor of an exponential in the mean over heads: 1 / (total * HEADS). A total of 0 has no exponentials."""
     return 1.0 / (tl.where(total == 0.0, 1.0, total) * HEADS)
 
 
@@ -135,7 +135,7 @@ def split_kernel(  # type: ignore[no-untyped-def]
     ALIGN: tl.constexpr, MASKED: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
     UPCAST: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Program (item, key head, tile of its query heads) x split."""
+    """Program (item, key head, tile of its query heads; split): logits, maximum and sum of exponentials."""
     if OVERLAP:
         gdc_launch_dependents()
     item = (tl.program_id(0) // (KV_HEADS * TILES)).to(tl.int64)
@@ -145,7 +145,7 @@ def split_kernel(  # type: ignore[no-untyped-def]
     first, length = _span(item, cu_seqlens, tokens, longest, VARLEN)
     head = kv_head * GROUP + tile * HEADS
     query += item * query_stride_item + head * query_stride_head.to(tl.int64)
-    if CHUNK == WIDTH:  # else there are too many for the registers
+    if CHUNK == WIDTH:  # else they do not fit in registers
         query = _queries(query, query_stride_head, 0, HEADS, PADDED, DIM, WIDTH, UPCAST)
     key = _keys(key, item, first, key_stride_item, key_stride_token, ALIGN, VARLEN)
     key += kv_head * (key_stride_head.to(tl.int64) * ALIGN)
@@ -155,7 +155,7 @@ def split_kernel(  # type: ignore[no-untyped-def]
     h = tl.arange(0, PADDED)
     mine = h < HEADS
     row = logits + (head + h).to(tl.int64) * tokens + first
-    # Running maximum and sum per key position of the tile: joined across positions only once, after the loop.
+    # Running maximum and sum per key position of the tile. One reduction across positions, after the loop.
     top = tl.full((BLOCK, PADDED), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK, PADDED), tl.float32)
     stop = tl.minimum(split * span + span, length)
@@ -184,7 +184,7 @@ def mean_kernel(  # type: ignore[no-untyped-def]
     ALL_HEADS: tl.constexpr, PADDED: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, VARLEN: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Program item x block of its keys."""
+    """Program (item; block of keys): combines the splits, mean over heads."""
     item = tl.program_id(0).to(tl.int64)
     first, length = _span(item, cu_seqlens, tokens, longest, VARLEN)
     s = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -216,7 +216,7 @@ def whole_kernel(  # type: ignore[no-untyped-def]
     DIM: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
     ALIGN: tl.constexpr, MASKED: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Program item: all its heads and keys."""
+    """Program (item): all heads and keys."""
     item = tl.program_id(0).to(tl.int64)
     first, length = _span(item, cu_seqlens, tokens, longest, VARLEN)
     query += item * query_stride_item
@@ -239,7 +239,7 @@ def whole_kernel(  # type: ignore[no-untyped-def]
         share = tl.where(h < HEADS, _share(tl.sum(weight, 0), KV_HEADS * GROUP), 0.0)
         mean += tl.sum(weight * share[None, :], 1)
     s = tl.arange(0, BLOCK)
-    if MASKED:  # a NaN among the allowed keys spoils those alone
+    if MASKED:  # keeps a NaN of allowed keys away from masked keys
         allowed = tl.load(key_mask + s.to(tl.int64) * mask_stride_token, mask=s < length, other=0) != 0
         mean = tl.where(allowed, mean, 0.0)
     tl.store(scores + first + s, mean, mask=s < length)
@@ -247,7 +247,7 @@ def whole_kernel(  # type: ignore[no-untyped-def]
 
 @functools.cache
 def _device(index: int) -> tuple[int, bool]:
-    """Multiprocessors, and whether a kernel may start before the one it waits for has ended (Hopper and later)."""
+    """Number of SMs, and whether programmatic dependent launch is supported (Hopper and later)."""
     properties = torch.cuda.get_device_properties(index)
     return properties.multi_processor_count, properties.major >= 9
 
@@ -267,7 +267,7 @@ def _first(
     masked: bool,
     varlen: bool,
 ) -> Bound:
-    """split_kernel or whole_kernel for all that does not depend on the number of keys."""
+    """split_kernel or whole_kernel with its constexpr parameters."""
     width, chunk = columns(dim, size)
     constants = {
         "KV_HEADS": kv_heads,
@@ -283,16 +283,16 @@ def _first(
         "ALIGN": align,
         "MASKED": masked,
         "VARLEN": varlen,
-        # float32 as three bfloat16 each, six products of them: as good as float32, where TF32 would keep 11 bits
+        # float32: split into three bfloat16, six products, as accurate as float32 (TF32: 11 bits)
         "PRECISION": "bf16x6" if size == 4 and not INTERPRETED else "ieee",
-        "UPCAST": INTERPRETED,  # the interpreter's arithmetic on bfloat16 works on raw bits
+        "UPCAST": INTERPRETED,  # Triton's interpreter computes bfloat16 on raw bits
     }
     return whole_kernel.bind(8, **constants) if whole else split_kernel.bind(4, OVERLAP=overlap, **constants)
 
 
 @functools.lru_cache(maxsize=1024)
 def _mean(heads: int, splits: int, block: int, overlap: bool, varlen: bool) -> Bound:
-    """mean_kernel, likewise. splits: a power of two."""
+    """mean_kernel with its constexpr parameters. splits: a power of two, at least the number of splits."""
     padded = min(32, triton.next_power_of_2(heads))
     constants = {"ALL_HEADS": heads, "PADDED": padded, "SPLITS": splits, "BLOCK": block}
     return mean_kernel.bind(4, overlap, VARLEN=varlen, OVERLAP=overlap, **constants)
@@ -311,7 +311,7 @@ def scores(
 def scores_varlen(
     query: Tensor, key: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float | None, plan: Plan | None = None
 ) -> Tensor:
-    out = query.new_zeros(len(key), dtype=torch.float32)  # no item need cover a token
+    out = query.new_zeros(len(key), dtype=torch.float32)  # tokens of no item score 0
     longest = min(max_seqlen, len(key))
     if len(query) and longest:
         _run(out, query, key, (0, *key.stride()), None, cu_seqlens, longest, scale, plan)

@@ -1,4 +1,4 @@
-"""What the greedy selection ops share: checks of their arguments, and the plain loop that is their reference."""
+"""Shared by the greedy selection ops: argument checks, packed items, and the loop of the references."""
 
 import itertools
 import math
@@ -12,8 +12,8 @@ from .. import _checks
 from .._transforms import stack_offsets
 from ._unit_rows import unit_rows
 
-# Potentials are finite and far below this for finite tokens; a token with a NaN or infinity holds it, so that it is
-# picked after every finite one and before none. A picked token holds +inf.
+# Potential of a token with a NaN or infinity: it is picked only when no finite token is left. Potentials of finite
+# tokens are far below. A picked token holds +inf.
 LAST_RESORT = torch.finfo(torch.float32).max
 
 
@@ -104,7 +104,7 @@ def check_packed_values(
 
 
 def check_token_values(op: str, name: str, value: Any, dtypes: tuple[Any, ...], features: torch.Tensor) -> None:
-    """A number for each token."""
+    """Checks one number per token: (B, N), or (T,) for packed features."""
     shape = "(B, N)" if features.ndim == 3 else "(T,)"
     _checks.tensor(op, name, value, dtypes, shape, features.ndim - 1)
     if value.shape != features.shape[:-1]:
@@ -126,10 +126,10 @@ def vmap_packed(
     total_k: int,
     anchor: torch.Tensor | None = None,
 ) -> Any:
-    """The vmap rule of a packed op: the items of all lanes in one call.
+    """vmap rule of a packed op: one call for the items of all lanes.
 
     Args:
-        check_values: of one lane's (features, cu_seqlens, cu_budgets, total_k, anchor).
+        check_values: checks one lane's (features, cu_seqlens, cu_budgets, total_k, anchor).
         call: (tokens, cu_seqlens, cu_budgets, total_k, anchor) -> (total_k,).
         tokens: features (lanes, T, C), then tensors (lanes, T) or None.
     """
@@ -152,9 +152,9 @@ def by_item(
     total_k: int,
     anchor: torch.Tensor | None = None,
 ) -> Tensor:
-    """(total_k,): each packed item through `select(tokens, budget, anchor)`, a batch of one.
+    """Calls `select(tokens, budget, anchor)` for each packed item, as a batch of one -> (total_k,).
 
-    Reads the offsets back to the host, for the reference; the compiled kernels do not.
+    For the references: the offsets are read back to the host. The compiled kernels do not.
     """
     starts, budgets = cu_seqlens.tolist(), cu_budgets.tolist()
     out = tokens[0].new_empty((total_k,), dtype=torch.int64)
@@ -171,14 +171,14 @@ def by_item(
 
 
 def pick(potential: Tensor) -> Tensor:
-    """Lowest index of the smallest potential of each row; -1 where every token is picked."""
+    """(B,): argmin of the potential (B, N), lowest index among ties; -1 if every token is picked."""
     token = potential.argmin(-1)
     taken = potential.gather(-1, token[:, None])[:, 0] == math.inf
     return torch.where(taken, -1, token)
 
 
 def counts(features: Tensor, num_tokens: Tensor | None) -> Tensor:
-    """(B,) tokens of each item; 0 where the given number makes no sense."""
+    """(B,) tokens of each item; 0 if num_tokens[b] is out of range."""
     batch, tokens, _ = features.shape
     if num_tokens is None:
         return torch.full((batch,), tokens, device=features.device)
@@ -187,11 +187,11 @@ def counts(features: Tensor, num_tokens: Tensor | None) -> Tensor:
 
 
 def greedy(x: Tensor, k: int, count: Tensor, potential: Tensor, token: Tensor, add: Callable[..., Any]) -> Tensor:
-    """(B, k) int64: from `token` (B,) on, the token of the smallest potential; the lowest index among equals.
+    """Greedy selection -> (B, k) int64: first `token` (B,), then argmins of the potential, lowest index among ties.
 
     Args:
-        x: (B, N, C) float32, contiguous, so that equal tokens are summed in the same order, and tie.
-        count: (B,) tokens of each item. Of an item whose first token is not among them nothing is picked.
+        x: (B, N, C) float32, contiguous, so that equal tokens are summed in the same order and tie.
+        count: (B,) tokens of each item. An item whose first token is out of range comes out as -1 throughout.
         potential: (B, N) float32, before the first pick.
         add: (potential, sqdist to the picks (B, N), picks (B, 1)) -> the potential after them.
     """
@@ -199,7 +199,7 @@ def greedy(x: Tensor, k: int, count: Tensor, potential: Tensor, token: Tensor, a
     position = torch.arange(tokens, device=x.device)
     token = torch.where((token >= 0) & (token < count), token, -1)
     potential = potential.masked_fill((position >= count[:, None]) | (token < 0)[:, None], math.inf)
-    # Filled in place: a list of small tensors, each new among large ones that are freed, would hold the heap apart.
+    # Filled in place: small tensors that stay between freed large tensors would fragment the heap.
     out = x.new_empty((batch, k), dtype=torch.int64)
     for step in range(k):
         out[:, step] = token
@@ -215,12 +215,12 @@ def greedy(x: Tensor, k: int, count: Tensor, potential: Tensor, token: Tensor, a
 
 
 def unit_or_zero(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`unit_rows` of x (..., C), and whether a row is zero (...). A row with a NaN or infinity becomes NaN."""
+    """`unit_rows` of x (..., C), and (...) bool: zero rows. A row with a NaN or infinity becomes NaN."""
     largest = x.abs().amax(-1, keepdim=True)
     return torch.where(largest.isfinite(), unit_rows(x), math.nan), largest[..., 0] == 0
 
 
 def unit_sqdist(sqdist: Tensor, zero: Tensor, row: Tensor) -> Tensor:
-    """2 - 2 cosine from the squared distances (B, N) between unit rows and the picks `row` (B, 1): a zero row has
-    cosine 0 to every token."""
+    """2 - 2 cosine (B, N) of all tokens and the picks `row` (B, 1), from the squared distances of unit rows. A zero row
+    has cosine 0 to every token."""
     return torch.where((zero | zero.gather(1, row)) & ~sqdist.isnan(), 2.0, sqdist)

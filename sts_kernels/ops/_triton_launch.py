@@ -1,15 +1,15 @@
 """Launches of Triton kernels from the host.
 
-What: `kernel[grid](...)` binds, specializes and hashes all arguments on every call, 50 to 70 us of the host's time. A
-`Bound` kernel does so once for each variant, and hands the arguments of later calls straight to the compiled kernel.
-Chosen when: this version of Triton is known to launch that way (`KNOWN`), nothing observes launches (a profiler's hook
-must see them), and the kernel is compiled, not interpreted. Else the launch is `kernel[grid](...)`.
+What: `kernel[grid](...)` binds, specializes and hashes all arguments on every call: 50 to 70 us of host time. A `Bound`
+kernel does so once per variant. Later calls pass their arguments straight to the compiled kernel.
+Chosen when: the Triton version is in `KNOWN`, no launch hook is set (a profiler must see all launches), and the kernel
+is compiled, not interpreted. Otherwise the launch is `kernel[grid](...)`.
 Steps:
-    (1) tell the variant: all that Triton specializes on beside the constexpr parameters and the options, which is the
-        device, the dtype of tensors, whether their address is a multiple of 16, and the width of integers;
-    (2) a variant that has not been launched: `kernel[grid](...)` compiles, launches and returns what it compiled;
-    (3) else launch what was compiled.
-Synchronisation: none. A dict of variants only ever grows; two threads may both take step (2), which Triton allows.
+    (1) key of the variant: all that Triton specializes on besides constexpr parameters and options. That is the device,
+        the dtype and 16-byte alignment of each tensor, and the width of integers;
+    (2) first launch of a variant: `kernel[grid](...)` compiles, launches and returns the compiled kernel;
+    (3) later launches: run the compiled kernel.
+Synchronisation: none. The dict of variants only grows. Two threads may both take step (2), which Triton allows.
 """
 
 import functools
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from triton.compiler import CompiledKernel
     from triton.runtime.jit import JITFunction
 
-KNOWN = (3, 4), (3, 10)  # versions whose compiled kernels take these arguments: from, and up to but not including
-WIDE = 1 << 31  # integers below have 32 bits
+KNOWN = (3, 4), (3, 10)  # versions [first, end) whose compiled kernels take these arguments
+WIDE = 1 << 31  # smaller integers are passed as 32 bits
 
 _log = logging.getLogger("sts_kernels")
 
@@ -38,7 +38,7 @@ def knows(version: str) -> bool:
 
 
 def how() -> str:
-    """How kernels are launched, for people. Does not import Triton."""
+    """How kernels are launched, for the user. Does not import Triton."""
     for name in ("triton", "pytorch-triton"):
         try:
             version = importlib.metadata.version(name)
@@ -57,8 +57,8 @@ def _unknown(version: str) -> str:
 
 
 class Launcher:
-    """Decorates a `triton.jit` kernel. Its parameters are tensors, then numbers, then constexpr; integers are not
-    specialized."""
+    """Decorator of a `triton.jit` kernel. Parameter order: tensors, numbers, constexpr. Integers are in
+    do_not_specialize."""
 
     def __init__(self, kernel: "JITFunction"):
         import triton
@@ -72,19 +72,20 @@ class Launcher:
             _log.debug("triton: %s", _unknown(triton.__version__))
 
     def bind(self, num_warps: int, launch_pdl: bool = False, **constants: int | str) -> "Bound":
-        """The kernel with all its constexpr parameters. To be kept: it remembers what was compiled.
+        """The kernel with all its constexpr parameters. Keep the result: it caches the compiled kernels.
 
         Args:
-            launch_pdl: the kernel may start before the one before it ends, and waits for it itself.
+            launch_pdl: programmatic dependent launch. The kernel may start before the previous kernel ends and calls
+                gdc_wait itself.
         """
-        # Fusion is said aloud because its default depends on the version of Triton.
+        # Fusion is set explicitly: its default depends on the version of Triton.
         options = {"num_warps": num_warps, "enable_fp_fusion": True} | ({"launch_pdl": True} if launch_pdl else {})
         return Bound(self, constants, options)
 
     def observed(self) -> bool:
-        """Whether something wants to see every launch."""
+        """Whether a hook must see every launch."""
         for hook in (self.knobs.launch_enter_hook, self.knobs.launch_exit_hook):
-            if hook is not None and getattr(hook, "calls", True):  # a chain of hooks, or in older versions one hook
+            if hook is not None and getattr(hook, "calls", True):  # a chain of hooks; in older versions one hook
                 return True
         return bool(self.kernel.pre_run_hooks)
 
@@ -100,8 +101,8 @@ class Bound:
         """Launches on the current device and stream.
 
         Args:
-            tensors: those of the kernel's parameters, or None.
-            numbers: the numbers among them; integers are at least 0.
+            tensors: the kernel's tensor parameters in order; None for an absent tensor.
+            numbers: its number parameters in order; integers are at least 0.
         """
         launcher = self.launcher
         if not launcher.direct or launcher.observed():
@@ -117,13 +118,13 @@ class Bound:
         compiled = self._compiled.get(variant)
         if compiled is None:
             compiled = self.launch_by_triton(grid, tensors, numbers)  # (2)
-            if type(compiled) is launcher.compiled_type:  # not a promise of one, nor None where a hook refused
+            if type(compiled) is launcher.compiled_type:  # not a future of async compilation, nor None
                 self._compiled[variant] = compiled
             return
         x, y, z = (*grid, 1, 1)[:3]
         stream = driver.get_current_stream(device)
         function, metadata = compiled.function, compiled.packed_metadata
-        # None: of launch hooks the argument, the one at its start and the one at its end.
+        # None: launch metadata, enter hook, exit hook.
         compiled.run(
             x, y, z, stream, function, metadata, None, None, None, *addresses, *numbers, *self._in_order
         )  # (3)

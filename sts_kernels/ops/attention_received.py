@@ -1,4 +1,4 @@
-"""The attention that every key receives from all query rows together, without the attention matrix."""
+"""Attention that each key receives from all query rows, without storing the attention matrix."""
 
 import math
 
@@ -9,8 +9,8 @@ from .._registry import define_op, ops
 from .._transforms import fold
 from .last_query_scores import check, check_keys, in_rows
 
-BLOCK = 1 << 19  # attention weights that the reference holds at a time
-MIN_ROWS = 32  # of a block, however many keys there are: fewer would read the keys too often
+BLOCK = 1 << 19  # attention weights per block of the reference
+MIN_ROWS = 32  # min query rows per block: fewer would read the keys too often
 
 
 def _check(
@@ -160,38 +160,38 @@ def attention_received(
     """Attention that each key receives: the weighted mean over query rows, and the mean over heads.
 
     ``mean_h sum_r w_r softmax_s(scale * query[b, r, h] . key[b, s, h // (Hq // Hkv)])`` with ``w = row_weight /
-    row_weight.sum()``: the column means of the matrix that FlashAttention and scaled_dot_product_attention never write
-    down. With one row it is `last_query_scores`.
+    row_weight.sum()``: the column means of the attention matrix, which FlashAttention and scaled_dot_product_attention
+    never store. With one row the op is `last_query_scores`.
 
     Args:
         query: (B, R, Hq, D) float32, float16 or bfloat16, FlashAttention's layout, after rotary embedding. R and D are
             at least 1.
-        key: (B, S, Hkv, D) of the same dtype, after rotary embedding. Hkv divides Hq; query head h reads key head
-            h // (Hq // Hkv). S is at least 1. Both take any strides, only D must be contiguous: a Hugging Face
-            layer's (B, H, S, D) goes in as ``x.transpose(1, 2)``, without a copy.
+        key: (B, S, Hkv, D) of the same dtype, after rotary embedding. Hkv divides Hq; query head h reads key head h //
+            (Hq // Hkv). S is at least 1. `query` and `key` take any strides, but D must be contiguous. Pass a Hugging
+            Face layer's (B, H, S, D) as ``x.transpose(1, 2)``, without a copy.
         scale: multiplies the dot products; None: 1 / sqrt(D).
-        row_weight: (B, R) float, how much each row counts, at least 0. None: all the same. A row of weight 0 does not
+        row_weight: (B, R) float32, float16 or bfloat16, at least 0. None: all weights equal. A row of weight 0 does not
             count, whatever it holds.
-        row_position: (B, R) int64 or int32: row r sees keys 0 to row_position[r], as in causal attention. Negative: it
-            sees none; S - 1 or more: all. None: all rows see all keys.
+        row_position: (B, R) int64 or int32: row r sees keys 0 to row_position[r], as in causal attention. Negative: no
+            key. S - 1 or more: all keys. None: all rows see all keys.
         key_mask: (B, S) bool, True where a key may be attended to. None: everywhere.
-        per_head: no mean over heads.
+        per_head: True: no mean over heads.
 
     Returns:
-        (B, S) float32, with per_head (B, Hq, S). Keys that are masked out receive 0, whatever they hold. Rows that see
-        no key do not count. The others' attention sums to 1 for each item (and head); where no row counts, or the
-        weights sum to 0, all is 0. A NaN or infinity in a row that counts, or in a key that it sees, may make the item
-        NaN at all allowed keys. The same input gives the same output, bit for bit, whatever else is in the batch.
-        requires_grad is False: the attention received has no derivative.
+        (B, S) float32; (B, Hq, S) with per_head. Masked keys receive 0, whatever they hold. Rows that see no key do not
+        count. The output of an item (and head) sums to 1, or is 0 if no row counts or the weights sum to 0. A NaN or
+        infinity in a row that counts, or in a key that such a row sees, may make the item NaN at all allowed keys. The
+        same input gives the same output, bit for bit, whatever else is in the batch. requires_grad is False: the
+        attention received has no derivative.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, device, strides or scale.
         NotImplementedError: forward-mode AD or torch.func differentiates `query`, `key` or `row_weight`.
 
     Cost:
-        no R x S matrix. On a GPU two passes, 4 B R S Hq D flops and scratch of 2 B Hq R + B Hq S floats; nothing is
-        read back to the host. On the CPU one pass, 2 B R S Hq D flops, over blocks of 2 MB (32 rows, where S is over
-        16384). Rows of weight 0 and, with row_position, keys that no row of a block sees cost nothing.
+        no (R, S) matrix. On a GPU two passes, 4 B R S Hq D flops and scratch of 2 B Hq R + B Hq S floats; nothing is
+        read back to the host. On the CPU one pass, 2 B R S Hq D flops, in blocks of 2 MB (32 rows if S > 16384). Rows
+        of weight 0 cost nothing. With row_position, keys that no row of a block sees cost nothing.
     """
     _check(query, key, scale, row_weight, row_position, key_mask, per_head)
     return ops.attention_received.default(query, key, scale, row_weight, row_position, key_mask, per_head)

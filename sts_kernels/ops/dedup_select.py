@@ -9,7 +9,7 @@ from .._registry import define_op, ops
 from .._transforms import fold
 from ._unit_rows import unit_rows
 
-MOST_LISTED = 8192  # whose distances to each other take 256 MiB. Also in csrc/common/dedup_glue.h.
+MOST_LISTED = 8192  # max tokens of a list: their pairwise distances take 256 MiB. Also in csrc/common/dedup_glue.h.
 
 
 def _check(features: torch.Tensor, order: torch.Tensor, keep: int, step: int) -> None:
@@ -59,7 +59,7 @@ def dedup_select_reference(features: torch.Tensor, order: torch.Tensor, keep: in
     row = torch.where(present, order, 0)
     x = features.gather(1, row[..., None].expand(-1, -1, channels)).float().contiguous()
     finite = x.isfinite().all(-1) & present
-    # Finite tokens first, in their order, then the other ones. `rest` holds places of `order`.
+    # rest: positions in `order`. Finite tokens come first, then the others, each in the order of the list.
     rest = torch.where(finite, place, place + length + length * ~present).argsort(-1)
     finite_count, count = finite.sum(-1, keepdim=True), present.sum(-1, keepdim=True)
     x = unit_rows(torch.where(finite[..., None], x, 0.0))
@@ -69,7 +69,7 @@ def dedup_select_reference(features: torch.Tensor, order: torch.Tensor, keep: in
         sqdist[:, i] = (x - x[:, i : i + 1]).square_().sum(-1)
     zero = (x == 0).all(-1)
     sqdist.masked_fill_(zero[:, :, None] | zero[:, None], 2.0)
-    # No item is longer than the longest one could be, whose rounds these are.
+    # Invariant: left <= length. The rounds are those of an item of R tokens.
     left = torch.where(finite_count > keep, finite_count, count.clamp(max=keep))
     while length > keep:
         even, odd = rest[:, :length:2], rest[:, 1:length:2]
@@ -81,7 +81,7 @@ def dedup_select_reference(features: torch.Tensor, order: torch.Tensor, keep: in
         by_closest = even.gather(1, closest.argsort(stable=True))
         remove = torch.minimum(left - keep, evens).clamp(0, step)
         length = max(length - min(step, length - keep, (length + 1) // 2), keep)
-        # What stays: the even ones from `remove` on, then the odd ones.
+        # The next list: the sorted even tokens from `remove` on, then the odd tokens.
         now = place[:length].expand(batch, -1)
         stay = torch.where(
             now < evens - remove,
@@ -97,36 +97,37 @@ def dedup_select_reference(features: torch.Tensor, order: torch.Tensor, keep: in
 def dedup_select(features: torch.Tensor, order: torch.Tensor, keep: int, step: int = 8) -> torch.Tensor:
     """Keeps `keep` of the tokens in `order` by removing duplicates in rounds, as VisPruner does for its diverse tokens.
 
-    While more than `keep` are left, a round takes of each token at an even place of the list its largest cosine to a
-    token at an odd place, and removes the ``min(step, left - keep, even)`` even ones with the largest. The list becomes
-    the even ones that stay, by descending largest cosine, then the odd ones in their order.
+    Rounds run while more than `keep` tokens are left. A round scores each token at an even position of the list by its
+    largest cosine to a token at an odd position. It removes the ``min(step, left - keep, even)`` even tokens with the
+    largest scores. The next list holds the remaining even tokens by descending score, then the odd tokens in order.
 
     Args:
         features: (B, N, C) float32, float16 or bfloat16, N and C at least 1. Any strides; unless the channels are
             contiguous a contiguous copy is made. A zero row has cosine 0 to every token.
-        order: (B, R) int64 or int32 token indices, R from 1 to 8192, the most important first. An item ends at its
-            first -1, if it has one. A token that is listed twice counts as two.
+        order: (B, R) int64 or int32 token indices, R from 1 to 8192, the most important first. A list ends at its first
+            -1. A token that is listed twice counts as two.
         keep: tokens to keep, 1 <= keep <= R.
         step: tokens removed in a round, at least 1. 8 in VisPruner.
 
     Returns:
-        (B, keep) int64: the list that is left, in its last order. An item with no more than `keep` tokens comes back
-        as it is, with -1 after its end. Equal cosines count in the order of the list. A token with a NaN or infinity
-        is removed before the first round; where fewer than `keep` finite ones are listed, such tokens follow these, in
-        their order. The same input gives the same output, bit for bit, whatever else is in the batch. Indices have no
-        gradient, as those of argmax: requires_grad is False.
+        (B, keep) int64: the last list, then -1. A list of at most `keep` tokens, all finite, is returned unchanged.
+        Equal cosines are ordered by list position. A token with a NaN or infinity is removed before the first round. If
+        fewer than `keep` finite tokens are listed, the removed tokens follow them in list order. The same input gives
+        the same output, bit for bit, whatever else is in the batch. Indices have no gradient, as those of argmax:
+        requires_grad is False.
 
-        Cosines are compared as 1 - |u_i - u_j|^2 / 2 of unit rows u. The rounds are chaotic: the last bits decide who
-        meets whom, so backends that round them differently may keep others. Where rows have a power of two for a length
-        and the distances are exact in float32, every backend keeps the same.
+        Cosines are compared as 1 - |u_i - u_j|^2 / 2 of unit rows u. The last bits of a cosine can change the pairs of
+        all later rounds, so backends that round differently may keep different tokens. If row lengths are powers of two
+        and the distances are exact in float32, all backends keep the same tokens.
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape, device, keep or step; values of `order` out of range where they can
-        be read: on the CPU. On a GPU an item with such a value comes out as -1 throughout, and STS_KERNELS_CHECK=1
-        makes it an error at the price of a sync.
+        TypeError, ValueError: wrong dtype, shape, device, keep or step; on the CPU, values of `order` out of range. On
+        a GPU an item with such a value comes out as -1 throughout; STS_KERNELS_CHECK=1 raises instead, at the cost of a
+        sync.
 
     Cost:
-        3/2 B R^2 C flops, and scratch of (R + C) R floats an item. B (R^3 - keep^3) / (12 step) of them are compared.
+        3/2 B R^2 C flops, and scratch of (R + C) R floats per item. The rounds compare B (R^3 - keep^3) / (12 step)
+        distances.
     """
     _check(features, order, keep, step)
     _check_values(features, order)

@@ -56,7 +56,7 @@ def _fake(
 
 
 def _potential(sqdist: Tensor, quality: Tensor) -> Tensor:
-    """What the picks are the argmin of: minus quality times distance, and no -0."""
+    """Potential, whose argmin is picked: -quality * sqdist, without -0."""
     value = sqdist.nan_to_num(LAST_RESORT, LAST_RESORT) * quality
     return torch.where(value > 0, -value, 0.0)
 
@@ -86,7 +86,7 @@ def farthest_select_reference(
     usable &= quality.isfinite() & (quality >= 0)
     if start is not None:
         start = start.float()
-        usable &= start >= 0  # not so where it is NaN
+        usable &= start >= 0  # False for NaN
     zero = None
     if metric == "cosine":
         x, zero = unit_or_zero(x)
@@ -103,7 +103,7 @@ def farthest_select_reference(
     potential = before(everywhere if start is None else start)
     if anchor is not None:
         token = anchor.long()
-    else:  # without a start all distances are alike, and the quality decides
+    else:  # without a start all distances are equal: the quality decides
         position = torch.arange(x.shape[1], device=x.device)
         key = before(torch.ones_like(quality)) if start is None else potential
         token = key.masked_fill(position >= count[:, None], torch.inf).argmin(-1)
@@ -121,33 +121,33 @@ def farthest_select(
 ) -> Tensor:
     """Keeps `k` tokens of each item that are far apart: greedy max-min selection, or farthest point sampling.
 
-    The token picked next is the one of the largest ``quality_i * min_{j in S} d_ij`` to the tokens S picked so far,
-    where ``d_ij = |x_i - x_j|^2``. FPS is this from a given anchor; DivPrune is this under metric="cosine".
+    Each step picks the token with the largest ``quality_i * min_{j in S} d_ij``. S are the tokens picked so far and
+    ``d_ij = |x_i - x_j|^2``. With an anchor this is farthest point sampling; with metric="cosine" it is DivPrune.
 
     Args:
         features: (B, N, C) float32, float16 or bfloat16, N and C at least 1. Any strides; unless the channels are
             contiguous a contiguous copy is made.
         k: tokens to keep, 1 <= k <= N.
-        anchor: (B,) int64 or int32, the first pick of each item. None: the token of the largest quality, which is the
-            first finite token where there is no quality; with `start`, the token of the largest quality * start.
+        anchor: (B,) int64 or int32, the first pick of each item. None: the token with the largest quality, or with
+            `start` the largest quality * start. Without both, the first finite token.
         quality: (B, N) float32, float16 or bfloat16, finite and at least 0. None: 1.
-        start: (B, N) float32, float16 or bfloat16: d of each token to what is kept already, at least 0; infinity where
-            nothing is. A negative one: the token is kept already. None: nothing is kept yet.
+        start: (B, N) float32, float16 or bfloat16: d of each token to its nearest token already kept, at least 0;
+            infinity: no token is kept. Negative: the token itself is already kept. None: no token is kept yet.
         metric: "euclidean", or "cosine": rows are divided by their length first, so that d = 2 - 2 cosine. A zero row
             has cosine 0 to every token.
         num_tokens: (B,) int64 or int32, 0 to N: only the first num_tokens[b] rows of item b count. None: all do.
 
     Returns:
-        (B, k) int64 token indices, distinct, in the order picked; the first k' of them are the result for k'. Positions
-        past num_tokens[b] are -1. Equal values go to the lowest index; d and quality * d beyond float32's range are
-        equal. A token with a NaN or infinity, with a quality that is negative or not finite, or with a start that is
-        negative or NaN is picked only when no other is left, by index; the NaN or infinity makes no other token near.
-        The same input gives the same output, bit for bit, whatever else is in the batch. No gradient.
+        (B, k) int64 token indices, distinct, in pick order. The first k' are the result for k = k'. Positions past
+        num_tokens[b] are -1. Ties go to the lowest index; values of d or quality * d beyond float32's range tie. A
+        token is picked only when no other is left, by index, if its row has a NaN or infinity, its quality is negative
+        or not finite, or its start is negative or NaN. A pick with a NaN or infinity is near no token. The same input
+        gives the same output, bit for bit, whatever else is in the batch. No gradient.
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape, device, k or metric; values of `anchor` or `num_tokens` out of range
-        where they can be read: on the CPU. On a GPU an item with such a value comes out as -1 throughout, and
-        STS_KERNELS_CHECK=1 makes it an error at the price of a sync.
+        TypeError, ValueError: wrong dtype, shape, device, k or metric; on the CPU, values of `anchor` or `num_tokens`
+        out of range. On a GPU an item with such a value comes out as -1 throughout; STS_KERNELS_CHECK=1 raises instead,
+        at the cost of a sync.
 
     Cost:
         as `repulsion_select`: about 3 B k N C flops; nothing is read back to the host. metric="cosine" adds a float32

@@ -1,4 +1,4 @@
-"""Local density of each token among its nearest neighbours."""
+"""Density of each token, from its nearest neighbours."""
 
 import math
 
@@ -57,24 +57,23 @@ def knn_density(features: torch.Tensor, k: int, num_tokens: torch.Tensor | None 
     Args:
         features: (B, N, C) float32, float16 or bfloat16, N and C at least 1. Any strides; unless the channels are
             contiguous a contiguous copy is made.
-        k: neighbours, 1 <= k <= N. An item of fewer tokens takes the mean over those it has.
+        k: neighbours, 1 <= k <= N. An item with fewer than k tokens takes the mean over all its tokens.
         num_tokens: (B,) int64 or int32, 0 to N: only the first num_tokens[b] rows of item b count. None: all do.
 
     Returns:
-        (B, N) float32, in [0, 1]; 1 for k = 1. Distances are taken by differences, so near-duplicates far from the
-        origin keep their relative accuracy: the mean is good to 1e-5. Tokens past num_tokens[b], and tokens with a NaN
-        or infinity, have density 0 and are nobody's neighbours. The same input gives the same output, bit for bit,
-        whatever else is in the batch. requires_grad is False: the densities have no derivative.
+        (B, N) float32, in [0, 1]; 1 for k = 1. Distances are computed by differences, so near-duplicates far from the
+        origin keep their relative accuracy: the mean is accurate to 1e-5. Tokens past num_tokens[b], and tokens with a
+        NaN or infinity, have density 0 and are no token's neighbours. The same input gives the same output, bit for
+        bit, whatever else is in the batch. requires_grad is False: the densities have no derivative.
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape, device or k; values of `num_tokens` out of range where they can be
-        read: on the CPU. On a GPU such an item has no tokens, and STS_KERNELS_CHECK=1 makes it an error at the price of
-        a sync.
+        TypeError, ValueError: wrong dtype, shape, device or k; on the CPU, values of `num_tokens` out of range. On a
+        GPU such an item has no tokens; STS_KERNELS_CHECK=1 raises instead, at the cost of a sync.
         NotImplementedError: forward-mode AD or torch.func differentiates `features`.
 
     Cost:
-        3 B N^2 C flops, on the CPU 2 B N^2 C where k is small. Scratch: on a GPU the distances of as many rows as fit
-        256 MiB, on the CPU a float32 copy of the features and 64 rows of distances a thread.
+        3 B N^2 C flops; on the CPU 2 B N^2 C if k is small. Scratch on a GPU: the distances of as many rows as fit
+        256 MiB. Scratch on the CPU: a float32 copy of the features, and 64 rows of distances per thread.
     """
     _check(features, k, num_tokens)
     _checks.counts("knn_density", "num_tokens", num_tokens, features.shape[1], "tokens")

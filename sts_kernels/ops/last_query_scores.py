@@ -1,4 +1,4 @@
-"""Stage 2 of STS: the attention that one query row pays every cached key, without the attention matrix."""
+"""Stage 2 of STS: attention of one query row to every cached key, without storing the attention matrix."""
 
 import math
 
@@ -8,7 +8,7 @@ from .. import _checks
 from .._registry import define_op, ops
 from .._transforms import fold
 
-CHUNK = 1 << 18  # elements of a 16-bit cache that the reference widens to float32 at a time: stays in the CPU's cache
+CHUNK = 1 << 18  # elements of a 16-bit KV cache that the reference converts to float32 at a time: fits the CPU's cache
 
 
 def check(
@@ -45,7 +45,7 @@ def check(
 
 
 def in_rows(value: torch.Tensor) -> torch.Tensor:
-    """With contiguous rows, which vmap may have taken apart."""
+    """`value` with its last dimension contiguous, which vmap may have changed."""
     return value if value.stride(-1) == 1 else value.contiguous()
 
 
@@ -122,23 +122,22 @@ def last_query_scores(
 ) -> torch.Tensor:
     """Attention weights of one query row over the cached keys, mean over its heads (STS Eq. 6).
 
-    ``mean_h softmax_s(scale * query[b, h] . key[b, s, h // (Hq // Hkv)])``: one row of the matrix that FlashAttention
-    and scaled_dot_product_attention never write down, at the price of reading the keys once.
+    ``mean_h softmax_s(scale * query[b, h] . key[b, s, h // (Hq // Hkv)])``: one row of the attention matrix, which
+    FlashAttention and scaled_dot_product_attention never store. The op reads the keys once.
 
     Args:
-        query: (B, Hq, D) float32, float16 or bfloat16: the row of the token that asks, after rotary embedding. D is at
-            least 1.
+        query: (B, Hq, D) float32, float16 or bfloat16: the query row, after rotary embedding. D is at least 1.
         key: (B, S, Hkv, D) of the same dtype, FlashAttention's layout, after rotary embedding. Hkv divides Hq; query
-            head h reads key head h // (Hq // Hkv). Any strides, only D must be contiguous: a Hugging Face cache
-            (B, Hkv, S, D) goes in as ``cache.transpose(1, 2)``, without a copy. S is at least 1; tested to 131072.
+            head h reads key head h // (Hq // Hkv). Any strides, but D must be contiguous. Pass a Hugging Face cache
+            (B, Hkv, S, D) as ``cache.transpose(1, 2)``, without a copy. S is at least 1; tested to 131072.
         scale: multiplies the dot products; None: 1 / sqrt(D).
-        key_mask: (B, S) bool, True where a key may be attended to: padding and causality. None: everywhere.
+        key_mask: (B, S) bool, True where a key may be attended to (padding, causality). None: everywhere.
 
     Returns:
-        (B, S) float32. Keys that are masked out score 0, whatever they hold; the others of a row sum to 1. Where none
-        is allowed the row is 0. A NaN or infinity in `query` or in an allowed key may make all allowed scores of its
-        row NaN. The same input gives the same output, bit for bit, whatever else is in the batch. requires_grad is
-        False: the scores have no derivative.
+        (B, S) float32. Masked keys score 0, whatever they hold. The allowed keys of an item sum to 1. An item without
+        allowed keys is 0. A NaN or infinity in `query` or in an allowed key may make all allowed scores of its item
+        NaN. The same input gives the same output, bit for bit, whatever else is in the batch. requires_grad is False:
+        the scores have no derivative.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, device, strides or scale.
@@ -146,7 +145,7 @@ def last_query_scores(
 
     Cost:
         reads the keys once: B S Hkv D elements, for 2 B S Hq D flops. Scratch of B S Hq floats, none proportional to D.
-        On a GPU two kernel launches, or one where the keys of an item are few; nothing is read back to the host.
+        On a GPU two kernel launches, or one if an item has few keys; nothing is read back to the host.
     """
     _check(query, key, scale, key_mask)
     return ops.last_query_scores.default(query, key, scale, key_mask)

@@ -93,22 +93,22 @@ def last_query_scores_varlen(
 
     Args:
         query: (B, Hq, D) float32, float16 or bfloat16, one row per item, after rotary embedding.
-        key: (T, Hkv, D) of the same dtype, the keys of all items one after another, after rotary embedding. Hkv divides
-            Hq. Any strides, only D must be contiguous.
-        cu_seqlens: (B+1,) int32 or int64, FlashAttention's prefix sums: item b is rows cu_seqlens[b] to
-            cu_seqlens[b+1]. Items may be empty.
-        max_seqlen: at least the length of the longest item, which the host must know to launch without a sync.
+        key: (T, Hkv, D) of the same dtype, the keys of all items, concatenated, after rotary embedding. Hkv divides Hq.
+            Any strides, but D must be contiguous.
+        cu_seqlens: (B+1,) int32 or int64, FlashAttention's prefix sums: item b is rows cu_seqlens[b]:cu_seqlens[b+1].
+            Items may be empty.
+        max_seqlen: at least the length of the longest item. The host needs this number to launch without a sync.
         scale: multiplies the dot products; None: 1 / sqrt(D).
 
     Returns:
-        (T,) float32, the scores of item b at cu_seqlens[b]:cu_seqlens[b+1], each item's sum 1. NaN, accuracy and
+        (T,) float32, the scores of item b at cu_seqlens[b]:cu_seqlens[b+1]. Each item sums to 1. NaN, accuracy and
         gradients as in `last_query_scores`; the same input gives the same output, bit for bit.
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape, device, strides or scale; offsets that do not rise from 0 to T or an
-        item longer than max_seqlen where that can be read: on the CPU. On a GPU a token of no item scores 0, as does an
-        item that does not fit, tokens of several items hold anything, and nothing out of bounds is touched;
-        STS_KERNELS_CHECK=1 makes all of it an error at the price of a sync.
+        TypeError, ValueError: wrong dtype, shape, device, strides or scale; on the CPU, offsets that do not rise from 0
+        to T, or an item longer than max_seqlen. On a GPU such an item scores 0, and so does a token of no item. The
+        score of a token of several items is undefined. No memory out of bounds is read or written. STS_KERNELS_CHECK=1
+        raises instead, at the cost of a sync.
         NotImplementedError: forward-mode AD or torch.func differentiates `query` or `key`.
 
     Cost:

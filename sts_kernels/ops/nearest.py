@@ -1,4 +1,4 @@
-"""The best match of every row of one set among the rows of another."""
+"""The nearest key of each query row."""
 
 import math
 from typing import Any
@@ -11,7 +11,7 @@ from .._transforms import Derivative, fold
 
 METRICS = ("cosine", "euclidean")
 RANKS = (*_checks.FLOATING, torch.float64, *_checks.INTEGER)
-BLOCK = 1 << 22  # pairs that the reference has at a time, in float64
+BLOCK = 1 << 22  # pairs per block of the reference, in float64
 
 
 def _check(
@@ -63,28 +63,28 @@ def _fake(
 
 
 def unit_rows(x: torch.Tensor) -> torch.Tensor:
-    """float64 rows of length one. A zero row stays zero."""
+    """Rows of unit length, in float64. A zero row stays zero."""
     x = x.double()
     norm = x.norm(dim=-1, keepdim=True)
     return x / torch.where(norm > 0, norm, 1.0)
 
 
 def sqdist(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """(B, M, K) float64, by differences: nothing cancels."""
+    """(B, M, K) float64, by differences: no cancellation."""
     return torch.cdist(query.double(), key.double(), compute_mode="donot_use_mm_for_euclid_dist").square_()
 
 
 def finite_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rows of x (B, N, C), zero where one has a NaN or infinity, and (B, N) bool: which have none."""
+    """x (B, N, C) with 0 for rows that have a NaN or infinity, and (B, N) bool: the finite rows."""
     finite = x.isfinite().all(-1)
     return torch.where(finite[..., None], x, 0), finite
 
 
-# ---- Derivative: of the value of each pair (i, index[i]), in float64 ---------------------------------------------
+# ---- Derivative of the value of each pair (i, index[i]), in float64 ----------------------------------------------
 
 
 def _pairs(query: torch.Tensor, key: torch.Tensor, index: torch.Tensor) -> Any:
-    """Matched rows (B, M, C) in float64, zero where there is no match, and the factor (B, M, 1): 1, or 0 there."""
+    """(q, k, row, matched): rows (B, M, C) in float64, 0 without a match; key index for gather; (B, M, 1) bool."""
     matched = (index >= 0)[..., None]
     row = index.clamp(min=0)[..., None].expand(-1, -1, key.shape[2])
     q, k = torch.where(matched, query.double(), 0.0), torch.where(matched, key.double().gather(1, row), 0.0)
@@ -92,7 +92,7 @@ def _pairs(query: torch.Tensor, key: torch.Tensor, index: torch.Tensor) -> Any:
 
 
 def _slopes(q: torch.Tensor, k: torch.Tensor, metric: str) -> Any:
-    """Derivatives (B, M, C) of each pair's value by q and by k."""
+    """Derivatives (B, M, C) of each pair's value with respect to q and to k."""
     if metric == "euclidean":
         return 2 * (q - k), 2 * (k - q)
     unit_q, per_q = _normalised(q)
@@ -155,7 +155,7 @@ def nearest_reference(
     step = max(1, BLOCK // max(1, batch * keys))
     for start in range(0, rows, step):
         part = slice(start, start + step)
-        # Rounded to float32, which hides the order of summation: equal keys tie, whatever the batch.
+        # Rounding float64 to float32 hides the order of summation: equal keys tie, whatever the batch.
         q = query[:, part]
         distance = (-(q @ key.mT).clamp(-1, 1) if metric == "cosine" else sqdist(q, key)).float()
         allowed = usable[:, None] & finite[:, part, None]
@@ -163,7 +163,7 @@ def nearest_reference(
             allowed = allowed & (key_rank.double()[:, None] < query_rank.double()[:, part, None])
         if exclude_self:
             allowed = allowed & (position[:rows][part, None] != position[:keys])
-        # A distance out of float32's range comes after every other, and before what is not allowed.
+        # A distance beyond float32's range sorts after all others, and before pairs that are not allowed.
         order = torch.where(allowed, distance.clamp(max=_checks.MAX_FLOAT32), math.inf)
         best = order.argmin(-1, keepdim=True)
         matched = allowed.gather(2, best)
@@ -193,27 +193,27 @@ def nearest(
         metric: "cosine": a zero row has cosine 0 to every row. "euclidean": squared L2 distance; beyond float32's range
             it counts as infinite.
         query_rank, key_rank: (B, M) and (B, K), integer or floating point, both or neither: query i is matched only
-            with keys j of ``key_rank[j] < query_rank[i]``, compared in float64. A NaN is below nothing.
-        exclude_self: key i is not matched with query i of the same number.
+            with keys j of ``key_rank[j] < query_rank[i]``, compared in float64. A comparison with NaN is False.
+        exclude_self: True: query i is not matched with key i.
         num_keys: (B,) int64 or int32, 0 to K: only the first num_keys[b] keys of item b count. None: all do.
 
     Returns:
-        index (B, M) int64 and value (B, M) float32: the cosine, in [-1, 1], or the squared distance. Equal values go to
-        the lowest index. Values are good to 1e-5: absolutely for cosines, relatively for distances, which are taken by
-        differences, so that near-duplicates far from the origin are told apart. A row with a NaN or infinity is matched
-        with nothing. Where nothing is allowed, index is -1 and value -inf (cosine) or inf (euclidean). The same input
-        gives the same output, bit for bit, whatever else is in the batch. `value` is differentiable any number of times
-        by `query` and `key`, in reverse and forward mode, with the index held; derivatives are computed in float64.
+        index (B, M) int64 and value (B, M) float32: the cosine, in [-1, 1], or the squared distance. Ties go to the
+        lowest index. Accuracy is 1e-5, absolute for cosines and relative for distances. Distances are computed by
+        differences, so near-duplicates far from the origin are told apart. A row with a NaN or infinity is never
+        matched. Without an allowed key, index is -1 and value is -inf (cosine) or inf (euclidean). The same input gives
+        the same output, bit for bit, whatever else is in the batch. `value` is differentiable any number of times with
+        respect to `query` and `key`, in reverse and forward mode, at fixed index. Derivatives are computed in float64.
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape, device or metric; one rank without the other; values of `num_keys`
-        out of range where they can be read: on the CPU. On a GPU such an item has no keys, and STS_KERNELS_CHECK=1
-        makes it an error at the price of a sync.
+        TypeError, ValueError: wrong dtype, shape, device or metric; one rank without the other; on the CPU, values of
+        `num_keys` out of range. On a GPU such an item has no keys; STS_KERNELS_CHECK=1 raises instead, at the cost of a
+        sync.
 
     Cost:
-        2 B M K C flops for cosines, on a GPU on tensor cores where rows are 16-bit, aligned and C is a multiple of 8;
-        3 B M K C for distances, on the CPU 2 B M K C as long as few keys are about equally near. Scratch of 8 B (M + K)
-        bytes on a GPU, of float32 copies of both sets on the CPU.
+        cosine: 2 B M K C flops, on a GPU on tensor cores if rows are 16-bit and aligned and C is a multiple of 8.
+        Euclidean: 3 B M K C flops; on the CPU 2 B M K C as long as few keys are about equally near. Scratch:
+        8 B (M + K) bytes on a GPU, float32 copies of both sets on the CPU.
     """
     _check(query, key, metric, query_rank, key_rank, exclude_self, num_keys)
     _checks.counts("nearest", "num_keys", num_keys, key.shape[1], "keys")

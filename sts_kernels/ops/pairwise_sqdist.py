@@ -72,9 +72,9 @@ def pairwise_sqdist(features: torch.Tensor) -> torch.Tensor:
         TypeError, ValueError: wrong dtype or shape.
 
     Cost:
-        3 B N^2 C flops at the most (half of it is saved where symmetry is used), 4 B N^2 bytes written. 16-bit
-        features on a GPU of compute capability 9.0: B N^2 C on tensor cores, with scratch of a copy of the features
-        and an eighth. A gradient takes as much again, 2 B N^2 C flops in float64, and scratch of 20 B N^2 bytes.
+        at most 3 B N^2 C flops (half where symmetry is used) and 4 B N^2 bytes written. 16-bit features on a GPU of
+        compute capability 9.0: B N^2 C flops on tensor cores, with scratch of 9/8 the size of the features. A gradient
+        takes another call of the op, 2 B N^2 C flops in float64, and scratch of 20 B N^2 bytes.
     """
     _check(features)
     return ops.pairwise_sqdist.default(features)

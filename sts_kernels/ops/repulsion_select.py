@@ -32,11 +32,11 @@ def _fake(
 
 
 def nearest_to_mean(x: torch.Tensor, usable: torch.Tensor) -> torch.Tensor:
-    """Default anchor of each item of x (B, N, C) float32: the usable token nearest the mean of the usable ones, or the
-    first token where none is usable."""
+    """Default anchor of each item of x (B, N, C) float32: the usable token nearest the mean of the usable tokens, or
+    the first token if none is usable."""
     kept = torch.where(usable[..., None], x, 0.0)
     mean = kept.sum(1, keepdim=True) / usable.sum(1).clamp(min=1)[:, None, None]
-    sqdist = (kept - mean).square().sum(-1).nan_to_num(LAST_RESORT, LAST_RESORT)  # out of float32's range
+    sqdist = (kept - mean).square().sum(-1).nan_to_num(LAST_RESORT, LAST_RESORT)  # beyond float32's range
     return torch.where(usable, sqdist, math.inf).argmin(-1)
 
 
@@ -72,10 +72,10 @@ def repulsion_select(
     anchor: torch.Tensor | None = None,
     num_tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Keeps `k` tokens of each item that repel each other: stage 1 of STS (Eq. 3-5, Algorithm 1).
+    """Keeps `k` mutually repelling tokens of each item: stage 1 of STS (Eq. 3-5, Algorithm 1).
 
-    From the anchor on, the token with the smallest potential ``U(i|S) = sum_{j in S} 1 / (|v_i - v_j|^2 + eps)`` to the
-    tokens S picked so far is picked next.
+    The anchor is picked first. Each further step picks the token with the smallest potential
+    ``U(i|S) = sum_{j in S} 1 / (|v_i - v_j|^2 + eps)``, where S are the tokens picked so far.
 
     Args:
         features: (B, N, C) float32, float16 or bfloat16, N and C at least 1. Any strides; unless the channels are
@@ -87,22 +87,22 @@ def repulsion_select(
         num_tokens: (B,) int64 or int32, 0 to N: only the first num_tokens[b] rows of item b count. None: all do.
 
     Returns:
-        (B, k) int64 token indices, distinct, in the order picked; the first k' of them are the result for k'. Positions
-        past num_tokens[b] are -1. Equal potentials go to the lowest index. A token with a NaN or infinity is picked
-        only when no finite one is left, and repels none. The same input gives the same output, bit for bit, whatever
-        else is in the batch. Indices have no gradient, as those of argmax: requires_grad is False.
+        (B, k) int64 token indices, distinct, in pick order. The first k' are the result for k = k'. Positions past
+        num_tokens[b] are -1. Ties in potential go to the lowest index. A token with a NaN or infinity is picked only
+        when no finite token is left, and repels none. The same input gives the same output, bit for bit, whatever else
+        is in the batch. Indices have no gradient, as those of argmax: requires_grad is False.
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape, device, k or eps; values of `anchor` or `num_tokens` out of range
-        where they can be read: on the CPU. On a GPU an item with such a value comes out as -1 throughout, and
-        STS_KERNELS_CHECK=1 makes it an error at the price of a sync.
+        TypeError, ValueError: wrong dtype, shape, device, k or eps; on the CPU, values of `anchor` or `num_tokens` out
+        of range. On a GPU an item with such a value comes out as -1 throughout; STS_KERNELS_CHECK=1 raises instead, at
+        the cost of a sync.
 
     Cost:
-        about 3 B k N C flops. On a GPU one launch runs all k picks, and nothing is read back to the host; scratch of
-        (N, N) floats for as many items as fit 256 MiB up to 8192 tokens, and about the size of the features above; on
-        compute capability 9.0 also a copy of the features, up to 8192 tokens. On the CPU picked tokens are left out,
-        3 B k (N - k / 2) C flops, with scratch of (C / 64 + 46) N floats an item; where two thirds or more of at most
-        724 tokens are picked, of (C / 64 + N + 16) N.
+        about 3 B k N C flops. On a GPU one launch runs all k picks, and nothing is read back to the host. GPU scratch
+        for N <= 8192: (N, N) floats for as many items as fit 256 MiB, and on compute capability 9.0 a copy of the
+        features. For N > 8192: about the size of the features. On the CPU picked tokens are skipped:
+        3 B k (N - k / 2) C flops and scratch of (C / 64 + 46) N floats per item, or (C / 64 + N + 16) N if N <= 724
+        and k is at least two thirds of N.
     """
     _check(features, k, eps, anchor, num_tokens)
     check_padded_values(_OP, features, anchor, num_tokens)

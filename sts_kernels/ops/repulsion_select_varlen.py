@@ -95,37 +95,36 @@ def repulsion_select_varlen(
     """`repulsion_select` over packed items, each with its own length and its own budget (STS Algorithm 1).
 
     Args:
-        features: (T, C) float32, float16 or bfloat16: the tokens of all items one after another. Any strides; unless
-            the channels are contiguous a contiguous copy is made.
-        cu_seqlens: (B+1,) int32 or int64, FlashAttention's prefix sums: item b is rows cu_seqlens[b] to
-            cu_seqlens[b+1]. Items may be empty.
-        cu_budgets: (B+1,) int32 or int64, prefix sums of the tokens each item keeps, at most its length; may be 0.
-        total_k: cu_budgets[-1], which the host must know to size the result without a sync.
+        features: (T, C) float32, float16 or bfloat16: the tokens of all items, concatenated. Any strides; unless the
+            channels are contiguous a contiguous copy is made.
+        cu_seqlens: (B+1,) int32 or int64, FlashAttention's prefix sums: item b is rows cu_seqlens[b]:cu_seqlens[b+1].
+            Items may be empty.
+        cu_budgets: (B+1,) int32 or int64, prefix sums of the budgets. The budget of an item is the number of
+            tokens to keep, 0 to its length.
+        total_k: cu_budgets[-1]. The host needs this number to size the result without a sync.
         eps: 1e-30 to 1e30, in units of features squared.
-        anchor: (B,) int64 or int32, the first pick of each item, counted within the item. None: the token nearest the
-            mean of the item's finite tokens. Ignored for items with no budget.
+        anchor: (B,) int64 or int32, the first pick of each item, an index within the item. None: the token nearest the
+            mean of the item's finite tokens. Ignored for items of budget 0.
         max_seqlen: int at least 1, or None: an upper bound on the length of an item, which the host knows without a
             sync. It changes no result. On a GPU it saves memory and launches, see Cost.
 
     Returns:
-        (total_k,) int64: the picks of item b, counted within the item and in the order picked, at
-        cu_budgets[b]:cu_budgets[b+1]. All that `repulsion_select` promises holds for each item.
+        (total_k,) int64: the picks of item b at cu_budgets[b]:cu_budgets[b+1], in pick order, as indices within the
+        item. The contract of `repulsion_select` holds for each item.
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape, device, total_k, eps or max_seqlen; offsets, budgets or anchors that
-        do not fit, and items longer than max_seqlen, where the numbers can be read: on the CPU. On a GPU an item that
-        does not fit comes out as -1 throughout: offsets, budgets or anchor out of range, more tokens than max_seqlen,
-        or rows or places in the result that begin before the end of an item in front of it. The other items come out
-        right. STS_KERNELS_CHECK=1 makes it an error at the price of a sync. The reference reads the offsets on every
-        device.
+        TypeError, ValueError: wrong dtype, shape, device, total_k, eps or max_seqlen; on the CPU, invalid items. An
+        item is invalid if its offsets, budget or anchor are out of range, or if it has more than max_seqlen tokens. It
+        is also invalid if its rows or its part of the result begin before the end of an earlier item. On a GPU an
+        invalid item comes out as -1 throughout and all others come out right; STS_KERNELS_CHECK=1 raises instead, at
+        the cost of a sync. The reference reads the offsets on every device.
 
     Cost:
-        as `repulsion_select` for each item. On a GPU all items of up to 8192 tokens are run together: one launch for
-        the distances of all, one for the picks of all. Their weights, 4 n^2 bytes for an item of n tokens, take at
-        most 512 MiB at a time; items that do not fit are run after the others. The host knows bounds alone: it takes
-        4 T m bytes, 512 MiB at most, m the smallest of T, 8192 and max_seqlen, and enqueues up to 1 + T m / 2^26 such
-        rounds, of which those that find nothing to do take some microseconds. Longer items are run last. On compute
-        capability 9.0 scratch also holds a copy of the features.
+        as `repulsion_select` for each item. On a GPU items of at most 8192 tokens run in waves, with one launch for the
+        distances of a wave and one for its picks. The weights of an item of n tokens take 4 n^2 bytes, those of a wave
+        at most 512 MiB. The host knows only bounds: with m = min(T, 8192, max_seqlen) it allocates 4 T m bytes, at most
+        512 MiB, and enqueues up to 1 + T m / 2^26 waves. An empty wave takes some microseconds. Longer items run last.
+        On compute capability 9.0 scratch also holds a copy of the features.
     """
     _check(features, cu_seqlens, cu_budgets, total_k, eps, anchor, max_seqlen)
     check_packed_values(_OP, features, cu_seqlens, cu_budgets, total_k, anchor, max_seqlen)

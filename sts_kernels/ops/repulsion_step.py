@@ -1,4 +1,4 @@
-"""One step of STS Algorithm 1, for code that keeps its own loop."""
+"""One step of STS Algorithm 1, for callers with their own loop."""
 
 import math
 from typing import Any
@@ -12,7 +12,7 @@ from ._selection import LAST_RESORT, pick
 
 
 def weight(sqdist: torch.Tensor, eps: float) -> torch.Tensor:
-    """The selection rule: repulsion 1 / (d + eps), and none from a distance that is not a number."""
+    """Repulsion 1 / (sqdist + eps); 0 for a NaN distance."""
     return torch.where(sqdist.isnan(), 0.0, 1 / (sqdist + eps))
 
 
@@ -62,7 +62,7 @@ def repulsion_step_reference(
 ) -> torch.Tensor:
     _check(potential, features, picked, eps)
     _check_values(features, picked)
-    x = features.float().contiguous()  # so that equal tokens are summed in the same order, and tie
+    x = features.float().contiguous()  # so that equal tokens are summed in the same order and tie
     valid = (picked >= 0) & (picked < x.shape[1])
     row = torch.where(valid, picked, 0).long()
     centre = x.gather(1, row[:, None, None].expand(-1, 1, x.shape[2]))
@@ -86,23 +86,23 @@ def repulsion_step_(
         return potential.argmin(1)
 
     Args:
-        potential: (B, N) float32, updated in place. Any strides that give each element memory of its own, which
-            `features` and `picked` do not share. Under torch.no_grad() it may require grad. Tokens holding +inf are
-            never picked, so a ragged batch starts with +inf on its padding.
+        potential: (B, N) float32, updated in place. Any strides, but its elements must not overlap each other,
+            `features` or `picked`. Under torch.no_grad() it may require grad. Tokens holding +inf are never picked, so
+            a ragged batch starts with +inf on its padding.
         features: (B, N, C) float32, float16 or bfloat16, on the same device. Any strides; unless the channels are
             contiguous a contiguous copy is made.
-        picked: (B,) int64 or int32. -1 leaves an item as it is. Other values outside [0, N) are an error on the CPU;
-            on a GPU they act as -1, and STS_KERNELS_CHECK=1 makes them an error at the price of a sync.
+        picked: (B,) int64 or int32. -1 leaves an item unchanged. Other values outside [0, N) raise on the CPU. On a GPU
+            they act as -1; STS_KERNELS_CHECK=1 raises instead, at the cost of a sync.
         eps: 1e-30 to 1e30, in units of features squared; the repulsion of a duplicate is 1 / eps.
 
     Returns:
-        (B,) int64: the token of smallest potential, the lowest index among equals, -1 when every token is picked.
-        A token with a NaN or infinity is returned only when no finite one is left, and repels none. requires_grad is
-        False, and the potential takes no gradient from the features.
+        (B,) int64: the token of smallest potential, the lowest index among ties, -1 if every token is picked. A token
+        with a NaN or infinity is returned only when no finite token is left, and repels none. requires_grad is False,
+        and the potential gets no gradient from the features.
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape, device or eps; a potential that may not be written to; `picked` out
-            of range where it can be read. Nothing is written then.
+        TypeError, ValueError: wrong dtype, shape, device or eps; a potential that must not be written to; on the CPU,
+            `picked` out of range. Nothing is written on an error.
         NotImplementedError: forward-mode AD or torch.func differentiates `potential` or `features`.
 
     Cost:

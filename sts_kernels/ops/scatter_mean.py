@@ -41,8 +41,7 @@ def _fake(
 def _members(
     features: torch.Tensor, assignment: torch.Tensor, count: int, weight: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """In float64: tokens x (B, N, C) and their weights (B, N), zero for tokens that count nowhere; and the slots (B, N)
-    of the others, `count` for those."""
+    """x (B, N, C) and weights (B, N) in float64, 0 for dropped tokens; slots (B, N), `count` for dropped tokens."""
     counts = features.isfinite().all(-1) & (assignment >= 0) & (assignment < count)
     if weight is not None:
         counts = counts & weight.isfinite()
@@ -59,7 +58,7 @@ def _sums(values: torch.Tensor, slot: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def _statistics(x: torch.Tensor, w: torch.Tensor, slot: torch.Tensor, count: int) -> Any:
-    """Means, masses, and 1 / mass, which is 0 where no mass is."""
+    """Means, masses, and 1 / mass, which is 0 if the mass is not positive."""
     mass = _sums(w, slot, count)
     per_mass = torch.where(mass > 0, 1 / torch.where(mass > 0, mass, 1.0), 0.0)
     return _sums(x * w[..., None], slot, count) * per_mass[..., None], mass, per_mass
@@ -133,7 +132,7 @@ def scatter_mean(
     """Weighted mean of the tokens assigned to each of `count` slots.
 
     ``mean[s] = sum_{i: a_i = s} w_i x_i / mass[s]`` with ``mass[s] = sum_{i: a_i = s} w_i``, all w_i = 1 without
-    weights: ``index_add_`` and a division, but in a fixed order.
+    weights. Equivalent to ``index_add_`` and a division, but summed in a fixed order.
 
     Args:
         features: (B, N, C) float32, float16 or bfloat16, N and C at least 1. Any strides; unless the channels are
@@ -144,18 +143,17 @@ def scatter_mean(
 
     Returns:
         mean (B, count, C) in the dtype of `features`, and mass (B, count) float32. Sums are float64, rounded once to
-        float32. A slot whose mass is not positive is 0; an empty one has mass 0. A token with a NaN or infinity, in its
-        row or weight, counts as dropped. The same input gives the same output, bit for bit, whatever else is in the
-        batch. Both outputs are differentiable any number of times by `features` and `weight`, in reverse and forward
-        mode; derivatives are computed in float64, and are 0 for dropped tokens and slots of no mass.
+        float32. The mean is 0 if the mass is not positive. An empty slot has mass 0. A token with a NaN or infinity in
+        its row or weight counts as dropped. The same input gives the same output, bit for bit, whatever else is in the
+        batch. Both outputs are differentiable any number of times with respect to `features` and `weight`, in reverse
+        and forward mode. Derivatives are computed in float64, and are 0 for dropped tokens and slots without mass.
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape, device or count; an assignment out of range where it can be read: on
-        the CPU. On a GPU such a token counts as dropped, and STS_KERNELS_CHECK=1 makes it an error at the price of a
-        sync.
+        TypeError, ValueError: wrong dtype, shape, device or count; on the CPU, an assignment out of range. On a GPU
+        such a token counts as dropped; STS_KERNELS_CHECK=1 raises instead, at the cost of a sync.
 
     Cost:
-        reads the features once on the CPU, twice on a GPU, for 2 B N C flops in float64; scratch of O(B N).
+        2 B N C flops in float64; reads the features once on the CPU, twice on a GPU. Scratch of O(B N).
     """
     _check(features, assignment, count, weight)
     _check_values(assignment, count)

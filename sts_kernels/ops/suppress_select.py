@@ -18,7 +18,7 @@ from ._selection import (
 )
 
 _OP = "suppress_select"
-SUPPRESSED = 2.0**23  # above every rank, and the sum of both is exact in float32
+SUPPRESSED = 2.0**23  # added to the rank of a suppressed token: above every rank, sums are exact in float32
 
 
 def check_rank_and_tau(op: str, features: Tensor, rank: Tensor, tau: Tensor) -> None:
@@ -70,30 +70,30 @@ def suppress_select(
     k: int,
     num_tokens: Tensor | None = None,
 ) -> Tensor:
-    """Keeps `k` tokens of each item by rank, each of which suppresses the tokens like it (AdaVTP 4.3; cosine NMS).
+    """Keeps `k` tokens of each item by rank; each pick suppresses similar tokens (AdaVTP 4.3; cosine NMS).
 
-    Tokens are visited from the lowest rank on. A token that is left is picked, and suppresses every other token left
-    with ``1 - cosine < tau`` of the pick. When no token is left, suppressed ones come back by rank.
+    Tokens are visited in ascending rank. A token that is not suppressed is picked. The pick suppresses every remaining
+    token with ``1 - cosine < tau[pick]``. When only suppressed tokens are left, they are picked by rank.
 
     Args:
         features: (B, N, C) float32, float16 or bfloat16, N and C at least 1. Any strides; unless the channels are
             contiguous a contiguous copy is made. A zero row has cosine 0 to every token.
         rank: (B, N) int64 or int32, 0 to 2^23 - 1, the lowest first. Need not be a permutation.
-        tau: (B, N) float32, float16 or bfloat16: the threshold of each token for the case that it is picked. A NaN
-            suppresses nothing.
+        tau: (B, N) float32, float16 or bfloat16: the threshold of each token, used when it is picked. A NaN suppresses
+            no token.
         k: tokens to keep, 1 <= k <= N.
         num_tokens: (B,) int64 or int32, 0 to N: only the first num_tokens[b] rows of item b count. None: all do.
 
     Returns:
-        (B, k) int64 token indices, distinct, in the order picked; the first k' of them are the result for k'. Positions
-        past num_tokens[b] are -1. Equal ranks go to the lowest index. A token with a NaN or infinity, or with a rank
-        out of range, is picked only when no other is left, by index; a NaN or infinity suppresses none. The same input
-        gives the same output, bit for bit, whatever else is in the batch. No gradient.
+        (B, k) int64 token indices, distinct, in pick order. The first k' are the result for k = k'. Positions past
+        num_tokens[b] are -1. Ties in rank go to the lowest index. A token with a NaN or infinity, or with a rank out of
+        range, is picked only when no other is left, by index. A token with a NaN or infinity suppresses none. The same
+        input gives the same output, bit for bit, whatever else is in the batch. No gradient.
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape, device or k; values of `num_tokens` out of range where they can be
-        read: on the CPU. On a GPU an item with such a value comes out as -1 throughout, and STS_KERNELS_CHECK=1 makes
-        it an error at the price of a sync.
+        TypeError, ValueError: wrong dtype, shape, device or k; on the CPU, values of `num_tokens` out of range. On a
+        GPU an item with such a value comes out as -1 throughout; STS_KERNELS_CHECK=1 raises instead, at the cost of a
+        sync.
 
     Cost:
         at most as `repulsion_select`, about 3 B k N C flops, and a float32 copy of the features; nothing is read back

@@ -95,22 +95,23 @@ def suppress_select_varlen(
     """`suppress_select` over packed items, each with its own length and its own budget.
 
     Args:
-        features: (T, C) float32, float16 or bfloat16: the tokens of all items one after another. Any strides; unless
-            the channels are contiguous a contiguous copy is made.
+        features: (T, C) float32, float16 or bfloat16: the tokens of all items, concatenated. Any strides; unless the
+            channels are contiguous a contiguous copy is made.
         rank, tau: (T,), as in `suppress_select`; ranks are compared within an item only.
-        cu_seqlens: (B+1,) int32 or int64, FlashAttention's prefix sums: item b is rows cu_seqlens[b] to
-            cu_seqlens[b+1]. Items may be empty.
-        cu_budgets: (B+1,) int32 or int64, prefix sums of the tokens each item keeps, at most its length; may be 0.
-        total_k: cu_budgets[-1], which the host must know to size the result without a sync.
+        cu_seqlens: (B+1,) int32 or int64, FlashAttention's prefix sums: item b is rows cu_seqlens[b]:cu_seqlens[b+1].
+            Items may be empty.
+        cu_budgets: (B+1,) int32 or int64, prefix sums of the budgets. The budget of an item is the number of
+            tokens to keep, 0 to its length.
+        total_k: cu_budgets[-1]. The host needs this number to size the result without a sync.
         max_seqlen: as in `repulsion_select_varlen`.
 
     Returns:
-        (total_k,) int64: the picks of item b, counted within the item and in the order picked, at
-        cu_budgets[b]:cu_budgets[b+1]. All that `suppress_select` promises holds for each item.
+        (total_k,) int64: the picks of item b at cu_budgets[b]:cu_budgets[b+1], in pick order, as indices within the
+        item. The contract of `suppress_select` holds for each item.
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape, device, total_k or max_seqlen; offsets, budgets or lengths that do
-        not fit, as in `repulsion_select_varlen`.
+        TypeError, ValueError: wrong dtype, shape, device, total_k or max_seqlen; invalid offsets, budgets or lengths,
+        as in `repulsion_select_varlen`.
 
     Cost:
         as `suppress_select` for each item; on a GPU as in `repulsion_select_varlen`.
