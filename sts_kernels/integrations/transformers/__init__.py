@@ -1,23 +1,23 @@
-"""Visual-token pruning for stock Hugging Face models: `prune`, and `apply_sts`. Needs transformers 4.57 or newer.
+"""Visual-token pruning for stock Hugging Face models: `prune` and `apply_sts`. Needs transformers 4.57 or newer.
 
-A token's way through it, one visit a phase:
+Modules, in the order in which a prompt meets them:
 
-    prune, handle              installation: method, plan, hooks (hooks), removal; checks (unsupported, compat)
-    session                    the typed phases of one prompt, a session a thread
-    encoder_hooks              encoded: around the vision encoder and the projector
-      adapters, visual_item      where each signal is, and which features are one image
-      attention_capture          query and key of an attention; vision_attention scores by them
-      vision_pruning             which features become tokens; dropped marks the others
-    prompt                     placed: which columns are images, and of which row
-    llm_hooks                  prefilled, decoded: around the LLM and its layers
-      layer_pruning              entry, cuts and exit of a forward
-      segments, cache, masks     what each run of layers holds
-      static_cache               the same in slots, for decode steps that are compiled
-    report, visualize, timer   what was kept, and how long it took
-    captured                   the same way as functions of fixed shapes, for CUDA graphs: `PruningHandle.compile`
+    prune, handle              installation: method, plan, hooks, removal; checks (unsupported, compat)
+    session                    state of one prompt, phase by phase; one session per thread
+    encoder_hooks              hooks around the vision encoder and the projector
+      adapters, visual_item      per family: where each signal is, and which features are one image
+      attention_capture          query and key of an attention module; vision_attention computes scores from them
+      vision_pruning             selects the features that become tokens; dropped marks the others
+    prompt                     which columns are visual tokens, and of which image and row
+    llm_hooks                  hooks around the LLM and its layers: prefill and decode steps
+      layer_pruning              entry, cuts and exit of one forward
+      segments, cache, masks     columns that each segment (run of layers) holds
+      static_cache               static caches: slots per segment, for compiled decode steps
+    report, visualize, timer   kept tokens, pictures of them, times
+    captured                   the same steps as functions of fixed shapes, for CUDA graphs: `PruningHandle.compile`
 
-Aside: stack (whose generate() runs), cudnn (off while a pruned prompt is inside), untyped (names for types of models),
-random_models (for the command line).
+Beside these: stack (finds the calling generate()), cudnn (turns cuDNN's attention off during a pruned prompt), untyped
+(aliases for untyped models), random_models (models for the command line).
 """
 
 from ..._errors import REQUIREMENTS, install, needs

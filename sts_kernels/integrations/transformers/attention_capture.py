@@ -1,8 +1,8 @@
-"""The one way to see attention inputs: a module's query and key are shown to a callback before its own kernel runs.
+"""Passes the query and key of an attention module to a callback, before the attention kernel runs.
 
-While it is attached, the module's `config` is a stand-in that names a wrapper as the attention implementation. The
-wrapper hands the rotated query and key on and calls the implementation that the module was set to. So eager, SDPA and
-FlashAttention layers stay as they are, and `output_attentions` is not needed. Nothing changes during a forward: several
+While attached, the module's `config` is a proxy that names a wrapper as the attention implementation. The wrapper
+passes the rotated query and key to the callback, then calls the module's own implementation. So eager, SDPA and
+FlashAttention layers work unchanged, without `output_attentions`. A forward changes no state of the module: several
 threads may run one, and an interrupt leaves nothing behind.
 """
 
@@ -19,15 +19,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from .hooks import MASKS
 from .untyped import Config, Kwargs, Model
 
-Callback: TypeAlias = Callable[[Model, torch.Tensor, torch.Tensor, Kwargs], None]  # module, query, key, further ones
+Callback: TypeAlias = Callable[[Model, torch.Tensor, torch.Tensor, Kwargs], None]  # module, query, key, keywords
 Attention: TypeAlias = Callable[..., tuple[torch.Tensor, Any]]  # module, query, key, value, ... -> output, weights
 
 _state = threading.local()
-_PREFIX = "sts_capture_"  # the implementation's name follows, as the library looks for "flash" in it
+_PREFIX = "sts_capture_"  # prefix of an implementation's name: the library looks for "flash" in the name
 
 
 class _CapturingConfig:
-    """Stands in for `config`: it differs in the name of the attention implementation."""
+    """Proxy of `config` that differs only in the name of the attention implementation."""
 
     def __init__(self, config: Config, callback: Callback):
         self.__dict__.update(_sts_config=config, _sts_callback=callback)
@@ -35,7 +35,7 @@ class _CapturingConfig:
     @property
     def _attn_implementation(self) -> str:
         name = _PREFIX + (self._sts_config._attn_implementation or "eager")
-        if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():  # set_attn_implementation may come while it is attached
+        if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():  # set_attn_implementation may be called while attached
             AttentionInterface.register(name, _wrapper(name.removeprefix(_PREFIX)))
         return name
 
@@ -65,7 +65,7 @@ def _wrapper(implementation: str) -> Attention:
             config._sts_callback(module, query, key, kwargs)
             if getattr(_state, "stopped", False):
                 raise _Stop
-            if "flash" in implementation:  # reads the implementation from module.config again
+            if "flash" in implementation:  # FlashAttention reads the implementation from module.config again
                 module = copy.copy(module)
                 module.config = config._sts_config
         return function_of(implementation, module)(module, query, key, *args, **kwargs)
@@ -74,7 +74,7 @@ def _wrapper(implementation: str) -> Attention:
 
 
 def function_of(implementation: str, module: torch.nn.Module) -> Attention:
-    """What the attention module calls under this name; each model has an eager one of its own."""
+    """The attention function of this name. Each model file of transformers has its own eager function."""
     if implementation == "eager":
         return sys.modules[type(module).__module__].eager_attention_forward
     return ALL_ATTENTION_FUNCTIONS[implementation]
@@ -86,7 +86,7 @@ class _Stop(Exception):
 
 @contextlib.contextmanager
 def stopped() -> Iterator[None]:
-    """Ends an attention module's forward once its query and key were shown."""
+    """Inside it, an attention module's forward ends after the callback: its kernel does not run."""
     _state.stopped = True
     try:
         yield
@@ -97,7 +97,7 @@ def stopped() -> Iterator[None]:
 
 
 def attach(module: Model, callback: Callback) -> None:
-    """Until `detach`, calls `callback(module, query, key, kwargs)` whenever this module attends to something."""
+    """Until `detach`, calls `callback(module, query, key, kwargs)` before each attention of this module."""
     module.config = _CapturingConfig(module.config, torch.compiler.disable(callback))
 
 

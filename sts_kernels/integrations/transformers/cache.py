@@ -1,4 +1,4 @@
-"""A pruned prompt in a key/value cache: every layer keeps its own length, and the cache tells the full one."""
+"""KV cache with a pruned prompt: each layer holds its own length, and the cache reports the full one."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,8 @@ _STATE = "_sts_prompt"
 
 
 class PrunedCache(MixedInto):
-    """Mixed into the class of a cache that holds a pruned prompt. `get_seq_length` counts the columns the caller sees;
-    masks are built on the columns that are there."""
+    """Mixin for the class of a cache that holds a pruned prompt. `get_seq_length` counts the caller's columns; masks
+    are built on the columns that the cache holds."""
 
     plain_class: type[Cache]
     _sts_prompt: PrunedPrompt
@@ -40,7 +40,7 @@ class PrunedCache(MixedInto):
 
     def crop(self, *args: int, **kwargs: int) -> None:
         """Takes a negative number of columns to remove or, as before transformers 5, the length to leave."""
-        (tokens,) = (*args, *kwargs.values())  # its name depends on the version
+        (tokens,) = (*args, *kwargs.values())  # the argument's name depends on the version
         length = self.get_seq_length()
         remove = max(tokens if tokens <= 0 else tokens - length, -length)
         if -length < remove < self._sts_prompt.length - length:
@@ -81,7 +81,7 @@ def attach_state(cache: Cache, prompt: PrunedPrompt, mixin: type[PrunedCache] = 
 
 
 def detach_state(cache: Cache) -> None:
-    """Makes it the plain cache that it was."""
+    """Turns `cache` back into a plain cache of its original class."""
     delattr(cache, _STATE)
     cache.__class__ = cache.plain_class
 
@@ -96,5 +96,5 @@ def pruned_state(cache: Cache | None) -> PrunedPrompt | None:
 
 
 def columns_behind(cache: Cache, prompt: PrunedPrompt) -> int:
-    """How many columns a cache holds behind its pruned prompt. The same in every layer."""
+    """Number of columns after the pruned prompt, equal in every layer."""
     return cache.get_seq_length() - prompt.length

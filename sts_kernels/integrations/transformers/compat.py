@@ -1,4 +1,4 @@
-"""What differs between versions of transformers: the name of the cache. And a check of the forwards that hooks sit on.
+"""Differences between versions of transformers: the name of the cache. Checks the forwards that get hooks.
 
 The cache is `past_key_values` up to transformers 5.23 and `cache` from 5.24 on; a caller may use either name.
 """
@@ -23,12 +23,12 @@ OLDEST, NEWEST = (4, 57), (5, 24)  # minor versions that the tests run on
 CACHE_NAMES = ("cache", "past_key_values")
 CACHE: str = next(name for name in CACHE_NAMES if name in BaseModelOutputWithPast.__dataclass_fields__)
 
-# What the hooks read or replace, by the module that gets it.
+# Arguments that the hooks read or replace, per hooked module.
 TEXT_ARGUMENTS = ("inputs_embeds", "attention_mask", "position_ids", CACHE_NAMES)
 LAYER_ARGUMENTS = ("hidden_states", "attention_mask", "position_ids", "position_embeddings", CACHE_NAMES)
 BASE_ARGUMENTS = ("input_ids", "inputs_embeds", CACHE_NAMES)
 
-# Before transformers 5 some models have this one instead of create_masks_for_generate.
+# Before transformers 5, some models have this method instead of create_masks_for_generate.
 OLD_MASKS = "_prepare_4d_causal_attention_mask_with_cache_position"
 
 
@@ -48,7 +48,7 @@ def output_cache(output: Any) -> "Cache | None":
 
 @contextlib.contextmanager
 def without_kept_cache(model: Model) -> Iterator[None]:
-    """Without the static cache that a model keeps before transformers 5, whose layers have one length."""
+    """Hides the static cache that a model keeps before transformers 5: all its layers have one length."""
     kept = model.__dict__.pop("_cache", None)
     try:
         yield
@@ -68,7 +68,7 @@ def named(names: list[str], args: Args, kwargs: Kwargs) -> Kwargs:
 
 
 def check_model(base: Model, text: Model) -> None:
-    """Refuses forwards without the arguments that the hooks work on, before a prompt meets them."""
+    """Raises NotImplementedError if a forward lacks an argument that the hooks use. Warns about untested versions."""
     for module, wanted in ((base, BASE_ARGUMENTS), (text, TEXT_ARGUMENTS), (text.layers[0], LAYER_ARGUMENTS)):
         have = parameters(module)
         for name in wanted:

@@ -1,9 +1,9 @@
-"""cuDNN's attention, off while a pruned prompt is inside the LLM.
+"""Turns cuDNN's attention off while a pruned prompt is inside the LLM.
 
-torch sends scaled_dot_product_attention on Hopper to cuDNN (torch 2.11 with cuDNN newer than 9.15), and cuDNN builds an
-execution plan for every new length of the keys, tens of milliseconds of host time each. A prompt pruned inside the LLM
-has a length for each segment of layers, so a step would pay twice what the plain model pays, or more. FlashAttention
-and the memory-efficient kernel need no plan. The switch is torch's, for the whole process.
+On Hopper, torch dispatches scaled_dot_product_attention to cuDNN (torch 2.11 with cuDNN newer than 9.15). cuDNN builds
+an execution plan for every new key length, which takes tens of milliseconds of host time. A prompt pruned inside the
+LLM has one key length per segment, so a decode step would pay at least twice what the plain model pays. FlashAttention
+and the memory-efficient kernel need no plan. The switch is torch's and holds for the whole process.
 """
 
 import threading
@@ -12,8 +12,8 @@ import weakref
 import torch
 
 _lock = threading.RLock()
-_holders: weakref.WeakSet[object] = weakref.WeakSet()  # forwards under way
-_switched = False  # whether it was on, and is off because of them
+_holders: weakref.WeakSet[object] = weakref.WeakSet()  # sessions with a forward under way
+_switched = False  # cuDNN's attention was on, and is off because of holders
 
 
 def concerns(x: torch.Tensor) -> bool:
@@ -21,7 +21,8 @@ def concerns(x: torch.Tensor) -> bool:
 
 
 def turn_off(holder: object) -> None:
-    """Until `turn_on` for every holder. Where a user has turned it off already, it stays so."""
+    """Turns cuDNN's attention off until `turn_on` was called for every holder. Where a user has turned it off, it stays
+    off."""
     global _switched
     with _lock:
         if _switched or torch.backends.cuda.cudnn_sdp_enabled():

@@ -1,4 +1,4 @@
-"""Which visual tokens a cut leaves of each prompt, what they hold from there on, and where they stand."""
+"""Selection of a cut: the visual tokens kept in each row, their merged hidden states, and their order."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,16 +32,16 @@ class Run(Protocol):
 
 @dataclass
 class PlannedCut:
-    """A cut of the plan that drops something of this batch."""
+    """A cut of the plan that drops tokens of this batch."""
 
     cut: Cut
-    before: list[int]  # visual tokens of each row
-    left: list[int]  # those that it leaves
-    recycled: list[int]  # those of them that it makes of the dropped ones
-    lengths: list[int]  # all tokens of each row from here on
+    before: list[int]  # visual tokens of each row before the cut
+    left: list[int]  # visual tokens of each row after the cut
+    recycled: list[int]  # tokens among `left` that are merged from dropped ones
+    lengths: list[int]  # all tokens of each row after the cut
 
     def alike(self, device: torch.device) -> list[Group]:
-        """Rows with equal numbers of tokens, which are batches without padding."""
+        """Groups of rows with equal counts: each group is a batch without padding."""
         found: dict[tuple[int, int, int], list[int]] = {}
         for row, numbers in enumerate(zip(self.before, self.left, self.recycled, strict=True)):
             found.setdefault(numbers, []).append(row)
@@ -49,7 +49,7 @@ class PlannedCut:
 
 
 def planned_cuts(cuts: Sequence[Cut], rows: list[Row], lengths: list[int]) -> list[PlannedCut]:
-    """The cuts that drop something of these prompts. lengths: all tokens of each as they enter the LLM."""
+    """The cuts that drop tokens of these prompts. lengths: all tokens of each row that enter the LLM."""
     planned, before = [], [row.num_kept for row in rows]
     for index, cut in enumerate(cuts):
         left = [row.left[index] for row in rows]
@@ -67,19 +67,23 @@ def leave(
     candidates: torch.Tensor,
     norm: Callable[[torch.Tensor], torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """-> hidden states (B, P, C) with merged tokens in them, chosen (B, P) bool among the candidates, and the place
-    (B, P) int64 of each column in the prompt where some move; None: all stay where they are. Nothing is read back.
+    """Selects the tokens that a cut keeps. Nothing is read back to the host.
 
     norm: the LLM's final norm.
+
+    Returns:
+        hidden (B, P, C): hidden states, with merged tokens written into them.
+        chosen (B, P) bool: kept tokens among the candidates.
+        place (B, P) int64: sort key of each column, where recycled tokens move. None: the order does not change.
     """
     scores = None if run.scores is None else run.scores.to(hidden.device)
     if planned.cut.select is None:
-        assert scores is not None  # such a cut goes by attention, of a layer that ran before it
+        assert scores is not None  # cuts without `select` rank by attention, computed before
         return hidden, best_of(scores, candidates, host(planned.left, scores.device)), None
     text, text_mask = masks.compact(run.text.to(hidden.device), run.text_width)
     chosen, width = torch.zeros_like(candidates), candidates.shape[1]
     place: torch.Tensor | None = None
-    taken = torch.ones((), dtype=torch.bool, device=hidden.device)  # as a Python bool it would be copied from the host
+    taken = torch.ones((), dtype=torch.bool, device=hidden.device)  # a Python bool would be copied from the host
     if any(planned.recycled):
         place = torch.arange(width, device=hidden.device).mul(width + 1).repeat(len(candidates), 1)
     for (before, left, recycled), rows in planned.alike(hidden.device):
@@ -115,8 +119,10 @@ def leave(
 
 
 def raters_of(method: Method, embeds: torch.Tensor, run: Run, width: int) -> torch.Tensor:
-    """(B, text_width) float32: the weights of the text behind the last image, for attention that rates. width: the
-    largest number of visual tokens."""
+    """(B, text_width) float32: weights of the text tokens after the last image, whose attention rates visual tokens.
+
+    width: max visual tokens of a row.
+    """
     visual, visual_mask = masks.compact(run.candidates, width)
     text, text_mask = masks.compact(run.text, run.text_width)
     with torch.no_grad(), torch.autocast(embeds.device.type, enabled=False):

@@ -1,7 +1,7 @@
-"""The mark of a dropped token: a row of NaN, from the projector to the entrance of the LLM.
+"""A row of NaN marks a dropped token, from the projector to the input of the LLM.
 
-It survives whatever the model does to features on their way into the prompt (unpadding, newlines, batches, beams), and
-cannot go unnoticed. No NaN enters the LLM: at the entrance marked rows are taken out.
+The mark survives whatever the model does to features on their way into the prompt: unpadding, newlines, batches, beams.
+It cannot go unnoticed. No mark enters the LLM: marked rows are removed before its first layer.
 """
 
 from typing import Any
@@ -13,9 +13,9 @@ from .visual_item import VisualItem
 
 
 def mark(projected: torch.Tensor, rows: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """Puts the projected rows back at their places of `shape`, with marks in all others.
+    """Scatters projected rows into `shape`, with their own channels. All other rows are marks.
 
-    A NaN of the projector's own becomes infinite, so that it still spoils the output as it would in the plain model.
+    A NaN of the projector becomes infinite, so it still spoils the output as in the plain model.
     """
     projected = torch.where(projected.isnan(), torch.inf, projected)
     full = projected.new_full((shape[:-1].numel(), projected.shape[-1]), torch.nan)
@@ -24,15 +24,15 @@ def mark(projected: torch.Tensor, rows: torch.Tensor, shape: torch.Size) -> torc
 
 
 def is_dropped(embeds: torch.Tensor) -> torch.Tensor:
-    """(B, S) bool: which tokens of a prompt were dropped."""
+    """(B, S) bool: True at dropped tokens of a prompt."""
     return embeds[..., 0].isnan()
 
 
 def of_output(output: Any) -> torch.Tensor:
-    """(tokens,) bool: the marks in what get_image_features() or get_video_features() returned, image after image."""
+    """(tokens,) bool: marks in the output of get_image_features() or get_video_features(), image after image."""
     features = getattr(output, "pooler_output", output)
     if isinstance(features, list | tuple):
-        # Before transformers 5 Qwen3-VL returns its deepstack features beside them.
+        # Before transformers 5, Qwen3-VL returns (features, deepstack features).
         features = torch.cat([x.flatten(0, -2) for x in (features[0] if _nested(features) else features)])
     return is_dropped(features).flatten()
 
@@ -42,10 +42,10 @@ def _nested(features: list[Any] | tuple[Any, ...]) -> bool:
 
 
 def find(embeds: torch.Tensor, encoded: dict[str, tuple[list[VisualItem], torch.Tensor]]) -> torch.Tensor | None:
-    """Placeholders, as `prompt.placeholders` finds them, of embeddings that a caller merged with encoded features.
+    """Modality ids, as `prompt.placeholders` gives them, of embeddings that a caller merged with encoded features.
 
     encoded: by kind, the items that the caller encoded last and the marks in their features. The marks of each item
-    must stand in the prompt as they stood there. None: no mark. Reads back from the device.
+    must be in the prompt in the same pattern, else ValueError. None: there is no mark. Reads back from the device.
     """
     marks = is_dropped(embeds).cpu()
     if not marks.any():
@@ -66,7 +66,7 @@ def find(embeds: torch.Tensor, encoded: dict[str, tuple[list[VisualItem], torch.
 
 
 def _place(marks: torch.Tensor, patterns: list[tuple[str, torch.Tensor]]) -> torch.Tensor | None:
-    """Deals the items out to the rows in order, or None where they do not fit."""
+    """Matches the patterns of the items with the rows of marks, in order -> modality ids. None: they do not fit."""
     found = torch.zeros(marks.shape, dtype=torch.int8, device="cpu")
     queue = iter(patterns)
     for row, out in zip(marks, found, strict=True):

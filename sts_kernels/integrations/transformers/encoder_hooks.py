@@ -1,4 +1,4 @@
-"""Hooks around the vision encoder and the projector: they find a method's signals, and drop features."""
+"""Hooks around the vision encoder and the projector: they collect a method's signals and drop features."""
 
 import functools
 import inspect
@@ -19,7 +19,7 @@ from .vision_pruning import Kept
 from .visual_item import VisualItem
 
 Numbers: TypeAlias = torch.Tensor | list[torch.Tensor] | tuple[torch.Tensor, ...]
-Relevance: TypeAlias = Numbers | Callable[[str, Kwargs], Numbers]  # of each token; or a function of kind and arguments
+Relevance: TypeAlias = Numbers | Callable[[str, Kwargs], Numbers]  # per token; or a function of kind and arguments
 
 
 class EncoderHooks:
@@ -61,7 +61,7 @@ class EncoderHooks:
         return out
 
     def capture(self, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, kwargs: Kwargs) -> None:
-        """The encoder's attention, where the method asks for it."""
+        """Attention callback: collects (query, key, scale) of the encoder's attention during an encoding."""
         encoding = self.sessions.now.encoding
         if encoding is not None:
             calls = vision_attention.calls_of(query, key, kwargs)
@@ -110,7 +110,7 @@ class EncoderHooks:
     def _select(
         self, encoding: Encoding, features: torch.Tensor, shape: torch.Size, items: list[VisualItem]
     ) -> Kept | None:
-        """features: (..., C), what the method selects from; shape: of what the projector gets."""
+        """features (..., C): the method selects from them. shape: of the features before the projector."""
         signals: dict[str, torch.Tensor] = {}
         calls, encoding.attention = encoding.attention, []
         for name, find in (("attention", self.adapter.attention), ("keys", self.adapter.keys)):
@@ -129,7 +129,7 @@ class EncoderHooks:
         return kept
 
     def _relevance(self, call: EncodeCall, rows: int, device: torch.device) -> torch.Tensor:
-        """(rows,) float32: what the caller says of the tokens, in the order in which the projector gets them."""
+        """(rows,) float32: the caller's relevance of each token, in the order of the projector's input."""
         assert self.relevance is not None  # prune() demands it
         given = self.relevance(call.kind, dict(call.arguments)) if callable(self.relevance) else self.relevance
         parts = list(given) if isinstance(given, list | tuple) else [given]

@@ -44,7 +44,7 @@ def active_handle(model: Model) -> "PruningHandle | None":
 
 
 def supported(model: Model) -> tuple[Model, ModelAdapter]:
-    """The base model and its adapter, or an error."""
+    """-> base model and adapter. Raises ValueError for other families, and where pruning is active already."""
     base = base_model(model)
     model_type = getattr(getattr(base, "config", None), "model_type", None)
     adapter = adapter_of(model_type)
@@ -63,16 +63,16 @@ def supported(model: Model) -> tuple[Model, ModelAdapter]:
 
 
 class PruningHandle:
-    """Pruning on one model, by one method. A context manager, or call `remove()`.
+    """Pruning of one model by one method, until `remove()`. Also a context manager.
 
     Args:
-        model, base, adapter: as `supported` found them.
-        method, plan: what to keep, and how many.
-        scope: what of an image is selected from at once: "image", or "crop" for each crop, tile or frame by itself.
-        positions: "original", or "contiguous" for tokens numbered anew.
-        profile: time encoding and prefill of each prompt, at the price of device syncs.
+        model, base, adapter: a model, with the results of `supported`.
+        method, plan: which tokens to keep, and how many.
+        scope: unit of one selection: "image", or "crop" for each crop, tile or frame by itself.
+        positions: "original": kept tokens keep their rotary positions; "contiguous": they are renumbered without gaps.
+        profile: time encoding and prefill of each prompt. Costs device syncs.
         cudnn_attention: let torch choose cuDNN's attention for pruned prompts.
-        relevance: of each row that the projector gets, or a function that returns it; see `prune`.
+        relevance: one number per visual token before pruning, or a function that returns them; see `prune`.
     """
 
     def __init__(
@@ -120,7 +120,8 @@ class PruningHandle:
         self.remove()
 
     def remove(self) -> None:
-        """Restores the model: no hook or attribute set here is left, also after an interrupt. Safe to call twice."""
+        """Restores the model: removes every hook and attribute set here, also after an interrupt. Safe to call
+        twice."""
         if self._llm.active:
             self._forget_graphs()
         self._llm.remove()
@@ -136,13 +137,16 @@ class PruningHandle:
 
     @property
     def report(self) -> Report | None:
-        """What the last prompt with images kept and saved; None before the first."""
+        """Report of the last prompt with images: tokens kept, memory and FLOPs saved. None before the first."""
         return self._llm.report
 
     @property
     def prompt_length(self) -> int | None:
-        """Columns of the following prompts that are prompt, for a plain forward over prompt and answer: the last token
-        within them is the one whose attention counts. None: all of them, or those that generate() was given."""
+        """Prompt columns of the following forwards, for a plain forward over prompt and answer.
+
+        Attention scores are those of the last token within these columns. None: all columns, or those given to
+        generate().
+        """
         return self._llm.prompt_length
 
     @prompt_length.setter
@@ -159,7 +163,7 @@ class PruningHandle:
         backend: str | None = None,
         strict: bool = False,
     ) -> list[Bucket]:
-        """Lets generate() run on graphs of fixed shapes: encoder and projector, pruned prefill, and decoding.
+        """Lets generate() run on graphs of fixed shapes: encoder and projector, pruned prefill, decode step.
 
         ::
 
@@ -167,31 +171,36 @@ class PruningHandle:
                 sts.compile(max_new_tokens=256)
                 ids = model.generate(**inputs, max_new_tokens=64)
 
-        On a CUDA device they are CUDA graphs, which take no time on the host; generate() stays the loop, with its
-        sampling, stopping and streaming. Every method whose numbers of tokens follow from sizes can be compiled. A call
-        that graphs do not serve runs as before, and a warning says once why: beams, several answers for a prompt,
-        assisted decoding, outputs of attention or hidden states, embeddings instead of ids, a cache of the caller's,
-        videos, hooks on modules, autocast, models that are offloaded or quantised. One prompt runs at a time: threads
-        wait for each other. Weights may change in place; call compile() again when they are replaced. A cache that
-        generate() returns cannot be continued.
+        On a CUDA device these are CUDA graphs, which take no time on the host. generate() stays the loop, with its
+        sampling, stopping and streaming. A method can be compiled if sizes alone fix its numbers of tokens, and if it
+        selects before the LLM without text, relevance or device syncs.
+
+        A call that graphs do not serve runs through the hooks, with one warning per reason: beams, several answers for
+        a prompt, assisted decoding, outputs of attention or hidden states, embeddings instead of ids, a cache of the
+        caller's, videos, hooks on modules, autocast, models that are offloaded or quantised.
+
+        One prompt runs at a time: threads wait for each other. Weights may change in place; call compile() again when
+        they are replaced. A cache that generate() returns cannot be continued.
 
         Args:
-            prompt_tokens: buckets: tokens of a pruned prompt, text among them, at most. Longer ones are an error. None:
-                multiples of 64, made when they are first met; the last 8 are kept. Where images have any size, the
-                first prompt of a shape runs without graphs, which are made when the shape comes again.
-            max_new_tokens: the most that a prompt is answered by. A call that asks for more is an error.
-            batch_size: the numbers of prompts. A smaller batch is filled up, a larger one is an error.
-            backend: "inductor": torch.compile fuses kernels before they are captured, which takes a minute or more for
-                each bucket.
+            prompt_tokens: bucket sizes: max tokens of a pruned prompt, text included. A longer prompt is an error.
+                None: multiples of 64, made on first use; the last 8 are kept. Where image sizes vary, the first prompt
+                of a shape runs without graphs; they are made when the shape recurs.
+            max_new_tokens: max new tokens of an answer. A call that asks for more is an error.
+            batch_size: numbers of prompts in a batch. A smaller batch is padded with empty rows, a larger one is an
+                error.
+            backend: None, or "inductor": torch.compile fuses kernels before the capture, which takes a minute or more
+                for each bucket.
             strict: a call that graphs do not serve is an error.
 
         Returns:
-            what is ready: the buckets asked for, where all images of the model have one size; else none yet.
+            the buckets that are ready: those asked for, where all images of the model have one size; else none yet.
 
         Raises:
-            TypeError, ValueError: a value that is none of these, here; and from generate() a prompt, a batch or an
-                answer that is larger than compiled for, with the number to give.
-            NotImplementedError: methods and models that cannot be compiled, in one sentence.
+            TypeError, ValueError: an invalid argument. From generate(): a prompt, batch or answer larger than compiled
+                for, with the number to give.
+            NotImplementedError: the method or the model cannot be compiled; with `strict`, a call cannot be served. The
+                message says why in one sentence.
         """
         found = (m for m in self.model.modules() if isinstance(m, transformers.GenerationMixin))
         generating = [module for module in found if any(part is self.base for part in module.modules())]
@@ -238,10 +247,11 @@ class PruningHandle:
         attention_capture.attach(attention, callback)
 
     def _forget_graphs(self) -> None:
-        """Compiled code does not look for hooks again: graphs of parts of the model, with hooks or without, must go.
+        """Resets torch.compile where parts of the model were compiled, with hooks or without.
 
-        Graphs of the whole model may stay. They know a pruned prompt by the class of its cache, new images by the
-        methods shadowed here, and no hook is in them: a hook breaks a graph, or leaves nothing but its mask in it.
+        Compiled code does not look for hooks again. Graphs of the whole model may stay. They recognise a pruned prompt
+        by the class of its cache, and new images by the methods shadowed here. They contain no hook: a hook breaks the
+        graph, or leaves only its mask in it.
         """
         if compiled("graph_break") or any(map(_compiled_alone, self.model.modules())):
             torch.compiler.reset()
@@ -249,7 +259,7 @@ class PruningHandle:
     # --- around the model ---
 
     def _generate(self, module: Model, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Refuses before anything runs what `checked_caller` refuses where a generate() that is not shadowed calls."""
+        """Checks options before anything runs. `checked_caller` checks them for a generate() that is not shadowed."""
         session, images = self._sessions.now, _has_images(kwargs)
         if images:
             unsupported.check_generation(module, self.text, kwargs, compat.cache_of(kwargs))
@@ -270,18 +280,18 @@ class PruningHandle:
 
     def _encode(self, kind: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         session = self._sessions.now
-        if session.encoding is not None:  # Qwen3-VL's videos pass through get_image_features
+        if session.encoding is not None:  # Qwen3-VL's get_video_features calls get_image_features
             return original(*args, **kwargs)
         if self._graphs is not None and (later := self._graphs.deferred(kind, original, args, kwargs)) is not None:
             return later
-        # A forward of the base model looks at them before it encodes.
+        # A forward of the base model has checked the options before it encodes.
         caller = unsupported.checked_caller(self.base, session.checked or session.placed is not None)
         out = self._encoder.encode(kind, caller, self._timer, original, args, kwargs)
         self._llm.handed_out |= caller.outside
         return out
 
     def _before_model(self, module: torch.nn.Module, args: Args, kwargs: Kwargs) -> None:
-        """The base model: sees which columns are images."""
+        """Before the base model: finds the columns of visual tokens."""
         if module is not self.base:
             return _copy_is_plain(module)
         session = self._sessions.now

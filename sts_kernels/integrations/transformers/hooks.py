@@ -1,8 +1,8 @@
-"""Hooks and shadowed methods on a model, taken off again whatever happened in between.
+"""Hooks and shadowed methods on a model, which can be removed after any interrupt.
 
-Every place is noted before it is changed, and taking off looks at the places, so that an interrupt at any point leaves
-nothing that `remove` misses. A deep copy of the model gets its own plain methods, and hooks that do not keep the
-original alive.
+Invariant: each place is recorded before it is changed, and `remove` inspects the recorded places. So an interrupt at
+any point leaves nothing that `remove` misses. A deep copy of the model gets its own plain methods, and hooks that do
+not keep the original alive.
 """
 
 import copy
@@ -15,8 +15,8 @@ import torch
 
 from .untyped import Args, Kwargs, Model
 
-MASKS = "sts_masks"  # keyword of a step that needs no state of a hook: a mask for each layer, or none at all
-_AFTER = "sts_kernels"  # key of the hook after a forward. Compiled code guards on it, and is to serve the next handle.
+MASKS = "sts_masks"  # keyword of a decode step without hook state: one mask per layer, or ()
+_AFTER = "sts_kernels"  # fixed key of the forward hook: compiled code guards on it and serves the next handle too
 PICKLING = (
     "sts_kernels: a model that is pruned cannot be pickled; call remove() on its handle first, or use save_pretrained()"
 )
@@ -25,7 +25,7 @@ PICKLING = (
 class Hooks:
     def __init__(self) -> None:
         self._modules: list[torch.nn.Module] = []
-        self._shadowed: list[tuple[Model, str, _Shadow, Any]] = []  # target, name, the shadow, and what was there
+        self._shadowed: list[tuple[Model, str, _Shadow, Any]] = []  # target, name, shadow, previous attribute
 
     def __bool__(self) -> bool:
         return bool(self._modules or self._shadowed)
@@ -35,20 +35,23 @@ class Hooks:
     ) -> None:
         """Calls the bound `method(*first, module, args, kwargs)` before the module's forward.
 
-        Not in a step with `MASKS`, where the hook of a decoder layer takes its own."""
+        A step with `MASKS` does not call it; there, the hook of a decoder layer passes the layer its mask.
+        """
         self._modules.append(module)
         module.register_forward_pre_hook(_Hook(self, method, 3, first, layer), with_kwargs=True)
 
     def after(self, module: Model, method: Callable[..., Any]) -> None:
-        """Calls the bound `method(module, args, kwargs, output)` after it; `output` is None where an error ended it."""
+        """Calls the bound `method(module, args, kwargs, output)` after the module's forward. After an error, `output`
+        is None."""
         self._modules.append(module)
-        module._forward_hooks[_AFTER] = _Hook(self, method, 4)  # first: by it `remove` finds the rest
+        module._forward_hooks[_AFTER] = _Hook(self, method, 4)  # set first: `remove` finds the rest by it
         module._forward_hooks_with_kwargs[_AFTER] = module._forward_hooks_always_called[_AFTER] = True
 
     def shadow(
         self, target: Model, name: str, replacement: Callable[..., Any], default: Callable[..., Any] | None = None
     ) -> None:
-        """Shadows a method on this instance; `replacement` gets the original as its first argument, or the default."""
+        """Replaces a method on this instance. `replacement` gets the original, or else `default`, as its first
+        argument."""
         original = getattr(target, name) if default is None else getattr(target, name, default)
         method = _Shadow(original, replacement)
         self._shadowed.append((target, name, method, target.__dict__.get(name)))
@@ -89,9 +92,9 @@ class _Hook:
         self.run = torch.compiler.disable(functools.partial(method, *first) if first else method)
 
     def __call__(self, *args: Any) -> Any:
-        if len(args) < self.count:  # another thread is taking it off: without kwargs, as for a hook that wants none
+        if len(args) < self.count:  # another thread is removing the hook, and torch calls it without kwargs
             return None
-        if MASKS in args[2]:  # traced where the step is compiled
+        if MASKS in args[2]:  # traced in a compiled step
             return self._own_mask(*args)
         return self.run(*args)
 
@@ -106,7 +109,8 @@ class _Hook:
         return args, {**kwargs, "attention_mask": mask if mask.device == hidden.device else mask.to(hidden.device)}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Hook":
-        """A part of the model that an adapter copies is still pruned; a copy of the model is no part of it."""
+        """A copy inside the model, as PEFT makes, still prunes. A copy of the model does not keep the original
+        alive."""
         weak = self.method if isinstance(self.method, _Weak) else _Weak(self.method)
         return _Hook(None, weak, self.count, self.first, self.layer)
 
@@ -115,7 +119,7 @@ class _Hook:
 
 
 class _Weak:
-    """A bound method that does not keep its object alive, and does nothing once that is gone."""
+    """A bound method that does not keep its object alive. Returns None once the object is gone."""
 
     def __init__(self, method: Callable[..., Any]):
         self.method = weakref.WeakMethod(method)

@@ -1,8 +1,8 @@
-"""Pruning inside the LLM: there the prompt is shorter than its callers know.
+"""Pruning inside the LLM: decoder layers see the kept tokens only.
 
-Around the text model nothing changes: generate(), ids, masks, positions and logits have their full length. On entry the
-prompt loses what was dropped before the LLM, and before the layer of each cut what that one drops; on exit the hidden
-states go back to their columns. In later forwards only the masks differ, segment by segment.
+Callers keep full-length ids, masks, positions and logits. On entry the prompt loses the tokens that were dropped before
+the LLM. Each cut drops more before its layer. On exit the hidden states return to their columns. In later forwards only
+the masks differ, one per segment.
 """
 
 from dataclasses import dataclass, field
@@ -41,29 +41,29 @@ class Decoding(Forward):
 
 @dataclass(kw_only=True)
 class Prefill(Forward):
-    rotary: list[Rotary | None]  # of each segment; None: those that the layers are given
-    end: torch.Tensor | None  # (B,) position of each row's last token, where segments number theirs anew
-    trailing: int  # columns at the end that follow the prompt: drafts, or earlier answers (use_cache=False)
-    ragged: bool  # whether some of these are padding
+    rotary: list[Rotary | None]  # per segment; None: those that the layers are given
+    end: torch.Tensor | None  # (B,) position of each row's last token, for contiguous positions
+    trailing: int  # columns after the prompt: drafts, or earlier answers (use_cache=False)
+    ragged: bool  # whether some trailing columns are padding
     columns: torch.Tensor | None  # (B, P) column of the full prompt in each slot; None: all in order
     slots: torch.Tensor  # (B, P) bool: tokens, not padding
     candidates: torch.Tensor  # (B, P) bool: visual tokens, which cuts may drop
     cuts: list[PlannedCut]  # cuts[i] is made on entry to segment i + 1
-    text: torch.Tensor  # (B, P) bool: the text behind the last image
-    text_width: int  # the longest of these
-    raters: torch.Tensor | None = None  # (B, text_width) float32: how much their attention counts, where a cut asks
-    scores: torch.Tensor | None = None  # (B, P) of the next cut
+    text: torch.Tensor  # (B, P) bool: text tokens after the last image
+    text_width: int  # max text tokens of a row
+    raters: torch.Tensor | None = None  # (B, text_width) float32: weights of their attention, for cuts by raters
+    scores: torch.Tensor | None = None  # (B, P) float32, for the next cut
     # Columns and slots after each cut made so far.
     left: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
     @property
     def widths(self) -> dict[int, int]:
-        """Columns of the prompt in each segment that there will be, by its first layer."""
+        """First layer of each segment, planned ones included -> prompt columns that the segment holds."""
         return {0: self.prompt.segments[0].length, **{p.cut.layer: max(p.lengths) for p in self.cuts}}
 
 
 class LayerPruner:
-    """What the hooks of one text model do. It holds no state: that of a forward is its Forward."""
+    """Operations of the hooks of one text model. It is stateless: a forward's state is its Forward."""
 
     def __init__(self, text: Model, method: Method, contiguous: bool):
         self.text = text
@@ -82,9 +82,9 @@ class LayerPruner:
         cuts: tuple[Cut, ...],
         trailing: int,
     ) -> tuple[Prefill, Kwargs] | None:
-        """Starts a prompt -> Prefill and the arguments; None where nothing is dropped, and then nothing is touched.
+        """Starts a prompt -> Prefill and the changed arguments. None: nothing is dropped, and nothing was changed.
 
-        modality, valid (None: no padding) and dropped: (B, S), of the columns of the prompt.
+        modality, valid (None: no padding) and dropped: (B, S), per column of the prompt.
         """
         lengths = [row.length + trailing - row.num_visual + row.num_kept for row in rows]
         planned = planned_cuts(cuts, rows, lengths)
@@ -104,7 +104,7 @@ class LayerPruner:
             width = max(lengths)
             columns, slots = masks.compact(valid & ~dropped, width, trailing)
             slots &= valid.gather(1, columns)
-            # Pad slots hold dropped rows: a zero stays one, a NaN would spread through the values of the attention.
+            # Pad slots hold dropped rows. Zero them: 0 * NaN would spread through the values of the attention.
             kwargs["inputs_embeds"] = masks.take(embeds, columns).masked_fill(~slots[..., None], 0)
             kwargs["position_ids"] = masks.take_positions(kwargs["position_ids"], columns)
             _shrink_deepstack(kwargs, dropped, columns, slots)
@@ -133,7 +133,7 @@ class LayerPruner:
         return run, kwargs
 
     def embedded(self, kwargs: Kwargs) -> Kwargs:
-        """With embeddings in place of ids, which a caller may give the LLM where it calls it by itself."""
+        """Replaces ids by embeddings. A caller may give ids where it calls the LLM directly."""
         if kwargs.get("inputs_embeds") is not None:
             return kwargs
         return {**kwargs, "input_ids": None, "inputs_embeds": self.text.get_input_embeddings()(kwargs["input_ids"])}
@@ -141,7 +141,7 @@ class LayerPruner:
     def resume(self, kwargs: Kwargs, cache: "Cache", prompt: PrunedPrompt, by_hand: bool) -> tuple[Decoding, Kwargs]:
         """Continues a pruned prompt: one token at a time, drafts, or the next turn of a conversation.
 
-        by_hand: not in generate(), whose masks hold no padding in the columns of an answer.
+        by_hand: outside generate(), whose masks hold no padding in the columns of an answer.
         """
         embeds = kwargs["inputs_embeds"]
         past = cache.get_seq_length()
@@ -152,7 +152,10 @@ class LayerPruner:
     def later_masks(
         self, mask: Any, cache: "Cache", prompt: PrunedPrompt, like: torch.Tensor, by_hand: bool
     ) -> list[torch.Tensor | None]:
-        """A mask for each segment, for new tokens behind a pruned prompt. like: (B, new tokens, any) of embeddings."""
+        """One mask per segment, for new tokens after a pruned prompt.
+
+        like: (B, new tokens, any), with dtype and device of the embeddings.
+        """
         batch, queries = like.shape[:2]
         mask = unsupported.plain_mask(mask)
         prompt.ragged |= mask is not None and (queries > 1 or by_hand)
@@ -184,7 +187,7 @@ class LayerPruner:
 
     @staticmethod
     def _full_positions(kwargs: Kwargs, batch: int, length: int, past: int) -> Kwargs:
-        """Positions are those of the full prompt. The library's mask is made for one cache length and is not used."""
+        """Uses the positions of the full prompt. Drops the library's mask, which is made for one cache length."""
         positions = kwargs.get("position_ids")
         if positions is None:
             positions = torch.arange(past, past + length, device=kwargs["inputs_embeds"].device)[None]
@@ -196,17 +199,17 @@ class LayerPruner:
 
     @staticmethod
     def needs_layers(run: Forward, kwargs: Kwargs) -> bool:
-        """Whether any layer of this forward is to get other arguments than the first one got."""
+        """Whether some layer of this forward needs other arguments than the first layer was given."""
         changed = kwargs.get("attention_mask") is not None or any(mask is not None for mask in run.masks)
         return changed or isinstance(run, Prefill)
 
     def before_layer(
         self, run: Forward, index: int, layer: Model, args: Args, kwargs: Kwargs
     ) -> tuple[Args, Kwargs] | None:
-        """The layer's arguments, changed; None: as they are."""
+        """-> changed arguments of the layer; None: unchanged."""
         segment, rotary = run.prompt.segment_of(index), None
         if isinstance(run, Prefill):
-            # FlashAttention would take the gaps in the positions for the seams of packed sequences.
+            # FlashAttention would take gaps in the positions for boundaries of packed sequences.
             kwargs = dict(kwargs, position_ids=None)
             made = len(run.prompt.segments) - 1
             if made < len(run.cuts) and index == run.cuts[made].cut.layer:
@@ -222,7 +225,7 @@ class LayerPruner:
         return args, dict(kwargs, attention_mask=None if mask is None else mask.to(device))
 
     def score(self, run: Forward, layer: int, query: torch.Tensor, key: torch.Tensor, scale: float | None) -> None:
-        """What the next cut goes by, from the attention of the layer before it, or of its own."""
+        """Computes the scores of the next cut, if `layer` is its scoring layer."""
         if not isinstance(run, Prefill) or len(run.prompt.segments) > len(run.cuts):
             return
         cut = run.cuts[len(run.prompt.segments) - 1].cut
@@ -258,7 +261,7 @@ class LayerPruner:
         return self.text.norm(hidden).to(hidden.device)
 
     def _look_ahead(self, run: Prefill, layer: Model, hidden: torch.Tensor, kwargs: Kwargs) -> None:
-        """Scores by the layer's own query and key on the tokens as they still are. Its attention does not run."""
+        """Scores from the layer's own query and key on the tokens before the cut. Its attention kernel does not run."""
         tables = run.rotary[-1] or kwargs["position_embeddings"]
         rotary = tuple(table.to(hidden.device) for table in tables)
         with attention_capture.stopped():
@@ -270,13 +273,13 @@ class LayerPruner:
 
     @staticmethod
     def finish(run: Forward, output: Any) -> None:
-        """The callers get their length back, and the cache learns what it holds."""
+        """Restores the full length of the hidden states, and attaches the pruned prompt to the cache."""
         run.prompt.running = False
         if output is None or not isinstance(run, Prefill):
             return
         if run.columns is not None:
             hidden = output.last_hidden_state
-            spare = run.prompt.length  # pad slots go to a column of their own, cut off again
+            spare = run.prompt.length  # pad slots go to an extra column, which is cut off
             home = run.columns.to(hidden.device).masked_fill(~run.slots.to(hidden.device), spare)
             full = hidden.new_zeros(hidden.shape[0], spare + 1, hidden.shape[2])
             output.last_hidden_state = full.scatter(1, home[..., None].expand_as(hidden), hidden)[:, :spare]
@@ -287,7 +290,7 @@ class LayerPruner:
 
 
 def scores_of(run: Run, cut: Cut, query: torch.Tensor, key: torch.Tensor, scale: float | None) -> torch.Tensor:
-    """(B, P) float32, by query and key (B, heads, P, D) of the layer that scores."""
+    """(B, P) float32, from query and key (B, heads, P, D) of the scoring layer."""
     column = torch.arange(key.shape[2], device=key.device)
     slots = run.slots.to(key.device)
     if cut.queries == "keys":
@@ -295,7 +298,7 @@ def scores_of(run: Run, cut: Cut, query: torch.Tensor, key: torch.Tensor, scale:
     if cut.queries == "raters":
         asking, _ = masks.compact(run.text.to(key.device), run.text_width)
         rows = masks.take(query.transpose(1, 2), asking)
-        assert run.raters is not None  # found before the first layer
+        assert run.raters is not None  # computed before the first layer
         raters = run.raters.to(key.device)
         return attention_received(rows, key.transpose(1, 2), scale, raters, asking, slots)
     last = torch.where(slots & (column < key.shape[2] - run.trailing), column, 0).argmax(1)
@@ -316,7 +319,7 @@ def _padding(slots: torch.Tensor, lengths: list[int], width: int, ragged: bool) 
 def _joined(
     prompt: torch.Tensor | None, later: torch.Tensor | None, shape: tuple[int, int, int], device: torch.device
 ) -> torch.Tensor | None:
-    """Which cached columns are tokens: those of the prompt and those after it."""
+    """(B, columns) bool: cached columns that are tokens, of the prompt and after it. None: all."""
     if prompt is None and later is None:
         return None
     batch, held_columns, new = shape
@@ -329,7 +332,7 @@ def _joined(
 
 
 def _shrink_deepstack(kwargs: Kwargs, dropped: torch.Tensor, columns: torch.Tensor, slots: torch.Tensor) -> None:
-    """Qwen3-VL adds visual features to the first layers too, at the placeholders."""
+    """Drops tokens from the visual features that Qwen3-VL adds at placeholders in the first layers."""
     where = kwargs.get("visual_pos_masks")
     if where is not None:
         left = ~dropped[where]

@@ -1,4 +1,4 @@
-"""Hooks around the LLM and its layers: they route a prompt to the LayerPruner, and hold what a forward needs."""
+"""Hooks around the LLM and its layers: they pass a prompt to the LayerPruner, and hold the state of a forward."""
 
 import functools
 import sys
@@ -41,7 +41,7 @@ class LLMHooks:
         self.prompt_length: int | None = None
         self.cudnn_attention = cudnn_attention
         self.report: Report | None = None
-        self.generating: set[int] = set()  # threads inside a generate()
+        self.generating: set[int] = set()  # ids of threads inside a generate()
         self.handed_out = False  # whether a caller has features with marks in them
         self.slots = StaticSlots()
         self.active = True
@@ -56,7 +56,7 @@ class LLMHooks:
         hooks.before(self.text.layers[0], self._before_first_layer, layer=0)
 
     def captured(self) -> dict[int, "functools.partial[None]"]:
-        """Layers whose attention the cuts go by, with what to call."""
+        """Scoring layers of the cuts -> attention callbacks."""
         layers = {cut.scoring_layer for cut in self.plan.cuts if cut.queries != "text"}
         return {layer: functools.partial(self._score, layer) for layer in layers}
 
@@ -67,7 +67,7 @@ class LLMHooks:
         self.slots.close()
 
     def _find_handed_out(self, embeds: torch.Tensor, cache: "Cache | None") -> Placed | None:
-        """Of a prompt that the caller merged with encoded features."""
+        """Placeholders of a prompt that the caller merged with encoded features. None: no feature is marked."""
         session = self.sessions.now
         modality = dropped.find(embeds, session.handed_out)
         if modality is None:
@@ -81,8 +81,11 @@ class LLMHooks:
     # --- steps of generate() on a static cache ---
 
     def create_masks(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Around the function that makes masks of a static cache's length: prompts get theirs inside the LLM, once it
-        is known what they lose, and what follows a pruned one from `prepare_inputs`."""
+        """Around the library's function that makes masks of a static cache's length.
+
+        A prompt gets its masks inside the LLM, once its dropped tokens are known. A step after a pruned prompt gets its
+        masks from `prepare_inputs`.
+        """
         like = kwargs.get("inputs_embeds", kwargs.get("input_embeds"))
         new = kwargs["sequence_length"] if like is None else like.shape[1]
         if new > 1 or pruned_state(compat.cache_of(kwargs)) is not None:
@@ -90,7 +93,7 @@ class LLMHooks:
         return original(*args, **kwargs)
 
     def prepare_inputs(self, original: Callable[..., Kwargs], *args: Any, **kwargs: Any) -> Kwargs:
-        """Around prepare_inputs_for_generation: adds the masks of a step that is to run without hooks."""
+        """Around prepare_inputs_for_generation: adds the masks of a step that runs without hooks."""
         inputs = original(*args, **kwargs)
         cache = compat.cache_of(inputs)
         if not is_static(cache):
@@ -181,7 +184,7 @@ class LLMHooks:
             self.close(session)
 
     def close(self, session: Session) -> None:
-        """Ends what a forward of the text model holds."""
+        """Releases the state of a forward of the text model."""
         if session.forward is None and session.report is None:
             return
         if session.forward is not None:
@@ -193,7 +196,8 @@ class LLMHooks:
     # --- decoder layers ---
 
     def _before_first_layer(self, module: torch.nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
-        """All layers are called with what the first one gets: it tells whether they need hooks in this forward."""
+        """Adds hooks to the other layers if this forward needs them: all layers are called with the first one's
+        arguments."""
         session = self.sessions.now
         if session.forward is None:
             return None
@@ -217,7 +221,7 @@ class LLMHooks:
     def _hold_layers(self, session: Session, forward: Forward) -> None:
         with self._lock:
             self._layer_users.add(session)
-            # Compiled code does not see hooks come and go.
+            # Compiled code does not notice hooks that are added or removed.
             self._layers_stay |= compiled() or forward.prompt.slots is not None
             if self._layer_hooks or not self.active:
                 return

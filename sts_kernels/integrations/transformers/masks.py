@@ -1,4 +1,4 @@
-"""Tensor helpers of pruning inside the LLM: rows compacted and gathered, masks and positions of any length."""
+"""Tensor helpers for pruning inside the LLM: compact and gather rows, build masks and positions."""
 
 import torch
 
@@ -6,10 +6,10 @@ import torch
 def compact(
     keep: torch.Tensor, width: int, trailing: int = 0, place: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The kept columns of each row in order, padded on the left to `width`. The last `trailing` columns all stay.
+    """Kept columns of each row in order, padded on the left to `width`. The last `trailing` columns are always kept.
 
-    keep (B, S) bool with at most `width` True a row -> columns (B, width) int64 and kept (B, width) bool. Pad slots
-    name columns that were dropped. place (B, S) int64, at least 0: the kept columns by ascending place instead.
+    keep: (B, S) bool, at most `width` True per row -> columns (B, width) int64, kept (B, width) bool. Pad slots hold
+    dropped columns. place: (B, S) int64, at least 0; the kept columns are then in ascending order of place.
     """
     if trailing:
         column = torch.arange(keep.shape[1], device=keep.device)
@@ -20,8 +20,8 @@ def compact(
 
 
 def compact_right(keep: torch.Tensor, width: int, place: torch.Tensor | None = None) -> torch.Tensor:
-    """`compact`, padded on the right: columns (B, width) alone. A row's kept ones come first."""
-    last = keep.shape[1] * (keep.shape[1] + 1)  # behind every place that a cut gives
+    """`compact` with padding on the right -> columns (B, width) only. The kept columns of a row come first."""
+    last = keep.shape[1] * (keep.shape[1] + 1)  # larger than every place that a cut gives
     rank = (~keep).to(torch.int8) if place is None else torch.where(keep, place, last)
     return torch.argsort(rank, dim=1, stable=True)[:, :width]
 
@@ -48,12 +48,16 @@ def take_rotary(table: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
 def attention_mask(
     attention: str, valid: torch.Tensor | None, queries: int, past: int, like: torch.Tensor, slots: int | None = None
 ) -> torch.Tensor | None:
-    """The causal mask that attention layers of this implementation take.
+    """Causal mask in the form that attention layers of this implementation take. Nothing is read back to the host.
 
-    Layers get one mask for all their different cache lengths from the library, so the pruned prompt brings its own:
-    None where the kernel needs none, (B, keys) for FlashAttention, (B or 1, 1, queries, keys) bool for SDPA,
-    additive for eager. `valid` (B, past + queries) bool marks the columns that are tokens; None: all are. A static
-    cache has a number of `slots`, filled or not. Nothing is read back to the host.
+    The library gives all layers one mask, but the segments of a pruned prompt have different cache lengths.
+
+    valid: (B, past + queries) bool, True at tokens. None: all are tokens.
+    slots: key slots of a static cache, filled or not.
+
+    Returns:
+        None where the kernel needs no mask; (B, keys) for FlashAttention; (B or 1, 1, queries, keys) bool for SDPA, the
+        same shape and additive for eager.
     """
     if "flash" in attention:
         return valid
@@ -64,7 +68,7 @@ def attention_mask(
     allowed = (key <= query)[None, None]
     if valid is not None:
         valid = torch.nn.functional.pad(valid, (0, len(key) - valid.shape[1]))
-        # A pad slot sees itself: a row without any key would be NaN in some kernels.
+        # A pad slot attends to itself: a row without any key would be NaN in some kernels.
         allowed = (allowed & valid.to(like.device)[:, None, None, :]) | (key == query)
     if attention == "sdpa":
         return allowed
@@ -74,10 +78,10 @@ def attention_mask(
 
 
 def contiguous_positions(valid: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
-    """(B, P) int64: tokens numbered without gaps, the last of row b as end[b]. Pad slots have some number, at least 0.
+    """(B, P) int64: tokens numbered without gaps, the last token of row b as end[b]. Pad slots: arbitrary, at least 0.
 
-    Rotary attention sees differences of positions alone. So it does not matter where the numbers start, and where they
-    end as in the full prompt, the tokens that follow it are numbered by the caller in every segment.
+    Rotary attention depends on position differences only, so the start does not matter. The end is that of the full
+    prompt, so the caller's positions of later tokens are right in every segment.
     """
     number = valid.long().cumsum(1)
     return (end.to(valid.device)[:, None] - number[:, -1:] + number).clamp(min=0)
@@ -91,7 +95,7 @@ def last_positions(valid: torch.Tensor, positions: torch.Tensor) -> torch.Tensor
 
 
 def behind(marked: torch.Tensor, trailing: int) -> torch.Tensor:
-    """(B, P) bool: columns behind the last marked one of a row, but not the last `trailing` ones."""
+    """(B, P) bool: columns after the last marked column of a row, without the last `trailing` columns."""
     column = torch.arange(marked.shape[1], device=marked.device)
     last = torch.where(marked, column, -1).amax(1, keepdim=True)
     return (column > last) & (column < len(column) - trailing)

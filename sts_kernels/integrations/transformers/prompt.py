@@ -13,7 +13,7 @@ KINDS = ("image", "video")
 
 
 def token_ids(config: Config) -> dict[str, int]:
-    """Placeholder ids by kind, under whichever name the configuration has them."""
+    """Placeholder ids by kind: `<kind>_token_id` or `<kind>_token_index` of the configuration."""
     ids = {}
     for kind in KINDS:
         for name in (f"{kind}_token_id", f"{kind}_token_index"):
@@ -26,8 +26,10 @@ def token_ids(config: Config) -> dict[str, int]:
 def placeholders(
     base: Model, ids: dict[str, int], input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
 ) -> torch.Tensor | None:
-    """Modality ids (B, S) int8: 0 for text, 1 + index in KINDS for a placeholder. Embeddings are compared, as the model
-    does."""
+    """Modality ids (B, S) int8: 0 for text, 1 + index in KINDS for a placeholder.
+
+    Without ids, embeddings are compared with that of the placeholder, as the model does.
+    """
     source = input_ids if input_ids is not None else inputs_embeds
     if source is None:
         return None
@@ -63,11 +65,11 @@ class Row:
     """One prompt of the batch."""
 
     items: list[VisualItem]  # images first, then clips
-    length: int  # tokens, padding and what follows the prompt not counted
-    tail: int = 0  # tokens that follow the prompt
-    text: int = 0  # tokens behind the last image, up to the end of the prompt
-    left: list[int] = field(default_factory=list)  # visual tokens after each cut of the plan, separators not counted
-    recycled: list[int] = field(default_factory=list)  # those of them that are made of tokens which the cut dropped
+    length: int  # tokens of the prompt, without padding and trailing columns
+    tail: int = 0  # tokens after the prompt
+    text: int = 0  # text tokens after the last image, up to the end of the prompt
+    left: list[int] = field(default_factory=list)  # visual tokens after each cut of the plan, without separators
+    recycled: list[int] = field(default_factory=list)  # tokens among `left` that are merged from dropped ones
 
     @property
     def num_visual(self) -> int:
@@ -86,17 +88,17 @@ def read_rows(
     items: dict[str, list[VisualItem]],
     plan: Plan,
 ) -> list[Row]:
-    """Assigns the encoded images to the prompts, by their numbers of placeholders. The one read-back of a prompt.
+    """Assigns the encoded images to the prompts, by their numbers of placeholders. One read-back from the device.
 
-    Rows that generate() repeated for beams or several answers share the images of the prompt they repeat.
+    Rows that generate() repeated for beams or several answers share the images of their prompt.
 
     Args:
-        valid, dropped: (B, S) bool, tokens that are no padding (None: all), and those that are marked as dropped (None:
-            there are no marks).
-        trailing: columns at the end that follow the prompt.
+        valid, dropped: (B, S) bool: tokens that are not padding (None: all), tokens marked as dropped (None: no marks).
+        trailing: columns after the prompt.
 
     Raises:
-        RuntimeError, ValueError: what the prompt holds is not what was encoded last under this pruning.
+        RuntimeError: placeholders or marks do not match the images encoded last under this pruning.
+        ValueError: a visual token is masked or follows the prompt, or a cut needs text after the last image.
     """
     tokens = valid if valid is not None else torch.ones_like(modality, dtype=torch.bool)
     visual, end = modality > 0, modality.shape[1] - trailing
@@ -168,7 +170,7 @@ def texts(
     mask: torch.Tensor | None,
     items: list[VisualItem],
 ) -> list[torch.Tensor]:
-    """Of each item, the embeddings (M, C) of the text tokens of its prompt. Reads back from the device."""
+    """For each item, the embeddings (M, C) of its prompt's text tokens. Reads back from the device."""
     if input_ids is None or (mask is not None and mask.shape != input_ids.shape):
         raise NotImplementedError(
             "sts_kernels: this method looks at the text of the prompt, and images are encoded without the prompt's ids "
@@ -189,7 +191,7 @@ def texts(
 
 
 def separators(modality: torch.Tensor, rows: list[Row]) -> torch.Tensor | None:
-    """(B, S) bool: placeholders that stand for no piece of an image, as newlines. None: there are none."""
+    """(B, S) bool: placeholders that stand for no feature, such as newlines. None: there are none."""
     if not any(item.num_visual != item.num_tokens for row in rows for item in row.items):
         return None
     mask = torch.zeros_like(modality, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""prune() and apply_sts(): a method on a stock transformers model, and off again."""
+"""prune(), apply_sts() and remove_pruning(), for stock transformers models."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -39,41 +39,42 @@ def prune(
             ids = model.generate(**inputs, max_new_tokens=64)
         print(pruning.report)
 
-    Nothing of the model is replaced: forward hooks drop features before the LLM and hidden states inside it. Prompts
-    without images, and budgets that keep every token, run bit for bit as without it. Callers keep full-length ids,
-    masks, positions and logits (logits at dropped columns come from zero hidden states); a returned cache may be
-    continued while the handle is active. While it is, get_image_features() returns NaN rows for dropped tokens, and
-    `hidden_states` and `attentions` have the lengths the layers ran on. Several threads may run prompts at once where
-    the model itself allows it. A deep copy of the model is a plain model.
+    No module is replaced: forward hooks drop features before the LLM and hidden states inside it. Prompts without
+    images, and budgets that keep every token, run bit for bit as without pruning. Callers keep full-length ids, masks,
+    positions and logits. Logits at dropped columns come from zero hidden states.
+
+    While the handle is active, a returned cache may be continued. get_image_features() returns NaN rows for dropped
+    tokens. `hidden_states` and `attentions` have the lengths that the layers ran on. Several threads may run prompts at
+    once where the model itself allows it. A deep copy of the model is a plain model.
 
     Args:
         model: LlavaForConditionalGeneration and the like, its base model, or a wrapper; docs/transformers.md lists the
             families.
         method: a name (`sts_kernels.methods.names()`), or an object from `sts_kernels.methods.create`.
-        profile: time encoding and prefill of each prompt, at the price of device syncs; see `report`.
-        budget, keep, layers, ratios: how many tokens, and where; see `sts_kernels.methods.Budget`.
-        scope: "image" or "crop": what is selected from at once. None: the method's own way.
-        positions: "original": tokens keep their positions; "contiguous": they are numbered anew. None: the method's own
-            way, or "original" where the model's positions have three axes.
-        score_from: "layer": scores inside the LLM come from the layer before the cut; "next": from the query and key of
-            the layer behind it. None: the method's own way.
-        cudnn_attention: let torch choose cuDNN's attention for pruned prompts. It plans every new length of the keys
-            anew, which takes tens of milliseconds; False keeps it off, for the whole process, while a pruned prompt is
-            inside the LLM.
-        relevance: for a method that looks at the relevance of tokens to the prompt (cdpruner) and has no text tower to
-            find it with: how relevant each token of the encoder is, larger is kept rather. A tensor, or a list of
-            them, of a number for each token, image after image, crop after crop, row after row; with LLaVA-NeXT those
-            that unpadding will discard are counted. Or a function that returns it, called for each encoding with
-            "image" or "video" and the arguments of get_image_features or get_video_features by name (pixel_values).
-        options: of the method, where it is given by name.
+        profile: time encoding and prefill of each prompt. Costs device syncs. See `report`.
+        budget, keep, layers, ratios: how many tokens to keep, and where; see `sts_kernels.methods.Budget`.
+        scope: unit of one selection: "image", or "crop" for each crop, tile or frame. None: the method's default.
+        positions: "original": kept tokens keep their positions; "contiguous": they are renumbered without gaps. None:
+            the method's default, or "original" where the model's positions have three axes.
+        score_from: "layer": scores inside the LLM come from the layer before the cut; "next": from query and key of the
+            layer after the cut. None: the method's default.
+        cudnn_attention: let torch choose cuDNN's attention for pruned prompts. cuDNN plans every new key length, which
+            takes tens of milliseconds. False keeps it off, for the whole process, while a pruned prompt is inside the
+            LLM.
+        relevance: relevance of each encoder token to the prompt, for methods that need it and have no text tower to
+            compute it (cdpruner). Larger values are preferred. A tensor or a list of tensors, one number per token:
+            image after image, crop after crop, row after row. With LLaVA-NeXT, tokens that unpadding will discard are
+            counted. Or a function that returns these numbers. It is called for each encoding with "image" or "video"
+            and the arguments of get_image_features or get_video_features by name (pixel_values).
+        options: of the method, if it is given by name.
 
     Returns:
-        a handle: a context manager, or call `remove()`; `remove_pruning(model)` does the same without it.
+        a handle: a context manager with `remove()`. `remove_pruning(model)` removes pruning without the handle.
 
     Raises:
-        TypeError, ValueError: no such method, option or layer, not a supported family, or pruning is active already.
-        NotImplementedError: what the family, the model's settings or the version of transformers do not allow, in one
-            sentence.
+        TypeError, ValueError: unknown method, option or layer, unsupported family, or pruning is active already.
+        NotImplementedError: the family, the model's settings or the version of transformers do not allow it. The
+            message says why in one sentence.
     """
     for name, value, allowed in (
         ("scope", scope, SCOPES),
@@ -121,13 +122,13 @@ def apply_sts(
             ids = model.generate(**inputs, max_new_tokens=64)
         print(sts.report)
 
-    It is `prune` with the method "sts" and a configuration: features are dropped before the projector, hidden states
+    Same as `prune` with the method "sts" and a configuration. Features are dropped before the projector, hidden states
     before layer `prune_layer`.
 
     Args:
         model, cudnn_attention: as for `prune`.
-        config: what to keep.
-        measure: `profile` of `prune`.
+        config: an STSConfig: how many tokens to keep, and how.
+        measure: as `profile` of `prune`.
     """
     if not isinstance(config, STSConfig):
         raise TypeError(f"apply_sts: config must be an STSConfig, got {type(config).__name__}")
@@ -138,7 +139,7 @@ def apply_sts(
 
 
 def remove_pruning(model: torch.nn.Module) -> bool:
-    """Takes pruning off a model whose handle is lost. False: it was not active."""
+    """Removes pruning from a model whose handle is lost. Returns False if pruning was not active."""
     handle = active_handle(model)
     if handle is None:
         return False

@@ -1,6 +1,6 @@
 """True-size (and one tiny) models with random weights, and processors with an in-memory tokenizer: no download.
 
-What they answer means nothing. Shapes, memory and time are those of the real ones.
+Their answers mean nothing. Shapes, memory and time are those of the real models.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
 @dataclass(frozen=True)
 class RandomModel:
-    """How one of them is built, and what its documentation calls it."""
+    """Configuration and processor of one model, and the picture that it is used with."""
 
     config: Callable[[], transformers.PretrainedConfig]
     processor: Callable[[transformers.PretrainedConfig], transformers.ProcessorMixin]
@@ -135,8 +135,8 @@ def _qwen2_5_vl() -> transformers.Qwen2_5_VLConfig:
 
 
 def _tokenizer(vocabulary: int, special: dict[str, int]) -> PreTrainedTokenizerFast:
-    """Bytes as tokens, with the special ones where the model's configuration has them. The other ids, which only an
-    answer at random can hold, read as their numbers."""
+    """Byte-level tokenizer with special tokens at the configuration's ids. Every other id, which only a random answer
+    can hold, decodes to its number."""
     pinned = {"<pad>": 0, "<s>": 1, "</s>": 2, **special}
     free = iter(i for i in range(vocabulary) if i not in set(pinned.values()))
     vocab = pinned | {symbol: next(free) for symbol in sorted(pre_tokenizers.ByteLevel.alphabet())}
@@ -177,7 +177,7 @@ def _llava_processor(config: transformers.PretrainedConfig) -> transformers.Proc
 
 
 class _QwenProcessor(transformers.Qwen2_5_VLProcessor):
-    """The real one, without its demand for a video processor (which needs torchvision) and Qwen's tokenizer class."""
+    """The real processor, but it accepts any tokenizer class and no video processor (which needs torchvision)."""
 
     def check_argument_for_proper_class(self, *args: Any) -> None:
         pass

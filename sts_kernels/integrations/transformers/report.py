@@ -1,4 +1,4 @@
-"""What a prompt kept, and what that saves: counts, patches, key/value cache, FLOPs."""
+"""Report of a prompt: kept tokens and patches, and the savings in KV cache and FLOPs."""
 
 import itertools
 from collections.abc import Sequence
@@ -13,16 +13,16 @@ from ...methods import Plan
 from .prompt import KINDS, Row
 from .untyped import Config
 
-Left: TypeAlias = dict[int, tuple[torch.Tensor, torch.Tensor]]  # by layer that a segment starts at: columns, slots
+Left: TypeAlias = dict[int, tuple[torch.Tensor, torch.Tensor]]  # first layer of a segment -> columns, slots
 
-UNITS = {"TFLOPs": 1.0, "GFLOPs": 1e3, "MFLOPs": 1e6}  # of a prefill, by how many make a TFLOP
+UNITS = {"TFLOPs": 1.0, "GFLOPs": 1e3, "MFLOPs": 1e6}  # unit of a prefill -> units per TFLOP
 
 
 @dataclass(frozen=True)
 class ImageReport:
     """One image or clip. Patches are (n, 3) int64 on the CPU: crop (tile or frame), row and column in its grid.
 
-    kept[0]: those that entered the LLM; kept[i]: those left by the i-th cut inside it.
+    kept[0]: patches that entered the LLM. kept[i]: patches left after the i-th cut inside it.
     """
 
     kind: str
@@ -41,25 +41,25 @@ class ImageReport:
 
 @dataclass(frozen=True)
 class RowReport:
-    """One prompt of the batch. Visual tokens do not count separators such as newlines; those are never pruned."""
+    """One prompt of the batch. Separators such as newlines are never pruned and do not count as visual tokens."""
 
     tokens: int  # visual tokens before pruning
-    kept: list[int]  # those that entered the LLM, and those left by each cut inside it
-    average: float  # over the layers
+    kept: list[int]  # visual tokens that entered the LLM, and those after each cut inside it
+    average: float  # visual tokens per layer, mean over the LLM's layers
     prompt: int  # all tokens of the prompt before pruning
-    kv_mb: tuple[float, float]  # cache of the prompt: without and with pruning
-    visual_kv_mb: tuple[float, float]  # the part of it that visual tokens take
-    tflops: dict[str, tuple[float, float]]  # prefill of the LLM's layers by convention: without and with pruning
+    kv_mb: tuple[float, float]  # KV cache of the prompt in MB: without and with pruning
+    visual_kv_mb: tuple[float, float]  # part of `kv_mb` that visual tokens take
+    tflops: dict[str, tuple[float, float]]  # prefill of the LLM's layers, by convention: without and with pruning
     images: list[ImageReport]
 
     @property
     def prefill_tflops(self) -> tuple[float, float]:
-        """Of the whole prompt."""
+        """Prefill of the whole prompt: without and with pruning."""
         return self.tflops["report"]
 
     @property
     def visual_tflops(self) -> tuple[float, float]:
-        """Counted as if the prompt were its visual tokens alone."""
+        """Prefill counted as if the prompt were its visual tokens alone: without and with pruning."""
         return self.tflops["vispruner"]
 
     @property
@@ -73,7 +73,8 @@ class RowReport:
 
 @dataclass
 class Report:
-    """Of the last prompt with images. `print` it for a table; the positions are read from the device when asked for."""
+    """Report of the last prompt with images; `print` it for a table. `rows` reads positions from the device on first
+    access."""
 
     prune_layers: list[int]
     size: LLMSize
@@ -85,23 +86,25 @@ class Report:
     _left: Left = field(default_factory=dict, repr=False)
 
     def finish(self, left: Left, measured: dict[str, float]) -> None:
-        """Once the prompt went through: what each cut left of it. Where it has layer 0, that entered the LLM, and the
-        report was started without `dropped`."""
+        """Completes the report after the prefill. left: what each cut left, by layer.
+
+        An entry of layer 0 says what entered the LLM; the report then has no `dropped`.
+        """
         self.pending, self.measured, self._left = False, measured, left
 
     @property
     def encode_ms(self) -> float | None:
-        """Vision encoder, pruning before the LLM, and projector."""
+        """Time of vision encoder, pruning before the LLM, and projector, in ms. None without profile."""
         return self.measured.get("encode")
 
     @property
     def prefill_ms(self) -> float | None:
-        """The LLM's forward over the prompt, its cuts included."""
+        """Time of the LLM's forward over the prompt, cuts included, in ms. None without profile."""
         return self.measured.get("prefill")
 
     @cached_property
     def rows(self) -> list[RowReport]:
-        assert self._modality is not None  # `describe` made the report
+        assert self._modality is not None  # `describe` sets it
         modality = self._modality.cpu()
         everything = torch.ones(modality.shape, dtype=torch.bool, device="cpu")
         kept = [self._left_at(0, everything) if self._dropped is None else ~self._dropped.cpu()]

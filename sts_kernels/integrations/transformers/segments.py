@@ -22,16 +22,16 @@ class Segment:
 
 
 class PrunedPrompt:
-    """What a cache holds of a prompt of `length` columns, segment by segment."""
+    """The columns of a prompt that a cache holds, per segment. length: columns of the full prompt."""
 
     def __init__(self, length: int, segments: list[Segment]):
         self.length = length
         self.segments = segments
         self.ragged = False  # whether a later turn came with an attention mask, which may hold padding
         self.running = False  # whether the hooks are around the text model right now
-        self.later = 0  # columns behind the prompt, in a static cache; others tell by their shapes
-        self.slots: StaticSlots | None = None  # that a static cache has its layers from
-        self.plain_layers: list[StaticLayer] = []  # the layers that it was made with
+        self.later = 0  # columns after the prompt in a static cache; other caches tell by shape
+        self.slots: StaticSlots | None = None  # source of the layers of a static cache; None: another cache
+        self.plain_layers: list[StaticLayer] = []  # original layers of the static cache
 
     @property
     def hidden(self) -> int:
@@ -42,7 +42,7 @@ class PrunedPrompt:
         return bisect.bisect_right([segment.start for segment in self.segments], layer) - 1
 
     def trim(self, columns: int) -> None:
-        """Forgets the last columns: they follow the prompt, and may be taken back."""
+        """Removes the last columns from the prompt. They follow the prompt, and the caller may crop them."""
         self.length -= columns
         self.later += columns
         for segment in self.segments:

@@ -1,4 +1,4 @@
-"""What one thread is doing with a pruned model, phase by phase: it encodes images, places them, prefills, decodes."""
+"""State of one thread that uses a pruned model, phase by phase: encode images, place them, prefill, decode."""
 
 import threading
 import weakref
@@ -19,9 +19,9 @@ class Encoding:
     """A call of get_image_features or get_video_features under way."""
 
     call: EncodeCall
-    texts: Callable[[list[VisualItem]], list[torch.Tensor]]  # of items, the embeddings of the text beside each
-    attention: list[AttentionCall] = field(default_factory=list)  # of the encoder
-    # Rows that stay (for methods behind the projector: the items), and the features' shape.
+    texts: Callable[[list[VisualItem]], list[torch.Tensor]]  # items -> embeddings of the text of each item's prompt
+    attention: list[AttentionCall] = field(default_factory=list)  # of the encoder, so far
+    # Kept rows (or the items, for methods that select after the projector), and the shape of the features.
     dropping: tuple[torch.Tensor | list[VisualItem], torch.Size] | None = None
 
 
@@ -32,21 +32,21 @@ class Placed:
     ids: torch.Tensor | None = None
     mask: torch.Tensor | None = None
     by_embeds: bool = False  # the caller gave embeddings, which may hold encoded features
-    prompt_length: int | None = None  # columns of a prompt with images that generate() was given
-    columns: int | None = None  # of the prompt and of all that generate() may add
-    modality: torch.Tensor | None = None  # (B, S) int8 placeholders of a prompt with images
+    prompt_length: int | None = None  # columns of the prompt with images that generate() was given
+    columns: int | None = None  # columns of the prompt and of all new tokens of generate()
+    modality: torch.Tensor | None = None  # (B, S) int8 modality ids of a prompt with images
 
 
 @dataclass(eq=False)
 class Session:
     encoding: Encoding | None = None
-    encoded: dict[str, list[VisualItem]] = field(default_factory=dict)  # last, by kind
-    # To a caller: items, and the marks in their features.
+    encoded: dict[str, list[VisualItem]] = field(default_factory=dict)  # items encoded last, by kind
+    # Encoded for a caller outside the model: items, and the marks in their features.
     handed_out: dict[str, tuple[list[VisualItem], torch.Tensor]] = field(default_factory=dict)
     placed: Placed | None = None
     forward: Forward | None = None  # Prefill or Decoding: inside the LLM
     report: Report | None = None  # of the prompt under way
-    checked: bool = False  # whether the options of the innermost generate() were looked at when it started
+    checked: bool = False  # whether the options of the innermost generate() were checked when it started
     clock: dict[str, float] = field(default_factory=dict)
 
 

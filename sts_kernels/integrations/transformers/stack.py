@@ -1,6 +1,6 @@
-"""What the call stack tells of the forward under way: which generate() it is part of, and so where its prompt ends.
+"""Finds the generate() that a forward is part of, by its call stack. Its arguments say where the prompt ends.
 
-The model that is pruned need not be the one whose generate() is called: it may be wrapped, or a part of it.
+The pruned model need not be the one whose generate() is called: it may be wrapped, or a part of that model.
 """
 
 import sys
@@ -39,7 +39,8 @@ class Caller:
 
     @property
     def columns(self) -> int | None:
-        """Columns of the prompt and of what this generate() may add; None outside of it, and on a cache given to it."""
+        """Columns of the prompt and of all new tokens of this generate(). None outside generate(), and if the caller
+        gave a cache."""
         config, prompt = self.options.get("generation_config"), self.prompt_length
         if config is None or prompt is None or compat.cache_of(self.options) is not None:
             return None

@@ -1,11 +1,11 @@
-"""Static caches: every segment of a pruned prompt in layers of its own length, and decode steps without hooks.
+"""Static caches of pruned prompts: layers as long as their segment, and decode steps without hooks.
 
 generate() makes a static cache for the full prompt, and compiles its decode steps. Three things make that work:
 
 1. Layers. Before anything is allocated, the cache gets layers of the segments' lengths (`StaticSlots`).
-2. Masks. They are made outside of what is compiled, one for each segment, and travel as a keyword that every module
-   hands on to the layers (`MASKS`).
-3. Hooks. A step with this keyword needs no state of theirs: a layer takes its segment's mask, and that is traced.
+2. Masks. They are made outside the compiled step, one for each segment. A keyword (`MASKS`), which every module passes
+   on, brings them to the layers.
+3. Hooks. A step with this keyword needs no hook state: each layer takes its segment's mask, and that is traced.
 """
 
 import bisect
@@ -23,8 +23,8 @@ from .segments import PrunedPrompt
 if TYPE_CHECKING:
     from transformers import Cache
 
-ROUNDING = 64  # slots: prompts of nearly one length share a graph
-SPARE = 4  # sets of layers that wait for a prompt
+ROUNDING = 64  # slots are a multiple, so prompts of similar length share a graph
+SPARE = 4  # max unused sets of layers kept for later prompts
 
 
 def is_static(cache: "Cache | None") -> "TypeGuard[Cache]":
@@ -32,10 +32,10 @@ def is_static(cache: "Cache | None") -> "TypeGuard[Cache]":
 
 
 class SegmentLayer(StaticLayer):
-    """Slots for what one layer holds of a pruned prompt and of what follows it.
+    """Key and value slots of one layer, for a pruned prompt and the tokens after it.
 
-    It counts its tokens itself: before transformers 5 the caller tells the slots, in columns of the full prompt. The
-    buffers keep their addresses, which CUDA graphs know them by, and no history of gradients.
+    The layer counts its own tokens: before transformers 5, the caller passes slots as columns of the full prompt. The
+    buffers keep their addresses, as CUDA graphs require, and no autograd history.
     """
 
     keys: torch.Tensor  # None before the first prompt
@@ -43,13 +43,16 @@ class SegmentLayer(StaticLayer):
 
     def __init__(self, slots: int):
         super().__init__(slots)
-        self.empty = True  # for the host
+        self.empty = True  # on the host: no sync
         self.filled = torch.zeros((), dtype=torch.long, device="cpu")
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A prompt on empty slots attends to itself alone: it gets its own states back, and needs no mask of slots."""
+        """Stores new states -> keys and values to attend to.
+
+        A prompt on empty slots attends to itself alone: it gets its own states back, and needs no mask of slots.
+        """
         if self.empty:
             torch.compiler.disable(self._begin)(key_states, value_states)
             return key_states, value_states
@@ -61,7 +64,7 @@ class SegmentLayer(StaticLayer):
         return self.keys, self.values
 
     def _begin(self, *states: torch.Tensor) -> None:
-        with torch.inference_mode(False):  # buffers of inference mode could not be written to outside of it
+        with torch.inference_mode(False):  # inference tensors could not be written outside inference mode
             if self.keys is None or any(map(_differ, (self.keys, self.values), states)):
                 self.keys, self.values = (x.new_zeros(*x.shape[:2], self.max_cache_len, x.shape[3]) for x in states)
                 self.filled = torch.zeros((), dtype=torch.long, device=self.keys.device)
@@ -73,7 +76,7 @@ class SegmentLayer(StaticLayer):
         new = states[0].shape[2]
         for buffer, given in zip((self.keys, self.values), states, strict=True):
             buffer[:, :, :new] = given.detach()
-            buffer[:, :, new:] = 0  # a NaN would come through any mask
+            buffer[:, :, new:] = 0  # 0 * NaN is NaN: a mask does not hide it
         self.filled.fill_(new)
 
     def get_seq_length(self, *args: Any) -> torch.Tensor:
@@ -97,7 +100,7 @@ def _differ(buffer: torch.Tensor, states: torch.Tensor) -> bool:
 
 
 class PrunedStaticCache(PrunedCache):
-    """Its lengths are counted on the host: to read them is no sync."""
+    """Counts its lengths on the host, so reading them needs no sync."""
 
     def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
         return self._sts_prompt.length + self._sts_prompt.later
@@ -112,7 +115,7 @@ class PrunedStaticCache(PrunedCache):
         self._sts_prompt.later += remove
 
     def reset(self) -> None:
-        """A plain static cache again, of the length that it was made for."""
+        """Turns the cache back into a plain static cache of its original length."""
         prompt = self._sts_prompt
         detach_state(self)
         self.layers = prompt.plain_layers
@@ -123,7 +126,7 @@ class _Held:
     kind: tuple[int, ...]  # batch size, starts of the segments
     slots: tuple[int, ...]  # of each segment
     layers: list[SegmentLayer]
-    owner: "weakref.ref[Cache]"  # the cache that they were given to
+    owner: "weakref.ref[Cache]"  # the cache that has the layers
 
     @property
     def free(self) -> bool:
@@ -132,10 +135,10 @@ class _Held:
 
 
 class StaticSlots:
-    """The layers that one handle gives to static caches: those of a cache that is gone serve the next prompt.
+    """The layers that one handle gives to static caches. Layers that no cache uses any more serve the next prompt.
 
-    So a compiled step finds its buffers where they were. A batch size's slots only ever grow, so that a shorter prompt
-    needs no new graph.
+    So a compiled step finds its buffers at the same addresses. For each batch size and set of segments the slots only
+    grow, so a shorter prompt needs no new graph.
     """
 
     def __init__(self) -> None:
@@ -148,7 +151,8 @@ class StaticSlots:
         return self  # a copy of a cache has its own layers
 
     def give(self, cache: "Cache", prompt: PrunedPrompt, batch: int, ends: dict[int, int], room: int) -> None:
-        """Puts layers into an empty cache. ends: tokens of each segment, by its first layer. room: for later tokens."""
+        """Puts layers into an empty cache. ends: tokens of each segment, by its first layer. room: slots for later
+        tokens."""
         kind = (batch, *ends)
         slots = tuple(-(-(tokens + room) // ROUNDING) * ROUNDING for tokens in ends.values())
         with self._lock:
@@ -169,6 +173,6 @@ class StaticSlots:
         attach_state(cache, prompt, PrunedStaticCache)
 
     def close(self) -> None:
-        """Forgets the layers; caches that are still around cannot be continued."""
+        """Forgets the layers. Caches that still exist cannot be continued."""
         self.active = False
         self._held.clear()

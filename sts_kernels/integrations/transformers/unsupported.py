@@ -1,4 +1,5 @@
-"""What pruning does not support, said in one sentence before anything runs."""
+"""Checks for models, options and inputs that pruning does not support. Each error is one sentence, before anything
+runs."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ ATTENTIONS = "eager, sdpa and flash_attention_2/3"
 
 
 def attention_of(text: Model) -> str:
-    """The text model's attention implementation, if pruning can serve it."""
+    """Name of the text model's attention implementation. Raises NotImplementedError if pruning does not support it."""
     name = text.config._attn_implementation or "eager"
     if name not in ("eager", "sdpa") and ("flash" not in name or "paged" in name):
         raise NotImplementedError(f"sts_kernels: attention {name!r} is not supported, only {ATTENTIONS} are")
@@ -28,7 +29,7 @@ def attention_of(text: Model) -> str:
 
 
 def check_model(model: Model, base: Model, text: Model, prune_layers: list[int], contiguous: bool) -> None:
-    """Models that would be pruned wrongly."""
+    """Refuses models that would be pruned wrongly."""
     config = text.config
     attention_of(text)
     kinds = set(getattr(config, "layer_types", None) or ())
@@ -56,7 +57,7 @@ def check_model(model: Model, base: Model, text: Model, prune_layers: list[int],
 
 
 def check_signals(method: Method, adapter: ModelAdapter) -> None:
-    """Methods that are defined by what the family's encoder does not have."""
+    """Refuses methods defined by attention that the family's encoder does not have."""
     if method.encoder_attention == "last" and adapter.last_attention is None:
         raise NotImplementedError(
             f"sts_kernels: {method.name} is defined by the attention of a [CLS] token, in the encoder's last layer, to "
@@ -72,7 +73,7 @@ def check_gradients(base: Model) -> None:
 
 
 def check_threads(base: Model, others: set[int]) -> None:
-    """generate() in several threads, on models that keep state of a prompt on the model itself."""
+    """Refuses generate() in several threads, on models that keep state of a prompt on the model itself."""
     if others and hasattr(base, "rope_deltas"):
         raise RuntimeError(
             f"sts_kernels: {type(base).__name__} keeps the rotary positions of its last prompt on the model, so that "
@@ -81,7 +82,7 @@ def check_threads(base: Model, others: set[int]) -> None:
 
 
 def check_cache(cache: "Cache | None", text: Model) -> None:
-    """Caches that a prompt with images may not come with."""
+    """Refuses caches that a prompt with images cannot use."""
     if cache is None:
         return
     if int(cache.get_seq_length()) > 0:
@@ -100,7 +101,7 @@ def check_cache(cache: "Cache | None", text: Model) -> None:
 
 
 def check_static(text: Model, offloading: bool) -> None:
-    """What static caches do not go with."""
+    """Refuses static caches with offloading or FlashAttention."""
     if offloading:
         raise NotImplementedError(
             'sts_kernels: static caches are not supported with offloading; use "static", or "offloaded"'
@@ -113,7 +114,7 @@ def check_static(text: Model, offloading: bool) -> None:
 
 
 def plain_mask(mask: Any) -> torch.Tensor | None:
-    """The attention mask of a pruned prompt, if it is one of padding."""
+    """The attention mask of a pruned prompt. Raises NotImplementedError if it is not a padding mask."""
     if mask is not None and (not isinstance(mask, torch.Tensor) or mask.ndim != 2):
         raise NotImplementedError(
             "sts_kernels: only attention masks of shape (batch, length) that mark padding are supported"
@@ -122,7 +123,7 @@ def plain_mask(mask: Any) -> torch.Tensor | None:
 
 
 def check_generation(model: Model, text: Model, options: Kwargs, cache: "Cache | None") -> None:
-    """Options of generate() for a prompt with images that would be pruned wrongly."""
+    """Refuses options of generate() under which a prompt with images would be pruned wrongly."""
     given = options.get("generation_config") or model.generation_config
 
     def option(name: str) -> Any:
@@ -144,7 +145,7 @@ def check_generation(model: Model, text: Model, options: Kwargs, cache: "Cache |
 
 
 def checked_caller(base: Model, checked: bool) -> Caller:
-    """Who called, and an error where that is a generate() with such options. checked: they were looked at before."""
+    """`caller_of(base)`, after `check_generation` of its options. checked: these were checked before."""
     caller = caller_of(base)
     if caller.model is not None and not checked:
         check_generation(caller.model, base.language_model, caller.options, compat.cache_of(caller.options))

@@ -1,4 +1,4 @@
-"""Names for what has no types: models of transformers and of vLLM, of which the names of parts are known, no class."""
+"""Aliases for untyped objects: models of transformers and vLLM, known by the names of their parts and not by class."""
 
 from typing import Any, TypeAlias
 

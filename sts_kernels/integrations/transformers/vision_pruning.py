@@ -14,9 +14,9 @@ from .visual_item import VisualItem
 
 @dataclass(frozen=True)
 class Kept:
-    rows: torch.Tensor  # of the features, ascending
-    values: torch.Tensor | None = None  # what a method that merges puts there; None: the features themselves
-    counts: list[int] | None = None  # of each item, where they follow the tokens; None: as planned
+    rows: torch.Tensor  # indices of the kept features, ascending
+    values: torch.Tensor | None = None  # merged features at these rows; None: the features themselves
+    counts: list[int] | None = None  # kept tokens per item, where they depend on data; None: as planned
 
 
 def with_budgets(items: Sequence[VisualItem], plan: Plan) -> list[VisualItem]:
@@ -25,13 +25,14 @@ def with_budgets(items: Sequence[VisualItem], plan: Plan) -> list[VisualItem]:
 
 @dataclass(frozen=True)
 class Pools:
-    """What is selected from at once: all candidates of an image, or of a crop. Tables are where the features are."""
+    """Packed candidates. A pool is the unit of one selection: an image or a crop. Tables are on the features'
+    device."""
 
     lengths: list[int]
     budgets: list[int]
     owners: list[int]  # the item of each pool
-    rows: torch.Tensor  # of the features, pool after pool
-    first: torch.Tensor  # (sum of budgets,): where the pool of each pick starts in `rows`
+    rows: torch.Tensor  # indices of features, pool after pool
+    first: torch.Tensor  # (sum of budgets,): start in `rows` of the pool of each pick
 
     @staticmethod
     def of(items: Sequence[VisualItem], scope: str, device: torch.device) -> "Pools | None":
@@ -66,11 +67,14 @@ def select(
     keys: torch.Tensor | None = None,
     texts: list[torch.Tensor] | None = None,
 ) -> Kept | None:
-    """What of features (features of all items, C) becomes tokens; None: all of them, as they are.
+    """Selects the features that become tokens. None: all of them, unchanged.
 
-    attention (features,), keys (features, D) and texts, for each item (M, C), where the method asks for them. Costs one
-    call of the method's kernel (one for each length of text) and, on a GPU, small copies to the device. Nothing is read
-    back, but the numbers of tokens where a method makes them follow the tokens.
+    features: (features of all items, C).
+    attention (features,), keys (features, D), texts (for each item, (M, C)): where the method asks for them.
+
+    Cost: one call of the method's kernel (one for each length of text) and, on a GPU, small copies to the device. The
+    integration reads nothing back, except the numbers of tokens of an `adaptive` method. A method that `synchronises`
+    waits for the device.
     """
     if sum(item.num_features for item in items) != features.shape[0]:
         raise RuntimeError(
@@ -98,7 +102,7 @@ def select_from(
     keys: torch.Tensor | None = None,
     texts: list[torch.Tensor] | None = None,
 ) -> Kept:
-    """`select` with the numbers of tokens as `pools` has them. texts: for each pool."""
+    """`select` with the budgets of `pools`. texts: one for each pool."""
     signals = _pooled(pools, features, attention, keys)
     if texts is None:
         picked = method.select_packed(pools.lengths, pools.budgets, **signals)
@@ -124,7 +128,7 @@ def _pooled(
 
 
 def merged_rows(method: Method, family: str, x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """`values` of `Kept` in place of x, the rows that the projector would get."""
+    """`values` of `Kept`, in the dtype of x, to replace x as the input of the projector. Shapes must be equal."""
     if x.shape != values.shape:
         raise NotImplementedError(
             f"sts_kernels: {method.name} merges features before the projector, which {family} does not allow: its "
@@ -140,8 +144,8 @@ def _beside_text(
     signals: dict[str, torch.Tensor | None],
     texts: list[torch.Tensor],
 ) -> Selection:
-    """`select_packed` of pools with a text each: those with texts of one length at a time."""
-    parts: list[Any] = [None] * len(lengths)  # of each item: the columns of a Selection
+    """`select_packed` of pools with one text each: one call for each length of text."""
+    parts: list[Any] = [None] * len(lengths)  # for each pool: the columns of a Selection
     for size in sorted({len(text) for text in texts}):
         mine = [i for i, text in enumerate(texts) if len(text) == size]
         given = {

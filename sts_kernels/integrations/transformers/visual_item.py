@@ -1,4 +1,4 @@
-"""What the integration knows of one image or clip, between the vision encoder and the LLM."""
+"""`VisualItem`: one image or clip between the vision encoder and the LLM."""
 
 import itertools
 import math
@@ -11,8 +11,8 @@ import torch
 class VisualItem:
     """One image, or one clip of a video.
 
-    The projector gets `num_features` rows of it, crop after crop, tile after tile or frame after frame (`crops` rows
-    each, numbered as `grids` describes them); the LLM gets `num_tokens` tokens.
+    The projector gets its `num_features` features, crop after crop (tile after tile, frame after frame). Crop i has
+    `crops[i]` features, in raster order of `grids[i]`. The LLM gets `num_tokens` tokens.
     """
 
     kind: str  # "image" or "video"
@@ -35,7 +35,8 @@ class VisualItem:
         return self.num_features if self.feature_of_token is None else int((self.feature_of_token >= 0).sum())
 
     def candidates(self) -> list[torch.Tensor]:
-        """For each crop, the features that become tokens, in order; those that the model would discard are left out."""
+        """For each crop, indices of the features that become tokens, ascending. Features that the model discards are
+        left out."""
         bounds = list(itertools.pairwise(itertools.accumulate(self.crops, initial=0)))
         if self.feature_of_token is None:
             return [torch.arange(a, b, device="cpu") for a, b in bounds]
@@ -54,6 +55,6 @@ class VisualItem:
 
 
 def square(tokens: int) -> tuple[int, int]:
-    """The grid of a square crop of this many tokens, [CLS] among them or not."""
+    """Grid of a square crop of this many tokens, with or without [CLS]."""
     side = math.isqrt(tokens)
     return (side, side)

@@ -1,4 +1,4 @@
-"""Pictures of the tokens that each step of a pruning left."""
+"""Pictures of the tokens that each pruning step leaves."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +15,14 @@ SIDE, MARGIN, CAPTION = 336, 10, 22  # pixels
 
 
 def draw(report: Report, inputs: dict[str, Any], images: list["Picture"], processor: "ProcessorMixin") -> "Picture":
-    """One row a picture: what entered the LLM, and what each cut inside it left, the dropped tokens dimmed.
+    """One row of panels per image: tokens that entered the LLM, then tokens after each cut inside it. Dropped tokens
+    are dimmed.
 
     Args:
         report: of a prompt with these images, batch size 1.
-        inputs: what the processor made of them.
-        images: the PIL images themselves.
-        processor: the model's; its image processor knows how pixels were normalised.
+        inputs: output of the processor for these images.
+        images: the PIL images.
+        processor: the processor of the model; its image processor knows how pixels were normalised.
     """
     from PIL import Image, ImageDraw
 
@@ -53,8 +54,8 @@ def draw(report: Report, inputs: dict[str, Any], images: list["Picture"], proces
 def _parts(
     inputs: dict[str, Any], index: int, image: "Picture", counts: list[int], processor: "ProcessorMixin"
 ) -> list["Picture"]:
-    """The pictures that the model saw of one image, part by part: crops or tiles as they were, or the whole image where
-    the model takes any size."""
+    """Pictures of one image as the model saw them: its crops or tiles, or the whole image where the model takes any
+    size."""
     from PIL import Image
 
     if "pixel_values" not in inputs or "image_grid_thw" in inputs:

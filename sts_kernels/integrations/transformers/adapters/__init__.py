@@ -1,4 +1,4 @@
-"""One file a model family, found by its name."""
+"""Model families: every module here except base is one family, found by its presence."""
 
 import importlib
 import pkgutil

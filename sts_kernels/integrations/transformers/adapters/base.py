@@ -1,6 +1,6 @@
-"""What differs between model families: where each signal of a pruning method is found, and how images lie in it.
+"""`ModelAdapter`: where a model family has each signal of a pruning method, and how images lie in its features.
 
-To support a family write one `ModelAdapter` in a file of its own; docs/adding-a-model.md shows how.
+To support a family, write one `ModelAdapter` in its own file; docs/adding-a-model.md shows how.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,27 +17,28 @@ from ..visual_item import VisualItem, square
 
 @dataclass
 class EncodeCall:
-    """One call of get_image_features or get_video_features: what the layout of its features can be read from."""
+    """One call of get_image_features or get_video_features. `ModelAdapter.layout` reads the layout of the features from
+    it."""
 
     kind: str  # "image" or "video"
     arguments: Kwargs
-    placeholder_runs: Callable[[str], list[int]]  # lengths of the runs of placeholders of a kind in the prompt
+    placeholder_runs: Callable[[str], list[int]]  # kind -> lengths of the runs of placeholders in the prompt
 
 
 @dataclass(frozen=True)
 class EncoderShape:
-    """What fixes every shape inside an encoder, beside the shape of the pixel values. Graphs are kept by it."""
+    """Fixes every shape inside an encoder, together with the shape of the pixel values. Graphs are cached by both."""
 
-    features: tuple[int, ...]  # of what the projector gets, as `layout` is told it, without channels
-    sizes: Any = None  # whatever else the family's tables are made from, hashable: grids, sizes of images
+    features: tuple[int, ...]  # shape of the features as `layout` gets it, without channels
+    sizes: Any = None  # hashable: all else that the family's tables depend on, such as grids or image sizes
 
 
 @dataclass(frozen=True)
 class Features:
-    """What an encoder hands on. `rows` is the input of `ModelAdapter.projector`, as the model itself would call it.
+    """Output of an encoder. `rows` is the input of `ModelAdapter.projector`, as the model itself would call it.
 
-    deepstack: further projectors, each with its input: one row (or run of rows) for each of `rows`, in the same order.
-    The i-th one's output is added behind the LLM's i-th layer.
+    deepstack: further projectors, each with its input. An input has one row (or run of rows) for each of `rows`, in the
+    same order. The output of projector i is added after layer i of the LLM.
     """
 
     rows: torch.Tensor
@@ -45,65 +46,77 @@ class Features:
 
 
 class FixedEncoder:
-    """How a family's encoder runs where shapes never change: captured in a CUDA graph, or compiled whole.
+    """How a family's encoder runs with fixed shapes: captured in a CUDA graph, or compiled whole.
 
-    A family writes `shape` and `run`; `tables`, `calls` and `separator` where it has any. Everything else is common to
-    all families and done by the caller: it selects from `adapter.features(projector, rows)`, projects the kept rows
-    alone, gives each the place that `adapter.layout` and `adapter.order` say, and puts separators between them.
+    A family overrides `shape` and `run`; `usual`, `tables`, `calls` and `separator` where they apply. The caller does
+    the rest, which is common to all families. It selects from `adapter.features(projector, rows)` and projects the kept
+    rows (all rows, if the method selects projected features). It places each row by `adapter.layout` and
+    `adapter.order`, and puts separators between them.
     """
 
     def shape(self, base: Model, call: EncodeCall) -> EncoderShape:
-        """Of one batch of prompts, on the host. `call.arguments` has what the model is called with, by name: sizes and
-        ids are host tensors, pixel values may be on a device, and only their shape may be looked at.
+        """Shape of one batch of prompts, computed on the host.
+
+        `call.arguments` holds the arguments of the model by name. Sizes and ids are host tensors. Pixel values may be
+        on a device; only their shape may be read.
 
         Raises:
-            NotImplementedError: one sentence that says what cannot run with fixed shapes.
+            NotImplementedError: the input cannot run with fixed shapes; the message names the reason.
         """
         raise NotImplementedError
 
     def usual(self, base: Model, images: int) -> tuple[EncoderShape, tuple[int, ...]] | None:
-        """The shape of so many images, and of their pixel values, where all images have one size. None: they have any,
-        and graphs are made when a size is first met."""
+        """(EncoderShape, shape of the pixel values) of this number of images, where all images of the family have one
+        size. None: image sizes vary, so no graph can be made before the first prompt."""
         return None
 
     def tables(self, base: Model, shape: EncoderShape) -> dict[str, torch.Tensor]:
-        """Host tensors that follow from sizes alone: index tables, positions, bounds of windows. Made once for each
-        shape; `run` gets them on the device. A table whose name starts with "host_" stays on the host: for bounds
-        that a kernel is given as Python numbers."""
+        """Host tensors that depend on sizes alone: index tables, positions, bounds of windows.
+
+        They are made once for each shape; `run` gets them on the device. A table whose name starts with "host_" stays
+        on the host, for bounds that a kernel takes as Python numbers.
+        """
         return {}
 
     def run(self, base: Model, tables: dict[str, torch.Tensor], pixel_values: torch.Tensor) -> Features:
-        """Pixels to the projector's input, with fixed shapes: no value is read, no tensor is made from host values or
-        copied between devices, and torch.compile(fullgraph=True) can trace it."""
+        """Pixel values -> the projector's input, with fixed shapes.
+
+        It reads no value back, makes no tensor from host values and copies nothing between devices.
+        torch.compile(fullgraph=True) can trace it.
+        """
         raise NotImplementedError
 
     def calls(self, base: Model, shape: EncoderShape, calls: list[AttentionCall]) -> list[AttentionCall]:
-        """(query, key, scale) as the attention of `adapter.vision_attention` was called in `run` -> the same for what
-        attends to itself in it: one for all images of one size, or one for each image. By sizes on the host only."""
+        """Splits attention calls into sets of tokens that attend to each other, by host sizes only.
+
+        calls: (query, key, scale) of each call of `adapter.vision_attention` in `run` -> one call for all images of one
+        size, or one call for each image.
+        """
         return calls
 
     def separator(self, base: Model) -> torch.Tensor | None:
-        """(D,): what the LLM gets at tokens that are no piece of an image (`feature_of_token` -1)."""
+        """(D,): LLM input at tokens that stand for no feature (`feature_of_token` -1). None: the family has none."""
         return None
 
 
 @dataclass(frozen=True)
 class ModelAdapter:
-    """
-    name, model_types: what people call the family, and `config.model_type` of its models.
-    projector: base model -> the module that turns features into LLM tokens, each from rows of its own.
+    """Where a model family has each signal, and how images lie in its features.
+
+    name, model_types: common name of the family, and `config.model_type` of its models.
+    projector: base model -> the module that turns features into LLM tokens, each from its own rows.
     layout: (base model, call, shape of the features) -> the images in them, in order.
-    vision_attention: (base model, kind) -> the attention module of the encoder that methods look at.
-    per_feature: (base model, values (n, tokens, D) of its tokens, shape of the features) -> (features, D): values of
-        the encoder's tokens, brought to the rows that the projector gets.
-    features: (the projector, its input) -> what methods select from, one row for each token; the rows of the input that
-        make up a token follow one another.
-    last_attention: the same of the encoder's last layer, for methods that are defined by its [CLS] token. None: the
-        family has none, or its features are not the encoder's tokens.
-    order: (base model, call) -> (features,) int64: for each row that the projector gets, its number in the order in
+    vision_attention: (base model, kind) -> the encoder's attention module whose query and key methods use.
+    per_feature: (base model, values (n, tokens, D) of encoder tokens, shape of the features) -> (features, D): the
+        values mapped to the features.
+    features: (the projector, its input) -> the features that methods select from, one row per token. The input rows of
+        a token are adjacent.
+    last_attention: as `vision_attention`, of the encoder's last layer, for methods defined by its [CLS] token. None:
+        the family has no [CLS] token, or its features are not the encoder's tokens.
+    order: (base model, call) -> (features,) int64: for each row of the projector's input, its index in the order in
         which the tokens of an image enter the LLM. None: the same order.
-    fixed_encoder: how the encoder runs inside a graph. None: such a model cannot be compiled.
-    prune_layer: default of methods with one prune layer that do not name their own; None: half the layers.
+    fixed_encoder: how the encoder runs inside a graph. None: the models cannot be compiled.
+    prune_layer: default of methods with one prune layer that do not name their own. None: half the layers.
     """
 
     name: str
@@ -119,18 +132,18 @@ class ModelAdapter:
     fixed_encoder: FixedEncoder | None = None
 
     def attention(self, base: Model, calls: list[AttentionCall], shape: torch.Size) -> torch.Tensor:
-        """(features,) float32: the attention that [CLS], or all tokens on average, pay each feature."""
+        """(features,) float32: attention that each feature receives from [CLS], or from all tokens on average."""
         received = _joined([vision_attention.received(*call)[..., None] for call in calls])
         return self.per_feature(base, received, shape)[:, 0]
 
     def keys(self, base: Model, calls: list[AttentionCall], shape: torch.Size) -> torch.Tensor:
-        """(features, D) float32: the keys of that attention, mean over heads."""
+        """(features, D) float32: keys of these attention calls, mean over heads."""
         keys = _joined([key.float().mean(1) for _, key, _ in calls])
         return self.per_feature(base, keys, shape)
 
 
 def _joined(values: list[torch.Tensor]) -> torch.Tensor:
-    """Of one call, (n, tokens, D), or of a call for each image, whose sizes differ: (1, tokens of all, D)."""
+    """One call: (n, tokens, D). One call per image, of different sizes: (1, tokens of all images, D)."""
     return values[0] if len(values) == 1 else torch.cat([x.flatten(0, 1) for x in values])[None]
 
 
@@ -142,7 +155,7 @@ def multi_modal_projector(base: Model) -> torch.nn.Module:
 
 
 def vision_model(tower: Model) -> Model:
-    """The encoder itself: some versions have a class around it."""
+    """The encoder itself. Some versions of transformers wrap it in another class."""
     return getattr(tower, "vision_model", tower)
 
 
@@ -168,7 +181,7 @@ def llava_last_attention(base: Model, kind: str) -> torch.nn.Module:
 
 
 def without_class_token(base: Model, values: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """[CLS] may not be a feature itself."""
+    """(n, tokens, D) -> (features, D), without a [CLS] token that is no feature."""
     return values[:, values.shape[1] - shape[1] :].flatten(0, 1)
 
 
@@ -182,7 +195,7 @@ def one_item_a_row(base: Model, call: EncodeCall, shape: torch.Size) -> list[Vis
 
 
 class FixedLlavaEncoder(FixedEncoder):
-    """(images, 3, H, W): every row is an image."""
+    """Pixel values (images, 3, H, W): every row is an image."""
 
     def shape(self, base: Model, call: EncodeCall) -> EncoderShape:
         has_embeddings = hasattr(vision_model(base.vision_tower), "embeddings")
@@ -211,7 +224,8 @@ def class_token_dropped(base: Model) -> bool:
 
 
 def tower_tokens(base: Model, call: EncodeCall, tower: Model) -> int:
-    """Features of a crop, if they are those of the configuration."""
+    """Features of a crop. Raises NotImplementedError where the call overrides the configured feature layer or
+    strategy."""
     for name in ("vision_feature_layer", "vision_feature_select_strategy"):
         given, own = call.arguments.get(name), getattr(base.config, name)
         if given is not None and given != own:
@@ -220,8 +234,10 @@ def tower_tokens(base: Model, call: EncodeCall, tower: Model) -> int:
 
 
 def tower_features(base: Model, tower: Model, pixel_values: torch.Tensor, whole: bool = False) -> torch.Tensor:
-    """(n, 3, H, W) -> (n, tokens, C): of the layers that the projector takes its features from, side by side. whole:
-    with [CLS], whatever the configuration says."""
+    """(n, 3, H, W) -> (n, tokens, C): hidden states of the projector's feature layers, concatenated along C.
+
+    whole: keep [CLS], whatever the configuration says.
+    """
     layers = base.config.vision_feature_layer
     states = tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
     first = int(not whole and class_token_dropped(base))

@@ -1,4 +1,5 @@
-"""InternVL: an image is one or several tiles, whose patches a pixel shuffle joins four by four."""
+"""InternVL: an image is one or more tiles. A pixel shuffle merges the patches of a tile, 2x2 by default, into one
+feature."""
 
 import math
 
@@ -10,8 +11,11 @@ from . import base
 
 
 def layout(model: Model, call: base.EncodeCall, shape: torch.Size) -> list[VisualItem]:
-    """(tiles of all images, tokens, C). The model is not told which tiles are one image, but the prompt shows it: an
-    image is one run of placeholders. Features encoded without a prompt count each tile as an image."""
+    """shape: (tiles of all images, tokens, C). An image is one run of placeholders, which gives its tiles.
+
+    The model itself is not told which tiles form an image. Without a prompt, or where its runs do not fit, each tile
+    counts as an image.
+    """
     tiles, tokens = shape[0], shape[1]
     runs = call.placeholder_runs("image")
     if sum(runs) != tiles * tokens or any(run % tokens for run in runs):
@@ -20,7 +24,7 @@ def layout(model: Model, call: base.EncodeCall, shape: torch.Size) -> list[Visua
 
 
 def shuffled(model: Model, values: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """The mean over the patches that make up a feature."""
+    """(tiles, tokens, D) -> (features, D): mean over the patches of each feature."""
     count, depth = values.shape[1:]
     side = math.isqrt(count)
     patches = values[:, count - side * side :].reshape(-1, side, side, depth)
@@ -29,7 +33,7 @@ def shuffled(model: Model, values: torch.Tensor, shape: torch.Size) -> torch.Ten
 
 
 class FixedTileEncoder(base.FixedEncoder):
-    """(tiles of all images, 3, H, W)."""
+    """Pixel values (tiles of all images, 3, H, W)."""
 
     def shape(self, model: Model, call: base.EncodeCall) -> base.EncoderShape:
         tiles, _, *size = call.arguments["pixel_values"].shape

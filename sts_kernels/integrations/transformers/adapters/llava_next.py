@@ -11,15 +11,17 @@ from . import base
 
 
 def crops_of(model: Model, size: torch.Tensor | Sequence[int]) -> int:
-    """Of an image of this height and width, the base crop among them."""
+    """Number of crops of an image of this (height, width), the base crop included."""
     crops = sys.modules[type(model).__module__].image_size_to_num_patches
     side = model.config.vision_config.image_size
     return crops(image_size=size, grid_pinpoints=model.config.image_grid_pinpoints, patch_size=side)
 
 
 def layout(model: Model, call: base.EncodeCall, shape: torch.Size) -> list[VisualItem]:
-    """(crops of all images, tokens, C): the number of crops follows from the image's size, and which of their tokens
-    survive unpadding, and where newlines go, from the model's own packing of their numbers."""
+    """shape: (crops of all images, tokens, C). The number of crops follows from the image's size.
+
+    The model's own packing, run on token numbers, tells which tokens survive unpadding and where newlines go.
+    """
     config, tokens = model.config, shape[1]
     sizes = torch.as_tensor(call.arguments["image_sizes"], device="cpu")
     strategy = call.arguments.get("vision_feature_select_strategy") or config.vision_feature_select_strategy
@@ -28,7 +30,7 @@ def layout(model: Model, call: base.EncodeCall, shape: torch.Size) -> list[Visua
         crops = crops_of(model, size)
         numbers = torch.arange(crops * tokens, dtype=torch.float64, device="cpu").view(crops, tokens, 1)
         newline = torch.tensor([-1.0], dtype=torch.float64, device="cpu")
-        with torch.device("cpu"):  # whatever the default device
+        with torch.device("cpu"):  # independent of the default device
             packed, _ = model.pack_image_features(
                 [numbers], size[None], vision_feature_select_strategy=strategy, image_newline=newline
             )
@@ -37,7 +39,7 @@ def layout(model: Model, call: base.EncodeCall, shape: torch.Size) -> list[Visua
 
 
 class FixedCropEncoder(base.FixedEncoder):
-    """(images, crops of the largest, 3, H, W), or the crops of all images in one row."""
+    """Pixel values (images, max crops of an image, 3, H, W), or (crops of all images, 3, H, W)."""
 
     def shape(self, model: Model, call: base.EncodeCall) -> base.EncoderShape:
         sizes = torch.as_tensor(call.arguments["image_sizes"], device="cpu").tolist()

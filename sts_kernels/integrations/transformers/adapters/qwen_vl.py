@@ -16,17 +16,18 @@ from . import base
 
 
 def merger_mlp(model: Model) -> torch.nn.Module:
-    """Behind the merger's norm: its input is the normalised patches of a 2x2 group side by side."""
+    """The MLP after the merger's norm. Input: one row per 2x2 group, its normalised patches concatenated."""
     return model.visual.merger.mlp
 
 
 def merger(model: Model) -> torch.nn.Module:
-    """The whole of it: an adapter wraps the linear layers inside, and would not see which rows a hook on them drops."""
+    """The whole merger. PEFT wraps the linear layers inside it: the wrapper would not see rows that a hook on them
+    drops."""
     return model.visual.merger
 
 
 def merged_patches(module: Model, x: torch.Tensor) -> torch.Tensor:
-    """What its linear layers get: as the input of Qwen2.5-VL's MLP."""
+    """Patches -> the input of the merger's linear layers: one row per group, as for Qwen2.5-VL's MLP."""
     return module.norm(x).view(-1, module.hidden_size)
 
 
@@ -35,8 +36,8 @@ def grids_of(call: base.EncodeCall) -> list[list[int]]:
 
 
 def layout(model: Model, call: base.EncodeCall, shape: torch.Size) -> list[VisualItem]:
-    """(groups of all images, C), frame after frame. Qwen2.5-VL orders the groups of a frame by attention windows, and
-    puts them in raster order after the merger."""
+    """shape: (groups of all images, C), frame after frame. Qwen2.5-VL orders the groups of a frame by attention
+    windows, and restores raster order after the merger."""
     merge = model.visual.spatial_merge_size
     items = []
     for frames, height, width in grids_of(call):
@@ -46,8 +47,7 @@ def layout(model: Model, call: base.EncodeCall, shape: torch.Size) -> list[Visua
 
 
 def frames_of(visual: Model | Config, grids: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """(rows, columns) of each frame: the numbers of its groups, in raster order. visual: the encoder or its
-    configuration."""
+    """For each frame, (rows, columns) group numbers in raster order. visual: the encoder or its configuration."""
     merge = visual.spatial_merge_size
     sizes = [(height // merge, width // merge) for count, height, width in grids for _ in range(count)]
     groups = torch.arange(sum(map(math.prod, sizes)), device="cpu").split([*map(math.prod, sizes)])
@@ -55,7 +55,8 @@ def frames_of(visual: Model | Config, grids: Sequence[Sequence[int]]) -> list[to
 
 
 def windows_of(visual: Model | Config, frames: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The groups that attend to each other in most blocks: those of a window, or of a frame."""
+    """Sets of groups that attend to each other in most blocks: attention windows, or frames if there is no
+    `window_size`."""
     if not hasattr(visual, "window_size"):
         return [frame.flatten() for frame in frames]
     side = visual.window_size // visual.spatial_merge_size // visual.patch_size
@@ -63,7 +64,7 @@ def windows_of(visual: Model | Config, frames: list[torch.Tensor]) -> list[torch
 
 
 def window_order(visual: Model | Config, grids: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Qwen2.5-VL: the groups of a frame window by window, each in raster order."""
+    """Qwen2.5-VL: group numbers window by window, in raster order within a window."""
     return torch.cat(windows_of(visual, frames_of(visual, grids)))
 
 
@@ -72,7 +73,7 @@ def windows(model: Model, call: base.EncodeCall) -> torch.Tensor:
 
 
 def attention(model: Model, kind: str) -> torch.nn.Module:
-    return model.visual.blocks[-1].attn  # attends to the whole image in all of them; inner blocks may be windowed
+    return model.visual.blocks[-1].attn  # full attention in all three families; inner blocks may be windowed
 
 
 def of_groups(model: Model, values: torch.Tensor, shape: torch.Size) -> torch.Tensor:
@@ -81,18 +82,26 @@ def of_groups(model: Model, values: torch.Tensor, shape: torch.Size) -> torch.Te
 
 
 class FixedQwenEncoder(base.FixedEncoder):
-    """The model attends once for each window or frame, which it cuts out by numbers that it reads. Here those of equal
-    length are neighbours and one batch: a block attends as often as there are lengths."""
+    """Batches attention by window length.
+
+    The model makes one attention call per window or frame, and reads the bounds back. Here, windows (or frames) of
+    equal length are adjacent and form one batch. A block makes one call per distinct length.
+    """
 
     def shape(self, model: Model, call: base.EncodeCall) -> base.EncoderShape:
         grids = tuple(map(tuple, grids_of(call)))
         return base.EncoderShape((sum(map(math.prod, grids)) // model.visual.spatial_merge_size**2,), grids)
 
     def tables(self, model: Model, shape: base.EncoderShape) -> dict[str, torch.Tensor]:
-        """windows_i (n, L): the patches of n windows of length L, numbered as in the pixel values. All windows_i one
-        after the other are the order in which blocks run; the other tables number patches in it.
-        frames_i (n, L): likewise the patches of n frames; unframed: the way back from their order. features: patches in
-        the order of the model's own encoder. positions (patches, 2): row and column of each."""
+        """Block order: all `windows_i`, concatenated. Blocks run on patches in this order.
+
+        windows_i (n, L): patches of the n windows of length L, numbered as in the pixel values.
+        frames_i (n, L): patches of the n frames of one length, by their place in block order.
+        unframed: inverse permutation of all frames_i, concatenated.
+        features: places in block order of the patches in the order of the model's own encoder.
+        positions (patches, 2): row and column of each patch, in block order.
+        corners, weights: learned positions of each patch, in block order; see `interpolation`.
+        """
         visual = model.visual
         unit = visual.spatial_merge_size**2
         frames = frames_of(model.visual, shape.sizes)
@@ -140,7 +149,8 @@ class FixedQwenEncoder(base.FixedEncoder):
         return base.Features(rows, deepstack)
 
     def calls(self, model: Model, shape: base.EncoderShape, calls: list[AttentionCall]) -> list[AttentionCall]:
-        """Frames of one length at a time -> each of them, where they have several."""
+        """Batches of frames of one length -> one call per frame, in the order of the frames. A single batch stays as it
+        is."""
         if len(calls) == 1:
             return calls
         lengths = [height * width for count, height, width in shape.sizes for _ in range(count)]
@@ -155,13 +165,13 @@ def patches_of(groups: torch.Tensor, unit: int) -> torch.Tensor:
 
 
 def by_length(name: str, parts: Sequence[torch.Tensor], unit: int) -> dict[str, torch.Tensor]:
-    """Parts of some groups each -> those of equal length as one table of their patches, short ones first."""
+    """Sets of groups -> for each set length, shortest first, one table (n, L) of patches."""
     equal = itertools.groupby(sorted(parts, key=len), len)
     return {f"{name}_{i}": patches_of(torch.stack(list(same)), unit) for i, (_, same) in enumerate(equal)}
 
 
 def runs(tables: dict[str, torch.Tensor], name: str) -> list[torch.Size]:
-    """Number and length of the windows, or frames, of each table."""
+    """(n, L) of each table: number and length of its windows or frames."""
     return [table.shape for key, table in tables.items() if key.startswith(f"{name}_")]
 
 
@@ -170,7 +180,7 @@ def joined(tables: dict[str, torch.Tensor], name: str) -> torch.Tensor:
 
 
 def spots_of(grids: Sequence[Sequence[int]], merge: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each patch, group after group: row and column (patches, 2), and rows and columns of its frame."""
+    """For each patch, group after group: (patches, 2) row and column, (patches, 2) height and width of its frame."""
     spots, sizes = [], []
     for count, height, width in grids:
         spot = torch.cartesian_prod(torch.arange(height, device="cpu"), torch.arange(width, device="cpu"))
@@ -181,7 +191,8 @@ def spots_of(grids: Sequence[Sequence[int]], merge: int) -> tuple[torch.Tensor, 
 
 
 def interpolation(spots: torch.Tensor, sizes: torch.Tensor, side: int) -> dict[str, torch.Tensor]:
-    """Bilinear, corners aligned: (patches, 4) learned positions on a grid of `side` rows and columns, and weights."""
+    """Bilinear interpolation of learned positions on a `side` x `side` grid, corners aligned. corners, weights:
+    (patches, 4)."""
     place = spots.double() * (side - 1) / (sizes - 1).clamp(min=1)
     low = place.long()
     corners = torch.cartesian_prod(*[torch.arange(2, device="cpu")] * 2)
@@ -191,7 +202,8 @@ def interpolation(spots: torch.Tensor, sizes: torch.Tensor, side: int) -> dict[s
 
 
 def attend(attention: Model, x: torch.Tensor, rotary: torch.Tensor, runs: list[torch.Size]) -> torch.Tensor:
-    """(patches, C): the attention of windows, or frames, of equal length at a time."""
+    """(patches, C) -> (patches, C): attention, one call per batch of equally long windows or frames. runs: (n, L) of
+    each."""
     parts = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1)).unbind(1)
     rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb_vision
     parts = *rotate(*parts[:2], *rotary), parts[2]

@@ -29,14 +29,14 @@ def last_attention(model: Model, kind: str) -> torch.nn.Module:
 
 
 class FixedClipEncoder(base.FixedEncoder):
-    """(images, 3, H, W), or (clips, frames, 3, H, W)."""
+    """Pixel values (images, 3, H, W), or (clips, frames, 3, H, W)."""
 
     def shape(self, model: Model, call: base.EncodeCall) -> base.EncoderShape:
         names = ("pixel_values", "pixel_values_images") if call.kind == "image" else ("pixel_values_videos",)
         pixels = next(call.arguments[name] for name in names if call.arguments.get(name) is not None)
         tokens = base.tower_tokens(model, call, tower(model, call.kind))
         if call.kind == "video":
-            tokens += base.class_token_dropped(model)  # it stays in frames
+            tokens += base.class_token_dropped(model)  # frames keep [CLS]
         return base.EncoderShape((pixels.shape[:-3].numel(), tokens), call.kind)
 
     def run(self, model: Model, tables: dict[str, torch.Tensor], pixel_values: torch.Tensor) -> base.Features:

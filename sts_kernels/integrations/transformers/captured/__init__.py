@@ -1,10 +1,10 @@
-"""Pruned models at the speed of the device: encoder, prefill and decode as functions of fixed shapes, each one graph.
+"""Compiled pruned models: encoder, prefill and decode step as functions of fixed shapes, one graph each.
 
-driver     stock generate() stays the loop; which calls it serves, buckets, errors
-layout     a batch of prompts as numbers of fixed shapes, on the host
-encoder    vision encoder and projector, on what a method keeps
-runner     pruned prefill and decode of an LLM
-graphs     how such functions are run: as they are, compiled, captured in CUDA graphs
+driver     serves the forwards of stock generate(): which calls, which bucket, errors
+layout     a batch of prompts -> host tensors of fixed shapes
+encoder    vision encoder, selection and projector
+runner     pruned prefill and decode step of an LLM
+graphs     runs such functions as they are, compiled, or captured in CUDA graphs
 """
 
 from .driver import Bucket, Captured, check, check_backend, sizes

@@ -1,4 +1,4 @@
-"""Stock generate() drives, graphs compute: sampling, stopping and streaming stay the library's."""
+"""Graphs compute the forwards of a stock generate(). Sampling, stopping and streaming stay the library's."""
 
 import contextlib
 import functools
@@ -34,12 +34,12 @@ from .runner import Decoded, Prefilled, Runner, Shape
 if TYPE_CHECKING:
     from ..handle import PruningHandle
 
-STEP, MOST = 64, 8  # of buckets: slots between two, and how many are kept
+STEP, MOST = 64, 8  # step between prompt lengths in slots; max shapes kept
 PIXELS = ("pixel_values", "pixel_values_images")
 BACKENDS = (None, "inductor", "eager")  # "eager": torch.compile's tracing alone, for tests
 ATTENTIONS = ("sdpa", "eager")
-LIBRARY_LENGTH = 20  # tokens of a generate() that is not told how many
-# Their forward is embeddings, rotary embeddings, layers and a norm, and nothing beside.
+LIBRARY_LENGTH = 20  # new tokens that generate() makes by default
+# LLMs whose forward is exactly token embeddings, rotary embeddings, layers and a norm.
 LLMS = (
     "LlamaModel",
     "MistralModel",
@@ -49,7 +49,7 @@ LLMS = (
     "Qwen2_5_VLTextModel",
     "Qwen3VLTextModel",
 )
-# Options of generate() that graphs do not serve, and values beside None that leave them out.
+# Options of generate() that graphs do not serve, with the values besides None that turn them off.
 UNSERVED = {
     "num_beams": (1,),
     "num_return_sequences": (1,),
@@ -79,18 +79,18 @@ UNSERVED = {
 
 @dataclass(frozen=True)
 class Bucket:
-    """What one prompt length and batch size is served by."""
+    """A prompt length and batch size that is ready to run."""
 
-    prompt_tokens: int  # of each row of a pruned prompt, at most
+    prompt_tokens: int  # max tokens of a row of a pruned prompt
     max_new_tokens: int
     batch_size: int
-    slots: tuple[int, ...]  # of each row, in each segment of the LLM: prompt and new tokens
-    bytes: int  # of keys and values
-    seconds: float  # to make it ready
+    slots: tuple[int, ...]  # per segment of the LLM: slots of a row, for prompt and new tokens
+    bytes: int  # of the KV cache
+    seconds: float  # of preparation
 
 
 class CapturedCache(Cache):
-    """Stands for the keys and values of a prompt inside the graphs' buffers, in what generate() returns."""
+    """Placeholder in the output of generate(): keys and values are in the graphs' buffers."""
 
     def __init__(self, length: int):
         super().__init__(layers=[])
@@ -117,7 +117,7 @@ class _Ready:
     runner: Runner
     prefill: Graph[Prefilled]
     decode: Graph[Decoded]
-    bucket: Bucket | None = None  # once they are prepared
+    bucket: Bucket | None = None  # None before `prepare`
 
     def prepare(self) -> None:
         if self.bucket is not None:
@@ -132,7 +132,7 @@ class _Ready:
 
 @dataclass
 class _Deferred:
-    """Stands for the features that generate() asks for before the prompt is known to fit."""
+    """A call of get_image_features or get_video_features, put off until the prompt is known to fit."""
 
     original: Callable[..., Any]
     args: Args
@@ -141,31 +141,31 @@ class _Deferred:
 
 @dataclass
 class _Answer:
-    """What a prompt is continued with."""
+    """State of the decode steps after a prompt."""
 
     ready: _Ready
     cache: CapturedCache
     rows: int
-    left: int  # tokens that still fit
+    left: int  # new tokens that still fit
 
 
 @dataclass
 class _Serving:
-    """One generate() under way."""
+    """A generate() under way that graphs serve."""
 
     thread: int
-    answer: _Answer | None = None  # once the prompt is known to fit
+    answer: _Answer | None = None  # None until the prompt is known to fit
 
 
 _EncoderEntry: TypeAlias = tuple[Encoder, Graph[Encoded], list[VisualItem]]
 
 
 class _Refused(Exception):
-    """The reason why a call runs through the hooks."""
+    """Graphs cannot serve a call; the message is the reason."""
 
 
 class Captured:
-    """What `PruningHandle.compile` installs. One prompt at a time; several threads wait for each other."""
+    """The graphs that `PruningHandle.compile` installs. They serve one prompt at a time; other threads wait."""
 
     def __init__(
         self,
@@ -177,7 +177,7 @@ class Captured:
         backend: str | None,
         strict: bool,
     ):
-        assert handle.adapter.fixed_encoder is not None  # as checked
+        assert handle.adapter.fixed_encoder is not None  # `check` refuses None
         self._fixed = handle.adapter.fixed_encoder
         self.handle, self.base, self.text = handle, handle.base, handle.text
         self.plan, self.method, self.adapter = handle.plan, handle.method, handle.adapter
@@ -186,7 +186,7 @@ class Captured:
         self.deepstack = len(getattr(getattr(self.base, "visual", None), "deepstack_merger_list", ()))
         self._head, self._modules = module.get_output_embeddings(), list(handle.model.modules())
         self._standing = _standing_reason(handle, self._head, self._modules)
-        # Where images have any size, a shape may never come again: it is prepared when it does.
+        # False: image sizes vary and a shape may never recur, so graphs are made on its second use.
         self._one_size = self._fixed.usual(self.base, 1) is not None
         self._step = 1 if _steady(self.plan) else STEP
         self._graphs = Graphs(self.text.embed_tokens.weight.device, backend)
@@ -204,7 +204,8 @@ class Captured:
         return [ready.bucket for ready in self._runners.values() if ready.bucket is not None]
 
     def build(self) -> None:
-        """Buckets that were asked for, of prompts with one image each, where all images of the family have one size."""
+        """Prepares the given buckets, for prompts with one image each. Does nothing for families whose image sizes
+        vary."""
         if self.buckets is None or self._standing is not None:
             return
         for batch in sorted(self.batches, reverse=True):
@@ -214,7 +215,7 @@ class Captured:
             size, shape = usual
             pixels = torch.empty(shape, device="meta")
             items = self._encoder(size, EncodeCall(KIND, {PIXELS[0]: pixels}, lambda kind: []), pixels)[2]
-            for slots in sorted(self.buckets, reverse=True):  # the largest first: the others use its memory
+            for slots in sorted(self.buckets, reverse=True):  # largest first: smaller buckets reuse its memory
                 given = layout.of_length(items, slots, self.plan)
                 if given is not None:
                     self._runner(layout.shape_of(given, self.plan, batch, slots, self.new, self._step))
@@ -223,7 +224,7 @@ class Captured:
 
     @contextlib.contextmanager
     def serving(self, module: Model, args: Args, kwargs: Kwargs) -> Iterator[None]:
-        """Around a generate() of `module`. What graphs do not serve runs as if there were none."""
+        """Context around a generate() of `module`. A call that graphs cannot serve runs through the hooks."""
         with self._lock:
             outer, self._serving, shadowed = self._serving, None, Hooks()
             try:
@@ -241,7 +242,7 @@ class Captured:
                 self._serving = outer
 
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """In place of the forward of a model whose generate() is served."""
+        """Replaces the forward of a model during a generate() that is served."""
         serving = self._served()
         if serving is None:
             return original(*args, **kwargs)
@@ -263,12 +264,13 @@ class Captured:
         return original(*args, **kwargs)
 
     def deferred(self, kind: str, original: Callable[..., Any], args: Args, kwargs: Kwargs) -> _Deferred | None:
-        """Newer versions of generate() encode images before they call the model: with the prompt, in its graph."""
+        """Puts an encoding off until the prefill. Newer versions of generate() encode images before they call the
+        model."""
         serving = self._served()
         return _Deferred(original, args, kwargs) if serving is not None and serving.answer is None else None
 
     def _served(self) -> _Serving | None:
-        """The generate() of this thread that graphs serve."""
+        """The generate() of this thread, if graphs serve it."""
         serving = self._serving
         return serving if serving is not None and serving.thread == threading.get_ident() else None
 
@@ -409,11 +411,12 @@ class Captured:
         report.finish(left, clock)
         self.handle._llm.report = report
 
-    # --- what is made ready once ---
+    # --- runners and encoders, made once per shape ---
 
     @staticmethod
     def _at_least(number: int, given: Sequence[int] | None, option: str, subject: str) -> int:
-        """The smallest of the given sizes that serves `number`; without any a multiple of STEP."""
+        """The smallest size in `given` that is at least `number`. given None: `number`, rounded up to a multiple of
+        STEP."""
         if given is None:
             return -(-number // STEP) * STEP
         found = min((size for size in given if size >= number), default=None)
@@ -466,14 +469,14 @@ class Captured:
 
 
 def _arguments(kwargs: Kwargs) -> tuple[Kwargs, Tensor | None]:
-    """Of the forward of a prompt, those of the encoder among them, sizes and ids on the host; and the pixel values."""
+    """-> arguments of a prompt's forward and of its encoder, ids and sizes on the host; the pixel values, if any."""
     arguments = dict(kwargs)
     for kind, later in (arguments.pop("mm_encoder_outputs", None) or {}).items():
         if kind != KIND or not isinstance(later, _Deferred):
             raise _Refused(f"{kind}s that are encoded already, or are no images")
         arguments |= inspect.signature(later.original).bind_partial(*later.args, **later.kwargs).arguments
     pixels = next((arguments[name] for name in PIXELS if arguments.get(name) is not None), None)
-    for name in ("position_ids", "cache_position"):  # the library's own, made from what else is here
+    for name in ("position_ids", "cache_position"):  # generate() makes these from the other arguments
         arguments.pop(name, None)
     host = {k: v.cpu() for k, v in arguments.items() if isinstance(v, Tensor) and not v.is_floating_point()}
     return arguments | host, pixels
@@ -491,7 +494,7 @@ def _encode(encoder: Encoder, graph: Graph[Encoded], pixels: Tensor, runner: Run
 
 
 def check(method: Method, adapter: ModelAdapter, text: Model) -> None:
-    """Refuses what no call could be served of."""
+    """Raises NotImplementedError for methods and models of which graphs can serve no call."""
     if (reason := unselectable(method, text.embed_tokens.weight.device)) is not None:
         raise NotImplementedError(f"compile: {method.name} cannot be compiled: {reason}")
     if adapter.fixed_encoder is None:
@@ -520,7 +523,7 @@ def unselectable(method: Method, device: torch.device) -> str | None:
 
 
 def sizes(name: str, value: int | Sequence[int], least: int) -> tuple[int, ...]:
-    """An int, or several, ascending."""
+    """`value`, one int or several, ascending and without duplicates. Each must be at least `least`."""
     values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
     for number in values:
         _checks.integer("compile", name, number, least)
@@ -535,10 +538,10 @@ def check_backend(backend: str | None) -> None:
 
 
 def _steady(plan: Plan) -> bool:
-    """Whether large images all keep the same numbers of tokens: buckets then fit every one of them to the slot."""
+    """Whether all large images keep the same numbers of tokens. Widths after cuts then need no rounding to STEP."""
     try:
         few, many = ((plan.keep(n), *(cut.keep([n]) for cut in plan.cuts)) for n in (1 << 14, 1 << 15))
-    except ValueError:  # budgets that so large an image cannot meet
+    except ValueError:  # images this large cannot meet the budget
         return False
     return few == many
 
@@ -546,7 +549,7 @@ def _steady(plan: Plan) -> bool:
 def _standing_reason(
     handle: "PruningHandle", head: torch.nn.Module | None, modules: list[torch.nn.Module]
 ) -> str | None:
-    """Why no call of this model can be served; None: nothing stands in the way."""
+    """Why graphs can serve no call of this model; None: they can."""
     if head is None:
         return "the model has no output embeddings"
     if any(hasattr(module, "_hf_hook") for module in modules):

@@ -1,4 +1,4 @@
-"""Vision encoder and projector of a batch of images, and what a method keeps, as one function of fixed shapes."""
+"""Vision encoder, selection and projector of a batch of images, as one function of fixed shapes."""
 
 import copy
 import functools
@@ -25,23 +25,24 @@ KIND = "image"
 
 @dataclass
 class Assembly:
-    """Tables on the device that say where a feature goes. Placeholders are numbered image after image."""
+    """Device tables that map features to placeholders. Placeholders are numbered image after image."""
 
-    token: Tensor  # (features,): its placeholder; -1: discarded by the model
-    separators: Tensor  # (separators,): placeholders that stand for no piece of an image
-    used: Tensor  # features that become tokens, in the order of the projector's input
-    sorted: bool  # whether kept features in order are tokens in order, and there are no separators
+    token: Tensor  # (features,): placeholder of each feature; -1: the model discards the feature
+    separators: Tensor  # (separators,): placeholders that stand for no feature
+    used: Tensor  # indices of features that become tokens, in the order of the projector's input
+    sorted: bool  # whether `token[used]` ascends and there are no separators
 
 
 class Encoded(TypedDict):
-    rows: Tensor  # (R, D) as the LLM gets them, in the order of the prompts
-    places: Tensor  # (1 + axes, R)
-    candidate: Tensor  # (R,) bool: which of them a cut may drop
-    deepstack: list[Tensor]  # the same rows of each deepstack layer
+    rows: Tensor  # (R, D): input of the LLM, in placeholder order
+    places: Tensor  # (1 + axes, R): column and rotary positions
+    candidate: Tensor  # (R,) bool: rows that a cut may drop
+    deepstack: list[Tensor]  # per deepstack projector, its output at the same rows
 
 
 class Encoder:
-    """`run` of one EncoderShape. `pixels` and `places` (1 + axes, placeholders) are its inputs."""
+    """The function of one EncoderShape: `run`. Its inputs are the buffers `pixels` and `places` (1 + axes,
+    placeholders)."""
 
     def __init__(
         self,
@@ -56,12 +57,12 @@ class Encoder:
         axes: int,
     ):
         self.base, self.adapter, self.method, self.shape = base, adapter, method, shape
-        assert adapter.fixed_encoder is not None  # as checked
+        assert adapter.fixed_encoder is not None  # `driver.check` refuses None
         self._fixed = adapter.fixed_encoder
         weight = base.language_model.embed_tokens.weight
         device, self._dtype = weight.device, weight.dtype
         with torch.inference_mode(False):
-            self.pixels = torch.zeros(pixels.shape, dtype=base.dtype, device=device)  # the encoder's, cast by a copy
+            self.pixels = torch.zeros(pixels.shape, dtype=base.dtype, device=device)  # copying casts
             self.places = torch.zeros(1 + axes, sum(i.num_tokens for i in items), dtype=torch.int64, device=device)
             self._assembly = _assembly(items, order, device)
             tables = self._fixed.tables(base, shape)
@@ -69,7 +70,7 @@ class Encoder:
             self._pools = None if method.site is None else vision_pruning.Pools.of(items, scope, device)
         self.rows = sum(map(survivors, items))
         self._taps: dict[torch.nn.Module, list[AttentionCall]] = {}
-        if method.signals & {"attention", "keys"}:  # also where all tokens stay: a handle's own callback is not traced
+        if method.signals & {"attention", "keys"}:  # even where all tokens stay: handle callbacks cannot be traced
             find = adapter.last_attention if method.encoder_attention == "last" else adapter.vision_attention
             assert find is not None  # unsupported.check_signals
             self._taps[find(base, KIND)] = []
@@ -77,7 +78,7 @@ class Encoder:
     def ready(self, graphs: Graphs, now: bool = True) -> Graph[Encoded]:
         tapped = [(module, "config", _tapped(module, seen)) for module, seen in self._taps.items()]
         around = functools.partial(replaced, tapped)
-        if now and graphs.backend is not None:  # the library sets up its recording of hidden states: not to be traced
+        if now and graphs.backend is not None:  # untraced: the library sets up its recording of hidden states
             with quietly(), around():
                 self.run()
         return graphs.ready(self.run, around, now)
@@ -91,7 +92,7 @@ class Encoder:
         x = encoded.rows
         features = self.adapter.features(self.adapter.projector(self.base), x)
         flat = features.reshape(-1, features.shape[-1])
-        together = x.reshape(len(flat), -1)  # the rows of a feature side by side
+        together = x.reshape(len(flat), -1)  # (features, rows of a feature * C)
         which, values = self._assembly.used, None
         if self._pools is None or self.method.site == "projected":
             projected = projector(x).reshape(len(flat), -1)
@@ -124,7 +125,7 @@ class Encoder:
         return kept.rows, kept.values
 
     def _assembled(self, which: Tensor, rows: Tensor, deepstack: list[Tensor]) -> Encoded:
-        """Rows in the order of their placeholders, separators among them."""
+        """Rows in placeholder order, separators included."""
         table = self._assembly
         token, candidate = table.token[which], torch.ones_like(which, dtype=torch.bool)
         rows, deepstack = rows.to(self._dtype), [part.to(self._dtype) for part in deepstack]
@@ -135,7 +136,7 @@ class Encoder:
             candidate = torch.cat([candidate, candidate.new_zeros(count)])[order]
             if count:
                 separator = self._fixed.separator(self.base)
-                assert separator is not None  # the family's images have such tokens
+                assert separator is not None  # families with separators override it
                 rows = torch.cat([rows, separator.to(rows)[None].expand(count, -1)])
                 deepstack = [torch.cat([part, part.new_zeros(count, part.shape[1])]) for part in deepstack]
             rows, deepstack = rows[order], [part[order] for part in deepstack]
@@ -164,14 +165,14 @@ def _assembly(items: Sequence[VisualItem], order: Tensor | None, device: torch.d
     return Assembly(token.to(device), separators.to(device), used.to(device), ascending)
 
 
-# --- the encoder's attention, for methods that look at it ---
+# --- query and key of the encoder's attention, for methods that use them ---
 
 _PREFIX = "sts_seen_"
 
 
 def _tapped(module: Model, seen: list[AttentionCall]) -> Config:
-    """The module's configuration, with an implementation that notes query, key and scale of each call and then runs the
-    module's own."""
+    """Copy of the module's configuration. Its attention implementation appends (query, key, scale) to `seen`, then runs
+    the module's own."""
     config = getattr(module.config, "_sts_config", module.config)
     implementation = config._attn_implementation or "eager"
     name = _PREFIX + implementation
@@ -187,7 +188,7 @@ def _noting(implementation: str) -> Attention:
     def attention(module: Model, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
         config = module.config
         config.sts_seen.append((query, key, kwargs.get("scaling") or query.shape[-1] ** -0.5))
-        if "flash" in implementation:  # reads the implementation from module.config again
+        if "flash" in implementation:  # FlashAttention reads the implementation from module.config again
             module = copy.copy(module)
             module.config = config.sts_own
         return function_of(implementation, module)(module, query, key, *args, **kwargs)

@@ -1,8 +1,8 @@
-"""How a function of fixed shapes is run again and again: as it is, compiled whole, or captured in a CUDA graph.
+"""Runs a function of fixed shapes repeatedly: as it is, compiled whole, or captured in a CUDA graph.
 
-Such a function takes no arguments: it reads buffers that keep their addresses, and what it returns is overwritten by
-the next run. Graphs share one memory pool. They never run at the same time, and each holds on to its outputs, so the
-memory of one graph's intermediates serves the others.
+Such a function takes no arguments and reads buffers with fixed addresses. The next run overwrites its outputs. Graphs
+share one memory pool: they never run at the same time, and each keeps its outputs alive. So graphs reuse the memory of
+each other's intermediates.
 """
 
 import contextlib
@@ -15,14 +15,14 @@ import torch
 
 from ....methods import _packed
 
-Out = TypeVar("Out")  # of a function, a dict of tensors
-Around: TypeAlias = Callable[[], contextlib.AbstractContextManager[None]]  # makes the context in which one is called
+Out = TypeVar("Out")  # output of a function: a dict of tensors
+Around: TypeAlias = Callable[[], contextlib.AbstractContextManager[None]]  # makes the context manager around a call
 
-WARM_UPS = 2  # runs before a capture: kernels are loaded, tuned and compiled, and workspaces allocated
+WARM_UPS = 2  # runs before a capture: they load, tune and compile kernels, and allocate workspaces
 
 
 class Inputs:
-    """Host integers of fixed shapes on their way to the device: named views of one buffer, filled by one copy."""
+    """Named int64 inputs of fixed shapes: views of one device buffer, which one copy from the host fills."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]], device: torch.device):
         pinned = device.type == "cuda"
@@ -36,7 +36,7 @@ class Inputs:
 
     def load(self, values: dict[str, torch.Tensor]) -> None:
         if self._read is not None:
-            self._read.synchronize()  # the last copy out of the staging buffer
+            self._read.synchronize()  # wait for the last copy out of the staging buffer
         for name, value in values.items():
             self._staging[name].copy_(value)
         self._device.copy_(self._host, non_blocking=True)
@@ -45,7 +45,7 @@ class Inputs:
 
 
 class Buffers:
-    """Memory by name, as large as the largest tensor taken under it: buckets run one at a time and share it."""
+    """Memory by name, as large as the largest tensor taken under that name. Buckets run one at a time and share it."""
 
     def __init__(self, like: torch.Tensor):
         self._like = like
@@ -63,9 +63,9 @@ def _views(flat: torch.Tensor, shapes: dict[str, tuple[int, ...]], sizes: list[i
 
 
 class Graphs:
-    """Makes functions ready to run again.
+    """Makes a `Graph` of a function.
 
-    backend: None, or that of torch.compile. Whatever is on a CUDA device is captured.
+    backend: that of torch.compile, or None for no compilation. On a CUDA device every function is captured.
     """
 
     def __init__(self, device: torch.device, backend: str | None):
@@ -76,8 +76,10 @@ class Graphs:
     def ready(
         self, function: Callable[[], Out], around: Around = contextlib.nullcontext, now: bool = True
     ) -> "Graph[Out]":
-        """The function must be safe to run any number of times on the buffers as they are when it is prepared. now:
-        prepare it at once."""
+        """-> a Graph, prepared at once if `now`.
+
+        Preparing may run the function several times on the buffers as they are then; the function must allow that.
+        """
         graph = Graph(self, function, around)
         if now:
             graph.prepare()
@@ -86,7 +88,7 @@ class Graphs:
     def compiled(self, function: Callable[[], Out]) -> Callable[[], Out]:
         if self.backend is None:
             return function
-        torch.compiler.assume_constant_result(_packed.copied)  # marked here, since this imports the compiler
+        torch.compiler.assume_constant_result(_packed.copied)  # not at import: it imports the compiler
         return torch.compile(_with_code_of_its_own(function), fullgraph=True, dynamic=False, backend=self.backend)
 
     def captured(self, run: Callable[[], Out]) -> tuple[torch.cuda.CUDAGraph, Out]:
@@ -106,7 +108,8 @@ class Graphs:
 
 
 class Graph(Generic[Out]):
-    """`run()` gives the function's outputs, which hold until the next run. Before `prepare()` it is called as it is."""
+    """`run()` returns the function's outputs, valid until the next run. Before `prepare()`, it calls the function as it
+    is."""
 
     def __init__(self, graphs: Graphs, function: Callable[[], Out], around: Around):
         self._graphs, self._function, self._around = graphs, function, around
@@ -115,7 +118,7 @@ class Graph(Generic[Out]):
         self.prepared = False
 
     def prepare(self) -> None:
-        """Compiles it, and on a CUDA device captures it. Once."""
+        """Compiles the function and, on a CUDA device, captures it. Later calls do nothing."""
         if self.prepared:
             return
         self._function = self._graphs.compiled(self._function)
@@ -140,13 +143,14 @@ class Graph(Generic[Out]):
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """No gradients, and ordinary tensors: buffers outlive the inference mode of whoever calls."""
+    """Neither gradients nor inference mode: buffers outlive the caller's inference mode."""
     with torch.inference_mode(False), torch.no_grad():
         yield
 
 
 def _with_code_of_its_own(function: Callable[[], Out]) -> Callable[[], Out]:
-    """Dynamo keeps what it compiled by code object, and only a few for each: buckets must not share one."""
+    """Wraps a function in its own code object. Dynamo caches compiled code by code object, a limited number for each,
+    so buckets must not share one."""
 
     def entry() -> Out:
         return function()
@@ -160,7 +164,7 @@ _numbers = itertools.count()
 
 @contextlib.contextmanager
 def replaced(attributes: Sequence[tuple[torch.nn.Module, str, object]]) -> Iterator[None]:
-    """Modules with other attributes of their own: a configuration, a forward."""
+    """Sets instance attributes of modules, such as `config` or `forward`, and restores them on exit."""
     before = [(module, name, vars(module).get(name, _NOTHING)) for module, name, _ in attributes]
     try:
         for module, name, value in attributes:

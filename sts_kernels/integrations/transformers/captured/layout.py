@@ -1,4 +1,4 @@
-"""One batch of prompts as numbers of fixed shapes, from ids, masks and sizes alone, all on the host."""
+"""A batch of prompts -> host tensors of fixed shapes, from ids, masks and sizes alone."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from .runner import CutShape, Shape
 
 @dataclass
 class Prompt:
-    """ids, valid: (B, S) on the host, S columns of the full prompt. positions: (axes, B, S), rotary."""
+    """ids, valid, modality: (B, S) on the host, S columns of the full prompt. positions: (axes, B, S), rotary."""
 
     ids: Tensor
     valid: Tensor
@@ -33,12 +33,12 @@ class Prompt:
 def read(
     ids: Tensor, valid: Tensor, modality: Tensor, positions: Tensor, items: dict[str, list[VisualItem]], plan: Plan
 ) -> Prompt:
-    """Assigns images to prompts. Errors as of `prompt.read_rows`."""
+    """Assigns images to prompts. Raises the errors of `prompt.read_rows`."""
     return Prompt(ids, valid, modality, positions, prompt.read_rows(modality, valid, None, 0, items, plan))
 
 
 def of_length(items: Sequence[VisualItem], slots: int, plan: Plan) -> Prompt | None:
-    """A prompt for each image that fills all its slots. None: the image does not fit."""
+    """One prompt for each image, with as much text as fills `slots`. None: an image does not fit."""
     texts = [slots - survivors(item) for item in items]
     if min(texts) < 2:
         return None
@@ -52,8 +52,10 @@ def of_length(items: Sequence[VisualItem], slots: int, plan: Plan) -> Prompt | N
 
 
 def shape_of(given: Prompt, plan: Plan, batch: int, slots: int, new: int, step: int = 1) -> Shape:
-    """What the prompts of a bucket need that keep as many visual tokens as these. Slots behind a cut are multiples of
-    `step`."""
+    """Shape for every batch of the bucket whose rows have the same counts of visual tokens as `given`.
+
+    Slots after a cut are multiples of `step`, max `slots`.
+    """
     entering, cuts, text = given.entering, [], 0
     spare = batch - len(given.rows)
     for planned in planned_cuts(plan.cuts, given.rows, entering):
@@ -62,22 +64,26 @@ def shape_of(given: Prompt, plan: Plan, batch: int, slots: int, new: int, step: 
         if planned.cut.select is not None:
             counts = (*zip(planned.before, planned.left, planned.recycled, strict=True), *[(0, 0, 0)] * spare)
         if planned.cut.queries != "last" or planned.cut.select is not None:
-            text = slots - min(row.num_kept for row in given.rows)  # no row of these numbers has more
+            text = slots - min(row.num_kept for row in given.rows)  # upper bound for these counts
         width = -(-_width(slots, entering, planned.lengths) // step) * step
         cuts.append(CutShape(index, min(slots, width), counts))
     return Shape(batch, slots, new, tuple(cuts), text)
 
 
 def _width(slots: int, entering: Sequence[int], lengths: Sequence[int]) -> int:
-    """The fewest slots from a cut on that serve every prompt of the bucket which drops as much: the row that drops most
-    says how much, if the others fit."""
+    """Slots after a cut: `slots - n`, min 2. n: the largest number of tokens that a row drops such that all rows fit.
+
+    This is the smallest width that serves every prompt of the bucket with the same numbers of dropped tokens.
+    """
     dropped = sorted({n - left for n, left in zip(entering, lengths, strict=True)}, reverse=True)
-    return max(2, next(slots - n for n in dropped if max(lengths) <= slots - n))  # one slot would be a token's
+    return max(2, next(slots - n for n in dropped if max(lengths) <= slots - n))  # one slot: a decode step
 
 
 def fill(given: Prompt, shape: Shape, plan: Plan) -> tuple[dict[str, Tensor], Tensor]:
-    """-> the numbers of `runner.layout_shapes`, and places (1 + axes, N) of all placeholders, image after image: column
-    and rotary positions."""
+    """-> the tensors of `runner.layout_shapes`, and places (1 + axes, N) of all placeholders, image after image.
+
+    places: column in the full prompt and rotary positions.
+    """
     axes, batch = given.positions.shape[0], shape.batch
     with torch.device("cpu"):
         ids = torch.zeros(batch, shape.slots, dtype=torch.int64)
@@ -115,7 +121,7 @@ def fill(given: Prompt, shape: Shape, plan: Plan) -> tuple[dict[str, Tensor], Te
 
 
 def survivors(item: VisualItem) -> int:
-    """Tokens of an image that enter the LLM, separators among them."""
+    """Tokens of an image that enter the LLM, separators included."""
     return item.kept + item.num_tokens - item.num_visual
 
 

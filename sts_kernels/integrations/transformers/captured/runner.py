@@ -1,8 +1,11 @@
-"""Pruned prefill and decode of an LLM as two functions of fixed shapes.
+"""Pruned prefill and decode step of an LLM as two functions of fixed shapes.
 
-Nothing in them depends on data: which slots hold visual tokens follows from sizes, only the patch in such a slot does
-not. Rows are padded on the right. So the prefill needs no mask (the causal kernel serves), the next token overwrites a
-row's first pad slot, and a decoding token attends to `slot <= filled`.
+No shape depends on data. Sizes alone tell which slots hold visual tokens; only the patch in such a slot depends on
+data. Rows are padded on the right, so
+
+- the prefill needs no mask: the causal kernel suffices;
+- the next token overwrites the first pad slot of its row;
+- a decode step attends to `slot <= filled`.
 """
 
 import copy
@@ -24,7 +27,7 @@ from ..untyped import Config, Model
 from .graphs import Buffers, Graph, Graphs, Inputs, replaced
 
 ATTENTION = "sts_captured"
-ALIGNMENT = 16  # slots: masks and keys whose rows the attention kernels can load as vectors
+ALIGNMENT = 16  # slots are a multiple, so that attention kernels can load rows of masks and keys as vectors
 
 Seen: TypeAlias = tuple[Tensor, Tensor, float | None]  # query, key and scale of a layer
 
@@ -40,8 +43,11 @@ def attention(
     sts_alone: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Every attention of the LLM inside a graph. sts_seen: gets query, key and scale. sts_alone: nothing else is
-    wanted; the output is of the right shape and means nothing."""
+    """Attention implementation of all LLM layers inside a graph.
+
+    sts_seen: receives (query, key, scale). sts_alone: only `sts_seen` is wanted; the output has the right shape and no
+    meaning.
+    """
     if sts_seen is not None:
         sts_seen.append((query, key, scaling))
     if sts_alone:
@@ -49,7 +55,7 @@ def attention(
     batch, heads, queries, dim = query.shape
     if queries > 1:
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    # The query heads of a key head are the rows of one query: keys and values are read once, and not repeated.
+    # Decode step: the query heads of a key head become query rows, so keys and values are read once, not repeated.
     grouped = query.view(batch, key.shape[1], heads // key.shape[1], dim)
     out = torch.nn.functional.scaled_dot_product_attention(grouped, key, value, attention_mask, scale=scaling)
     return out.reshape(batch, 1, heads, value.shape[-1]), None
@@ -60,22 +66,22 @@ AttentionInterface.register(ATTENTION, attention)
 
 @dataclass(frozen=True)
 class CutShape:
-    """A cut that drops something of a batch."""
+    """A cut that drops tokens of a batch."""
 
-    index: int  # in the plan
-    width: int  # slots of each row from its layer on
-    counts: tuple[tuple[int, int, int], ...] | None = None  # of each row: before, left, recycled. None: top-k of any
+    index: int  # in `Plan.cuts`
+    width: int  # slots of each row from the cut's layer on
+    counts: tuple[tuple[int, int, int], ...] | None = None  # per row: before, left, recycled. None: top-k by `after`
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What fixes the shapes of one prefill, and of the decoding behind it."""
+    """Fixes every shape of one prefill and of the decode steps after it."""
 
     batch: int
     slots: int  # of each row, before any cut
-    new: int  # tokens that may follow
+    new: int  # max new tokens
     cuts: tuple[CutShape, ...] = ()
-    text: int = 0  # the most text tokens behind the last image, for cuts that look at them
+    text: int = 0  # max text tokens after the last image, for cuts that use them
 
     @property
     def widths(self) -> list[int]:
@@ -85,17 +91,17 @@ class Shape:
 
 @dataclass
 class Segment:
-    """Layers that hold the same slots of a prompt, and how many of each row are taken."""
+    """Layers that hold the same slots of a prompt."""
 
     layers: range
-    room: int  # slots of the prompt, and of what may follow
-    filled: Tensor  # (B,)
+    room: int  # slots for the prompt and new tokens
+    filled: Tensor  # (B,): used slots of each row
 
 
 class Slots:
-    """The cache that layers are given: a prompt fills the first slots, a token the next one of its row.
+    """KV cache of the layers. A prompt fills the first slots, a decode step the next slot of each row.
 
-    In memory (B, slots, heads, D), as projections write keys and values: a prompt is copied in whole runs.
+    Memory layout: (B, slots, heads, D), as projections write keys and values. So a prompt is copied in contiguous runs.
     """
 
     def __init__(self, segments: list[Segment], buffers: Buffers, batch: int, heads: int, dim: int):
@@ -115,24 +121,24 @@ class Slots:
         return sum(tensor.nbytes for tensor in (*self.keys.values(), *self.values.values()))
 
     def update(self, key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """key, value: (B, heads, tokens, D) -> those to attend to."""
+        """key, value: (B, heads, tokens, D) -> keys and values to attend to."""
         held = self.keys[layer], self.values[layer]
         prompt = key.shape[2]
         for slots, new in zip(held, (key, value), strict=True):
             if prompt > 1:
                 slots[:, :prompt] = new.transpose(1, 2)
-                # Masked slots get no weight, but 0 times the NaN of an earlier prompt would be NaN.
+                # Masked slots get weight 0, but 0 * NaN (of an earlier prompt) would be NaN.
                 slots[:, prompt:].zero_()
             else:
                 slots.index_put_((self._row, self.filled[layer]), new[:, :, 0])
-        if prompt > 1:  # attends to itself alone
+        if prompt > 1:  # a prompt attends to itself only
             return key, value
         return held[0].transpose(1, 2), held[1].transpose(1, 2)
 
 
 @dataclass
 class _Prefill:
-    """A `cut_selection.Run`: masks are (B, width) of the segment under way."""
+    """A `cut_selection.Run`. Masks are (B, width) of the current segment."""
 
     slots: Tensor
     candidates: Tensor
@@ -144,19 +150,20 @@ class _Prefill:
 
 
 class Prefilled(TypedDict):
-    logits: Tensor  # (B, V) behind each prompt
-    columns: list[Tensor]  # of each segment, those (B, width) of the full prompt that its slots hold
+    logits: Tensor  # (B, V) after the last token of each prompt
+    columns: list[Tensor]  # per segment, (B, width): column of the full prompt in each slot
 
 
 class Decoded(TypedDict):
-    logits: Tensor  # (B, V) behind `Runner.token`
+    logits: Tensor  # (B, V) after `Runner.token`
 
 
 class Runner:
-    """`prefill` and `decode` of one Shape, on buffers of their own.
+    """`prefill` and `decode` of one Shape. Their inputs are buffers:
 
-    `prompt` takes a prompt's numbers (see layout), `visual`, `places`, `candidate` and `deepstack` the rows that the
-    encoder makes of its images, and `token` the next token of each row.
+    prompt: tensors of `layout_shapes`.
+    visual, places, candidate, deepstack: rows of the images, from the encoder.
+    token: the next token of each row.
     """
 
     def __init__(
@@ -191,19 +198,20 @@ class Runner:
             self._cuts = [self._planned(plan.cuts[cut.index], cut) for cut in shape.cuts]
 
     def ready(self, graphs: Graphs) -> tuple[Graph[Prefilled], Graph[Decoded]]:
-        """Prefill and decode, to be prepared between prompts."""
+        """Graphs of prefill and decode, not prepared yet. They must be prepared between prompts."""
         around = functools.partial(replaced, self.replacements(fused=graphs.backend is None))
         return graphs.ready(self.prefill, around, now=False), graphs.ready(self.decode, around, now=False)
 
     def replacements(self, fused: bool) -> list[tuple[torch.nn.Module, str, object]]:
-        """What is other than in the model while `prefill` and `decode` run: `attention`, and norms in one kernel."""
+        """Module attributes that differ during `prefill` and `decode`: attention and, if `fused`, RMSNorm in one
+        kernel."""
         norms = [module for module in self.text.modules() if type(module).__name__.endswith("RMSNorm")] if fused else []
         same = [module for module in norms if module.weight.dtype == self.dtype]
         return _configs(self.text) + [(module, "forward", functools.partial(_rms_norm, module)) for module in same]
 
     @property
     def bytes(self) -> int:
-        """Of keys and values."""
+        """Bytes of the KV cache."""
         return self._cache.bytes
 
     def _segments(self, plan: Plan) -> list[Segment]:
@@ -227,7 +235,7 @@ class Runner:
     # --- prefill ---
 
     def prefill(self) -> Prefilled:
-        """The cache holds the prompt afterwards."""
+        """Runs the prompt; afterwards the cache holds it."""
         given, shape = self.prompt.tensors, self.shape
         source = given["source"]
         visual, source = source >= 0, source.clamp(min=0)
@@ -265,12 +273,12 @@ class Runner:
         return hidden
 
     def _cut(self, run: _Prefill, number: int, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Rotary, Tensor]:
-        """-> hidden states and rotary tables behind the cut, and the slots (B, width) that go on."""
+        """-> hidden states and rotary tables after the cut, and (B, width): the slots that stay."""
         planned, shape = self._cuts[number], self.shape.cuts[number]
         if planned.cut.score_from == "next" and planned.cut.queries != "text":
             run.scores = scores_of(run, planned.cut, *self._look_ahead(planned.cut.layer, hidden, rotary))
         if shape.counts is None:
-            assert run.scores is not None  # such a cut goes by attention, of a layer that ran before it
+            assert run.scores is not None  # cuts without `select` rank by attention, computed before
             chosen, place = best_of(run.scores, run.candidates, self.prompt.tensors["after"][number]), None
         else:
             hidden, chosen, place = leave(run, planned, hidden, run.candidates, self.text.norm)
@@ -280,7 +288,7 @@ class Runner:
         run.slots = slot < self.prompt.tensors["lengths"][number + 1][:, None]
         run.candidates = run.candidates.gather(1, index) & run.slots
         run.text = run.text.gather(1, index) & run.slots
-        if run.text_width > shape.width:  # `masks.compact` pads on the left
+        if run.text_width > shape.width:  # `masks.compact` pads on the left: the last columns hold the text
             run.text_width = shape.width
             run.raters = None if run.raters is None else run.raters[:, -shape.width :]
         if self.contiguous:
@@ -288,7 +296,7 @@ class Runner:
         return hidden, tuple(masks.take_rotary(table, index) for table in rotary), index
 
     def _look_ahead(self, layer: int, hidden: Tensor, rotary: Rotary) -> Seen:
-        """Of a layer on the tokens as they still are."""
+        """Query, key and scale of a layer on the tokens before the cut. Its attention kernel does not run."""
         seen: list[Seen] = []
         module = self.text.layers[layer]
         module.self_attn(
@@ -341,11 +349,15 @@ class _Grouped(PlannedCut):
 
 
 def layout_shapes(shape: Shape, axes: int) -> dict[str, tuple[int, ...]]:
-    """A prompt's numbers. Anything at pad slots and in rows of length 0, except source -1.
+    """Shapes of the inputs of a prefill. Pad slots and rows of length 0 have arbitrary values, except source -1.
 
-    ids: of text. source: the row of `visual` that a slot holds, -1 at text. places: column in the full prompt and
-    rotary positions, of text. lengths: tokens in each segment. after: visual tokens that each cut leaves. behind: the
-    first slot behind the last image. position: the rotary position of the first new token.
+    ids: token ids of text.
+    source: row of `visual` in each slot; -1: text.
+    places: column in the full prompt and rotary positions, of text.
+    lengths: tokens of each row in each segment.
+    after: visual tokens of each row after each cut.
+    behind: first slot after the last image.
+    position: rotary position of the first new token.
     """
     batch, slots, cuts = shape.batch, shape.slots, len(shape.cuts)
     return {
@@ -360,23 +372,23 @@ def layout_shapes(shape: Shape, axes: int) -> dict[str, tuple[int, ...]]:
 
 
 def _additive(allowed: Tensor, like: Tensor) -> Tensor:
-    """(B, keys) bool -> (B, 1, 1, keys): the mask in the form that kernels take, made once for all layers."""
+    """(B, keys) bool -> (B, 1, 1, keys): additive mask, made once for all layers of a segment."""
     mask = torch.zeros(allowed.shape, dtype=like.dtype, device=like.device).masked_fill(~allowed, -torch.inf)
     return mask[:, None, None]
 
 
 def _rms_norm(module: Model, hidden: Tensor) -> Tensor:
-    """A step of decoding is short, and the library's norm is eight kernels of it."""
+    """RMSNorm in one kernel. The library's takes eight, which counts in a short decode step."""
     return torch.nn.functional.rms_norm(hidden, hidden.shape[-1:], module.weight, module.variance_epsilon)
 
 
 def _configs(text: Model) -> list[tuple[torch.nn.Module, str, object]]:
-    """Each attention module of the LLM with `attention` as the implementation in its configuration."""
+    """For each attention module of the LLM, a copy of its configuration with `ATTENTION` as the implementation."""
     found: list[tuple[torch.nn.Module, str, object]] = []
     made: dict[int, Config] = {}
     for layer in text.layers:
         module = layer.self_attn
-        config = getattr(module.config, "_sts_config", module.config)  # attention_capture's stand-in, looked behind
+        config = getattr(module.config, "_sts_config", module.config)  # unwraps attention_capture's stand-in
         if id(config) not in made:
             made[id(config)] = copy.copy(config)
             made[id(config)]._attn_implementation_internal = ATTENTION
