@@ -1,7 +1,7 @@
-"""Benchmarks of every op against its reference and the best plain PyTorch: `python -m bench --help`, README.md here."""
+"""Benchmarks of every op against its reference and plain PyTorch: `python -m bench --help`, bench/README.md."""
 
 import os
 
-# Before torch is imported: spinning worker threads cost milliseconds a call on a busy or virtual machine. The value in
-# force is recorded with every row.
+# Must be set before torch is imported. Spinning worker threads cost milliseconds per call on a busy or virtual machine.
+# Every row records the value.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

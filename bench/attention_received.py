@@ -1,8 +1,7 @@
-"""Attention that every key receives: column means of the attention matrix.
+"""Attention received by every key: column means of the attention matrix.
 
-`data` is "gaussian" for vision encoders, where all rows count and see all keys. It is "raters" for an LLM: causal, and
-the last 64 rows count. SDPA of the same rows is a yardstick, which does not compute the means: it reads values and
-writes an output as well.
+data="gaussian": vision encoders, all rows count and attend to all keys. data="raters": an LLM, causal, the last 64 rows
+count. SDPA of the same rows is a yardstick: it does not compute the means, but also reads values and writes an output.
 """
 
 from functools import partial
@@ -13,8 +12,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from .harness import Bench, Case, Cost, Provider
 
 RATERS = 64
-CHUNK = 1 << 24  # attention weights that the chunked baseline holds at a time
-MATRIX_BYTES = {"cuda": 40 << 30, "cpu": 2 << 30}  # the size that the whole attention matrix may take
+CHUNK = 1 << 24  # max attention weights held at once by the chunked baseline
+MATRIX_BYTES = {"cuda": 40 << 30, "cpu": 2 << 30}  # max memory of the full attention matrix
 
 
 def _case(group, batch, tokens, heads, dim, dtype=torch.bfloat16, kv_heads=None, **options):
@@ -88,7 +87,7 @@ def _logits(query, key, row_position):
 
 
 def eager(query, key, row_weight=None, row_position=None):
-    """As eager attention of transformers, with softmax in float32, and the means of its matrix."""
+    """Eager attention as in transformers, softmax in float32, then column means."""
     matrix = _logits(query, key, row_position).softmax(-1, dtype=torch.float32)
     if row_weight is None:
         return matrix.mean((1, 2))
@@ -96,7 +95,7 @@ def eager(query, key, row_weight=None, row_position=None):
 
 
 def chunked(query, key, row_weight=None, row_position=None):
-    """The same for as many rows at a time as fit, in float32."""
+    """`eager` over chunks of rows, in float32."""
     batch, rows, heads, _ = query.shape
     if row_weight is None:
         row_weight = query.new_ones(batch, rows, dtype=torch.float32)

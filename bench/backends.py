@@ -1,7 +1,7 @@
-"""`python -m bench.backends`: which package and which backend of each op a benchmark here would time.
+"""`python -m bench.backends`: prints the package and the backend of each op that a benchmark would time.
 
-Every benchmark prints this first. It stops where an op has compiled code but the reference would be timed: a checkout
-without its library is imported before an installed package that has one.
+Every benchmark prints this first. It stops if an op has compiled code but the reference would be timed. That happens
+when a checkout without a built library shadows an installed package with one.
 """
 
 import argparse
@@ -20,12 +20,12 @@ from sts_kernels._registry import OPS
 
 from . import record
 
-STATUS = 4  # of a benchmark that stops
+STATUS = 4  # exit status of a benchmark that stops
 PACKAGE = Path(sts_kernels.__file__).resolve().parent
 
 
 def describe(device: torch.device, names: Iterable[str] = OPS) -> str:
-    """The package and the backend of each op on `device`, in two lines."""
+    """Two lines: the package, and the backend of each op on `device`."""
     key, status = device.type.upper(), _native.status()
     library = f"library of commit {status.build.get('commit') or 'unknown'}" if status.loaded else "no library loaded"
     return (
@@ -35,7 +35,7 @@ def describe(device: torch.device, names: Iterable[str] = OPS) -> str:
 
 
 def stop_unless_compiled(device: torch.device, names: Iterable[str] = OPS, allowed: bool = False) -> None:
-    """Prints what is timed; ends the process where that is the reference of an op that has compiled code."""
+    """Prints the timed backends. Exits if a reference would be timed although the op has compiled code."""
     names = list(names)
     print(describe(device, names), flush=True)
     if not allowed and (why := shortfall(device, names)):
@@ -44,7 +44,7 @@ def stop_unless_compiled(device: torch.device, names: Iterable[str] = OPS, allow
 
 
 def shortfall(device: torch.device, names: Iterable[str]) -> str:
-    """Why compiled code is missing, and the command that helps, in a sentence; "" where none is missing."""
+    """One sentence: why compiled code is missing, and the command that fixes it. "" if none is missing."""
     key = device.type.upper()
     slow = [OPS[name] for name in names if OPS[name].backend(key) == "reference"]
     slow = [op for op in slow if not op.triton or key == "CUDA"]  # a Triton op has no other CPU path
@@ -58,7 +58,7 @@ def shortfall(device: torch.device, names: Iterable[str]) -> str:
 
 
 def _missing_library(key: str) -> tuple[str, str]:
-    """Why `key` has no compiled code, and what to do."""
+    """(reason why `key` has no compiled code, remedy)."""
     status = _native.status()
     remedy = f"`cd {shlex.quote(str(record.ROOT))} && pip install --no-deps .` compiles one and copies it here"
     if os.environ.get("STS_KERNELS_DISABLE") == "1":
@@ -74,7 +74,7 @@ def _missing_library(key: str) -> tuple[str, str]:
 
 
 def elsewhere(key: str) -> Path | None:
-    """The first other sts_kernels on sys.path with a library that serves `key`; it is not imported."""
+    """The first other sts_kernels on sys.path whose library serves `key`. Does not import it."""
     for entry in sys.path:
         package = Path(entry or ".").resolve() / "sts_kernels"
         compiled = (package / _native.LIBRARY.name).is_file() and (key == "CPU" or _build(package).get("cuda"))
@@ -84,7 +84,7 @@ def elsewhere(key: str) -> Path | None:
 
 
 def _build(package: Path) -> dict:
-    """What a package's build recorded."""
+    """The build record of a package."""
     try:
         return json.loads((package / _native.BUILD_INFO.name).read_text())
     except (OSError, ValueError):

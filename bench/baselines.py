@@ -1,11 +1,11 @@
-"""The best plain PyTorch ways to select tokens: what a careful author would write without a kernel.
+"""The best plain PyTorch implementations of token selection that we found.
 
-All three are batched, stay on the device (no .item()), centre the features so that the expanded distance does not
-cancel, and do as few and as small operations per pick as we found. They differ in what a pick costs:
+All three are batched, stay on the device (no .item()), and use few and small operations per pick. Features are centred
+so that the expanded distance does not cancel. Cost per pick:
 
     direct_loop   differences to the picked token: two passes over the features
     matvec_loop   a matrix-vector product with the picked token: one pass over the features
-    gram_loop     all distances once, by one matrix product; then one row of N numbers
+    gram_loop     one row of N numbers, after one matrix product for all distances
 
 `compiled=True` runs each step (and the Gram-matrix epilogue) through torch.compile. The K-step loop itself stays in
 Python: unrolled, it takes minutes to compile.
@@ -38,7 +38,7 @@ def _start(features, num_tokens):
 
 
 def _row(matrix, token):
-    """Row token[b] of matrix[b] (B, N, M), as (B, 1, M)."""
+    """Row token[b] of each matrix[b]: (B, N, M) -> (B, 1, M)."""
     if matrix.shape[0] == 1:
         return matrix.index_select(1, token)
     return matrix.gather(1, token[:, None, None].expand(-1, 1, matrix.shape[2]))
@@ -60,7 +60,7 @@ def _direct_step(x, scratch, potential, token, eps):
 
 def direct_loop(features, k, eps=1e-6, num_tokens=None, compiled=False):
     x, _, potential, token = _start(features, num_tokens)
-    # Memory fresh from the system at every step would cost more than the step; compiled, there is no temporary.
+    # Reused scratch: allocating new memory at every step would cost more than the step. Compiled code needs none.
     step, scratch = (_compile(_direct_step), None) if compiled else (_direct_step, torch.empty_like(x))
     return _loop(lambda u, t: step(x, scratch, u, t, eps), k, potential, token)
 
@@ -79,8 +79,11 @@ def matvec_loop(features, k, eps=1e-6, num_tokens=None, compiled=False):
 
 
 def gram(features, centred=None):
-    """x x^T in float32, of the centred tokens. On a GPU 16-bit features go through the tensor cores as they are: their
-    products are exact in float32, but a common offset is not taken out first."""
+    """x x^T in float32 of the centred tokens.
+
+    On a GPU, 16-bit features are multiplied uncentred on the tensor cores: products are exact in float32, but a common
+    offset is not removed.
+    """
     if features.is_cuda and features.dtype != torch.float32:
         return torch.bmm(features, features.mT, out_dtype=torch.float32)
     if centred is None:
@@ -118,20 +121,22 @@ LOOPS = {"direct loop": direct_loop, "matvec loop": matvec_loop, "gram loop": gr
 
 
 def per_item(loop, features, lengths, budgets, eps=1e-6):
-    """Packed items one after another; lengths and budgets are known to the host."""
+    """Packed items, one loop per item; lengths and budgets are host ints."""
     items = zip(features.split(list(lengths)), budgets, strict=True)
     return torch.cat([loop(item[None], budget, eps)[0] for item, budget in items if budget])
 
 
 def padded(loop, features, lengths, budgets, num_tokens, eps=1e-6, compiled=False):
-    """Packed items as one padded batch; every item runs to the largest budget and its tail is cut off. num_tokens: the
-    lengths again, on the device of the features."""
+    """Packed items as one padded batch: every item runs to the largest budget, then is truncated.
+
+    num_tokens: `lengths` as a tensor on the device of the features.
+    """
     batch = torch.nn.utils.rnn.pad_sequence(features.split(list(lengths)), batch_first=True)
     picks = loop(batch, max(budgets), eps, num_tokens=num_tokens, compiled=compiled)
     return torch.cat([picks[item, :budget] for item, budget in enumerate(budgets)])
 
 
-# ---- Max-min: from token 0 on, the token whose nearest pick is furthest away ---------------------------------------
+# ---- Max-min: first token 0, then the token whose nearest pick is farthest -----------------------------------------
 
 
 def unit(x):
@@ -139,7 +144,7 @@ def unit(x):
 
 
 def _farthest_start(features, metric):
-    """float32 tokens whose expanded distances do not cancel, their squared norms, nearest distances, and token 0."""
+    """float32 tokens (centred or unit rows), their squared norms, initial nearest distances, and the first pick 0."""
     if metric == "cosine":
         x = unit(features.float())
     else:
@@ -210,7 +215,7 @@ FARTHEST_LOOPS = {
 
 
 def _suppress_step(cosine_rows, tau, potential, token, suppressed):
-    """`potential`: the rank, and `suppressed` more for a suppressed token."""
+    """One pick in place. potential: the rank, plus `suppressed` for suppressed tokens."""
     cosine, own = cosine_rows(token), token[:, None]
     hit = (cosine > 1 - tau.gather(1, own)).logical_and_(potential < suppressed)
     potential.add_(hit, alpha=suppressed).scatter_(1, own, math.inf)
@@ -232,8 +237,7 @@ def suppress_gram_loop(features, rank, tau, k):
 
 
 def suppress_best_ranks(features, rank, tau, k):
-    """The gram loop on the 2 k tokens of best rank; on twice as many where those do not suffice, which it must read
-    back."""
+    """The gram loop on the 2 k tokens of best rank. Doubles their number until they suffice, with a host read-back."""
     order, some = rank.argsort(1), 2 * k
     while True:
         some = min(some, rank.shape[1])

@@ -1,12 +1,12 @@
-"""`python -m bench.decode_plans`: whether attention plans a decode step anew for every length of keys.
+"""`python -m bench.decode_plans`: whether attention builds a new plan in a decode step for every new key length.
 
-A  SDPA alone: the first and the second call at a length
-B  no hooks: two equal caches alternate, the first one meets every length first
-C  the hooks and the plain model alternate, either of them first
-D  generate(): ms a token at fresh lengths and again, plain and pruned
+A  SDPA alone: first and second call at a key length
+B  no hooks: decode steps on two equal caches alternate; the first cache sees every key length first
+C  decode steps with hooks and of the plain model alternate; each goes first once
+D  generate(): ms per token at new key lengths and at the same lengths again, plain and pruned
 
-Each with cuDNN's attention and without, in less than a minute on a GPU. NOTES.md, "Second run on a GPU", has what was
-measured. The model is a LLaVA of 32 thin layers: the host sets the time of a step, as with the true one.
+Each runs with and without cuDNN attention, in less than a minute on a GPU. NOTES.md, "Second run on a GPU", has the
+results. The model is a LLaVA of 32 thin layers: a decode step is host-bound, as in the full-size model.
 """
 
 import argparse
@@ -24,12 +24,12 @@ from . import backends, prefill, record
 from .prefill import cudnn_attention, elapsed_ms
 
 LAYERS = 32
-HEADS = ((32, 32), (28, 4))  # of queries and of keys: LLaVA-7B, Qwen2.5-VL-7B
-CONFIG, UNIFORM = STSConfig(budget=32), STSConfig(budget=32, rho=1.0)  # two lengths in the cache; one
+HEADS = ((32, 32), (28, 4))  # (query heads, key heads): LLaVA-7B, Qwen2.5-VL-7B
+CONFIG, UNIFORM = STSConfig(budget=32), STSConfig(budget=32, rho=1.0)  # KV cache of two lengths; of one length
 
 
 def attention(heads, key_heads, device, dtype, met):
-    """A."""
+    """Experiment A."""
     first = 200 + prefill.unmet({200}, met)
     times = []
     for length in range(first + 1, first + prefill.STEPS + 1):
@@ -39,12 +39,12 @@ def attention(heads, key_heads, device, dtype, met):
         call = partial(torch.nn.functional.scaled_dot_product_attention, query, key, value, **options)
         times.append([elapsed_ms(call, device) for _ in range(2)])
     choice = SDPBackend(torch._fused_sdp_choice(query, key, value, **options)).name.lower()
-    once, again = map(statistics.median, zip(*times[1:], strict=True))  # the very first call loads libraries
+    once, again = map(statistics.median, zip(*times[1:], strict=True))  # the first call also loads libraries
     print(f"A {heads:>2} / {key_heads:<2} heads, {choice:<20} first call {once:8.3f} ms  second {again:8.3f} ms")
 
 
 def thin_llava(device, dtype):
-    """The model and a prompt."""
+    """A LLaVA of 32 thin layers, and a prompt."""
     import transformers
 
     from sts_kernels.generate import prepare
@@ -63,7 +63,7 @@ def thin_llava(device, dtype):
 
 
 def alternate(sides, model, inputs, device, met):
-    """B and C: all sides step through the same lengths of keys, each length first met by the first side."""
+    """Experiments B and C: all sides decode at the same key lengths; the first side runs first at each length."""
     with prefill.pruning(model, UNIFORM):
         length = prefill.cache_of(model, inputs).layers[0].keys.shape[2]
     extra = prefill.unmet({length}, met)
@@ -78,7 +78,7 @@ def alternate(sides, model, inputs, device, met):
         for config, cache, taken in zip(sides, caches, times, strict=True):
             step = partial(prefill.decode_step, model, token, cache)
             with prefill.pruning(model, config):
-                step()  # follows the hooks' (un)installation
+                step()  # untimed: the first step after the hooks' (un)installation
                 taken.append(elapsed_ms(step, device))
     results = [
         f"{'hooks' if config else 'plain'} {statistics.median(taken[1:]):.2f} ms a step"
@@ -88,7 +88,7 @@ def alternate(sides, model, inputs, device, met):
 
 
 def generation(config, model, inputs, device, met):
-    """D."""
+    """Experiment D."""
     with prefill.pruning(model, CONFIG) as sts:
         prefill.prefill(model, inputs)
         found = sts.report.rows[0]

@@ -1,4 +1,4 @@
-"""VisPruner's rounds: LLaVA image shapes, half of the budget kept for its attention."""
+"""VisPruner's deduplication rounds: LLaVA image shapes, half of the budget kept by attention."""
 
 from functools import partial
 
@@ -12,7 +12,7 @@ MAIN = [(576, 64), (576, 192), (2880, 64), (2880, 192), (2880, 640)]
 
 
 def _case(group, batch, tokens, k, dtype=F32, data="gaussian", cuda_only=False):
-    """K: the whole budget. Half of it is taken by attention before the rounds."""
+    """K: the whole budget; half of it is picked by attention before the rounds."""
     return Case(group, {"B": batch, "N": tokens, "C": 1024, "K": k}, dtype, data, cuda_only)
 
 
@@ -33,7 +33,7 @@ def make_inputs(case, device):
 
 
 def cost(case):
-    """The features are read once. Each pair of the listed tokens takes C multiply-adds: half of the matrix."""
+    """Features read once; C multiply-adds for each pair of listed tokens (half of the matrix)."""
     batch, tokens, channels, k = (case[name] for name in "BNCK")
     listed = tokens - k // 2
     return Cost(
@@ -43,7 +43,7 @@ def cost(case):
 
 
 def _rounds(cosine, rest, keep, step=8):
-    """What float64 leaves of the list `rest`, and whether no two cosines that decide a round are close."""
+    """Survivors of the list `rest` in float64, and whether all deciding cosines are well separated."""
     clear = True
     while len(rest) > keep:
         even, odd = rest[::2], rest[1::2]
@@ -54,7 +54,7 @@ def _rounds(cosine, rest, keep, step=8):
 
 
 def check(case, given, kept):
-    """Distinct tokens of the list; of short lists those of float64, unless the last bits of the cosines decide."""
+    """Picks are distinct and listed. Short lists must match float64, unless the last bits of the cosines decide."""
     for x, listed, row in zip(given["features"], given["order"], kept, strict=True):
         assert row.unique().numel() == given["keep"] == row.numel()
         assert torch.isin(row, listed).all()
@@ -83,19 +83,19 @@ def _per_item(closest_of):
 
 
 def _gathered(unit):
-    """All cosines once; a round gathers those that it compares."""
+    """All cosines once; each round gathers the compared ones."""
     cosine = unit @ unit.mT
     return lambda even, odd: cosine.index_select(0, even).index_select(1, odd).amax(1)
 
 
 def _masked(unit):
-    """All cosines once; a round reads whole rows of them, with those to even tokens masked."""
+    """All cosines once; each round reads whole rows, with the columns of even tokens masked."""
     cosine, mask = unit @ unit.mT, unit.new_empty(len(unit))
     return lambda even, odd: cosine.index_select(0, even).add_(mask.fill_(-3).index_fill_(0, odd, 0)).amax(1)
 
 
 def _products(unit):
-    """A matrix product a round, as in VisPruner."""
+    """One matrix product per round, as in VisPruner's code."""
     return lambda even, odd: (unit[even] @ unit[odd].mT).amax(1)
 
 

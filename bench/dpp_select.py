@@ -31,7 +31,7 @@ def make_inputs(case, device):
 
 
 def cost(case):
-    """The features are read once. Each pick takes the cosines of its row, and a sum over the rows before it."""
+    """Features read once; each pick needs the cosines of its row, and a sum over the earlier rows."""
     batch, tokens, channels, k = (case[name] for name in "BNCK")
     return Cost(
         bytes=batch * (tokens * (channels * case.dtype.itemsize + 4) + 12 * k),
@@ -49,7 +49,7 @@ def _unit(features):
 
 
 def _step(row, gains, rows, step, token):
-    """One greedy step in place, from the picked tokens' rows of L (B, N): the next Cholesky row and the gains left."""
+    """One greedy step in place, from the picked tokens' rows of L, (B, N): adds the Cholesky row, updates the gains."""
     own = rows[:, :step].gather(2, token[:, None, None].expand(-1, step, 1))
     pivot = gains.gather(1, token[:, None])
     entry = row.sub_(torch.bmm(own.mT, rows[:, :step])[:, 0]).div_(pivot.sqrt())
@@ -73,14 +73,14 @@ def _row(matrix, token):
 
 
 def gram_loop(features, quality, k):
-    """The kernel of all pairs once, by one matrix product, as CDPruner has it."""
+    """The kernel matrix L of all pairs once, by one matrix product, as in CDPruner's code."""
     x = _unit(features) * quality[..., None]
     kernel = torch.bmm(x, x.mT)
     return _loop(kernel.diagonal(dim1=1, dim2=2).clone(), k, lambda token: _row(kernel, token)[:, 0])
 
 
 def matvec_loop(features, quality, k):
-    """A matrix-vector product a pick, for the row that it needs."""
+    """One matrix-vector product per pick, for its row of L."""
     x = _unit(features) * quality[..., None]
     return _loop(x.square().sum(-1), k, lambda token: torch.bmm(x, _row(x, token).mT)[..., 0])
 

@@ -1,7 +1,7 @@
-"""`python -m bench.features`: analyses on a trained encoder's features, written to docs/analyses.md with its pictures.
+"""`python -m bench.features`: analyses on a trained encoder's features, written to docs/analyses.md with figures.
 
-How attention follows features through the layers, what each method keeps, how many picks change in 16 bits, and how far
-the selection looks ahead. The packages that it needs beside torch are those of bench/trained.py.
+Topics: agreement of attention and features by layer, tokens kept by each method, picks that change in 16 bits, and the
+selection's look-ahead. Requires the packages of bench/trained.py.
 """
 
 import argparse
@@ -19,14 +19,14 @@ from sts_kernels._errors import UserError
 from . import lookahead, trained
 
 DOCS = Path(__file__).parents[1] / "docs"
-LAYER = 10  # of 0 .. 11: the penultimate one, as LLaVA takes it
+LAYER = 10  # of layers 0 .. 11: the penultimate, as in LLaVA
 NEIGHBOURS = (5, 10, 20)
 BUDGETS = (16, 32, 64, 128)
 ROUNDED = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 PICTURE, PICTURE_BUDGET = "coffee", 40
-SWEPT, GRID = "coffee", 2  # the photograph of the look-ahead, and into how many crops a side it is cut
+SWEPT, GRID = "coffee", 2  # photograph of the look-ahead section; crops per side
 COLOURS = ("#0072b2", "#d55e00", "#009e73")
-# Of a method's curves, by what it looks at: features (keys among them), attention.
+# Style of a method's curves, by (uses features or keys, uses attention).
 KINDS = {
     (True, False): ("blue and green", "features", ("#08519c", "#4a9fd8", "#1b8a5a", "#86c66c", "#17becf")),
     (False, True): ("red", "attention", ("#a50f15", "#ef5b4c", "#f4a29a")),
@@ -41,7 +41,7 @@ MARKERS = "osD^vPX*"
 
 @dataclass(frozen=True)
 class Kept:
-    """What one method keeps of each photograph at one K: (B,) each."""
+    """Measures of one method's selection at one K; (B,) each, one value per photograph."""
 
     order: torch.Tensor  # (B, K)
     erank: torch.Tensor
@@ -52,10 +52,10 @@ class Kept:
 
 @dataclass(frozen=True)
 class Study:
-    names: list[str]  # of the photographs
+    names: list[str]  # photographs
     activations: trained.Activations
     chosen: dict[str, methods.Method]
-    left_out: dict[str, str]  # why
+    left_out: dict[str, str]  # method -> reason
     kept: dict[str, dict[int, Kept]]
 
     @property
@@ -68,7 +68,7 @@ class Study:
 
 
 def choose(complexity: float) -> tuple[dict[str, methods.Method], dict[str, str]]:
-    """The methods that select before the LLM, and why the others do not take part."""
+    """The methods that select before the LLM, and the reason for each one left out."""
     chosen, left_out = {}, {}
     for name in methods.names():
         options = {"erank_avg": complexity} if "erank_avg" in methods.describe(name)["options"] else {}
@@ -83,13 +83,13 @@ def choose(complexity: float) -> tuple[dict[str, methods.Method], dict[str, str]
 
 
 def select(method, activations, k: int, dtype=torch.float32) -> torch.Tensor:
-    """(B, K): the picks at `LAYER`, features and keys rounded to `dtype`."""
+    """(B, K): picks at layer LAYER, with features and keys rounded to `dtype`."""
     x, keys = (value[LAYER].to(dtype) for value in (activations.hidden, activations.keys))
     return method.select(k=k, features=x, scores=activations.cls[LAYER], keys=keys).order
 
 
 def describe(x, scores, order) -> Kept:
-    """Of the kept tokens' own rows: what a method merges into them does not count."""
+    """Measures of the kept tokens' own rows, without merging."""
     rows = methods.merge(x, methods.Selection(order))
     cover = analysis.coverage(x, order)
     seen = torch.where(order >= 0, scores.gather(1, order.clamp(min=0)), 0).sum(1) / scores.sum(1)
@@ -115,7 +115,7 @@ def table(head, rows) -> str:
 
 
 def prose(text: str) -> str:
-    """One paragraph, its lines broken anew."""
+    """Re-wraps text as one paragraph."""
     return textwrap.fill(" ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False)
 
 
@@ -127,7 +127,7 @@ def mean(values) -> float:
 
 
 def consistencies(activations, scores) -> dict[int, torch.Tensor]:
-    """By k: (layers, B)."""
+    """Consistency of features and attention by k: (layers, B)."""
     return {
         k: torch.stack([analysis.knn_consistency(x, s, k) for x, s in zip(activations.hidden, scores, strict=True)])
         for k in NEIGHBOURS
@@ -226,7 +226,7 @@ def section_shares(found: Study) -> list[str]:
 
 
 def changes(found: Study, k: int) -> dict[str, dict[str, torch.Tensor]]:
-    """By method and dtype: (B,) picks that are not among those of float32."""
+    """By method and dtype: (B,) number of picks that float32 does not pick."""
     changed = {}
     for name, method in found.chosen.items():
         plain = found.kept[name][k].order
@@ -304,7 +304,7 @@ def finish(canvas, path: Path) -> None:
     from PIL import Image
 
     canvas.savefig(path, dpi=110, metadata={"Software": None})
-    with Image.open(path) as image:  # few colours: a third of the size
+    with Image.open(path) as image:  # palette image: a third of the size
         image.convert("RGB").quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
@@ -331,7 +331,7 @@ def draw_layers(found: Study, path: Path) -> None:
 
 
 def looks(method) -> tuple[bool, bool]:
-    """At features, at attention."""
+    """(uses features or keys, uses attention)."""
     return bool(method.signals & {"features", "keys"}), bool(method.signals & {"attention", "relevance"})
 
 
@@ -364,7 +364,7 @@ def draw_kept(found: Study, path: Path) -> None:
 
 
 def draw_picture(found: Study, photographs, path: Path) -> None:
-    """One photograph, and what each method keeps of it."""
+    """One photograph, and the tokens that each method keeps."""
     x, index = found.features, found.names.index(PICTURE)
     tokens = demo.Tokens(x[index], trained.square(photographs[PICTURE]), trained.SIDE, "")
     choices = {"all": torch.arange(x.shape[1])}

@@ -1,7 +1,7 @@
-"""What a benchmark declares, and how a case of it becomes rows.
+"""Declaration of a benchmark, and the runs that turn its cases into CSV rows.
 
-bench/<op>.py holds `BENCH = Bench(...)` for the op of that name; the op's registry says which there are. "native" and
-"reference" are provided for every op, a benchmark adds the baselines.
+bench/<op>.py holds `BENCH = Bench(...)` for each op of the registry. The providers "native" and "reference" exist for
+every op; a benchmark adds baselines.
 """
 
 import importlib
@@ -21,14 +21,14 @@ from . import record, timing
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One shape of an op. `group` names the cases that belong together; `shape` holds the CSV's shape columns."""
+    """One shape of an op. group: name of the set of cases. shape: the CSV's shape columns."""
 
     group: str
     shape: dict[str, int]
     dtype: torch.dtype = torch.float32
     data: str = "gaussian"
     cuda_only: bool = False
-    lengths: tuple[int, ...] = ()  # of packed items
+    lengths: tuple[int, ...] = ()  # tokens of each packed item
     budgets: tuple[int, ...] = ()
 
     def __post_init__(self):
@@ -47,13 +47,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Cost:
-    """The least any implementation must do: bytes moved (inputs read once, outputs written once) and flops."""
+    """Lower bound for any implementation: bytes moved (inputs read once, outputs written once) and flops."""
 
     bytes: int
     flops: int
 
     def floor(self, peaks: dict, dtype: torch.dtype) -> tuple[float, str, str]:
-        """(least possible us, what sets it, that ceiling), from measured ceilings."""
+        """Roofline: (min us, name of the limit, its ceiling), from the measured ceilings `peaks`."""
         memory, compute = self.bytes / peaks["copy"] * 1e6, self.flops / peaks[dtype] * 1e6
         if memory >= compute:
             return memory, "memory", f"{peaks['copy'] / 1e9:.4g} GB/s"
@@ -62,13 +62,13 @@ class Cost:
 
 @dataclass(frozen=True)
 class Provider:
-    """One way to compute the op: `bind(case, inputs)` gives the call without arguments that is checked and timed."""
+    """One implementation of the op. `bind(case, inputs)` returns a call without arguments to check and time."""
 
     name: str
     bind: Callable[[Case, dict], Callable[[], Any]]
     fits: Callable[[Case, torch.device], bool] = lambda case, device: True
-    syncs: bool = False  # reads from the device, so no CUDA graph can hold it
-    compiles: bool = False  # uses torch.compile: only with --compile
+    syncs: bool = False  # synchronises with the device, so CUDA graph capture is impossible
+    compiles: bool = False  # uses torch.compile; runs only with --compile
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Bench:
     cases: list[Case]
     make_inputs: Callable[[Case, torch.device], dict]  # the op's keyword arguments, the same for all providers
     cost: Callable[[Case], Cost]
-    check: Callable[[Case, dict, Any], None]  # raises AssertionError where the output is wrong
+    check: Callable[[Case, dict, Any], None]  # raises AssertionError if the output is wrong
     baselines: list[Provider] = field(default_factory=list)
     reference_syncs: bool = False
 
@@ -92,7 +92,7 @@ class Bench:
 
 
 def discover() -> dict[str, Bench | None]:
-    """Every op's benchmark, None where it has none."""
+    """The benchmark of every op; None: no benchmark."""
 
     def find(name):
         module = f"{__package__}.{name.rstrip('_')}"
@@ -103,11 +103,11 @@ def discover() -> dict[str, Bench | None]:
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure: rounds in which every provider takes its turn, so that a noisy moment hits all alike."""
+    """How long to measure. Every round times every provider once, so that noise affects all alike."""
 
     seconds: float  # per case and clock, all providers together
-    rounds: tuple[int, int]  # at least, at most
-    slow_seconds: float  # slower calls are measured with one clock only, and in no more than 3 rounds
+    rounds: tuple[int, int]  # min, max
+    slow_seconds: float  # slower calls use one clock only, and max 3 rounds
 
 
 NORMAL = Effort(seconds=4.0, rounds=(7, 100), slow_seconds=1.0)
@@ -116,7 +116,7 @@ QUICK = Effort(seconds=0.5, rounds=(3, 20), slow_seconds=0.3)
 
 @dataclass
 class Run:
-    """One run of the benchmarks on a device: its clocks, its ceilings, and what went wrong."""
+    """One run of the benchmarks on a device: clocks, ceilings and failures."""
 
     device: torch.device
     effort: Effort
@@ -126,9 +126,9 @@ class Run:
     failures: list[str] = field(default_factory=list)
 
     def rows(self, bench: Bench, case: Case, providers: list[Provider]) -> Iterator[dict]:
-        """Checks and times one case; yields its rows clock by clock. What cannot run is reported, not raised."""
+        """Checks and times one case; yields its rows, clock by clock. Failures are reported, not raised."""
         if any(provider.compiles for provider in providers):
-            torch._dynamo.reset()  # a case is compiled for its own shape, never run on another's fallback
+            torch._dynamo.reset()  # compile each case for its own shape: no recompile-limit fallback
         inputs = bench.make_inputs(case, self.device)
         calls = {}
         for provider in providers:
@@ -205,7 +205,7 @@ class Run:
 
 
 def start(device: torch.device, effort: Effort, dtypes: set[torch.dtype], commit: str | None) -> tuple[Run, list[dict]]:
-    """A run, and the rows of the ceilings it measured."""
+    """A `Run`, and the rows of its measured ceilings."""
     environment = record.environment(device, commit)
     peaks = timing.peaks(device, dtypes)
     rows = [

@@ -1,4 +1,4 @@
-"""Seeded input data. What the values are like matters: how many picks a sweep can make depends on it."""
+"""Seeded input data. The distribution matters: the number of picks per pass of the selection kernels depends on it."""
 
 import math
 
@@ -6,8 +6,11 @@ import torch
 
 
 def features(batch: int, tokens: int, channels: int, dtype: torch.dtype, device: torch.device, data: str = "gaussian"):
-    """(B, N, C) tokens. "gaussian": independent normal values, all tokens about equally far apart. "smooth": tokens on
-    a square grid whose neighbours are alike and whose channels differ in scale, as in a picture's features."""
+    """(B, N, C) tokens.
+
+    data="gaussian": independent normal values, all tokens about equally far apart. data="smooth": tokens on a square
+    grid with similar neighbours and channels of different scales, like features of a picture.
+    """
     generator = torch.Generator(device=device).manual_seed(0)
 
     def normal(*shape):

@@ -1,4 +1,4 @@
-"""Density of each token among its k nearest."""
+"""Density of each token from its k nearest neighbours."""
 
 from functools import partial
 
@@ -29,7 +29,7 @@ def cost(case):
 
 
 def check(case, given, density):
-    """A sample of rows against float64."""
+    """Compares a sample of rows with float64."""
     x = given["features"].double()
     row = torch.arange(0, case["N"], max(1, case["N"] // 16), device=x.device)
     distance = torch.cdist(x[:, row], x, compute_mode="donot_use_mm_for_euclid_dist").square()
@@ -42,7 +42,7 @@ def _density(sqdist, k, channels):
 
 
 def gram(features, k):
-    """All distances as |a|^2 + |b|^2 - 2ab, then the k smallest of each row. Distances that cancel come out wrong."""
+    """All distances as |a|^2 + |b|^2 - 2ab, then the k smallest per row. Inaccurate where the difference cancels."""
     return _density(baselines.sqdist_from_gram(baselines.gram(features)), k, features.shape[2])
 
 

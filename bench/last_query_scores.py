@@ -1,8 +1,8 @@
 """Stage 2 scores: one query row over cached keys.
 
-`data` is "gaussian" for FlashAttention's layout (B, S, Hkv, D), "cache" for the same numbers in Hugging Face's
-(B, Hkv, S, D), seen through `.transpose(1, 2)`. Two providers are yardsticks, which do not compute scores: SDPA of the
-same row, which reads values as well, and the largest key, the cheapest way to read all keys.
+data="gaussian": FlashAttention's layout (B, S, Hkv, D). data="cache": the same numbers in Hugging Face's layout
+(B, Hkv, S, D), passed as `.transpose(1, 2)`. Two providers are yardsticks that do not compute scores: SDPA of the same
+row, which also reads values, and a max over the keys, the cheapest way to read all of them.
 """
 
 from functools import partial
@@ -12,8 +12,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .harness import Bench, Case, Cost, Provider
 
-HEADS = {"LLaVA-1.5-7B": (32, 32), "Qwen2.5-VL-7B": (28, 4), "Llama-3-8B": (32, 8)}  # query and key heads, of size 128
-MATRIX_BYTES = {"cuda": 40 << 30, "cpu": 1 << 30}  # what the whole attention matrix may take
+HEADS = {"LLaVA-1.5-7B": (32, 32), "Qwen2.5-VL-7B": (28, 4), "Llama-3-8B": (32, 8)}  # (query, key) heads of size 128
+MATRIX_BYTES = {"cuda": 40 << 30, "cpu": 1 << 30}  # max memory of the full attention matrix
 
 
 def _case(group, batch, keys, heads, dtype=torch.bfloat16, data="gaussian", **options):
@@ -70,14 +70,14 @@ def check(case, given, scores):
 
 
 def eager(query, key):
-    """As eager attention of transformers: key heads repeated, softmax in float32."""
+    """Eager attention as in transformers: repeated key heads, softmax in float32."""
     keys = key.transpose(1, 2).repeat_interleave(query.shape[1] // key.shape[2], 1)
     logits = query[:, :, None] @ keys.mT * query.shape[-1] ** -0.5
     return logits.softmax(-1, dtype=torch.float32).mean(1)[:, 0]
 
 
 def full_matrix(query, key):
-    """As pruning code that takes the last row of the attention matrix: every token is a query."""
+    """The full attention matrix, then its last row, as in common pruning code."""
     keys = key.transpose(1, 2).repeat_interleave(query.shape[1] // key.shape[2], 1)
     logits = query @ keys.mT * query.shape[-1] ** -0.5
     return logits.softmax(-1, dtype=torch.float32).to(query.dtype).mean(1, dtype=torch.float32)[:, -1]
@@ -96,7 +96,7 @@ def _bind_sdpa(case, given):
 
 
 def _matrix_fits(case, device):
-    # logits and what softmax makes of them, in float32 and in the input's dtype
+    # logits and probabilities, in float32 and in the input's dtype
     return case["B"] * case["Hq"] * case["S"] ** 2 * (4 + 2 * case.dtype.itemsize) <= MATRIX_BYTES[device.type]
 
 

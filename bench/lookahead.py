@@ -1,7 +1,7 @@
-"""`python -m bench.lookahead`: how many picks the CUDA kernel for clusters makes an exchange (select_cluster.cuh).
+"""`python -m bench.lookahead`: picks per exchange of the CUDA cluster kernel (select_cluster.cuh).
 
-Replays its candidates and its bound beside the plain loop of Algorithm 1. Needs no timing, so it says the same on every
-machine. python_tests/test_lookahead.py holds the emulated kernel to it.
+Replays the kernel's candidates and bound beside the plain loop of Algorithm 1. Involves no timing, so results are the
+same on every machine. python_tests/test_lookahead.py compares the emulated kernel with it.
 """
 
 import argparse
@@ -16,12 +16,12 @@ from . import inputs
 
 
 def replay(x, k, warps=32, of_warp=4, most=8):
-    """(picks per exchange between the warps, candidates that come per exchange)"""
+    """(picks per exchange between the warps, new candidates per exchange)."""
     weights = 1 / (pairwise_sqdist(x[None])[0] + 1e-6)
     least = weights.fill_diagonal_(math.inf).min(1).values.tolist()
-    potential = weights[(x - x.mean(0)).square().sum(1).argmin()].clone()  # of the first pick: its own is infinite
+    potential = weights[(x - x.mean(0)).square().sum(1).argmin()].clone()  # weights to the first pick; its own is inf
     warp_of = torch.arange(len(x)) // 32 % warps
-    ready, coming = {}, {}  # candidates and their warps
+    ready, coming = {}, {}  # candidate -> warp
     made, exchanges, came = 1, 1, 0
     while made < k:
         ready.update(coming)
@@ -64,7 +64,7 @@ def photograph(size):
 
 
 def table(kinds):
-    """Lines of Markdown: kinds are (name, tokens (N, C), K)."""
+    """Markdown lines. kinds: (name, tokens (N, C), K) triples."""
     yield "| tokens | K | picks an exchange | candidates that come |\n" + "|---" * 4 + "|"
     for name, x, k in kinds:
         picks, came = replay(x, k)

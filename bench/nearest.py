@@ -1,4 +1,4 @@
-"""The best match of every token: among all others, as density peaks ask, and among few targets, as merging does."""
+"""Nearest match of every token: among all others (density peaks), and among few targets (merging)."""
 
 from functools import partial
 
@@ -22,7 +22,7 @@ def metric_of(case):
 
 
 def make_inputs(case, device):
-    """K: only the first so many tokens are keys, each token's own included."""
+    """The first K tokens are the keys; exclude_self removes each query's own key."""
     x = inputs.features(case["B"], case["N"], case["C"], case.dtype, device, case.data)
     return {"query": x, "key": x[:, : case.shape.get("K")], "metric": metric_of(case), "exclude_self": True}
 
@@ -35,7 +35,7 @@ def cost(case):
 
 
 def check(case, given, result):
-    """A sample of rows against float64."""
+    """Compares a sample of rows with float64."""
     index, value = result
     row = torch.arange(0, case["N"], max(1, case["N"] // 16), device=index.device)
     assert ((index >= 0) & (index < given["key"].shape[1])).all()
@@ -52,14 +52,14 @@ def check(case, given, result):
 
 
 def _products(query, key):
-    """In float32. On a GPU 16-bit rows go through the tensor cores as they are."""
+    """query @ key^T in float32. On a GPU, 16-bit rows use the tensor cores."""
     if query.is_cuda and query.dtype != torch.float32:
         return torch.bmm(query, key.mT, out_dtype=torch.float32)
     return torch.bmm(query.float(), key.float().mT)
 
 
 def matmul(query, key, metric, exclude_self):
-    """All products, then a minimum over (M, K) numbers. Distances that cancel come out wrong."""
+    """All products, then a minimum over (M, K) numbers. Inaccurate where distances cancel."""
     distance = _products(query, key)
     if metric == "cosine":
         per_query, per_key = (1 / torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32) for x in (query, key))

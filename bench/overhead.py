@@ -1,7 +1,6 @@
-"""`python -m bench.overhead`: what a call costs beyond its kernel, and what importing the package costs beyond torch.
+"""`python -m bench.overhead`: overhead of a call beyond its kernel, and of importing the package beyond torch.
 
-The kernel's own share of a tiny call is what one more item adds to it: on one thread a batch of B items takes
-`call + B * kernel`, so two batch sizes give both numbers.
+On one thread, a batch of B tiny items takes `call + B * kernel`. So two batch sizes give both numbers.
 """
 
 import argparse
@@ -27,7 +26,7 @@ print((time.perf_counter() - start) * 1e6, *{name.split(".")[0] for name in set(
 
 
 def call_samples(calls: dict, count: int = 100) -> dict[str, list[float]]:
-    """us a call, the calls taking turns."""
+    """us per call; the calls alternate."""
     clock = timing.HostClock(torch.device("cpu"))
     for call in calls.values():
         for _ in range(1000):
@@ -67,7 +66,7 @@ def tiny_calls() -> dict[str, list[float]]:
 
 
 def import_time() -> tuple[list[float], set[str]]:
-    """us to import the package once torch is imported, and what it should not have imported."""
+    """us to import the package after torch, and the modules that it should not have imported."""
     times, unwanted = [], set()
     for _ in range(TRIALS):
         run = subprocess.run(

@@ -28,7 +28,7 @@ def cost(case):
 
 
 def check(case, given, sqdist):
-    """A sample of rows against float64."""
+    """Compares a sample of rows with float64."""
     x = given["features"].double()
     row = torch.arange(0, case["N"], max(1, case["N"] // 16), device=x.device)
     for b in range(case["B"]):

@@ -1,11 +1,11 @@
-"""Draws the rows of a CSV: time against K, N and B, and bars per provider for the shapes people ask about."""
+"""Plots the rows of a CSV: time against K, N and B, and bars per provider for common shapes."""
 
 from pathlib import Path
 
 from . import record
 
 OP = "repulsion_select"
-# What stays fixed while one field varies: a B=1, float32 family of the sweeps.
+# Varied field -> fixed fields: the B=1, float32 cases of the sweeps.
 GROWTH = {
     "K": ("tokens kept, K", {"B": "1", "N": "2880", "C": "1024"}),
     "N": ("tokens, N", {"B": "1", "C": "1024", "K": "192"}),
@@ -58,14 +58,14 @@ def bars(axes, rows, colours):
 
 
 def draw(rows: list[dict], png: Path) -> int:
-    """Draws what `rows` hold of float32 selection; returns how many series there were to draw."""
+    """Plots the float32 selection rows; returns the number of series."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     rows = [row for row in rows if row["op"] == OP and row["dtype"] == "float32" and row["data"] == "gaussian"]
-    # One clock for all panels: graph replay on a cold cache where there is a GPU, else the host's.
+    # One clock for all panels: graph replay with a cold cache if there are GPU rows, else the host clock.
     for mode, cold in (("graph", "1"), ("eager", "0")):
         timed = [row for row in rows if (row["mode"], row["cold_l2"]) == (mode, cold)]
         if timed:

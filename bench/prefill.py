@@ -1,19 +1,20 @@
-"""`python -m bench.prefill`: what pruning saves in whole models, and what it costs.
+"""`python -m bench.prefill`: savings and cost of pruning in whole models.
 
-True sizes with random weights: times, memory and shapes are those of the real models, answers mean nothing. A GPU runs
-the 7B models at the paper's budgets, the CPU the tiny one. One row a model, budget and setting of cuDNN attention.
+Full-size models with random weights: times, memory and shapes are real, answers are meaningless. A GPU runs the 7B
+models at the paper's budgets, the CPU the tiny model. One row per model, budget and cuDNN attention setting.
 
-prefill   the LLM's forward over the prompt: until its logits are there, on an idle device
-encode    vision encoder, stage 1 and projector, likewise
-stages    how long stage 1 (selection) and stage 2 (scores, top K', cutting) take alone, between syncs, in runs of their
-          own; the share is theirs of encode and prefill together
-hooks     a decode step with the hooks on, against one of the plain model on a text prompt with as many cached tokens
-          in every layer (rho = 1), alternating, at one length of keys that both have met before
-fresh     ms a token of generate() with the real rho (budget "all": of the plain model) at lengths of keys that no
-          decode step of this process has met before; "again": the same lengths once more
+prefill   the LLM's forward over the prompt, until the logits are ready, on an idle device
+encode    vision encoder, stage 1 and projector, measured the same way
+stages    stage 1 (selection) and stage 2 (scores, top K', cutting) alone, between syncs, in separate runs; their share
+          is relative to encode + prefill
+hooks     a decode step with hooks, against a step of the plain model on a text prompt with as many cached tokens in
+          every layer (rho = 1); the two alternate at one key length that both have seen before
+fresh     ms per token of generate() with the real rho (budget "all": plain model) at key lengths that no decode step
+          of this process has seen before; "again": the same lengths once more
 
-cuDNN's attention builds an execution plan for every new length of keys, in tens of ms. Where torch prefers it, all is
-measured with it and without (--cudnn). Compare rows of one setting: else pruning gets the credit for torch's default.
+cuDNN attention builds an execution plan for every new key length, which takes tens of ms. Where torch prefers cuDNN,
+everything is measured with and without it (--cudnn). Compare rows of one setting only: otherwise the effect of torch's
+default is attributed to pruning.
 """
 
 import argparse
@@ -46,7 +47,7 @@ COLUMNS = (
     *("peak_gb", "weights_gb", "kv_mb", "tflops", "device", "threads", "torch", "transformers"),
     *("decode_lengths", "fresh_ms", "again_ms", "cudnn_attention", "sdpa_backend"),
 )
-STEPS = 16  # decode steps of a generate() that is timed
+STEPS = 16  # decode steps of a timed generate()
 OPS_TIMED = ("repulsion_select", "repulsion_select_varlen", "last_query_scores")
 BUDGETS = {
     "tiny": (32, 16),
@@ -71,7 +72,7 @@ def elapsed_ms(call, device: torch.device) -> float:
 
 @contextlib.contextmanager
 def timed(targets: dict, device: torch.device):
-    """Yields {name: ms so far}; `targets` name (object, attribute) of functions to time between syncs."""
+    """Yields {name: accumulated ms}. targets: name -> (object, attribute) of a function to time between syncs."""
     spent = dict.fromkeys(targets, 0.0)
 
     def around(name, function):
@@ -100,7 +101,7 @@ def prefill(model, inputs):
 
 @contextlib.contextmanager
 def cudnn_attention(allowed: bool | None):
-    """Lets SDPA take cuDNN's kernels, or does not, in the whole process; None: as it is."""
+    """Enables or disables cuDNN attention in SDPA for the whole process. None: unchanged."""
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(before if allowed is None else allowed)
     try:
@@ -110,7 +111,7 @@ def cudnn_attention(allowed: bool | None):
 
 
 def sdpa_backend(model, device: torch.device, dtype: torch.dtype) -> str:
-    """What SDPA runs a decode step of `model` on: "cudnn", "flash", "efficient" or "math"."""
+    """SDPA backend of a decode step of `model`: "cudnn", "flash", "efficient" or "math"."""
     text = model.config.get_text_config()
     heads, size = text.num_attention_heads, getattr(text, "head_dim", None)
     key_heads = getattr(text, "num_key_value_heads", None) or heads
@@ -121,13 +122,13 @@ def sdpa_backend(model, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def settings(asked: str | None, backend: str) -> list[bool | None]:
-    """Whether cuDNN's attention is allowed, pass by pass; None: as it is. `backend`: SDPA's choice, "" off the GPU."""
+    """cuDNN attention setting of each pass; None: unchanged. backend: SDPA's choice, "" on the CPU."""
     asked = asked or ("both" if backend == "cudnn" else None)
     return {None: [None], "on": [True], "off": [False], "both": [True, False]}[asked]
 
 
 def pruning(model, config: STSConfig | None, **options):
-    """apply_sts, which leaves cuDNN's attention as this benchmark sets it; nothing where there is no config."""
+    """apply_sts with cuDNN attention left as the benchmark sets it. config=None: no pruning."""
     from sts_kernels.integrations.transformers import apply_sts
 
     if config is None:
@@ -136,7 +137,7 @@ def pruning(model, config: STSConfig | None, **options):
 
 
 def cache_of(model, inputs):
-    """The cache of a prompt."""
+    """KV cache of a prompt."""
     from sts_kernels.integrations.transformers.compat import output_cache
 
     return output_cache(prefill(model, inputs))
@@ -150,7 +151,7 @@ def decode_step(model, token: torch.Tensor, cache) -> None:
 
 
 def measure(model, inputs, config: STSConfig, device: torch.device, samples: int) -> dict:
-    """One row's numbers, from `samples` runs after two to warm up."""
+    """Numbers of one row, from `samples` runs after two warm-up runs."""
     from sts_kernels.integrations.transformers import layer_pruning, vision_pruning
 
     times = {"encode": [], "prefill": []}
@@ -190,7 +191,7 @@ def measure(model, inputs, config: STSConfig, device: torch.device, samples: int
 
 
 def decode(model, inputs, config: STSConfig, device: torch.device, steps: int, met: set[int]) -> dict:
-    """A decode step on a pruned prompt against the same step without hooks, at one length of keys."""
+    """A decode step on a pruned prompt, against the same step without hooks, at one key length."""
     uniform = STSConfig(budget=config.budget, rho=1.0, prune_layer=config.prune_layer)
     token = torch.full((1, 1), 5, device=device)
     with pruning(model, uniform):
@@ -199,7 +200,7 @@ def decode(model, inputs, config: STSConfig, device: torch.device, steps: int, m
     plain = cache_of(model, {"input_ids": torch.full((1, length), 5, device=device)})
 
     def second(cache):
-        """The second of two steps at one length: the first meets it, and follows the hooks' (un)installation."""
+        """Times the second of two steps at one key length. The first absorbs the new length and the hook change."""
         for _ in range(2):
             taken = elapsed_ms(lambda: decode_step(model, token, cache), device)
             cache.crop(-1)
@@ -207,7 +208,7 @@ def decode(model, inputs, config: STSConfig, device: torch.device, steps: int, m
 
     met.add(length + 1)
     times = {"decode": [], "plain_decode": []}
-    for turn in range(steps + 3):  # alternating, so that the machine's mood hits both
+    for turn in range(steps + 3):  # alternate, so that noise affects both
         with pruning(model, uniform):
             mine = second(pruned)
         theirs = second(plain)
@@ -224,8 +225,10 @@ def decode(model, inputs, config: STSConfig, device: torch.device, steps: int, m
 
 
 def unmet(lengths: set[int], met: set[int]) -> int:
-    """Tokens to add to a prompt so that STEPS decode steps after it meet no length of keys again. `lengths`: of its
-    cache. What the steps meet is added to `met`."""
+    """Tokens to add to a prompt so that its next STEPS decode steps see only new key lengths.
+
+    lengths: cache lengths of the prompt. met: key lengths seen so far; updated with those of the steps.
+    """
     extra = 0
     while met & (steps := {length + extra + step for length in lengths for step in range(1, STEPS + 1)}):
         extra += 1
@@ -234,7 +237,7 @@ def unmet(lengths: set[int], met: set[int]) -> int:
 
 
 def lengthened(inputs: dict, extra: int) -> dict:
-    """The prompt with `extra` tokens of text behind it."""
+    """The prompt with `extra` text tokens appended."""
     shape, fill = inputs["input_ids"].shape, {"input_ids": 5, "attention_mask": 1}
     return {
         name: torch.nn.functional.pad(value, (0, extra), value=fill.get(name, 0)) if value.shape == shape else value
@@ -243,7 +246,7 @@ def lengthened(inputs: dict, extra: int) -> dict:
 
 
 def per_token(model, inputs: dict, device: torch.device) -> tuple[float, float]:
-    """ms a token of generate() after the first one: at lengths of keys as they come, and at the same lengths again."""
+    """ms per token of generate() after the first token: in a first run, and again at the same key lengths."""
 
     def run(tokens):
         with torch.inference_mode():
@@ -255,7 +258,7 @@ def per_token(model, inputs: dict, device: torch.device) -> tuple[float, float]:
 
 
 def generation(model, inputs: dict, row: dict, config: STSConfig | None, device: torch.device, met: set[int]) -> dict:
-    """ms a token of the plain model (no config), or the pruned one, whose cache lengths `row` tells."""
+    """ms per token of the plain model (config=None), or of the pruned model, whose cache lengths are in `row`."""
     text = row["prompt"] - row["visual"]
     lengths = {text + row["keep"], text + row["keep_after"]} if config else {row["prompt"]}
     longer = lengthened(inputs, unmet(lengths, met))
@@ -265,7 +268,7 @@ def generation(model, inputs: dict, row: dict, config: STSConfig | None, device:
 
 
 def picture(size: tuple[int, int]):
-    """Smooth, so that neighbouring patches are alike, as in a photograph."""
+    """A smooth picture: neighbouring patches are similar, as in a photograph."""
     from PIL import Image
 
     noise = torch.rand(16, 16, 3, generator=torch.Generator().manual_seed(0)).mul(255).to(torch.uint8)
@@ -274,8 +277,10 @@ def picture(size: tuple[int, int]):
 
 
 def rows(name: str, args, met: set[int]):
-    """Yields a row for the full model and one for each budget, for every setting of cuDNN's attention. `met`: lengths
-    of keys that decode steps of this process have met."""
+    """Yields a row for the plain model and one for each budget, for every cuDNN attention setting.
+
+    met: key lengths that decode steps of this process have seen.
+    """
     import transformers
 
     from sts_kernels.generate import prepare

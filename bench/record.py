@@ -1,4 +1,4 @@
-"""Rows: what is known about a measurement, and the append-only CSV it goes into."""
+"""CSV rows: the columns of a measurement, and the append-only file."""
 
 import csv
 import os
@@ -36,7 +36,7 @@ def default_csv(device: torch.device) -> Path:
 
 
 def commit() -> str:
-    """The checkout's commit, "-dirty" where tracked files other than results differ from it; "unknown" outside git."""
+    """The checkout's commit, with "-dirty" if tracked files other than results differ; "unknown" outside git."""
 
     def git(*args):
         return subprocess.run(["git", "-C", ROOT, *args], capture_output=True, text=True, check=True).stdout.strip()
@@ -49,7 +49,7 @@ def commit() -> str:
 
 
 def environment(device: torch.device, commit_name: str | None = None) -> dict:
-    """The columns that all rows of one run share."""
+    """Columns shared by all rows of one run."""
     return {
         "timestamp": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit_name or commit(),
@@ -61,7 +61,7 @@ def environment(device: torch.device, commit_name: str | None = None) -> dict:
 
 
 def append(path: Path, rows: list[dict], columns: tuple[str, ...] = COLUMNS) -> None:
-    """Adds rows at the end of the CSV; a new file gets a header. Never rewrites what is there."""
+    """Appends rows to the CSV; a new file gets a header. Never rewrites existing rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and path.stat().st_size:
         with path.open(newline="") as file:

@@ -25,7 +25,7 @@ CASES = [
     _case("batch", 64, 576, 1024, 192, cuda_only=True),
     _case("batch", 64, 576, 1024, 192, BF16, cuda_only=True),
     *(_case("qwen", 1, 1225, c, 245, dtype) for c in (3584, 5120) for dtype in (F32, BF16)),
-    *(_case("rank", 1, 576, 1024, 576, dtype) for dtype in (F32, BF16)),  # all tokens: the picks for every k at once
+    *(_case("rank", 1, 576, 1024, 576, dtype) for dtype in (F32, BF16)),  # K = N: the picks for every k
     _case("video", 1, 16384, 1024, 1024, BF16),
     _case("video", 1, 131072, 1024, 4096, BF16, cuda_only=True),
     # One dimension at a time, for the plots of growth.
@@ -43,8 +43,11 @@ def make_inputs(case, device):
 
 
 def selection_cost(items, channels, itemsize):
-    """`items` are (tokens, picks). The features are read once; each distance that is needed costs C multiply-adds: K
-    rows of N, or half of the symmetric matrix where that is less; its weight three flops."""
+    """items: (tokens, picks) pairs. Features are read once.
+
+    Each distance costs C multiply-adds, its weight three flops. The number of distances is K rows of N, or half of the
+    symmetric matrix if that is less.
+    """
     rows = [(n, min(k, n / 2)) for n, k in items]
     return Cost(
         bytes=sum(n * channels * itemsize + 8 * k for n, k in items),
@@ -62,7 +65,7 @@ def check(case, given, picks):
 
 
 def fits_gram(items, tokens, device):
-    """Whether `items` matrices of tokens^2 float32 leave room for as much again."""
+    """Whether twice `items` float32 matrices of tokens^2 elements fit in memory."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 4 << 30
     return 2 * 4 * items * tokens**2 <= free
 

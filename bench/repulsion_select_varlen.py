@@ -1,4 +1,4 @@
-"""Stage 1 selection of packed items: mixes of image sizes as a server sees them."""
+"""Stage 1 selection of packed items: mixed image sizes, as in serving."""
 
 from functools import partial
 
@@ -10,7 +10,7 @@ from .repulsion_select import fits_gram, selection_cost
 
 
 def _case(group, lengths, keep, channels=1024, dtype=torch.float32, cuda_only=False):
-    """`keep`: the part of its tokens that each item keeps."""
+    """keep: share of its tokens that each item keeps."""
     budgets = tuple(max(1, round(n * keep)) for n in lengths)
     shape = {"B": len(lengths), "N": max(lengths), "C": channels, "K": sum(budgets), "T": sum(lengths)}
     return Case(group, shape, dtype, cuda_only=cuda_only, lengths=tuple(lengths), budgets=budgets)
@@ -68,7 +68,7 @@ def _padded(name, loop, compiled):
         )
 
     def fits(case, device):
-        # Padding saves launches, of which the CPU has none.
+        # Padding saves kernel launches, so it is timed on the GPU only.
         return device.type == "cuda" and _fits(loop, case, device)
 
     name = f"{name} padded (compiled)" if compiled else f"{name} padded"
@@ -83,7 +83,7 @@ BENCH = Bench(
     check=check,
     baselines=[
         *(_per_item(*loop) for loop in baselines.LOOPS.items()),
-        # Compiled only when padded: one shape. Items of many lengths would be compiled one by one.
+        # Only the padded loop is compiled: it has one shape. Unpadded items would compile once per length.
         *(_padded(*loop, compiled) for compiled in (False, True) for loop in baselines.LOOPS.items()),
     ],
     reference_syncs=True,

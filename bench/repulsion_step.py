@@ -20,7 +20,7 @@ CASES = [
 
 
 def make_inputs(case, device):
-    """Called again and again, a step adds the same row to the same potentials: the work does not change."""
+    """Repeated calls add the same row to the same potentials, so the work is constant."""
     return {
         "potential": torch.zeros(case["B"], case["N"], device=device),
         "features": inputs.features(case["B"], case["N"], case["C"], case.dtype, device),
@@ -32,12 +32,12 @@ def cost(case):
     batch, tokens, channels = case["B"], case["N"], case["C"]
     return Cost(
         bytes=batch * tokens * (channels * case.dtype.itemsize + 8),
-        flops=batch * tokens * (3 * channels + 3),  # by differences: nothing is known of the tokens beforehand
+        flops=batch * tokens * (3 * channels + 3),  # by differences; no precomputation
     )
 
 
 def check(case, given, following):
-    """The step from zero; and zero again for the next provider."""
+    """Checks a step from zero potentials, then resets them to zero for the next provider."""
     x, potential = given["features"].double(), given["potential"].clone()
     given["potential"].zero_()
     weight = 1 / ((x - x[:, 7:8]).square().sum(-1) + 1e-6)

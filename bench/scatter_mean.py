@@ -1,4 +1,4 @@
-"""Weighted means of the tokens of each slot."""
+"""Weighted mean of the tokens assigned to each slot."""
 
 from functools import partial
 
@@ -48,7 +48,7 @@ def one_hot(assignment, count, weight):
 
 
 def index_add(features, assignment, count, weight):
-    """Sums in float32, on a GPU in any order."""
+    """index_add in float32; on a GPU, in nondeterministic order."""
     batch, _, channels = features.shape
     first = torch.arange(batch, device=features.device)[:, None] * (count + 1)
     slot = (first + torch.where(assignment >= 0, assignment, count)).flatten()

@@ -1,4 +1,4 @@
-"""Selection by rank with suppression, of a batch: little is suppressed of Gaussian tokens, much of smooth ones."""
+"""Batched selection by rank with suppression: few Gaussian tokens are suppressed, many smooth ones."""
 
 from functools import partial
 
@@ -22,7 +22,7 @@ CASES = [
 
 
 def make_inputs(case, device):
-    """AdaVTP's thresholds at an average complexity: a hundredth a rank, 0.25 at the most."""
+    """AdaVTP's thresholds at average complexity: tau = min(0.01 rank, 0.25)."""
     x = inputs.features(case["B"], case["N"], case["C"], case.dtype, device, case.data)
     shape = case["B"], case["N"]
     generator = torch.Generator().manual_seed(1)
@@ -32,7 +32,7 @@ def make_inputs(case, device):
 
 
 def cost(case):
-    """The features are read once. Each of K picks is compared at least with the picks before it."""
+    """Features read once; each of K picks is compared at least with all earlier picks."""
     items, tokens, channels, k = (case[name] for name in "BNCK")
     token = channels * case.dtype.itemsize + 8 + 4
     return Cost(bytes=items * (tokens * token + 8 * k), flops=items * k * k * channels)

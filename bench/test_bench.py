@@ -1,5 +1,4 @@
-"""`pytest bench`: every provider of every op is right on small shapes; with --benchmark-only, how fast. And the harness
-itself: what it writes and what it refuses."""
+"""`pytest bench`: checks every provider of every op on small shapes, and the harness. --benchmark-only times them."""
 
 import csv
 import importlib
@@ -24,7 +23,7 @@ NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 
 
 def small_case(bench, dtype):
-    """The shape columns of the bench's own cases, at sizes that take no time."""
+    """A case with the shape columns of the bench's own cases, at tiny sizes."""
     like = bench.cases[0]
     if not like.lengths:
         return harness.Case("small", {name: SMALL[name] for name in like.shape}, dtype)
@@ -150,7 +149,7 @@ def test_a_wrong_provider_is_not_timed(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("path", sorted(record.RESULTS.glob("*.csv")), ids=lambda path: path.name)
 def test_recorded_rows_have_the_columns_of_new_ones(path):
-    """Else the next run could not be appended."""
+    """Otherwise the next run could not be appended."""
     own = {"prefill.csv": prefill.COLUMNS, "serving.csv": serving.COLUMNS, "ways.csv": ways.COLUMNS}
     assert tuple(record.read(path)[0]) == own.get(path.name, record.COLUMNS)
 
@@ -242,13 +241,13 @@ OPS = ["repulsion_select", "last_query_scores"]
 
 @pytest.fixture
 def shadowed(tmp_path, monkeypatch):
-    """The imported package has no library and comes before an installed one that has."""
+    """The imported package has no library and shadows an installed package with one."""
     installed = tmp_path / "site packages" / "sts_kernels"
     installed.mkdir(parents=True)
     (installed / "libsts_kernels.so").touch()
     (installed / "build_info.json").write_text('{"cuda": "13.0", "commit": "abc"}')
     others = [entry for entry in sys.path if not Path(entry or ".", "sts_kernels").exists()]
-    monkeypatch.setattr(sys, "path", [str(installed.parent), *others])  # the tests' own environment may have one
+    monkeypatch.setattr(sys, "path", [str(installed.parent), *others])  # the test environment may have one
     monkeypatch.setattr(backends._native, "LIBRARY", tmp_path / "libsts_kernels.so")
     monkeypatch.setattr(type(OPS_TABLE["repulsion_select"]), "backend", lambda op, key: "reference")
     monkeypatch.delenv("STS_KERNELS_DISABLE", raising=False)
@@ -320,7 +319,7 @@ def test_without_triton(monkeypatch):
 
 
 def test_a_checkout_shadows_the_installed_package(tmp_path):
-    """In a process of its own: what Python really imports."""
+    """Runs in a separate process, to test Python's real import order."""
     checkout, installed = tmp_path / "checkout", tmp_path / "installed" / "sts_kernels"
     skip = shutil.ignore_patterns("*.so", "build_info.json", "__pycache__", "results")
     for name in ("bench", "sts_kernels"):
@@ -352,7 +351,7 @@ def test_gpu_check_without_a_gpu(tmp_path):
 
 @pytest.mark.parametrize("section", ["bench", "models"])
 def test_gpu_check_stops_where_the_reference_would_be_timed(tmp_path, section):
-    """Before anything else, where it is not going to build. Python is a stand-in that sees a GPU, and no library."""
+    """It stops first, if it is not going to build. `python` is a stand-in that sees a GPU and no library."""
     python = tmp_path / "bin" / "python3"
     python.parent.mkdir()
     python.write_text('#!/bin/sh\necho "$*" >>"$CALLS"\n[ "$1" = -c ] || exit 4\n')
@@ -367,7 +366,7 @@ def test_gpu_check_stops_where_the_reference_would_be_timed(tmp_path, section):
 
 @pytest.mark.parametrize("data", ["gaussian", "smooth"])
 def test_features_are_laid_out_as_a_model_leaves_them(data):
-    """Transposed ones would be copied by some providers and read with strides by others."""
+    """Contiguous: transposed features would be copied by some providers and read with strides by others."""
     x = inputs.features(2, 50, 16, torch.bfloat16, torch.device("cpu"), data)
     assert x.shape == (2, 50, 16)
     assert x.is_contiguous()

@@ -1,4 +1,4 @@
-"""bench.features without the trained encoder: every section and picture on activations made up here."""
+"""bench.features without the trained encoder: every section and figure on synthetic activations."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ LAYERS, TOKENS, CHANNELS = 12, trained.SIDE**2, 48
 
 
 def made_up(pictures):
-    """Activations of the right shapes; the first picture's features are pairs 1e-3 apart."""
+    """Synthetic activations of the right shapes; the first picture's features are pairs 1e-3 apart."""
     g = torch.Generator().manual_seed(0)
     batch = len(pictures)
     hidden = [torch.randn(batch, TOKENS, CHANNELS, generator=g) for _ in range(LAYERS)]
@@ -36,7 +36,7 @@ def written(monkeypatch, tmp_path):
 
 
 def cells(text, title):
-    """The rows of the first table behind `title`, by their first cell."""
+    """Rows of the first table after `title`, keyed by their first cell."""
     lines = text.split(title, 1)[1].split("\n\n")[1].splitlines()[2:]
     rows = [[cell.strip(" *`") for cell in line.strip("|").split("|")] for line in lines]
     return {row[0]: row[1:] for row in rows}

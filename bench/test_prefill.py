@@ -1,4 +1,4 @@
-"""bench.prefill measures the tiny model, and its rows say what they should."""
+"""bench.prefill and bench.decode_plans on the tiny model: the contents of the rows."""
 
 import contextlib
 import csv
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def builds(monkeypatch):
-    """A call takes 1 ms, and 1 ms for every new length of keys: attention that builds a plan for each."""
+    """Fake attention that builds a plan per key length: 1 ms per call, and 1 ms more at each new key length."""
     plans, attend = set(), torch.nn.functional.scaled_dot_product_attention
 
     def planned(query, key, *args, **kwargs):
@@ -53,7 +53,7 @@ def test_neither_side_of_the_decode_step_meets_a_new_length(builds, tiny):
 
 
 def test_fresh_lengths_are_fresh(builds, tiny):
-    """The plain model builds one plan a token, the pruned one two, and both none at lengths met before."""
+    """Plans per token: one in the plain model, two in the pruned model, none at key lengths seen before."""
     met = set()
     row = {"prompt": 179, "visual": 144, "keep": 48, "keep_after": 16}
     for _ in range(2):
@@ -64,7 +64,7 @@ def test_fresh_lengths_are_fresh(builds, tiny):
 
 def test_unmet():
     met = {11}
-    assert prefill.unmet({10, 20}, met) == 1  # 11 is met
+    assert prefill.unmet({10, 20}, met) == 1  # 11 is in `met`
     assert met == {11, *range(12, 28), *range(22, 38)}
     assert prefill.unmet({11}, met) == 26
 
@@ -103,7 +103,7 @@ def test_sdpa_backend(tiny):
 
 
 def test_decode_plans(builds, monkeypatch, capsys):
-    """With attention that builds a plan for every length: who meets it first pays, with hooks or without."""
+    """If attention builds a plan per key length, the side that sees it first pays, with or without hooks."""
     monkeypatch.setattr(decode_plans, "elapsed_ms", prefill.elapsed_ms)
     monkeypatch.setattr(decode_plans, "LAYERS", 2)
     monkeypatch.setattr(prefill, "STEPS", 4)
@@ -150,7 +150,7 @@ def test_rows(tmp_path, capsys):
     assert float(pruned["decode_ms"]) > 0
     assert [row["decode_lengths"] for row in (full, pruned)] == ["", "met"]
     assert all(row["fresh_ms"] and row["again_ms"] for row in (full, pruned))
-    assert not full["cudnn_attention"] + full["sdpa_backend"]  # of a GPU only
+    assert not full["cudnn_attention"] + full["sdpa_backend"]  # columns filled on a GPU only
     out = capsys.readouterr().out
     assert out.count("tiny") == 3
     assert "the rest is left out" in out

@@ -1,4 +1,4 @@
-"""bench.ways measures the tiny model in every way, and draws what it measured."""
+"""bench.ways on the tiny model: measures every way, and plots the rows."""
 
 import pytest
 import torch
@@ -62,11 +62,11 @@ def test_the_plot_has_a_line_for_each_way_that_has_rows(tmp_path):
     assert len(drawn) == len(set(drawn))
     assert set(drawn) == lines_of(rows)
     assert {len(line.get_xdata()) for panel in panels for line in panel.lines} == {2}
-    assert list(panels[columns].lines[0].get_ydata()) == [1, 7]  # the newest row of the same measurement
+    assert list(panels[columns].lines[0].get_ydata()) == [1, 7]  # the newest row of each measurement
 
 
 def test_the_picture_of_the_docs_has_every_way_that_was_measured():
-    """Else: python -m bench.ways --plot docs/ways.png"""
+    """To update the figure: python -m bench.ways --plot docs/ways.png"""
     image = pytest.importorskip("PIL.Image")
     picture = record.ROOT / "docs" / "ways.png"
     assert picture.stat().st_size < 120_000

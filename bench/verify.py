@@ -1,6 +1,6 @@
-"""Picks are judged before they are timed, by the float64 oracle of the tests.
+"""Checks picks with the tests' float64 oracle before they are timed.
 
-The tests are no package, so that pytest runs them against an installed one as well; so their folder goes on the path.
+python_tests is not a package, so that pytest can also test an installed sts_kernels. So its folder goes on sys.path.
 """
 
 import sys
@@ -11,13 +11,15 @@ sys.path.append(str(ROOT / "python_tests"))
 
 import oracle
 
-EFFORT = 10**9  # multiply-adds the oracle may spend on one result: a second or two on two cores
+EFFORT = 10**9  # max multiply-adds of the oracle per result: a second or two on two cores
 
 
 def selections(pairs, error_of=lambda item, features, picks: oracle.greedy_error(features, picks, 1e-6)) -> None:
-    """The picks (K,) of each (features (N, C), picks) are distinct, in range, and by error_of(item, features, picks)
-    what the op promises. Where that would take too long only the first picks are recomputed in float64, as many as
-    EFFORT buys: they are a shorter run's picks."""
+    """Asserts that the picks (K,) of each (features (N, C), picks) pair are distinct, in range and correct.
+
+    error_of(item, features, picks) judges correctness in float64. Large items are judged by a prefix of their picks,
+    as long as EFFORT allows: a prefix is the selection of a smaller K.
+    """
     pairs = list(pairs)
     for item, (features, picks) in enumerate(pairs):
         assert picks.unique().numel() == picks.numel(), f"item {item}: a token is picked twice"
@@ -28,8 +30,10 @@ def selections(pairs, error_of=lambda item, features, picks: oracle.greedy_error
 
 
 def greedy_map(features, quality, order, gain) -> None:
-    """The picks (K,) of features (N, C) and quality (N,) are distinct, in range and a greedy MAP; as many of the first
-    ones as EFFORT buys are recomputed in float64."""
+    """Asserts that the picks (K,) of features (N, C) and quality (N,) are distinct, in range and a greedy MAP.
+
+    Recomputes a prefix of the picks in float64, as long as EFFORT allows.
+    """
     assert order.unique().numel() == order.numel(), "a token is picked twice"
     assert 0 <= order.min() <= order.max() < len(features), "a pick is out of range"
     affordable = max(4, EFFORT // features.numel())

@@ -1,24 +1,24 @@
-"""`python -m bench.ways`: ways of running a model, plain and pruned: time to the first token, and of each further one.
+"""`python -m bench.ways`: execution modes of a model, plain and pruned: time to first token and time per output token.
 
-True sizes with random weights: times, memory and shapes are those of the real models, answers mean nothing. One row a
-model, way, batch and budget.
+Full-size models with random weights: times, memory and shapes are real, answers are meaningless. One row per model,
+mode ("way"), batch and budget.
 
-eager              generate() as it is
-captured           PruningHandle.compile(): encoder, prefill and decode step, on a GPU each in a CUDA graph
-static             generate(cache_implementation="static"): transformers compiles the decode step, on a GPU
-captured-inductor  as captured, each compiled by Inductor before it is captured
+eager              plain generate()
+captured           PruningHandle.compile(): encoder, prefill and decode step; on a GPU, one CUDA graph each
+static             generate(cache_implementation="static"): transformers compiles the decode step on a GPU
+captured-inductor  as captured, with each part compiled by Inductor before capture
 
-This is the order of a run. The ways that compile come last, so a run that `--seconds` ends has the others whole.
+A run uses this order. The modes that compile come last, so a run stopped by `--seconds` has all rows of the others.
 
-build    s until the second answer is there: what compiles and captures
-encode   ms of vision encoder, selection and projector; prefill: of the LLM's forward over the prompt. Both between
-         syncs, by the pruning's own clock, so the plain model is one that is pruned with a budget of all tokens
-first    ms until the first token: generate() of one token
-token    ms a further token: generate() of 65 tokens less generate() of one, over 64; tokens/s: of that long answer, all
+build    s until the second answer: includes compilation and capture
+encode   ms of vision encoder, selection and projector; prefill: ms of the LLM's forward over the prompt. Both are
+         measured between syncs by the pruning's own clock. So the plain model is pruned with a budget of all tokens
+first    ms to the first token: generate() of one token
+token    ms per further token: (generate() of 65 tokens - generate() of one) / 64; tokens/s: of the 65-token answer, all
          rows of the batch together
 
-All rows of a batch are the same picture and question. cuDNN's attention is off: it plans every new length of the keys
-anew, in tens of ms.
+All rows of a batch have the same picture and question. cuDNN attention is off: it builds a plan for every new key
+length, which takes tens of ms.
 """
 
 import argparse
@@ -37,11 +37,11 @@ COLUMNS = (
     *("tokens_per_s", "samples", "peak_gb", "weights_gb", "device", "threads", "torch", "transformers"),
 )
 WAYS = ("eager", "captured", "static", "captured-inductor")
-NEW_TOKENS = 64  # further ones of an answer that is timed
+NEW_TOKENS = 64  # tokens after the first one in a timed answer
 
 
 class Way:
-    """A model made to run in one way: `answer(tokens)`, with the report of the last prompt."""
+    """A model set up for one way. `answer(tokens)` generates; the report is that of the last prompt."""
 
     def __init__(self, name: str, model, inputs: dict, pruning):
         self.model, self.inputs, self.pruning = model, inputs, pruning
@@ -59,7 +59,7 @@ class Way:
 
 def measure(way: Way, device: torch.device, samples: int) -> dict:
     begun = time.perf_counter()
-    for _ in range(2):  # graphs are made when a shape comes again
+    for _ in range(2):  # graphs are captured at the second call of a shape
         way.answer(1 + NEW_TOKENS)
     out = {"build_s": round(time.perf_counter() - begun, 2), "samples": samples}
     if device.type == "cuda":
@@ -86,7 +86,7 @@ def measure(way: Way, device: torch.device, samples: int) -> dict:
 
 
 def rows(name: str, args):
-    """Yields a row for each way, batch and budget of a model."""
+    """Yields a row for each way, batch and budget of the model `name`."""
     import transformers
 
     from sts_kernels.generate import prepare
@@ -129,8 +129,10 @@ PANELS = {"first_p50_ms": "first token, ms", "token_ms": "each further token, ms
 
 
 def chart(rows: list[dict]):
-    """A figure: times against the budget, a column of panels a model and batch, a line a way. Of rows that measure the
-    same thing the last one is drawn."""
+    """Figure of times against budget: one column of panels per model and batch, one line per way.
+
+    Of several rows of one measurement, the last is drawn.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -171,7 +173,7 @@ def chart(rows: list[dict]):
 
 
 def draw(rows: list[dict], png: Path) -> None:
-    """chart() as a file, whose description names the lines."""
+    """Saves chart() as a PNG whose description names the lines."""
     figure = chart(rows)
     lines = sorted({f"{row['model']}, batch {row['batch']}, {row['way']}" for row in rows})
     png.parent.mkdir(parents=True, exist_ok=True)
@@ -179,7 +181,7 @@ def draw(rows: list[dict], png: Path) -> None:
 
 
 def average(row: dict) -> float:
-    """Visual tokens of the prompt, averaged over the layers."""
+    """Visual tokens of the prompt averaged over the layers."""
     return (int(row["keep"]) + int(row["keep_after"])) / 2
 
 

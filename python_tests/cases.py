@@ -1,7 +1,7 @@
-"""Inputs of the selection ops and of pairwise_sqdist: op tests and emulated-kernel tests draw from this table.
+"""Input cases of the selection ops and pairwise_sqdist, shared by op tests and emulated-kernel tests.
 
-Values are drawn on the CPU in float32 from a seed, rounded to the dtype, then laid out on the device, so every backend
-sees the same numbers.
+Values are drawn on the CPU in float32 from a seed, rounded to the dtype, then laid out on the device. So every backend
+gets the same numbers.
 """
 
 import math
@@ -13,14 +13,14 @@ import torch
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16)
 
-# The contract of every selection op: a pick's potential, recomputed in float64, is at most 1 + REGRET times the least.
+# Contract of every selection op: a pick's potential, recomputed in float64, is at most 1 + REGRET times the minimum.
 REGRET = 1e-3
-# Squared distances and potentials, relative: float32 sums of at most 4097 terms, each good to 2^-22, taken in any order
-# (worst case 4097 * 2^-24 = 2.4e-4 if all roundings aligned; 2e-6 is typical), and well inside what REGRET allows.
+# Relative tolerance of squared distances and potentials: float32 sums of at most 4097 terms in any order, each term
+# accurate to 2^-22. Worst case 4097 * 2^-24 = 2.4e-4 if all roundings align; 2e-6 is typical. Well below REGRET.
 VALUE_RTOL = 1e-4
-# How far rounding moves two unit rows apart: 2^-24 of the length for each, and as much again for the length.
+# Max distance that rounding adds between two unit rows: 2^-24 of the length for each, and as much again for the length.
 UNIT_ROUNDING = 4e-7
-# Below this a value may have been flushed from float32's subnormals to zero.
+# Absolute tolerance: smaller values may be float32 subnormals flushed to zero.
 VALUE_ATOL = 2e-38
 
 
@@ -71,7 +71,7 @@ def near_duplicates(rng, batch, tokens, channels):
 
 
 def nearer_duplicates(rng, batch, tokens, channels):
-    """Squared distances within a group about 1e-7 of the squared norms: nothing but differences resolves them."""
+    """Squared distances within a group about 1e-7 of the squared norms: only differences resolve them."""
     return _groups(rng, batch, tokens, channels, 4, 2e-4)
 
 
@@ -83,11 +83,11 @@ def clusters(rng, batch, tokens, channels):
 
 
 def tree(rng, batch, tokens, channels):
-    """Leaves of a binary tree in random order: with eps = 2 every potential is exact, and ties are everywhere.
+    """Leaves of a binary tree in random order: with eps = 2 every potential is exact, with many ties.
 
-    Two leaves whose lowest common ancestor is one level up are at squared distance 2, then 6, 14, ...: 1 / (d + 2) is
-    a power of two, so sums are exact in float32 in whatever order they are taken. So are the mean and the distances to
-    it, up to 128 tokens.
+    Two leaves whose lowest common ancestor is 1, 2, 3, ... levels up have squared distance 2, 6, 14, ... So
+    1 / (d + 2) is a power of two, and float32 sums are exact in any order. The mean and the distances to it are exact
+    up to 128 tokens.
     """
     levels = tokens.bit_length() - 1
     assert tokens == 1 << levels
@@ -95,7 +95,7 @@ def tree(rng, batch, tokens, channels):
     leaf = torch.arange(tokens)
     columns = []
     for level in range(levels):
-        # One bit per level would make d depend on the number of differing bits; one-hot of the subtree does not.
+        # One-hot of the subtree: with one bit per level, d would depend on the number of differing bits.
         subtree = torch.nn.functional.one_hot(leaf >> level, tokens >> level).float()
         columns.append(subtree.repeat(1, 1 << level))
     x = torch.cat(columns, 1)
@@ -109,8 +109,10 @@ def grid(rng, batch, tokens, channels):
 
 
 def exact(rng, batch, tokens, channels):
-    """Integers whose rows have length 256, times powers of two: unit rows and their squared distances are exact in
-    float32, distances multiples of 2^-16, and no entry has more than 8 bits. Below 8 channels: one entry a row."""
+    """Integer rows of norm 256, times powers of two: unit rows and their squared distances are exact in float32.
+
+    Squared distances are multiples of 2^-16; entries have at most 8 bits. Below 8 channels: one nonzero entry per row.
+    """
     x = torch.zeros(batch * tokens, channels)
     if channels < 8:
         place = torch.randint(channels, (len(x), 1), generator=rng)
@@ -118,7 +120,7 @@ def exact(rng, batch, tokens, channels):
     else:
         spread = min(100, int(256 / math.sqrt(channels)))
         x[:, 4:] = torch.randint(-spread, spread + 1, (len(x), channels - 4), generator=rng).float()
-        for row in x:  # the last four squares, as Lagrange has it; of a long row channels are left out before
+        for row in x:  # zero channels of a too long row, then entries 0-3 by Lagrange's four-square theorem
             while row.square().sum() > 256**2:
                 row[torch.randint(channels, (channels // 8,), generator=rng)] = 0
             row[:4] = torch.tensor(_four_squares(256**2 - int(row.square().sum())))
@@ -143,7 +145,7 @@ def line(rng, batch, tokens, channels):
 
 
 def _spoil(x, rng, values):
-    """Every fifth token, the first one among them, gets one of `values` in one channel."""
+    """Every fifth token, from token 0 on, gets one of `values` in one channel."""
     batch, tokens, channels = x.shape
     for b in range(batch):
         for j, i in enumerate(range(0, tokens, 5)):
@@ -184,14 +186,14 @@ def contiguous(x):
 
 
 def token_slice(x):
-    """features[..., 1:, :] of a buffer with one more token (a class token, say)."""
+    """features[..., 1:, :] of a buffer with one more token, such as a class token."""
     *batch, tokens, channels = x.shape
     view = _poisoned(x, (*batch, tokens + 1, channels))[..., 1:, :]
     return view.copy_(x)
 
 
 def channel_slice(x):
-    """Rows an odd number of elements apart, from an odd offset on: no vector load is aligned."""
+    """Odd row stride and odd storage offset: no vector load is aligned."""
     *batch, tokens, channels = x.shape
     pitch = channels + 2 - channels % 2 + 1
     view = _poisoned(x, (*batch, tokens, pitch))[..., 1 : channels + 1]
@@ -199,7 +201,7 @@ def channel_slice(x):
 
 
 def row_gap(x):
-    """Rows apart by more than their length, aligned."""
+    """Aligned row stride larger than the row length."""
     *batch, tokens, channels = x.shape
     view = _poisoned(x, (*batch, tokens, channels + 16))[..., :channels]
     return view.copy_(x)
@@ -240,7 +242,7 @@ LAYOUTS = (
 
 
 def expanded(x):
-    """Every item is the first one: batch stride 0."""
+    """Batch stride 0: every item is item 0."""
     return x[:1].contiguous().expand(x.shape)
 
 
@@ -249,7 +251,7 @@ def expanded(x):
 
 @dataclass(frozen=True)
 class Case:
-    """A call of `repulsion_select`; the other ops take what they need of it."""
+    """A call of `repulsion_select`; other ops use the fields that they need."""
 
     name: str
     batch: int
@@ -263,12 +265,12 @@ class Case:
     num_tokens: tuple | None = None
     dtypes: tuple = FLOATING
     index_dtype: torch.dtype = torch.int64
-    picks: tuple | None = None  # the one right answer for every item, where it can be told without computing
+    picks: tuple | None = None  # the only correct picks of every item, if known without computing
 
     def features(self, seed=0, dtype=torch.float32, device="cpu") -> torch.Tensor:
         rng = torch.Generator().manual_seed(seed)
         x = self.values(rng, self.batch, self.tokens, self.channels).to(dtype)
-        if self.num_tokens is not None:  # padding that would spoil or win the selection if it were looked at
+        if self.num_tokens is not None:  # padding values that would change the selection if they were read
             for b, count in enumerate(self.num_tokens):
                 x[b, count:] = 0.0
                 x[b, count::2] = math.nan
@@ -289,7 +291,7 @@ class Case:
 
 
 WIDE_RANGE = (torch.float32, torch.bfloat16)
-DISTINCT = (torch.float32, torch.float16)  # bfloat16 would round the small differences away
+DISTINCT = (torch.float32, torch.float16)  # bfloat16 would round small differences to 0
 
 SIZES = [
     Case(f"{b}x{n}x{c}_k{k}", b, n, c, k)

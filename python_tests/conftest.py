@@ -1,14 +1,14 @@
-"""Fixtures shared by every test: devices, backends, and what happens where one is missing.
+"""Fixtures shared by all tests: devices and backends, and skips for missing ones.
 
-STS_KERNELS_TEST_REQUIRE=cuda turns the skips for want of a GPU into failures, browser those for want of a Chromium,
-native makes a run without the compiled library fail; several: cuda,native.
+STS_KERNELS_TEST_REQUIRE is a comma-separated list. cuda: skips for lack of a GPU become failures. browser: skips for
+lack of a Chromium become failures. native: a run without the compiled library fails.
 """
 
 import os
 from dataclasses import dataclass
 
-# Without this the two OpenMP runtimes in a torch process spin against each other, and small CPU ops take milliseconds.
-# It is read when torch is loaded.
+# Must be set before torch is loaded. Otherwise the two OpenMP runtimes in a torch process spin against each other, and
+# small CPU ops take milliseconds.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
@@ -61,7 +61,7 @@ def device(request) -> torch.device:
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to run an op: the reference function itself, or the public function on a device."""
+    """Runs an op: the reference function, or the public function on a device."""
 
     name: str
     device: torch.device

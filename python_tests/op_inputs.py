@@ -1,4 +1,4 @@
-"""Arguments of every op, for the tests of what all ops owe to torch. Each op's own are beside its tests."""
+"""Arguments of every op, for tests that run over all ops. They are defined in each op's test module."""
 
 import importlib
 
@@ -10,24 +10,24 @@ OPS = sorted(_registry.OPS)
 
 
 def _test_module(op: str, function: str):
-    """The module with the tests of `op`, which has to offer `function`."""
+    """The test module of `op`, which must define `function`."""
     module = importlib.import_module(f"test_{op.rstrip('_')}")
     assert hasattr(module, function), f"{op} is registered, and {module.__name__}.py has no {function}"
     return module
 
 
 def samples(op: str, device="cpu") -> list[tuple]:
-    """Argument tuples of every kind `op` takes: optional ones given and not, both index types, strided views."""
+    """Argument tuples that cover `op`: optional arguments given and omitted, both index dtypes, strided views."""
     return _test_module(op, "samples").samples(device)
 
 
 def sized(op: str, step: int, device="cpu") -> dict:
-    """Arguments of `op` by name. All sizes grow with `step`; optional tensors are given too."""
+    """Arguments of `op` by name, optional tensors included. All sizes grow with `step`."""
     return _test_module(op, "sized").sized(step, device)
 
 
 def offsets(sizes, device) -> torch.Tensor:
-    """(len(sizes) + 1,) int32: where each of several packed items begins, and where the last one ends."""
+    """(len(sizes) + 1,) int32: `cu_seqlens` of packed items of these sizes."""
     return torch.tensor([0, *sizes], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
 
 
@@ -40,18 +40,18 @@ def cloned(arguments: dict) -> dict:
 
 
 def written(op: str) -> str | None:
-    """The argument that `op` writes to."""
+    """Name of the argument that `op` mutates; None if there is none."""
     schema = getattr(torch.ops.sts_kernels, op).default._schema
     return next((a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write), None)
 
 
 def outputs(out) -> list:
-    """What an op returned, one or several, as a list."""
+    """The outputs of an op as a list."""
     return list(out) if isinstance(out, tuple) else [out]
 
 
 def results(op: str, call, arguments: dict) -> list:
-    """What `call` returns and what it leaves in the argument that it writes to; the given tensors stay."""
+    """Outputs of `call`, then its mutated argument, if any. `arguments` are not changed."""
     arguments = cloned(arguments)
     out = outputs(call(**arguments))
     return [*out, arguments[written(op)]] if written(op) else out

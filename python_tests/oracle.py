@@ -1,4 +1,4 @@
-"""Float64 brute force that judges what the ops return. Shares no code with the package."""
+"""Float64 brute-force checks of the ops' results. Shares no code with the package."""
 
 import math
 
@@ -9,7 +9,7 @@ FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 def sqdist(rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """(K, C), (N, C) -> (K, N) float64 by differences; what exceeds float32's range is infinite."""
+    """Squared distances (K, C), (N, C) -> (K, N), float64, by differences; values beyond float32's range become inf."""
     d = torch.cdist(rows.double(), x.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
     return torch.where(d > FLOAT32_MAX, math.inf, d)
 
@@ -19,14 +19,14 @@ def finite_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def weights(rows: torch.Tensor, x: torch.Tensor, eps: float) -> torch.Tensor:
-    """(K, N) float64 1 / (d + eps); 0 from and to tokens that are not finite."""
+    """(K, N) float64 1 / (d + eps); 0 if either token is non-finite."""
     usable = finite_rows(rows)[:, None] & finite_rows(x)
     d = sqdist(torch.nan_to_num(rows.double(), 0, 0, 0), torch.nan_to_num(x.double(), 0, 0, 0))
     return torch.where(usable, 1 / (d + eps), 0.0)
 
 
 def greedy(x: torch.Tensor, k: int, eps: float, anchor: int) -> list[int]:
-    """STS Algorithm 1 on x (N, C), step by step in float64. Slow and plain; ties go to the lowest index."""
+    """STS Algorithm 1 on x (N, C) in float64, step by step. Ties go to the lowest index."""
     finite = finite_rows(x).tolist()
     picks, potential = [anchor], [0.0] * len(x)
     while len(picks) < k:
@@ -38,7 +38,7 @@ def greedy(x: torch.Tensor, k: int, eps: float, anchor: int) -> list[int]:
 
 
 def anchor_error(x: torch.Tensor, pick: int) -> str:
-    """Why `pick` is not the token of x (N, C) nearest the mean of its finite tokens; "" where it is."""
+    """Why `pick` is not the token of x (N, C) nearest the mean of its finite tokens; "" if it is."""
     finite = finite_rows(x)
     if not finite.any():
         return "" if pick == 0 else f"anchor {pick}: no token is finite, so the first is the anchor"
@@ -46,7 +46,7 @@ def anchor_error(x: torch.Tensor, pick: int) -> str:
         return f"anchor {pick} is not finite while others are"
     y = x[finite].double()
     d = sqdist(y.mean(0, keepdim=True), x)[0]
-    # The mean is a float32 sum: off by up to about 2^-20 of the largest entry in each channel.
+    # The mean is a float32 sum, with an error of up to about 2^-20 of the largest entry in each channel.
     slack = x.shape[1] * (2**-20 * y.abs().max().item()) ** 2
     least, got = d[finite].min().item(), d[pick].item()
     if got <= (1 + REGRET) * least + slack:
@@ -55,7 +55,7 @@ def anchor_error(x: torch.Tensor, pick: int) -> str:
 
 
 def index_error(picks: torch.Tensor, tokens: int) -> str:
-    """Why `picks` (K,) are not distinct indices of tokens; "" where they are."""
+    """Why `picks` (K,) are not distinct token indices; "" if they are."""
     if picks.dtype != torch.int64:
         return f"picks are {picks.dtype}"
     if picks.min() < 0 or picks.max() >= tokens:
@@ -66,7 +66,7 @@ def index_error(picks: torch.Tensor, tokens: int) -> str:
 
 
 def greedy_error(x: torch.Tensor, picks: torch.Tensor, eps: float, anchor: int | None = None) -> str:
-    """Why `picks` (K,) are not a greedy selection of x (N, C); "" where they are. N >= K >= 1."""
+    """Why `picks` (K,) are not a greedy selection of x (N, C); "" if they are. N >= K >= 1."""
     x, picks = x.detach().cpu(), picks.detach().cpu()
     tokens, k = x.shape[0], picks.shape[0]
     if error := index_error(picks, tokens):
@@ -81,9 +81,9 @@ def greedy_error(x: torch.Tensor, picks: torch.Tensor, eps: float, anchor: int |
     finite = finite_rows(x)
     taken_at = torch.full((tokens,), k).scatter_(0, picks, torch.arange(k))
     step = torch.arange(1, k)
-    left = taken_at >= step[:, None]  # (K-1, N): what step t can still pick
+    left = taken_at >= step[:, None]  # (K-1, N): pickable at step t
     potential = weights(x[picks[:-1]], x, eps).cumsum(0)
-    # Finite tokens by potential; the rest after them all, in order of index.
+    # Finite tokens by potential, then non-finite tokens by index.
     lowest = potential.masked_fill(~(left & finite), math.inf).min(1).values
     chosen = potential.gather(1, picks[1:, None])[:, 0]
     some_finite = (left & finite).any(1)
@@ -104,29 +104,29 @@ def greedy_error(x: torch.Tensor, picks: torch.Tensor, eps: float, anchor: int |
 
 
 def unit_sqdist(rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """(K, C), (N, C) -> (K, N) float64 2 - 2 cosine, by differences; the cosine of a zero row is 0."""
+    """2 - 2 cosine, (K, C), (N, C) -> (K, N), float64, by differences; the cosine of a zero row is 0."""
 
     def unit(x):
         x = x.double()
         x = x / x.abs().amax(-1, keepdim=True).clamp(min=1e-300)
-        return x / x.norm(dim=-1, keepdim=True).clamp(min=0.5)  # at least 1 unless the row is zero
+        return x / x.norm(dim=-1, keepdim=True).clamp(min=0.5)  # the norm is at least 1 unless the row is zero
 
     zero = (rows == 0).all(-1)[:, None] | (x == 0).all(-1)
     return torch.where(zero, 2.0, sqdist(unit(rows), unit(x)))
 
 
 def measured(rows: torch.Tensor, x: torch.Tensor, metric: str) -> torch.Tensor:
-    """(K, N) float64 squared distances under `metric`; NaN from and to tokens that are not finite."""
+    """(K, N) float64 squared distances under `metric`; NaN if either token is non-finite."""
     usable = finite_rows(rows)[:, None] & finite_rows(x)
     rows, x = (torch.nan_to_num(t.double(), 0, 0, 0) for t in (rows, x))
     return torch.where(usable, sqdist(rows, x) if metric == "euclidean" else unit_sqdist(rows, x), math.nan)
 
 
 def farthest_error(x, picks, anchor=None, quality=None, start=None, metric="euclidean") -> str:
-    """Why `picks` (K,) are no max-min selection of x (N, C); "" where they are. N >= K >= 1.
+    """Why `picks` (K,) are no max-min selection of x (N, C); "" if they are. N >= K >= 1.
 
-    Each pick's quality * distance, in float64, is at least the largest / (1 + REGRET), where distances may be off by
-    what rounding a unit row does.
+    Each pick's quality * distance, in float64, must be at least the maximum / (1 + REGRET). With metric="cosine",
+    distances (not squared) may be off by UNIT_ROUNDING.
     """
     x, picks = x.detach().cpu(), picks.detach().cpu()
     tokens, k = x.shape[0], picks.shape[0]
@@ -141,18 +141,18 @@ def farthest_error(x, picks, anchor=None, quality=None, start=None, metric="eucl
     d = measured(x[picks], x, metric).nan_to_num(FLOAT32_MAX, FLOAT32_MAX)
     nearest = torch.cat([kept.clamp(max=FLOAT32_MAX)[None], d[:-1]]).cummin(0).values  # (K, N): before each pick
     if start is None:
-        nearest[0] = 1.0  # the quality alone decides
+        nearest[0] = 1.0  # the first pick depends on the quality only
     slack = UNIT_ROUNDING if metric == "cosine" else 0.0
     at_least = (q * (nearest.sqrt() - slack).clamp(min=0).square()).clamp(max=FLOAT32_MAX)
     at_most = (q * (nearest.sqrt() + slack).square()).clamp(max=FLOAT32_MAX)
     step = torch.arange(k)[:, None]
-    left = torch.full((tokens,), k).scatter_(0, picks, step[:, 0]) >= step  # (K, N): what each step can still pick
+    left = torch.full((tokens,), k).scatter_(0, picks, step[:, 0]) >= step  # (K, N): pickable at each step
     best = at_least.masked_fill(~(left & usable), -1.0)
     got = at_most.gather(1, picks[:, None])[:, 0] * (1 + REGRET) + VALUE_ATOL
     first_left = left.int().argmax(1)
     some_usable = (left & usable).any(1)
     good = torch.where(some_usable, usable[picks] & (got >= best.max(1).values), picks == first_left)
-    # One number alone decides on the first pick, without rounding.
+    # Without rounding in its value, the first pick must be exact.
     if some_usable[0] and (start is None or (quality is None and slack == 0.0)):
         good[0] = picks[0] == best[0].argmax()
     if anchor is not None:
@@ -172,25 +172,25 @@ def farthest_error(x, picks, anchor=None, quality=None, start=None, metric="eucl
 
 
 def suppress_error(x, rank, tau, picks) -> str:
-    """Why `picks` (K,) are no walk of x (N, C) by rank with suppression; "" where they are. N >= K >= 1.
+    """Why `picks` (K,) are no selection of x (N, C) by rank with suppression; "" if they are. N >= K >= 1.
 
-    A token whose distance to a pick is nearer to the threshold than rounding is may be suppressed or not.
+    A token whose distance to a pick is within rounding of the threshold may be suppressed or not.
     """
     x, picks, rank, tau = (t.detach().cpu() for t in (x, picks, rank, tau))
     tokens = x.shape[0]
     if error := index_error(picks, tokens):
         return error
     usable = finite_rows(x) & (rank >= 0) & (rank < 2**23)
-    key = torch.where(usable, rank.long() * tokens + torch.arange(tokens), 2**62)  # the lowest rank, then index
+    key = torch.where(usable, rank.long() * tokens + torch.arange(tokens), 2**62)  # order by rank, then index
     d = measured(x[picks], x, "cosine")
     limit = 2 * tau[picks].double()[:, None]
     limit = torch.where(limit > 0, limit, 0.0)  # NaN: suppresses nothing
     low, high = ((d.sqrt() + sign * UNIT_ROUNDING).clamp(min=0).square() for sign in (-1, 1))
-    # (K, N): by the picks before each one.
+    # (K, N): suppressed by the picks before each step.
     none = torch.zeros(1, tokens, dtype=torch.bool)
     surely = torch.cat([none, high < limit * (1 - REGRET)])[:-1].cummax(0).values
     maybe = torch.cat([none, low < limit * (1 + REGRET)])[:-1].cummax(0).values
-    decided = torch.zeros(tokens, dtype=torch.bool)  # suppressed, for it was passed over
+    decided = torch.zeros(tokens, dtype=torch.bool)  # known to be suppressed: skipped in favour of a later token
     left = torch.ones(tokens, dtype=torch.bool)
     for step, pick in enumerate(picks.tolist()):
         suppressed, possibly, here = surely[step] | decided, maybe[step] | decided, left & usable
@@ -216,7 +216,10 @@ def suppress_error(x, rank, tau, picks) -> str:
 
 
 def check_padded(picks, features, k, num_tokens, error_of):
-    """Asserts the form of `picks` (B, k), and that `error_of(item, count, picks of the item)` finds nothing."""
+    """Asserts that `picks` (B, k) are well-formed and that error_of(item, rows of the item, its picks) is "".
+
+    Well-formed: int64, contiguous, on the device of `features`, -1 past each item's tokens.
+    """
     batch, tokens, _ = features.shape
     assert picks.dtype == torch.int64
     assert picks.device == features.device
@@ -233,7 +236,7 @@ def check_padded(picks, features, k, num_tokens, error_of):
 
 
 def check_packed(picks, features, cu_seqlens, cu_budgets, total_k, error_of):
-    """The same of packed `picks` (total_k,); error_of(item, rows of the item, picks of the item)."""
+    """`check_padded` for packed `picks` (total_k,); error_of(item, rows of the item, picks of the item)."""
     assert picks.dtype == torch.int64
     assert picks.device == features.device
     assert picks.shape == (total_k,)
@@ -254,7 +257,7 @@ def _of(value, *index):
 
 
 def check_select(picks, features, k, eps=1e-6, anchor=None, num_tokens=None):
-    """Asserts that `picks` (B, k) are what `repulsion_select` promises for these arguments."""
+    """Asserts that `picks` (B, k) fulfil the contract of `repulsion_select` for these arguments."""
 
     def error(b, rows, part):
         return greedy_error(features[b, rows], part, eps, _first(anchor, b))
@@ -263,7 +266,7 @@ def check_select(picks, features, k, eps=1e-6, anchor=None, num_tokens=None):
 
 
 def check_select_varlen(picks, features, cu_seqlens, cu_budgets, total_k, eps=1e-6, anchor=None):
-    """Asserts that `picks` (total_k,) are what `repulsion_select_varlen` promises for these arguments."""
+    """Asserts that `picks` (total_k,) fulfil the contract of `repulsion_select_varlen` for these arguments."""
 
     def error(b, rows, part):
         return greedy_error(features[rows], part, eps, _first(anchor, b))
@@ -272,7 +275,7 @@ def check_select_varlen(picks, features, cu_seqlens, cu_budgets, total_k, eps=1e
 
 
 def check_farthest(picks, features, k, anchor=None, quality=None, start=None, metric="euclidean", num_tokens=None):
-    """Asserts that `picks` (B, k) are what `farthest_select` promises for these arguments."""
+    """Asserts that `picks` (B, k) fulfil the contract of `farthest_select` for these arguments."""
 
     def error(b, rows, part):
         values = _of(quality, b, rows), _of(start, b, rows)
@@ -284,7 +287,7 @@ def check_farthest(picks, features, k, anchor=None, quality=None, start=None, me
 def check_farthest_varlen(
     picks, features, cu_seqlens, cu_budgets, total_k, anchor=None, quality=None, start=None, metric="euclidean"
 ):
-    """Asserts that `picks` (total_k,) are what `farthest_select_varlen` promises for these arguments."""
+    """Asserts that `picks` (total_k,) fulfil the contract of `farthest_select_varlen` for these arguments."""
 
     def error(b, rows, part):
         return farthest_error(features[rows], part, _first(anchor, b), _of(quality, rows), _of(start, rows), metric)
@@ -293,7 +296,7 @@ def check_farthest_varlen(
 
 
 def check_suppress(picks, features, rank, tau, k, num_tokens=None):
-    """Asserts that `picks` (B, k) are what `suppress_select` promises for these arguments."""
+    """Asserts that `picks` (B, k) fulfil the contract of `suppress_select` for these arguments."""
 
     def error(b, rows, part):
         return suppress_error(features[b, rows], rank[b, rows], tau[b, rows], part)
@@ -302,7 +305,7 @@ def check_suppress(picks, features, rank, tau, k, num_tokens=None):
 
 
 def check_suppress_varlen(picks, features, rank, tau, cu_seqlens, cu_budgets, total_k):
-    """Asserts that `picks` (total_k,) are what `suppress_select_varlen` promises for these arguments."""
+    """Asserts that `picks` (total_k,) fulfil the contract of `suppress_select_varlen` for these arguments."""
 
     def error(b, rows, part):
         return suppress_error(features[rows], rank[rows], tau[rows], part)
@@ -311,7 +314,7 @@ def check_suppress_varlen(picks, features, rank, tau, cu_seqlens, cu_budgets, to
 
 
 def check_sqdist(got, features):
-    """Asserts that `got` (B, N, N) is what `pairwise_sqdist` promises for these features."""
+    """Asserts that `got` (B, N, N) fulfils the contract of `pairwise_sqdist` for these features."""
     batch, tokens, _ = features.shape
     assert got.dtype == torch.float32
     assert got.device == features.device
@@ -333,7 +336,7 @@ def check_sqdist(got, features):
 
 
 def check_step(after, nxt, before, features, picked, eps=1e-6):
-    """Asserts that one `repulsion_step_` took the potentials from `before` to `after` and returned `nxt`."""
+    """Asserts that one `repulsion_step_` changes the potentials from `before` to `after` and returns `nxt`."""
     batch = features.shape[0]
     assert nxt.dtype == torch.int64
     assert nxt.device == features.device
@@ -354,18 +357,18 @@ def check_step(after, nxt, before, features, picked, eps=1e-6):
         if not left.any():
             assert nxt[b] == -1, f"item {b}: every token is picked, yet {nxt[b]} is next"
             continue
-        # Its own potentials settle what is next, exactly: the least, and the lowest index among equals.
+        # The next pick must be the exact argmin of the returned potentials; ties go to the lowest index.
         candidates = left & finite if (left & finite).any() else left
         least = row[candidates].min()
         first = (candidates & (row == least)).int().argmax() if finite[candidates].any() else left.int().argmax()
         assert nxt[b] == first, f"item {b}: {nxt[b]} is next, not {first}"
 
 
-NEAREST_TOL = 1e-5  # of a cosine, absolutely; of a squared distance, relatively
+NEAREST_TOL = 1e-5  # absolute for cosines, relative for squared distances
 
 
 def pair_values(query, key, metric):
-    """(M, K) float64 cosines or squared distances of the rows of (M, C) and (K, C)."""
+    """Cosines or squared distances of the rows of (M, C) and (K, C): (M, K) float64."""
     if metric == "euclidean":
         return sqdist(query, key)
     q, k = (torch.nn.functional.normalize(x.double(), dim=1, eps=1e-300) for x in (query, key))
@@ -375,7 +378,7 @@ def pair_values(query, key, metric):
 def check_nearest(
     index, value, query, key, metric="cosine", query_rank=None, key_rank=None, exclude_self=False, num_keys=None
 ):
-    """Asserts that `index` and `value` (B, M) are what `nearest` promises for these arguments."""
+    """Asserts that `index` and `value` (B, M) fulfil the contract of `nearest` for these arguments."""
     (batch, rows, _), keys = query.shape, key.shape[1]
     assert (index.dtype, value.dtype) == (torch.int64, torch.float32)
     assert index.device == value.device == query.device
@@ -417,7 +420,7 @@ def check_nearest(
 
 
 def check_scatter_mean(mean, mass, features, assignment, count, weight=None):
-    """Asserts that `mean` (B, count, C) and `mass` (B, count) are what `scatter_mean` promises for these arguments."""
+    """Asserts that `mean` (B, count, C) and `mass` (B, count) fulfil the contract of `scatter_mean`."""
     batch, _, channels = features.shape
     assert (mean.dtype, mass.dtype) == (features.dtype, torch.float32)
     assert mean.device == mass.device == features.device
@@ -443,7 +446,7 @@ def check_scatter_mean(mean, mass, features, assignment, count, weight=None):
 
 
 def check_knn_density(got, features, k, num_tokens=None):
-    """Asserts that `got` (B, N) is what `knn_density` promises for these arguments."""
+    """Asserts that `got` (B, N) fulfils the contract of `knn_density` for these arguments."""
     batch, tokens, channels = features.shape
     assert got.dtype == torch.float32
     assert got.device == features.device
@@ -464,17 +467,17 @@ def check_knn_density(got, features, k, num_tokens=None):
 
 
 def unit_rows64(x):
-    """(N, C) float64 rows of length 1; a zero row stays zero."""
+    """L2-normalised rows (N, C), float64; zero rows stay zero."""
     x = x.double()
     x = x / torch.where(x.abs().amax(1, keepdim=True) > 0, x.abs().amax(1, keepdim=True), 1.0)
     return torch.nn.functional.normalize(x, dim=1)
 
 
-GAIN_ATOL = 1e-6  # of the first gain: what float32 resolves of a squared distance to a span
+GAIN_ATOL = 1e-6  # relative to the first gain: float32 accuracy of a squared distance to a span
 
 
 def dpp_error(order, gain, x, quality, floor):
-    """Why `order` and `gain` (K,) are no greedy MAP of x (N, C) and quality (N,); "" where they are. N >= K >= 1."""
+    """Why `order` and `gain` (K,) are no greedy MAP of x (N, C) and quality (N,); "" if they are. N >= K >= 1."""
     tokens = len(x)
     if order.min() < 0 or order.max() >= tokens or order.unique().numel() != len(order):
         return f"picks repeat, or are outside [0, {tokens}): {order.tolist()}"
@@ -491,7 +494,7 @@ def dpp_error(order, gain, x, quality, floor):
     for step, (pick, got) in enumerate(zip(order.tolist(), gain.double().tolist(), strict=True)):
         gains = torch.where(left & usable, q.square() * distance, 0.0)
         best, own, slack = gains.max(), gains[pick], GAIN_ATOL * first
-        if got == 0:  # from here on by quality
+        if got == 0:  # rank exhausted: the remaining picks are by quality
             if best > floor * first * (1 + REGRET) + slack:
                 return f"step {step} goes by quality, but a gain of {best:.6g} is left; the first was {first:.6g}"
             want = [i for i in rest if left[i]][: len(order) - step]
@@ -512,7 +515,7 @@ def dpp_error(order, gain, x, quality, floor):
 
 
 def check_dpp(order, gain, features, quality, k, floor=1e-7, num_tokens=None):
-    """Asserts that `order` and `gain` (B, k) are what `dpp_select` promises for these arguments."""
+    """Asserts that `order` and `gain` (B, k) fulfil the contract of `dpp_select` for these arguments."""
     batch, tokens, _ = features.shape
     assert (order.dtype, gain.dtype) == (torch.int64, torch.float32)
     assert order.device == gain.device == features.device
@@ -531,7 +534,7 @@ def check_dpp(order, gain, features, quality, k, floor=1e-7, num_tokens=None):
 
 
 def dedup_rounds(sqdist, rest, keep, step):
-    """VisPruner's rounds over a list `rest`, by sqdist (N, N), which are to be exact."""
+    """VisPruner's rounds over the list `rest`. sqdist: (N, N), must be exact."""
     while len(rest) > keep:
         even, odd = rest[::2], rest[1::2]
         closest = sqdist[even][:, odd].min(1).values.tolist()
@@ -541,8 +544,11 @@ def dedup_rounds(sqdist, rest, keep, step):
 
 
 def check_dedup(kept, features, order, keep, step=8, exact=True):
-    """Asserts that `kept` (B, keep) is what `dedup_select` promises for these arguments. exact: the squared distances
-    of unit rows are exact in float32; else only what does not depend on them is checked."""
+    """Asserts that `kept` (B, keep) fulfils the contract of `dedup_select` for these arguments.
+
+    exact: whether the squared distances of unit rows are exact in float32. If not, only the properties that do not
+    depend on them are checked.
+    """
     assert kept.dtype == torch.int64
     assert kept.device == features.device
     assert kept.shape == (features.shape[0], keep)
@@ -564,5 +570,5 @@ def check_dedup(kept, features, order, keep, step=8, exact=True):
         u = unit_rows64(torch.where(finite[:, None], features[b].double(), 0.0))
         zero = (u == 0).all(1)
         sqdist = (2 - 2 * u @ u.T).masked_fill(zero[:, None] | zero, 2.0)
-        sqdist = (sqdist * 2**24).round() / 2**24  # what float64 loses of them
+        sqdist = (sqdist * 2**24).round() / 2**24  # removes float64 rounding
         assert kept[b].tolist() == dedup_rounds(sqdist, good, keep, step), f"item {b}"

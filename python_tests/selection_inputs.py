@@ -1,4 +1,4 @@
-"""Arguments of farthest_select, suppress_select and their varlen forms: out of the shared cases, and random ones."""
+"""Arguments of farthest_select, suppress_select and their varlen forms: from the shared cases, and random."""
 
 import math
 
@@ -13,14 +13,14 @@ def zero_rows(rng, batch, tokens, channels):
 
 
 def directions(rng, batch, tokens, channels):
-    """Few directions, many lengths: distances are large where cosines are equal."""
+    """Few directions, many norms: tokens with equal cosines have large distances."""
     few = cases.normal(rng, batch, 1 + tokens // 4, channels)
     pick = torch.randint(few.shape[1], (tokens,), generator=rng)
     return few[:, pick] * 2.0 ** torch.randint(-20, 20, (batch, tokens, 1), generator=rng)
 
 
 def adversary(rng, batch, tokens, channels):
-    """Pairs of near-duplicates: half of what looks like the next pick is near the other half."""
+    """Pairs of near-duplicates: half of the best candidates are near the other half."""
     x = cases.normal(rng, batch, tokens, channels)
     x[:, 1::2] = x[:, : tokens - 1 : 2] + 1e-3 * x[:, 1::2]
     return x
@@ -50,7 +50,7 @@ MAKES = (
 
 
 def _wild(rng, x, values):
-    """Every eighth number is one of `values`."""
+    """Replaces every eighth number by one of `values`."""
     at = torch.rand(x.shape, generator=rng) < 1 / 8
     return torch.where(at, torch.tensor(values)[torch.randint(len(values), x.shape, generator=rng)], x)
 
@@ -62,7 +62,7 @@ def qualities(rng, *shape, wild=False):
 
 
 def starts(rng, *shape, wild=False):
-    """Distances to what is kept already; a tenth of the tokens are kept."""
+    """`start` distances to already kept tokens; a tenth of the tokens are kept."""
     d = 3 * torch.rand(shape, generator=rng)
     d = torch.where(torch.rand(shape, generator=rng) < 0.1, -1.0, d)
     return _wild(rng, d, [math.nan, math.inf, -math.inf, 0.0, -0.0, 1e38]) if wild else d
@@ -84,7 +84,7 @@ def taus(rng, *shape, wild=False):
 
 
 def of_case(op: str, case, variant: str = "plain", seed=0, dtype=torch.float32, device="cpu") -> dict:
-    """Arguments of `op` from a case of cases.py. Variants of farthest_select: plain, cosine, quality, start, all."""
+    """Arguments of `op` from a `cases.Case`. Variants of farthest_select: plain, cosine, quality, start, all."""
     given = case.inputs(seed, dtype, device)
     del given["eps"]
     rng = torch.Generator().manual_seed(seed)
@@ -103,7 +103,7 @@ def of_case(op: str, case, variant: str = "plain", seed=0, dtype=torch.float32, 
 
 
 def random_inputs(op: str, seed: int, device="cpu") -> dict:
-    """Arguments of `op`: every kind of value, size, dtype and option comes up."""
+    """Random arguments of `op`: all kinds of values, sizes, dtypes and options occur."""
     rng = torch.Generator().manual_seed(seed)
 
     def below(high, low=0):

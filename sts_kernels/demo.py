@@ -1,4 +1,4 @@
-"""`python -m sts_kernels demo`: cuts a photograph into visual tokens, keeps some of them, and shows which."""
+"""`python -m sts_kernels demo`: splits a photograph into visual tokens, selects some, and shows the selection."""
 
 import json
 import math
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 DIMMED = 0.25  # brightness of a dropped patch
 PANEL, MARGIN, CAPTION = 336, 12, 28  # pixels
-MEASURES = {  # of the kept tokens, and how they are printed
+MEASURES = {  # measure of the kept tokens -> column title
     "erank": "effective rank",
     "mean": "mean distance",
     "largest": "largest distance",
@@ -112,7 +112,7 @@ def text(result: dict[str, Any], tokens: Tokens) -> str:
 
 
 def measures(features: Tensor, kept: Tensor) -> dict[str, float]:
-    """By the names of `MEASURES`. A kept token is its own nearest one."""
+    """Values of `MEASURES` by name. A kept token's nearest kept token is itself."""
     cover = analysis.coverage(features[None], kept[None])
     return {
         "erank": analysis.erank(features[kept][None]).item(),
@@ -122,7 +122,7 @@ def measures(features: Tensor, kept: Tensor) -> dict[str, float]:
 
 
 def uniform_choice(side: int, keep: int) -> Tensor:
-    """`keep` distinct tokens spread evenly over the grid: rows at equal distances, each with its share."""
+    """`keep` distinct tokens spread evenly over the grid: equally spaced rows, each with an equal share."""
     rows = min(side, max(math.isqrt(keep), -(-keep // side)))
     chosen = []
     for row in range(rows):
@@ -137,7 +137,7 @@ def random_choice(tokens: int, keep: int, seed: int) -> Tensor:
 
 
 def pytorch_loop(features: Tensor, keep: int, eps: float = 1e-6) -> Tensor:
-    """Algorithm 1 of STS for one item, as one writes it in PyTorch: what `repulsion_select` is timed against."""
+    """Algorithm 1 of STS for one item in plain PyTorch: the baseline that `repulsion_select` is timed against."""
     potential = features.new_zeros(features.shape[0])
     token = (features - features.mean(0)).square().sum(-1).argmin()
     picked = []
@@ -150,9 +150,9 @@ def pytorch_loop(features: Tensor, keep: int, eps: float = 1e-6) -> Tensor:
 
 
 def median_ms(function: Callable[[], object], device: torch.device, runs: int = 9, seconds: float = 1.0) -> float:
-    """Median wall time of a call with its kernels finished; fewer runs, but three, where they take long.
+    """Median wall time of a call, kernels included. Slow calls run fewer times than `runs`, at least 3.
 
-    The first run may be slow: the median leaves it out.
+    The first run may be slow; the median is robust to it.
     """
 
     def finish() -> None:
@@ -170,8 +170,7 @@ def median_ms(function: Callable[[], object], device: torch.device, runs: int = 
 
 
 def draw(tokens: Tokens, choices: dict[str, Tensor], columns: int | None = None, panel: int = PANEL) -> "Image":
-    """The choices side by side, in rows of `columns`: kept patches as they are, the others dimmed. Panels are at least
-    `panel` pixels a side."""
+    """Draws the choices as panels in rows of `columns`, dropped patches dimmed. Panels are at least `panel` px wide."""
     from PIL import Image, ImageDraw, ImageFont
 
     columns = columns or len(choices)

@@ -1,7 +1,7 @@
-"""`python -m sts_kernels explore`: one page that shows what each method keeps of a picture, and how well.
+"""`python -m sts_kernels explore`: writes one HTML page that shows the tokens each method keeps, with quality measures.
 
-The page holds numbers, not code of the methods. A nested method ran once, for all tokens: the first k of its picks are
-its selection of k. The others ran once for each budget of `ladder`. Distances are L2 of features.
+The page holds precomputed numbers; no method runs in it. A nested method is run once, for all tokens: its first k picks
+are its selection of k. Other methods are run once for each budget of `ladder`. Distances are L2 of features.
 """
 
 import array
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 TEMPLATE = Path(__file__).with_name("explore.html")
-SLOT = "/*DATA*/null"  # in the template
+SLOT = "/*DATA*/null"  # placeholder in the template
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
 GAP = 12  # pixels between a picture and its crops
-LEVELS = 65535  # of a distance, in 16 bits
-MERGED = 0x8000  # flag of a stand-in: the token is merged into it, which it need not be nearest to
+LEVELS = 65535  # quantisation levels of a distance: 16 bits
+MERGED = 0x8000  # flag in `stand_ins`: the token is merged into that slot, which need not be the nearest
 MOST_TOKENS = 8192
 SIGNALS = {"features": "features", "attention": "attention", "relevance": "prompt", "keys": "keys", "text": "prompt"}
-USUAL = (320, 576, 640)  # budgets that papers report, beside the ladder's own
+USUAL = (320, 576, 640)  # budgets from papers, added to the ladder
 
 
 class Subject(NamedTuple):
@@ -120,7 +120,7 @@ def subject(name: str, picture: "Image", source: Source, crops: int) -> Subject:
 
 
 def files(given: Sequence[str]) -> list[Path]:
-    """The pictures that `given` names: files as they are, of a folder those that look like pictures, by name."""
+    """Picture paths: files as given; a folder's files with an image suffix, sorted. Default: the shipped photograph."""
     found: list[Path] = []
     for path in [Path(name) for name in given] or [default_picture()]:
         if not path.is_dir():
@@ -134,7 +134,7 @@ def files(given: Sequence[str]) -> list[Path]:
 
 
 def distinct(paths: Sequence[Path]) -> dict[str, Path]:
-    """By a name each: that of the file, with more of the path where two are the same."""
+    """Paths by unique name: the file name, or the full path if the file name is taken."""
     names: dict[str, Path] = {}
     for path in paths:
         name = path.name if path.name not in names else str(path)
@@ -145,9 +145,12 @@ def distinct(paths: Sequence[Path]) -> dict[str, Path]:
 
 
 def choose(names: Sequence[str] | None, tokens: Tokens) -> tuple[dict[str, Method], dict[str, str]]:
-    """The methods that can select from these tokens, with their defaults, and why the others cannot.
+    """Methods with default options that can select from these tokens, and the reason for each one left out.
 
-    Without `names` those that need what is not there are left out; asked for by name, they are refused.
+    names: the requested methods; None: all.
+
+    Raises:
+        UserError: a requested method cannot select from these tokens.
     """
     given = given_signals(tokens)
     chosen: dict[str, Method] = {}
@@ -171,14 +174,13 @@ def choose(names: Sequence[str] | None, tokens: Tokens) -> tuple[dict[str, Metho
 
 
 def given_signals(tokens: Tokens) -> dict[str, Tensor]:
-    """What there is, by signal. There is no prompt, hence no relevance to one."""
+    """The available signals by name. There is no prompt, so no relevance."""
     given = {"features": tokens.features, "attention": tokens.attention, "keys": tokens.keys}
     return {name: value for name, value in given.items() if value is not None}
 
 
 def ladder(tokens: int) -> list[int]:
-    """Budgets at which curves have points and methods that are not nested run: powers of 2, those times 3/2, the usual
-    ones, all."""
+    """Budgets of the curve points and of the runs of non-nested methods: 2^i, 3 * 2^(i-1), USUAL and `tokens`."""
     steps = {2**i * odd // 2 for i in range(tokens.bit_length() + 1) for odd in (2, 3)} | {*USUAL}
     return sorted({step for step in steps if step < tokens} | {tokens})
 
@@ -187,8 +189,10 @@ def ladder(tokens: int) -> list[int]:
 
 
 def select(method: Method, tokens: Tokens, k: int) -> Selection:
-    """Of one picture, over all its tokens: order (k',) and assignment (N,) or None. A method of scope "crop" gives each
-    square an even part of k."""
+    """Selection of one picture: order (k',) and assignment (N,) or None, indices over all its tokens.
+
+    A method of scope "crop" splits k evenly over the squares.
+    """
     items = tokens.squares if method.scope == "crop" else 1
     length = tokens.count // items
     budgets = methods.split_evenly(k, [length] * items)
@@ -202,22 +206,22 @@ def select(method: Method, tokens: Tokens, k: int) -> Selection:
         before = torch.tensor([sum(budgets[:i]) for i in range(items)], device=device).repeat_interleave(length)
         assignment = torch.where(packed.assignment >= 0, packed.assignment + before, -1)
         return Selection(order, assignment)
-    if method.nested and items > 1:  # in turns, so that the first picks of all are what a smaller budget splits evenly
+    if method.nested and items > 1:  # interleave the crops: a prefix of the picks is an even split of a smaller budget
         turn = torch.cat([torch.arange(budget, device=device) for budget in budgets])
         order = order[(turn * items + owner).argsort()]
     return Selection(order)
 
 
 def replacements(distance: Tensor, order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """When, over the picks of `order`, a token gets a nearer kept one.
+    """For each token, the picks of `order` that become its nearest kept token.
 
     Returns:
-        number of changes of each token (N,), then of all tokens one after another: the pick, and the distance to it.
-        A kept token's last change is its own pick.
+        number of such picks of each token, (N,); their indices in `order` and their distances, both concatenated over
+        all tokens. The last one of a kept token is itself.
     """
     d = distance[:, order].clone()  # (N, picks)
     pick = torch.arange(order.numel(), device=order.device)
-    d[order, pick] = -1.0  # itself, whatever equal tokens came before
+    d[order, pick] = -1.0  # below every distance: a kept token's nearest is itself, also among duplicates
     best = d.cummin(1).values
     nearer = torch.ones_like(d, dtype=torch.bool)
     nearer[:, 1:] = best[:, 1:] < best[:, :-1]
@@ -225,8 +229,11 @@ def replacements(distance: Tensor, order: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 def stand_ins(distance: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
-    """For each token (N,): the slot that stands for it, its own or the nearest one's, or with MERGED the one that it is
-    merged into; and the distance to that slot's token."""
+    """The slot that represents each token, (N,), and the distance to that slot's token, (N,).
+
+    A merged token has the slot that it is merged into, with the flag MERGED. Otherwise: a kept token's own slot, or the
+    nearest kept token's.
+    """
     order = selection.order
     d = distance[:, order].clone()
     d[order, torch.arange(order.numel(), device=order.device)] = -1.0
@@ -240,7 +247,7 @@ def stand_ins(distance: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
 
 
 def curve_point(tokens: Tokens, order: Tensor) -> dict[str, float]:
-    """Of the kept tokens' own rows: a merge does not count."""
+    """Measures of the kept tokens' own rows, without merging."""
     cover = analysis.coverage(tokens.features[None], order[None])
     point = {
         "erank": analysis.erank(tokens.features[order][None]).item(),
@@ -263,7 +270,7 @@ def page_data(
     keep: int,
     first: str = "sts",
 ) -> dict[str, Any]:
-    """Everything the page shows, ready for JSON. docs/explore.md describes it."""
+    """The page's data, ready for JSON. docs/explore.md describes the format."""
     tokens = subjects[0].tokens
     budgets = ladder(tokens.count)
     pixels = cell(subjects)
@@ -308,7 +315,7 @@ def about(name: str, method: Method) -> dict[str, Any]:
 def study(
     tokens: Tokens, chosen: dict[str, Method], budgets: Sequence[int]
 ) -> tuple[float, dict[str, dict[str, Any]], dict[str, str]]:
-    """The unit of distances, the numbers of each method, and why a method refused."""
+    """(unit of distances, numbers by method, reason by method that refused)."""
     distance = pairwise_sqdist(tokens.features[None])[0].sqrt()
     unit = distance.max().item() / LEVELS or 1.0
     if not math.isfinite(unit):
@@ -351,13 +358,13 @@ def pack(values: Tensor) -> str:
 
 
 def cell(subjects: Sequence[Subject]) -> int:
-    """Pixels a side of a token on the page: as many as the sharpest picture has, of its crops where there are crops."""
+    """Side of a token on the page in pixels: that of the picture (or crops) with the highest resolution."""
     shown = [(tokens.crops or (tokens.picture,))[0].width // tokens.side for _, tokens in subjects]
     return max(shown)
 
 
 def layout(tokens: Tokens, cell: int) -> tuple[int, int, list[dict[str, int]]]:
-    """Width and height of the sheet, and the place of each grid: the whole square, right of it the crops."""
+    """Width and height of the sheet, and the position of each grid: the whole square, with the crops to its right."""
     side, edge = tokens.side, tokens.side * cell
     across = math.isqrt(len(tokens.crops))
     grids = [{"x": 0, "y": 0, "rows": side, "columns": side, "cell": cell}]

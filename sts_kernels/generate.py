@@ -1,4 +1,4 @@
-"""`python -m sts_kernels generate`: asks a vision-language model about pictures, with pruned visual tokens."""
+"""`python -m sts_kernels generate`: runs a vision-language model on images with pruned visual tokens."""
 
 import ast
 import sys
@@ -18,7 +18,7 @@ ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
 
 
 def amount(text: str) -> int | float:
-    """A number of tokens, or (with a point in it) a share of them."""
+    """Parses a number of tokens, or a share of tokens if the text has a decimal point."""
     return float(text) if "." in text else int(text)
 
 
@@ -31,7 +31,7 @@ def layers(text: str) -> list[int]:
 
 
 def option(text: str) -> tuple[str, object]:
-    """NAME=VALUE; a value that is no Python literal is text."""
+    """Parses NAME=VALUE; a value that is not a Python literal is a string."""
     name, found, value = text.partition("=")
     if not found:
         raise ValueError(text)
@@ -126,7 +126,7 @@ def run(args: Namespace) -> int:
 
 
 def configure(args: Namespace) -> tuple[Method, dict[str, Any]]:
-    """The method, and how many tokens, checked as far as that goes without a model."""
+    """The method and the token amounts, checked as far as possible without a model."""
     options = dict(args.option)
     options |= {n: v for n in ("keep_after", "prune_layer") if (v := getattr(args, n)) is not None}
     amounts = {name: getattr(args, name) for name in ("budget", "keep", "layers", "ratios")}
@@ -157,7 +157,7 @@ def load(args: Namespace, device: torch.device, dtype: torch.dtype) -> Any:
                 name, dtype=dtype, attn_implementation=args.attn
             )
             model = model.eval().to(device)
-    except Exception as error:  # the hub, files, configurations and missing packages all fail in their own ways
+    except Exception as error:  # hub, files, configurations and missing packages raise different types
         raise UserError(f"cannot load {name}: {first_line(error)}") from error
     print(f"loaded in {time.perf_counter() - start:.0f} s", file=sys.stderr)
     return model, processor
@@ -177,7 +177,7 @@ def prepare(processor: Any, images: list[Any], prompt: str) -> Any:
 def ask(
     integration: Any, model: Any, processor: Any, inputs: Any, method: Method, amounts: dict[str, Any], new_tokens: int
 ) -> Any:
-    """-> the answer, the report, seconds."""
+    """Returns the answer, the report and the seconds taken."""
     with integration.prune(model, method, profile=True, **amounts) as pruning:
         start = time.perf_counter()
         ids = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)

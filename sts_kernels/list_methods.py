@@ -1,4 +1,4 @@
-"""`python -m sts_kernels methods`: the pruning methods, where each acts, what it looks at, and its options."""
+"""`python -m sts_kernels methods`: lists the pruning methods, where each acts, its signals and its options."""
 
 import json
 import sys
@@ -47,7 +47,7 @@ def text(entry: dict[str, Any]) -> str:
 
 
 def places(entry: dict[str, Any]) -> list[str]:
-    """Where it acts, in an LLM of 32 layers."""
+    """Where the method acts, for an LLM of 32 layers."""
     found = [SITES[entry["site"]]] if entry["site"] else []
     if cuts := entry["cuts"]:
         layers = ", ".join(str(cut["layer"]) for cut in cuts)

@@ -1,4 +1,4 @@
-"""`python -m sts_kernels table`: the efficiency numbers of a paper beside those that sizes alone give."""
+"""`python -m sts_kernels table`: a paper's printed efficiency numbers beside the same numbers recomputed from sizes."""
 
 import dataclasses
 import importlib.util
@@ -48,7 +48,7 @@ def as_dict(name: str, paper: papers.Paper) -> dict[str, Any]:
 
 
 def numbers(paper: papers.Paper) -> str:
-    """A line for each number; the formulas below, by letter."""
+    """One line per number, with a letter for its formula; the formulas follow below."""
     formulas = list(dict.fromkeys(number.formula for number in paper.numbers))
     lines = [HEAD]
     for number in paper.numbers:
@@ -89,7 +89,7 @@ def notes(paper: papers.Paper) -> str:
 
 
 def accuracy(paper: papers.Paper) -> str:
-    """No claim: the commands that would measure it."""
+    """The lmms-eval commands that would measure accuracy; no results."""
     lines = [
         "Accuracy is not known here. lmms-eval would measure it, with prompts of its own: run the plain model, too"
     ]

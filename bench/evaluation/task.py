@@ -1,4 +1,4 @@
-"""What the local task asks, and `python task.py DIR`, which writes its data and a tiny checkpoint of random weights."""
+"""The local lmms-eval task. `python task.py DIR` writes its data and a tiny checkpoint of random weights."""
 
 import sys
 from pathlib import Path
@@ -28,7 +28,7 @@ def write(folder: Path) -> None:
     Dataset.from_dict(columns, features=kinds).to_parquet(str(folder / "pictures.parquet"))
     torch.manual_seed(0)
     model, processor = build("tiny", "cpu", torch.float32)
-    for parameter in model.parameters():  # wide enough that answers depend on the picture
+    for parameter in model.parameters():  # large enough weights that answers depend on the picture
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.15)
     model.generation_config.eos_token_id = 2

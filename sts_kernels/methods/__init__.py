@@ -1,4 +1,4 @@
-"""Visual-token pruning methods as plain tensor code. `names()` lists them; each is the file of its name."""
+"""Visual-token pruning methods as plain tensor code. `names()` lists them; `<name>.py` defines the method `<name>`."""
 
 import functools
 import importlib
@@ -30,7 +30,7 @@ __all__ = [
 
 
 def names() -> list[str]:
-    """The names of all methods, sorted: the files of this folder, except base.py and those that start with _."""
+    """Sorted names of all methods: the modules of this folder, except base.py and those whose name starts with _."""
     found = (module.name for module in pkgutil.iter_modules(__path__))
     return sorted(name for name in found if not name.startswith("_") and name != "base")
 
@@ -53,10 +53,10 @@ def _known(name: str) -> type[Method]:
 
 
 def create(name: str, **options: Any) -> Method:
-    """The method `name` with its own options; `describe(name)` lists them.
+    """Creates the method `name`. `describe(name)` lists its options.
 
     Raises:
-        TypeError, ValueError: no such method or option, or a bad value; the message names it and what is allowed.
+        TypeError, ValueError: unknown method, unknown option, or bad value. The message names the allowed ones.
     """
     kind = _known(name)
     allowed = [field.name for field in fields(kind)]
@@ -68,8 +68,11 @@ def create(name: str, **options: Any) -> Method:
 
 
 def describe(name: str) -> dict[str, Any]:
-    """What `name` is: name, paper, site, signals, scope, positions, takes (of Budget), cuts (in an LLM of 32 layers,
-    with a family's default layer of 16) and options, each with its default and documentation."""
+    """Metadata of a method as a dict.
+
+    Keys: name, paper, site, signals, scope, positions, takes (`Budget` options), cuts and options. The cuts are those
+    of a 32-layer LLM whose family prunes at layer 16 by default. Each option has its default and documentation.
+    """
     kind = _known(name)
     cuts = kind().plan(Budget(budget=0.5), 32, 16).cuts
     return {
@@ -121,11 +124,12 @@ def _merge_rows(features: Tensor, selection: Selection) -> Tensor:
 
 
 def merge(features: Tensor, selection: Selection) -> Tensor:
-    """The rows that go on: features (B, N, C) at selection.order, with the tokens merged into them.
+    """Gathers the kept rows of features (B, N, C) at selection.order and merges the assigned tokens into them.
 
     Returns:
-        (B, k, C) in the dtype of `features`, zero where the order is -1. Where the selection has an assignment the
-        method merges in its own way, by default to the weighted mean; float32 or more inside, deterministic.
+        (B, k, C) in the dtype of `features`; zero rows where the order is -1. Without an assignment, rows are only
+        gathered. With one, `Method.merge` computes them, by default as weighted means. Merging accumulates in float32
+        or wider and is deterministic.
     """
     _check_merge("merge", features, selection, 3)
     if selection.order.shape[0] != features.shape[0]:
@@ -136,7 +140,7 @@ def merge(features: Tensor, selection: Selection) -> Tensor:
 
 
 def merge_packed(features: Tensor, selection: Selection, lengths: list[int], budgets: list[int]) -> Tensor:
-    """`merge` of a packed selection: features (T, C) to (sum of budgets, C), item after item in the order picked."""
+    """`merge` of a packed selection: features (T, C) -> (sum of budgets, C), items concatenated, in pick order."""
     op = "merge_packed"
     _check_merge(op, features, selection, 2)
     _packed.check(op, (), lengths, budgets, features, None, None, None)

@@ -1,4 +1,4 @@
-"""How complex an image is, and what follows from it (AdaVTP 4.3): the share of tokens kept by attention, the count."""
+"""Image complexity (AdaVTP 4.3), and the two numbers derived from it: share of attention tokens, number of tokens."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
@@ -12,12 +12,12 @@ from .base import Method, Pool, option
 
 MEASURES = ("erank", "participation", "entropy")
 ERANK_AVG, ERANK_IQR = 95.0, 27.2  # LLaVA-1.5's projected features on MME: mean 94.87, quartiles 81.59 and 108.80
-SHARES = (0.1, 0.9)  # least and largest share of attention tokens
-COUNTS = (0.8, 1.2)  # least and largest count, in parts of the one asked for (App. B.5)
+SHARES = (0.1, 0.9)  # min and max share of attention tokens
+COUNTS = (0.8, 1.2)  # min and max count, relative to the requested k (App. B.5)
 
 
 def share(op: str, name: str, value: Any) -> None:
-    """A share from 0 to 1, both included."""
+    """Checks that `value` is a number in [0, 1]."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{op}: {name} must be a float, got {value!r}")
     if not 0 <= value <= 1:
@@ -33,10 +33,11 @@ def positive(op: str, name: str, value: Any) -> None:
 
 @dataclass(frozen=True)
 class Adaptive(Method):
-    """A method some of whose numbers follow the complexity of an image.
+    """A method with parameters that depend on the complexity of the image.
 
-    complexity="erank" is the paper's. On CUDA its eigenvalues synchronise inside torch; "participation" and "entropy"
-    need none. The defaults of the averages are those of erank on projected features: `calibrate` measures others.
+    complexity="erank" is the paper's measure. On CUDA its eigenvalue solver synchronises inside torch; "participation"
+    and "entropy" do not synchronise. The default averages are for erank on projected features; `calibrate` measures
+    them on other data.
     """
 
     signals: ClassVar[frozenset[str]] = frozenset({"features", "attention"})
@@ -50,18 +51,22 @@ class Adaptive(Method):
         object.__setattr__(self, "synchronises", self.complexity == "erank")
 
     def measure(self, pool: Pool, usable: Tensor) -> Tensor:
-        """(B,) float32: the complexity of the usable tokens of each item. Tokens that are zero change nothing."""
+        """(B,) float32: complexity of each item over its usable tokens. Zero tokens do not change it."""
         if self.complexity == "entropy":
             return analysis.attention_entropy(torch.where(usable, pool.scores, 0).clamp(min=0))
         find = analysis.erank if self.complexity == "erank" else analysis.participation_ratio
         return find(torch.where(usable[..., None], pool.features, 0))
 
     def calibrate(self, features: Iterable[Tensor] = (), scores: Iterable[Tensor] = ()) -> "Adaptive":
-        """The same method with the averages of a data set: `erank_avg`, and `erank_iqr` where the method has one.
+        """Copy of the method with `erank_avg`, and `erank_iqr` if it has that option, measured on a data set.
 
         Args:
-            features: tensors (B, N, C) of what the method selects from, B images of N tokens each.
-            scores: tensors (B, N) of their attention instead, with complexity="entropy".
+            features: tensors (B, N, C): features at the method's site, B images of N tokens. Used unless
+                complexity="entropy".
+            scores: tensors (B, N): attention. Used with complexity="entropy".
+
+        Raises:
+            ValueError: no image, a non-finite complexity, or no spread to compute `erank_iqr` from.
         """
         name = "scores" if self.complexity == "entropy" else "features"
         found = []
@@ -83,9 +88,11 @@ class Adaptive(Method):
 
 @dataclass(frozen=True)
 class Mixing(Adaptive):
-    """A method that keeps some tokens by attention and the others by diversity: its share of the first may follow the
-    complexity. r = clip(centre + 0.5 (erank_avg - e) / erank_iqr, 0.1, 0.9); "inverse" has the opposite sign. The paper
-    has no formula, it says that the share falls linearly as the erank grows."""
+    """A method that keeps a share r of its tokens by attention and the others by diversity.
+
+    mixing="adaptive": r = clip(centre + 0.5 (erank_avg - e) / erank_iqr, 0.1, 0.9), e the complexity of the image.
+    mixing="inverse" has the opposite sign. The paper gives no formula; it says that r falls linearly with the erank.
+    """
 
     erank_iqr: float = option(ERANK_IQR, "third less first quartile of the complexity, for mixing")
     mixing: str = option("fixed", "share of attention tokens: fixed, adaptive (less in a complex image) or inverse")
@@ -97,7 +104,7 @@ class Mixing(Adaptive):
         object.__setattr__(self, "synchronises", self.synchronises and self.mixing != "fixed")
 
     def shares(self, centre: float, pool: Pool, usable: Tensor) -> Tensor:
-        """(B,) float64: the share of attention tokens of each item."""
+        """(B,) float64: share of attention tokens of each item. Needs mixing="adaptive" or "inverse"."""
         away = (self.erank_avg - self.measure(pool, usable).double()) / self.erank_iqr
         return (centre + (0.5 if self.mixing == "adaptive" else -0.5) * away).clamp(*SHARES)
 
@@ -109,5 +116,5 @@ def counts_of(complexity: Tensor, average: float, k: int) -> Tensor:
 
 
 def widest_count(k: int) -> int:
-    """The most that `counts_of` says."""
+    """Upper bound of `counts_of` for this k."""
     return max(1, int(k * COUNTS[1] + 0.5))

@@ -1,4 +1,4 @@
-"""Numbers of tokens: what a user asks for, and the arithmetic that all methods share. Host integers only."""
+"""Token budgets: the user's options, and the arithmetic that all methods share. Host integers only."""
 
 import functools
 import itertools
@@ -12,7 +12,7 @@ from .. import _checks
 
 
 def check_amount(op: str, name: str, value: Any) -> None:
-    """A number of tokens (int) or a share of them (float up to 1)."""
+    """Checks that `value` is None, a number of tokens (int >= 1) or a share of tokens (float in (0, 1])."""
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -26,7 +26,7 @@ def check_amount(op: str, name: str, value: Any) -> None:
 
 
 def check_share(op: str, name: str, value: Any) -> None:
-    """A float above 0 and at most 1."""
+    """Checks that `value` is a number in (0, 1]."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{op}: {name} must be a float, got {value!r}")
     if not 0 < value <= 1:
@@ -38,7 +38,7 @@ def round_half_up(value: float) -> int:
 
 
 def take(amount: int | float, tokens: int) -> int:
-    """`amount`, an int or a share, of `tokens`: at least one, at most all; of an amount of 0, or of no tokens, none."""
+    """Resolves `amount`, an int or a share of `tokens`, to a number in [1, tokens]. 0 if amount or tokens is 0."""
     if not amount:
         return 0
     wanted = amount if isinstance(amount, int) else round_half_up(amount * tokens)
@@ -46,12 +46,12 @@ def take(amount: int | float, tokens: int) -> int:
 
 
 def everything(tokens: int) -> int:
-    """The `keep` of a plan that prunes nothing before the LLM."""
+    """`Plan.keep` of a plan without pruning before the LLM: returns `tokens`."""
     return tokens
 
 
 def split_evenly(total: int, capacities: Sequence[int]) -> list[int]:
-    """Splits `total` into parts as even as the capacities allow; earlier parts take the odd ones."""
+    """Splits `total` as evenly as the capacities allow; earlier parts get the remainder. Caps at sum(capacities)."""
     parts, left, open_parts = [0] * len(capacities), min(total, sum(capacities)), len(capacities)
     for index in sorted(range(len(capacities)), key=lambda i: (capacities[i], -i)):
         parts[index] = min(capacities[index], left // open_parts)
@@ -61,15 +61,16 @@ def split_evenly(total: int, capacities: Sequence[int]) -> list[int]:
 
 @dataclass(frozen=True)
 class Budget:
-    """How many visual tokens a user asks for. The options are the same for all methods: an int is a number of tokens,
-    a float a share of them. `Method.plan` checks them, so that an error names the method.
+    """The number of visual tokens to keep. An int is a number of tokens, a float a share of the image's tokens.
+
+    `Method.plan` checks the values, so that an error names the method.
 
     Args:
         budget: visual tokens of one image, averaged over the LLM's layers.
         keep: tokens of each image that enter the LLM.
-        layers: where the LLM prunes: behind its first `layers[i]` layers, ascending.
-        ratios: what each prune layer leaves of an image: a share of its original tokens, or a number of tokens. 0 drops
-            them all.
+        layers: prune layers, ascending: prune after the first `layers[i]` layers of the LLM.
+        ratios: tokens of an image kept by each prune layer, as a share of its original tokens or a number of tokens.
+            0 drops all of them.
     """
 
     budget: int | float | None = None
@@ -78,8 +79,11 @@ class Budget:
     ratios: Sequence[float | int] | None = None
 
     def check(self, method: str, takes: Sequence[str], layers: int) -> None:
-        """Raises TypeError or ValueError for values that are none, options that `method` does not take (it takes
-        `takes`), combinations that say too much, and layers that an LLM of `layers` layers lacks."""
+        """Checks the options for `method`, which takes those named in `takes`, and an LLM of `layers` layers.
+
+        Raises:
+            TypeError, ValueError: bad value, option not in `takes`, conflicting options, or layer out of range.
+        """
         for name in ("budget", "keep", "layers", "ratios"):
             if getattr(self, name) is not None and name not in takes:
                 raise ValueError(f"{method}: {name} is not an option of this method, give {' or '.join(takes)}")
@@ -100,7 +104,7 @@ class Budget:
 
 
 def check_layer(method: str, name: str, value: Any, layers: int) -> None:
-    """A layer that something can be pruned behind, in an LLM of `layers` layers."""
+    """Checks a prune layer: an int with 1 <= value < layers."""
     _checks.integer(method, name, value, 1)
     if value >= layers:
         raise ValueError(f"{method}: {name} must be at most {layers - 1}, the LLM has {layers} layers, got {value}")
@@ -124,7 +128,7 @@ def _check_ratios(method: str, values: Any) -> None:
 
 
 def prompt_total(keeps: Sequence[Callable[[int], int]], images: Sequence[int]) -> int:
-    """Visual tokens of a prompt behind several prunings: of each image the smallest of what `keeps` leave of it."""
+    """Visual tokens of a prompt after successive prunings: sum over images of min over `keeps` of keep(tokens)."""
     return sum(min(keep(tokens) for keep in keeps) for tokens in images)
 
 
@@ -133,12 +137,12 @@ def shares_of(ratios: Sequence[float | int]) -> list[Callable[[int], int]]:
 
 
 def solve_after(method: str, budget: int | float, layer: int, layers: int, tokens: int) -> int:
-    """Tokens of an image of `tokens` left behind `layer`, so that the average over the layers is `budget`.
+    """Tokens of an image kept after `layer` layers, so that the average over the layers is `budget`.
 
-    B = (p N + (L - p) K') / L, solved for K'; N tokens enter the LLM.
+    Solves B = (p N + (L - p) K') / L for K', with p = layer, L = layers, and N = tokens, all of which enter the LLM.
 
     Raises:
-        ValueError: the layers before `layer` use up the budget.
+        ValueError: the first `layer` layers use up the budget.
     """
     wanted = take(budget, tokens)
     left = round_half_up((wanted * layers - layer * tokens) / (layers - layer))
@@ -152,12 +156,12 @@ def solve_after(method: str, budget: int | float, layer: int, layers: int, token
 
 
 def prompt_after(method: str, budget: int | float, layer: int, layers: int, images: Sequence[int]) -> int:
-    """`solve_after` over the images of a prompt."""
+    """Sum of `solve_after` over the images of a prompt."""
     return sum(solve_after(method, budget, layer, layers, tokens) for tokens in images)
 
 
 def check_after(method: str, budget: int | float, layer: int, layers: int) -> None:
-    """Refuses a share that no image can meet, before there is an image."""
+    """Refuses a budget share that no number of tokens can meet. Raises ValueError."""
     if isinstance(budget, float) and budget <= layer / layers:
         raise ValueError(
             f"{method}: budget must be above {layer / layers:.3g} of the tokens, {layer} of {layers} layers run on all "
@@ -168,11 +172,13 @@ def check_after(method: str, budget: int | float, layer: int, layers: int) -> No
 def one_cut(
     name: str, budget: Budget, prune_layer: int, ratio: float, layers: int
 ) -> tuple[int, Callable[[Sequence[int]], int]]:
-    """The layer of a method with one cut, and how many tokens the cut leaves: `ratio` of them, or what the budget
-    says. prune_layer: the method's option, 2 by default.
+    """Prune layer and `Cut.keep` of a method with one cut.
+
+    `budget.budget` or `budget.ratios` sets the number of tokens; without them, `ratio` does. prune_layer: the method's
+    option; its default must be 2.
 
     Raises:
-        ValueError: the layer is named twice, is not one, or is none of the LLM's; the budget cannot be met.
+        ValueError: prune_layer and layers both given, several layers, a layer out of range, or an impossible budget.
     """
     if budget.layers is not None and prune_layer != 2:
         raise ValueError(f"{name}: give either prune_layer or layers, both name the layer")
@@ -188,8 +194,10 @@ def one_cut(
 
 
 def early_layers(layers: int) -> tuple[int, ...]:
-    """The prune layers of methods that were published for (3, 7, 16) of 32 or 40 layers and (3, 7, 13) of 28; a
-    shallower LLM is pruned at the same shares of its depth as one of 32."""
+    """Prune layers: (3, 7, 16) for 32 layers and more, (3, 7, 13) for 28; published for 28, 32 and 40 layers.
+
+    Other LLMs of fewer than 32 layers are pruned at the same relative depths as an LLM of 32 layers.
+    """
     if layers >= 32:
         return (3, 7, 16)
     if layers == 28:
@@ -199,11 +207,12 @@ def early_layers(layers: int) -> tuple[int, ...]:
 
 @functools.lru_cache(maxsize=4096)
 def common_ratio(method: str, share: float, places: tuple[int, ...], layers: int) -> float:
-    """The ratio r in (0, 1] with which an LLM that leaves r^i of the tokens behind its i-th prune layer runs on `share`
-    of them, averaged over its layers.
+    """The ratio r in (0, 1] for which keeping r^i of the tokens after the i-th prune layer averages to `share`.
+
+    The average is over the LLM's layers. Found by bisection.
 
     Raises:
-        ValueError: the layers before the first prune layer alone use up the share.
+        ValueError: the layers before the first prune layer use up the share.
     """
     if share <= places[0] / layers:
         raise ValueError(
@@ -220,7 +229,7 @@ def common_ratio(method: str, share: float, places: tuple[int, ...], layers: int
 
 
 def entering(factor: float | None, budget: int | float, tokens: int) -> int:
-    """Tokens of an image of `tokens` that enter the LLM: `factor` budgets of them. None: all."""
+    """Tokens of an image that enter the LLM: factor * budget, at most `tokens`. factor=None: all tokens."""
     if factor is None or not tokens:
         return tokens
     return min(tokens, max(1, round_half_up(factor * take(budget, tokens))))
@@ -235,8 +244,10 @@ def solved(
     stage: int,
     tokens: int,
 ) -> int:
-    """Tokens of an image of `tokens` that prune layer `stage` (from 1 on) leaves of the `entering` ones, so that the
-    average over the layers is `budget` and each stage leaves the same share of the one before.
+    """Tokens of an image kept by prune layer number `stage` (1-based).
+
+    Each stage keeps the same share of the stage before, starting from `entering` tokens. The share is solved for an
+    average over the layers of `budget`.
 
     Raises:
         ValueError: the layers before the first prune layer use up the budget.

@@ -1,5 +1,6 @@
-"""Density peaks clustering (DPC-KNN), of PolyMorphic 3.2 and of SparseVLM's recycling: tokens in dense places, far from
-denser ones, are centers; every other token belongs to its nearest center.
+"""Density peaks clustering (DPC-KNN), used by PolyMorphic 3.2 and by SparseVLM's recycling.
+
+Centers are dense tokens far from denser ones. Every other token joins its nearest center.
 """
 
 import math
@@ -14,21 +15,22 @@ from ._rank import descending
 def density_peaks(
     features: Tensor, clusters: int, neighbors: int | None = None, num_tokens: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Centers of each item, best first, and the cluster of each token.
+    """Cluster centers of each item, best first, and the cluster of each token.
 
-    With distances D_ij = |x_i - x_j| / sqrt(C): density rho_i = exp(-mean of D^2 over the `neighbors` nearest tokens,
-    itself included); delta_i is the distance to the nearest token that is strictly denser, and larger than any other
-    for the densest. The centers are the tokens of largest rho * delta. Equal values go to the lowest index.
+    D_ij = |x_i - x_j| / sqrt(C). Density rho_i = exp(-mean of D_ij^2 over the `neighbors` nearest tokens, i included).
+    delta_i is the distance to the nearest strictly denser token, infinite for the densest token. The centers are the
+    tokens of largest rho * delta. Ties go to the lowest index.
 
     Args:
         features: (B, N, C).
-        clusters: 1 to N. neighbors: at least 1; None: `clusters`, as in SparseVLM's code.
-        num_tokens: (B,), tokens of each item.
+        clusters: 1 <= clusters <= N.
+        neighbors: at least 1. None: `clusters`, as in SparseVLM's code.
+        num_tokens: (B,), tokens of each item. None: N.
 
     Returns:
-        centers (B, clusters) int64; past an item's own tokens they may be anything. assignment (B, N) int64: clusters,
-        -1 for absent tokens and for those with a NaN or infinity that are no centers; such a token is a center only
-        where no finite one is left. No float is summed in an order that depends on the batch.
+        centers (B, clusters) int64; unspecified past an item's token count. assignment (B, N) int64: the cluster, -1
+        for padding. A non-finite token becomes a center only if no finite token is left; otherwise its assignment is
+        -1. Bits do not depend on the batch: no float sum has a batch-dependent order.
     """
     (batch, tokens, _), device = features.shape, features.device
     present = torch.ones(batch, tokens, dtype=torch.bool, device=device)
@@ -38,7 +40,7 @@ def density_peaks(
     x, square = of_unit_spread(features, usable)
     density = knn_density(x, min(clusters if neighbors is None else neighbors, tokens), num_tokens)
     _, squared = nearest(x, x, "euclidean", -density, -density, num_keys=num_tokens)
-    # The logarithm of rho * delta, up to a constant of the item. The densest token has no denser one: infinity.
+    # log(rho * delta) up to a constant per item; +inf for the densest token.
     score = density.double().log() * square + 0.5 * squared.double().log()
     score = score.clamp(torch.finfo(score.dtype).min, torch.finfo(score.dtype).max).masked_fill(~usable, math.nan)
     centers = descending(score, present)[:, :clusters]
@@ -50,10 +52,10 @@ def density_peaks(
 
 
 def of_unit_spread(features: Tensor, usable: Tensor) -> tuple[Tensor, Tensor]:
-    """Features divided by a power of two near their standard deviation, and its square (B, 1) in float64.
+    """Features divided by a power of two near their standard deviation, and the square of that power, (B, 1) float64.
 
-    A density of features that spread wide or hardly at all would round to 0 or 1 in float32. A power of two scales
-    without rounding.
+    Without scaling, a very large or very small spread would round the density to 0 or 1 in float32. Dividing by a power
+    of two does not round.
     """
     x = torch.where(usable[..., None], features, 0).double()
     count = usable.sum(1)[:, None, None].clamp(min=1)

@@ -1,4 +1,4 @@
-"""Choosing the best of a set of candidate positions: the TopK of STS stage 2, and of every method that ranks tokens."""
+"""Masked top-k over positions: the TopK of STS stage 2 and of other cuts that rank tokens by score."""
 
 import math
 
@@ -20,17 +20,17 @@ def _check(scores: torch.Tensor, candidates: torch.Tensor, k: int) -> None:
 
 
 def keep_top(scores: torch.Tensor, candidates: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `k` best scored candidates of each row, as sorted positions (STS Eq. 7).
+    """Positions of the `k` largest scores among the candidates of each row, ascending (STS Eq. 7).
 
     Args:
         scores: (B, S) float32, float16, bfloat16 or float64, any strides; larger is better.
-        candidates: (B, S) bool, the positions that may be kept (the visual tokens, say).
-        k: how many to keep, 1 <= k <= S.
+        candidates: (B, S) bool mask of the positions that may be kept, such as the visual tokens.
+        k: positions to keep, 1 <= k <= S.
 
     Returns:
-        positions (B, k) int64, ascending, and valid (B, k) bool. A row with fewer than k candidates keeps them all:
-        they come first, the rest of `positions` is -1 and of `valid` False. Equal scores go to the lowest position; a
-        NaN counts as the worst score. No gradient; nothing is read back to the host.
+        positions (B, k) int64, ascending, and valid (B, k) bool. A row with fewer than k candidates keeps all of them;
+        its remaining slots hold -1 and False. Ties go to the lowest position; NaN counts as the lowest score. No
+        gradient. Nothing is read back to the host.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, device or k.
@@ -47,8 +47,10 @@ def keep_top(scores: torch.Tensor, candidates: torch.Tensor, k: int) -> tuple[to
 
 
 def best_of(scores: torch.Tensor, candidates: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """(B, S) bool: the `count[b]` best scored candidates of each row, chosen as `keep_top` does. count: (B,) int64, any
-    values: a row of fewer candidates keeps them all. Sizes do not depend on it."""
+    """(B, S) bool mask of the `count[b]` largest scores among the candidates of each row; ties and NaN as `keep_top`.
+
+    count: (B,) int64, any values. A row with fewer candidates keeps all of them. Shapes do not depend on `count`.
+    """
     ranked = _ranked(scores, candidates)
     place = torch.arange(ranked.shape[1], device=ranked.device).expand_as(ranked)
     rank = torch.empty_like(ranked).scatter_(1, ranked, place)
@@ -56,7 +58,7 @@ def best_of(scores: torch.Tensor, candidates: torch.Tensor, count: torch.Tensor)
 
 
 def _ranked(scores: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
-    """(B, S) int64: positions, best first, those that are no candidates last."""
+    """(B, S) int64: positions by descending score; non-candidates last."""
     lowest = torch.finfo(scores.dtype).min
     scores = scores.detach().nan_to_num(nan=lowest, posinf=math.inf, neginf=lowest).masked_fill(~candidates, -math.inf)
     return scores.sort(dim=1, descending=True, stable=True).indices

@@ -1,4 +1,4 @@
-"""Selections of packed items: groups of equal length and budget run as padded batches without padding."""
+"""Selection of packed items: items of equal (length, budget) run as one batch, without padding."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -15,8 +15,10 @@ _constants: dict[Any, Tensor] | None = None
 
 @contextlib.contextmanager
 def constants(store: dict[Any, Tensor]) -> Iterator[None]:
-    """`host` copies each list once and keeps it in `store`: a CUDA graph must not copy from the host, and what it reads
-    has to live as long as it does."""
+    """Makes `host` copy each list once and cache it in `store`.
+
+    A CUDA graph must not copy from the host. `store` must live as long as the graph that reads it.
+    """
     global _constants
     before, _constants = _constants, store
     try:
@@ -26,7 +28,7 @@ def constants(store: dict[Any, Tensor]) -> Iterator[None]:
 
 
 def host(values: Sequence[int], device: Any, dtype: torch.dtype = torch.int64) -> Tensor:
-    """Host ints on `device`, whatever the default device is. A copy to the device; nothing comes back."""
+    """Copies host ints to `device`, whatever torch's default device is; cached within `constants`. No read-back."""
     if torch.compiler.is_compiling() or _constants is None:
         return copied(tuple(values), str(device), dtype)
     key = (tuple(values), str(device), dtype)
@@ -36,12 +38,12 @@ def host(values: Sequence[int], device: Any, dtype: torch.dtype = torch.int64) -
 
 
 def copied(values: tuple[int, ...], device: str, dtype: torch.dtype) -> Tensor:
-    """What `host` makes. A compiled graph may take it as a constant."""
+    """The uncached copy of `host`. A compiled graph may treat the result as a constant."""
     return torch.tensor(values, dtype=dtype, device="cpu").to(device, non_blocking=True)
 
 
 def offsets(lengths: Sequence[int]) -> list[int]:
-    """Prefix sums: where each item starts, and where the last one ends."""
+    """Exclusive prefix sums with the total appended, len(lengths) + 1 values, like `cu_seqlens`."""
     starts = [0]
     for length in lengths:
         starts.append(starts[-1] + length)
@@ -91,7 +93,7 @@ def check(
 
 
 def groups(lengths: Sequence[int], budgets: Sequence[int]) -> dict[tuple[int, int], list[int]]:
-    """Items by (length, budget), without those that keep nothing."""
+    """Item indices grouped by (length, budget); items of budget 0 are left out."""
     found: dict[tuple[int, int], list[int]] = {}
     for item, shape in enumerate(zip(lengths, budgets, strict=True)):
         if shape[1]:
@@ -103,7 +105,7 @@ Rows = TypeVar("Rows", Tensor, Tensor | None)
 
 
 def batch(value: Rows, items: Sequence[int], starts: Sequence[int], length: int) -> Rows:
-    """(items, length, ...): the rows of `items` of a packed value, each from its start on."""
+    """(items, length, ...): stacks value[starts[i] : starts[i] + length] for each i in `items`."""
     return None if value is None else torch.stack([value[starts[i] : starts[i] + length] for i in items])
 
 
@@ -116,7 +118,7 @@ def pools(
     text: Tensor | None,
     keys: Tensor | None,
 ) -> Iterator[tuple[list[int], Pool]]:
-    """The items of each group, and their pool, of checked arguments."""
+    """Yields the item indices and the `Pool` of each group. The arguments must be checked."""
     starts = offsets(lengths)
     for (length, budget), items in groups(lengths, budgets).items():
         signals = {
@@ -127,11 +129,11 @@ def pools(
         yield items, Pool.sized(budget, len(items), length, device, text=mine, **signals)
 
 
-OF_TOKENS = {1: -1, 2: 0}  # columns of a Selection with a row for each token, and what a token has that goes nowhere
+OF_TOKENS = {1: -1, 2: 0}  # per-token columns (assignment, weight) -> value of a token that is dropped
 
 
 def columns(selection: Any) -> tuple[Tensor | None, ...]:
-    """Order, assignment, weight and sources."""
+    """(order, assignment, weight, sources) of a Selection."""
     return selection.order, selection.assignment, selection.weight, selection.sources
 
 
@@ -144,10 +146,10 @@ def select(
     text: Tensor | None,
     keys: Tensor | None,
 ) -> Any:
-    """`Method.select_packed` by groups."""
+    """`Method.select_packed`, one `selection` per group."""
     from .base import Selection
 
-    parts: list[Any] = [None] * len(lengths)  # of each item: the columns of a Selection
+    parts: list[Any] = [None] * len(lengths)  # columns of each item's Selection; None: budget 0
     device = check(method.name, method.signals, lengths, budgets, features, scores, text, keys)
     for items, pool in pools(device, lengths, budgets, features, scores, text, keys):
         picked = method.selection(pool)
@@ -181,7 +183,7 @@ def fit_budgets(
     text: Tensor | None,
     keys: Tensor | None,
 ) -> list[int]:
-    """`Method.fit_budgets` by groups."""
+    """`Method.fit_budgets` of an adaptive method, one device-to-host copy in all."""
     device = check(method.name, method.signals, lengths, budgets, features, scores, text, keys)
     found, owners = [], []
     for items, pool in pools(device, lengths, budgets, features, scores, text, keys):

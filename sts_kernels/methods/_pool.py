@@ -1,4 +1,4 @@
-"""Checked input of one selection."""
+"""Pool: the checked input of one selection."""
 
 from dataclasses import dataclass
 from typing import Any, cast
@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import _checks
 
 SCORES = (*_checks.FLOATING, torch.float64)
-ARGUMENTS = {  # of each signal
+ARGUMENTS = {  # signal -> argument of `Method.select`
     "features": "features",
     "attention": "scores",
     "relevance": "scores",
@@ -17,17 +17,19 @@ ARGUMENTS = {  # of each signal
     "text": "text",
 }
 SHAPES = {"features": "(B, N, C)", "scores": "(B, N)", "keys": "(B, N, D)", "text": "(B, M, C)"}
-ABSENT = cast(Tensor, None)  # a signal that the method does not name, and so does not look at
+ABSENT = cast(Tensor, None)  # a signal that the method does not name and does not read
 
 
 @dataclass(frozen=True)
 class Pool:
-    """B items of N tokens each that compete for k slots. Values of absent tokens (padding) may be anything.
+    """B items of up to N tokens each, to select k tokens from. Values of padding tokens are unspecified.
 
     Attributes:
+        k: slots of each item.
         count: (B,) int64, tokens of each item.
-        present: (B, N) bool, the first count[b] of each.
-        num_tokens: as given, None where all items have N tokens.
+        present: (B, N) bool mask of the first count[b] tokens.
+        num_tokens: the argument of `Method.select`; None: all items have N tokens.
+        features, scores, text, keys: shapes as in `SHAPES`; ABSENT if not given.
     """
 
     k: int
@@ -52,7 +54,7 @@ class Pool:
         return self.present.shape[1]
 
     def finite(self, *signals: str) -> Tensor:
-        """(B, N) bool: present tokens without a NaN or infinity in `signals`, of features, scores and keys."""
+        """(B, N) bool: present tokens whose `signals` (names among features, scores and keys) are all finite."""
         usable = self.present
         for name in signals:
             finite = getattr(self, name).isfinite()
@@ -70,7 +72,7 @@ class Pool:
         keys: Tensor | None,
         num_tokens: Tensor | None,
     ) -> "Pool":
-        """Checks the arguments of `Method.select` of method `op`."""
+        """Pool of the arguments of `Method.select`, checked; errors name the method `op`."""
         given = {"features": features, "scores": scores, "keys": keys, "text": text}
         for signal in sorted(signals):
             name = ARGUMENTS[signal]
@@ -103,7 +105,7 @@ class Pool:
 
     @staticmethod
     def sized(k: int, batch: int, tokens: int, device: Any, num_tokens: Tensor | None = None, **signals: Any) -> "Pool":
-        """A pool of `batch` items of `tokens` tokens, for input that is checked."""
+        """Pool of `batch` items of `tokens` tokens, from checked input. A num_tokens[b] out of range counts as 0."""
         if num_tokens is None:
             count = torch.full((batch,), tokens, dtype=torch.int64, device=device)
         else:

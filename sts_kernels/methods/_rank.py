@@ -1,4 +1,4 @@
-"""Rankings: of all tokens, best first."""
+"""Ranking of tokens by score."""
 
 import math
 
@@ -7,12 +7,14 @@ from torch import Tensor
 
 
 def descending(scores: Tensor, present: Tensor) -> Tensor:
-    """(B, N) int64: tokens by descending score; equal scores by index; then those whose score is NaN or infinite by
-    index; absent tokens last. `present` marks the first tokens of each row."""
+    """(B, N) int64: tokens by descending score, ties by index; then tokens with a non-finite score by index.
+
+    Absent tokens come last. `present` (B, N) must be a prefix mask: each row's first tokens.
+    """
     usable = present & scores.isfinite()
     return scores.masked_fill(~usable, -math.inf).sort(dim=1, descending=True, stable=True).indices
 
 
 def first_of(mask: Tensor) -> Tensor:
-    """(B,) int64: the lowest index that `mask` (B, N) marks, 0 where it marks none."""
+    """(B,) int64: lowest index where `mask` (B, N) is True; 0 if there is none."""
     return mask.to(torch.uint8).argmax(1)

@@ -1,4 +1,4 @@
-"""AdaVTP: attended tokens, apart from each other as far as the image is simple."""
+"""AdaVTP: top tokens by attention with similarity suppression, stronger in complex images and at later ranks."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -12,22 +12,24 @@ from . import _adaptive, _packed
 from ._rank import descending
 from .base import Pool, Selection, option
 
-SLOPE = 0.01  # of the threshold, a rank (Eq. 6)
+SLOPE = 0.01  # increase of tau per rank (Eq. 6)
 SPACES = ("projected", "encoder")
 
 
 @dataclass(frozen=True)
 class AdaVTP(_adaptive.Adaptive):
-    """Tokens by descending [CLS] attention (attention received where an encoder has no [CLS]). A token that is left is
-    picked, and removes every token left within the cosine distance tau of its rank:
-    tau = min(0.01 rank erank / erank_avg, tau_max), the best rank being 1. Removed tokens come back by attention where
-    no other is left. Each crop keeps its own share.
+    """Greedy selection by attention with suppression of similar tokens.
 
-    Of what the paper leaves open: ranks count all tokens, not the picks; tau_max and erank_avg are defaults for
-    LLaVA-1.5; the erank is of the features that the distances are of.
+    Tokens are visited by descending [CLS] attention (attention received if the encoder has no [CLS]). Each token that
+    is not suppressed is picked. A pick suppresses all remaining tokens within cosine distance
+    tau = min(0.01 rank erank / erank_avg, tau_max) of it; the best rank is 1. If no other token is left, suppressed
+    tokens are picked by attention. Each crop keeps its own share.
+
+    The paper leaves three points open. Here ranks count all tokens, not only picks. The defaults of tau_max and
+    erank_avg are for LLaVA-1.5. The erank is taken of the features that the distances are taken of.
 
     count="adaptive" (App. B.5) keeps round(k clip(erank / erank_avg, 0.8, 1.2)) tokens of an item. `select` then has
-    1.2 k slots, with -1 past each item's count; `fit_budgets` reads the counts back for `select_packed`.
+    1.2 k slots, -1 past each item's count; `fit_budgets` reads the counts back for `select_packed`.
     """
 
     name: ClassVar[str] = "adavtp"
@@ -58,7 +60,7 @@ class AdaVTP(_adaptive.Adaptive):
         return _adaptive.counts_of(complexity, self.erank_avg, pool.k)
 
     def walk(self, pool: Pool) -> tuple[Tensor, Tensor]:
-        """Rank (B, N) int64 from 0 on, -1 of tokens that are not usable, and tau (B, N) float32."""
+        """Rank (B, N) int64, 0-based, -1 for unusable tokens; tau (B, N) float32."""
         usable = pool.finite("features", "scores")
         ranked = descending(pool.scores, usable)
         place = torch.arange(pool.tokens, device=pool.device).expand_as(ranked)
@@ -80,7 +82,7 @@ class AdaVTP(_adaptive.Adaptive):
         text: Tensor | None = None,
         keys: Tensor | None = None,
     ) -> Selection:
-        """One launch, whatever the lengths and budgets."""
+        """As `Method.select_packed`, with one call of `suppress_select_varlen` for all items."""
         device = _packed.check(self.name, self.signals, lengths, budgets, features, scores, text, keys)
         assert features is not None  # as checked
         total = sum(budgets)

@@ -1,4 +1,4 @@
-"""What a pruning method is: the tokens it selects before the LLM, and the numbers that it leaves inside it."""
+"""Base class of pruning methods: token selection before the LLM, and the plan of cuts inside the LLM."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -18,17 +18,17 @@ __all__ = ["Budget", "Cut", "Inside", "Method", "Plan", "Pool", "Selection", "op
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """Tokens that a method keeps, of a padded batch or of packed items.
+    """Tokens kept by a method, for a padded batch or for packed items. Indices are relative to the item.
 
     Attributes:
-        order: (B, k) int64 in the order picked, -1 past an item's own count. Packed: (sum of budgets,), the picks of
-            one item after the other, counted within the item.
-        assignment: (B, N) int64, packed (T,): the slot of `order` each token is merged into, counted within the item;
-            -1: dropped. None: nothing is merged.
-        weight: (B, N) float32, packed (T,): the weight of each token in its slot. None: 1.
-        sources: (B, k, M) int64, packed (sum of budgets, M): tokens that a slot takes up beside those assigned to it,
-            counted within the item, -1: none. For methods that merge a token into several slots. None: there are none.
-        method: whose arithmetic `merge` uses. None: the weighted mean.
+        order: (B, k) int64: kept tokens in pick order, -1 past the item's count. Packed: (sum of budgets,), items
+            concatenated.
+        assignment: (B, N) int64, packed (T,): the slot of `order` that each token is merged into. -1: dropped. None:
+            nothing is merged.
+        weight: (B, N) float32, packed (T,): weight of each token in its slot. None: 1.
+        sources: (B, k, M) int64, packed (sum of budgets, M): further tokens merged into each slot, -1: none. For
+            methods that merge one token into several slots. None: no further tokens.
+        method: the method whose `merge` computes the rows. None: the weighted mean.
     """
 
     order: Tensor
@@ -40,20 +40,20 @@ class Selection:
 
 @dataclass(frozen=True)
 class Cut:
-    """Pruning inside the LLM, before its layer `layer`: behind `layer` layers.
+    """Pruning inside the LLM, between layers `layer` - 1 and `layer` (0-based).
 
     Attributes:
-        layer: the first layer that runs on what is left.
-        keep: visual tokens of a prompt left, from the numbers of tokens its images had before any pruning. May be 0.
-            Never more than are left of the cut before.
-        queries: what scores the tokens: attention of the "last" token of the prompt, or of the "raters" of
-            `Method.raters`; the L1 norms of their "keys"; "text": nothing does, `select` compares hidden states.
-            All but "last" need text behind the last image.
-        score_from: the attention of layer `layer` - 1 itself ("layer"), or query and key of the "next" layer on the
-            hidden states so far.
-        select: picks the tokens, and says what is merged into them. None: the tokens of largest score.
-        recycled: how many of `keep` are merged from dropped tokens, and go behind the last token that is kept; they are
-            the last of `select`'s picks. None: none, every merged token stays at the place of its pick.
+        layer: the first layer that runs on the kept tokens.
+        keep: maps the token counts of a prompt's images before any pruning to the visual tokens kept in the prompt.
+            May return 0. Invariant: at most the tokens kept by the previous cut.
+        queries: source of the scores. "last": attention of the prompt's last token. "raters": attention of the text
+            tokens weighted by `Method.raters`. "keys": L1 norms of the tokens' keys. "text": no scores; `select`
+            compares hidden states. All but "last" need text after the last image.
+        score_from: "layer": attention in layer `layer` - 1. "next": query and key projections of layer `layer` on the
+            hidden states that enter it.
+        select: picks the tokens and assigns merged tokens. None: top-k by score.
+        recycled: like `keep`, the number of kept tokens that are merged from dropped tokens. They are the last picks of
+            `select` and are placed after the last kept visual token. None: 0; a merged row stays at its pick's place.
     """
 
     layer: int
@@ -71,13 +71,16 @@ class Cut:
 
 @dataclass(frozen=True)
 class Inside:
-    """What a cut picks from: G prompts inside the LLM that have n visual tokens each, and M text tokens behind them.
+    """Input of `Cut.select`: G prompts with n visual tokens each and up to M text tokens after the last image.
 
     Attributes:
-        k: visual tokens that go on, 1 <= k < n. recycled: as in `Cut`.
-        visual: (G, n, C) hidden states as they enter the cut's layer.
-        text: (G, M, C) likewise, of the text behind the last image. text_mask: (G, M) bool, False: padding.
-        scores: (G, n) float32, by the cut's `queries`; None for "text". text_scores: (G, M).
+        k: visual tokens to keep, 1 <= k < n.
+        recycled: value of `Cut.recycled`.
+        visual: (G, n, C) hidden states of the visual tokens that enter layer `Cut.layer`.
+        text: (G, M, C) hidden states of the text after the last image.
+        text_mask: (G, M) bool, False: padding.
+        scores: (G, n) float32, by `Cut.queries`; None for "text".
+        text_scores: (G, M), scores of the text tokens.
         norm: the LLM's final norm.
     """
 
@@ -93,11 +96,11 @@ class Inside:
 
 @dataclass(frozen=True)
 class Plan:
-    """A method fitted to an LLM of `layers` layers: a pure function of numbers of tokens.
+    """A method fitted to an LLM. Token counts are pure functions of the images' token counts.
 
     Attributes:
-        layers: of the LLM.
-        keep: tokens of an image of n that enter the LLM.
+        layers: number of layers of the LLM.
+        keep: maps the tokens of an image to the tokens that enter the LLM.
         cuts: ascending by layer.
     """
 
@@ -106,7 +109,7 @@ class Plan:
     cuts: tuple[Cut, ...] = ()
 
     def average(self, images: Sequence[int]) -> float:
-        """Visual tokens of a prompt whose images have these numbers of tokens, averaged over the LLM's layers."""
+        """Visual tokens of a prompt, averaged over the LLM's layers. images: tokens of each image before pruning."""
         left, start, total = sum(map(self.keep, images)), 0, 0
         for cut in self.cuts:
             total += left * (cut.layer - start)
@@ -115,31 +118,31 @@ class Plan:
 
 
 def option(default: Any, doc: str) -> Any:
-    """A dataclass field that is an option of a method, with its documentation."""
+    """Dataclass field for an option of a method: default value and documentation."""
     return field(default=default, metadata={"doc": doc})
 
 
 @dataclass(frozen=True)
 class Method:
-    """A pruning method. A subclass is a frozen dataclass in a file of the method's name; its fields are its options.
+    """A pruning method. A subclass is a frozen dataclass in the file `<name>.py`; its fields are its options.
 
-    A method that prunes before the LLM writes `pick`; one that prunes inside it writes `make_plan`.
+    A method that prunes before the LLM overrides `pick`; a method that prunes inside the LLM overrides `make_plan`.
 
     Class attributes:
-        name: the file's name.
+        name: name of the method and of its file.
         paper: "Title, arXiv id".
-        site: where `select` acts: at the input of the projector ("encoder"), after it ("projected"); None: nothing
-            happens before the LLM.
-        signals: of `select`, a subset of features, attention, relevance, keys and text. The argument of attention and
-            of relevance is `scores`.
-        encoder_attention: where attention and keys come from: the layer that makes the "features", as the mean over
-            its heads, or the encoder's "last" layer, all heads as one.
-        scope: the tokens of one selection: the whole image ("image"), or each crop, tile or frame ("crop").
-        positions: of the tokens left inside the LLM: their "original" ones, or "contiguous" ones.
-        takes: the options of `Budget` that the method takes.
-        nested: whether the first k' picks of a selection of k are the selection of k'.
-        adaptive: whether the tokens of an item say how many of them it keeps; see `counts`.
-        synchronises: whether selecting waits for a CUDA device, which a CUDA graph does not allow.
+        site: where `select` acts. "encoder": input of the projector. "projected": output of the projector. None: no
+            selection before the LLM.
+        signals: inputs of `select`, a subset of features, attention, relevance, keys and text. Attention and relevance
+            are both passed as `scores`.
+        encoder_attention: source of attention and keys. "features": the layer that produces the features, mean over
+            heads. "last": the encoder's last layer, all heads as one.
+        scope: candidates of one selection. "image": the whole image. "crop": each crop, tile or frame.
+        positions: position ids of the kept tokens in the LLM, "original" or "contiguous".
+        takes: the options of `Budget` that the method accepts.
+        nested: whether the first k' picks of a selection of k equal the selection of k'.
+        adaptive: whether the number of kept tokens depends on the tokens; see `counts`.
+        synchronises: whether selecting waits for the CUDA device, which rules out CUDA graph capture.
     """
 
     name: ClassVar[str]
@@ -155,12 +158,13 @@ class Method:
     synchronises: ClassVar[bool] = False
 
     def plan(self, budget: Budget, layers: int, default_layer: int | None = None) -> Plan:
-        """Fits the method to an LLM of `layers` layers. `default_layer` is the model family's own prune layer, for
-        methods that have none.
+        """Fits the method to an LLM of `layers` layers.
+
+        default_layer: the model family's prune layer, for methods without one of their own.
 
         Raises:
-            TypeError, ValueError: a sentence that names the method, the option, what was expected and what came. Where
-                only the number of tokens shows that a budget is impossible, `Plan.keep` and `Cut.keep` raise it.
+            TypeError, ValueError: bad budget or layer. The message names the method, the option, the expected and the
+                given value. A budget that is impossible only for some token counts raises in `Plan.keep` or `Cut.keep`.
         """
         if not isinstance(budget, Budget):
             raise TypeError(f"{self.name}: budget must be a Budget, got {type(budget).__name__}")
@@ -169,7 +173,7 @@ class Method:
         return self.make_plan(budget, layers, default_layer)
 
     def make_plan(self, budget: Budget, layers: int, default_layer: int | None) -> Plan:
-        """`plan` of a checked budget. Without cuts all layers run on the same tokens, so `budget` and `keep` agree."""
+        """`plan` for a checked budget. The default has no cuts, so `budget` and `keep` mean the same."""
         amount = budget.keep if budget.budget is None else budget.budget
         if amount is None:
             raise ValueError(f"{self.name}: give budget or keep, for example budget=128")
@@ -185,26 +189,25 @@ class Method:
         keys: Tensor | None = None,
         num_tokens: Tensor | None = None,
     ) -> Selection:
-        """Picks `k` tokens of each item. `signals` says which of the tensors the method needs.
+        """Picks `k` tokens of each item. `signals` lists the tensors that the method needs.
 
         Args:
             k: tokens to keep, 1 <= k <= N.
             features: (B, N, C) float32, float16 or bfloat16.
-            scores: (B, N) float, larger is better: attention received, or paid by [CLS].
+            scores: (B, N) float, larger is better: attention received, [CLS] attention or relevance.
             text: (B, M, C) float.
             keys: (B, N, D) float, for methods that match tokens by attention keys.
-            num_tokens: (B,) int64 or int32: only the first num_tokens[b] tokens of item b count. None: all do.
+            num_tokens: (B,) int64 or int32: item b has num_tokens[b] tokens, the rest is padding. None: N each.
 
         Returns:
-            A Selection. Picks are distinct. Positions past num_tokens[b] are -1. Equal tokens go to the lowest index.
-            A token whose signals hold a NaN or infinity is picked only when no finite one is left. An item's result
-            does not depend on the rest of the batch or on its padding. No gradient; nothing is read back to the host.
-            A method whose number of tokens depends on the tokens has widest(k) slots, N at most, and -1 past the count
-            of each item.
+            A Selection. Picks are distinct. Slots past num_tokens[b] are -1. Ties go to the lowest index. A token with
+            a NaN or infinity in a signal is picked only if no finite token is left. An item's result does not depend on
+            the rest of the batch or on its padding. No gradient. Nothing is read back to the host. An adaptive method
+            has min(N, widest(k)) slots, -1 past each item's count.
 
         Raises:
-            TypeError, ValueError: the message names the method, the argument, what was expected and what came. Values
-                of num_tokens out of range are an error on the CPU; on a GPU such an item comes out as -1 throughout.
+            TypeError, ValueError: the message names the method, the argument, the expected and the given value. A
+                num_tokens[b] out of range raises on the CPU; on a GPU, item b is -1 throughout.
         """
         if self.site is None:
             raise ValueError(f"{self.name}: prunes inside the LLM only, so there is nothing to select before it")
@@ -217,20 +220,22 @@ class Method:
         return replace(selection, order=selection.order.masked_fill(~kept, -1))
 
     def counts(self, pool: Pool) -> Tensor:
-        """(B,) int64: how many tokens each item of an adaptive method keeps when it is asked for pool.k, at most
-        widest(pool.k). The method is nested and merges nothing: the first of more picks are the selection of fewer."""
+        """(B,) int64: tokens that each item of an adaptive method keeps for a requested pool.k; at most widest(pool.k).
+
+        Precondition: the method is nested and merges nothing, so `select` may truncate a longer selection.
+        """
         raise NotImplementedError(f"{self.name}: a method that is adaptive writes counts()")
 
     def fitted(self, pool: Pool) -> Tensor:
-        """(B,) int64: `counts`. An item of no more tokens than it is asked for keeps them all."""
+        """(B,) int64: `counts`, limited to the item's tokens. An item of at most pool.k tokens keeps all of them."""
         return torch.where(pool.count <= pool.k, pool.count, torch.minimum(self.counts(pool), pool.count))
 
     def widest(self, k: int) -> int:
-        """The most that `counts` says for a k."""
+        """Upper bound of `counts` for a requested k."""
         raise NotImplementedError(f"{self.name}: a method that is adaptive writes widest()")
 
     def selection(self, pool: Pool) -> Selection:
-        """`pick`, with what holds for every method applied to it."""
+        """`pick` without gradient, with slots past each item's count set to -1 and `method` filled in."""
         with torch.no_grad():
             picked = self.pick(pool)
             slot = torch.arange(pool.k, device=pool.device)
@@ -238,7 +243,7 @@ class Method:
         return replace(picked, order=order, method=self)
 
     def pick(self, pool: Pool) -> Selection:
-        """The method itself, on checked input. Slots past an item's own count may hold anything."""
+        """The method's own rule, on checked input. Slots past an item's count may hold any value."""
         raise NotImplementedError(f"{self.name}: a method with a site writes pick()")
 
     def select_packed(
@@ -251,14 +256,17 @@ class Method:
         text: Tensor | None = None,
         keys: Tensor | None = None,
     ) -> Selection:
-        """Picks budgets[b] tokens of each of the items packed one after another, bit for bit as `select` of each alone.
+        """Picks budgets[i] tokens of each packed item i, bit for bit as `select` of that item alone.
 
         Args:
-            lengths, budgets: host ints for each item, 0 <= budget <= length.
-            features: (T, C), T the sum of lengths. scores: (T,). keys: (T, D). text: (items, M, C).
+            lengths, budgets: one host int for each item, 0 <= budget <= length.
+            features: (T, C), T = sum(lengths).
+            scores: (T,).
+            keys: (T, D).
+            text: (items, M, C).
 
         Returns:
-            A packed Selection. Nothing is read back to the host; items of equal length and budget run as one batch.
+            A packed Selection. Nothing is read back to the host. Items of equal length and budget run as one batch.
         """
         if self.site is None:
             raise ValueError(f"{self.name}: prunes inside the LLM only, so there is nothing to select before it")
@@ -275,32 +283,37 @@ class Method:
         text: Tensor | None = None,
         keys: Tensor | None = None,
     ) -> list[int]:
-        """Budgets for `select_packed` from those asked for: where numbers of tokens depend on the tokens, with one
-        read-back; else `budgets` as they are. Arguments as of `select_packed`."""
+        """Budgets to pass to `select_packed`, from the requested ones. Same arguments as `select_packed`.
+
+        Adaptive methods: `counts` of each item, with one device-to-host read. Other methods: `budgets` unchanged.
+        """
         if not self.adaptive:
             return budgets
         return _packed.fit_budgets(self, lengths, budgets, features, scores, text, keys)
 
     def merge(self, features: Tensor, selection: Selection) -> Tensor:
-        """The rows (B, k, C) of a padded `selection`: the weighted mean of the tokens assigned to each slot. A method
-        that merges in its own way writes this anew. Called through `methods.merge`, which has checked both."""
+        """Rows (B, k, C) of a padded `selection`: weighted mean of the tokens assigned to each slot.
+
+        Methods with another merge rule override it. `methods.merge` checks the arguments before calling it.
+        """
         return _merge.weighted_mean(features, selection.order, selection.assignment, selection.weight)
 
     def raters(
         self, visual: Tensor, text: Tensor, visual_mask: Tensor | None = None, text_mask: Tensor | None = None
     ) -> Tensor:
-        """Weights of the prompt's text tokens as raters of the visual ones, for cuts with queries="raters".
+        """Weights of the prompt's text tokens as raters of the visual tokens, for cuts with queries="raters".
+
+        A visual token's score is the sum over text tokens of weight * attention (mean over heads).
 
         Args:
-            visual: (B, N, C), the visual tokens as they enter the LLM. visual_mask: (B, N) bool.
-            text: (B, M, C), the text tokens behind the last image, likewise. text_mask: (B, M) bool.
+            visual: (B, N, C), embeddings of the visual tokens that enter the LLM. visual_mask: (B, N) bool.
+            text: (B, M, C), embeddings of the text tokens after the last image. text_mask: (B, M) bool.
 
         Returns:
-            (B, M) float32, at least 0, each row of sum 1: a token's score is the sum over text tokens of weight times
-            attention (mean over heads). Masked tokens weigh 0.
+            (B, M) float32, non-negative, rows of sum 1. Masked tokens weigh 0.
         """
         raise NotImplementedError(f"{self.name}: no cut of this method asks for raters")
 
     def options(self) -> dict[str, Any]:
-        """Its options and their values."""
+        """Option values by name."""
         return {own.name: getattr(self, own.name) for own in fields(self)}

@@ -1,4 +1,4 @@
-"""CDPruner: the most diverse tokens among those that the prompt asks for."""
+"""CDPruner: diverse tokens weighted by their relevance to the prompt."""
 
 import math
 from dataclasses import dataclass
@@ -12,20 +12,22 @@ from ..ops import dpp_select
 from ._cosine import unit
 from .base import Method, Pool, Selection, option
 
-FLOOR = 1e-7  # of the first gain: beyond it the kernel's rank is used up
+FLOOR = 1e-7  # relative to the first gain: a smaller gain means that the rank of L is exhausted
 RELEVANCE = ("scores", "text")
 
 
 @dataclass(frozen=True)
 class CDPruner(Method):
-    """Greedy MAP of a determinantal point process: L_ij = q_i c_ij q_j, c the cosine of features, q the relevance to
-    the prompt, scaled to 0 .. 1 over each item's own tokens. Past the rank of L tokens follow by q.
+    """Greedy MAP of a determinantal point process (DPP) with kernel L_ij = q_i c_ij q_j.
 
-    by="scores": the relevance is given, larger is kept rather. The official one is less the mean cosine of CLIP's image
-    and text embeddings, and needs CLIP's text tower.
-    by="text": it is that, computed here: less the mean cosine of `keys`, the image embeddings (B, N, D), and `text`,
-    the text embeddings (B, M, D). Without keys the features themselves are compared with the text. negate=False keeps
-    the sign of the cosine, for embeddings in which similar means relevant.
+    c is the cosine of features. q is the relevance to the prompt, scaled to 0 .. 1 over each item's tokens. Past the
+    rank of L, tokens are picked by q.
+
+    by="scores": relevance is passed as `scores`, larger is more relevant. The official relevance is the negated mean
+    cosine of CLIP's image and text embeddings, which needs CLIP's text tower.
+    by="text": that relevance is computed here from `keys`, the image embeddings (B, N, D), and `text`, the text
+    embeddings (B, M, D). Without keys, `features` are compared with the text. negate=False keeps the sign of the
+    cosine, for embeddings in which similar means relevant.
 
     Each crop keeps its own share, as in the official code.
     """
@@ -56,7 +58,7 @@ class CDPruner(Method):
         return Selection(order)
 
     def similarity(self, pool: Pool) -> Tensor:
-        """(B, N) float32: the mean cosine to the rows of the text; less it with negate."""
+        """(B, N) float32: mean cosine to the rows of `text`, negated with negate=True."""
         image, name = (pool.features, "features") if pool.keys is None else (pool.keys, "keys")
         if image.shape[2] != pool.text.shape[2]:
             raise ValueError(
@@ -69,7 +71,7 @@ class CDPruner(Method):
 
 
 def scaled(relevance: Tensor, usable: Tensor) -> Tensor:
-    """(B, N) float32: (r - min + 1e-6) / (max - min) over the usable tokens of each item; 1 where all are equal."""
+    """(B, N) float32: (r - min + 1e-6) / (max - min) over the usable tokens of each item; 1 if all r are equal."""
     r = relevance.double()
     low = r.masked_fill(~usable, math.inf).amin(1, keepdim=True)
     high = r.masked_fill(~usable, -math.inf).amax(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""DART: the visual tokens least like a few pivots."""
+"""DART: keeps the visual tokens least similar to a few pivot tokens."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,13 +15,15 @@ from .base import Cut, Inside, Method, Plan, Selection, option
 
 @dataclass(frozen=True)
 class DART(Method):
-    """Behind layer `prune_layer`, duplicates of the pivots go. Pivots: the visual and the text tokens whose keys in the
-    layer before have the largest L1 norm. Each pivot in turn, in the order of the prompt, takes its share of the tokens
-    left: those of smallest cosine to it, of hidden states behind the LLM's final norm. What stays are the visual pivots
-    and all that was taken. Positions stay.
+    """After `prune_layer` layers, drops the visual tokens that duplicate pivot tokens.
 
-    Two differences to the official code: pivots act in the order of the prompt, not of a Python set, and exactly the
-    number of tokens asked for stays; earlier pivots take the odd ones.
+    Pivots are the visual and text tokens whose keys in layer `prune_layer` - 1 have the largest L1 norm. In prompt
+    order, each pivot takes an equal share of the remaining visual tokens: those of smallest cosine to it. Cosines are
+    of hidden states after the LLM's final norm. Kept: the visual pivots and the tokens taken. Position ids stay
+    original.
+
+    Two differences to the official code. Pivots act in prompt order, not in the order of a Python set. The number of
+    kept tokens is exactly the requested one; earlier pivots take the remainder.
     """
 
     name: ClassVar[str] = "dart"
@@ -60,37 +62,38 @@ class DART(Method):
 
 
 def unit(x: Tensor) -> Tensor:
-    """Rows of length one; zero rows stay. In float64: a cosine rounded to float32 does not depend on the batch."""
+    """L2-normalised rows in float64; zero rows stay zero. Cosines rounded to float32 do not depend on the batch."""
     x = x.double()
     norm = x.norm(dim=-1, keepdim=True)
     return x / torch.where(norm > 0, norm, 1.0)
 
 
 def descending_of_any(scores: Tensor, mask: Tensor) -> Tensor:
-    """(B, N) int64: the tokens that `mask` marks by descending score, then the others."""
+    """(B, N) int64: tokens where `mask` is True, by descending score, non-finite scores last; then the others."""
     lowest = torch.finfo(scores.dtype).min
     ranked = scores.nan_to_num(nan=lowest, posinf=lowest, neginf=lowest).masked_fill(~mask, -torch.inf)
     return ranked.sort(dim=1, descending=True, stable=True).indices
 
 
 def shares(total: int, active: Tensor) -> Tensor:
-    """(B, P) int64: `total` split evenly over the active pivots of (B, P) bool; earlier ones take the odd ones."""
+    """(B, P) int64: `total` split evenly over the pivots that `active` (B, P) marks; earlier ones get the remainder."""
     count = active.sum(1, keepdim=True).clamp(min=1)
     turn = active.cumsum(1) - 1
     return torch.where(active, total // count + (turn < total % count), 0)
 
 
 def least_alike(visual: Tensor, pivots: Tensor, chosen: Tensor, share: Tensor, k: int) -> Tensor:
-    """(B, k) int64 in the order picked: the tokens chosen already, then what each pivot takes of those left.
+    """(B, k) int64 in pick order: `chosen`, then the tokens that each pivot takes, those of smallest cosine first.
 
     Args:
-        visual: (B, N, C) unit rows. pivots: (B, P, C) likewise.
-        chosen: (B, Q) int64, tokens that stay whatever the pivots take.
-        share: (B, P) int64, how many each pivot takes; Q plus the sum of a row is k.
+        visual: (B, N, C) unit rows.
+        pivots: (B, P, C) unit rows.
+        chosen: (B, Q) int64, tokens kept in any case.
+        share: (B, P) int64, tokens that each pivot takes. Invariant: Q + share.sum(1) == k.
     """
     (batch, tokens, _), device = visual.shape, visual.device
     slot, first = torch.arange(tokens, device=device), chosen.shape[1]
-    turn = torch.full((batch, tokens), tokens, dtype=torch.int64, device=device)  # in which each token was picked
+    turn = torch.full((batch, tokens), tokens, dtype=torch.int64, device=device)  # pick order of each token
     turn = turn.scatter(1, chosen, slot[:first].expand(batch, -1))
     done = share.new_full((batch, 1), first)
     for number in range(pivots.shape[1]):

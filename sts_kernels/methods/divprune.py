@@ -1,4 +1,4 @@
-"""DivPrune: the most diverse tokens."""
+"""DivPrune: max-min diversity in cosine distance."""
 
 import math
 from dataclasses import dataclass
@@ -10,12 +10,14 @@ from .base import Method, Pool, Selection
 
 @dataclass(frozen=True)
 class DivPrune(Method):
-    """Max-min diversity of 1 - cosine: first the token whose nearest neighbour is furthest away (the op `nearest`),
-    then the token whose nearest pick is furthest away (`farthest_select`).
+    """Greedy max-min selection in the distance 1 - cosine.
 
-    Two differences to the official code: a token is picked once, and a zero row has cosine 0 to every other.
+    The first pick is the token whose nearest neighbour is farthest (op `nearest`). Each further pick is the token whose
+    nearest pick is farthest (op `farthest_select`).
 
-    Cost: B N (2 N + 3 k) C flops in float32, and a float32 copy of the features. Nothing N x N is stored.
+    Two differences to the official code: no token is picked twice, and a zero row has cosine 0 to every other row.
+
+    Cost: B N (2 N + 3 k) C flops in float32, and a float32 copy of the features. No N x N matrix is stored.
     """
 
     name: ClassVar[str] = "divprune"

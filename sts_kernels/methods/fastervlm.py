@@ -1,4 +1,4 @@
-"""FasterVLM: the tokens that the vision encoder attends to."""
+"""FasterVLM: top-k tokens by [CLS] attention of the vision encoder."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,8 +9,11 @@ from .base import Method, Pool, Selection
 
 @dataclass(frozen=True)
 class FasterVLM(Method):
-    """The k tokens of largest [CLS] attention (mean over heads) in the encoder's penultimate layer; attention received
-    where an encoder has no [CLS] token. Each crop keeps its own share, as in the official code."""
+    """Top-k by [CLS] attention (mean over heads) in the encoder's penultimate layer.
+
+    An encoder without a [CLS] token uses the attention received. Each crop keeps its own share, as in the official
+    code.
+    """
 
     name: ClassVar[str] = "fastervlm"
     paper: ClassVar[str] = (

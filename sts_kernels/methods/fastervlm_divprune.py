@@ -1,4 +1,4 @@
-"""FasterVLM and DivPrune: attended tokens first, then the most diverse of the others."""
+"""FasterVLM and DivPrune: top tokens by attention first, then max-min selection among the others."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,12 +14,13 @@ from .base import Pool, Selection, option
 
 @dataclass(frozen=True)
 class FasterVLMDivPrune(_adaptive.Mixing):
-    """int(k r) tokens of largest [CLS] attention (attention received where an encoder has no [CLS]), at least one; then
-    the token whose nearest pick, those by attention among them, is furthest away in 1 - cosine. Each crop keeps its own
-    share.
+    """max(1, int(k r)) tokens by [CLS] attention, then max-min selection in the distance 1 - cosine.
 
-    The paper takes two separate selections of a and k - a tokens together. Here the second starts from the first, so
-    no token comes twice. mixing="adaptive" or "inverse" takes r from the erank of each item, around attention_ratio.
+    An encoder without [CLS] uses the attention received. The max-min selection starts from the tokens picked by
+    attention: each further pick is the token whose nearest pick is farthest. Each crop keeps its own share.
+
+    The paper joins two separate selections of a and k - a tokens. Here the second starts from the first, so no token
+    is picked twice. mixing="adaptive" or "inverse" computes r from the erank of each item, around attention_ratio.
     """
 
     name: ClassVar[str] = "fastervlm_divprune"
@@ -40,8 +41,13 @@ class FasterVLMDivPrune(_adaptive.Mixing):
         return Selection(joined(first, attended, diverse))
 
     def begin(self, pool: Pool) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, k) tokens by attention, (B, 1) how many of them stay, all where no other is left, and (B, N) the squared
-        distance of unit rows to those, negative where max-min may not go."""
+        """Selection by attention, and the start of the max-min selection.
+
+        Returns:
+            first: (B, k), tokens by descending attention.
+            attended: (B, 1), how many of `first` are kept; k if the item has at most k usable tokens.
+            start: (B, N), squared distance of unit rows to the nearest attended token; -1: excluded from max-min.
+        """
         usable = pool.finite("features", "scores")
         ranked, number = descending(pool.scores, usable), usable.sum(1, keepdim=True)
         if self.mixing == "fixed":
@@ -66,7 +72,7 @@ class FasterVLMDivPrune(_adaptive.Mixing):
         text: Tensor | None = None,
         keys: Tensor | None = None,
     ) -> Selection:
-        """One max-min launch, whatever the lengths and budgets."""
+        """As `Method.select_packed`, with one call of `farthest_select_varlen` for all items."""
         device = _packed.check(self.name, self.signals, lengths, budgets, features, scores, text, keys)
         starts, slots = _packed.offsets(lengths), _packed.offsets(budgets)
         if not slots[-1]:
@@ -91,6 +97,6 @@ class FasterVLMDivPrune(_adaptive.Mixing):
 
 
 def joined(first: Tensor, attended: Tensor, diverse: Tensor) -> Tensor:
-    """(B, k): the first `attended` (B, 1) of `first` (B, k), then the first of `diverse` (B, k)."""
+    """(B, k): the first `attended` (B, 1) entries of `first` (B, k), then the first entries of `diverse` (B, k)."""
     slot = torch.arange(first.shape[1], device=first.device)
     return torch.where(slot < attended, first, diverse.gather(1, (slot - attended).clamp(min=0)))

@@ -1,4 +1,4 @@
-"""FastV: the tokens that the prompt's last token attends to early in the LLM."""
+"""FastV: top visual tokens by attention of the prompt's last token, early in the LLM."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,10 +10,11 @@ from .base import Cut, Method, Plan, option
 
 @dataclass(frozen=True)
 class FastV(Method):
-    """Behind layer `prune_layer` the visual tokens stay to which the prompt's last token pays most attention in the
-    layer before (mean over heads). Positions stay.
+    """After `prune_layer` layers, keeps the visual tokens with the most attention from the prompt's last token.
 
-    The paper says attention received from all tokens; this is what its code does.
+    The attention is that of layer `prune_layer` - 1, mean over heads. Position ids stay original.
+
+    The paper describes attention received from all tokens; this follows its code.
     """
 
     name: ClassVar[str] = "fastv"

@@ -13,8 +13,9 @@ from .base import Method, Pool, Selection, option
 
 @dataclass(frozen=True)
 class FPS(Method):
-    """From `anchor` on, the token whose nearest pick is furthest away, in squared Euclidean distance: the op
-    `farthest_select`.
+    """Farthest point sampling in squared Euclidean distance (op `farthest_select`).
+
+    The first pick is `anchor`. Each further pick is the token whose nearest pick is farthest.
 
     Cost: 3 B k N C flops in float32.
     """

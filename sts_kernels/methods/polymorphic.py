@@ -1,4 +1,4 @@
-"""PolyMorphic: tokens of little attention are merged before the LLM, and inside it those that the text is not about."""
+"""PolyMorphic: merges tokens of low attention before the LLM, and tokens of low text alignment inside it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,15 +30,18 @@ from .base import Cut, Inside, Method, Plan, Pool, Selection, option
 
 @dataclass(frozen=True)
 class PolyMorphic(Method):
-    """Stage 1 (3.2), before the LLM: of the k tokens that enter it, `retained` parts are the tokens of largest
-    attention, `merged` parts the means of clusters of all others (density peaks). Stage 2 (3.3), behind each prune
-    layer, does the same again with the tokens' alignment to the raters (Eq. 9-12), from the hidden states that enter
-    the next layer: M = softmax over text tokens of V T^T / sqrt(C), and the raters are the text tokens of more than
-    average alignment. A mean stays at the place of its center.
+    """Keeps the best tokens and merges all others into cluster means, before the LLM and at each prune layer.
 
-    With a budget, `factor` budgets enter the LLM, and each prune layer leaves the same share of what the one before
-    left. `keep` alone, or factor=1, is stage 1 alone; `llm_only` is stage 2 alone; `layers` with `ratios` say all by
-    hand. The prune layers are those behind 3, 7 and 16 layers (3, 7, 13 of 28).
+    Stage 1 (Sec. 3.2), before the LLM: of the k tokens that enter the LLM, `retained` parts are the tokens of largest
+    attention. The other `merged` parts are means of clusters of all other tokens (density peaks).
+
+    Stage 2 (Sec. 3.3), after each prune layer, does the same with the tokens' alignment to the raters (Eq. 9-12). It
+    uses the hidden states that enter the next layer: M = softmax over text tokens of V T^T / sqrt(C). The raters are
+    the text tokens of above-average alignment. A mean takes the position of its cluster center.
+
+    With `budget`, factor * budget tokens enter the LLM, and each prune layer keeps the same share of the tokens before
+    it. `keep` alone, or factor=1, runs stage 1 only. `llm_only` runs stage 2 only. `layers` with `ratios` set all
+    counts explicitly. The prune layers come after 3, 7 and 16 layers (3, 7, 13 of 28).
     """
 
     name: ClassVar[str] = "polymorphic"
@@ -71,7 +74,7 @@ class PolyMorphic(Method):
             raise TypeError(f"{self.name}: llm_only must be True or False, got {self.llm_only!r}")
 
     def split(self, k: int) -> int:
-        """Of k tokens, those that are kept as they are."""
+        """Number of the k tokens that are kept unmerged: round(k retained / (retained + merged))."""
         return min(k, round_half_up(k * self.retained / (self.retained + self.merged)))
 
     # --- numbers ---
@@ -130,9 +133,9 @@ class PolyMorphic(Method):
         return self._consolidated(pool.features, ranked, pool.k, pool.count)
 
     def _consolidated(self, features: Tensor, ranked: Tensor, k: int, count: Tensor) -> Selection:
-        """The k rows of each item: the first of (B, N) `ranked` tokens, then the centers of clusters of the others.
+        """Selection of k slots per item: the first tokens of `ranked` (B, N), then cluster centers of the others.
 
-        An item of fewer tokens than k is split as if k were its number of tokens.
+        An item of fewer than k tokens is split as if k were its number of tokens.
         """
         (batch, tokens), device = ranked.shape, ranked.device
         slot = torch.arange(tokens, device=device)
@@ -143,7 +146,7 @@ class PolyMorphic(Method):
         if not clusters:
             return Selection(ranked[:, :k], assignment)
         others = (rank >= retained) & (rank < count[:, None])
-        width = tokens - self.split(k)  # no item has more others
+        width = tokens - self.split(k)  # max number of others over the items
         where = (~others).to(torch.int8).sort(dim=1, stable=True).indices
         rest = features.gather(1, where[:, :width, None].expand(-1, -1, features.shape[2]))
         centers, members = density_peaks(rest, clusters, self.density_neighbors, count - retained[:, 0])

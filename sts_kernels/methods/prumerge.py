@@ -1,4 +1,4 @@
-"""LLaVA-PruMerge: the tokens that the vision encoder attends to, each with its neighbours merged into it."""
+"""LLaVA-PruMerge: top tokens by [CLS] attention, each merged with its nearest neighbours."""
 
 import math
 from dataclasses import dataclass
@@ -15,18 +15,21 @@ from ._cosine import cosine, unit
 from ._rank import descending
 from .base import Method, Pool, Selection, option
 
-BLOCK = 1 << 24  # cosines at a time: 128 MiB in float64
+BLOCK = 1 << 24  # max cosines computed at once: 128 MiB in float64
 
 
 @dataclass(frozen=True)
 class PruMerge(Method):
-    """k - 1 tokens of largest [CLS] attention a, each plus the sum of a_j x_j over the `neighbours` tokens most similar
-    to it by key, picked or not; and one row for all others, the sum of a_j x_j over them. Attention and keys are those
-    of the encoder's last layer with all heads as one. The sums are not divided, as in the official code.
+    """k - 1 tokens of largest [CLS] attention, plus one row for all other tokens.
 
-    With plus=True (PruMerge+) a quarter of the tokens is by attention, and the others are evenly spread over the tokens
-    left. The official number of tokens depends on the image; here it is k, the row of all others included. That row has
-    the place of the first token that is not picked. An item that keeps all its tokens stays as it is.
+    With attention a and features x, the row of a picked token is x_i + sum of a_j x_j over the `neighbours` tokens
+    whose keys are most similar to its own, picked or not. The last row is the sum of a_j x_j over all tokens that are
+    not picked. Attention and keys are those of the encoder's last layer, all heads as one. The sums are not normalised,
+    as in the official code.
+
+    plus=True (PruMerge+): a quarter of the tokens is picked by attention; the others are evenly spread over the
+    remaining tokens. The official number of tokens depends on the image; here it is k, including the last row. That row
+    takes the position of the first token that is not picked. An item that keeps all its tokens is unchanged.
     """
 
     name: ClassVar[str] = "prumerge"
@@ -52,29 +55,32 @@ class PruMerge(Method):
         place = torch.arange(pool.tokens, device=pool.device)
         rank = torch.empty_like(ranked).scatter_(1, ranked, place.expand_as(ranked))
         kept = number.clamp(max=pool.k)
-        # The last row is of all others, where there are others.
+        # One slot is reserved for the row of all others, if there are others and more than one slot.
         picks = torch.where((kept > 1) & (number > kept), kept - 1, kept)
         best = (picks + 2) // 4 if self.plus else picks  # by attention, rounded half up
         best = torch.where(picks > 0, best.clamp(min=1), 0)
         left = usable & (rank >= best)
         index, many, spread = left.cumsum(1) - 1, number - best, picks - best
-        # The i-th of the tokens left is the j-th of the even ones where i = floor(j many / spread).
+        # The j-th of `spread` evenly spaced tokens has index floor(j many / spread) among the `many` tokens left.
         turn = (index * spread + many - 1) // many.clamp(min=1)
         even = left & (turn < spread) & (turn * many // spread.clamp(min=1) == index)
         slot = torch.where(rank < best, rank, best + turn)
         picked = (usable & (rank < best)) | even
         others = usable & ~picked
-        first = others & (others.cumsum(1) == 1) & (picks < kept)  # its place is that of the row of all others
+        first = others & (others.cumsum(1) == 1) & (picks < kept)  # position of the row of all others
         slot = torch.where(first, picks, slot)
-        order = torch.cat([ranked[:, : pool.k], ranked[:, :1]], 1)  # one slot more, for tokens that take none
+        order = torch.cat([ranked[:, : pool.k], ranked[:, :1]], 1)  # +1 slot: tokens without a slot write there
         order = order.scatter_(1, torch.where(picked | first, slot, pool.k), place.expand_as(slot))[:, : pool.k]
         merges = number > kept
         return self.around(pool, order, torch.where(picks < kept, picks, -1), usable, merges)
 
     def around(self, pool: Pool, order: Tensor, behind: Tensor, usable: Tensor, merges: Tensor) -> Selection:
-        """What is merged into the tokens of `order`. merges: (B, 1), whether anything is. behind: (B, 1), the slot of
-        all others, -1: there is none. Picks stand before it, tokens that are not usable after it. Its first source is
-        its own token."""
+        """The Selection of `order`, with assignment, weight and sources.
+
+        merges: (B, 1) bool, whether the item merges at all. behind: (B, 1), slot of the row of all others, -1: none.
+        Picks are in the slots before it, unusable tokens in the slots after it. The first source of slot `behind` is
+        its own token; `merge` recognises the slot by that.
+        """
         slots, tokens = torch.arange(pool.k, device=order.device), pool.tokens
         own = order.new_full((pool.batch, tokens + 1), -1).scatter_(1, order, slots.expand_as(order))[:, :tokens]
         assignment = torch.where(usable & (own < 0), behind, own).masked_fill(~pool.present, -1)
@@ -84,7 +90,7 @@ class PruMerge(Method):
         return Selection(order, assignment, torch.where(usable, pool.scores, 0).float(), near)
 
     def nearby(self, pool: Pool, order: Tensor, usable: Tensor) -> Tensor:
-        """(B, k, neighbours) int64: the usable tokens most similar to each slot's own, -1 where there are fewer."""
+        """(B, k, neighbours) int64: usable tokens most similar by key to each slot's token; -1 past their number."""
         x = unit(torch.where(usable[..., None], pool.keys, 0).double())
         position = torch.arange(pool.tokens, device=pool.device)
         near, step = [], max(1, BLOCK // max(1, pool.batch * pool.tokens))
@@ -99,13 +105,13 @@ class PruMerge(Method):
 
     def merge(self, features: Tensor, selection: Selection) -> Tensor:
         order, sources, weight = selection.order, selection.sources, selection.weight
-        assert sources is not None  # these three as `pick` makes them
+        assert sources is not None  # `pick` sets sources, weight and assignment
         assert weight is not None
         assert selection.assignment is not None
         finite = features.isfinite().all(-1)
         x = torch.where(finite[..., None], features, 0).double() * weight.double()[..., None]
         near = torch.zeros_like(x[:, :1])
-        for column in sources.unbind(-1):  # in one order, whatever the batch
+        for column in sources.unbind(-1):  # fixed summation order: bits do not depend on the batch
             near = near + _merge.rows(x, column)
         mean, mass = scatter_mean(features.float(), selection.assignment, order.shape[1], weight)
         all_others = ((sources[..., 0] == order) & (order >= 0))[..., None]

@@ -1,4 +1,4 @@
-"""PyramidDrop: fewer visual tokens the deeper the layer."""
+"""PyramidDrop: drops more visual tokens at each of several LLM layers."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -10,11 +10,13 @@ from .base import Cut, Method, Plan, option
 
 @dataclass(frozen=True)
 class PyramidDrop(Method):
-    """Behind each of several layers the visual tokens stay to which the prompt's last token pays most attention, by
-    query and key of the next layer. Positions are numbered anew.
+    """At each prune layer, keeps the visual tokens with the most attention from the prompt's last token.
 
-    Without `layers` it prunes behind each quarter of the LLM (8, 16, 24 of 32). Without `ratios` the i-th prune layer
-    leaves ratio^i of the original tokens, rounded down; with a budget, the ratio is solved for it.
+    The attention is computed from query and key of the next layer. Position ids become contiguous.
+
+    Without `layers`, it prunes after each of the first three quarters of the LLM (8, 16, 24 of 32 layers). Without
+    `ratios`, the i-th prune layer keeps ratio^i of the original tokens, rounded down. With a budget, the ratio is
+    solved for it.
     """
 
     name: ClassVar[str] = "pyramiddrop"
@@ -46,17 +48,17 @@ class PyramidDrop(Method):
             keeps = [partial(floor_share, float(self.ratio) ** (i + 1)) for i in range(len(places))]
         else:
             if isinstance(budget.budget, float):
-                common_ratio(self.name, budget.budget, places, layers)  # refuses what no image can meet
+                common_ratio(self.name, budget.budget, places, layers)  # raises if no image can meet the budget
             keeps = [partial(solved, self.name, budget.budget, None, places, layers, i + 1) for i in range(len(places))]
         cuts = (Cut(layer, partial(prompt_total, keeps[: i + 1]), score_from="next") for i, layer in enumerate(places))
         return Plan(layers, everything, tuple(cuts))
 
 
 def quarters(layers: int) -> tuple[int, ...]:
-    """The layers behind the first three quarters of `layers`, without repeats."""
+    """The prune layers after 1/4, 2/4 and 3/4 of `layers`, at least 1 each, without repeats."""
     return tuple(sorted({max(1, layers * i // 4) for i in (1, 2, 3)}))
 
 
 def floor_share(share: float | int, tokens: int) -> int:
-    """The official code's int(N ratio), at least one token of an image that has any. An int is a number of tokens."""
+    """The official code's int(N ratio), at least 1 for a non-empty image. An int share is a number of tokens."""
     return take(share, tokens) if isinstance(share, int) or not share else min(tokens, max(1, int(share * tokens)))

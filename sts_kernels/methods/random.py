@@ -1,4 +1,4 @@
-"""Random tokens: the baseline of every table."""
+"""Random tokens: a baseline."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -8,11 +8,11 @@ import torch
 from .. import _checks
 from .base import Method, Pool, Selection, option
 
-_MASK = 0xFFFFFFFF  # 32-bit arithmetic in int64: products wrap at 2^64, their low 32 bits are right
+_MASK = 0xFFFFFFFF  # 32-bit arithmetic in int64: products wrap mod 2^64, so their low 32 bits are exact
 
 
 def _scramble(value: Any) -> Any:
-    """The finaliser of MurmurHash3: a bijection of 32-bit numbers. A tensor or an int, the same on every device."""
+    """The finaliser of MurmurHash3, a bijection of 32-bit numbers. Takes an int or an int64 tensor."""
     value = ((value ^ (value >> 16)) * 0x85EBCA6B) & _MASK
     value = ((value ^ (value >> 13)) * 0xC2B2AE35) & _MASK
     return value ^ (value >> 16)
@@ -20,8 +20,10 @@ def _scramble(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Random(Method):
-    """Tokens in a random order that depends on `seed` alone, and so is the same for an item in any batch and on any
-    device. No token's value is looked at."""
+    """Tokens in a pseudo-random order that depends on `seed` only: the same in any batch and on any device.
+
+    Token values are not read.
+    """
 
     name: ClassVar[str] = "random"
     paper: ClassVar[str] = "baseline of VisPruner, Fig. 3c, arXiv 2412.01818"

@@ -1,4 +1,4 @@
-"""SparseVLM: what relevant text tokens attend to stays, the best of the rest is recycled."""
+"""SparseVLM: top visual tokens by attention of relevant text tokens; the best dropped tokens are recycled as means."""
 
 import functools
 from collections.abc import Sequence
@@ -16,25 +16,27 @@ from ._rank import descending
 from ._raters import alignment, raters
 from .base import Cut, Inside, Method, Plan, Selection, option
 
-TABLES = {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)}  # of 576 tokens
+TABLES = {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)}  # of TABLE_TOKENS
 TABLE_TOKENS = 576
 
 
 @dataclass(frozen=True)
 class SparseVLM(Method):
-    """Raters are the text tokens behind the image that the visual tokens are most like, as the LLM gets both: those
-    whose mean over visual tokens of softmax(V T^T) is above average. Behind each prune layer the visual tokens stay to
-    which the raters pay most attention in the layer before (mean over heads and raters). Of the others, the best
-    int(recycle n) + 1 are clustered into int(that / per_cluster) + 1 means (density peaks, as many neighbours as
-    clusters), which follow the last visual token and count as visual from then on. Positions are numbered anew.
+    """At each prune layer, keeps the visual tokens with the most attention from the rater text tokens.
 
-    With a budget each prune layer keeps the same share of the tokens that came to the one before, solved so that the
-    average over the layers, recycled tokens counted, is the budget. `retained_tokens` takes the official tables
-    instead, as shares of 576 tokens; their averages are 206.5, 145.4, 114.1 and 82.3. The prune layers are those behind
-    3, 7 and 16 layers (3, 7, 13 of 28).
+    Raters are the text tokens after the image whose mean over visual tokens of softmax(V T^T) is above average; V and T
+    are the embeddings that enter the LLM. The attention is that of the layer before the cut, mean over heads and
+    raters. Of the n dropped tokens, the best m = int(recycle n) + 1 are recycled: clustered into
+    int(m / per_cluster) + 1 means (density peaks, as many neighbours as clusters). The means follow the last visual
+    token and count as visual tokens from then on. Position ids become contiguous.
 
-    Differences to the official code: batches; no random noise on densities; an image of fewer tokens than a table asks
-    for keeps them all; where no text token is above average, all are raters.
+    With `budget`, the i-th prune layer keeps ratio^i of the prompt's visual tokens. The ratio is solved so that the
+    average over the layers, including recycled tokens, is the budget. `retained_tokens` takes the official tables
+    instead, as shares of 576 tokens; their averages are 206.5, 145.4, 114.1 and 82.3. The prune layers come after 3, 7
+    and 16 layers (3, 7, 13 of 28).
+
+    Differences to the official code: batches are supported; densities have no random noise; an image of fewer tokens
+    than the table's count keeps all of them; if no text token is above average, all are raters.
     """
 
     name: ClassVar[str] = "sparsevlm"
@@ -62,7 +64,7 @@ class SparseVLM(Method):
     # --- numbers ---
 
     def recycled(self, dropped: int) -> tuple[int, int]:
-        """Of the dropped tokens, those that are recycled, and the clusters that they make."""
+        """(recycled tokens, clusters made of them) for a number of dropped tokens."""
         if not self.recycle or not dropped:
             return 0, 0
         best = min(dropped, int(dropped * self.recycle) + 1)
@@ -97,7 +99,7 @@ class SparseVLM(Method):
         return Plan(layers, everything, tuple(cuts))
 
     def chain(self, tokens: int, wanted: Sequence[int]) -> list[tuple[int, int]]:
-        """Of each prune layer: tokens that stay as they are (at most `wanted`), and clusters behind them."""
+        """(kept tokens, clusters) at each prune layer; kept <= wanted. tokens: visual tokens before the first one."""
         counts = []
         for want in wanted:
             kept = min(want, tokens)
@@ -148,8 +150,10 @@ def _recycled(counts: Any, index: int, images: Sequence[int]) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def _solved(method: SparseVLM, tokens: int, wanted: int, places: tuple[int, ...], layers: int) -> list[tuple[int, int]]:
-    """The chain of a prompt of `tokens` whose average over the layers is nearest `wanted`, from below: the i-th prune
-    layer keeps ratio^i of `tokens`, and recycled ones count."""
+    """The chain whose average over the layers is nearest to `wanted` from below, recycled tokens counted.
+
+    The i-th prune layer keeps ratio^i of the prompt's `tokens`; bisection over the ratio.
+    """
     if wanted == tokens:
         return method.chain(tokens, [tokens] * len(places))
     ends = [*places[1:], layers]

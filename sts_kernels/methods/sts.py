@@ -1,4 +1,4 @@
-"""STS, "structure to semantics": tokens that repel each other, then those that the prompt attends to."""
+"""STS, "structure to semantics": repulsion-based selection before the LLM, attention top-k inside it."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -33,30 +33,31 @@ SCOPES = ("image", "crop")
 
 @dataclass(frozen=True)
 class STSConfig:
-    """How many visual tokens STS keeps, and where.
+    """Token budget and options of STS.
 
-    Give either `budget`, or `keep` and/or `keep_after`. Each is a number of tokens (int) or a share of them (float).
+    Give either `budget`, or `keep` and/or `keep_after`. Each is a number of tokens (int) or a share of tokens (float).
 
     Args:
-        budget: the average over the LLM's layers of the visual tokens of one image (or clip): STS's advertised budget.
-            With p = prune_layer of L layers, ``keep = budget * L / (p + (L - p) * rho)`` before layer p and `rho` of
-            that from it on: 128 gives 192 and 64 where p is half of L. Where the image has fewer tokens than `keep`,
-            all of them stay before layer p and `keep_after` makes up for it, so that the average still is the budget.
-        keep: tokens of each image that stage 1 passes to the LLM. Alone it leaves `rho` of them after stage 2;
-            with ``keep_after=1.0`` or ``rho=1.0`` stage 1 works alone.
-        keep_after: visual tokens of a prompt, over all its images together, that stage 2 leaves from prune_layer on.
-            A share is one of all its visual tokens. Alone, stage 2 works alone (LLM-only).
-        prune_layer: layers 0 .. prune_layer - 1 run on all that stage 1 kept; the score is taken in layer
-            prune_layer - 1; layers from prune_layer on run on what stage 2 left. None: the model family's default.
-        rho: share of stage 1's tokens that stage 2 leaves, where `keep_after` does not say.
-        eps: of `repulsion_select`, in units of features squared.
-        anchor: stage 1's first pick: the token nearest the mean ("mean"), token 0 ("first"), or the one that the
-            vision encoder pays most attention ("saliency").
-        scope: what tokens repel each other: all of an image or clip ("image"), or the crops, tiles or frames of an
-            image each for itself with an even part of its budget ("crop").
+        budget: visual tokens of one image or clip, averaged over the LLM's layers: STS's advertised budget. With
+            p = prune_layer and L layers, ``keep = budget * L / (p + (L - p) * rho)`` tokens enter the LLM, and `rho` of
+            them remain from layer p on. Example: budget 128 gives 192 and 64 for p = L / 2 and rho = 1/3. An image of
+            fewer than `keep` tokens keeps all of them before layer p; stage 2 then keeps more, so that the average
+            still is the budget.
+        keep: tokens of each image that stage 1 passes to the LLM. Without `keep_after`, stage 2 keeps `rho` of them.
+            With ``keep_after=1.0`` or ``rho=1.0``, only stage 1 runs.
+        keep_after: visual tokens of a prompt, all images together, that stage 2 keeps from layer prune_layer on. A
+            float is a share of all visual tokens of the prompt before pruning. Without `keep`, only stage 2 runs.
+        prune_layer: layers 0 .. prune_layer - 1 run on the tokens kept by stage 1; layer prune_layer - 1 gives the
+            scores; layers from prune_layer on run on the tokens kept by stage 2. None: the model family's default.
+        rho: share of stage 1's tokens that stage 2 keeps. Not used if `keep_after` is given.
+        eps: eps of `repulsion_select`, in units of features squared.
+        anchor: first pick of stage 1. "mean": the token nearest the mean. "first": token 0. "saliency": the token with
+            the largest attention in the vision encoder.
+        scope: candidates of one selection. "image": all tokens of an image or clip. "crop": the tokens of each crop,
+            tile or frame, with an even part of the image's budget.
 
     Raises:
-        TypeError, ValueError: a value that is none of these, or a combination that says too much or too little.
+        TypeError, ValueError: bad value, conflicting options, or no budget.
     """
 
     budget: int | float | None = None
@@ -86,11 +87,10 @@ class STSConfig:
     def plan(self, layers: int, default_prune_layer: int | None = None) -> "STSPlan":
         """Fits the configuration to an LLM of `layers` layers.
 
-        Without a prune_layer of its own it takes `default_prune_layer` where the LLM is that deep, else half the
-        layers.
+        If prune_layer is None, it becomes `default_prune_layer` if that is below `layers`, else half the layers.
 
         Raises:
-            ValueError: the LLM has no such layer.
+            ValueError: prune_layer is out of range for the LLM.
         """
         layer = self.prune_layer
         if layer is None:
@@ -103,7 +103,7 @@ class STSConfig:
 
 @dataclass(frozen=True)
 class STSPlan:
-    """A configuration fitted to an LLM: it answers how many tokens each stage keeps."""
+    """A configuration fitted to an LLM. Computes the tokens kept by each stage."""
 
     config: STSConfig
     layers: int
@@ -114,7 +114,7 @@ class STSPlan:
         return self.config.prune_layer
 
     def keep(self, tokens: int) -> int:
-        """Tokens of an image of `tokens` that stage 1 keeps."""
+        """Tokens that stage 1 keeps of an image of `tokens` tokens."""
         config = self.config
         if config.budget is None:
             return tokens if config.keep is None else take(config.keep, tokens)
@@ -125,7 +125,7 @@ class STSPlan:
         return min(tokens, max(1, round_half_up(budget * self.layers / (shallow + deep * config.rho))))
 
     def keep_after(self, images: Sequence[int]) -> int:
-        """Visual tokens that stage 2 leaves of a prompt whose images have these numbers of tokens."""
+        """Visual tokens that stage 2 keeps in a prompt. images: tokens of each image before pruning."""
         config = self.config
         kept = [self.keep(tokens) for tokens in images]
         if not sum(kept):
@@ -138,7 +138,7 @@ class STSPlan:
         return min(sum(kept), after)
 
     def _share_after(self, tokens: int, kept: int) -> int:
-        """One image's part of the tokens left by stage 2."""
+        """Tokens of one image that stage 2 keeps, without `keep_after`. kept: its tokens after stage 1."""
         config = self.config
         if not kept:
             return 0
@@ -149,13 +149,13 @@ class STSPlan:
         return min(kept, max(1, round_half_up(left)))
 
     def average(self, kept: int, after: int) -> float:
-        """Visual tokens averaged over the layers: `kept` before prune_layer, `after` from it on."""
+        """Visual tokens averaged over the layers: `kept` before layer prune_layer, `after` from that layer on."""
         return (self.prune_layer * kept + (self.layers - self.prune_layer) * after) / self.layers
 
 
 @contextmanager
 def _named(method: str) -> Iterator[None]:
-    """Errors of STSConfig under the name of the method."""
+    """Re-raises errors of STSConfig with the method's name in the message."""
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -164,10 +164,12 @@ def _named(method: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class STS(Method):
-    """Stage 1 (Eq. 3-5, Algorithm 1): tokens that repel each other, `repulsion_select`. Stage 2 (Eq. 6-7): behind the
-    prune layer, those to which the prompt's last token pays most attention.
+    """Two stages: greedy repulsion before the LLM, top-k by attention inside it.
 
-    The paper's ablations: rho=1.0 is stage 1 alone (STS-S), llm_only=True stage 2 alone. `layers` with `ratios` is
+    Stage 1 (Eq. 3-5, Algorithm 1) is the op `repulsion_select`. Stage 2 (Eq. 6-7), after the first `prune_layer`
+    layers, keeps the visual tokens with the most attention from the prompt's last token.
+
+    The paper's ablations: rho=1.0 runs stage 1 only (STS-S); llm_only=True runs stage 2 only. `layers` with `ratios` is
     Algorithm 1's set of prune layers.
     """
 
@@ -193,7 +195,7 @@ class STS(Method):
 
     @classmethod
     def of(cls, config: STSConfig) -> tuple["STS", Budget]:
-        """The method and the budget that are `config`; its scope is an option of the integration."""
+        """(method, budget) equivalent to `config`, except for its scope, which is an option of the integration."""
         method = cls(config.eps, config.anchor, config.rho, config.prune_layer, config.keep_after)
         return method, Budget(budget=config.budget, keep=config.keep)
 
@@ -228,7 +230,7 @@ class STS(Method):
         return Plan(layers, solved.keep, () if alone else (Cut(layer, solved.keep_after),))
 
     def _staged(self, budget: Budget, layers: int, layer: int) -> Plan:
-        """`layers` and `ratios` as they are, after stage 1's `keep`."""
+        """The plan of explicit `ratios` (and `layers`), after stage 1's `keep`."""
         places = (layer,) if budget.layers is None else tuple(budget.layers)
         ratios = budget.ratios or ()
         if len(places) != len(ratios):
@@ -256,7 +258,10 @@ class STS(Method):
         text: Tensor | None = None,
         keys: Tensor | None = None,
     ) -> Selection:
-        """One launch: `repulsion_select` where all items are alike, else `repulsion_select_varlen`."""
+        """As `Method.select_packed`, with one op call for all items.
+
+        Items of equal length and budget run `repulsion_select`, others `repulsion_select_varlen`.
+        """
         device = _packed.check(self.name, self.signals, lengths, budgets, features, scores, text, keys)
         total = sum(budgets)
         if not total:
@@ -290,5 +295,5 @@ class STS(Method):
 
 
 def _most_salient(scores: Tensor, present: Tensor) -> Tensor:
-    """(B,) int64: the token of largest finite score."""
+    """(B,) int64: the present token of largest finite score."""
     return scores.masked_fill(~(present & scores.isfinite()), -torch.inf).argmax(1)

@@ -1,4 +1,4 @@
-"""ToMe: tokens merged into similar ones, half of them in a round."""
+"""ToMe: bipartite soft matching; each round merges up to half of the tokens."""
 
 import math
 from dataclasses import dataclass
@@ -13,12 +13,14 @@ from .base import Method, Pool, Selection
 
 @dataclass(frozen=True)
 class ToMe(Method):
-    """Bipartite soft matching at the encoder's output: each token at an even place finds the most similar one at an odd
-    place by its key, and the most similar pairs merge, half of the tokens at most. Rounds follow one another until k
-    tokens are left. Rows and keys of merged tokens are means over all that were merged.
+    """Bipartite soft matching at the encoder's output, repeated until k tokens are left.
 
-    ToMe itself merges r tokens in every layer of the encoder. That changes the encoder's own features, which a method
-    that selects from its output cannot do.
+    In each round, every token at an even position is matched with the token of most similar key at an odd position. The
+    most similar pairs merge, at most half of the tokens. Rows and keys of merged tokens are means over all tokens
+    merged into them.
+
+    The paper merges r tokens in every layer of the encoder. That changes the encoder's features; a method that selects
+    from the encoder's output cannot do that.
     """
 
     name: ClassVar[str] = "tome"
@@ -30,7 +32,7 @@ class ToMe(Method):
     def pick(self, pool: Pool) -> Selection:
         usable = pool.finite("keys")
         place, keys = torch.arange(pool.tokens, device=pool.device), pool.keys.float()
-        # Usable tokens in the order of the image, then those that are not, then absent ones.
+        # Usable tokens in image order, then unusable, then absent tokens.
         order = (place + pool.tokens * (2 * ~pool.present + (pool.present & ~usable))).argsort(1)
         slot = torch.empty_like(order).scatter_(1, order, place.expand_as(order))
         left, length = usable.sum(1), pool.tokens
@@ -48,9 +50,14 @@ class ToMe(Method):
 
 
 def matching(keys: Tensor, left: Tensor, merged: Tensor) -> tuple[Tensor, Tensor]:
-    """One bipartite soft matching of the first `left` (B,) rows of keys (B, L, D): each row's new place (B, L), and
-    whether it survives. The `merged` (B,) even rows most similar to an odd one take its place. Even rows that are left
-    come first, the most similar ones in front, then the odd ones; later rows move up."""
+    """One round of bipartite soft matching over the first `left` (B,) rows of keys (B, L, D).
+
+    The `merged` (B,) even rows most similar to an odd row merge into it. New order: surviving even rows, most similar
+    first; then odd rows; then the rows past `left`, moved up.
+
+    Returns:
+        (B, L) int64, new index of each row (a merged row has its partner's); (B, L) bool, whether the row survives.
+    """
     length = keys.shape[1]
     place = torch.arange(length, device=keys.device)
     left, merged = left[:, None], merged[:, None]

@@ -1,4 +1,4 @@
-"""Every N/K-th token: the baseline of every table."""
+"""Every (N/k)-th token: a baseline."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,9 +10,9 @@ from .base import Method, Pool, Selection
 
 @dataclass(frozen=True)
 class Uniform(Method):
-    """Tokens floor(i N / K), i = 0 .. K - 1: exactly K, distinct, evenly spread. No token's value is looked at.
+    """Tokens floor(i N / k), i = 0 .. k - 1: exactly k, distinct, evenly spread. Token values are not read.
 
-    Even in the order of the features: Qwen2.5-VL has those of a picture attention window by attention window.
+    Spacing is even in feature order. Qwen2.5-VL orders the features of an image by attention window.
     """
 
     name: ClassVar[str] = "uniform"

@@ -1,4 +1,4 @@
-"""VisionZip: the tokens that the vision encoder attends to, and a few into which all others are merged."""
+"""VisionZip: top tokens by [CLS] attention, and a few contextual tokens that all others are merged into."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -15,9 +15,12 @@ from .base import Method, Pool, Selection, option
 
 @dataclass(frozen=True)
 class VisionZip(Method):
-    """Dominant tokens: those of largest [CLS] attention (attention received where an encoder has no [CLS]). Contextual
-    ones: of the rest, every step-th; each other token of the rest joins the one whose key is most similar. A contextual
-    row is the token plus the mean of those that joined it, a sum of two means, as in the official code.
+    """Keeps dominant tokens unchanged and merges the rest into evenly spaced contextual tokens.
+
+    Dominant tokens have the largest [CLS] attention (attention received if the encoder has no [CLS]). Contextual tokens
+    are every step-th token of the rest. Each other token of the rest joins the contextual token with the most similar
+    key. A contextual row is the token plus the mean of the tokens that joined it (a sum, not a mean), as in the
+    official code.
 
     k tokens are split as dominant : contextual, rounded half up. Each crop keeps its own share.
     """
@@ -43,18 +46,18 @@ class VisionZip(Method):
         place = torch.arange(pool.tokens, device=pool.device)
         rank = torch.empty_like(ranked).scatter_(1, ranked, place.expand_as(ranked))
         number = usable.sum(1, keepdim=True)
-        kept = number.clamp(max=pool.k)  # slots without those that only tokens that are not usable fill
+        kept = number.clamp(max=pool.k)  # slots filled by usable tokens
         dominant = self.dominant_of(kept)
         contextual = kept - dominant
 
-        # The rest in the order of the image: its i-th token is a target where i is a multiple of step.
+        # Token i of the rest, in image order, is a contextual token (target) if i is a multiple of step.
         rest = usable & (rank >= dominant)
         index = rest.cumsum(1) - 1
         step = ((number - dominant) // contextual.clamp(min=1)).clamp(min=1)
         target = rest & (index % step == 0) & (index // step < contextual)
-        slot = torch.where(target, dominant + index // step, rank)  # of the tokens kept
+        slot = torch.where(target, dominant + index // step, rank)  # valid for kept tokens only
 
-        # Slots past `dominant` are written anew where a target takes them. One slot more is for tokens that take none.
+        # Targets overwrite the slots past `dominant`. +1 slot: all other tokens write there.
         order = torch.cat([ranked[:, : pool.k], ranked[:, :1]], 1)
         order = order.scatter_(1, torch.where(target, slot, pool.k), place.expand_as(slot))[:, : pool.k]
         joined = torch.full_like(rank, -1)
@@ -67,7 +70,7 @@ class VisionZip(Method):
         return Selection(order, torch.where(own, slot, torch.where(rest, joined, -1)))
 
     def dominant_of(self, k: Any) -> Any:
-        """Of k tokens, an int or a tensor of them: k dominant / (dominant + contextual), rounded half up."""
+        """k dominant / (dominant + contextual), rounded half up. k: an int or an int tensor."""
         parts = self.dominant + self.contextual
         return (2 * k * self.dominant + parts) // (2 * parts)
 

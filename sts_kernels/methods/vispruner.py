@@ -1,4 +1,4 @@
-"""VisPruner: the tokens that the vision encoder attends to, and the least alike of the others."""
+"""VisPruner: top tokens by [CLS] attention, then the others with near-duplicates removed in rounds."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,20 +12,23 @@ from ._cosine import cosine, unit
 from ._rank import descending
 from .base import Pool, Selection, option
 
-STEP = 8  # tokens removed in a round
+STEP = 8  # max tokens removed per round
 
 
 @dataclass(frozen=True)
 class VisPruner(_adaptive.Mixing):
-    """int(k r) tokens of largest [CLS] attention (attention received where an encoder has no [CLS]). Of the others, in
-    rounds: each token at an even place of the list meets the most similar one at an odd place, and the 8 most similar
-    even ones go, until k tokens are left. Each crop keeps its own share, as in the official code.
+    """int(k r) tokens by [CLS] attention; near-duplicates are removed from the others until k tokens are left.
 
-    Rounds that the official code cannot run (an odd list, a short one) remove what there is. Which diverse tokens stay
-    follows the last bits of the cosines.
+    An encoder without [CLS] uses the attention received. Duplicates are removed in rounds over a list of the others,
+    ordered by attention. Each token at an even list position is matched with the most similar token at an odd one. The
+    8 tokens at even positions with the largest similarity are removed. Each crop keeps its own share, as in the
+    official code.
 
-    mixing="adaptive" or "inverse" (AdaVTP 4.3) takes r from the erank of each item, around important_ratio; its cosines
-    are products in float64, rounded to float32.
+    The official code cannot run rounds on an odd or a short list; here they remove as many tokens as there are. The
+    diverse picks depend on the last bits of the cosines.
+
+    mixing="adaptive" or "inverse" (AdaVTP 4.3) computes r from the erank of each item, around important_ratio. Its
+    cosines are computed in float64 and rounded to float32.
     """
 
     name: ClassVar[str] = "vispruner"
@@ -61,20 +64,21 @@ class VisPruner(_adaptive.Mixing):
 
 
 def mixed(features: Tensor, listed: Tensor, important: Tensor, k: int) -> Tensor:
-    """(B, k) int64: the first `important` (B, 1) tokens of each list, and what rounds leave of its other tokens.
+    """(B, k) int64: the first `important` (B, 1) tokens of each list, then the survivors of `dedup_select`'s rounds.
 
-    `dedup_select` with a count for each item. listed: (B, N), -1 past an item's own; items of at most k are not used.
+    Unlike `dedup_select`, `important` may differ between items. listed: (B, N), -1 past the item's tokens. The caller
+    discards the result of items with at most k tokens.
     """
     tokens = listed.shape[1]
     place = torch.arange(tokens, device=listed.device)
     x = torch.where((listed >= 0)[..., None], features.gather(1, listed.clamp(min=0)[..., None].expand_as(features)), 0)
     similarity = unit(x.double())
-    similarity = cosine(similarity, similarity)  # by places in the list
+    similarity = cosine(similarity, similarity)  # indexed by list position
     left, keep = (listed >= 0).sum(1, keepdim=True) - important, k - important
     rest = (place + important).clamp(max=tokens - 1)
     half = (tokens + 1) // 2
     pair = place[:half]
-    # A list of 16 and more loses STEP a round, a shorter one half of it: 15, 7, 3, 1.
+    # A list of at least 16 tokens loses STEP per round, a shorter one half of its tokens: 15, 7, 3, 1.
     for _ in range((tokens - k + STEP - 1) // STEP + 4):
         even, odd = rest[:, ::2], rest[:, 1::2]
         evens, odds = (left + 1) // 2, left // 2

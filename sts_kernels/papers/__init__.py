@@ -1,4 +1,4 @@
-"""What papers print about efficiency, and what sizes alone give for it. `names()` lists the papers."""
+"""Efficiency numbers printed in papers, recomputed from model sizes. `names()` lists the papers."""
 
 import importlib
 import pkgutil
@@ -9,7 +9,7 @@ __all__ = ["Accuracy", "Number", "Paper", "load", "names"]
 
 
 def names() -> list[str]:
-    """The files of this folder, except base.py and those that start with _; each has the name of its method."""
+    """Sorted names of the papers: the modules of this folder, each named as its method; not base.py nor `_*.py`."""
     found = (module.name for module in pkgutil.iter_modules(__path__))
     return sorted(name for name in found if not name.startswith("_") and name != "base")
 

@@ -19,7 +19,7 @@ from .base import (
     tera,
 )
 
-TEXT = 30  # the paper does not say how many: 29 to 31 fit
+TEXT = 30  # text tokens; not stated in the paper, 29 to 31 fit
 FLOPS = f"(4nd^2 + 2n^2d + 2ndm) a layer, visual tokens and {TEXT} others: DivPrune's script"
 
 

@@ -1,4 +1,4 @@
-"""What a paper's numbers are made of."""
+"""Data types and shared constants of the papers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,24 +12,25 @@ VISUAL, STS, ADAVTP = (CONVENTIONS[name] for name in ("vispruner", "sts", "adavt
 LLAVA, LLAVA_13B = "llava-hf/llava-1.5-7b-hf", "llava-hf/llava-1.5-13b-hf"
 NEXT, NEXT_13B = "llava-hf/llava-v1.6-vicuna-7b-hf", "llava-hf/llava-v1.6-vicuna-13b-hf"
 QWEN = "Qwen/Qwen2.5-VL-7B-Instruct"
-LMMS_MODELS = {"llava-hf": "sts_llava_hf", "Qwen": "sts_qwen2_5_vl"}  # lmms-eval's models with pruning, by owner
+LMMS_MODELS = {"llava-hf": "sts_llava_hf", "Qwen": "sts_qwen2_5_vl"}  # owner of a checkpoint -> pruned lmms-eval model
 EIGHT = ("gqa", "mmbench_en_dev", "mme", "pope", "scienceqa_img", "vqav2_val", "textvqa_val", "vizwiz_vqa_val")
 CACHE = "2 L d 2 bytes a token, MB of 2^20 bytes"
 SHARE = "1 - K / N"
-# SparseVLM's code at 576 tokens: by budget, tokens kept behind each cut; layers on all tokens, and behind each cut.
+# SparseVLM's code at 576 tokens. SPARSEVLM: budget -> tokens kept by each cut. SPARSEVLM_DEPTH: layers of each segment.
 SPARSEVLM, SPARSEVLM_DEPTH = {192: (300, 200, 110), 128: (303, 110, 36), 64: (66, 30, 17)}, (3, 4, 9, 16)
 
 
 @dataclass(frozen=True)
 class Number:
-    """One number.
+    """One efficiency number of a paper, printed and recomputed.
 
     Attributes:
-        table: where the paper prints it, "" where it does not.
-        row, what: which number of it.
-        printed: as the paper prints it, "" where it does not.
-        computed: what sizes, or other numbers of the paper, give.
-        formula: how.
+        table: the paper's table or section; "" if the paper does not print the number.
+        row: row of the table.
+        what: quantity and unit.
+        printed: the number as printed; "" if the paper does not print it.
+        computed: the number recomputed from sizes, or from other numbers of the paper.
+        formula: formula of `computed`.
         note: why the two differ.
     """
 
@@ -43,16 +44,16 @@ class Number:
 
     @property
     def off(self) -> float | None:
-        """Relative difference to what is printed."""
+        """Relative difference computed / printed - 1; None if nothing is printed."""
         return self.computed / float(self.printed) - 1 if self.printed else None
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """A table of accuracy: nothing of it is known here, only how lmms-eval would rerun it.
+    """An accuracy table of a paper. Holds no results, only the lmms-eval runs that would measure them.
 
     Attributes:
-        variants: the model arguments of its rows of pruned models.
+        variants: pruning arguments in `--model_args`, one string for each row with a pruned model.
     """
 
     table: str
@@ -62,7 +63,7 @@ class Accuracy:
     note: str = ""
 
     def command(self) -> str:
-        """A line of shell: one run of lmms-eval for each variant."""
+        """One shell line that runs lmms-eval once for each variant."""
         model = LMMS_MODELS[self.model.split("/")[0]]
         return (
             f"for pruning in {' '.join(self.variants)}; do lmms-eval --model {model} "
@@ -73,7 +74,14 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Paper:
-    """The numbers of a paper; efficiency that needs a GPU or data; accuracy with a command, and without one."""
+    """All numbers of a paper.
+
+    Attributes:
+        numbers: recomputed here.
+        elsewhere: efficiency numbers that need a GPU or data.
+        accuracy: tables with a command that would measure them.
+        impossible: tables without such a command, and why.
+    """
 
     numbers: list[Number]
     elsewhere: list[str]
@@ -86,14 +94,14 @@ def budgets(method: str, *values: int | float) -> list[str]:
 
 
 def tera(size: LLMSize, segments: Any, text: int = 0, convention: Convention = REPORT) -> float:
-    """Prefill TFLOPs; `segments` are (layers, visual tokens), or the number of tokens in all layers."""
+    """Prefill TFLOPs. segments: (layers, visual tokens) pairs, or one int for all layers."""
     if isinstance(segments, int):
         segments = [(size.layers, segments)]
     return size.prefill_flops(segments, text, convention) / 1e12
 
 
 def sparsevlm_segments(budget: int, tokens: int = 576) -> list[tuple[int, int]]:
-    """(layers, tokens) of its code: the table's count, and the clusters that the best dropped tokens leave."""
+    """(layers, visual tokens) segments of SparseVLM's code: the table's kept tokens plus the recycled clusters."""
     counts = [tokens]
     for kept in SPARSEVLM[budget]:
         recycled = int(0.3 * (counts[-1] - kept)) + 1

@@ -1,4 +1,4 @@
-"""PolyMorphic: its schedule, and what that saves."""
+"""PolyMorphic: its schedule of token counts, and the speedups."""
 
 from collections.abc import Sequence
 
@@ -18,7 +18,7 @@ from .base import (
 )
 
 CUTS, LAYERS, TEXT = (3, 7, 16), 32, 60
-# Table 4: vanilla prefill in ms, then by method, with the speedup printed.
+# Table 4: model -> (vanilla prefill ms, {method: (prefill ms, printed speedup)}).
 TIMES = {
     "LLaVA-1.5-7B": (
         55.05,
@@ -29,8 +29,10 @@ TIMES = {
 
 
 def schedule(budget: int, after: Sequence[int] = CUTS, layers: int = LAYERS) -> list[tuple[int, float]]:
-    """(layers, tokens) that start with 2 * budget and shrink by one factor behind each of `after`, to `budget` on
-    average. The paper gives the average alone."""
+    """(layers, tokens) segments: 2 * budget tokens enter, and each prune layer in `after` shrinks them by one factor.
+
+    The factor is solved for an average of `budget` over the layers. The paper states only the average.
+    """
     ends, factor = (*after, layers), common_ratio("polymorphic", 0.5, tuple(after), layers)
     return [(end - start, 2 * budget * factor**i) for i, (start, end) in enumerate(zip((0, *after), ends, strict=True))]
 

@@ -4,7 +4,7 @@ from ..methods.sts import STSConfig
 from .base import CACHE, EIGHT, LLAVA, LLAVA_13B, NEXT, QWEN, STS, VICUNA_7B, Accuracy, Number, Paper, budgets, tera
 
 SOLVED = "keep = B L / (p + (L - p) / 3), and what is left for an average of B from layer p on"
-# Table, model, layers, prune layer, tokens, budgets.
+# (table, model, layers, prune layer, tokens, budgets)
 BUDGETS = (
     ("Tab. 1", "LLaVA-1.5-7B", 32, 16, 576, (128, 64, 32)),
     ("Tab. 2", "LLaVA-NeXT-7B", 32, 16, 2880, (640, 320, 160)),

@@ -1,4 +1,4 @@
-"""VisPruner: FLOPs and cache beside FastV's."""
+"""VisPruner: FLOPs and KV cache, compared with FastV."""
 
 from typing import Any
 
@@ -19,13 +19,13 @@ from .base import (
     tera,
 )
 
-CLIP_L = LLMSize(24, 1024, 1024, 1024, 4096, 2)  # at 336 pixels: 577 tokens a crop
-ENCODER = tera(CLIP_L, 577, 0, Convention(2, 2, False))  # of one crop
-FASTV_LAYERS = 2  # that run on all tokens
+CLIP_L = LLMSize(24, 1024, 1024, 1024, 4096, 2)  # 336 px: 577 tokens per crop
+ENCODER = tera(CLIP_L, 577, 0, Convention(2, 2, False))  # TFLOPs per crop
+FASTV_LAYERS = 2  # layers that run on all tokens
 LAYER = "2 (4nd^2 + 2n^2d + 3ndm) a layer, visual tokens alone"
 FLOPS = f"{LAYER}, and {ENCODER:.3f} T a crop for the vision encoder; the paper gives no formula"
 FASTV = f"; {FASTV_LAYERS} layers on all tokens"
-# Table: model, size, crops, tokens with FLOPs and cache, then by tokens kept: FLOPs and cache of VisPruner, of FastV.
+# table -> ((model, size, crops, tokens, TFLOPs, cache), {kept tokens: (VisPruner TFLOPs, cache, FastV TFLOPs, cache)}).
 TABLES = {
     "Tab. 6": (
         ("LLaVA-1.5-7B", VICUNA_7B, 1, 576, "8.02", "288.00"),
@@ -58,17 +58,17 @@ TABLES = {
         },
     ),
 }
-# FastV's rows at 90 and 95 % start from K / (1 - share) tokens, a round number that is not the model's.
+# FastV's rows at 90 and 95 %: tokens before pruning are K / (1 - share), a round number, not the model's token count.
 FASTV_BEFORE = {58: 580, 29: 580, 290: 2900, 145: 2900}
-# Table 5: tokens of the label, tokens of the row of Table 8 that it repeats, and as above.
+# Table 5: (tokens in the row label, kept tokens of the Table 8 row that it repeats, printed values as in TABLES).
 REPEATED = ((640, 720, ("11.5", "360", "13.5", "380")), (160, 145, ("3.8", "80", "6.3", "95")))
-FASTV_CACHE = {640: 2560, 160: 640}  # tokens before pruning that Table 5's cache of FastV follows from
+FASTV_CACHE = {640: 2560, 160: 640}  # row label -> tokens before pruning implied by FastV's printed cache in Table 5
 
 
 def pair(
     table: Any, row: Any, size: Any, crops: Any, segments: Any, printed: Any, notes: Any = ("", ""), tail: str = ""
 ) -> list[Number]:
-    """FLOPs and cache of one row."""
+    """The FLOPs and KV cache numbers of one table row."""
     flops = tera(size, segments, 0, VISUAL) + crops * ENCODER
     cache = size.kv_mb(sum(layers * tokens for layers, tokens in segments))
     return [

@@ -1,7 +1,7 @@
-"""lmms-eval's models, pruned: `--model sts_llava_hf --model_args pretrained=...,method=divprune,budget=64`.
+"""Pruned lmms-eval models: `--model sts_llava_hf --model_args pretrained=...,method=divprune,budget=64`.
 
-lmms-eval finds them through the entry point `lmms_eval.models`. Nothing heavy is imported before a model is asked for:
-one plugin that raises takes all others with it.
+lmms-eval finds them through the entry point `lmms_eval.models`. Heavy imports wait until a model is requested: a plugin
+that raises on import disables all other plugins.
 """
 
 from typing import TYPE_CHECKING
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lmms_eval.models.registry_v2 import ModelManifest
 
-FAMILIES = {  # model of lmms-eval that is pruned, by its id -> its class
+FAMILIES = {  # lmms-eval model id -> its class
     "llava_hf": "LlavaHf",
     "qwen2_5_vl": "Qwen2_5_VL",
     "qwen3_vl": "Qwen3_VL",
@@ -18,7 +18,7 @@ FAMILIES = {  # model of lmms-eval that is pruned, by its id -> its class
 
 
 def manifests() -> list["ModelManifest"]:
-    """What lmms-eval registers: sts_<id> for each family."""
+    """The entry point's manifests: model sts_<id> for each entry of FAMILIES."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return [

@@ -1,4 +1,4 @@
-"""The classes behind `manifests`: STSLlavaHf is Pruned in front of lmms-eval's LlavaHf, and so on for each family."""
+"""Classes named by `manifests`, created on access: STSLlavaHf derives from Pruned and lmms-eval's LlavaHf, etc."""
 
 import dataclasses
 import functools
@@ -21,20 +21,20 @@ else:
     MixedInto = object
 
 AMOUNTS = ("budget", "keep", "layers", "ratios")
-PLACES = ("scope", "positions", "score_from", "cudnn_attention")  # further options of prune that are words
+PLACES = ("scope", "positions", "score_from", "cudnn_attention")  # further options of `prune`
 
 
 class PruningFailed(SystemExit):
-    """Ends the run. lmms-eval logs an Exception of generate() and scores an empty answer, which is a wrong number."""
+    """Ends the run. lmms-eval would catch an Exception of generate() and score an empty answer."""
 
 
 def configure(arguments: dict[str, Any]) -> tuple[Method, dict[str, Any]]:
-    """Takes what concerns pruning out of --model_args -> the method, and the other options of `prune`.
+    """Pops the pruning options from `arguments` (--model_args). Returns the method and the other options of `prune`.
 
     Lists are written with plus signs: layers=8+16+24,ratios=0.5+0.25+64.
 
     Raises:
-        TypeError, ValueError: one sentence, before any weights are loaded.
+        TypeError, ValueError: bad options. Raised before any weights are loaded.
     """
     name = arguments.pop("method", "sts")
     known = {field.name for kind in (methods.create(name),) for field in dataclasses.fields(kind)}
@@ -57,7 +57,7 @@ def _numbers(value: str | int | float) -> int | float | list[int | float]:
 
 
 class Pruned(MixedInto):
-    """In front of a model of lmms-eval: prunes the model that it loads, and says at the end what was kept."""
+    """Mixin before an lmms-eval model in the MRO: prunes the loaded model, and prints a summary after generation."""
 
     is_simple = False
 

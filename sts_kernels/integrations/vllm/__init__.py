@@ -1,13 +1,13 @@
-"""vLLM plugin: visual tokens are pruned before the LLM. docs/serving.md says how it is switched on.
+"""vLLM plugin: prunes visual tokens before the LLM. docs/serving.md describes how to enable it.
 
-vLLM calls `register` in each of its processes. An image's way through the other files:
+vLLM calls `register` in each of its processes. The other files:
 
-    settings     what is asked for: method, number of tokens, positions; what vLLM cannot do is refused
-    layouts      how many tokens an image has, and which of them are rows of its encoder's features
-    processor    front end: the prompt gets as many placeholders as tokens will be kept
-    models       worker: features are picked from, and the tokens kept stay at their positions
+    settings     reads the options (method, number of tokens, positions); refuses those that vLLM cannot serve
+    layouts      maps an image size to its token count and to the encoder features of its tokens
+    processor    front end: sizes the prompt, one placeholder for each kept token
+    models       workers: select features; kept tokens keep their positions
 
-The package never imports this folder. `register` imports nothing but what vLLM has imported before it.
+The package never imports this folder. `register` imports nothing that vLLM has not imported already.
 """
 
 import logging
@@ -15,18 +15,18 @@ import re
 
 from . import settings
 
-OLDEST, NEWEST = (0, 32), (0, 33)  # minor versions; tests run on the oldest
+OLDEST, NEWEST = (0, 32), (0, 33)  # supported vLLM versions; tests run on OLDEST
 MODELS = {
     "LlavaForConditionalGeneration": "STSLlava",
     "LlavaNextForConditionalGeneration": "STSLlavaNext",
     "Qwen2_5_VLForConditionalGeneration": "STSQwen2_5_VL",
     "Qwen3VLForConditionalGeneration": "STSQwen3VL",
 }
-logger = logging.getLogger("vllm.plugins.sts_kernels")  # vLLM prints what is logged below its own name
+logger = logging.getLogger("vllm.plugins.sts_kernels")  # vLLM prints only loggers below "vllm"
 
 
 def unsupported(version: str) -> str:
-    """Why this version of vLLM is refused. Empty: it is not."""
+    """Why this version of vLLM is refused; "" if it is supported."""
     if OLDEST <= tuple(map(int, re.findall(r"\d+", version)[:2])) <= NEWEST:
         return ""
     oldest, newest = (".".join(map(str, bound)) for bound in (OLDEST, NEWEST))
@@ -34,12 +34,13 @@ def unsupported(version: str) -> str:
 
 
 def register() -> None:
-    """Entry point `vllm.general_plugins`: adds the pruned models under names of their own, and with STS_KERNELS_KEEP
-    also in place of vLLM's.
+    """Entry point `vllm.general_plugins`: registers the pruned models under the names STS<architecture>.
+
+    If STS_KERNELS_KEEP is set, the pruned models also replace vLLM's models.
 
     Raises:
-        Refused: STS_KERNELS_KEEP is set, and it is no number of tokens, or vLLM's version is not supported. The server
-            does not start then; one that starts without the plugin would answer from all tokens.
+        Refused: STS_KERNELS_KEEP is set, and its value is invalid or the version of vLLM is not supported. The server
+            then does not start; without the plugin it would serve unpruned.
     """
     import vllm
 

@@ -1,6 +1,6 @@
-"""How the tokens of an image lie in the features of its encoder, from its size alone. Needs no vLLM.
+"""Maps an image's tokens to rows of its encoder's features, from the image size alone. Does not import vLLM.
 
-The front end and the workers ask the same functions, so they agree on every number of tokens.
+Front end and workers call the same functions, so they agree on all token counts.
 """
 
 import functools
@@ -20,9 +20,11 @@ from .settings import refuse
 
 @dataclass(frozen=True)
 class Layout:
-    """
-    item: the image, as the transformers integration describes it.
-    grid: rows and columns of its tokens, where the LLM's rotary positions have three axes. None: they have one.
+    """Token layout of one image.
+
+    Attributes:
+        item: the image as a `VisualItem` of the transformers integration.
+        grid: (rows, columns) of the tokens, for LLMs with three-axis rotary positions (M-RoPE). None: one axis.
     """
 
     item: VisualItem
@@ -30,27 +32,27 @@ class Layout:
 
     @property
     def feature_of_token(self) -> torch.Tensor:
-        """(num_tokens,) int64, -1: a separator."""
-        assert self.item.feature_of_token is not None  # the functions below give all their items one
+        """(num_tokens,) int64: feature of each token, -1: separator."""
+        assert self.item.feature_of_token is not None  # all layout functions below set it
         return self.item.feature_of_token
 
     @functools.cached_property
     def token_of_feature(self) -> torch.Tensor:
-        """(num_features,) int64, -1: the model discards it."""
+        """(num_features,) int64: token of each feature, -1: the model discards the feature."""
         order = self.feature_of_token
         used = (order >= 0).nonzero()[:, 0]
         return torch.full((self.item.num_features,), -1).index_copy_(0, order[used], used)
 
     @functools.cached_property
     def positions(self) -> torch.Tensor:
-        """(num_tokens, 3) int64: rotary positions of the tokens, counted from the first."""
+        """(num_tokens, 3) int64: rotary positions relative to the image's first token."""
         token = torch.arange(self.item.num_tokens)
         if self.grid is None:
             return token[:, None].expand(-1, 3)
         return torch.stack([torch.zeros_like(token), token // self.grid[1], token % self.grid[1]], 1)
 
     def kept(self, plan: Plan) -> int:
-        """Tokens that stay."""
+        """Tokens of the image after pruning; separators are always kept."""
         return plan.keep(self.item.num_visual) + self.item.num_tokens - self.item.num_visual
 
 
@@ -66,7 +68,7 @@ def llava(config: Config) -> Layout:
 
 
 def llava_next(config: Config, height: int, width: int) -> Layout:
-    """The whole picture, then its crops side by side without their padding, each row with a newline behind it."""
+    """Base image first, then the grid of crops without padding, with a newline token after each row."""
     n, pixels = side(config), config.vision_config.image_size
     rows, columns = get_anyres_image_grid_shape((height, width), config.image_grid_pinpoints, pixels)
     crops = 1 + rows * columns
@@ -78,7 +80,7 @@ def llava_next(config: Config, height: int, width: int) -> Layout:
 
 
 def qwen_vl(config: Config, frames: int, height: int, width: int) -> Layout:
-    """Qwen2.5-VL's features lie attention window by attention window."""
+    """One image of Qwen-VL. Qwen2.5-VL orders its features by attention window."""
     vision = config.vision_config
     grid = height // vision.spatial_merge_size, width // vision.spatial_merge_size
     tokens, windowed = grid[0] * grid[1], hasattr(vision, "window_size")
@@ -87,11 +89,13 @@ def qwen_vl(config: Config, frames: int, height: int, width: int) -> Layout:
 
 
 class Family(NamedTuple):
-    """
-    adapter: `config.model_type`, by which the transformers integration finds its adapter.
-    layout: (config, *size) -> Layout.
-    size: the name by which vLLM's processor gives an image's size. None: all images are alike.
-    grid: the LLM's rotary positions have three axes, and the family takes videos too.
+    """A model family.
+
+    Attributes:
+        adapter: `config.model_type`, the key of the transformers integration's adapter.
+        layout: (config, *size) -> Layout.
+        size: field of vLLM's processor output that holds an image's size. None: all images have one layout.
+        grid: whether the LLM has three-axis rotary positions (M-RoPE). These families also accept videos.
     """
 
     adapter: str
@@ -100,7 +104,7 @@ class Family(NamedTuple):
     grid: bool = False
 
     def of(self, config: Config, data: Mapping[str, Any]) -> Layout:
-        """data: what vLLM's processor made of an image."""
+        """Layout of one image. data: output of vLLM's processor for the image."""
         return self.layout(config, *(data[self.size].data.flatten().tolist() if self.size else ()))
 
 

@@ -1,10 +1,9 @@
-"""The workers: vLLM's models, with the features of images picked from before they become tokens of the LLM.
+"""Workers: vLLM's models, which select image features before these become tokens of the LLM.
 
-Where a token belongs in its image travels behind its embedding, as it does where vLLM prunes videos: in DIGITS more
-channels, as digits that every dtype holds exactly. vLLM takes the positions of a step from `get_mrope_input_positions`,
-where all tokens of an image stand at its first. What is to be added for each lies in a buffer: `embed_input_ids` fills
-it, `forward` reads it, and neither needs to know which request a token is of. Buffers and sums keep their addresses, as
-CUDA graphs of parts of the LLM demand.
+A token's position within its image is appended to its embedding, as vLLM does for pruned videos: DIGITS extra channels,
+digits that every dtype holds exactly. `get_mrope_input_positions` gives all tokens of an image the position of its
+first token. `embed_input_ids` writes the offsets of a step into a buffer; `forward` adds them to the positions. Neither
+needs to know the request of a token. Buffer and sum keep their addresses, as piecewise CUDA graphs require.
 """
 
 from collections import defaultdict
@@ -35,16 +34,16 @@ if TYPE_CHECKING:
 else:
     MixedInto = object
 
-ImageInput: TypeAlias = Any  # what a family of vLLM's calls its own: tensors of a batch of images by name
+ImageInput: TypeAlias = Any  # a vLLM model's own input type: tensors of a batch of images, by name
 
-BASE, DIGITS = 128, 6  # two digits for each of three axes: positions below 2^15 in bfloat16, which holds 0 to 256
-ROTATIONS = ("default", "linear", "llama3")  # with a table of any length
+BASE, DIGITS = 128, 6  # two digits per axis, three axes: positions below 2^15; bfloat16 is exact for 0 to 256
+ROTATIONS = ("default", "linear", "llama3")  # rope types whose cos/sin table may have any length
 
 
 def batches(sizes: Sequence[int], budget: int) -> Iterator[slice]:
-    """Runs of items of at most `budget` together, or of one that is larger."""
+    """Splits items into consecutive slices of total size <= budget; a larger item gets a slice of its own."""
     start, total = 0, 0
-    for i, size in enumerate([*sizes, budget + 1]):  # the last one closes the last run
+    for i, size in enumerate([*sizes, budget + 1]):  # the extra item closes the last slice
         total += size
         if i > start and total > budget:
             yield slice(start, i)
@@ -52,37 +51,37 @@ def batches(sizes: Sequence[int], budget: int) -> Iterator[slice]:
 
 
 def numbered(parts: list[torch.Tensor], sizes: Sequence[int], device: torch.device) -> torch.Tensor:
-    """Numbers within items of these sizes, as numbers within all of them; -1 stays."""
+    """Concatenates per-item indices, shifted by the items' offsets; -1 stays -1."""
     shifted = [torch.where(part < 0, part, part + start) for part, start in zip(parts, offsets(sizes), strict=False)]
     return torch.cat(shifted).to(device, non_blocking=True)
 
 
 class Prunes(MixedInto):
-    """Mixin in front of a family's model. `processor.serves` gives it its family."""
+    """Mixin before a vLLM model in the MRO. `processor.serves` sets `family`."""
 
     family: layouts.Family
-    places: torch.Tensor | None  # (2, 3, tokens) int64: what is added to the positions of a step, and the sum
-    supports_tower_connector_lora = False  # it counts rows of the encoder by tokens of the prompt
+    places: torch.Tensor | None  # (2, 3, tokens) int64: position offsets of a step, and positions + offsets
+    supports_tower_connector_lora = False  # that LoRA path infers encoder rows from prompt tokens
 
     def __init__(self, *, vllm_config: "VllmConfig", prefix: str = ""):
         self.check(vllm_config, asked := read(vllm_config.model_config.hf_config))
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         adapter = adapter_of(self.family.adapter)
-        assert adapter is not None  # each of `layouts`' families has one
+        assert adapter is not None  # each family in `layouts` has one
         self.asked, self.adapter = asked, adapter
-        # vLLM counts pruned tokens against this budget. The encoder runs on whole images.
+        # vLLM counts pruned tokens against this budget, but the encoder runs on whole images: see encode_all.
         self.encoder_budget = vllm_config.scheduler_config.max_num_encoder_input_tokens
         tokens = vllm_config.scheduler_config.max_num_batched_tokens + 1
         places = torch.zeros(2, 3, tokens, dtype=torch.int64) if asked.positions == "original" else None
         self.register_buffer("places", places, persistent=False)
-        self.calls: list[AttentionCall] = []  # of the encoder
+        self.calls: list[AttentionCall] = []  # captured attention calls of the encoder
         if asked.method.signals & {"attention", "keys"}:
             self.attention_module().register_forward_pre_hook(self.capture, with_kwargs=True)
         if get_tp_group().rank_in_group == 0 and get_pp_group().is_first_rank:
             logger.info("sts_kernels %s: %s", __version__, asked)
 
     def check(self, vllm_config: "VllmConfig", asked: Settings) -> None:
-        """Refuses what would be pruned wrongly."""
+        """Raises Refused for configurations that would be pruned wrongly."""
         config, multimodal = vllm_config.model_config.hf_config, vllm_config.model_config.multimodal_config
         parallel, compilation = vllm_config.parallel_config, vllm_config.compilation_config
         text = config.get_text_config()
@@ -127,8 +126,11 @@ class Prunes(MixedInto):
     def encode(
         self, image_input: ImageInput, part: slice, found: list[Layout]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Of a part of the images, with their layouts: the features as the projector gets them, and the tokens that
-        they become, or None where those are made only of what is kept."""
+        """Encodes a part of the images; `found` holds their layouts.
+
+        Returns:
+            The projector's input features, and the projected tokens; None if only kept features are projected.
+        """
         raise NotImplementedError
 
     def _process_image_input(self, image_input: ImageInput) -> Sequence[torch.Tensor]:
@@ -148,7 +150,7 @@ class Prunes(MixedInto):
         if kept is None:
             used = [torch.cat(item.candidates()) for item in items]
             kept = vision_pruning.Kept(numbered(used, [item.num_features for item in items], pool.device))
-        group = get_tp_group()  # ranks pick from equal features; the first one's picks for all make it certain
+        group = get_tp_group()  # all ranks select from equal features; broadcasting rank 0's picks guarantees agreement
         rows = group.broadcast(kept.rows, src=0)
         if kept.values is None:
             embeds = self.project(features[rows]) if tokens is None else tokens[rows]
@@ -158,7 +160,7 @@ class Prunes(MixedInto):
         return self.laid_out(embeds, rows, found)
 
     def encode_all(self, image_input: ImageInput, found: list[Layout]) -> dict[str, torch.Tensor]:
-        """features, tokens, attention and keys of all images, a row for each feature: what is made and asked for."""
+        """Features of all images, one row each; also tokens, attention and keys where available and requested."""
         columns: defaultdict[str, list[torch.Tensor]] = defaultdict(list)
         group = get_tp_group()
         for part in batches([layout.item.num_features for layout in found], self.encoder_budget):
@@ -168,13 +170,13 @@ class Prunes(MixedInto):
             if tokens is not None:
                 columns["tokens"].append(tokens)
             for name, find in (("attention", self.adapter.attention), ("keys", self.adapter.keys)):
-                if name in self.asked.method.signals:  # the mean over heads, of which each rank has as many
+                if name in self.asked.method.signals:  # mean over heads; each rank has equally many
                     signal = find(self, calls, features.shape).contiguous()
                     columns[name].append(group.all_reduce(signal) / group.world_size)
         return {name: torch.cat(parts) for name, parts in columns.items()}
 
     def laid_out(self, embeds: torch.Tensor, rows: torch.Tensor, found: list[Layout]) -> Sequence[torch.Tensor]:
-        """The tokens of each image in their order, separators among them. rows: the feature that each embedding is."""
+        """Tokens of each image in image order, separators inserted. rows: feature index of each embedding."""
         sizes = [layout.item.num_tokens for layout in found]
         separators = [(layout.feature_of_token < 0).nonzero()[:, 0] for layout in found]
         tokens = numbered([layout.token_of_feature for layout in found], sizes, rows.device)[rows]
@@ -193,9 +195,9 @@ class Prunes(MixedInto):
     def get_mrope_input_positions(
         self, input_tokens: list[int], mm_features: list["MultiModalFeatureSpec"]
     ) -> tuple[torch.Tensor, int]:
-        """The prompt's tokens at their positions in the whole prompt, all tokens of an image at that of its first."""
-        whole: list[int] = []  # the prompt with all tokens of its images
-        source: list[int] = []  # of each token of the pruned prompt, its column in it
+        """Positions of the prompt's tokens in the unpruned prompt; all tokens of an image get its first position."""
+        whole: list[int] = []  # the unpruned prompt
+        source: list[int] = []  # index into `whole` of each token of the pruned prompt
         spread, at = [], 0
         for feature in sorted(mm_features, key=lambda feature: feature.mm_position.offset):
             start, length = feature.mm_position.offset, feature.mm_position.length
@@ -246,12 +248,12 @@ class Prunes(MixedInto):
 
 
 class Llava(Prunes):
-    """The LLM's positions are plain. vLLM asks a model for positions only where it says that they have three axes."""
+    """Families with one-axis rotary positions. supports_mrope lets vLLM ask the model for its positions."""
 
     supports_mrope = True
 
     def check(self, vllm_config: "VllmConfig", asked: Settings) -> None:
-        """And makes the table of rotations as long as the longest prompt is with all tokens of its images."""
+        """Also lengthens the cos/sin table to the longest prompt before pruning."""
         super().check(vllm_config, asked)
         model, config = vllm_config.model_config, vllm_config.model_config.hf_config
         images = model.max_model_len // asked.plan.keep(layouts.side(config) ** 2)
@@ -261,17 +263,17 @@ class Llava(Prunes):
         text.max_position_embeddings = max(text.max_position_embeddings, model.max_model_len + images * most)
 
     def attention_module(self) -> torch.nn.Module:
-        return self.vision_tower.vision_model.encoder.layers[-1].self_attn.attn  # vLLM builds no layer behind it
+        return self.vision_tower.vision_model.encoder.layers[-1].self_attn.attn  # the last layer that vLLM builds
 
     def encode(self, image_input: ImageInput, part: slice, found: list[Layout]) -> tuple[torch.Tensor, None]:
         pixels = image_input["pixel_values"][part]
-        if self.family.size:  # crops of images of one request may have been padded to a number that all have
+        if self.family.size:  # vLLM may pad a request's images to an equal number of crops
             pixels = torch.cat([x[: len(layout.item.crops)] for x, layout in zip(pixels, found, strict=True)])
         return self._image_pixels_to_features(self.vision_tower, pixels), None
 
 
 class Qwen(Prunes):
-    """The features are what the merger gets. It runs on all of them, within the encoder."""
+    """The features are the merger's input. The merger is part of the encoder and runs on all features."""
 
     def encode(self, image_input: ImageInput, part: slice, found: list[Layout]) -> tuple[torch.Tensor, torch.Tensor]:
         grids = image_input["image_grid_thw"]

@@ -1,6 +1,6 @@
-"""The front end: prompts with as many placeholders as tokens will be kept, and image hashes that say so.
+"""Front end: one placeholder for each kept token, and image hashes that include the pruning options.
 
-vLLM sizes a prompt before the image is encoded, so the number is a function of the image's size alone.
+vLLM sizes a prompt before it encodes the image, so the number of kept tokens depends on the image size only.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 else:
     MixedInto = object
 
-ModelClass: TypeAlias = Any  # in vLLM's registry
+ModelClass: TypeAlias = Any  # a class in vLLM's model registry
 
 
 class Prunes(MixedInto):
-    """Mixin in front of a family's processor."""
+    """Mixin before a family's multimodal processor in the MRO."""
 
     family: layouts.Family
 
@@ -56,39 +56,41 @@ class Prunes(MixedInto):
         return [x if x.modality != "image" else replace(x, replacement=partial(kept, x.replacement)) for x in updates]
 
     def _get_mm_hashes(self, inputs: "ProcessorInputs") -> "MultiModalHashes":
-        """What is kept of an image has a hash of its own: servers may share a store of encoded images or blocks."""
+        """Adds the pruning options to each hash: servers may share a cache of encoder outputs or KV blocks."""
         tag = settings.read(self.info.get_hf_config()).tag()
         hashes = super()._get_mm_hashes(inputs)
         return {kind: [f"{value}-{tag}" for value in values] for kind, values in hashes.items()}
 
 
 class ImagesOnly:
-    """Mixin in front of a family's information: videos are refused, as their tokens would not be pruned."""
+    """Mixin before a family's processing info in the MRO. Refuses videos, whose tokens would not be pruned."""
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         return {"image": None, "video": 0}
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> None:
-        return None  # as many as a dummy image has: pruned
+        return None  # None: vLLM counts the pruned tokens of a dummy image
 
 
 def serves(family: layouts.Family) -> Callable[[ModelClass], ModelClass]:
-    """Decorator of a model class: the processor of the vLLM model that it is made from, with pruned prompts."""
+    """Class decorator: registers the vLLM model's processor with the `Prunes` mixin for the pruned model class."""
 
     def decorate(model: ModelClass) -> ModelClass:
         vllm = model._processor_factory
 
         def information(ctx: "InputProcessingContext") -> "BaseProcessingInfo":
-            """vLLM calls it when it makes a model's configuration, which it sends to all its processes. So what is
-            asked for is written there: what a variable says, and the pruned model's own name, which a process without
-            the variable knows too. Called again, it changes nothing."""
+            """Writes the pruning options and the pruned architecture's name into the model's configuration.
+
+            vLLM calls it while it builds the configuration, which it sends to all its processes. So processes without
+            STS_KERNELS_KEEP in their environment prune too. Idempotent.
+            """
             config = ctx.model_config.hf_config
             asked = settings.read(config)
             config.sts = asked.options
             config.architectures = [name if name.startswith("STS") else f"STS{name}" for name in config.architectures]
             if asked.positions == "original" and not family.grid:
-                # vLLM asks a model for the positions of its tokens where any part of its configuration has M-RoPE. The
-                # LLM's own part stays as it is.
+                # vLLM calls get_mrope_input_positions if any part of the configuration has M-RoPE. The text
+                # configuration is left unchanged.
                 config.rope_parameters = {"mrope_section": [1, 0, 0]}
             found = vllm.info(ctx)
             return type("STSInformation", (ImagesOnly, type(found)), {})(ctx) if family.grid else found

@@ -1,6 +1,6 @@
-"""What the plugin is asked for: `sts` in the model's configuration, or STS_KERNELS_KEEP. Needs no vLLM.
+"""Options of the plugin: `sts` in the model's configuration, or STS_KERNELS_KEEP. Does not import vLLM.
 
-Both sides of vLLM read it: the front end, which sizes the prompt, and the workers, which pick.
+Both the front end, which sizes the prompt, and the workers, which select tokens, read them.
 """
 
 import functools
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
 VARIABLE = "STS_KERNELS_KEEP"
 SCOPES, POSITIONS = ("image", "crop"), ("original", "contiguous")
-ALONE = {"sts": {"rho": 1.0}}  # options with which a method does only what it does before the LLM
+ALONE = {"sts": {"rho": 1.0}}  # options that turn off a method's pruning inside the LLM
 INSIDE = ("layers", "ratios", "prune_layer", "score_from", "llm_only")
 ONE_LENGTH = "which vLLM cannot serve: all layers of its paged cache hold the same tokens"
 
 
 class Refused(RuntimeError):
-    """Cannot be served; the message is one sentence. No ValueError: vLLM serves text alone after one."""
+    """The options cannot be served; the message is one sentence. Not a ValueError: vLLM then serves text only."""
 
 
 def refuse(sentence: str, reasons: dict[str, object]) -> None:
-    """Raises `sentence` of the first reason that holds."""
+    """Raises Refused(sentence % reason) for the first reason whose value is true."""
     for reason, holds in reasons.items():
         if holds:
             raise Refused(f"sts_kernels: {sentence % reason}")
@@ -38,12 +38,12 @@ def refuse(sentence: str, reasons: dict[str, object]) -> None:
 class Settings:
     method: Method
     plan: Plan
-    scope: str  # what is selected from at once: an "image", or each "crop"
-    positions: str  # of the tokens kept: their "original" ones, or "contiguous" ones
-    options: dict[str, Any]  # as they were given
+    scope: str  # candidates of one selection: "image" or "crop"
+    positions: str  # position ids of the kept tokens: "original" or "contiguous"
+    options: dict[str, Any]  # the options as given
 
     def tag(self) -> str:
-        """What an image's tokens depend on beside the image, for names of files too."""
+        """Cache key of the pruning: package version and options. Also used in filenames."""
         return "-".join(["sts", __version__, *(f"{name}={value}" for name, value in sorted(self.options.items()))])
 
     def __str__(self) -> str:
@@ -53,7 +53,7 @@ class Settings:
 
 
 def from_variable() -> dict[str, Any] | None:
-    """The options that STS_KERNELS_KEEP stands for; None: it is not set."""
+    """The options set by STS_KERNELS_KEEP; None if it is not set."""
     text = os.environ.get(VARIABLE, "").strip()
     if not text:
         return None
@@ -67,10 +67,10 @@ def from_variable() -> dict[str, Any] | None:
 
 
 def read(config: "PretrainedConfig") -> Settings:
-    """The settings of a configuration.
+    """The settings of a configuration, or of STS_KERNELS_KEEP if the configuration has none.
 
     Raises:
-        Refused: none are given; one is not known or has a bad value; vLLM cannot do what they say.
+        Refused: no options; an unknown or bad option; or a method that vLLM cannot serve.
     """
     options = getattr(config, "sts", None) or from_variable()
     example = f'{VARIABLE}=128, or "sts": {{"keep": 128}} in --hf-overrides'
