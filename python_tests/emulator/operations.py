@@ -489,9 +489,8 @@ def pitched(x):
 PATHS = (
     Case("one", 1, 1, 1, 1),
     Case("tiles", 2, 70, 40, 9, cases.duplicates),  # several tiles, and stages of channels
-    Case(
-        "stages", 1, 70, 328, 40, cases.near_duplicates
-    ),  # on tensor cores every buffer is used again; some pairs repaired, most tokens picked
+    # On tensor cores every buffer is used again. Some pairs are repaired, most tokens are picked.
+    Case("stages", 1, 70, 328, 40, cases.near_duplicates),
     Case("large_tiles", 3, 140, 72, 10, cases.near_duplicates),  # on tensor cores, enough of them for the large ones
     Case("offset", 2, 70, 72, 12, cases.common_offset),  # on tensor cores there is a centre
     Case("blocks", 1, 700, 3, 12),  # several blocks agree on each pick
@@ -502,23 +501,18 @@ PATHS = (
     Case("pitched", 2, 9, 13, 9, layout=pitched),  # aligned rows whose end is not
     Case("ragged", 3, 40, 8, 20, num_tokens=(40, 7, 0), anchor=(39, 6, 0)),
     VarlenCase("packed", (31, 0, 70, 9), (15, 0, 20, 1), 16, cases.common_offset),  # each with a centre of its own
-    VarlenCase(
-        "packed_tiles", (150, 70, 1, 300, 140), (120, 12, 1, 5, 40), 72, cases.near_duplicates
-    ),  # as "large_tiles"
-    VarlenCase(
-        "packed_many", ((0,) * 14 + (5,)) * 18, ((0,) * 14 + (3,)) * 18, 4
-    ),  # more than the planning block has threads
+    # As "large_tiles".
+    VarlenCase("packed_tiles", (150, 70, 1, 300, 140), (120, 12, 1, 5, 40), 72, cases.near_duplicates),
+    # More items than the planning block has threads.
+    VarlenCase("packed_many", ((0,) * 14 + (5,)) * 18, ((0,) * 14 + (3,)) * 18, 4),
 )
 
 
 def quick() -> list[Call]:
     calls = []
     for i, case in enumerate(PATHS):
-        for dtype in (
-            cases.FLOATING
-            if case.name in ("stages", "large_tiles", "offset", "packed", "packed_tiles")
-            else (cases.FLOATING[i % 3],)
-        ):
+        all_dtypes = case.name in ("stages", "large_tiles", "offset", "packed", "packed_tiles")
+        for dtype in cases.FLOATING if all_dtypes else (cases.FLOATING[i % 3],):
             calls += of_case(case, dtype)
         calls += rules_of_case(case, cases.FLOATING[i % 3], i)
         calls += rules_of_case(case, cases.FLOATING[i % 3], i + 1)
@@ -531,6 +525,9 @@ def quick() -> list[Call]:
         case = Case(f"ring_{tokens}", batch, tokens, 456, 9, values)
         calls.append(pairwise_sqdist(case.name, case.features(dtype=dtype)))
         calls.append(repulsion_select(case.name, **case.inputs(dtype=dtype)))
+    # Streaming, a block an item: potentials in global memory, as they do not fit the block's shared memory.
+    long = Case("long_items", 8, 600, 4, 3)
+    calls.append(repulsion_select(long.name, **long.inputs(dtype=torch.float32), matrix_tokens=0))
     # Products of rows that vanish unscaled.
     tiny = Case("tiny", 1, 70, 40, 1, cases.tiny).features(dtype=torch.bfloat16)
     return [*calls, nearest("tiny", tiny, tiny, "cosine", exclude_self=True)]
