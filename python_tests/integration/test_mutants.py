@@ -143,7 +143,7 @@ MUTANTS = {
         "llava",
         layer_pruning,
         "segment.length + behind, like",
-        "prompt.segments[0].length + behind, like",
+        "segment.length + behind - 1, like",  # of the step before
     ),
     "pads not masked while decoding": ("llava", layer_pruning, "valid = _joined(", "valid = None and _joined("),
     "pads not masked in the prompt": ("llava", layer_pruning, "None if all(length", "None if True or all(length"),
