@@ -31,6 +31,21 @@ def offsets(sizes, device) -> torch.Tensor:
     return torch.tensor([0, *sizes], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
 
 
+def sized_packed(step: int, device) -> tuple[torch.Generator, list[int], dict]:
+    """For `sized` of a packed selection: the generator, the items' lengths, and the arguments that all of them take."""
+    batch, tokens, channels, k = 2 + step, 11 + 6 * step, 5 + 2 * step, 3 + step
+    rng = torch.Generator().manual_seed(step)
+    lengths, budgets = [tokens + b for b in range(batch)], [k + b for b in range(batch)]
+    arguments = {
+        "features": torch.randn(sum(lengths), channels, generator=rng).to(device),
+        "cu_seqlens": offsets(lengths, device),
+        "cu_budgets": offsets(budgets, device),
+        "total_k": sum(budgets),
+        "max_seqlen": max(lengths),
+    }
+    return rng, lengths, arguments
+
+
 def tensors(arguments: dict) -> dict:
     return {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
 

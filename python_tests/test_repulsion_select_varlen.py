@@ -6,7 +6,7 @@ import oracle
 import pytest
 import torch
 from cases import VARLEN_CASES, VarlenCase, by_name, with_dtypes
-from op_inputs import offsets
+from op_inputs import sized_packed
 from selection_inputs import of_case
 
 import sts_kernels
@@ -27,17 +27,11 @@ def samples(device):
 
 
 def sized(step, device):
-    batch, tokens, channels, k = 2 + step, 11 + 6 * step, 5 + 2 * step, 3 + step
-    rng = torch.Generator().manual_seed(step)
-    lengths, budgets = [tokens + b for b in range(batch)], [k + b for b in range(batch)]
+    rng, lengths, arguments = sized_packed(step, device)
     return {
-        "features": torch.randn(sum(lengths), channels, generator=rng).to(device),
-        "cu_seqlens": offsets(lengths, device),
-        "cu_budgets": offsets(budgets, device),
-        "total_k": sum(budgets),
+        **arguments,
         "eps": 1e-3,
-        "anchor": torch.randint(tokens, (batch,), generator=rng).to(device),
-        "max_seqlen": max(lengths),
+        "anchor": torch.randint(min(lengths), (len(lengths),), generator=rng).to(device),
     }
 
 
