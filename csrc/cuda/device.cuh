@@ -29,6 +29,9 @@ struct Launch {
   bool overlap = false;
 };
 
+// Blocks along y or z of a grid, whose limit is 65535; the kernel strides over the rest.
+inline unsigned grid_extent(int64_t blocks) { return static_cast<unsigned>(blocks < 65535 ? blocks : 65535); }
+
 template <class... Params>
 const void* address_of(void (*kernel)(Params...)) {
   return reinterpret_cast<const void*>(kernel);

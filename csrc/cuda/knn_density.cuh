@@ -133,8 +133,7 @@ cudaError_t launch_knn_density(const scalar_t* features, int64_t batch, int64_t 
       const Side<scalar_t> a{queries, rows, nullptr, rows_aligned(queries)}, b{keys, tokens, entry_info, rows_aligned(keys)};
       error = launch_row_pairs<false>(a, b, entries, DistanceEpilogue{entry_info, rows, tokens, strip}, stream);
       if (error != cudaSuccess) return error;
-      const auto grid_y = static_cast<unsigned>(entries < 65535 ? entries : 65535);
-      const Launch shape{dim3(static_cast<unsigned>(rows), grid_y), dim3(kDensityThreads), 0, 1, false, stream};
+      const Launch shape{dim3(static_cast<unsigned>(rows), grid_extent(entries)), dim3(kDensityThreads), 0, 1, false, stream};
       error = launch(density_kernel, shape, strip, entry_info, entries, first, rows, tokens, k, static_cast<int>(channels),
                      density + entry * tokens);
     }

@@ -74,8 +74,8 @@ cudaError_t launch_repulsion_step(float* potential, int64_t potential_batch_stri
   static_assert(kNoKey == ~0ull, "the memset below writes kNoKey");
   cudaError_t error = cudaMemsetAsync(next, 0xff, batch * sizeof(int64_t), stream);
   if (error != cudaSuccess) return error;
-  const auto grid_y = static_cast<unsigned>(batch < 65535 ? batch : 65535);
-  const Launch shape{dim3(static_cast<unsigned>(ceil_div(tokens, kStepThreads / 32)), grid_y), dim3(kStepThreads), 0, 1, false, stream};
+  const dim3 grid(static_cast<unsigned>(ceil_div(tokens, kStepThreads / 32)), grid_extent(batch));
+  const Launch shape{grid, dim3(kStepThreads), 0, 1, false, stream};
   error = launch(repel_kernel<scalar_t, Repulsion>, shape, rows, batch, tokens, rows_aligned(rows), potential, potential_batch_stride,
                  potential_token_stride, picked, Repulsion{eps}, reinterpret_cast<Key*>(next));
   if (error != cudaSuccess) return error;

@@ -138,19 +138,7 @@ __global__ void __launch_bounds__(kTile* kTile / 16, kTile == kLargePairTile ? 2
         if (c0 + kChannels < channels) fetch(c0 + kChannels);
         // (2) accumulate
         float stage_sum[4][4] = {};
-#pragma unroll 4
-        for (int c = 0; c < kChannels; ++c) {
-          float x[4], y[4];
-#pragma unroll
-          for (int t = 0; t < 4; ++t) x[t] = stage_a[c][ti + t], y[t] = stage_b[c][tj + t];
-#pragma unroll
-          for (int s = 0; s < 4; ++s)
-#pragma unroll
-            for (int t = 0; t < 4; ++t) {
-              const float lhs = kProduct ? x[s] : x[s] - y[t], rhs = kProduct ? y[t] : lhs;
-              stage_sum[s][t] = fmaf(lhs, rhs, stage_sum[s][t]);
-            }
-        }
+        accumulate_pairs<kProduct>(stage_a, stage_b, ti, tj, stage_sum);
 #pragma unroll
         for (int s = 0; s < 4; ++s)
 #pragma unroll
@@ -164,8 +152,6 @@ __global__ void __launch_bounds__(kTile* kTile / 16, kTile == kLargePairTile ? 2
 template <bool kProduct, int kTile, class scalar_t, class Epilogue>
 cudaError_t launch_row_pairs_of(const Side<scalar_t>& a, const Side<scalar_t>& b, int64_t entries, const Epilogue& epilogue,
                                 cudaStream_t stream) {
-  // 65535: the limit of a grid's y and z; blocks stride over the rest.
-  const auto grid_extent = [](int64_t blocks) { return static_cast<unsigned>(blocks < 65535 ? blocks : 65535); };
   const dim3 grid(static_cast<unsigned>(ceil_div(a.count, kTile)), grid_extent(ceil_div(b.count, kTile)), grid_extent(entries));
   const Launch shape{grid, dim3(kTile * kTile / 16), 0, 1, false, stream};
   return launch(row_pairs_kernel<scalar_t, kProduct, kTile, Epilogue>, shape, a, b, entries, a.rows.channels, epilogue);

@@ -64,18 +64,7 @@ __global__ void __launch_bounds__(kMmaThreads<kTile>)
         }
         cp_async_commit();  // a group for every step, empty past the end: the wait below counts groups
       };
-      float dot[kRows / 16][4][4] = {}, accumulator[kRows / 16][4][4] = {};  // [16-row tile][8-column tile][fragment element]
-      const auto flush_accumulator = [&] {
-#pragma unroll
-        for (int m = 0; m < kRows / 16; ++m)
-#pragma unroll
-          for (int n = 0; n < 4; ++n)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-              dot[m][n][e] += accumulator[m][n][e];
-              accumulator[m][n][e] = 0.f;
-            }
-      };
+      MmaProducts<scalar_t, kRows / 16, kWarpColumns / 8> dot;
 #pragma unroll
       for (int step = 0; step < kMmaStages - 1; ++step) fetch(step);
       for (int step = 0; step < steps; ++step) {
@@ -91,17 +80,11 @@ __global__ void __launch_bounds__(kMmaThreads<kTile>)
 #pragma unroll
           for (int n = 0; n < 2; ++n)
             ldmatrix_x4(fragment_b[n], stage_b(step) + swizzled(wj + n * 16 + lane % 8 + lane / 16 * 8, k * 2 + lane / 8 % 2));
-#pragma unroll
-          for (int m = 0; m < kRows / 16; ++m)
-#pragma unroll
-            for (int n = 0; n < 4; ++n) {
-              const uint32_t operand_b[2] = {fragment_b[n / 2][n % 2 * 2], fragment_b[n / 2][n % 2 * 2 + 1]};
-              mma_16x8x16(accumulator[m][n], fragment_a[m], operand_b, scalar_t());
-            }
+          dot.multiply(fragment_a, fragment_b);
         }
-        if ((step + 1) * kMmaChannels % kFlushChannels == 0) flush_accumulator();
+        if ((step + 1) * kMmaChannels % kFlushChannels == 0) dot.flush();
       }
-      flush_accumulator();
+      dot.flush();
       cp_async_wait<0>();
       __syncthreads();  // all threads have read the stages, which the next tile overwrites
 #pragma unroll
@@ -115,7 +98,7 @@ __global__ void __launch_bounds__(kMmaThreads<kTile>)
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
               const int64_t j = j0 + wj + n * 8 + lane % 4 * 2 + e;
-              float product = dot[m][n][half * 2 + e];
+              float product = dot.product[m][n][half * 2 + e];
               if (i < a.count && j < b.count) {
                 const RowInfo x = a.info[entry * a.count + i], y = b.info[entry * b.count + j];
                 const bool nonzero = x.inv_norm > 0.f && y.inv_norm > 0.f;  // false: a zero row (product 0), or one that is not valid
@@ -139,8 +122,6 @@ cudaError_t launch_row_pairs_mma(const Side<scalar_t>& a, const Side<scalar_t>& 
                                  cudaStream_t stream) {
   if constexpr (sizeof(scalar_t) == 2) {
     constexpr int kTile = kSmallMmaTile;
-    // 65535: the limit of a grid's y and z; blocks stride over the rest.
-    const auto grid_extent = [](int64_t blocks) { return static_cast<unsigned>(blocks < 65535 ? blocks : 65535); };
     const dim3 grid(static_cast<unsigned>(ceil_div(a.count, kTile)), grid_extent(ceil_div(b.count, kTile)), grid_extent(entries));
     const Launch shape{grid, dim3(kMmaThreads<kTile>), kMmaStages * kPairStageBytes<kTile>, 1, false, stream};
     return launch(row_pairs_mma_kernel<scalar_t, kTile, Epilogue>, shape, a, b, entries, a.rows.channels, epilogue);

@@ -129,4 +129,23 @@ __device__ __forceinline__ float warp_sum(float value) {
   return value;
 }
 
+// sum[s][t] += (a - b)^2, or a b if kProduct, of row ti + s of `a` and row tj + t of `b`, over the channels of a stage in shared memory.
+template <bool kProduct, int kChannels, int kPitch>
+__device__ __forceinline__ void accumulate_pairs(const float (&a)[kChannels][kPitch], const float (&b)[kChannels][kPitch], int ti, int tj,
+                                                 float (&sum)[4][4]) {
+#pragma unroll 4
+  for (int c = 0; c < kChannels; ++c) {
+    float x[4], y[4];
+#pragma unroll
+    for (int t = 0; t < 4; ++t) x[t] = a[c][ti + t], y[t] = b[c][tj + t];
+#pragma unroll
+    for (int s = 0; s < 4; ++s)
+#pragma unroll
+      for (int t = 0; t < 4; ++t) {
+        const float lhs = kProduct ? x[s] : x[s] - y[t], rhs = kProduct ? y[t] : lhs;
+        sum[s][t] = fmaf(lhs, rhs, sum[s][t]);
+      }
+  }
+}
+
 }  // namespace sts

@@ -114,8 +114,6 @@ cudaError_t launch_scatter_mean(const scalar_t* features, int64_t batch, int64_t
   const Launch find{dim3(static_cast<unsigned>(ceil_div(batch * tokens, kSlotThreads / 32))), dim3(kSlotThreads), 0, 1, false, stream};
   const cudaError_t error = launch(token_slots_kernel<scalar_t>, find, rows, batch, tokens, aligned, assignment, count, weight, slots);
   if (error != cudaSuccess) return error;
-  // 65535: the limit of a grid's y and z; blocks stride over the rest.
-  const auto grid_extent = [](int64_t blocks) { return static_cast<unsigned>(blocks < 65535 ? blocks : 65535); };
   const dim3 grid(static_cast<unsigned>(count), grid_extent(ceil_div(channels, kMeanThreads * Vec16<scalar_t>::size)), grid_extent(batch));
   const Launch shape{grid, dim3(kMeanThreads), 0, 1, false, stream};
   return launch(slot_means_kernel<scalar_t>, shape, rows, batch, tokens, aligned, slots, count, weight, mean, mass);

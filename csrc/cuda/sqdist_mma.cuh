@@ -71,6 +71,35 @@ struct CentreFragment {
   }
 };
 
+// Products of 16 kRowTiles rows and 8 kColumnTiles columns of a warp. product: [16-row tile][8-column tile][fragment element].
+// Tensor cores truncate when they add: flush() adds their accumulators to `product` with rounding, every kFlushChannels channels.
+template <class scalar_t, int kRowTiles, int kColumnTiles>
+struct MmaProducts {
+  float product[kRowTiles][kColumnTiles][4] = {}, accumulator[kRowTiles][kColumnTiles][4] = {};
+
+  // 16 channels. a: a fragment per 16 rows; b: one per 16 columns.
+  __device__ __forceinline__ void multiply(const uint32_t (&a)[kRowTiles][4], const uint32_t (&b)[kColumnTiles / 2][4]) {
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+      for (int n = 0; n < kColumnTiles; ++n) {
+        const uint32_t column[2] = {b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]};
+        mma_16x8x16(accumulator[m][n], a[m], column, scalar_t());
+      }
+  }
+  __device__ __forceinline__ void flush() {
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+      for (int n = 0; n < kColumnTiles; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          product[m][n][e] += accumulator[m][n][e];
+          accumulator[m][n][e] = 0.f;
+        }
+  }
+};
+
 // The part of a thread in copying one side of a tile into a stage: one 16-byte vector of every kStride-th row. Row offsets are 32-bit, in
 // vectors. Computing addresses in every stage took longer than the tensor cores; 64-bit pointers take registers that a large tile lacks.
 template <class scalar_t, int kTile, int kThreads>
@@ -138,18 +167,7 @@ __global__ void __launch_bounds__(kMmaThreads<kTile>) sqdist_mma_kernel(Rows<sca
       cp_async_commit();  // an empty group past the end, so that cp_async_wait counts the same everywhere
     };
 
-    float dot[kRows / 16][4][4] = {}, run[kRows / 16][4][4] = {};  // [16 rows][8 columns][what mma gives a thread]
-    const auto flush_accumulator = [&] {
-#pragma unroll
-      for (int m = 0; m < kRows / 16; ++m)
-#pragma unroll
-        for (int n = 0; n < 4; ++n)
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            dot[m][n][e] += run[m][n][e];
-            run[m][n][e] = 0.f;
-          }
-    };
+    MmaProducts<scalar_t, kRows / 16, kColumns / 8> dot;
 #pragma unroll
     for (int step = 0; step < kMmaStages - 1; ++step) fetch();
     const scalar_t* stage = shared;
@@ -172,17 +190,11 @@ __global__ void __launch_bounds__(kMmaThreads<kTile>) sqdist_mma_kernel(Rows<sca
           ldmatrix_x4(b[n], stage + (at_b ^ k * 16) + n * 16 * kMmaChannels);
           common.subtract_from_b(b[n]);
         }
-#pragma unroll
-        for (int m = 0; m < kRows / 16; ++m)
-#pragma unroll
-          for (int n = 0; n < 4; ++n) {
-            const uint32_t columns[2] = {b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]};
-            mma_16x8x16(run[m][n], a[m], columns, scalar_t());
-          }
+        dot.multiply(a, b);
       }
-      if ((step + 1) * kMmaChannels % kFlushChannels == 0) flush_accumulator();
+      if ((step + 1) * kMmaChannels % kFlushChannels == 0) dot.flush();
     }
-    flush_accumulator();
+    dot.flush();
     cp_async_wait<0>();
 
     // Epilogue. Stored matrices have at most kMatrixTokens tokens, so offsets in them have 32 bits.
@@ -209,7 +221,8 @@ __global__ void __launch_bounds__(kMmaThreads<kTile>) sqdist_mma_kernel(Rows<sca
           for (int e = 0; e < 2; ++e) {
             const int row = i + r * 8, column = j + n * 8 + e;
             const bool diagonal = !inside && row == column;
-            const float norms_of_pair = row_norm + column_norm[n * 2 + e], sqdist = norms_of_pair - 2.f * dot[r / 2][n][r % 2 * 2 + e];
+            const float norms_of_pair = row_norm + column_norm[n * 2 + e],
+                        sqdist = norms_of_pair - 2.f * dot.product[r / 2][n][r % 2 * 2 + e];
             const bool kept = sqdist >= kCancellation * norms_of_pair;  // false for a NaN too
             value[e] = diagonal ? store(0.f, true) : kept ? store(sqdist, false) : marked_pair();
             if (!inside && (row > column || column >= width)) continue;
@@ -269,7 +282,7 @@ cudaError_t launch_sqdist_mma(const Rows<scalar_t>& rows, const Items& items, in
                               const TokenStats& stats, Store store, unsigned* marks, int64_t pitch, float* out, cudaStream_t stream) {
   const PaddedTiles tiles{items.tokens, first_entry, entries, pitch};
   const auto side = static_cast<unsigned>(ceil_div(items.tokens, tile));
-  const dim3 grid(side, side, static_cast<unsigned>(entries < 65535 ? entries : 65535));
+  const dim3 grid(side, side, grid_extent(entries));
   const cudaError_t error = tile == kLargeMmaTile
                                 ? launch_sqdist_mma_of<kLargeMmaTile>(rows, tiles, grid, stats, store, marks, out, stream)
                                 : launch_sqdist_mma_of<kSmallMmaTile>(rows, tiles, grid, stats, store, marks, out, stream);

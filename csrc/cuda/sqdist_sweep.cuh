@@ -172,18 +172,7 @@ struct MmaSweep {
       if (advance(ahead)) copy = TileCopy<scalar_t, kTile, kSweepThreads>(rows, 0, item.tokens - ahead.first);
     };
 
-    // [points 0..7, points 8..15][fragment of mma_16x8x16]. Tensor cores truncate sums, so `accumulator` is added to `dot`, with rounding,
-    // every kFlushChannels channels.
-    float dot[2][4] = {}, accumulator[2][4] = {};
-    const auto flush_accumulator = [&] {
-#pragma unroll
-      for (int n = 0; n < 2; ++n)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          dot[n][e] += accumulator[n][e];
-          accumulator[n][e] = 0.f;
-        }
-    };
+    MmaProducts<scalar_t, 1, 2> dot;  // column tiles: points 0..7, points 8..15
 #pragma unroll
     for (int stage = 0; stage < kStages - 1; ++stage) fetch();
     int slot = warp * 16 + lane;  // valid in lanes 0..15, which have one token each
@@ -194,29 +183,25 @@ struct MmaSweep {
       // (2) multiply
 #pragma unroll
       for (int k = 0; k < kMmaChannels / 16; ++k) {
-        uint32_t a[4], b[4];
-        ldmatrix_x4(a, tokens_of(current) + swizzled(warp * 16 + lane % 16, k * 2 + lane / 16));
-        ldmatrix_x4(b, points_of(current) + swizzled(lane % 8 + lane / 16 * 8, k * 2 + lane / 8 % 2));
+        uint32_t a[1][4], b[1][4];
+        ldmatrix_x4(a[0], tokens_of(current) + swizzled(warp * 16 + lane % 16, k * 2 + lane / 16));
+        ldmatrix_x4(b[0], points_of(current) + swizzled(lane % 8 + lane / 16 * 8, k * 2 + lane / 8 % 2));
         const CentreFragment<scalar_t> centre_fragment(tokens_of(current), kStageRows - 1, k);
-        centre_fragment.subtract_from_a(a);
-        centre_fragment.subtract_from_b(b);
-#pragma unroll
-        for (int n = 0; n < 2; ++n) {
-          const uint32_t columns[2] = {b[n * 2], b[n * 2 + 1]};
-          mma_16x8x16(accumulator[n], a, columns, scalar_t());
-        }
+        centre_fragment.subtract_from_a(a[0]);
+        centre_fragment.subtract_from_b(b[0]);
+        dot.multiply(a, b);
       }
-      if ((current.step + 1) * kMmaChannels % kFlushChannels == 0) flush_accumulator();
+      if ((current.step + 1) * kMmaChannels % kFlushChannels == 0) dot.flush();
       if (current.step + 1 < steps) continue;
 
       // (3) epilogue of the tile: one lane per token gets its products through shared memory
-      flush_accumulator();
+      dot.flush();
 #pragma unroll
       for (int n = 0; n < 2; ++n)
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          dots[(lane / 4 + e / 2 * 8) * kDotStride + n * 8 + lane % 4 * 2 + e % 2] = dot[n][e];
-          dot[n][e] = 0.f;
+          dots[(lane / 4 + e / 2 * 8) * kDotStride + n * 8 + lane % 4 * 2 + e % 2] = dot.product[0][n][e];
+          dot.product[0][n][e] = 0.f;
         }
       __syncwarp();
       const uint32_t first = current.first + warp * 16, i = lane < 16 ? first + lane : tokens;

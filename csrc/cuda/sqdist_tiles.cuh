@@ -121,19 +121,7 @@ __global__ void __launch_bounds__(kTile* kTile / 16, kTile == kLargeTile ? 2 : 4
       }
       __syncthreads();
       if (c0 + kChannels < channels) fetch(c0 + kChannels);  // (2) prefetch
-#pragma unroll 4
-      for (int c = 0; c < kChannels; ++c) {  // (3) accumulate
-        float x[4], y[4];
-#pragma unroll
-        for (int t = 0; t < 4; ++t) x[t] = a[c][ti + t], y[t] = b[c][tj + t];
-#pragma unroll
-        for (int s = 0; s < 4; ++s)
-#pragma unroll
-          for (int t = 0; t < 4; ++t) {
-            const float difference = x[s] - y[t];
-            sum[s][t] = fmaf(difference, difference, sum[s][t]);
-          }
-      }
+      accumulate_pairs<false>(a, b, ti, tj, sum);            // (3)
     }
     // (4) epilogue
     float* matrix = out + tile.offset;
@@ -167,7 +155,7 @@ template <int kTile, class scalar_t, class Store>
 cudaError_t launch_sqdist_tiles_of(const Rows<scalar_t>& rows, const PaddedTiles& tiles, Store store, const unsigned* marks, float* out,
                                    cudaStream_t stream) {
   const auto side = static_cast<unsigned>(ceil_div(tiles.tokens, kTile));
-  const dim3 grid(side, side, static_cast<unsigned>(tiles.entries < 65535 ? tiles.entries : 65535));
+  const dim3 grid(side, side, grid_extent(tiles.entries));
   const Launch shape{grid, dim3(kTile * kTile / 16), 0, 1, false, stream, Store::kOverlap || marks};
   return launch(sqdist_tile_kernel<scalar_t, kTile, PaddedTiles, Store>, shape, rows, tiles, rows_aligned(rows), store, marks, out);
 }

@@ -31,7 +31,7 @@ namespace sts {
 // setmaxnreg moves its registers to the consumers by warpgroups.
 template <int kTile>
 constexpr int kWgmmaThreads = kTile == kLargeMmaTile ? 3 * 128 : 128 + 32;
-// bfloat16 or 16-bit rows of the copy for one row of the features.
+// 16-bit rows of the centred copy per row of the features: 1, or 2 for float32.
 template <class scalar_t>
 constexpr int kCopyParts = sizeof(scalar_t) / 2;
 template <class scalar_t>

@@ -309,9 +309,8 @@ __global__ void __launch_bounds__(kStatsThreads) mean_sqdist_kernel(Rows<scalar_
 template <class scalar_t>
 cudaError_t launch_token_stats(const Rows<scalar_t>& rows, const Items& items, const TokenStats& stats, cudaStream_t stream) {
   const bool aligned = rows_aligned(rows);
-  const auto item_stride = static_cast<unsigned>(items.count < 65535 ? items.count : 65535);
   const auto shape = [&](int64_t blocks, bool overlap) {
-    return Launch{dim3(static_cast<unsigned>(blocks), item_stride), dim3(kStatsThreads), 0, 1, false, stream, overlap};
+    return Launch{dim3(static_cast<unsigned>(blocks), grid_extent(items.count)), dim3(kStatsThreads), 0, 1, false, stream, overlap};
   };
   const auto parts = [&](int size, bool overlap) {
     if (!items.packed()) return shape(ceil_div(items.tokens, size), overlap);

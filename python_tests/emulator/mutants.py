@@ -795,7 +795,7 @@ MUTANTS = (
         "the centre is left out of the points",
         "repulsion_select",
         "sqdist_sweep.cuh",
-        ("        centre_fragment.subtract_from_b(b);\n", ""),
+        ("        centre_fragment.subtract_from_b(b[0]);\n", ""),
     ),
     mutant(
         "the distance of a marked pair goes to the next token",
