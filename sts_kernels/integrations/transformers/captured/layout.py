@@ -71,9 +71,11 @@ def shape_of(given: Prompt, plan: Plan, batch: int, slots: int, new: int, step: 
 
 
 def _width(slots: int, entering: Sequence[int], lengths: Sequence[int]) -> int:
-    """Slots after a cut: `slots - n`, min 2. n: the largest number of tokens that a row drops such that all rows fit.
+    """Slots after a cut: `max(2, slots - n)`.
 
-    This is the smallest width that serves every prompt of the bucket with the same numbers of dropped tokens.
+    n: the largest number of tokens that one row drops and that leaves room for the longest row,
+    `max(lengths) <= slots - n`. No smaller width serves every prompt of the bucket with the same numbers of dropped
+    tokens.
     """
     dropped = sorted({n - left for n, left in zip(entering, lengths, strict=True)}, reverse=True)
     return max(2, next(slots - n for n in dropped if max(lengths) <= slots - n))  # one slot: a decode step
