@@ -107,7 +107,7 @@ MUTANTS = (
         "a stage one channel short",
         "pairwise_sqdist",
         "sqdist_tiles.cuh",
-        ("__shared__ float a[kChannels][kTile + 4]", "__shared__ float a[kChannels - 1][kTile + 4]"),
+        ("float a[kChannels][kTile + 4], b[kChannels]", "float a[kChannels - 1][kTile + 4], b[kChannels - 1]"),
         says=BOUNDS,
     ),
     mutant(
