@@ -325,6 +325,39 @@ def test_emulated_cuda_kernel_of_packed_items(emulated, dtype, way):
             assert (packed[out:out_end] == alone[0]).all()
 
 
+@pytest.mark.parametrize(
+    ("multiprocessors", "blocks", "shared"), [(132, 8, (0, 3)), (16, 4, (0, 3)), (9, 4, (3,))], ids=str
+)
+def test_emulated_cuda_kernel_shares_the_long_items_of_a_packed_batch(
+    emulated, monkeypatch, multiprocessors, blocks, shared
+):
+    """Above 1024 tokens, or above 2048 where a wave has more blocks than there are multiprocessors."""
+    monkeypatch.setenv("STS_EMULATE_SMS", str(multiprocessors))
+    lengths, budgets = (1030, 40, 1024, 2060), (14, 40, 9, 12)
+    g = torch.Generator().manual_seed(19)
+    items = [uniform(g, 1, n, 2) for n in lengths]
+    ends, out_ends = (torch.tensor([0, *sizes]).cumsum(0) for sizes in (lengths, budgets))
+
+    def counted(run):
+        before = build.module().run("phases_begun")
+        return run()[-1], build.module().run("phases_begun") - before
+
+    args = torch.cat([x[0] for x in items]), ends, out_ends, sum(budgets), 1e-6
+    picks, phases = counted(lambda: outcome(operations.repulsion_select_varlen("any", *args, wgmma=0)))
+    plain = operations.repulsion_select_varlen("any", *args, wgmma=0, lookahead=1)  # a block for each item
+    assert (outcome(plain)[-1] == picks).all()
+    expected = 0
+    for i, (x, k) in enumerate(zip(items, budgets, strict=True)):
+        item_blocks = blocks if i in shared else 1
+        alone, exchanges = counted(
+            lambda x=x, k=k, n=item_blocks: emulated(x, k, 16, matrix_tokens=8192, item_blocks=n, wgmma=0)
+        )
+        assert (picks[out_ends[i] : out_ends[i + 1]] == alone[0]).all()
+        assert bool(exchanges) == (i in shared)
+        expected += exchanges
+    assert phases == expected
+
+
 @pytest.mark.parametrize("make", MAKES, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_emulated_cuda_kernel_by_clusters(emulated, make, dtype):

@@ -142,9 +142,10 @@ def test_blocks_share_large_items_where_there_are_multiprocessors_for_it(plan, m
     assert [item_blocks(batch, 1100) for batch in (1, 16, 17, 33, 34)] == [8, 8, 4, 4, 1]
     assert item_blocks(64, 2880) == 8  # eight at a time
     assert item_blocks(1, 2880, dtype="float32") == 8
-    # Packed tokens are those of all items.
-    assert [item_blocks(batch, 2880, packed=True) for batch in (1, 2, 3)] == [8, 8, 1]
-    assert [item_blocks(batch, batch * 2880, packed=True) for batch in (16, 33, 34)] == [8, 4, 1]
+    # Packed: the device knows which items are long, and shares as many as fit.
+    assert [item_blocks(batch, 2880, packed=True) for batch in (1, 16, 17, 1000)] == [8, 8, 4, 4]
+    assert [item_blocks(64, 59_824, packed=True, max_seqlen=n) for n in (1024, 1025, 10_000)] == [1, 4, 4]
+    assert item_blocks(4, 1024, packed=True) == 1
     monkeypatch.setenv("STS_EMULATE_SMS", "7")
     assert [item_blocks(batch, 1500) for batch in (1, 2)] == [4, 1]
     monkeypatch.setenv("STS_EMULATE_SMS", "3")

@@ -5,11 +5,11 @@
 //   - its range of rows and of output elements. Ranges ascend and are disjoint: an item that overlaps an item before it becomes empty;
 //   - the offset of its matrix. Weights are block-diagonal: a matrix (n, matrix_pitch(n)) for an item of n tokens, one item after another;
 //   - the number of tiles of pairs in the items before it. From a tile number its item is found by search.
-//   A wave is a range of items whose matrices fit in memory together.
+//   A wave is a range of items whose matrices fit in memory together. The items of a wave that clusters may share are counted.
 // Chosen when: the batch is packed. The host knows shapes but no offsets, so it knows bounds alone (PackedShape).
 // Steps, for kPlanThreads items at a time, one per thread:
 //   (1) prefix maximum of the ends: an item that begins before an earlier item ends becomes empty;
-//   (2) prefix sums of the matrix floats, the tiles and the large items;
+//   (2) prefix sums of the matrix floats, the tiles, the large items and those above kClusterFrom;
 //   (3) waves: the first item whose matrix does not fit into the wave opens the next wave.
 // Synchronisation: one block. __syncthreads in the scans, and before and after the thread of a wave's first item writes `opened_at`.
 #pragma once
@@ -19,6 +19,7 @@ namespace sts {
 
 constexpr int kPlanThreads = 256;
 constexpr int kPlanWarps = kPlanThreads / 32;
+constexpr int64_t kClusterFrom = 1024;  // longer items with a matrix may be shared by a cluster (select_cluster.cuh)
 
 // The matrix of weights of an item.
 //   offset: floats from the begin of its wave; -1: the item is too long for a matrix
@@ -27,9 +28,9 @@ struct PackedMatrix {
   int64_t offset, first_tile;
 };
 
-// The first item of a wave, and the first tile of that item.
+// The first item of a wave, the first tile of that item, and the number of items before it that a cluster may share.
 struct PackedWave {
-  int64_t item, tile;
+  int64_t item, tile, shareable;
 };
 
 // The plan, in device memory. An item that is invalid, overlaps another or has no picks has no tokens and no picks.
@@ -37,7 +38,7 @@ struct PackedWave {
 struct PackedPlan {
   Item* items;             // (items)
   PackedMatrix* matrices;  // (items)
-  PackedWave* waves;       // (waves + 1): empty waves and the end are (items, all tiles)
+  PackedWave* waves;       // (waves + 1): empty waves and the end have the numbers of the whole batch
   int* large;              // (1 + most_large): the number of items that are too long for a matrix, then their indices
 };
 
@@ -100,11 +101,11 @@ __device__ __forceinline__ void scan_block(int64_t (&value)[kCount], int64_t (&c
 // One block. A template, so that several translation units may hold the definition.
 template <class Unused = void>
 __global__ void __launch_bounds__(kPlanThreads) plan_packed_kernel(Items items, PackedShape shape, PackedPlan plan) {
-  __shared__ int64_t end_partial[kPlanWarps][2], sum_partial[kPlanWarps][3], opened_at;
+  __shared__ int64_t end_partial[kPlanWarps][2], sum_partial[kPlanWarps][4], opened_at;
   int64_t ends[2] = {};              // maximum end so far, of rows and of output elements
-  int64_t sums[3] = {};              // floats, tiles, large items so far
+  int64_t sums[4] = {};              // floats, tiles, large items, shareable items so far
   int64_t wave = 0, wave_begin = 0;  // wave_begin: floats in all waves before `wave`
-  if (threadIdx.x == 0) plan.waves[0] = {0, 0};
+  if (threadIdx.x == 0) plan.waves[0] = {0, 0, 0};
   for (int64_t begin = 0; begin < items.count; begin += kPlanThreads) {
     const int64_t b = begin + threadIdx.x;
     Item item{};
@@ -121,7 +122,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_packed_kernel(Items items, 
     const bool large = item.tokens > shape.stored_tokens;
     const bool stored = !large && item.tokens > 1 && item.picks > 1;  // a single pick needs no weights
     const int64_t floats = stored ? item.tokens * matrix_pitch(item.tokens) : 0, side = stored ? ceil_div(item.tokens, shape.tile) : 0;
-    int64_t sum[3] = {floats, side * (side + 1) / 2, large};
+    int64_t sum[4] = {floats, side * (side + 1) / 2, large, stored && item.tokens > kClusterFrom};
     scan_block(sum, sums, sum_partial, [](int64_t a, int64_t c) { return a + c; });
     if (b < items.count) plan.items[b] = item;
     if (large && sum[2] < shape.most_large) plan.large[1 + sum[2]] = static_cast<int>(b);
@@ -136,14 +137,14 @@ __global__ void __launch_bounds__(kPlanThreads) plan_packed_kernel(Items items, 
       ++wave;
       if (tid == fit) {
         opened_at = sum[0];
-        if (wave < shape.waves) plan.waves[wave] = {b, sum[1]};
+        if (wave < shape.waves) plan.waves[wave] = {b, sum[1], sum[3]};
       }
       __syncthreads();
       wave_begin = opened_at;
     }
     if (b < items.count) plan.matrices[b] = {large ? -1 : offset, sum[1]};
   }
-  for (int64_t w = wave + 1 + threadIdx.x; w <= shape.waves; w += kPlanThreads) plan.waves[w] = {items.count, sums[1]};
+  for (int64_t w = wave + 1 + threadIdx.x; w <= shape.waves; w += kPlanThreads) plan.waves[w] = {items.count, sums[1], sums[3]};
   if (threadIdx.x == 0) plan.large[0] = static_cast<int>(sums[2] < shape.most_large ? sums[2] : shape.most_large);
 }
 

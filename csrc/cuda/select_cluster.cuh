@@ -8,7 +8,8 @@
 //   Where the weight depends on the distance alone (kOfDistance), every pick adds its row minimum (row_min) to the bound. For other rules
 //   the bound stays, as potentials never fall. Rule::add is monotone in float32: a candidate below the bound is the pick of the plain loop,
 //   bit for bit.
-// Chosen when: items have more than kClusterFrom tokens, and there are four or eight SMs for each; compute capability 9.0.
+// Chosen when: items have more than kClusterFrom tokens, and there are four or eight SMs for each; compute capability 9.0. A shorter item of
+//   the launch, or one without SMs to spare (StoredItems::shares), takes one block of its cluster and the loop of select_stored.cuh.
 // Steps, for every exchange:
 //   (1) message: every warp sends its lowest token outside the table to all blocks, and waits for the messages of all warps;
 //   (2) insert: that token becomes a candidate if a slot of its warp is empty or holds a higher potential; the highest candidate of the
@@ -30,8 +31,9 @@ constexpr int kClusterWarps = 32;                        // max warps of a clust
 constexpr int kClusterTokens = 8;                        // max tokens per thread: 8 * 32 * 32 = kMatrixTokens
 constexpr int kClusterThreads = kClusterWarps / 4 * 32;  // max threads per block: the smallest cluster has 4 blocks
 constexpr int kWarpCandidates = 4;                       // table slots ("ways") per warp
-constexpr int kAllCandidates = kWarpCandidates * kClusterWarps;  // slot = way * 32 + warp
-constexpr int kClusterPicks = 8;                                 // max picks per exchange
+constexpr int kAllCandidates = kWarpCandidates * kClusterWarps;       // slot = way * 32 + warp
+constexpr int kClusterPicks = 8;                                      // max picks per exchange
+constexpr int kClusterFromWarps = kClusterFrom / 32 / kStoredTokens;  // warps of a block that has an item of kClusterFrom tokens alone
 
 // The message of a warp, to all blocks.
 struct alignas(16) WarpMessage {
@@ -70,26 +72,23 @@ struct Candidate {
 };
 static_assert(kWarpCandidates == 4 && kClusterTokens * kClusterWarps * 32 == 1 << 13, "2 bits for ways, 13 for tokens and for exchanges");
 
-// One cluster per item. kTokens: tokens per thread; number t is token (t * warps of the cluster + warp) * 32 + lane of the item.
+#if __CUDA_ARCH__ >= 900
+// By a cluster: the picks of item b, which is number `launched` of the grid. kTokens: tokens per thread; number t is token
+// (t * warps of the cluster + warp) * 32 + lane of the item.
 // In a matrix the diagonal is infinite: the potential of a picked token becomes infinite.
 // lookahead: max picks per exchange. row_min: (all tokens), the ordered bits of each row's minimum; not read by rules without kOfDistance.
 template <class Rule, int kTokens>
-__global__ void __launch_bounds__(kClusterThreads, 1)
-    select_cluster_kernel(StoredItems stored, int lookahead, const uint32_t* row_min, const float* mean_sqdist, Rule rule, int64_t* out) {
-#if __CUDA_ARCH__ >= 900
-  await_predecessor();
+__device__ __forceinline__ void select_cluster(const StoredItems& stored, int64_t launched, int64_t b, const Item& item, int lookahead,
+                                               const uint32_t* row_min, const float* mean_sqdist, const Rule& rule, int64_t* out) {
   STS_DYNAMIC_SHARED(ClusterExchange, shared);
   const auto cluster = cooperative_groups::this_cluster();
   if (threadIdx.x < 2) mbarrier_init(&shared->arrivals[threadIdx.x]);
   const int blocks = static_cast<int>(cluster.num_blocks()), lane = threadIdx.x % 32;
   const int warps = blocks * (blockDim.x / 32), warp = cluster.block_rank() * (blockDim.x / 32) + threadIdx.x / 32;  // in the cluster
   const Items& items = stored.items;
-  const int64_t b = stored.number(blockIdx.x / blocks);
-  if (b < 0) return;
-  const Item item = items[b];
   const int tokens = static_cast<int>(item.tokens), first = warp * 32 + lane, step = warps * 32;
   const int64_t pitch = stored.pitch(item), first_row = items.first_token(b, item);  // first_row: index of token 0 among all tokens
-  const float* matrix = stored.matrix(blockIdx.x / blocks);
+  const float* matrix = stored.matrix(launched);
   int64_t* picked = out + item.out;
 
   const int64_t picks = item.picks < tokens ? item.picks : tokens;
@@ -291,6 +290,27 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
       for (int h = 0; h < kWarpCandidates; ++h)
         store_async(&shared->weight[inserted_slot][h * 32 + lane], inserted_row[h], next_arrivals, block);
   }
+}
+#endif
+
+// One cluster per item.
+template <class Rule, int kTokens>
+__global__ void __launch_bounds__(kClusterThreads, 1)
+    select_cluster_kernel(StoredItems stored, int lookahead, const uint32_t* row_min, const float* mean_sqdist, Rule rule, int64_t* out) {
+#if __CUDA_ARCH__ >= 900
+  await_predecessor();
+  const auto cluster = cooperative_groups::this_cluster();
+  const int blocks = static_cast<int>(cluster.num_blocks());
+  const int64_t launched = blockIdx.x / blocks, b = stored.number(launched);
+  if (b < 0) return;
+  const Item item = stored.items[b];
+  if (stored.shares(item, blocks))
+    return select_cluster<Rule, kTokens>(stored, launched, b, item, lookahead, row_min, mean_sqdist, rule, out);
+  if (cluster.block_rank() > 0) return;
+  if (item.tokens <= kClusterFrom)
+    select_stored<Rule, kStoredTokens, kClusterFromWarps>(stored, launched, b, item, mean_sqdist, rule, out);
+  else
+    select_stored<Rule, kStoredTokens, 2 * kClusterFromWarps>(stored, launched, b, item, mean_sqdist, rule, out);
 #else
   __trap();
 #endif

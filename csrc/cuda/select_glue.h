@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "cuda_glue.h"
+#include "scratch.h"
 #include "selection.cuh"
 
 namespace sts {
@@ -38,19 +39,8 @@ void select_rows(const Selection& selection, const Rows<scalar_t>& rows, Rule ru
   const Items& items = selection.items;
   const int env_lookahead = asked_lookahead(kSweepPoints);
   const SelectionPlan plan = plan_selection<scalar_t, Rule>(rows, items, kMatrixTokens, env_lookahead ? env_lookahead : kSweepPoints);
-  // One allocation, each array aligned to 256 bytes. The first pass measures, the second hands out.
-  int64_t bytes = 0;
-  char* memory = nullptr;
-  const auto allocate = [&](int64_t size) -> void* {
-    char* part = memory ? memory + bytes : nullptr;
-    bytes += ceil_div(size, 256) * 256;
-    return part;
-  };
-  SelectionScratch(plan, items, rows.channels, allocate);
-  const Tensor scratch_memory = new_tensor(selection.features, {bytes}, aoti_torch_dtype_uint8());
-  memory = static_cast<char*>(scratch_memory.mutable_data_ptr());
-  bytes = 0;
-  const SelectionScratch scratch(plan, items, rows.channels, allocate);
+  ScratchMemory memory(selection.features, [&](auto&& allocate) { SelectionScratch(plan, items, rows.channels, allocate); });
+  const SelectionScratch scratch(plan, items, rows.channels, memory);
   CudaScope::check(launch_selection(rows, items, plan, scratch, rule, picks, stream), selection.op);
 }
 

@@ -28,6 +28,8 @@ struct StoredItems {
   int64_t first;
   const PackedWave* wave;  // packed: wave[0] is this wave, wave[1] the next; padded: null
   const PackedMatrix* matrices;
+  int64_t cluster_from;  // in clusters: a longer item is shared by the blocks of its cluster
+  int sms;               // of the device
 
   // Index of the item that block or cluster `launched` of the grid selects from; -1: none.
   __device__ __forceinline__ int64_t number(int64_t launched) const {
@@ -39,6 +41,14 @@ struct StoredItems {
     return weights + (wave ? matrices[wave[0].item + launched].offset : launched * items.tokens * matrix_pitch(items.tokens));
   }
   __device__ __forceinline__ int64_t pitch(const Item& item) const { return matrix_pitch(wave ? item.tokens : items.tokens); }
+
+  // In clusters of `blocks`: whether the blocks share the item; else one of them has it. A wave of more blocks than SMs shares only items
+  // that are twice as long: at cluster_from a cluster gains nothing, and a second round would cost as much as the first.
+  __device__ __forceinline__ bool shares(const Item& item, int blocks) const {
+    if (item.tokens <= cluster_from || !wave) return item.tokens > cluster_from;
+    const int64_t shared = wave[1].shareable - wave[0].shareable, all = wave[1].item - wave[0].item;
+    return all + shared * (blocks - 1) <= sms || item.tokens > 2 * cluster_from;
+  }
 };
 
 // Argmin of a warp: its lowest potential (order_of) and the token of that potential.

@@ -21,7 +21,6 @@ constexpr int64_t kMatrixFloats = int64_t(1) << 26;  // padded: max weights in m
 constexpr int64_t kWaveFloats = int64_t(1) << 27;    // packed: max weights of a wave: 512 MiB. A wave lasts as long as its longest item
 constexpr int kTileBlocks = 4;                       // packed: blocks per SM that share the tiles of a wave
 constexpr int64_t kFewPicks = 64;                    // "few" picks: K < N / kFewPicks
-constexpr int64_t kClusterFrom = 1024;               // longer items are shared by a cluster
 
 // Epilogue of the distances: the stored_value of a pair, and infinity on the diagonal, the potential of a picked token.
 // row_min: null, or (all tokens): the ordered bits of the minimum of each row.
@@ -48,6 +47,7 @@ struct SelectionPlan {
   int tile;                          // stored: tokens along the side of a tile of pairs
   int64_t entries;                   // stored: batch entries whose weights are in memory at once
   int item_blocks;                   // stored: blocks per item; more than one: a cluster
+  int64_t cluster_from;              // cluster: shorter items, and those of as many tokens, take one block
   bool row_min;                      // cluster: the bound rises by the row minimum of each pick
   int groups, group_blocks, blocks;  // swept: max groups, blocks per group, and blocks of the cooperative launch
   int held;                          // swept: max tokens of a block whose potentials are in its shared memory
@@ -64,14 +64,15 @@ auto with_swept_kernel(bool mma, const F& f) {
   return f(select_swept_kernel<DifferenceSweep<scalar_t>, scalar_t, Rule>, swept_shared_bytes<DifferenceSweep<scalar_t>>);
 }
 
-// Blocks per item. Large items: 8, else 4, if `at_once` clusters of them fit the device. Else 1.
+// Blocks per item. Large items: 8, else 4, if `at_once` clusters of them fit the device. Else 1. Packed: only the device knows how many items
+// are large, so that 4 always fit (StoredItems::shares).
 template <class Rule>
 int stored_item_blocks(const Items& items, int64_t at_once) {
-  if (items.tokens <= kClusterFrom * (items.packed() ? items.count : 1)) return 1;  // packed: the mean length
+  if (items.longest() <= kClusterFrom) return 1;
   const int sms = device_sm_count();
   const int64_t most_tokens = items.longest() < kMatrixTokens ? items.longest() : kMatrixTokens;
   for (int blocks = 8; blocks >= 4; blocks /= 2) {
-    if (at_once * blocks > sms) continue;
+    if (at_once * blocks > sms && !(items.packed() && blocks == 4)) continue;
     const Launch shape = cluster_launch(most_tokens, at_once, blocks, nullptr);
     if (with_cluster_kernel<Rule>(most_tokens, [&](auto* kernel) { return clusters_fit(kernel, shape); })) return blocks;
   }
@@ -129,6 +130,7 @@ SelectionPlan plan_selection(const Rows<scalar_t>& rows, const Items& items, int
                 : plan.mma ? mma_tile(tokens, plan.entries)
                            : sqdist_tile(tokens, plan.entries);
     plan.item_blocks = lookahead > 1 ? stored_item_blocks<Rule>(items, plan.entries) : 1;
+    plan.cluster_from = kClusterFrom;
     plan.row_min = kOfDistance<Rule>;
   }
   if (items.packed()) plan.packed = packed_shape(items, stored_tokens, plan.stored ? plan.tile : kLargeTile, wave_floats);
@@ -221,7 +223,7 @@ class SelectionLaunch {
           return launch_sqdist_tiles(rows_, items_, first, held, store, pitch, scratch_.weights, stream_);
       });
       if (error != cudaSuccess) return error;
-      const StoredItems stored{items_, scratch_.weights, first, nullptr, nullptr};
+      const StoredItems stored{items_, scratch_.weights, first, nullptr, nullptr, plan_.cluster_from, 0};
       const auto in_blocks = [&](auto* kernel, int warps, size_t report_bytes) {
         return select_in_blocks(kernel, stored, held, warps, report_bytes + most_picks * sizeof(int));
       };
@@ -250,7 +252,7 @@ class SelectionLaunch {
           return launch_sqdist_tiles(rows_, at, blocks, store, scratch_.weights, stream_);
       });
       if (error != cudaSuccess) return error;
-      const StoredItems stored{items_, scratch_.weights, 0, at.wave, at.matrices};
+      const StoredItems stored{items_, scratch_.weights, 0, at.wave, at.matrices, plan_.cluster_from, device_sm_count()};
       const auto in_blocks = [&](auto* kernel, int warps, size_t report_bytes) {
         return select_in_blocks(kernel, stored, items_.count, warps, report_bytes + most_picks * sizeof(int));
       };

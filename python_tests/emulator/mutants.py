@@ -590,6 +590,19 @@ MUTANTS = (
     ),
     # A selection by a cluster.
     mutant(
+        "all blocks of a cluster have the item of one",
+        "repulsion_select",
+        "select_cluster.cuh",
+        ("  if (cluster.block_rank() > 0) return;\n", ""),
+        says=RACE,
+    ),
+    mutant(
+        "too few warps for an item that is not shared",
+        "repulsion_select",
+        "select_cluster.cuh",
+        ("2 * kClusterFromWarps", "kClusterFromWarps"),
+    ),
+    mutant(
         "no wait but for the first reports",
         "repulsion_select",
         "select_cluster.cuh",

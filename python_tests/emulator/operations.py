@@ -528,6 +528,9 @@ def quick() -> list[Call]:
     # Streaming, a block an item: potentials in global memory, as they do not fit the block's shared memory.
     long = Case("long_items", 8, 600, 4, 3)
     calls.append(repulsion_select(long.name, **long.inputs(dtype=torch.float32), matrix_tokens=0))
+    # In a launch of clusters each has a block: clusters of both would be more blocks than there are multiprocessors.
+    long = VarlenCase("packed_long", (1300, 24), (24, 24), 4)
+    calls.append(repulsion_select_varlen(long.name, **long.inputs(dtype=torch.float32), wgmma=0))
     # Products of rows that vanish unscaled.
     tiny = Case("tiny", 1, 70, 40, 1, cases.tiny).features(dtype=torch.bfloat16)
     return [*calls, nearest("tiny", tiny, tiny, "cosine", exclude_self=True)]

@@ -6,7 +6,7 @@ namespace sts {
 
 // A selection as the ops run it.
 //   matrix_tokens: items of at most so many tokens have stored weights
-//   item_blocks: blocks that share such an item; 0: as planned
+//   item_blocks: blocks that share such an item, however short; 0: as planned
 //   wave_floats: floats of weights in a wave of packed items; 0: as planned
 //   wgmma: used if the device has it
 //   debug_out, if not null: the row minima if the scratch has them, else the marks if it has them (SelectionScratch), else the barrier
@@ -17,7 +17,7 @@ cudaError_t run_selection(const Rows<scalar_t>& rows, const Items& items, int64_
                           int64_t wave_floats, Rule rule, unsigned* debug_out, int64_t* out, cudaStream_t stream) {
   SelectionPlan plan =
       plan_selection<scalar_t, Rule>(rows, items, matrix_tokens, lookahead, wgmma, wave_floats ? wave_floats : kWaveFloats);
-  if (plan.stored && item_blocks) plan.item_blocks = item_blocks;
+  if (plan.stored && item_blocks) plan.item_blocks = item_blocks, plan.cluster_from = 0;
   void* parts[20];
   int count = 0;
   const SelectionScratch scratch(plan, items, rows.channels, [&](int64_t bytes) -> void* {
