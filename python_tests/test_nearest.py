@@ -75,9 +75,10 @@ def test_values(backend, case, dtype, metric):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_a_set_with_itself(backend, metric):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_set_with_itself(backend, metric, dtype):
     """As duplicates are found: everything at once."""
-    x = by_name("duplicates").features(seed=3, device=backend.device)
+    x = by_name("duplicates").features(seed=3, dtype=dtype, device=backend.device)
     rank = torch.randn(x.shape[:2], generator=torch.Generator().manual_seed(1)).to(x.device)
     num_keys = torch.tensor([130, 77], device=x.device)
     got = backend(OP, x, x, metric, rank, rank, True, num_keys)
@@ -86,6 +87,9 @@ def test_a_set_with_itself(backend, metric):
     assert (index <= torch.arange(130, device=x.device)).all()
     if metric == "euclidean":
         assert (value == 0).all()
+    strided = x.mT.contiguous().mT  # of which a kernel makes a copy
+    for got, want in zip(backend(OP, strided, strided, metric), (index, value), strict=True):
+        assert torch.equal(got, want)
 
 
 def test_known_values(backend):

@@ -20,6 +20,14 @@ inline Tensor checked_per_row(const char* op, const char* name, const Tensor& va
 inline bool is_floating(ScalarType type) { return type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16; }
 inline bool is_index(ScalarType type) { return type == ScalarType::Long || type == ScalarType::Int; }
 
+// Whether both are one view of the same memory.
+inline bool same_view(const Tensor& a, const Tensor& b) {
+  if (a.const_data_ptr() != b.const_data_ptr() || a.scalar_type() != b.scalar_type() || a.dim() != b.dim()) return false;
+  for (int64_t d = 0; d < a.dim(); ++d)
+    if (a.size(d) != b.size(d) || a.stride(d) != b.stride(d)) return false;
+  return true;
+}
+
 struct Nearest {
   static constexpr const char* op = "nearest";
   Tensor query, key;
@@ -29,7 +37,7 @@ struct Nearest {
   Nearest(const Tensor& query_, const Tensor& key_, const std::string& metric, const std::optional<Tensor>& query_rank_,
           const std::optional<Tensor>& key_rank_, bool exclude_self_, const std::optional<Tensor>& num_keys_)
       : query(checked_features(op, query_, 3)),
-        key(checked_features(op, key_, 3)),
+        key(same_view(query_, key_) ? query : checked_features(op, key_, 3)),  // one copy of both, if one is made
         cosine(metric == "cosine"),
         exclude_self(exclude_self_) {
     STD_TORCH_CHECK(key.scalar_type() == query.scalar_type() && key.size(0) == query.size(0) && key.size(2) == query.size(2) &&

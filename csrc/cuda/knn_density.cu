@@ -2,6 +2,7 @@
 
 #include "common/knn_glue.h"
 #include "cuda_glue.h"
+#include "scratch.h"
 
 namespace sts {
 namespace {
@@ -12,15 +13,15 @@ Tensor knn_density_cuda(const Tensor& features, int64_t k, std::optional<Tensor>
   const int64_t batch = call.features.size(0), tokens = call.features.size(1);
   Tensor density = new_floats(call.features, {batch, tokens});
   if (batch == 0) return density;
-  const int64_t strip_floats = knn_strip(batch, tokens);
-  Tensor strip = new_floats(call.features, {strip_floats}), info = new_floats(call.features, {batch, tokens, 2});
   dispatch_cuda(call.features.scalar_type(), [&](auto* element) {
-    const auto rows = rows_of<std::remove_pointer_t<decltype(element)>>(call.features);
-    CudaScope::check(
-        launch_knn_density(rows.data, batch, tokens, rows.channels, rows.batch_stride, rows.row_stride, k, data_or_null(call.num_tokens),
-                           strip_floats, static_cast<float*>(strip.mutable_data_ptr()), static_cast<float*>(info.mutable_data_ptr()),
-                           static_cast<float*>(density.mutable_data_ptr()), scope.stream()),
-        "knn_density");
+    using scalar_t = std::remove_pointer_t<decltype(element)>;
+    const auto rows = rows_of<scalar_t>(call.features);
+    const KnnPlan plan = plan_knn<scalar_t>(batch, tokens);
+    const auto layout = [&](auto&& allocate) { return KnnScratch(plan, batch, tokens, rows.channels, sizeof(scalar_t), allocate); };
+    ScratchMemory memory(call.features, layout);
+    CudaScope::check(launch_knn(rows, batch, tokens, call.k, data_or_null(call.num_tokens), plan, layout(memory),
+                                static_cast<float*>(density.mutable_data_ptr()), scope.stream()),
+                     "knn_density");
   });
   return density;
 }

@@ -2,6 +2,7 @@
 
 #include "common/nearest_glue.h"
 #include "cuda_glue.h"
+#include "scratch.h"
 
 namespace sts {
 namespace {
@@ -13,16 +14,16 @@ std::tuple<Tensor, Tensor> nearest_cuda(const Tensor& query, const Tensor& key, 
   const int64_t batch = call.query.size(0), rows = call.query.size(1), count = call.key.size(1);
   Tensor index = new_indices(call.query, {batch, rows}), value = new_floats(call.query, {batch, rows});
   if (batch == 0) return {index, value};
-  Tensor info = new_floats(call.query, {batch, rows + count, 2});
+  const NearestOptions options{call.cosine, call.query_ranks(), call.key_ranks(), call.exclude_self, data_or_null(call.num_keys)};
   dispatch_cuda(call.query.scalar_type(), [&](auto* element) {
     using scalar_t = std::remove_pointer_t<decltype(element)>;
-    const auto queries = rows_of<scalar_t>(call.query), keys = rows_of<scalar_t>(call.key);
-    CudaScope::check(
-        launch_nearest(queries.data, keys.data, batch, rows, count, queries.channels, queries.batch_stride, queries.row_stride,
-                       keys.batch_stride, keys.row_stride, call.cosine, call.query_ranks(), call.key_ranks(), call.exclude_self,
-                       data_or_null(call.num_keys), static_cast<float*>(info.mutable_data_ptr()),
-                       static_cast<int64_t*>(index.mutable_data_ptr()), static_cast<float*>(value.mutable_data_ptr()), scope.stream()),
-        "nearest");
+    const NearestRows<scalar_t> given{rows_of<scalar_t>(call.query), rows_of<scalar_t>(call.key), batch, rows, count};
+    const NearestPlan plan = plan_nearest(given, call.cosine);
+    const auto layout = [&](auto&& allocate) { return NearestScratch(plan, given, allocate); };
+    ScratchMemory memory(call.query, layout);
+    CudaScope::check(launch_nearest(given, options, plan, layout(memory), static_cast<int64_t*>(index.mutable_data_ptr()),
+                                    static_cast<float*>(value.mutable_data_ptr()), scope.stream()),
+                     "nearest");
   });
   return {index, value};
 }

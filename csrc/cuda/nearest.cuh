@@ -3,11 +3,13 @@
 // What: index and value of the best key row: the smallest squared distance, or the largest cosine. Ties: the lowest index.
 // Chosen when: always.
 // Steps: (1) RowInfo of all rows: valid, scale, norm; (2) tiles of pairs (row_pairs.cuh, or row_pairs_mma.cuh for cosines of 16-bit rows),
-//   whose epilogue finds the lowest key (value, index) of each row of the tile in registers, and lowers the row's key in global memory;
+//   whose epilogue finds the lowest key (value, index) of each row of the tile in registers, and lowers the row's key in global memory.
+//   Where queries are the keys, distances may be stored instead (sqdist_strip.cuh), and a warp finds the lowest key of a row;
 //   (3) matches: keys to index and value.
-// Synchronisation: four launches. Blocks meet at atomicMin of whole keys, whose result does not depend on their order.
+// Synchronisation: launches. Blocks meet at atomicMin of whole keys, whose result does not depend on their order.
 #pragma once
 #include "row_pairs_mma.cuh"
+#include "sqdist_strip.cuh"
 
 namespace sts {
 
@@ -46,6 +48,19 @@ struct NearestEpilogue {
 
 constexpr int kMatchThreads = 256;
 
+// (2) of stored distances: a warp per row of the strip, whose first entry is `first`.
+static __global__ void __launch_bounds__(kMatchThreads)
+    match_strip_kernel(const float* strip, int64_t first, int64_t entries, NearestEpilogue<false> pairs) {
+  const int64_t r = static_cast<int64_t>(blockIdx.x) * (kMatchThreads / 32) + threadIdx.x / 32;
+  if (r >= entries * pairs.rows) return;
+  const int64_t entry = first + r / pairs.rows, i = r % pairs.rows;
+  Key low = kNoKey;
+#pragma unroll 4
+  for (int64_t j = threadIdx.x % 32; j < pairs.count; j += 32) low = lower(low, pairs.pair(entry, i, j, strip[r * pairs.count + j]));
+  low = warp_lowest(low);
+  if (threadIdx.x % 32 == 0) pairs.offer(entry, i, low);
+}
+
 // (3) index: holds the keys, and receives the indices; -1 if nothing may be matched.
 static __global__ void __launch_bounds__(kMatchThreads) matches_kernel(int64_t count, bool cosine, int64_t* index, float* value) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kMatchThreads + threadIdx.x;
@@ -56,26 +71,86 @@ static __global__ void __launch_bounds__(kMatchThreads) matches_kernel(int64_t c
   value[i] = cosine ? 0.f - matched : matched;
 }
 
-// query (batch, rows, channels) and key (batch, count, channels) with the given strides -> index and value (batch, rows).
-// info: scratch for the RowInfo of all rows, 2 batch (rows + count) floats.
+// ---- plan and launch ----
+
+// The rows of a call: query (batch, rows, channels), key (batch, count, channels).
 template <class scalar_t>
-cudaError_t launch_nearest(const scalar_t* query, const scalar_t* key, int64_t batch, int64_t rows, int64_t count, int64_t channels,
-                           int64_t query_batch_stride, int64_t query_row_stride, int64_t key_batch_stride, int64_t key_row_stride,
-                           bool cosine, const double* query_rank, const double* key_rank, bool exclude_self, const int64_t* num_keys,
-                           float* info, int64_t* index, float* value, cudaStream_t stream) {
-  const Rows<scalar_t> query_rows{query, query_batch_stride, query_row_stride, static_cast<int>(channels)};
-  const Rows<scalar_t> key_rows{key, key_batch_stride, key_row_stride, static_cast<int>(channels)};
-  RowInfo *const queries = reinterpret_cast<RowInfo*>(info), *const keys = queries + batch * rows;
+struct NearestRows {
+  Rows<scalar_t> query, key;
+  int64_t batch, rows, count;
+  bool same() const {  // each item's queries are its keys
+    return query.data == key.data && rows == count && query.row_stride == key.row_stride && query.batch_stride == key.batch_stride;
+  }
+};
+
+struct NearestPlan {
+  int64_t strip_entries;  // batch entries whose distances are stored at a time; 0: pairs are not stored
+};
+
+template <class scalar_t>
+NearestPlan plan_nearest(const NearestRows<scalar_t>& given, bool cosine) {
+  return {!cosine && given.same() && strip_serves<scalar_t>() ? strip_entries(given.batch, given.rows) : 0};
+}
+
+// Scratch in device memory. allocate(bytes) is called once per array in use; others are null.
+struct NearestScratch {
+  RowInfo *queries = nullptr, *keys = nullptr;  // (batch, rows), (batch, count)
+  float* strip = nullptr;                       // (plan.strip_entries, rows, count)
+  TokenStats stats{};                           // of all rows, for the strip
+
+  template <class scalar_t, class Allocate>
+  NearestScratch(const NearestPlan& plan, const NearestRows<scalar_t>& given, Allocate&& allocate) {
+    queries = static_cast<RowInfo*>(allocate(given.batch * given.rows * int64_t(sizeof(RowInfo))));
+    keys = static_cast<RowInfo*>(allocate(given.batch * given.count * int64_t(sizeof(RowInfo))));
+    if (plan.strip_entries == 0) return;
+    strip = static_cast<float*>(allocate(plan.strip_entries * given.rows * given.count * int64_t(sizeof(float))));
+    const Items items{given.batch, given.rows, 0, nullptr, nullptr, nullptr, nullptr};
+    take_token_stats(stats, items, given.key.channels, sizeof(scalar_t), false, true, true, allocate);
+  }
+};
+
+// How the rows may be matched.
+struct NearestOptions {
+  bool cosine;
+  const double *query_rank, *key_rank;  // see NearestEpilogue
+  bool exclude_self;
+  const int64_t* num_keys;  // (batch); null: all
+};
+
+// (2) of the entries of a strip: strip_entries at a time.
+template <class scalar_t>
+cudaError_t match_in_strips(const NearestRows<scalar_t>& given, const NearestPlan& plan, const NearestScratch& scratch,
+                            const NearestEpilogue<false>& pairs, cudaStream_t stream) {
+  const Items items{given.batch, given.rows, 0, nullptr, nullptr, nullptr, nullptr};
+  cudaError_t error = launch_token_stats(given.key, items, scratch.stats, stream);
+  for (int64_t first = 0; first < given.batch && error == cudaSuccess; first += plan.strip_entries) {
+    const int64_t entries = given.batch - first < plan.strip_entries ? given.batch - first : plan.strip_entries;
+    error = launch_sqdist_strip(given.key, items, first, entries, scratch.stats, scratch.strip, stream);
+    if (error != cudaSuccess) return error;
+    const dim3 grid(static_cast<unsigned>(ceil_div(entries * given.rows, kMatchThreads / 32)));
+    error = launch(match_strip_kernel, Launch{grid, dim3(kMatchThreads), 0, 1, false, stream}, scratch.strip, first, entries, pairs);
+  }
+  return error;
+}
+
+// index, value: (batch, rows).
+template <class scalar_t>
+cudaError_t launch_nearest(const NearestRows<scalar_t>& given, const NearestOptions& options, const NearestPlan& plan,
+                           const NearestScratch& scratch, int64_t* index, float* value, cudaStream_t stream) {
+  const auto [query, key, batch, rows, count] = given;
+  RowInfo *const queries = scratch.queries, *const keys = scratch.keys;
   static_assert(kNoKey == ~0ull, "the memset below writes kNoKey");
   cudaError_t error = cudaMemsetAsync(index, 0xff, batch * rows * sizeof(int64_t), stream);
-  if (error == cudaSuccess) error = launch_row_info(query_rows, batch, rows, nullptr, cosine, queries, stream);
-  if (error == cudaSuccess) error = launch_row_info(key_rows, batch, count, num_keys, cosine, keys, stream);
+  if (error == cudaSuccess) error = launch_row_info(query, batch, rows, nullptr, options.cosine, queries, stream);
+  if (error == cudaSuccess) error = launch_row_info(key, batch, count, options.num_keys, options.cosine, keys, stream);
   if (error != cudaSuccess) return error;
-  const Side<scalar_t> a{query_rows, rows, queries, rows_aligned(query_rows)}, b{key_rows, count, keys, rows_aligned(key_rows)};
+  const Side<scalar_t> a{query, rows, queries, rows_aligned(query)}, b{key, count, keys, rows_aligned(key)};
   Key* const best = reinterpret_cast<Key*>(index);
-  const NearestEpilogue<true> cosines{queries, keys, rows, count, query_rank, key_rank, exclude_self, best};
-  const NearestEpilogue<false> distances{queries, keys, rows, count, query_rank, key_rank, exclude_self, best};
-  if (!cosine)
+  const NearestEpilogue<true> cosines{queries, keys, rows, count, options.query_rank, options.key_rank, options.exclude_self, best};
+  const NearestEpilogue<false> distances{queries, keys, rows, count, options.query_rank, options.key_rank, options.exclude_self, best};
+  if (plan.strip_entries > 0)
+    error = match_in_strips(given, plan, scratch, distances, stream);
+  else if (!options.cosine)
     error = launch_row_pairs<false>(a, b, batch, distances, stream);
   else if (mma_serves(a) && mma_serves(b))
     error = launch_row_pairs_mma(a, b, batch, cosines, stream);
@@ -83,7 +158,7 @@ cudaError_t launch_nearest(const scalar_t* query, const scalar_t* key, int64_t b
     error = launch_row_pairs<true>(a, b, batch, cosines, stream);
   if (error != cudaSuccess) return error;
   const Launch finish{dim3(static_cast<unsigned>(ceil_div(batch * rows, kMatchThreads))), dim3(kMatchThreads), 0, 1, false, stream};
-  return launch(matches_kernel, finish, batch * rows, cosine, index, value);
+  return launch(matches_kernel, finish, batch * rows, options.cosine, index, value);
 }
 
 }  // namespace sts

@@ -392,6 +392,12 @@ MUTANTS = (
         says=OVERRUN,
     ),
     mutant(
+        "stored distances of the first entries",
+        "nearest",
+        "nearest.cuh",
+        ("entry = first + r / pairs.rows", "entry = r / pairs.rows"),
+    ),
+    mutant(
         "no check of num_keys",
         "nearest",
         "row_pairs.cuh",
@@ -463,6 +469,12 @@ MUTANTS = (
         "knn_density",
         "knn_density.cuh",
         (" && (values[j] & known) == prefix", ""),
+    ),
+    mutant(
+        "distances past the last token count",
+        "knn_density",
+        "knn_density.cuh",
+        ("num_tokens ? num_tokens[entry] : count", "count"),
     ),
     # A selection.
     mutant(

@@ -115,7 +115,10 @@ def unit_rows(name, features):
     )
 
 
-def nearest(name, query, key, metric, query_rank=None, key_rank=None, exclude_self=False, num_keys=None):
+def nearest(
+    name, query, key, metric, query_rank=None, key_rank=None, exclude_self=False, num_keys=None, strip_entries=0
+):
+    """`strip_entries`: where queries are the keys, entries whose distances are stored at a time; 0: as planned."""
     queries, keys = channels_contiguous(query), channels_contiguous(key)
     (batch, rows, channels), count = queries.shape, keys.shape[1]
     ranks = [None if rank is None else rank.double().numpy() for rank in (query_rank, key_rank)]
@@ -124,18 +127,19 @@ def nearest(name, query, key, metric, query_rank=None, key_rank=None, exclude_se
         options = (metric, query_rank, key_rank, exclude_self, num_keys)
         oracle.check_nearest(*map(torch.from_numpy, arrays[-2:]), query, key, *options)
 
+    kind = f"{metric}-own" if key is query else metric
     return Call(
-        f"{name}-{metric}",
+        f"{name}-{kind}" + (f"-strip{strip_entries}" if strip_entries else ""),
         f"nearest_{SUFFIX[query.dtype]}",
         (
-            *(as_array(queries), as_array(keys), batch, rows, count, channels, *strides(queries), *strides(keys)),
-            *(int(metric == "cosine"), *ranks, int(exclude_self), index(num_keys)),
-            np.full((batch, rows + count, 2), PAD, np.float32),
+            *(as_array(queries), None if key is query else as_array(keys)),
+            *(batch, rows, count, channels, *strides(queries), *strides(keys)),
+            *(int(metric == "cosine"), *ranks, int(exclude_self), index(num_keys), strip_entries),
             np.full((batch, rows), PAD, np.int64),
             np.full((batch, rows), PAD, np.float32),
         ),
         judge,
-        metric,
+        kind,
     )
 
 
@@ -162,18 +166,15 @@ def scatter_mean(name, features, assignment, count, weight=None):
     )
 
 
-def knn_density(name, features, k, num_tokens=None, strip_rows=None):
-    """`strip_rows`: rows whose distances are stored at a time; None: all."""
+def knn_density(name, features, k, num_tokens=None, strip_rows=0, wgmma=1):
+    """`strip_rows`: rows whose distances are stored at a time; 0: as planned. `wgmma`: 0: distances by differences."""
     rows = channels_contiguous(features)
     batch, tokens, channels = rows.shape
-    strip = tokens * (batch * tokens if strip_rows is None else strip_rows)
     return Call(
-        f"{name}-k{k}" + ("" if strip_rows is None else f"-strip{strip_rows}"),
+        f"{name}-k{k}" + (f"-strip{strip_rows}" if strip_rows else "") + ("" if wgmma else "-differences"),
         f"knn_density_{SUFFIX[features.dtype]}",
         (
-            *(as_array(rows), batch, tokens, channels, *strides(rows), k, index(num_tokens), strip),
-            np.full(strip, PAD, np.float32),
-            np.full((batch, tokens, 2), PAD, np.float32),
+            *(as_array(rows), batch, tokens, channels, *strides(rows), k, index(num_tokens), strip_rows, wgmma),
             np.full((batch, tokens), PAD, np.float32),
         ),
         lambda *arrays: oracle.check_knn_density(torch.from_numpy(arrays[-1]), features, k, num_tokens),
@@ -421,9 +422,13 @@ def of_sets(case, features, num_tokens) -> list[Call]:
     return [
         nearest(case.name, some, features, "cosine", *ranks, False, num_tokens),
         nearest(case.name, features, some, "euclidean", exclude_self=True),
+        nearest(case.name, features, features, "euclidean", ranks[1], ranks[1], False, num_tokens, strip_entries=2),
+        nearest(case.name, features, features, "euclidean", exclude_self=True),
         scatter_mean(case.name, features, slots, case.k, weight if batch % 2 else None),
         knn_density(case.name, features, case.k, num_tokens),
         knn_density(case.name, features, min(3, tokens), num_tokens, strip_rows=tokens // 3 + 1),
+        # An entry at a time: what the last one left is in the strip.
+        *([knn_density(case.name, features, case.k, num_tokens, strip_rows=tokens)] if batch > 1 else []),
     ]
 
 
@@ -598,7 +603,8 @@ def nonsense() -> list[Call]:
     counts = torch.where(wild == tokens, tokens + 1, wild)
     none = torch.where(counts == 3, counts, 0)  # as good as
     for call, array in (
-        (nearest("num_keys", features, features, "cosine", num_keys=none), 2),
+        (nearest("num_keys", features, features, "cosine", num_keys=none), 1),
+        (nearest("num_keys", features, features, "euclidean", num_keys=none), 1),
         (knn_density("num_tokens", features, 2, none), 1),
     ):
         arrays = [i for i, argument in enumerate(call.args) if isinstance(argument, np.ndarray | At)]

@@ -184,7 +184,8 @@ def nearest(
     """The key of largest cosine, or of smallest squared distance, to each query row.
 
     With ``metric="cosine"`` equivalent to ``(normalize(query) @ normalize(key).mT).max(-1)``, with
-    ``metric="euclidean"`` to ``torch.cdist(query, key).square().min(-1)``; the (M, K) matrix is never stored.
+    ``metric="euclidean"`` to ``torch.cdist(query, key).square().min(-1)``. The (M, K) matrix is not stored, but in the
+    case named under Cost.
 
     Args:
         query: (B, M, C) float32, float16 or bfloat16, M and C at least 1. Any strides; unless the channels are
@@ -199,11 +200,12 @@ def nearest(
 
     Returns:
         index (B, M) int64 and value (B, M) float32: the cosine, in [-1, 1], or the squared distance. Ties go to the
-        lowest index. Accuracy is 1e-5, absolute for cosines and relative for distances. Distances are computed by
-        differences, so near-duplicates far from the origin are told apart. A row with a NaN or infinity is never
-        matched. Without an allowed key, index is -1 and value is -inf (cosine) or inf (euclidean). The same input gives
-        the same output, bit for bit, whatever else is in the batch. `value` is differentiable any number of times with
-        respect to `query` and `key`, in reverse and forward mode, at fixed index. Derivatives are computed in float64.
+        lowest index. Accuracy is 1e-5, absolute for cosines and relative for distances. Differences are taken before
+        squaring wherever squares would cancel, so near-duplicates far from the origin are told apart. A row with a NaN
+        or infinity is never matched. Without an allowed key, index is -1 and value is -inf (cosine) or inf (euclidean).
+        The same input gives the same output, bit for bit, whatever else is in the batch; in the case named under Cost
+        `query` must be the same tensor as `key` both times. `value` is differentiable any number of times with respect
+        to `query` and `key`, in reverse and forward mode, at fixed index. Derivatives are computed in float64.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, device or metric; one rank without the other; on the CPU, values of
@@ -213,7 +215,9 @@ def nearest(
     Cost:
         cosine: 2 B M K C flops, on a GPU on tensor cores if rows are 16-bit and aligned and C is a multiple of 8.
         Euclidean: 3 B M K C flops; on the CPU 2 B M K C as long as few keys are about equally near. Scratch:
-        8 B (M + K) bytes on a GPU, float32 copies of both sets on the CPU.
+        8 B (M + K) bytes on a GPU, float32 copies of both sets on the CPU. Euclidean, `query` the same 16-bit tensor as
+        `key`, at most 8192 rows, on a GPU of compute capability 9.0: B M^2 C flops on tensor cores, and as further
+        scratch the distances of as many items as fit 256 MiB, and 9/8 the size of the features.
     """
     _check(query, key, metric, query_rank, key_rank, exclude_self, num_keys)
     _checks.counts("nearest", "num_keys", num_keys, key.shape[1], "keys")
