@@ -1,7 +1,8 @@
 """How a selection is laid out follows from the shapes, the element type and the device alone."""
 
 import pytest
-from emulator import build
+import torch
+from emulator import build, calls, operations
 
 FIELDS = (
     *("stored", "swept", "mma", "wgmma", "tile", "entries", "item_blocks"),
@@ -193,3 +194,26 @@ def test_a_cpu_stores_the_weights_of_a_few_tokens_of_which_most_are_picked(modul
 def test_a_cpu_computes_more_rows_a_pass_where_the_features_leave_its_cache(module):
     assert module.run("cpu_selection_plan", 4096, 192, 4096 * 4096, 1) == 8
     assert module.run("cpu_selection_plan", 4097, 192, 4097 * 4096, 1) == 16
+
+
+def test_hopper_stores_the_distances_of_a_set_to_itself(module, monkeypatch):
+    """nearest and knn_density of 16-bit rows run on wgmma, which shows as mbarrier phases."""
+
+    def phases(call):
+        before = module.run("phases_begun")
+        calls.run_in(module, call)
+        return module.run("phases_begun") - before
+
+    x = torch.randn(2, 70, 24, generator=torch.Generator().manual_seed(0)).bfloat16()
+    wgmma = operations.nearest("own", x, x, "euclidean"), operations.knn_density("own", x, 3)
+    others = (
+        operations.nearest("two", x, x.clone(), "euclidean"),
+        operations.nearest("own", x, x, "cosine"),
+        operations.nearest("own", x.float(), x.float(), "euclidean"),
+        operations.knn_density("own", x.float(), 3),
+        operations.knn_density("own", x, 3, strip_rows=69),  # less than an item
+    )
+    assert all(phases(call) for call in wgmma)
+    assert not any(phases(call) for call in others)
+    monkeypatch.setenv("STS_EMULATE_CAPABILITY", "80")
+    assert not any(phases(call) for call in wgmma)
