@@ -106,6 +106,16 @@ def test_items_on_both_sides_of_what_is_stored(backend):
             assert torch.equal(part, backend("repulsion_select", rows[None], budget, case.eps)[0])
 
 
+def test_long_items_of_which_clusters_share_few_or_all(cuda):
+    """One long item, and more than a GPU has clusters for: each picked as alone."""
+    for lengths in ((40, 2100, 577), (1100,) * 70 + (50, 2100, 1500)):
+        case = VarlenCase("long", lengths, tuple(min(n, 30) for n in lengths), 64)
+        inputs = case.inputs(seed=10, dtype=torch.bfloat16, device=cuda)
+        parts = sts_kernels.repulsion_select_varlen(**inputs).split(list(case.budgets))
+        for rows, budget, part in zip(inputs["features"].split(list(lengths)), case.budgets, parts, strict=True):
+            assert torch.equal(part, sts_kernels.repulsion_select(rows[None], budget, case.eps)[0])
+
+
 def test_on_a_gpu_items_that_do_not_fit_come_out_as_none(cuda):
     """The others come out right: those behind an offset that falls, beside an item that is too long."""
     x = torch.randn(300, 64, generator=torch.Generator().manual_seed(0)).to(cuda, torch.bfloat16)
