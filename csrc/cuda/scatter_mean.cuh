@@ -4,7 +4,7 @@
 // Chosen when: always.
 // Steps: (1) token_slots, a warp per token: its slot, or -1 if the token is left out; (2) slot_means, a block per slot and tile of
 //   channels: scans the assignments in order, and compacts the tokens of its slot into a list; (3) each thread adds the listed tokens to
-//   its channels.
+//   its channels, after loading several of them at once.
 // Synchronisation: two launches; block barriers around the list. No atomics: sums are float64, in token order.
 #pragma once
 #include "rows.cuh"
@@ -39,7 +39,8 @@ __global__ void __launch_bounds__(kSlotThreads)
 }
 
 constexpr int kMeanThreads = 128, kMeanWarps = kMeanThreads / 32;
-constexpr int kScanRounds = 4;  // assignments that a thread scans before the list is summed
+constexpr int kScanRounds = 4;    // assignments that a thread scans before the list is summed
+constexpr int kRowsInFlight = 4;  // rows of the list whose loads overlap
 
 __device__ __forceinline__ void store_mean(float value, float& element) { element = value; }
 template <class scalar_t>
@@ -85,13 +86,23 @@ __global__ void __launch_bounds__(kMeanThreads)
         }
         __syncthreads();
         // (3) sums
-        for (int m = 0; m < num_members; ++m) {
-          const int64_t i = begin + members[m];
-          const double w = weight ? weight[b * tokens + i] : 1.f;
-          total_weight += w;
-          const Vec16<scalar_t> x = load_channels(rows.row(b, i), c, channels, aligned);
+        for (int m = 0; m < num_members; m += kRowsInFlight) {
+          Vec16<scalar_t> x[kRowsInFlight];
+          float w[kRowsInFlight];
 #pragma unroll
-          for (int v = 0; v < kVec; ++v) sum[v] += w * x[v];
+          for (int u = 0; u < kRowsInFlight; ++u) {  // past the end the last member
+            const int64_t i = begin + members[m + u < num_members ? m + u : num_members - 1];
+            x[u] = load_channels(rows.row(b, i), c, channels, aligned);
+            w[u] = weight ? weight[b * tokens + i] : 1.f;
+          }
+#pragma unroll
+          for (int u = 0; u < kRowsInFlight; ++u) {
+            if (m + u >= num_members) break;
+            const double row_weight = w[u];
+            total_weight += row_weight;
+#pragma unroll
+            for (int v = 0; v < kVec; ++v) sum[v] += row_weight * x[u][v];
+          }
         }
       }
       if (tile == 0 && tid == 0) mass[b * count + slot] = static_cast<float>(total_weight);
