@@ -89,7 +89,8 @@ struct NearestPlan {
 
 template <class scalar_t>
 NearestPlan plan_nearest(const NearestRows<scalar_t>& given, bool cosine) {
-  return {!cosine && given.same() && strip_serves<scalar_t>() ? strip_entries(given.batch, given.rows) : 0};
+  const bool stored = !cosine && given.same() && strip_serves<scalar_t>();
+  return NearestPlan{stored ? strip_entries(given.batch, given.rows) : 0};
 }
 
 // Scratch in device memory. allocate(bytes) is called once per array in use; others are null.
