@@ -1,11 +1,11 @@
-"""Tiny models are fastest on one thread; and TF32 convolutions would make a picture's features depend on its batch."""
+"""One thread, on which tiny models are fastest; no TF32 convolutions: an image's features would depend on its batch."""
 
 import pytest
 import torch
 
 
 def pytest_pycollect_makemodule():
-    """Called before a module of this folder is imported: without transformers none can be."""
+    """Skips before a module of this folder is imported: all modules need transformers."""
     pytest.importorskip("transformers", reason='needs transformers: pip install ".[hf]"')
 
 

@@ -1,7 +1,7 @@
-"""FlashAttention's calling convention on the CPU: 2D or no masks, packed sequences guessed from gaps in the positions.
+"""FlashAttention's calling convention on the CPU: 2D masks or none, packed sequences inferred from position gaps.
 
-The arithmetic is SDPA's, so results are SDPA's wherever the arguments are right; where a gap in the positions would cut
-the attention, it does, and counts it.
+The arithmetic is SDPA's, so results equal SDPA's wherever the arguments are right. A gap in the positions splits the
+attention into packed sequences, as in FlashAttention, and is counted.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ from transformers.modeling_flash_attention_utils import _is_packed_sequence
 from transformers.modeling_utils import AttentionInterface
 
 NAME = "emulated_flash"
-packed = 0  # how often positions were taken for packed sequences
+packed = 0  # number of calls whose positions were taken for packed sequences
 
 
 def _attention(
@@ -55,7 +55,7 @@ AttentionMaskInterface.register(NAME, flash_attention_mask)
 
 
 def use(model):
-    """Makes every part of the model attend by the emulation."""
+    """Sets the emulation as the attention implementation of every part of the model."""
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     for config in list(configs.values()):
         for part in (config, getattr(config, "text_config", None), getattr(config, "vision_config", None)):
@@ -66,6 +66,6 @@ def use(model):
 
 @contextlib.contextmanager
 def counting():
-    """Yields a function that tells how often positions were taken for packed sequences since."""
+    """Yields a function: the number of calls taken for packed sequences since entry."""
     before = packed
     yield lambda: packed - before

@@ -136,7 +136,7 @@ def class_of(family: str):
 
 
 def build(family: str, attention: str = "sdpa", device="cpu", dtype=torch.float32):
-    """Weights large enough that attention is far from uniform, the same in every version of the library."""
+    """Weights are large enough that attention is far from uniform, and the same in every version of transformers."""
     model = class_of(family)._from_config(CONFIGS[family](), attn_implementation=attention)
     generator = torch.Generator().manual_seed(0)
     parameters = {name.replace("vision_model.", ""): p for name, p in model.named_parameters()}  # 5.x has no such level
@@ -173,7 +173,7 @@ def noise(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-# Image size (height, width): crops of 24 x 24, and rows and columns of their grid that are left after unpadding.
+# Image size (height, width): number of 24 x 24 crops, then rows and columns of the feature grid after unpadding.
 NEXT_SIZES = {(40, 24): (3, 10, 6), (20, 44): (3, 6, 12), (40, 40): (5, 12, 12)}
 QWEN_GRIDS = [(1, 6, 8), (1, 4, 12), (1, 8, 8), (1, 4, 4)]
 
@@ -310,7 +310,7 @@ def shared(family: str, attention: str = "sdpa", device="cpu"):
 
 
 class Wrapper(torch.nn.Module):
-    """As an adapter library wraps a model."""
+    """Wraps a model as adapter libraries do."""
 
     def __init__(self, inner):
         super().__init__()

@@ -1,9 +1,9 @@
-"""What a pruned model must answer, from scratch and slowly: no cache, no hooks around the layers, explicit lists of the
-tokens each layer sees, their original positions, rotary embedding, attention, selection and scores of its own in
-float64.
+"""A slow float64 oracle of a pruned model's logits, without a KV cache and without hooks around the layers.
 
-From the plain model it takes only what pruning does not touch: the projector's input and output, the merged prompt and
-its positions. Which feature became which token it finds by comparing them.
+The oracle keeps explicit lists of the tokens that each layer sees, with their original positions. Rotary embedding,
+attention, selection and scores are its own code. From the plain model it takes only values that pruning does not
+touch: the projector's input and output, the merged prompt and its positions. It finds the token of each feature by
+comparing values.
 """
 
 import copy
@@ -15,17 +15,17 @@ import torch
 
 from .models import IMAGE, VIDEO, batch
 
-MARGIN = 1e-4  # relative; prompts whose selection is closer than this are no test
+MARGIN = 1e-4  # relative; a decision with a smaller margin raises NearTie
 
 
 class NearTie(Exception):
-    """The prompt does not say which token to keep."""
+    """Two candidates are too close: the model may keep the other one in float32."""
 
 
 @dataclass
 class Expected:
     logits: torch.Tensor  # (steps, V) float64
-    kept: list[list[int]]  # columns of the prompt that the LLM's layers see: at first, and after each cut
+    kept: list[list[int]]  # columns of the prompt that the LLM's layers see: before the first cut, and after each cut
     dropped: list[int]
 
 
@@ -101,7 +101,7 @@ def run_layer(layer, config, hidden: torch.Tensor, positions: torch.Tensor):
 
 
 class Recording:
-    """What the plain model computes for one prompt, up to and around its text model."""
+    """The plain model's values for one prompt, up to its text model and around it."""
 
     def __init__(self, model, prompt, steps: int):
         base = model.model
@@ -136,34 +136,34 @@ class Recording:
 
 
 class Cut(NamedTuple):
-    """Pruning inside the LLM, before `layer`: `left` visual tokens of the prompt stay."""
+    """Pruning inside the LLM before `layer`: `left` visual tokens of the prompt stay."""
 
     layer: int
     left: int
     score_from: str = "layer"
-    raters: bool = False  # all text behind the last image, each alike; else the prompt's last token
+    raters: bool = False  # True: all text after the last image, equally weighted; False: the prompt's last token
     choose: "Callable[[Inside, int], Chosen] | None" = None  # a method's own rule; None: the largest scores
 
 
 @dataclass
 class Inside:
-    """What is inside the LLM before the layer of a cut. Dictionaries have a row for each column of the prompt."""
+    """State of the LLM before the layer of a cut. Dictionaries are keyed by the prompt's columns."""
 
     visual: list[int]  # columns of visual tokens, in the order in which the layers see them
-    text: list[int]  # columns behind the last image
+    text: list[int]  # columns after the last image
     first: list[int]  # columns of the visual tokens that entered the LLM
-    entered: dict[int, torch.Tensor]  # as they entered the LLM
-    hidden: dict[int, torch.Tensor]  # as they enter the layer
-    normed: dict[int, torch.Tensor]  # the same behind the LLM's final norm
-    weights: torch.Tensor  # (n, n) attention that scores, of row to column
-    row: dict[int, int]  # where each column is in it
-    norms: dict[int, float]  # of keys
+    entered: dict[int, torch.Tensor]  # hidden states at the LLM's input
+    hidden: dict[int, torch.Tensor]  # hidden states at the layer's input
+    normed: dict[int, torch.Tensor]  # `hidden` after the LLM's final norm
+    weights: torch.Tensor  # (queries, keys) attention used as scores
+    row: dict[int, int]  # index of each column in `weights`
+    norms: dict[int, float]  # L1 norms of the keys
 
 
 class Chosen(NamedTuple):
     kept: list[int]  # columns of visual tokens that stay
-    recycled: list[int]  # others that follow the last of them, in this order
-    values: dict  # what columns hold from here on, where that is new
+    recycled: list[int]  # columns placed after the last kept token, in this order
+    values: dict  # column -> hidden state, where the cut changes it
 
 
 def repulsion(eps: float = 1e-6, anchor: str = "mean") -> Callable:
@@ -172,12 +172,12 @@ def repulsion(eps: float = 1e-6, anchor: str = "mean") -> Callable:
 
 @dataclass
 class Pool:
-    """What a method selects from at once: candidates of an image, or of a crop of it."""
+    """Candidates of one selection: the tokens of an image, or of a crop of it."""
 
-    features: torch.Tensor  # (N, C) as the projector gets them
-    projected: torch.Tensor  # (N, C) as the LLM gets them
-    attention: torch.Tensor | None  # (N,) what the encoder pays them, or how relevant they are to the prompt
-    keys: torch.Tensor | None = None  # (N, D) by which the encoder attends to them
+    features: torch.Tensor  # (N, C) the projector's input
+    projected: torch.Tensor  # (N, C) the projector's output
+    attention: torch.Tensor | None  # (N,) attention received in the encoder, or relevance to the prompt
+    keys: torch.Tensor | None = None  # (N, D) keys of the encoder's attention
 
 
 def expect(
@@ -214,10 +214,11 @@ def expect_method(
 ) -> Expected:
     """The logits that predict answer[0], answer[1], ...
 
-    keep, choose: tokens of each image that enter the LLM, and which of a pool: a list of picks, or a dictionary from
-    pick to what it becomes before the projector: a row, or the list of all whose mean it is. attention, keys: by kind,
-    of all features. adaptive: `choose` may keep another number. in_token_order: attention is in the order of the LLM's
-    tokens, where that differs from the projector's.
+    keep: number of tokens of each image that enter the LLM; with adaptive, `choose` may keep another number.
+    choose: (pool, count) -> a list of picks, or a dictionary {pick: its row before the projector}. Such a row is a
+    tensor, or the list of tokens whose mean it is.
+    attention, keys: by kind, of all features. in_token_order: attention is in the order of the LLM's tokens, where that
+    differs from the projector's.
     """
     recording = Recording(model, prompt, max(2, len(answer)))
     ids = torch.tensor(prompt.ids)
@@ -318,7 +319,7 @@ def _positions(positions: torch.Tensor, columns: list[int], contiguous: bool) ->
 
 
 def _placed(columns: list[int], visual: set[int], chosen: Chosen) -> list[int]:
-    """The columns in the order in which the layers see them."""
+    """Columns in the order in which the layers see them: recycled ones follow the last kept visual token."""
     stay = [c for c in columns if c not in visual or c in chosen.kept]
     last = max(stay.index(c) for c in chosen.kept)
     return stay[: last + 1] + chosen.recycled + stay[last + 1 :]
@@ -330,7 +331,7 @@ def _double_projector(model) -> torch.nn.Module:
 
 
 def _left(weights: torch.Tensor, columns: list[int], visual: set[int], count: int) -> list[int]:
-    """Rows that stay: all but the visual tokens that are not among the `count` of largest weight."""
+    """Rows that stay: all text, and the `count` visual tokens of largest weight."""
     score = {c: float(weights[i]) for i, c in enumerate(columns) if c in visual}
     ranked = sorted(score, key=lambda c: (-score[c], c))
     if count and score[ranked[count - 1]] - score[ranked[count]] < MARGIN * score[ranked[count]]:
@@ -344,7 +345,7 @@ def _columns(ids: torch.Tensor, kind: str) -> list[int]:
 
 
 def _even(total: int, capacities: list[int]) -> list[int]:
-    """One token at a time to the crop that has least, the first among equals."""
+    """Quotas: one token at a time to the crop with the smallest quota; ties go to the first crop."""
     parts = [0] * len(capacities)
     for _ in range(total):
         open_parts = [i for i, c in enumerate(capacities) if parts[i] < c]
@@ -364,7 +365,7 @@ def _double_text(model) -> dict:
 
 
 def _add_deep(hidden, columns, features, ids) -> torch.Tensor:
-    """Qwen3-VL: features of the tokens that are there, in the order of their placeholders."""
+    """Qwen3-VL: adds the deepstack features of the remaining tokens. features: a row per placeholder."""
     places = ((ids == IMAGE) | (ids == VIDEO)).nonzero()[:, 0].tolist()
     row = {column: i for i, column in enumerate(places)}
     hidden = hidden.clone()

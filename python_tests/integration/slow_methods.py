@@ -1,4 +1,4 @@
-"""What methods with rules of their own keep and merge, slowly and in float64. Ties are no test."""
+"""Slow float64 references of methods with their own rule to keep and merge tokens. Near-ties raise NearTie."""
 
 import itertools
 import math
@@ -19,7 +19,7 @@ def largest(score: dict, count: int) -> list:
 
 
 def density_peaks(rows: dict, clusters: int) -> dict[int, list[int]]:
-    """Tokens by the center they belong to; as many neighbours of a density as clusters."""
+    """Density peaks clustering -> {center: its tokens}. A density uses the `clusters` nearest neighbours."""
     places = list(rows)
     x = torch.stack([rows[p].double() for p in places])
     distance = ((x[:, None] - x).square().sum(-1) / x.shape[1]).sqrt()
@@ -39,7 +39,7 @@ def density_peaks(rows: dict, clusters: int) -> dict[int, list[int]]:
 
 
 def consolidated(score: dict, rows: dict, keep: int, parts: tuple[float, float]) -> dict[int, list[int]]:
-    """PolyMorphic: the best tokens alone, all others by the center they belong to."""
+    """PolyMorphic -> {pick: its tokens}: the best tokens stay alone, all others are clustered."""
     retained = math.floor(keep * parts[0] / sum(parts) + 0.5)
     picks = largest(score, retained)
     others = {place: row for place, row in rows.items() if place not in picks}
@@ -52,7 +52,7 @@ def means(members: dict, rows: dict) -> dict:
 
 
 def alignment(visual: list, text: list, scale: float) -> tuple[torch.Tensor, list[int]]:
-    """(visual, text) softmax over the text, and which text tokens rate."""
+    """(visual, text) softmax over the text, and the raters: text tokens with an alignment above the mean."""
     aligned = (torch.stack(visual) @ torch.stack(text).T * scale).softmax(1)
     times = aligned.mean(0) * len(text)
     if (times - 1).abs().min() < MARGIN:
@@ -81,7 +81,7 @@ def _width(rows: dict) -> int:
 
 
 def recycled(dropped: int, share: float = 0.3, per_cluster: int = 10) -> tuple[int, int]:
-    """Of the dropped tokens, those that are clustered, and the clusters."""
+    """Number of dropped tokens that are clustered, and number of clusters."""
     if not dropped or not share:
         return 0, 0
     best = int(dropped * share) + 1
@@ -89,7 +89,7 @@ def recycled(dropped: int, share: float = 0.3, per_cluster: int = 10) -> tuple[i
 
 
 def sparsevlm(inside: Inside, left: int, kept: int, best: int) -> Chosen:
-    """`kept` tokens as they are; of the `best` others left - kept means."""
+    """Keeps `kept` tokens, and clusters the `best` next ones into left - kept means."""
     visual = [inside.entered[c] for c in inside.first]
     _, raters = alignment(visual, [inside.entered[c] for c in inside.text], 1.0)
     rating = inside.weights[[inside.row[inside.text[r]] for r in raters]].mean(0)

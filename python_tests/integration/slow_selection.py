@@ -1,4 +1,4 @@
-"""What methods before the LLM keep and merge of a pool, slowly and in float64. Ties are no test."""
+"""Slow float64 references of the methods before the LLM: tokens kept and merged. Near-ties raise NearTie."""
 
 import itertools
 
@@ -12,7 +12,7 @@ PICTURES = ("pixel_values", "pixel_values_images")
 
 
 def best(values: torch.Tensor, among: list[int]) -> int:
-    """The index of the largest value; ties are no test."""
+    """The index of the largest value; a near-tie raises."""
     ranked = sorted(among, key=lambda i: -float(values[i]))
     if len(ranked) > 1 and values[ranked[0]] - values[ranked[1]] <= MARGIN * values[ranked[0]].abs():
         raise NearTie("choice")
@@ -20,7 +20,7 @@ def best(values: torch.Tensor, among: list[int]) -> int:
 
 
 def ranked(values: torch.Tensor, among, best: int | None = None) -> list[int]:
-    """Best first; ties are no test. best: only the first so many are asked for, in any order."""
+    """Indices, largest value first; near-ties raise. best: only the set of the first `best` indices has to be clear."""
     order = sorted(among, key=lambda i: -float(values[i]))
     for a, b in itertools.pairwise(order if best is None else order[best - 1 : best + 1]):
         if values[a] - values[b] <= MARGIN * values[a].abs():
@@ -99,7 +99,7 @@ def fastervlm_divprune(pool, keep: int) -> list[int]:
 
 
 def cdpruner(pool, keep: int) -> list[int]:
-    """Each pick has the largest ratio of determinants."""
+    """Greedy: each pick has the largest ratio det(S + pick) / det(S)."""
     r = pool.attention.double()
     quality = (r - r.min() + 1e-6) / (r.max() - r.min())
     kernel, picks = quality[:, None] * cosines(pool.projected) * quality, []
@@ -163,7 +163,7 @@ def tome(pool, keep: int) -> dict[int, torch.Tensor]:
 
 
 def content(kind: str, arguments: dict) -> torch.Tensor:
-    """A relevance for each token of the encoder that depends on what is in the picture there."""
+    """A relevance for each token of the encoder, computed from the pixels of the token's patch."""
     x = arguments["pixel_values_videos" if kind == "video" else PICTURES[1 if PICTURES[1] in arguments else 0]]
     if x.ndim == 2:  # Qwen-VL: 4 patches in a row make a token
         return x.view(-1, 4 * x.shape[1]).mean(1)

@@ -66,7 +66,7 @@ def test_compact():
 
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_flash_conventions(family):
-    """Under the emulation every family answers as under SDPA, and no gap in the positions cuts an attention."""
+    """Under the emulation every family answers as under SDPA; no gap in the positions is taken for packed sequences."""
     plain, emulated = models.shared(family), flash.use(models.build(family))
     for prompts in ([models.prompt_of(family, 1, seed=1)], [models.prompt_of(family, n, seed=n) for n in (1, 2, 0)]):
         with apply_sts(plain, CONFIG):
@@ -100,7 +100,7 @@ def test_flash_attention(family, implementation, cuda):
 
 
 class Readbacks(torch.utils._python_dispatch.TorchDispatchMode):
-    """Counts what would wait for a GPU: values, and sizes that depend on them, read back to the host."""
+    """Records the ops that would make the host wait for a GPU: reads of values, and of sizes that depend on values."""
 
     NAMES = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal", "unique")
 
@@ -119,8 +119,10 @@ class Readbacks(torch.utils._python_dispatch.TorchDispatchMode):
 @pytest.mark.parametrize("attention", ["sdpa", "eager", flash.NAME])
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_decoding_reads_nothing_back(family, attention):
-    """Ragged and uniform batches, with the mask and positions that generate() passes in each step: the pruned model
-    reads back no more than the plain one in the same steps."""
+    """In the same decode steps the pruned model reads back no more than the plain one.
+
+    Ragged and uniform batches, with the mask and positions that generate() passes in each step.
+    """
     model = flash.use(models.build(family)) if attention == flash.NAME else models.shared(family, attention)
     for prompts in ([models.prompt_of(family, 1, seed=1)], [models.prompt_of(family, n, seed=n) for n in (1, 2)]):
         counts = []
@@ -149,7 +151,7 @@ def test_decoding_reads_nothing_back(family, attention):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_decoding_does_not_sync(family, attention, cuda):
-    """CUDA's own word on the same: a decode step with the hooks on waits for nothing."""
+    """Under CUDA's sync debug mode, a decode step with the hooks on does not synchronise."""
     model = models.shared(family, attention, cuda)
     for prompts in ([models.prompt_of(family, 1, seed=1)], [models.prompt_of(family, n, seed=n) for n in (1, 2)]):
         for pruned in (False, True):

@@ -1,4 +1,4 @@
-"""generate() on graphs of fixed shapes answers as through the hooks, and as the float64 oracle says."""
+"""generate() on graphs of fixed shapes equals generate() through the hooks, and the float64 oracle."""
 
 import contextlib
 import dataclasses
@@ -30,7 +30,7 @@ COUNTS = {  # images of each row
 }
 # Options with which every part of a method drops something.
 METHODS = {
-    "adavtp": {"budget": 12, "complexity": "participation"},  # the other measure waits for the device
+    "adavtp": {"budget": 12, "complexity": "participation"},  # erank synchronises
     "dart": {"layers": [2], "ratios": [9]},
     "divprune": {"budget": 12},
     "fastervlm": {"budget": 12},
@@ -61,7 +61,7 @@ def prompts_of(family: str, counts=(1,), seed: int = 1, after: int = 9) -> list[
 
 @contextlib.contextmanager
 def compiled(model, *arguments, options=None, method=None, **compile_options):
-    """A handle that serves every call, or fails the test."""
+    """A handle with compile(strict=True): a call that the graphs cannot serve raises."""
     start = apply_sts(model, *arguments) if method is None else prune(model, method, **options)
     with start as handle:
         handle.compile(**{"max_new_tokens": 8, "batch_size": (1, 2, 4), "strict": True, **compile_options})
@@ -73,22 +73,24 @@ def same(got, want) -> None:
     close(models.logits_of(got), models.logits_of(want))
 
 
-# --- against the hooks, and the oracle ---
+# --- equality with the hooks and the oracle ---
 
 
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_as_through_the_hooks(family, attention, counts, device):
-    """Rows of no image and of several, a batch filled up with empty rows; the second prompt of other lengths and
-    pictures runs on the graphs of the first."""
+    """Graphs and hooks give the same logits and report, for rows without images and with several.
+
+    A batch is padded with empty rows to a compiled batch size. Repeating the batches builds no new graphs.
+    """
     model = models.shared(family, attention, device)
     prompts = [prompts_of(family, counts), prompts_of(family, counts, seed=11, after=13)]
     with apply_sts(model, CONFIG) as hooked:
         want = [(models.generate(model, batch), str(hooked.report)) for batch in prompts]
     with compiled(model, CONFIG) as handle:
         made = []
-        for _ in range(3):  # images of any size: as it is, then prepared, then again
+        for _ in range(3):  # models with images of any size: not prepared, then prepared, then reused
             for batch, (out, report) in zip(prompts, want, strict=True):
                 same(models.generate(model, batch), out)
                 assert str(handle.report) == report
@@ -113,7 +115,7 @@ def test_methods(name, device):
         ((1, 2), 3),
         ((2, 0, 1), 5),
         ((1, 4), 7),
-    )  # of the last, a cut leaves fewer slots than text may be
+    )  # last batch: a cut leaves fewer slots than the text could fill
     for prompts in (prompts_of("llava", counts, seed) for counts, seed in batches):
         with prune(model, name, **METHODS[name]) as hooked:
             want, report = models.generate(model, prompts), str(hooked.report)
@@ -125,7 +127,7 @@ def test_methods(name, device):
 @pytest.mark.parametrize("name", ["dart", "fastv", "sparsevlm", "visionzip", "divprune"])
 @pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl", "internvl"])
 def test_methods_of_families(family, name):
-    """Newlines that no cut may drop, windows, tiles, and groups of patches."""
+    """Methods run on newlines that no cut may drop, on windows, on tiles and on groups of patches."""
     model, prompts = models.shared(family), prompts_of(family, (1, 2), seed=8)
     options = METHODS[name] | (
         {"positions": "original"} if family == "qwen2_5_vl" and "layers" in METHODS[name] else {}
@@ -138,7 +140,7 @@ def test_methods_of_families(family, name):
 
 @pytest.mark.parametrize("config", [STSConfig(budget=1.0), STSConfig(keep=0.5, keep_after=1.0), STSConfig(budget=0.3)])
 def test_budgets(config, device):
-    """Of all tokens; of the first stage alone; and a share, of which rows of more images keep more."""
+    """Budgets: all tokens; the first stage alone; a share, by which rows with more images keep more tokens."""
     model, prompts = models.shared("llava", "sdpa", device), prompts_of("llava", (3, 1))
     with apply_sts(model, config):
         want = models.generate(model, prompts)
@@ -157,7 +159,7 @@ def test_no_visual_token_left(device):
 
 
 def test_one_slot_behind_a_cut(device):
-    """A picture and one token; the cut leaves the token."""
+    """The prompt is an image and one text token; the cut leaves the text token alone."""
     model, prompt = models.shared("llava", "sdpa", device), models.Prompt([])
     models.picture("llava", prompt, 0, 4)
     prompt.ids.append(7)
@@ -169,7 +171,7 @@ def test_one_slot_behind_a_cut(device):
 
 
 def test_a_bucket_to_its_last_slot(device):
-    """Prompts of one slot less, of all slots, and of one more: of 5 + 10 + 3 tokens and a text behind."""
+    """Prompts that leave one slot of a bucket free, fill it, and need one more: 5 + 10 + 3 tokens, then the text."""
     model = models.shared("llava", "sdpa", device)
     texts = (13, 14, 15, 21, 22)
     with apply_sts(model, CONFIG):
@@ -198,7 +200,7 @@ def test_as_many_tokens_as_compiled_for(device):
 
 
 def test_two_buckets_in_turns(device):
-    """They share memory: neither sees what the other left."""
+    """Buckets share memory: used alternately, neither sees the other's data."""
     model = models.shared("llava", "sdpa", device)
     prompts = [prompts_of("llava", after=9), prompts_of("llava", after=80, seed=4)]
     with apply_sts(model, CONFIG):
@@ -210,7 +212,10 @@ def test_two_buckets_in_turns(device):
 
 
 def test_shapes_of_any_size_are_prepared_when_they_come_again():
-    """An image of a new size would else cost a capture, and be its only use. With a share of its tokens, too."""
+    """A shape is prepared on its second use: an image size that comes only once would not repay a capture.
+
+    The budget is a share of the tokens.
+    """
     model = models.shared("qwen2_5_vl")
     one, other = prompts_of("qwen2_5_vl", seed=1), prompts_of("qwen2_5_vl", (2,), seed=2)
     with compiled(model, STSConfig(budget=0.3), batch_size=1) as handle:
@@ -218,7 +223,7 @@ def test_shapes_of_any_size_are_prepared_when_they_come_again():
             models.generate(model, prompts, 1)
             encoders = [graph.prepared for _, graph, _ in handle._graphs._encoders.values()]
             runners = [ready.prefill.prepared for ready in handle._graphs._runners.values()]
-            assert len(runners) == 1  # slots behind the cut are rounded up
+            assert len(runners) == 1  # slots after the cut are rounded up
             assert sum(encoders) + sum(runners) == prepared
 
 
@@ -244,7 +249,7 @@ def test_what_is_built_at_once():
             (1, 64, 8),
             (1, 32, 8),
         ]
-        assert buckets[-1].slots == (48, 48)  # 32 + 8 and 26 + 8, in sixteens
+        assert buckets[-1].slots == (48, 48)  # 32 + 8 and 26 + 8, rounded up to multiples of 16
         assert buckets[-1].bytes == 2 * 6 * 2 * 48 * 64 * 4  # keys and values, layers, heads, slots, D, float32
         models.generate(model, prompts_of("llava"), 4)
         models.generate(model, prompts_of("llava", (1, 1)), 4)
@@ -255,11 +260,11 @@ def test_what_is_built_at_once():
         assert handle.compile(prompt_tokens=64) == []  # images of any size
 
 
-# --- generate() stays the library's ---
+# --- features of generate() ---
 
 
 def test_sampling_and_stopping(device):
-    """The same random numbers, a token that ends one row before the other, and a streamer."""
+    """Sampling draws the same tokens, EOS ends one row before the other, and a streamer gets each token."""
     model, prompts = models.shared("llava", "sdpa", device), prompts_of("llava", (1, 2))
     with apply_sts(model, CONFIG):
         free = models.generate(model, prompts, 8)
@@ -307,7 +312,7 @@ def test_padding_on_the_right(device):
 
 
 def test_inference_mode_and_plain_forwards(device):
-    """Buffers made in inference mode serve outside of it; forwards without generate() run through the hooks."""
+    """Buffers made in inference mode are usable outside of it; forwards without generate() run through the hooks."""
     model, prompts = models.shared("llava", "sdpa", device), prompts_of("llava")
     with apply_sts(model, CONFIG), torch.no_grad():
         want, plain = models.generate(model, prompts), model(**models.batch(model, prompts)).logits
@@ -382,7 +387,7 @@ def test_an_error_inside_leaves_the_handle_usable():
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_bad_pixels_harm_their_prompt_alone(bad, device):
-    """NaN for NaN as through the hooks; the next prompt on the same buffers is clean."""
+    """Logits are NaN in the steps and rows where the hooks' are; the next prompt on the same buffers is clean."""
     model, prompts = models.shared("llava", "sdpa", device), prompts_of("llava", (1, 1))
     inputs = models.batch(model, prompts)
     spoiled = inputs["pixel_values"].clone()
@@ -400,19 +405,19 @@ def test_bad_pixels_harm_their_prompt_alone(bad, device):
 
 
 def test_scores_that_are_nan_are_the_worst():
-    """As `keep_top` has them: a cut by counts on the device chooses as one by a number."""
+    """`best_of`, with counts on the device, chooses as `keep_top` does with a number: NaN scores are the worst."""
     scores = torch.tensor([[0.5, torch.nan, 0.1, torch.inf, 0.1, -torch.inf, 0.7]] * 3)
     candidates = torch.tensor([[True] * 7, [True, True, False, True, True, True, False], [False, True] + [False] * 5])
     for count in range(1, 7):
         positions, valid = _keep_top.keep_top(scores, candidates, count)
-        spare = torch.zeros(3, 8, dtype=torch.bool)  # a column for what is not valid
+        spare = torch.zeros(3, 8, dtype=torch.bool)  # the last column takes invalid positions
         want = spare.scatter(1, torch.where(valid, positions, 7), True)[:, :7]
         got = _keep_top.best_of(scores, candidates, torch.full((3,), count))
         assert torch.equal(got, want)
     assert _keep_top.best_of(scores, candidates, torch.tensor([2, 0, 5])).sum(1).tolist() == [2, 0, 1]
 
 
-# --- what is not served ---
+# --- calls that graphs cannot serve ---
 
 UNSERVED = {
     "num_beams": {"num_beams": 2, "output_logits": False},
@@ -427,7 +432,7 @@ UNSERVED = {
 
 @pytest.mark.parametrize("name", UNSERVED)
 def test_other_calls_run_through_the_hooks(name):
-    """Said once, with the reason; an error where it is asked for."""
+    """A warning gives the reason, once; with strict=True the call raises."""
     model, prompts = models.shared("llava", "eager"), prompts_of("llava")
     with apply_sts(model, CONFIG) as handle:
         torch.manual_seed(1)
@@ -490,7 +495,7 @@ def test_other_inputs_run_through_the_hooks(what):
 
 @pytest.mark.parametrize("family", ["llava", "llava_next", "qwen3_vl"])
 def test_a_prompt_that_turns_out_not_to_be_served(family, monkeypatch):
-    """When generate() runs already, and may have asked for its images."""
+    """The refusal comes inside generate(), which may have requested the image features already."""
     model, prompts = models.shared(family), prompts_of(family)
     with apply_sts(model, CONFIG) as handle:
         want, report = models.generate(model, prompts), str(handle.report)
@@ -591,7 +596,7 @@ def test_more_prompts_than_compiled_for():
             models.generate(model, prompts_of("llava", (1, 1, 1)), 2)
 
 
-# --- traced whole ---
+# --- torch.compile without graph breaks ---
 
 
 def traced(backend: str):
@@ -606,7 +611,7 @@ def traced(backend: str):
     with compiled(model, CONFIG, batch_size=1, backend=backend):
         for batch, out in zip(prompts, want, strict=True):
             same(models.generate(model, batch), out)
-            # The encoder, prefill and decoding, and nothing more for another length of the bucket.
+            # Encoder, prefill and decode step: one graph each, and no other for another length of the bucket.
             assert counters["stats"]["unique_graphs"] == 3
         assert not counters["graph_break"]
 
@@ -630,12 +635,12 @@ def test_methods_are_traced_whole(name):
         same(models.generate(model, prompts, 2), want)
 
 
-# --- nothing is read back ---
+# --- no read-back ---
 
 
 class HostTensors(TorchDispatchMode):
-    """Names of the ops that touch a tensor on the host: on a device each would be a copy, which a graph must not hold.
-    On the meta device whatever reads a value raises."""
+    """Records the ops that touch a tensor on the host: with a CUDA device each is a copy, which a graph must not hold.
+    On the meta device every read of a value raises."""
 
     def __init__(self):
         super().__init__()
@@ -663,7 +668,7 @@ TRUE_SIZE = {"sts": {"budget": 128}} | {name: {"budget": 0.5} for name in ("pyra
 
 @pytest.mark.parametrize("method", TRUE_SIZE)
 def test_true_size_reads_nothing(method, monkeypatch):
-    """Encoder, prefill and decoding of LLaVA-1.5-7B."""
+    """Encoder, prefill and decode step of LLaVA-1.5-7B read no value."""
     monkeypatch.setattr(torch, "autocast", lambda *args, **options: contextlib.nullcontext())  # not on the meta device
     model = on_meta("llava-1.5-7b")
     with compiled(model, method=method, options=TRUE_SIZE[method], prompt_tokens=640, batch_size=1) as handle:
@@ -679,7 +684,7 @@ def test_true_size_reads_nothing(method, monkeypatch):
 
 
 def test_the_stock_forward_reads():
-    """The control: it would be seen."""
+    """Control: the stock forward reads values, and the meta device shows it."""
     model = on_meta("llava-1.5-7b")
     ids = torch.zeros(1, 616, dtype=torch.long, device="meta")
     pixels = torch.empty(1, 3, 336, 336, dtype=torch.bfloat16, device="meta")
@@ -687,7 +692,7 @@ def test_the_stock_forward_reads():
         model(input_ids=ids, pixel_values=pixels)
 
 
-# --- tests of the tests ---
+# --- mutation tests ---
 
 FILLED = "segment.filled.copy_(lengths[number])"
 LAST = "(lengths[-1] - 1).clamp(min=0)"
@@ -724,7 +729,7 @@ def test_mutant_is_caught(name):
 
 
 def test_what_an_earlier_prompt_left_is_caught():
-    """Without zeros behind a prompt its masked slots would hold the NaN of the one before."""
+    """Without zeros after a prompt, its masked slots could hold NaN of an earlier prompt."""
     with mutated(runner, "slots[:, prompt:].zero_()", "slots[:, prompt:].fill_(torch.nan)"):
         assert disagreement(prompts_of("llava")) > 1e-3
 
@@ -733,7 +738,7 @@ def test_what_an_earlier_prompt_left_is_caught():
 
 
 def test_replays_equal_the_functions_themselves(cuda):
-    """Bit for bit; with other data; two buckets by turns in one pool."""
+    """Replays are bit-equal to uncaptured runs, on other data than at capture, with two buckets in one memory pool."""
     model = models.build("llava", device=cuda, dtype=torch.bfloat16)
     prompts = [prompts_of("llava", seed=seed, after=9 + 64 * (seed % 2)) for seed in range(4)]
     with compiled(model, CONFIG, batch_size=1) as handle:
@@ -759,7 +764,7 @@ def test_replays_equal_the_functions_themselves(cuda):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_is_captured(name, cuda):
-    """Cooperative and cluster launches and Triton's kernels among them, and replays do not sync."""
+    """Methods are captured with cooperative launches, cluster launches and Triton kernels; replays do not sync."""
     model = models.shared("llava", "sdpa", cuda)
     prompts = [prompts_of("llava", (1, 2), seed=seed) for seed in (3, 9)]
     with prune(model, name, **METHODS[name]):
@@ -778,7 +783,7 @@ def test_every_method_is_captured(name, cuda):
 
 
 def test_large_selections_are_captured(cuda):
-    """576 tokens of 1024 channels, which the cluster kernel takes, and 2880."""
+    """576 tokens of 1024 channels, which the cluster kernel selects from, and 2880 tokens."""
     for tokens, keep in ((576, 192), (2880, 960)):
         features = torch.randn(2, tokens, 1024, device=cuda, dtype=torch.bfloat16)
         ready = graphs.Graphs(cuda, None).ready(lambda x=features, k=keep: {"order": repulsion_select(x, k)})
@@ -788,7 +793,7 @@ def test_large_selections_are_captured(cuda):
 
 
 def test_constants_are_copied_once():
-    """Lists that methods bring from the host are the same tensors in every run of a graph."""
+    """A host list becomes one device tensor, which every run of a graph reuses."""
     store: dict = {}
     with _packed.constants(store):
         one, two = _packed.host([1, 2], "cpu"), _packed.host([1, 2], "cpu")

@@ -1,4 +1,4 @@
-"""python -m sts_kernels generate: what it prints, draws and refuses."""
+"""python -m sts_kernels generate: printed output, drawing and refusals."""
 
 import builtins
 import re
@@ -145,7 +145,7 @@ def test_without_transformers(capsys, monkeypatch):
 
 
 def test_a_checkpoint_from_disk(capsys, tmp_path):
-    """What a real checkpoint goes through: saved, and loaded by AutoProcessor and AutoModelForImageTextToText."""
+    """As with a real checkpoint: saved, and loaded by AutoProcessor and AutoModelForImageTextToText."""
     model, processor = random_models.build("tiny", "cpu", torch.float32)
     model.generation_config.eos_token_id = None
     model.save_pretrained(tmp_path)
@@ -162,7 +162,7 @@ def test_a_checkpoint_from_disk(capsys, tmp_path):
 
 @pytest.mark.parametrize("name", random_models.RANDOM)
 def test_processors_of_the_true_sizes(name):
-    """Their pictures give the advertised numbers of visual tokens, at the right ids."""
+    """An image gives the advertised number of visual tokens, with the right placeholder ids."""
     entry = random_models.RANDOM[name]
     config = entry.config()
     inputs = generate.prepare(entry.processor(config), [Image.new("RGB", entry.image_size, "red")], "What?")

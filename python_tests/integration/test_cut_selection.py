@@ -1,4 +1,4 @@
-"""Cuts with a selection of their own: nothing is read back, 16 bits and autocast work, rows go where they belong."""
+"""Cuts with their own selection: nothing is read back, 16 bits and autocast work, rows go to the right columns."""
 
 import contextlib
 import functools
@@ -25,7 +25,7 @@ METHODS = {
 
 @contextlib.contextmanager
 def while_inside(model, enter, leave):
-    """Calls `enter` when the LLM's second layer is, `leave` when the last one was called."""
+    """Calls `enter` before the LLM's second layer and `leave` after its last."""
     layers = model.model.language_model.layers
     hooks = [
         layers[1].register_forward_pre_hook(lambda *_: enter()),
@@ -46,7 +46,7 @@ def batches(family: str):
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cuts_read_nothing_back(family, name, monkeypatch):
-    """As on a GPU: no checks of values that only the CPU makes, and no reference for the raters' attention."""
+    """As on a GPU: the CPU's checks of values are off, and a stand-in replaces the reference of attention_received."""
     model = models.shared(family)
     monkeypatch.setattr(_checks, "values_readable", lambda value: False)
     monkeypatch.setattr(layer_pruning, "attention_received", lambda query, key, *rest: key.norm(dim=-1).mean(-1))
@@ -67,7 +67,7 @@ def _copy(source: list, target: list) -> None:
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cuts_do_not_sync(family, name, cuda):
-    """CUDA's own word on the same."""
+    """Under CUDA's sync debug mode, the cuts do not synchronise."""
     model = models.shared(family, "sdpa", cuda)
     for prompts in batches(family):
         inputs = models.batch(model, prompts)
@@ -82,8 +82,7 @@ def test_cuts_do_not_sync(family, name, cuda):
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("autocast", [False, True])
 def test_16_bits_and_autocast(name, autocast, device):
-    """A 16-bit model, or one under autocast, goes through: the counts are those asked for, the logits near float32's
-    where both choose alike."""
+    """A 16-bit model, and a model under autocast, keep the counts asked for and give finite logits."""
     dtype = torch.float32 if autocast else torch.bfloat16
     model = models.build("llava", "sdpa", device, dtype)
     inputs = models.batch(model, [models.prompt_of("llava", n, seed=n) for n in (1, 2)])
@@ -108,14 +107,14 @@ def test_kept_columns_by_place():
 
 
 class Run:
-    """What a selection reads of a Prefill."""
+    """The attributes of a Prefill that a selection reads."""
 
     def __init__(self, text, scores=None):
         self.text, self.text_width, self.scores = text, int(text.sum(1).max()), scores
 
 
 def test_rows_of_any_numbers(device):
-    """A ragged batch: a row that keeps all, one that loses all, equal rows, recycled tokens behind the last kept."""
+    """A ragged batch: rows that keep all, lose all, or are equal. Recycled tokens follow the last kept token."""
     rng, width = torch.Generator().manual_seed(0), 20
     hidden = torch.randn(5, width, 6, generator=rng).to(device)
     candidates = torch.zeros(5, width, dtype=torch.bool, device=device)
@@ -155,7 +154,7 @@ def test_rows_of_any_numbers(device):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_method_is_told_by_its_cuts(name):
-    """What each needs from the integration: attention of raters, norms of keys, or hidden states alone."""
+    """A method's cuts say which input they need: the raters' attention, the norms of keys, or hidden states alone."""
     plan = methods.create(name).plan(methods.Budget(budget=0.5), 32)
     assert {cut.queries for cut in plan.cuts} == {{"dart": "keys", "polymorphic": "text", "sparsevlm": "raters"}[name]}
     assert all(cut.select is not None for cut in plan.cuts)

@@ -13,7 +13,7 @@ CONFIG = STSConfig(keep=10, keep_after=4, prune_layer=3)
 
 
 def watch(model, look) -> tuple[list, list]:
-    """-> what `look()` says inside the last layer, forward by forward, and the hooks to remove."""
+    """-> values of `look()` inside the last layer, one per forward, and the hooks to remove."""
     seen, layer = [], model.model.language_model.layers[-1]
     return seen, [layer.mlp.register_forward_pre_hook(lambda *args: seen.append(look()))]
 
@@ -41,7 +41,7 @@ def test_layers_have_hooks_only_where_they_need_other_arguments(family, attentio
 
 @pytest.fixture
 def on_cuda(monkeypatch):
-    """As if the prompts were on a GPU: the switch itself works anywhere."""
+    """Prompts count as on a GPU; the switch of cuDNN's attention works on every machine."""
     monkeypatch.setattr(cudnn, "concerns", lambda x: True)
     assert torch.backends.cuda.cudnn_sdp_enabled()
     yield
@@ -96,7 +96,7 @@ def test_cudnn_attention_that_the_user_turned_off(on_cuda):
 
 
 def test_the_llm_by_itself_continues_a_pruned_prompt_by_ids():
-    """As by the embeddings that the base model would give it."""
+    """On a pruned cache, ids and their embeddings give the LLM's output bit for bit alike."""
     model = models.build("llava")
     inputs = models.batch(model, [models.prompt_of("llava", 1, seed=1)])
     ids, embedding = torch.tensor([[5, 6]]), model.get_input_embeddings()

@@ -1,4 +1,4 @@
-"""Encoders of fixed shapes: they hand on what the model's own encoder hands on, and read no value."""
+"""Encoders of fixed shapes: outputs equal those of the model's own encoder, and no value is read."""
 
 import contextlib
 import math
@@ -26,7 +26,7 @@ from sts_kernels.integrations.transformers.random_models import RANDOM
 from . import flash, models
 from .models import transformers
 
-# Pictures of the rows of a batch; the families that have several take other sizes for each of a row.
+# Number of images in each row of a batch; families with several image sizes vary the size within a row.
 BATCHES = {"one": (1,), "several": (3, 1), "many": (4, 2, 1)}
 CLIPS = ("video_llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 KINDS = [(family, "image") for family in models.FAMILIES] + [(family, "video") for family in CLIPS]
@@ -50,7 +50,7 @@ def pixels_of(inputs: dict, kind: str) -> torch.Tensor:
 
 
 def plain(model, inputs: dict):
-    """What the projector gets in the model's own forward, and what its deepstack projectors give."""
+    """In the model's own forward: the projector's input, and the outputs of the deepstack projectors."""
     seen, base = {}, model.model
 
     def before_text(module, args, kwargs):
@@ -72,7 +72,7 @@ def plain(model, inputs: dict):
 
 @contextlib.contextmanager
 def calls_of(adapter, base, kind: str):
-    """Query, key and scale of the encoder's attention that methods look at."""
+    """Query, key and scale of the encoder's attention that methods read."""
     module, calls = adapter.vision_attention(base, kind), []
     attention_capture.attach(module, lambda module, q, k, given: calls.extend(vision_attention.calls_of(q, k, given)))
     try:
@@ -108,11 +108,11 @@ def test_rows_and_signals_are_the_models_own(family, kind, counts, attention, de
 
 
 def close(found: torch.Tensor, own: torch.Tensor) -> None:
-    """Products of other shapes are summed in another order on a GPU."""
+    """On a GPU, matrix products of other shapes are summed in another order."""
     torch.testing.assert_close(found, own, rtol=0, atol=1e-5 if found.device.type == "cpu" else 5e-5)
 
 
-# --- with what a method drops, against the hooks ---
+# --- encoder and selection, against the hooks ---
 
 LLAVA = ("llava", "llava_next", "video_llava")
 ONE_ROW_A_FEATURE = tuple(family for family in models.FAMILIES if family != "qwen3_vl")
@@ -143,7 +143,7 @@ METHODS = {  # name, options, families
 
 
 def by_hooks(model, inputs: dict) -> dict:
-    """What enters the LLM: rows, the placeholder of each, counted over the batch, and rows of the deepstack layers."""
+    """The LLM's input: rows, index of each row's placeholder in the batch, and rows of the deepstack layers."""
     base, seen = model.model, {}
     token = prompt.token_ids(base.config)["image"]
 
@@ -168,7 +168,7 @@ class Entered(Exception):
 
 
 def encoder_of(pruning, call: EncodeCall, pixels: torch.Tensor) -> Encoder:
-    """Its places are the numbers of the placeholders."""
+    """An encoder whose `places` are the indices of the placeholders."""
     base, adapter = pruning.base, pruning.adapter
     shape = adapter.fixed_encoder.shape(base, call)
     items = adapter.layout(base, call, torch.Size((*shape.features, 1)))
@@ -197,7 +197,7 @@ def check(found: dict, own: dict, newline: torch.Tensor | None) -> None:
 @pytest.mark.parametrize("family", models.FAMILIES)
 @torch.no_grad()
 def test_what_is_kept_is_what_the_hooks_keep(family, name, device):
-    """On a CUDA device the graph is captured, on other pixels than it then runs on."""
+    """On a CUDA device the encoder runs as a captured graph, also on other pixels than at capture."""
     method, options, families = METHODS[name]
     if family not in families:
         pytest.skip("the method does not run on this family")
@@ -274,11 +274,11 @@ def test_merging_is_refused_as_by_the_hooks(method, device):
         ready(model, pruning, inputs, None)[1].run()
 
 
-# --- at true size, on meta tensors: whatever needs a value raises ---
+# --- at true size, on meta tensors: every read of a value raises ---
 
 
 class HostTensors(TorchDispatchMode):
-    """Notes every op that meets a tensor on the host; numbers do not count."""
+    """Records every op that touches a tensor on the host; scalars do not count."""
 
     def __init__(self):
         super().__init__()
@@ -296,7 +296,7 @@ GRIDS = [[1, 72, 72], [2, 16, 20], [1, 30, 46]]
 PATCHES = sum(math.prod(grid) for grid in GRIDS)
 
 
-def _qwen3_vl():  # 4.57 has no default for what MROPE3 says
+def _qwen3_vl():  # 4.57 has no defaults for the fields of MROPE3
     return transformers.Qwen3VLConfig(text_config={"head_dim": 64, **models.MROPE3})
 
 
@@ -333,7 +333,7 @@ AT_TRUE_SIZE = [
 @pytest.mark.parametrize(("family", "name"), AT_TRUE_SIZE)
 @torch.no_grad()
 def test_nothing_is_read_at_true_size(family, name):
-    """From pixels to what enters the LLM. The first run may still copy lists of numbers to the device."""
+    """No value is read from the pixels to the LLM's input. The first run may copy lists of numbers to the device."""
     method, options, _ = METHODS[name]
     model, pixels, call = at_true_size(family)
     with prune(model, method, **options) as pruning:
@@ -349,7 +349,7 @@ def test_nothing_is_read_at_true_size(family, name):
 @pytest.mark.parametrize("family", models.FAMILIES)
 @torch.no_grad()
 def test_the_models_own_forward_reads(family):
-    """The control: meta tensors have no values."""
+    """Control: the model's own forward reads values, which meta tensors do not have."""
     model, _, call = at_true_size(family)
     inputs = {name: value.to("meta") for name, value in call.arguments.items()}
     ids = torch.zeros(1, 4000, dtype=torch.long, device="meta")

@@ -1,4 +1,4 @@
-"""Every way of running a pruned model answers what plain greedy steps, or the oracle, answer."""
+"""Every way of running a pruned model gives the logits of the oracle, or of plain greedy decoding."""
 
 import copy
 
@@ -23,7 +23,7 @@ def close(actual, expected, tolerance: float = 2e-5) -> None:
 
 
 def batches(family: str) -> list[models.Prompt]:
-    """One picture; two and a longer text; none."""
+    """Prompts with one image, with two images and a longer text, and without an image."""
     return [
         models.prompt_of(family, 1, seed=1),
         models.prompt_of(family, 2, seed=6, before=7),
@@ -80,7 +80,7 @@ def test_sampling_returns_several_sequences(family, device):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", MOST)
 def test_prompt_lookup(family, attention, device):
-    """Drafts share forwards with the prompt and are taken back from the cache; the answer is the greedy one."""
+    """Drafts share forwards with the prompt, and rejected drafts leave the cache; the answer is the greedy one."""
     model = models.shared(family, attention, device)
     prompt = models.prompt_of(family, 1, seed=5)
     prompt.ids += models.words(3, 7) * 4  # something to look up
@@ -95,7 +95,7 @@ def test_prompt_lookup(family, attention, device):
 
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_without_a_cache(family, device):
-    """Every step encodes and selects again, on the same prompt."""
+    """With use_cache=False every step encodes and selects again, with the same prompt."""
     model = models.shared(family, "sdpa", device)
     prompts = batches(family)[:2]
     with apply_sts(model, CONFIG):
@@ -165,7 +165,7 @@ def test_right_padding(family, config, device):
 
 
 def test_a_ragged_second_turn(device):
-    """New tokens of a later turn may be padded too."""
+    """The new tokens of a later turn may be padded."""
     model = models.shared("llava", "sdpa", device)
     prompts = batches("llava")[:2]
     turns = [models.words(2, 5), models.words(4, 6)]
@@ -202,7 +202,7 @@ def test_a_ragged_second_turn(device):
 
 
 def test_prompt_length_names_the_query(device):
-    """A forward over prompt and answer together, as for the likelihood of an answer."""
+    """prompt_length marks the query token in a forward over prompt and answer, as for an answer's likelihood."""
     model = models.shared("llava", "sdpa", device)
     prompt, answer = batches("llava")[1], models.words(4, 9)
     whole = copy.copy(prompt)
@@ -262,7 +262,7 @@ def test_a_reset_cache_starts_over():
 
 
 def test_a_copied_cache_continues():
-    """One prompt, two answers."""
+    """A deep copy of a pruned cache continues with the same logits as the original."""
     model = models.shared("llava")
     prompts = batches("llava")[:2]
     with apply_sts(model, CONFIG), torch.no_grad():
@@ -322,7 +322,7 @@ def test_anchors_and_scopes(family, scope, anchor, device):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_saliency_is_the_attention_of_the_class_token(attention):
-    """Against the weights that the library returns under eager attention."""
+    """The anchor is the token with the largest [CLS] attention, as the library returns it under eager attention."""
     model = models.shared("llava", attention)
     inputs = models.batch(model, [models.prompt_of("llava", 1, seed=1)])
     with torch.no_grad():
@@ -359,7 +359,7 @@ def test_answers_of_different_lengths(family, device):
 
 
 def test_a_ragged_second_turn_token_by_token(device):
-    """A loop by hand whose mask leaves out a new column."""
+    """A manual decoding loop whose mask excludes a new column."""
     model = models.shared("llava", "sdpa", device)
     prompt = batches("llava")[0]
     inputs = models.batch(model, [prompt])

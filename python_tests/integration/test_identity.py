@@ -1,4 +1,4 @@
-"""Where nothing is to be pruned nothing changes, to the bit; and removing the handle restores the model."""
+"""Where nothing is to be pruned, outputs stay bit-equal; removing the handle restores the model."""
 
 import functools
 
@@ -51,7 +51,7 @@ def test_text_only_prompts_are_bit_equal(family, device):
 
 
 def footprint(model) -> dict:
-    """Everything that hooks and overrides could leave behind."""
+    """Hook counts, attribute names and the config's identity of every module: possible traces of pruning."""
     tables = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
     out = {}
     for name, module in model.named_modules():
@@ -120,7 +120,10 @@ def test_an_error_in_a_forward_leaves_nothing_behind():
 
 
 def test_default_layers():
-    """The paper's 16 for LLaVA models and 14 for Qwen2.5-VL, half the layers elsewhere and in LLMs too shallow."""
+    """Default prune layer: the paper's 16 for LLaVA models and 14 for Qwen2.5-VL.
+
+    Half the layers for other families, and for LLMs too shallow for the paper's number.
+    """
     of_32 = {family.name: STSConfig(budget=8).plan(32, family.prune_layer).prune_layer for family in ADAPTERS}
     assert of_32 == dict.fromkeys(
         ("LLaVA-1.5", "LLaVA-NeXT", "Video-LLaVA", "Qwen2-VL", "Qwen3-VL", "InternVL"), 16

@@ -25,7 +25,7 @@ PACKAGE = os.path.dirname(integration.__file__)
 
 
 class Interrupt(BaseException):
-    """As KeyboardInterrupt: torch's hooks for errors do not run."""
+    """No Exception, like KeyboardInterrupt: torch does not run its always_call hooks."""
 
 
 def logits(model, prompts, tokens: int = 2, **options) -> torch.Tensor:
@@ -64,7 +64,7 @@ def test_construction_that_fails_half_way(module, error, monkeypatch):
 def interrupted(call, at: int) -> int:
     """Raises Interrupt before the `at`-th line that the integration executes -> lines executed.
 
-    Not before a `with`: it is a line once more on the way out, where Python lets no signal come before the exit.
+    Never before a `with`: the trace reports its line again on leaving, where Python handles no signal before __exit__.
     """
     count = 0
 
@@ -91,7 +91,10 @@ def interrupted(call, at: int) -> int:
 
 @pytest.mark.parametrize(("family", "anchor"), [("llava", "mean"), ("qwen3_vl", "saliency")])
 def test_an_interrupt_at_any_line(family, anchor, monkeypatch):
-    """Of construction, a prompt, decoding and removal. remove() restores the model, where the handle was lost too."""
+    """Interrupts in construction, a prompt, decoding and removal: remove() restores the model.
+
+    Where the handle was lost, remove_pruning() restores it.
+    """
     monkeypatch.setattr(cudnn, "concerns", lambda x: True)
     model, prompts, handles = models.build(family), rows(family), []
     plain, before = logits(model, prompts), footprint(model)
@@ -175,7 +178,7 @@ def test_a_lost_handle():
 
 
 def in_threads(*calls) -> list:
-    """Runs them at the same time -> results or exceptions."""
+    """Runs the calls at the same time -> results or exceptions."""
     results, barrier = [None] * len(calls), threading.Barrier(len(calls))
 
     def run(index, call):
@@ -202,7 +205,7 @@ def in_threads(*calls) -> list:
     ("family", "attention"), [("llava", "sdpa"), ("qwen2_5_vl", "eager"), ("internvl", flash.NAME)]
 )
 def test_threads_on_one_model(family, attention, monkeypatch):
-    """Each answers as alone, or is refused: prompts of other lengths, one without pictures, and a batch."""
+    """Each thread answers as alone, or is refused: prompts of several lengths, one without images, and a batch."""
     monkeypatch.setattr(cudnn, "concerns", lambda x: True)
     model = flash.use(models.build(family)) if attention == flash.NAME else models.build(family, attention)
     prompts = [[models.prompt_of(family, n, seed=n, before=4 + n)] for n in (1, 2, 0)] + [rows(family)]
@@ -210,7 +213,7 @@ def test_threads_on_one_model(family, attention, monkeypatch):
         alone = [logits(model, p, 6) for p in prompts]
         calls = [lambda p=p: [logits(model, p, 6) for _ in range(3)] for p in prompts]
         for want, got in zip(alone, in_threads(*calls), strict=True):
-            if isinstance(got, Exception):  # the model keeps rotary positions of a prompt
+            if isinstance(got, Exception):  # the model itself stores a prompt's rotary positions
                 assert family == "qwen2_5_vl"
                 assert "run one generate() at a time" in str(got)
                 continue
@@ -253,7 +256,7 @@ def test_removal_while_another_thread_decodes():
 
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_a_deep_copy_is_a_plain_model(family):
-    """With its own weights, and it does not keep the original alive."""
+    """A deep copy is not pruned, has its own weights, and does not keep the original alive."""
     model, prompts = models.build(family), rows(family)
     plain = logits(model, prompts)
     with apply_sts(model, STSConfig(keep=10, keep_after=4, prune_layer=3, anchor="saliency")):
@@ -279,7 +282,7 @@ def test_a_deep_copy_is_a_plain_model(family):
 
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:torch.quantize_per_tensor")
 def test_quantisation_of_an_active_model():
-    """It copies the model and replaces the linear layers of the copy."""
+    """quantize_dynamic copies the model and replaces the copy's linear layers: the copy is not pruned."""
     model, prompts = models.build("llava"), rows("llava")
     quantize = torch.ao.quantization.quantize_dynamic
     want = logits(quantize(model), prompts)
@@ -309,7 +312,7 @@ def test_data_parallel_replicas_are_refused():
         one_sentence(e)
 
 
-# --- other objects than the one given ---
+# --- wrappers and base models ---
 
 
 def lora(model):
@@ -325,7 +328,7 @@ OPTIONS = {"no cache": {"use_cache": False}, "drafts": {"prompt_lookup_num_token
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("given", ["base model", "wrapper", "adapter", "inside an adapter"])
 def test_the_prompt_ends_where_generate_says(given, options):
-    """Whoever's generate() is called, and whatever apply_sts was given: the query of stage 2 is the prompt's last."""
+    """Stage 2's query is the prompt's last token, whichever object apply_sts was given or runs generate()."""
     model = models.build("llava")
     prompt = models.prompt_of("llava", 1, seed=5)
     prompt.ids += models.words(3, 7) * 4
@@ -363,7 +366,7 @@ def test_an_adapter_added_while_active(family):
 
 
 def test_a_projector_trained_by_an_adapter():
-    """peft copies the module, hooks and all; the copy is the one that runs."""
+    """peft copies the projector with its hooks, and runs the copy: pruning still applies."""
     peft = pytest.importorskip("peft")
     model, prompts = models.build("llava"), rows("llava")
     config = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["multi_modal_projector"])
@@ -373,7 +376,7 @@ def test_a_projector_trained_by_an_adapter():
         torch.testing.assert_close(logits(adapted, prompts), want, rtol=0, atol=1e-4 * want.abs().max().item())
 
 
-# --- defaults of the user's ---
+# --- the user's default device and dtype ---
 
 
 @pytest.mark.parametrize("scope", ["image", "crop"])
@@ -408,7 +411,7 @@ def test_default_device_and_dtype(family, scope):
 
 
 def test_a_hook_that_another_thread_takes_off():
-    """torch then calls it as one that wants no keyword arguments."""
+    """torch then calls the hook without keyword arguments: it returns None."""
     with apply_sts(models.shared("llava"), CONFIG):
         layer = models.shared("llava").model.language_model.layers[0]
         (hook,) = layer._forward_pre_hooks.values()

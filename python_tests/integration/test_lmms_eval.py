@@ -1,4 +1,4 @@
-"""lmms-eval's models, pruned: against stand-ins for lmms-eval's classes. bench/eval_check.sh runs lmms-eval itself."""
+"""Pruned models of lmms-eval, with stand-ins for lmms-eval's classes. bench/eval_check.sh runs lmms-eval itself."""
 
 import subprocess
 import sys
@@ -20,7 +20,7 @@ class Manifest:
 
 
 class Theirs:
-    """As lmms-eval's classes: no unknown arguments, and an exception of generate() is an empty answer."""
+    """Like lmms-eval's classes: unknown arguments are refused, and an exception of generate() is an empty answer."""
 
     is_simple = False
 
@@ -44,7 +44,7 @@ class Theirs:
 
 @pytest.fixture
 def theirs(monkeypatch):
-    """lmms_eval as far as it is used."""
+    """A stand-in for the modules of lmms_eval that are used."""
     registry = types.ModuleType("lmms_eval.models.registry_v2")
     registry.ModelManifest = Manifest
     found = {"lmms_eval.models.registry_v2": registry}

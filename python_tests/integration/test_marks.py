@@ -13,8 +13,11 @@ CONFIG = STSConfig(keep=10, keep_after=4, prune_layer=3)
 
 
 def merged(model, prompts) -> dict:
-    """Inputs of a forward as a caller makes them that encodes the pictures and merges them into the embeddings. Whole
-    prompts as the base model merges them: their values do not matter to the test, their marks and positions do."""
+    """Inputs of a caller that encodes the images and merges the features into the embeddings.
+
+    The embeddings are those that the base model merges. The test depends on their marks and positions, not on their
+    values.
+    """
     inputs, seen = models.batch(model, prompts), []
     text = model.model.language_model
 
@@ -52,7 +55,7 @@ def test_merged_embeddings_are_pruned(family):
         assert got.isfinite().all()
         if family != "qwen3_vl":  # deepstack features do not go in by embeddings
             assert torch.equal(got[:, -1], want[:, -1])
-            direct = model.lm_head(model.model.language_model(**inputs)[0])  # past the base model
+            direct = model.lm_head(model.model.language_model(**inputs)[0])  # bypasses the base model
             assert torch.equal(direct[:, -1], want[:, -1])
         beams = model.generate(**inputs, num_beams=2, max_new_tokens=3) if family.startswith("llava") else None
         assert beams is None or beams.shape[0] == len(prompts)

@@ -37,7 +37,7 @@ QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 LLAVA = ("llava", "llava_next", "video_llava")
 
 
-# --- what each method keeps of a pool, slowly ---
+# --- slow references: the tokens of a pool that each method keeps ---
 
 
 def farthest(distance: torch.Tensor, first: int, keep: int) -> list[int]:
@@ -347,7 +347,7 @@ def test_generation_is_the_oracles(family, name, device):
 @pytest.mark.parametrize("name", ["pyramiddrop", "sts at a set of layers", "polymorphic", "sparsevlm", "dart"])
 @pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl"])
 def test_other_ways_of_running(family, name, device):
-    """Several cuts, and positions of their own: no cache, drafts, beams, a later turn on the returned cache."""
+    """Several cuts and renumbered positions: without a cache, with drafts, with beams, in a later turn."""
     case, model = CASES[name], models.shared(family, "sdpa", device)
     for seed in range(4, 20):
         prompt = models.prompt_of(family, 2, seed=seed)
@@ -360,7 +360,7 @@ def test_other_ways_of_running(family, name, device):
             one, options = models.prompt_of(family, 1, seed=seed), {"num_beams": 3, "output_logits": False}
             beams = models.generate(model, [one, one], 3, output_scores=True, **options)
             single = models.generate(model, [one], 3, output_scores=True, **options)
-            # The later turn last, and behind its first: Qwen-VL keeps the positions of the last prompt on the model.
+            # The later turn runs last, right after its first turn: Qwen-VL's model stores the last prompt's positions.
             plain = models.generate(model, [prompt], 8, eos_token_id=[99])
             talk = models.Prompt([*plain.sequences[0].tolist(), *more])
             inputs = models.batch(model, [talk]) | {models.CACHE: output_cache(plain), "max_new_tokens": 2}
@@ -384,7 +384,7 @@ def test_other_ways_of_running(family, name, device):
         torch.testing.assert_close(beams.sequences_scores[row], single.sequences_scores[0], rtol=1e-4, atol=1e-4)
 
 
-# name: family, case, module, what the code says, what the mistake would say
+# name: family, case, module, source text, mutated text
 MUTANTS = {
     "the layer before, not the next": (
         "llava",
@@ -494,7 +494,7 @@ def test_every_method_of_the_package_is_here():
     assert {case.method or name for name, case in CASES.items()} == shipped
 
 
-# --- seams that no method above goes through, by methods of the test's own ---
+# --- code paths that no method above uses, through methods defined here ---
 
 
 @dataclass(frozen=True)
@@ -518,7 +518,7 @@ class MergingBehind(Merging):
 @pytest.mark.parametrize("method", [Merging(), MergingBehind()], ids=["encoder", "projected"])
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_merged_rows_go_into_the_slots(family, method, device):
-    """The LLM gets, at the places of the first k tokens, the projection of the mean, or the mean of the projections."""
+    """Each of the first k tokens becomes the projection of its slot's mean, or the mean of its slot's projections."""
     model = models.shared(family, "sdpa", device)
     prompt, keep = models.prompt_of(family, 1, seed=2), 4
     if family == "qwen3_vl" and method.site == "encoder":
@@ -535,7 +535,7 @@ def test_merged_rows_go_into_the_slots(family, method, device):
         models.generate(model, [prompt], 1)
         hook.remove()
     features, projected = plain.features[0].double(), plain.outputs[0].double()
-    if family == "llava_next":  # what unpadding discards is merged nowhere
+    if family == "llava_next":  # rows that unpadding discards are merged nowhere
         seen = [int((plain.embeds.double() == row).all(1).any()) for row in projected]
         index = torch.tensor(seen).nonzero()[:, 0]
         features, projected = features[index], projected[index]
@@ -638,7 +638,7 @@ def test_text_without_ids_is_refused():
 
 @dataclass(frozen=True)
 class Rated(Method):
-    """Behind layer 3, by the attention of all text behind the last image."""
+    """A cut at layer 3, scored by the attention of all text after the last image."""
 
     name: ClassVar[str] = "rated"
     paper: ClassVar[str] = "none"
@@ -674,7 +674,7 @@ def test_raters(family, device):
 
 
 def test_states_are_compared_behind_the_final_norm():
-    """Its scales matter: cosines of normalised states do not see them as long as they are all 1."""
+    """The norm's scales must not all be 1: cosines of states before and after the norm would be equal."""
     model = models.build("llava")
     scales = torch.rand(model.config.text_config.hidden_size, generator=torch.Generator().manual_seed(0)) ** 4
     model.model.language_model.norm.weight.data.copy_(4 * scales)
@@ -692,7 +692,7 @@ def test_states_are_compared_behind_the_final_norm():
 
 @pytest.mark.parametrize("name", ["polymorphic", "sparsevlm", "dart"])
 def test_a_prompt_that_ends_with_its_image_is_refused(name):
-    """These methods go by the text behind it. A prompt of which nothing is dropped needs none."""
+    """These methods score by the text after the image. A prompt of which nothing is dropped needs no such text."""
     model, case = models.shared("llava"), CASES[name]
     prompt, plain = models.prompt_of("llava", 1, seed=3), models.prompt_of("llava", 0, seed=1)
     prompt.ids = prompt.ids[: max(i for i, token in enumerate(prompt.ids) if token == models.IMAGE) + 1]
@@ -773,7 +773,7 @@ def test_bad_relevance(relevance, error, match):
 
 
 def test_relevance_that_is_given_in_advance():
-    """A tensor for all images, or one for each, is as the function that returns it; and the text's cosines are one."""
+    """A tensor for all images, a tensor for each and a function give equal logits; by="text" gives others."""
     model, prompt = models.shared("llava"), models.prompt_of("llava", 2, seed=3)
     values = slow.content("image", models.batch(model, [prompt]))
     outs = []

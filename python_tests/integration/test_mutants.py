@@ -1,4 +1,4 @@
-"""Tests of the tests: each of these mistakes must be seen by the comparison with the oracle."""
+"""Mutation tests: the comparison with the oracle must catch each of these mistakes."""
 
 import contextlib
 import importlib
@@ -69,7 +69,7 @@ def prompts_of(family: str) -> list[models.Prompt]:
 
 
 def forced(model, prompts: list[models.Prompt]) -> torch.Tensor:
-    """(B, steps, V): logits after the prompt and after each token but the last of ANSWER, padded on the left."""
+    """Teacher-forced logits (B, steps, V): after the prompt and each token of ANSWER but the last. Left padding."""
     logits, seen = [], []
     inputs = models.batch(model, prompts)
     mask = inputs["attention_mask"]
@@ -110,7 +110,7 @@ def disagreement(family: str, model=None) -> float:
     )
 
 
-# name: family, module, what the code says, what the mistake would say
+# name: family, module, source text, mutated text
 MUTANTS = {
     "wrong query token": ("llava", layer_pruning, "key.shape[2] - run.trailing", "key.shape[2] - run.trailing - 1"),
     "acausal scores": ("llava", layer_pruning, "seen = slots &", "seen = ~slots |"),
@@ -213,7 +213,7 @@ def test_mutant_is_caught(name):
 
 
 def test_positions_given_to_flash_attention_are_caught():
-    """Gaps in the positions of a single prompt look like packed sequences to it."""
+    """FlashAttention takes gaps in the positions of a single prompt for packed sequences."""
     model = flash.use(models.build("llava"))
     row = [models.prompt_of("llava", 1, seed=1)]
     with mutated(layer_pruning, "dict(kwargs, position_ids=None)", "dict(kwargs)"), flash.counting() as packed:
@@ -223,7 +223,7 @@ def test_positions_given_to_flash_attention_are_caught():
 
 
 def test_a_cache_that_tells_its_physical_length_is_caught():
-    """generate() slices the next turn's ids by it."""
+    """generate() slices the next turn's ids by the cache's length."""
     model, row = models.shared("llava"), models.prompt_of("llava", 1, seed=1)
 
     def second_turn() -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What is not supported is refused in one sentence, before anything runs."""
+"""Unsupported uses raise an error of one sentence before anything runs."""
 
 import copy
 
@@ -141,7 +141,7 @@ def test_static_caches_with_flash_attention():
 
 
 def test_static_caches_of_a_model_that_pruning_was_not_given():
-    """Its generate() makes masks for one length."""
+    """Only the base model was given to apply_sts: the model's generate() makes masks for a single cache length."""
     model, prompt = models.shared("llava"), models.prompt_of("llava", 1)
     with apply_sts(model.model, CONFIG):
         # Before transformers 5 a static generate() that fails leaves a cache on the model that breaks the next one.
@@ -205,12 +205,12 @@ def test_a_mask_that_is_too_short_for_a_later_turn():
 
 
 def test_a_pruned_cache_outside_the_handle():
-    """It would be continued with masks of the wrong length."""
+    """Without the handle, the cache would be continued with masks of the wrong length."""
     model = models.shared("llava")
     prompt = models.prompt_of("llava", 1)
     with apply_sts(model, CONFIG):
         out = models.generate(model, [prompt])
-    assert output_cache(out).get_seq_length() == out.sequences.shape[1] - 1  # looking is allowed
+    assert output_cache(out).get_seq_length() == out.sequences.shape[1] - 1  # reading the length is allowed
     with pytest.raises(RuntimeError, match="only while the pruning"), torch.no_grad():
         model(input_ids=torch.tensor([[5]]), **{CACHE: output_cache(out)})
 
@@ -230,7 +230,7 @@ def test_features_of_another_batch():
 
 @pytest.mark.parametrize("family", ["llava", "llava_next", "video_llava", "internvl"])  # Qwen-VL itself refuses it
 def test_a_mask_with_holes_in_an_image(family):
-    """The count of a prompt's tokens would be wrong, and tokens of the text would be cut off."""
+    """With such a mask, the prompt's token count would be wrong and text tokens would be cut off."""
     model = models.shared(family)
     inputs = models.batch(model, [models.prompt_of(family, 1, seed=1)])
     first = int((inputs["input_ids"][0] == models.IMAGE).int().argmax())

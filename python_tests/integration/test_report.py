@@ -1,4 +1,4 @@
-"""sts.report against counts of what the layers really ran on, and against the paper's Table 3."""
+"""sts.report against the tokens that the layers ran on, and against the paper's Table 3."""
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ def test_counts(family, device):
 
 
 def test_positions_are_those_of_the_features():
-    """Of a picture that repeats one patch everywhere but at a few places, those are kept."""
+    """In an image of equal patches but a few, the few are kept, and reported at their row and column."""
     model = models.build("llava")
     vision = model.model.vision_tower
     getattr(vision, "vision_model", vision).embeddings.position_embedding.weight.data.zero_()

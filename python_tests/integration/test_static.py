@@ -1,4 +1,4 @@
-"""Static caches: the answers of caches that grow, in decode steps that are compiled whole."""
+"""Static caches: the same answers as with growing caches, in decode steps compiled without graph breaks."""
 
 import copy
 import functools
@@ -48,7 +48,7 @@ def roomy(model, columns: int = 300) -> dict:
 
 
 def next_turn(model, output, more: list[list[int]], tokens: int = 3, mask=None, **options):
-    """The conversation goes on with these words, on the returned cache."""
+    """Continues the conversation with the tokens `more`, on the returned cache."""
     ids = torch.cat([output.sequences, torch.tensor(more, device=output.sequences.device)], 1)
     mask = torch.ones_like(ids) if mask is None else mask
     options = {"max_new_tokens": tokens, "do_sample": False, "output_logits": True, **options}
@@ -64,7 +64,7 @@ def next_turn(model, output, more: list[list[int]], tokens: int = 3, mask=None, 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_every_family(family, attention, device):
-    """A row alone; ragged rows with one picture, two and none."""
+    """A row alone, and ragged rows with one image, two images and none."""
     model = models.shared(family, attention, device)
     prompts = batches(family)
     with prune(model, "sts", keep=KEEP, **SEVERAL):
@@ -93,7 +93,7 @@ def test_every_method(name, device):
 @pytest.mark.parametrize("name", ["pyramiddrop", "sparsevlm", "polymorphic", "sts at a set of layers"])
 @pytest.mark.parametrize("family", ["llava_next", "video_llava", "qwen2_5_vl", "internvl"])
 def test_the_oracle(family, name, device):
-    """Several cuts, tokens numbered anew, recycled and merged ones."""
+    """Several cuts, contiguous positions, recycled and merged tokens."""
     case, model = CASES[name], models.shared(family, "sdpa", device)
     if family not in case.families:
         pytest.skip("refused")
@@ -116,7 +116,7 @@ def test_the_oracle(family, name, device):
 @pytest.mark.parametrize("budget", ["everything", "no images"])
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_bits_of_the_plain_model(family, budget, device):
-    """With its own static cache, at the same length: nothing is pruned."""
+    """Where nothing is pruned, logits are bit-equal to the plain model's, and the static cache has the same length."""
     images = int(budget == "everything")
     for attention in ("sdpa", "eager"):
         model = models.shared(family, attention, device)
@@ -145,7 +145,7 @@ def test_beams_and_several_sequences(family, device):
 
 
 def test_prompt_lookup(device):
-    """Drafts are taken back from the slots. transformers 4 itself takes a growing cache instead, with a warning."""
+    """Rejected drafts leave the slots. transformers 4 itself takes a growing cache instead, with a warning."""
     model, prompt = models.shared("llava", "sdpa", device), models.prompt_of("llava", 1, seed=5)
     prompt.ids += models.words(3, 7) * 4
     options = {"eos_token_id": [99], "prompt_lookup_num_tokens": 3, **STATIC}
@@ -164,7 +164,7 @@ def test_prompt_lookup(device):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize(("family", "name"), [("llava", "pyramiddrop"), ("llava_next", "sts"), ("qwen2_5_vl", "sts")])
 def test_later_turns(family, name, attention, device):
-    """On the returned cache, a long one and one of a single word; the last, and a batch of other lengths, padded."""
+    """Two later turns on the returned cache, of five tokens and of one; for one row, and for a padded ragged batch."""
     model = models.shared(family, attention, device)
     rows = batches(family)[:2]
     for prompts in (rows[:1], rows):
@@ -214,7 +214,7 @@ def compile_config(backend: str = "eager", fullgraph: bool = True):
 
 
 class Graphs:
-    """Compiled since it was asked last."""
+    """Calling it asserts that there was no graph break -> number of graphs compiled since the last call."""
 
     def __init__(self):
         torch._dynamo.reset()
@@ -247,7 +247,10 @@ def graphs():
     ],
 )
 def test_compiled(family, attention, name, graphs):
-    """One graph, no breaks; none more for the next prompt, another length of it, a later turn and the next handle."""
+    """The decode step is one graph without breaks.
+
+    The next prompt, another prompt length, a later turn and the next handle compile no other graph.
+    """
     model = models.build(family, attention)
     prompts = [models.prompt_of(family, 1, seed=1), models.prompt_of(family, 1, seed=1, before=7, after=12)]
     for round in range(2):
@@ -268,7 +271,10 @@ def test_compiled(family, attention, name, graphs):
 
 
 def test_compiled_beside_the_plain_model(graphs):
-    """What nothing is dropped of is compiled whole too, with the plain model's bits. Nobody gets another's graph."""
+    """A prompt that loses no token is compiled without breaks too, bit-equal to the plain model.
+
+    Pruned and plain prompts do not get each other's graphs.
+    """
     model, image, text = models.build("llava"), [models.prompt_of("llava", 1)], [models.prompt_of("llava", 0)]
     plain = [models.logits_of(models.generate(model, p, 3, **compile_config())) for p in (image, text)]
     assert graphs() == 1
@@ -284,7 +290,7 @@ def test_compiled_beside_the_plain_model(graphs):
 
 
 def test_ragged_rows_compiled(graphs):
-    """As the library does it unless told otherwise: breaks would be allowed."""
+    """fullgraph=False, the library's default, allows graph breaks: there are none."""
     model, rows, options = models.build("llava"), batches("llava"), compile_config(fullgraph=False)
     for new in (1, 0):
         with prune(model, "sts", keep=KEEP, **SEVERAL):
@@ -311,7 +317,7 @@ def run(model, prompt, tokens: int = 3, **options):
 
 
 def test_slots_are_used_again():
-    """By the next prompt, where the caller does not keep them; and only the last few are kept."""
+    """The next prompt reuses the slots of a cache that the caller has dropped. Only the last few caches are held."""
     model, prompt = models.build("llava"), models.prompt_of("llava", 1, seed=1)
     run(model, models.prompt_of("llava", 0), 500)  # the library makes static caches of at least this length now
     with apply_sts(model, CONFIG) as sts:
@@ -356,7 +362,7 @@ def test_a_cache_that_outlives_its_handle():
 
 
 def test_a_cache_that_is_reset():
-    """It is the plain one that it was: for prompts without images, and for the next with some."""
+    """After reset() the cache is a plain StaticCache again: prompts with and without images can use it."""
     model, prompt, text = models.build("llava"), models.prompt_of("llava", 1, seed=1), models.prompt_of("llava", 0)
     want = models.logits_of(models.generate(model, [text], 3))
     cache = models.transformers.StaticCache(config=model.config.text_config, max_cache_len=90)
@@ -412,9 +418,9 @@ def test_no_room():
             model(**models.batch(model, [prompt]), **{CACHE: small})
 
 
-# --- tests of the tests ---
+# --- mutation tests ---
 
-# name: module, what the code says, what the mistake would say
+# name: module, source text, mutated text
 MUTANTS = {
     "the first segment's mask for all": (llm_hooks, "segments[prompt.segment_of(layer)]", "segments[0]"),
     "the last segment's mask for all": (llm_hooks, "segments[prompt.segment_of(layer)]", "segments[-1]"),
@@ -433,7 +439,7 @@ MUTANTS = {
 
 
 def answers(**static) -> list[torch.Tensor]:
-    """Of a row and of ragged ones, twice, and of beams."""
+    """Logits of one row and twice of ragged rows, and scores of beams."""
     model, rows, found = models.shared("llava"), batches("llava")[:2], []
     with prune(model, "sts", keep=KEEP, layers=[2, 3], ratios=[9, 4]):
         for prompts in (rows[:1], rows, rows):
@@ -448,7 +454,7 @@ def grown() -> list[torch.Tensor]:
 
 
 def disagreement() -> float:
-    """Between static and growing caches, relative to the largest."""
+    """Largest difference between static and growing caches, relative to the largest value."""
     pairs = zip(answers(**STATIC), grown(), strict=True)
     return max(((a - b).abs().max() / b.abs().max()).nan_to_num(9.0).item() for a, b in pairs)
 
@@ -466,14 +472,14 @@ def test_mutant_is_caught(name):
     assert disagreement() < 1e-5, "the mutation stayed"
 
 
-# --- what is read back in a prompt ---
+# --- read-backs in a prompt ---
 
 
 class HostReads(TorchFunctionMode):
-    """Which modules of the package make the host wait for values of a tensor, in order.
+    """Records the package's modules that make the host wait for values of a tensor, in order of the calls.
 
-    Functions of Python that copy to the host or need a value there. visual_item and the packing of LLaVA-NeXT compute
-    on the host from the start.
+    Watches the Python functions that copy to the host or need a value there. visual_item and the packing of LLaVA-NeXT
+    are not counted: they compute with tensors on the host.
     """
 
     NAMES = ("tolist", "item", "cpu", "numpy", "nonzero", "masked_select", "unique", "__bool__", "__int__", "__index__")
@@ -498,7 +504,7 @@ class HostReads(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-# The one of the prompt; sizes of images, where they come on the device; deepstack features, as in the model's layers.
+# One read-back for the prompt, one for image sizes on the device, and deepstack features, as in the model's own layers.
 READS = {
     "internvl": ["prompt", "prompt"],
     "qwen2_vl": ["qwen_vl", "prompt"],
@@ -510,7 +516,7 @@ READS = {
 @pytest.mark.parametrize("static", [{}, STATIC], ids=["growing", "static"])
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_pruning_reads_back_once_a_prompt(family, static, monkeypatch):
-    """And nothing in the steps that follow; the library reads no more than without pruning."""
+    """Read-backs of prompt and decode steps together are READS. The library reads no more than without pruning."""
     monkeypatch.setattr(_checks, "values_readable", lambda value: False)  # as on a GPU
     model = models.shared(family)
     for rows in (batches(family)[:1], batches(family)):

@@ -22,7 +22,7 @@ CONFIG = STSConfig(keep=10, keep_after=4, prune_layer=3)
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_a_cache_by_either_name(family, name):
-    """A cache that the caller made, and each step on it."""
+    """Both argument names take the caller's cache, in the prompt and in the next step."""
     model = models.shared(family)
     if name not in models.model_arguments(model) and CACHE == "past_key_values":
         pytest.skip(f"transformers {models.transformers.__version__} knows no {name}")
@@ -39,7 +39,7 @@ def test_a_cache_by_either_name(family, name):
 
 
 def by_position(module, arguments: dict, last: str) -> tuple[list, dict]:
-    """The arguments up to `last` without names."""
+    """Arguments up to `last` by position, all others by name."""
     order = list(inspect.signature(module.forward).parameters)
     order = order[: order.index(last) + 1]
     return [arguments.get(name) for name in order], {n: v for n, v in arguments.items() if n not in order}
@@ -47,7 +47,7 @@ def by_position(module, arguments: dict, last: str) -> tuple[list, dict]:
 
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_arguments_by_position(family):
-    """Also to the LLM itself, which transformers calls by name."""
+    """The base model takes its arguments by position, and so does the LLM, which transformers calls by name."""
     model = models.shared(family)
     inputs = models.batch(model, [models.prompt_of(family, 1, seed=1)])
     base, text, seen = model.model, model.model.language_model, []
@@ -81,7 +81,7 @@ def test_outputs_as_tuples(family):
 
 @pytest.mark.parametrize("part", ["the base model", "the LLM", "a layer"])
 def test_a_forward_that_pruning_does_not_know(part, monkeypatch):
-    """Refused when STS is applied, and not in the middle of a prompt."""
+    """An unknown signature is refused when STS is applied, not in the middle of a prompt."""
     model = models.build("llava")
     text = model.model.language_model
     module, argument = {

@@ -1,4 +1,4 @@
-"""Around a model that something else has changed: wrappers, torch.compile, accelerate's offload."""
+"""Models that something else has changed: wrappers, torch.compile, accelerate's offload."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ CONFIG = STSConfig(keep=10, keep_after=4, prune_layer=3)
     ],
 )
 def test_compile(what, order):
-    """Graph breaks at the hooks are allowed; the answers are the same."""
+    """Answers are the same under torch.compile; graph breaks at the hooks are allowed."""
     torch._dynamo.reset()
     model = models.build("llava")
     prompts = [models.prompt_of("llava", n, seed=n) for n in (1, 2)]
@@ -50,7 +50,7 @@ def test_compile(what, order):
 @pytest.mark.parametrize("order", ["offloaded first", "applied first"])
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 def test_offload(family, order, device):
-    """Weights that wait on the CPU until their module runs."""
+    """Logits are bit-equal when accelerate offloads the weights to the CPU until their module runs."""
     accelerate = pytest.importorskip("accelerate")
     model = models.build(family, "sdpa", device)
     prompts = [models.prompt_of(family, n, seed=n) for n in (1, 2)]
@@ -67,7 +67,7 @@ def test_offload(family, order, device):
 
 @pytest.mark.parametrize("method", ["pyramiddrop", "fastervlm", "divprune"])
 def test_offload_of_other_methods(method, device):
-    """A cut by the next layer's attention stops that layer's forward half way."""
+    """Offloading works although a cut by the next layer's attention stops that layer's forward half way."""
     accelerate = pytest.importorskip("accelerate")
     model = models.build("llava", "sdpa", device)
     prompts = [models.prompt_of("llava", n, seed=n) for n in (1, 2)]

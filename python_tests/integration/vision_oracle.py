@@ -1,6 +1,6 @@
-"""What the vision encoder pays each feature, and its keys, from scratch in float64.
+"""Attention that each feature receives in the vision encoder, and the features' keys, from scratch in float64.
 
-From the plain model it takes the input of one attention module, that module's projections, and rotary tables.
+Taken from the plain model: the input of one attention module, the module's projections, and the rotary tables.
 """
 
 import copy
@@ -12,7 +12,7 @@ from .models import batch
 
 
 class Signals(NamedTuple):
-    attention: torch.Tensor  # (features,) of [CLS], or of all tokens on average
+    attention: torch.Tensor  # (features,) paid by [CLS], or the mean over all tokens
     keys: torch.Tensor  # (features, D) mean over heads
 
 
@@ -29,8 +29,8 @@ def module_of(model, family: str, kind: str, last: bool = False):
 
 @torch.no_grad()
 def signals(model, family: str, prompt, last: bool = False) -> dict[str, Signals]:
-    """By kind, of the prompt's features in the order in which the projector gets them. last: of the encoder's last
-    layer with all heads as one."""
+    """Signals by kind, of the prompt's features in the projector's order. last: use the encoder's last layer, with all
+    heads as one."""
     kinds = [kind for kind in ("image", "video") if prompt.parts[kind]]
     out = {}
     for kind in kinds:
@@ -50,7 +50,7 @@ def signals(model, family: str, prompt, last: bool = False) -> dict[str, Signals
 
 
 def of_squares(model, family, prompt, kind, module, hidden, kwargs) -> Signals:
-    """Square pictures, each a row with [CLS] in front."""
+    """Square images: each is a batch row, with [CLS] first."""
     heads = module.num_heads
     query, key = (p(hidden).unflatten(-1, (heads, -1)).transpose(1, 2) for p in (module.q_proj, module.k_proj))
     if family == "internvl":
@@ -60,7 +60,7 @@ def of_squares(model, family, prompt, kind, module, hidden, kwargs) -> Signals:
     keys = key.mean(1)
     if family != "video_llava" or (kind == "image" and sum(prompt.parts[kind][0]) % 36 == 0):
         weights, keys = weights[:, 1:], keys[:, 1:]  # [CLS] is no feature
-    if family == "internvl":  # 2 x 2 patches make a feature, which ones says the model
+    if family == "internvl":  # a feature is 2 x 2 patches, grouped by the model's pixel_shuffle
         count = weights.shape[1]
         side = int(count**0.5)
         index = torch.arange(count, dtype=torch.float32).view(1, side, side, 1)
@@ -70,7 +70,7 @@ def of_squares(model, family, prompt, kind, module, hidden, kwargs) -> Signals:
 
 
 def of_groups(model, family, prompt, kind, module, hidden, kwargs) -> Signals:
-    """Qwen-VL: patches of all pictures in one row, frame after frame; 4 in a row make a feature. No [CLS]."""
+    """Qwen-VL: patches of all images in one row, frame after frame; 4 consecutive patches make a feature. No [CLS]."""
     query, key, _ = module.qkv(hidden).unflatten(-1, (3, module.num_heads, -1)).unbind(1)
     cos, sin = (table.cpu().double()[:, None] for table in kwargs["position_embeddings"])
     query, key = (x * cos + rotated(x) * sin for x in (query, key))

@@ -13,8 +13,8 @@ ITEM = 40  # tokens of the longest item
 
 
 def signals(method: Method, device="cpu") -> dict[str, torch.Tensor]:
-    """Random arguments of `select` that the method needs, of an item for each of COUNTS; features alone where it needs
-    none."""
+    """Random arguments of `select` that the method needs, with one item for each of COUNTS. Features alone for a method
+    that needs none."""
     batch, tokens, rng = len(COUNTS), ITEM, torch.Generator().manual_seed(0)
     made = {
         "features": torch.randn(batch, tokens, 24, generator=rng),
@@ -27,7 +27,7 @@ def signals(method: Method, device="cpu") -> dict[str, torch.Tensor]:
 
 
 def parts(value: torch.Tensor, lengths) -> torch.Tensor:
-    """Packed rows of padded ones; text stays one row an item."""
+    """Packs padded rows (B, N, ...) into (sum of lengths, ...)."""
     return torch.cat([value[item, :length] for item, length in enumerate(lengths)])
 
 

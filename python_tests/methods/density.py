@@ -7,9 +7,9 @@ import torch
 
 
 def clusters_of(x, clusters, neighbors):
-    """Centers best first and the cluster of each token of x (N, C); the smallest relative margin of any choice.
+    """-> centers, best first; the cluster of each token of x (N, C); the smallest relative margin of any decision.
 
-    Scores are logarithms, so that densities of any features are told apart.
+    Scores are logarithms: densities of widely spread features would underflow.
     """
     distance = torch.cdist(x.double(), x.double(), compute_mode="donot_use_mm_for_euclid_dist") / x.shape[1] ** 0.5
     near = distance.square().sort(dim=1).values[:, :neighbors].mean(1).tolist()

@@ -1,4 +1,4 @@
-"""Float64 judges of what methods pick. They share no code with the package."""
+"""Float64 checks of the methods' picks. They share no code with the package."""
 
 import math
 
@@ -17,10 +17,10 @@ def cosine_distance(x):
 
 
 def maxmin_error(distance, picks, slack):
-    """Why `picks` are no max-min selection under distance (N, N); "" where they are.
+    """The reason why `picks` are no max-min selection under distance (N, N); "" if they are one.
 
-    Each pick's distance to the picks before it may fall short of the largest there is by `slack` of that, plus
-    `slack` squared.
+    Invariant: nearest >= best * (1 - slack) - slack**2. nearest: distance of a pick to the picks before it; best: the
+    largest such distance of any token left.
     """
     nearest, left = torch.full((len(distance),), math.inf, dtype=torch.float64), torch.ones(len(distance), dtype=bool)
     for step, pick in enumerate(picks):

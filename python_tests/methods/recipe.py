@@ -58,7 +58,7 @@ def features(case, rs):
 
 
 def tensors(case, *arrays):
-    """The arrays as tensors, once their hash is the case's."""
+    """The arrays as tensors; asserts that their hash is the case's."""
     sha = hashlib.sha256()
     for array in arrays:
         sha.update(np.ascontiguousarray(array).astype("<f4").tobytes())

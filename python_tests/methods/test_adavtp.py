@@ -31,7 +31,7 @@ def test_the_reference(case):
 
 
 def walked(x, scores, k, complexity, average, tau_max):
-    """The paper's loop in float64, and whether every decision had a margin."""
+    """Picks of the paper's loop in float64, and whether every decision had a margin."""
     distance, ranked = judge.cosine_distance(x), judge.best_first(scores.tolist(), len(scores))
     left, picks, clear = set(range(len(x))), [], True
     for rank, token in enumerate(ranked, 1):
@@ -71,7 +71,7 @@ def test_the_walk_in_float64(device, complexity, tau_max):
 
 
 def test_simple_images_are_pruned_by_attention_complex_ones_by_diversity(device):
-    """The more directions against the average, the more tokens like a pick are removed."""
+    """The larger the erank against the average, the more tokens similar to a pick are removed."""
     rng = torch.Generator().manual_seed(1)
     x = torch.randn(1, 80, 32, generator=rng)
     x[:, 40:] = x[:, :40] + 0.2 * torch.randn(1, 40, 32, generator=rng)
@@ -85,7 +85,7 @@ def test_simple_images_are_pruned_by_attention_complex_ones_by_diversity(device)
 
 
 def test_a_score_or_a_feature_that_is_no_number(device):
-    """Such tokens come last by index, and add nothing to the erank."""
+    """Tokens with a non-finite score or feature come last, by index, and add nothing to the erank."""
     rng = torch.Generator().manual_seed(2)
     x, scores = torch.randn(1, 20, 8, generator=rng), torch.rand(1, 20, generator=rng)
     finite = [i for i in range(20) if i not in (3, 11)]
@@ -99,7 +99,7 @@ def test_a_score_or_a_feature_that_is_no_number(device):
 
 @pytest.mark.parametrize("complexity", ["erank", "entropy"])
 def test_counts_that_follow_the_image(device, complexity):
-    """K = round(k clip(e / average, 0.8, 1.2)) with the picks of a fixed count, padded and packed."""
+    """K = round(k * clip(e / average, 0.8, 1.2)), and the picks are those of a fixed count, padded and packed."""
     rng = torch.Generator().manual_seed(3)
     lengths, k = [60, 60, 60, 50, 11, 0], 20
     x, scores = torch.randn(6, 60, 24, generator=rng), torch.rand(6, 60, generator=rng) ** 3
@@ -160,7 +160,7 @@ def test_where_it_acts():
 
 
 def test_calibration():
-    """The mean over all images of all batches, of what `space` gives; a method without quartiles has none."""
+    """erank_avg becomes the mean over all images of all batches; complexity="entropy" needs scores."""
     rng = torch.Generator().manual_seed(5)
     images = [torch.randn(2, 20, 16, generator=rng), torch.randn(1, 30, 16, generator=rng)]
     values = torch.cat([analysis.erank(x) for x in images]).double()

@@ -1,4 +1,4 @@
-"""What docs/adding-a-method.md quotes and lists is in the tree."""
+"""Code and files that docs/adding-a-method.md quotes and lists are in the tree."""
 
 import re
 from pathlib import Path

@@ -134,7 +134,7 @@ def test_erank_is_not_centred_and_has_known_values(device):
 
 @pytest.mark.parametrize(("tokens", "channels"), [(576, 1024), (1024, 96)])
 def test_features_of_rank_one_have_erank_one(device, tokens, channels):
-    """A Gram matrix in float32 says 1.5 and more."""
+    """A float32 Gram matrix would give 1.5 and more."""
     x = noise(1, tokens, 1, seed=3) * noise(1, 1, channels, seed=4)
     for rows in (x, noise(1, 1, channels).expand(1, tokens, channels)):
         assert analysis.erank(rows.to(device)).item() == pytest.approx(1, rel=0.01)
@@ -171,13 +171,13 @@ def test_equal_scores_and_equal_tokens(device):
     assert analysis.quartile_shares(same, 0.25).tolist() == [[1, 0, 0, 0]]
     assert analysis.knn_consistency(noise(1, 8, 4).to(device), same, 3).isnan().all()
     scores = torch.arange(8.0, device=device)[None]
-    # Token 0 takes 1 and 2, token 1 takes 0 and 2, all others 0 and 1.
+    # Neighbours: 1 and 2 of token 0, 0 and 2 of token 1, 0 and 1 of all others.
     value = analysis.knn_consistency(torch.ones(1, 8, 4, device=device), scores, 2).item()
     assert value == pytest.approx(1 - (7 * 0.5 + 1) / 8 / spread(list(range(8))))
 
 
 def test_neighbours_of_equal_tokens_are_the_lowest(device):
-    """Of 7 copies of 9 tokens in turn, all neighbours of a token at k = 6 are its copies, at k = 3 the first others."""
+    """9 tokens, repeated 7 times: a token's 3 neighbours are the copies of lowest index."""
     x, scores = noise(9, 13, seed=14).repeat(7, 1), attention(63, seed=15)
     local = []
     for i in range(63):
@@ -206,7 +206,7 @@ CALLS = {
 def test_a_ragged_item_is_as_alone(device, name):
     counts = [40, 9, 5, 3]
     x, scores = noise(4, 40, 12, seed=7), attention(4, 40, seed=8)
-    for item, count in enumerate(counts):  # whatever lies in the padding
+    for item, count in enumerate(counts):  # non-finite padding
         x[item, count:] = torch.nan
         scores[item, count:] = torch.inf
     x, scores = x.to(device), scores.to(device)
@@ -269,7 +269,7 @@ def test_minus_one_in_an_order_is_no_pick(device):
 
 
 def test_without_a_sync(cuda):
-    """All but erank, whose eigenvalues synchronise."""
+    """No analysis synchronises but erank, whose eigenvalues do."""
     x, scores, counts = noise(2, 30, 8).to(cuda), attention(2, 30).to(cuda), torch.tensor([30, 12], device=cuda)
     torch.cuda.set_sync_debug_mode("error")
     try:

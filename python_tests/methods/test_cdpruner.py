@@ -16,7 +16,7 @@ def unit(x):
 
 @pytest.mark.parametrize("case", recipe.cases("cdpruner"), ids=recipe.label)
 def test_the_official_code(case):
-    """Batches: an item is as alone. The official code scales relevance over the whole batch."""
+    """An item's picks do not depend on its batch, although the official code scales relevance over the whole batch."""
     rs = recipe.start(case)
     batch = case["batch"]
     if case["recipe"] == "normal":
@@ -38,7 +38,7 @@ def test_the_official_code(case):
 
 
 def gains(kernel, picks):
-    """Of each pick: its gain in determinant, and the largest gain there was."""
+    """For each pick: its gain in determinant, and the largest gain of any token left."""
     for step, pick in enumerate(picks):
         held = picks[:step]
         block = kernel[held][:, held]
@@ -62,7 +62,7 @@ def test_greedy_in_float64(device):
 
 
 def test_relevance_is_scaled_over_an_items_own_tokens(device):
-    """Not over the batch, padding, or tokens that are no numbers."""
+    """Other items, padding and NaN tokens do not change the scale."""
     rng = torch.Generator().manual_seed(1)
     x, relevance = torch.randn(2, 30, 16, generator=rng).to(device), torch.rand(2, 30, generator=rng).to(device)
     method = methods.create("cdpruner")

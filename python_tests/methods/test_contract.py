@@ -1,4 +1,4 @@
-"""What every selection promises, whatever the method selects by. A new method is tested by its name alone."""
+"""The contract of every selection, whatever the method's signals. A new method is tested by its name alone."""
 
 import math
 
@@ -45,7 +45,7 @@ def test_picks_are_distinct_and_in_range(name, k, device):
 
 @pytest.mark.parametrize("name", SELECTING)
 def test_an_item_is_the_same_in_any_batch_padded_or_packed(name, device):
-    """Bit for bit, whatever the padding holds; an item of n tokens is as with k = min(k, n)."""
+    """Bit-equal, whatever the padding holds; an item of n tokens is as with k = min(k, n)."""
     method, k = methods.create(name), 16
     given, lengths = signals(method, device=device), list(COUNTS)
     for item, count in enumerate(COUNTS):
@@ -128,7 +128,7 @@ def test_values_that_are_no_numbers_come_last(name, device):
 
 @pytest.mark.parametrize("name", SELECTING)
 def test_any_dtype_and_stride(name, device):
-    """A 16-bit input is as its float32 copy, a strided one as its contiguous copy; nothing asks for a gradient."""
+    """A 16-bit input selects as its float32 copy, a strided one as its contiguous copy. No output requires grad."""
     method = methods.create(name)
     given = signals(method, device=device)
     for dtype in (torch.float16, torch.bfloat16):
@@ -146,7 +146,7 @@ def test_any_dtype_and_stride(name, device):
 
 
 class Readbacks(torch.utils._python_dispatch.TorchDispatchMode):
-    """Counts what would wait for a GPU: values, and sizes that depend on them, read back to the host."""
+    """Records the ops that would make the host wait for a GPU: reads of values, and of sizes that depend on values."""
 
     NAMES = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal", "unique", "unique_dim")
 
@@ -176,7 +176,7 @@ def run_all_ways(method: Method, given: dict, counts: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("name", SELECTING)
 def test_nothing_is_read_back(name, monkeypatch):
-    """A meta tensor has no values: whatever reads one fails. On the CPU a dispatch mode looks on; the checks of values
+    """On meta tensors every read of a value fails. On the CPU a dispatch mode records the reads; the checks of values
     that only the CPU makes are off."""
     method = methods.create(name)
     given = signals(method)
@@ -192,7 +192,7 @@ def test_nothing_is_read_back(name, monkeypatch):
 
 @pytest.mark.parametrize("name", SELECTING)
 def test_nothing_syncs(name, cuda):
-    """CUDA's own word on the same. The eigenvalues of erank synchronise inside torch."""
+    """No selection raises under CUDA's sync debug mode. adavtp runs without erank, whose eigenvalues sync in torch."""
     method = methods.create(name, **({"complexity": "entropy"} if name == "adavtp" else {}))
     given, counts = signals(method, device=cuda), torch.tensor(COUNTS, device=cuda)
     run_all_ways(method, given, counts)
@@ -211,7 +211,7 @@ def test_the_gpu_picks_what_the_cpu_picks(name, cuda):
     want = method.select(k=16, num_tokens=counts, **given).order
     got = method.select(k=16, num_tokens=counts.to(cuda), **{n: v.to(cuda) for n, v in given.items()}).order
     assert torch.equal(got.cpu(), want)
-    counts[1], counts[2] = -1, ITEM + 1  # out of range: unread on a GPU, such an item comes out as -1
+    counts[1], counts[2] = -1, ITEM + 1  # out of range: a GPU does not check counts, and the item's output is -1
     got = method.select(k=16, num_tokens=counts.to(cuda), **{n: v.to(cuda) for n, v in given.items()}).order.cpu()
     want[[1, 2]] = -1
     assert torch.equal(got, want)
@@ -219,7 +219,10 @@ def test_the_gpu_picks_what_the_cpu_picks(name, cuda):
 
 @pytest.mark.parametrize("name", [name for name in SELECTING if name != "sts"])
 def test_counts_out_of_range_that_nobody_reads(name, monkeypatch):
-    """As on a GPU: such an item comes out as -1 throughout, the others as ever. The ops have tests of their own."""
+    """Without the check of counts, as on a GPU: the output of such an item is -1, other items do not change.
+
+    The ops have their own tests.
+    """
     method = methods.create(name)
     given, counts = signals(method), torch.tensor(COUNTS)
     want = method.select(k=16, num_tokens=counts, **given).order

@@ -11,7 +11,7 @@ from . import recipe
 
 
 def by_hand(state, text_state, norms, text_norms, k, pivots=(4, 4)):
-    """The exact variant, one token at a time: visual places that stay, in the order picked."""
+    """The exact variant, one token at a time: indices of kept visual tokens, in pick order."""
     rank = lambda values, n: sorted(range(len(values)), key=lambda i: (-values[i], i))[:n]  # noqa: E731
     chosen = rank(norms.tolist(), min(pivots[0], k))
     acting = [state[i] for i in sorted(chosen)] + [text_state[i] for i in sorted(rank(text_norms.tolist(), pivots[1]))]
@@ -27,7 +27,7 @@ def by_hand(state, text_state, norms, text_norms, k, pivots=(4, 4)):
 
 @pytest.mark.parametrize("case", recipe.cases("dart"), ids=recipe.label)
 def test_the_official_code(case, device):
-    """Its picks with its own counts and orders of the pivots, and the variant that keeps the count asked for."""
+    """Picks with the official counts and pivot orders, and picks of the variant that keeps exactly k tokens."""
     (start, stop), rs = case["visual"], recipe.start(case)
     length = stop + case["text"]
     state = recipe.normal(rs, 1, length, case["D"])

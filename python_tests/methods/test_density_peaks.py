@@ -18,7 +18,7 @@ CASES = [case for case in recipe.cases("sparsevlm") if "clusters" in case]
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['recipe']}-{case['N']}-{case['clusters']}")
 def test_the_official_code(case, device):
-    """Its `cluster_and_merge`: centers, clusters, sizes, means."""
+    """`cluster_and_merge` of the official code: centers, clusters, sizes, means."""
     (x,) = recipe.tensors(case, recipe.features(case, recipe.start(case)))
     x = x[None].to(device)
     centers, assignment = density_peaks(x, case["clusters"])
@@ -32,7 +32,7 @@ def test_the_official_code(case, device):
 
 @pytest.mark.parametrize("spread", ["as it is", "wide", "narrow", "far away", "massive channels"])
 def test_the_float64_oracle(spread, device):
-    """Unseen seeds; every input whose choices have a margin."""
+    """Seeds that the vectors do not use; only inputs whose decisions all have a margin are compared."""
     compared = 0
     for seed in range(60):
         rs, size = np.random.RandomState(1000 + seed), (1, 2, 7, 40, 61)[seed % 5]
@@ -105,7 +105,7 @@ def test_bad_values_are_no_centers_and_in_no_cluster(device):
 
 
 def test_half_precision_far_from_the_origin(device):
-    """Almost all tokens equal, and one away from them: divided by their spread they would overflow."""
+    """All tokens but one are equal: division by their spread would overflow."""
     x = torch.full((1, 64, 16), 1000.0, device=device, dtype=torch.float16)
     x[0, 7, 3] += 1
     centers, assignment = density_peaks(x, 2)

@@ -1,4 +1,4 @@
-"""DivPrune: vectors of the official code, greedy steps in float64, and what the official code gets wrong."""
+"""DivPrune: vectors of the official code, greedy steps in float64, and errors of the official code."""
 
 import math
 
@@ -52,11 +52,11 @@ def test_equal_tokens_are_not_repeated(device):
 
 def test_a_zero_row_has_cosine_0(device):
     x = torch.randn(64, 32, generator=torch.Generator().manual_seed(31)).abs()
-    x[7] = 0  # all others are alike: it is the loneliest
+    x[7] = 0  # all other cosines are positive: row 7 has the furthest nearest neighbour
     order = DIVPRUNE.select(k=16, features=x[None].to(device)).order[0]
     assert order[0] == 7
     check(x, order.cpu())
-    x[9] = 0  # a second one is at distance 1 from the first, not 0
+    x[9] = 0  # a second zero row is at distance 1 from the first, not 0
     check(x, DIVPRUNE.select(k=16, features=x[None].to(device)).order[0].cpu())
 
 

@@ -1,4 +1,4 @@
-"""FasterVLM: vectors of the official code, sorting by hand, ties, values that are no numbers."""
+"""FasterVLM: vectors of the official code, sorting by hand, ties, non-finite values."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""FasterVLM + DivPrune: attention first, then greedy max-min steps from it in float64, shares that follow the erank."""
+"""FasterVLM + DivPrune: picks by attention, then greedy max-min steps in float64; shares that follow the erank."""
 
 import math
 
@@ -11,7 +11,7 @@ from . import judge
 
 
 def check(x, scores, order, k, attended):
-    """Asserts that `order` is `attended` tokens by attention, then a max-min selection from those on."""
+    """Asserts that `order` is `attended` tokens by attention, then a max-min selection that starts from them."""
     best = judge.best_first(scores.tolist(), len(scores))
     if k >= len(x):
         assert order == best
@@ -55,7 +55,7 @@ def test_greedy_in_float64(device, mixing):
 
 
 def test_the_attended_tokens_are_no_neighbours_picked_again(device):
-    """Two directions, one attended: the first diverse pick is of the other one. Twins of picks come last."""
+    """Two directions, attention on the first: the first diverse pick has the other direction. Copies come last."""
     x = torch.tensor([[1.0, 0.0]] * 4 + [[0.0, 1.0]] * 4, device=device)[None]
     scores = torch.tensor([[8.0, 7, 6, 5, 4, 3, 2, 1]], device=device)
     order = methods.create("fastervlm_divprune").select(k=4, features=x, scores=scores).order

@@ -44,7 +44,7 @@ def test_half_without_a_budget():
 
 
 def test_the_least_budget():
-    """36 tokens are the average of layers 0 and 1 alone: the refusal's own number is the least that works."""
+    """Layers 0 and 1 alone average 36 tokens: the error names the smallest budget that works."""
     plan = methods.create("fastv").plan(Budget(budget=36), 32)
     with pytest.raises(ValueError, match="fastv: budget must be at least 37 of an image's 576 tokens, 2 of 32 layers"):
         plan.cuts[0].keep([576])

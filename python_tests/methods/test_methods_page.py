@@ -1,4 +1,4 @@
-"""docs/methods.md has every method, where the code says it acts."""
+"""docs/methods.md lists every method, at the site that the code names."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What every method says about itself, and the plan it makes of a budget. A new method is tested by its name alone."""
+"""Every method's description, and its plan for a budget. A new method is tested by its name alone."""
 
 import pickle
 
@@ -65,7 +65,7 @@ def test_bad_budgets(name):
 def test_it_describes_itself(name):
     about, method = methods.describe(name), methods.create(name)
     assert about["name"] == method.name == name
-    assert ", arXiv " in about["paper"] or about["paper"].endswith(", ICLR 2026 submission")  # of one without a number
+    assert ", arXiv " in about["paper"] or about["paper"].endswith(", ICLR 2026 submission")  # no arXiv number
     assert about["site"] in ("encoder", "projected", None)
     assert set(about["signals"]) <= set(ARGUMENTS)
     assert (about["scope"] in ("image", "crop"), about["positions"] in ("original", "contiguous")) == (True, True)

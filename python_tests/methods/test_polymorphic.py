@@ -21,7 +21,7 @@ SCHEDULES = json.loads((recipe.VECTORS / "polymorphic.json").read_text())["sched
 
 @pytest.mark.parametrize("case", recipe.cases("polymorphic"), ids=lambda case: str(case["seed"]))
 def test_the_reference(case, device):
-    """Stage 1 whole; of stage 2 the raters and the best aligned tokens."""
+    """All of stage 1; the raters and the best aligned tokens of stage 2."""
     rs = recipe.start(case)
     arrays = recipe.clustered(rs, 1, case["N"], case["C"])[0], recipe.positive(rs, case["N"])
     given = recipe.tensors(case, *arrays, recipe.normal(rs, 40, 16), recipe.normal(rs, 12, 16))
@@ -60,7 +60,7 @@ def test_the_split_of_the_paper():
     assert [methods.create("polymorphic", retained=0.0).split(k) for k in (1, 9)] == [0, 0]
 
 
-# --- numbers ---
+# --- token counts ---
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: str(schedule["layers"]))
@@ -152,7 +152,7 @@ def test_bad_options(options, error, match):
 
 
 def by_hand(x, scores, retained, clusters, neighbors):
-    """Picks, the slot of each token, and the smallest margin."""
+    """Picks, the slot of each token, and the smallest margin of any decision."""
     picks = best_first(scores, retained)
     others = [i for i in range(len(x)) if i not in picks]
     slots = {pick: slot for slot, pick in enumerate(picks)}
@@ -166,7 +166,7 @@ def by_hand(x, scores, retained, clusters, neighbors):
 @pytest.mark.parametrize(("retained", "merged"), [(5.4, 1.0), (1.0, 1.0), (0.0, 1.0), (1.0, 0.0)])
 @pytest.mark.parametrize("neighbors", [None, 5])
 def test_both_stages_by_hand(retained, merged, neighbors, device):
-    """Random prompts of unseen seeds; picks, slots and means."""
+    """Picks, slots and means for random prompts."""
     method = methods.create("polymorphic", retained=retained, merged=merged, density_neighbors=neighbors)
     compared = 0
     for seed in range(12):

@@ -13,7 +13,7 @@ from . import judge, recipe
 
 
 def merged(x, keys, scores, picks, neighbours):
-    """The rows of `picks` and of all others, in float64."""
+    """Float64 rows of `picks`, then the row of all other tokens; and the indices of those others."""
     x, similarity = x.double(), 1 - judge.cosine_distance(keys)
     rows = []
     for i in picks:
@@ -34,7 +34,7 @@ def picks_of(scores, count, plus):
 
 @pytest.mark.parametrize("case", recipe.cases("prumerge"), ids=recipe.label)
 def test_rows_of_the_official_code(case):
-    """Attention and keys of all heads as one, the picks given: its number of them follows the image, ours is k."""
+    """Rows for given picks, with all heads as one: the official code's number of picks follows the image, ours is k."""
     rs = recipe.start(case)
     n = case["N"] + 1
     hidden, query, key = recipe.tensors(case, *(recipe.normal(rs, 1, n, case["C"]) for _ in range(3)))
@@ -91,7 +91,7 @@ def test_many_tokens_in_blocks(monkeypatch):
 
 
 def test_tokens_that_are_no_numbers(device):
-    """They are merged into nothing, and kept as they are where no other is left."""
+    """Non-finite tokens are merged nowhere, and kept unchanged where no other token is left."""
     rng = torch.Generator().manual_seed(1)
     scores, keys = torch.rand(1, 9, generator=rng), torch.randn(1, 9, 4, generator=rng)
     scores[0, 2], keys[0, 6, 1] = math.nan, math.nan

@@ -12,7 +12,7 @@ from . import recipe
 
 
 def rotated(x, heads):
-    """(1, L, heads, D): rotary positions 0 .. L - 1 of x (L, heads * D) by halves, base 10000."""
+    """x (L, heads * D) -> (1, L, heads, D): rotary embedding by halves at positions 0 .. L - 1, base 10000."""
     x = x.double().unflatten(1, (heads, -1))
     length, _, dim = x.shape
     angle = torch.outer(torch.arange(length), 1e4 ** (-torch.arange(0, dim, 2) / dim)).repeat(1, 2)[:, None]
@@ -84,7 +84,7 @@ def test_refusals(budget, match):
 
 
 def test_the_least_budget():
-    """The seeds' 128 and 64 tokens are out of reach with layer 8 first: 8 of 32 layers take 144 of 576."""
+    """With layer 8 first, the budget is above 144: 8 of 32 layers on 576 tokens alone average 144."""
     with pytest.raises(ValueError, match="pyramiddrop: budget must be at least 145 of an image's 576 tokens"):
         methods.create("pyramiddrop").plan(Budget(budget=128), 32).cuts[0].keep([576])
     with pytest.raises(ValueError, match="at least 145"):

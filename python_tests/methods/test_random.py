@@ -33,7 +33,7 @@ def test_each_token_is_as_likely():
 
 
 def test_neighbours_are_not_kept_together():
-    """The rank of a token says nothing about the next one's."""
+    """Ranks of neighbouring tokens are uncorrelated."""
     ranks = torch.stack([torch.tensor(order(400, seed=s)).argsort().double() for s in range(20)])
     left, right = ranks[:, :-1].flatten(), ranks[:, 1:].flatten()
     assert torch.corrcoef(torch.stack([left, right]))[0, 1].abs() < 0.05

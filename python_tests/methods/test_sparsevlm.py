@@ -17,7 +17,7 @@ CASES = [case for case in recipe.cases("sparsevlm") if "raters" in case]
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['seed']}-{case['keep']}")
 def test_the_official_code(case, device):
-    """Its raters, and the visual tokens of largest attention from them."""
+    """The raters, and the visual tokens with the largest attention from the raters."""
     (start, stop), text, rs = case["visual"], case["text"], recipe.start(case)
     arrays = recipe.attention(rs, case["heads"], stop + text), recipe.normal(rs, stop - start, 16)
     attention, visual, words = (x.to(device) for x in recipe.tensors(case, *arrays, recipe.normal(rs, text, 16)))
@@ -39,7 +39,7 @@ def inside(prompts=1, visual=None, scores=None, tokens=60, k=20, recycled=0, see
     return Inside(k, recycled, visual, text, torch.ones_like(text[..., 0], dtype=torch.bool), scores)
 
 
-# --- numbers ---
+# --- token counts ---
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_the_official_tables(table, kept, average):
 @pytest.mark.parametrize("share", [0.11, 0.2, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("layers", [32, 28, 6])
 def test_the_budget_is_the_average_over_the_layers(layers, share, tokens):
-    """Recycled tokens counted; each prune layer keeps the same share of what came to the one before."""
+    """The average counts recycled tokens. Without them, each prune layer keeps the same share of its tokens."""
     method = methods.create("sparsevlm")
     if share <= method.plan(Budget(budget=1.0), layers).cuts[0].layer / layers:
         with pytest.raises(ValueError, match="sparsevlm: budget must be above"):
@@ -81,7 +81,7 @@ def test_the_budget_is_the_average_over_the_layers(layers, share, tokens):
     budget = round(share * tokens)
     for amount in (share, budget):
         plan = method.plan(Budget(budget=amount), layers)
-        if share == 0.11:  # the least that recycling leaves may be more
+        if share == 0.11:  # with recycling, the smallest possible average may exceed the budget
             try:
                 plan.average([tokens])
             except ValueError as e:
@@ -97,7 +97,7 @@ def test_the_budget_is_the_average_over_the_layers(layers, share, tokens):
 
 
 def test_the_least_budget():
-    """54 tokens are the average of layers 0 to 2 alone, and a token and a cluster stay behind each prune layer."""
+    """Layers 0 to 2 alone average 54 tokens, and each prune layer leaves at least a token and a cluster."""
     method = methods.create("sparsevlm")
     match = r"sparsevlm: budget must be at least \d+ of a prompt's 576 tokens, 3 of 32 layers"
     with pytest.raises(ValueError, match=match) as e:
@@ -197,7 +197,7 @@ def test_where_no_text_stands_out_all_of_it_rates():
 @pytest.mark.parametrize(("share", "per_cluster"), [(0.3, 10), (0.9, 4), (1.0, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_the_best_of_the_rest_is_clustered(share, per_cluster, dtype, device):
-    """By hand: the kept tokens as they are, the means behind them, the others merged nowhere."""
+    """By hand: kept tokens are unchanged, cluster means follow them, all others are merged nowhere."""
     method, tokens, kept = methods.create("sparsevlm", recycle=share, per_cluster=per_cluster), 60, 17
     best, clusters = method.recycled(tokens - kept)
     compared = 0

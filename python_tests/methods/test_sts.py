@@ -103,7 +103,7 @@ def test_ablations():
 
 
 def test_a_set_of_prune_layers():
-    """Algorithm 1, line 12; each cut leaves at most what the one before left."""
+    """Algorithm 1, line 12: no cut leaves more tokens than the cut before."""
     plan = methods.create("sts").plan(Budget(keep=0.5, layers=[8, 16, 24], ratios=[0.25, 100, 200]), 32, 16)
     assert (plan.keep(576), [(c.layer, c.keep([576])) for c in plan.cuts]) == (288, [(8, 144), (16, 100), (24, 100)])
     assert plan.average([576]) == (288 + 144 + 100 + 100) / 4

@@ -1,4 +1,4 @@
-"""ToMe: one matching of the official code, rounds of it in float64."""
+"""ToMe: one matching of the official code, rounds of matchings in float64."""
 
 import math
 
@@ -52,7 +52,7 @@ def test_rounds_in_float64(device, n, k):
 
 
 def test_tokens_that_are_no_numbers(device):
-    """They merge with nothing, and are kept where no other is left."""
+    """NaN tokens merge with nothing, and are kept where no other token is left."""
     keys = torch.randn(1, 9, 4, generator=torch.Generator().manual_seed(1)).to(device)
     keys[0, [1, 6]] = math.nan
     selection = methods.create("tome").select(k=3, keys=keys)

@@ -1,4 +1,4 @@
-"""What official code and float64 references select, on emulated CUDA kernels: each method's own test, ops replaced."""
+"""Vectors of official code and float64 references on emulated CUDA kernels: each method's own test, ops replaced."""
 
 import inspect
 import sys
@@ -20,7 +20,7 @@ RESULTS = {
     "nearest": 2,
     "scatter_mean": 2,
 }
-OFFICIAL = {  # the tests that take a case of the vectors, and nothing else
+OFFICIAL = {  # tests whose only argument is a case of the vectors
     "adavtp": test_adavtp.test_the_reference,
     "cdpruner": test_cdpruner.test_the_official_code,
     "divprune": test_divprune.test_the_official_code,
@@ -29,7 +29,7 @@ OFFICIAL = {  # the tests that take a case of the vectors, and nothing else
     "vispruner": test_vispruner.test_the_official_code,
     "visionzip": test_visionzip.test_the_official_code,
 }
-AFFORDABLE = 160  # tokens
+AFFORDABLE = 160  # max tokens of an emulated case
 
 
 @pytest.fixture(scope="module")

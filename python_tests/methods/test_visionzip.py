@@ -1,4 +1,4 @@
-"""VisionZip: vectors of the official code, its rule in float64, splits, tokens that are no numbers."""
+"""VisionZip: vectors of the official code, its rule in float64, splits, non-finite tokens."""
 
 import math
 
@@ -76,7 +76,10 @@ def test_published_splits():
 
 
 def test_tokens_that_are_no_numbers(device):
-    """They are no targets, join nothing, and are kept where no other is left; a NaN in the features merges nowhere."""
+    """Non-finite tokens are no targets and join none; they are kept where no other token is left.
+
+    A NaN in the features merges nowhere.
+    """
     rng = torch.Generator().manual_seed(1)
     scores, keys = torch.rand(1, 12, generator=rng), torch.randn(1, 12, 4, generator=rng)
     scores[0, 3], keys[0, 5, 1] = math.nan, math.inf

@@ -12,11 +12,14 @@ from sts_kernels import analysis, methods
 from . import judge, recipe
 
 CASES = recipe.cases("vispruner")
-TWINS = 1e-9  # float64 cosines this close may change places in float32: rounds then differ
+TWINS = 1e-9  # closer float64 cosines may swap in float32: rounds then differ
 
 
 def rounds(x, rest, wanted, step=8):
-    """What is left of `rest` (list), in order, and whether no two cosines that decide were close. x: (N, C) float64."""
+    """Tokens of the list `rest` that stay, in order; whether all cosines that decide differ by more than TWINS.
+
+    x: (N, C) float64.
+    """
     unit = x / x.norm(dim=1, keepdim=True).clamp(min=1e-300)
     clear = True
     while wanted and len(rest) > wanted:
@@ -47,7 +50,7 @@ def test_the_official_code(case):
     important = int(case["keep"] * case["important_ratio"])
     assert sorted(order[:important]) == sorted(case.get("important", order[:important]))
     assert len(set(order)) == case["keep"]
-    # Where even the official code keeps other tokens in float32 than in float64, the last bits decide.
+    # Not compared where the official code itself keeps other tokens in float32 than in float64: rounding decides there.
     if case.get("float32_overlap", case["keep"] if case["N"] < 576 else 0) == case["keep"]:
         assert sorted(order) == case["kept" if "kept" in case else "reference"]
 
@@ -74,14 +77,14 @@ def test_rounds_in_float64(device, mixing):
 
 
 def test_mixing_gives_simple_images_more_attention(device):
-    """The share falls as the erank grows (inverse: it rises) between 0.9 and 0.1. A padded item is as alone."""
+    """The attention share falls from 0.9 to 0.1 as the erank grows (inverse: rises). A padded item is as alone."""
     rng = torch.Generator().manual_seed(1)
     scale = torch.logspace(0, -4, 32)
     x = torch.stack([torch.randn(40, 32, generator=rng), torch.randn(40, 32, generator=rng) * scale]).to(device)
     scores, k = torch.rand(2, 40, generator=rng).to(device), 20
     best = [judge.best_first(row, 40) for row in scores.tolist()]
 
-    def shared(order, row):  # how far the order is that of the attention
+    def shared(order, row):  # length of the prefix in attention order
         return next((i for i, (a, b) in enumerate(zip(order, best[row], strict=False)) if a != b), k)
 
     for mixing, more, less in (("adaptive", 1, 0), ("inverse", 0, 1)):

@@ -72,7 +72,7 @@ CONFIGS = {
 
 
 def write(family: str, folder: Path) -> Path:
-    """Weights so large that the answer depends on the picture."""
+    """Writes a checkpoint, unless it exists. Its weights are so large that the answer depends on the image."""
     path = folder / family
     if (path / "complete").exists():
         return path

@@ -9,7 +9,7 @@ ENGINE = os.environ.get("STS_KERNELS_TEST_VLLM") == "1"
 
 
 def pytest_pycollect_makemodule():
-    """Called before a module of this folder is imported: without transformers none can be."""
+    """Skips before a module of this folder is imported: all modules need transformers."""
     pytest.importorskip("transformers", reason='needs transformers: pip install ".[hf]"')
 
 
@@ -23,7 +23,7 @@ def one_thread():
 
 @pytest.fixture
 def engine():
-    """Skips where the real vLLM is not asked for."""
+    """Skips unless STS_KERNELS_TEST_VLLM=1 is set and vllm is installed."""
     if not ENGINE:
         pytest.skip("runs vLLM's engine: bench/serving_check.sh, or STS_KERNELS_TEST_VLLM=1 where vllm is installed")
     pytest.importorskip("vllm")

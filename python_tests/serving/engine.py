@@ -1,7 +1,7 @@
-"""Runs vLLM's engine on the prompts, for each case that comes as JSON on standard input; writes a line of JSON a case.
+"""Runs vLLM's engine on the prompts, for each case of a JSON list on standard input; writes one JSON line per case.
 
-Cases run in a process of their own: an engine leaves global state behind. A case: family, path of the checkpoint, sts
-(options of the plugin, or null), and keyword arguments of vllm.LLM.
+A separate process, because an engine leaves global state. A case: family, path of the checkpoint, sts (options of the
+plugin, or null), and keyword arguments of vllm.LLM.
 """
 
 import json

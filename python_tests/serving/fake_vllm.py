@@ -1,4 +1,4 @@
-"""As much of vLLM as the plugin touches: what it imports, and what the methods it overrides call. Runs no model."""
+"""A stand-in for vLLM: everything that the plugin imports or that its overridden methods call. Runs no model."""
 
 import sys
 from contextlib import contextmanager
@@ -29,7 +29,7 @@ class Multimodal:
 
 
 class Group:
-    """The tensor-parallel group of one rank; `sent` is what its first rank made all have."""
+    """A tensor-parallel group of one rank. sent: the tensors that were broadcast."""
 
     rank_in_group, is_first_rank, world_size = 0, True, 1
 
@@ -58,7 +58,7 @@ class Information:
 
 
 class Processor:
-    """The front end of a family: `tokens` says how many an image of a size has."""
+    """A family's multimodal processor in the front end. Returns its inputs."""
 
     def __init__(self, info, dummy_inputs):
         self.info, self.dummy_inputs = info, dummy_inputs
@@ -71,7 +71,7 @@ class Processor:
 
 
 class Model(torch.nn.Module):
-    """A model class of vLLM: what it embeds and forwards is what it was given."""
+    """A model class of vLLM: embed_input_ids returns the multimodal embeddings, forward returns the positions."""
 
     def __init__(self, *, vllm_config, prefix=""):
         super().__init__()
@@ -99,7 +99,7 @@ MODELS = {
 
 @contextmanager
 def installed(version: str = "0.32.0"):
-    """Puts it in place of vllm, and forgets what of the plugin was imported beside it. Yields the module."""
+    """Installs the stand-in as `vllm` in sys.modules, and drops plugin modules imported before. Yields the module."""
     group = Group()
     vllm = ModuleType("vllm")
     vllm.__version__, vllm.ModelRegistry, vllm.group = version, Registry(), group

@@ -1,4 +1,4 @@
-"""What transformers answers under prune() with one stage: the oracle of what the engine does."""
+"""The engine's oracle: answers of transformers under prune() with one stage."""
 
 import functools
 
@@ -17,7 +17,7 @@ def loaded(path: str):
 
 
 def answers(family: str, path: str, method: str = "sts", **options) -> tuple[list[list[int]], list[int]]:
-    """Greedy tokens, and the number of prompt tokens that are left. No keep, no pruning."""
+    """Greedy tokens and number of prompt tokens left, for each prompt. Without keep and budget nothing is pruned."""
     model, processor = loaded(str(path))
     images, out, left = pictures(family), [], []
     options = {"rho": 1.0, **options} if method == "sts" else options

@@ -1,4 +1,4 @@
-"""Prompts that the engine and transformers answer alike: text, and which pictures stand in it."""
+"""Prompts for both the engine and transformers: text, and the indices of its images."""
 
 NEW_TOKENS = 8
 PLACEHOLDER = {"llava": "<image>", "llava_next": "<image>"}  # others: Qwen's

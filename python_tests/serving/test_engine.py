@@ -1,6 +1,6 @@
 """vLLM's own engine and server against transformers under prune() with one stage: greedy tokens are the same.
 
-Minutes, in a Python that has vllm: bench/serving_check.sh makes one. STS_KERNELS_TEST_VLLM=1 runs them.
+The tests take minutes, and a Python with vllm: bench/serving_check.sh makes one. STS_KERNELS_TEST_VLLM=1 runs them.
 """
 
 import base64
@@ -24,7 +24,8 @@ CHUNKED = {"max_num_batched_tokens": 64, "block_size": 32}
 TALKS = {"VLLM_LOGGING_LEVEL": "INFO"}
 TWO_RANKS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 
-# Cases of one process, by name: family, options of the plugin, of the engine. None: the variable says it, or nothing.
+# {process: (environment, {case: (family, options of the plugin, options of the engine)})}
+# Options of the plugin None: STS_KERNELS_KEEP sets them, or nothing is pruned.
 PROCESSES: dict[str, tuple[dict, dict]] = {
     "plain": (TALKS, {"llava": ("llava", None, {}), "qwen2_5_vl": ("qwen2_5_vl", None, {})}),
     "variable": ({"STS_KERNELS_KEEP": "32", **TALKS}, {
@@ -82,7 +83,7 @@ def folder(tmp_path_factory) -> Path:
 
 @functools.cache
 def results(process: str, folder: Path) -> dict:
-    """What the engine answers in all cases of a process."""
+    """The engine's answers in all cases of a process."""
     changes, cases = PROCESSES[process]
     asked = [
         {"family": family, "path": str(write(family, folder)), "sts": sts, "options": options}
@@ -118,7 +119,7 @@ def test_the_engine_answers_as_transformers_does(folder, process, case):
     assert found["lengths"] == lengths
     first, again = found["answers"]
     assert first == expected
-    assert again == expected  # where blocks of the first round are found again
+    assert again == expected  # with prefix cache hits on blocks of the first round
     whole, _ = answers(family, str(write(family, folder)))
     if options and options.get("keep") != 1.0:
         assert sum(a != b for a, b in zip(expected, whole, strict=True)) >= 3  # else nothing was tested
@@ -169,7 +170,7 @@ def test_the_server_does_not_start(folder, environment, sts, sentence):
 
 
 def test_the_openai_server(folder):
-    """Several processes, and a picture in a data URL. Its log has the line; a video is refused."""
+    """The server has several processes, and takes an image as a data URL. It logs the line, and refuses a video."""
     sys.path.insert(0, str(ROOT))
     from bench import serving
 

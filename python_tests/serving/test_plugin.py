@@ -1,4 +1,4 @@
-"""The plugin without an engine: numbers of tokens, layouts, picks, positions, registration and refusals."""
+"""The plugin without an engine: token counts, layouts, picks, positions, registration and refusals."""
 
 import dataclasses
 import importlib
@@ -67,12 +67,12 @@ def built(family: str, changes: dict | None = None, **sts):
     return model
 
 
-# ---- numbers of tokens -------------------------------------------------------------------------------------------
+# ---- token counts ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sts", [{"keep": 1}, {"keep": 128}, {"keep": 0.25}, {"budget": 192}, {"keep": 1.0}], ids=str)
 def test_both_sides_count_alike(sts):
-    """The front end's number of placeholders is the worker's number of picks, for every number of tokens."""
+    """The front end's number of placeholders equals the worker's number of picks, for every token count."""
     asked = settings.read(config_of("llava", method="uniform", **sts))
     found = [layouts.Layout(VisualItem("image", [n], [(1, n)], torch.arange(n)), None) for n in range(1, 3001)]
     placeholders = [layout.kept(asked.plan) for layout in found]
@@ -168,7 +168,7 @@ def test_hashes_tell_what_is_kept(vllm):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_configuration_tells_all_processes(vllm, monkeypatch, family):
-    """A worker without the variable finds the options and the pruned model's name in what it is sent."""
+    """A worker without the variable finds the options and the pruned model's name in the configuration that it gets."""
     monkeypatch.setenv(settings.VARIABLE, "7")
     _, information, config = front_end(family)
     monkeypatch.delenv(settings.VARIABLE)
@@ -210,7 +210,7 @@ def pruned(family: str, sizes, device="cpu", dtype=torch.float32, **sts):
 @pytest.mark.parametrize("positions", settings.POSITIONS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_images_of_one_call_are_picked_from_each_for_itself(vllm, device, family, positions, dtype):
-    """Ragged images together give what each gives alone, in the order of its tokens, newlines kept."""
+    """Ragged images of one call give the same rows as each image alone, in token order, with all newlines."""
     if family.startswith("qwen") and positions == "contiguous":
         pytest.skip("refused")
     sizes = SIZES[family]
@@ -266,11 +266,11 @@ def test_positions_survive_every_dtype(vllm, dtype):
     assert [x.shape[1] for x in stripped] == [4]
     assert model.forward(None, torch.full((3, 8), 10)).tolist() == [*(10 + digits).tolist(), 10]
     model.embed_input_ids(torch.zeros(8, dtype=torch.int64), [], is_multimodal=mask)
-    assert model.forward(None, torch.full((3, 8), 10)).tolist() == [10] * 8  # nothing of the step before
+    assert model.forward(None, torch.full((3, 8), 10)).tolist() == [10] * 8  # no offsets of the previous step
 
 
 def test_positions_keep_their_address(vllm):
-    """A CUDA graph of a part of the LLM reads them where they were when it was captured."""
+    """A piecewise CUDA graph reads the positions at the address that they had at capture."""
     for family in ("llava", "qwen2_5_vl"):
         model = built(family, keep=2)
         first, second = (model.forward(None, torch.full((3, n), n)) for n in (8, 5))
@@ -280,7 +280,7 @@ def test_positions_keep_their_address(vllm):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_positions_are_those_of_the_whole_prompt(vllm, family):
-    """Text and image tokens stand where transformers puts them in the prompt with all tokens."""
+    """Text and image tokens have the positions that transformers gives them in the unpruned prompt."""
     image, start = tiny.IMAGE, [tiny.VISION_START]
     model = built(family, keep=5)
     grids = SIZES[family][:2]
@@ -379,7 +379,7 @@ def test_a_bad_variable_stops_the_server(vllm, monkeypatch, text):
     monkeypatch.setenv(settings.VARIABLE, text)
     with pytest.raises(Refused, match="must be a number of tokens or a share") as error:
         plugin.register()
-    assert not isinstance(error.value, ValueError)  # after one vLLM serves text alone
+    assert not isinstance(error.value, ValueError)  # on a ValueError vLLM would go on and serve text alone
 
 
 def test_the_package_imports_neither_it_nor_vllm():
@@ -437,7 +437,7 @@ def test_options_are_refused_in_one_sentence(sts, sentence):
 
 
 def test_every_method_is_served_or_refused():
-    """No method is served that would keep other numbers, or need what is not there."""
+    """A served method has no cuts, keeps the count asked for, and needs only features, attention and keys."""
     served = set()
     for name in methods.names():
         try:
@@ -522,7 +522,7 @@ def test_one_line_says_what_is_pruned(vllm, caplog):
 
 @pytest.fixture
 def told(monkeypatch):
-    """info's line, with a version of vLLM and with entry points."""
+    """info's line for a given version of vLLM and a given entry point."""
 
     def tell(version="0.32.0", entry="sts_kernels.integrations.vllm:register", name="vllm"):
         found = {name: version}
