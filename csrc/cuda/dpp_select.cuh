@@ -30,7 +30,7 @@ __device__ __forceinline__ double warp_sum(double value) {
 // This lane's part of a . b, for unit rows of `pitch` floats.
 __device__ __forceinline__ double lane_dot(const float* a, const float* b, int pitch) {
   double sum = 0.;
-#pragma unroll 4
+#pragma unroll 8
   for (int c = threadIdx.x % 32 * 4; c < pitch; c += 128) {
     const Vec16<float> x = load_vec<true>(a, c, pitch, true), y = load_vec<true>(b, c, pitch, true);
 #pragma unroll
@@ -134,8 +134,7 @@ static __global__ void __launch_bounds__(kDppThreads, 1)
         ++step;
         continue;
       }
-      // (3) the Cholesky row
-      const double pivot = sqrt(sqdist[pick]), pick_inv_length = item_inv_length[pick];
+      // (3) the Cholesky row. The loads of the rows come first: all else that a token needs arrives while they are under way.
       const float* const pick_row = item_rows + pick * pitch;
       const double* const pick_factor = factor + pick * k;
       key = kNoKey;
@@ -144,13 +143,14 @@ static __global__ void __launch_bounds__(kDppThreads, 1)
           if (lane == 0) item_state[i] = kPickedRow;
           continue;
         }
+        double sum = lane_dot(item_rows + i * pitch, pick_row, pitch);
         const double old_sqdist = sqdist[i];
         if (item_state[i] != kUnitRow || old_sqdist == 0.) continue;
-        double sum = lane_dot(item_rows + i * pitch, pick_row, pitch) * item_inv_length[i] * pick_inv_length;
+        sum = sum * item_inv_length[i] * item_inv_length[pick];
         double* const factor_row = factor + i * k;
 #pragma unroll 4
         for (int64_t t = lane; t < step; t += 32) sum = fma(-factor_row[t], pick_factor[t], sum);
-        const double entry = warp_sum(sum) / pivot;
+        const double entry = warp_sum(sum) / sqrt(sqdist[pick]);
         double new_sqdist = old_sqdist - entry * entry;
         if (new_sqdist < kInSpan) new_sqdist = 0.;
         __syncwarp();  // all lanes have read what lane 0 overwrites
