@@ -1,4 +1,4 @@
-"""pip's side of the build: finds torch's headers, CMake and Ninja, and tags the wheel. CMakeLists.txt is the build.
+"""Build for pip: finds torch's headers, CMake and Ninja, runs the CMake build, and tags the wheel.
 
 Environment:
     STS_KERNELS_CUDA=auto|0|1       CUDA kernels. auto (default): if there is an nvcc. 0: none. 1: an error without nvcc
@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import setuptools
 
-if int(setuptools.__version__.partition(".")[0]) < 77:  # only without build isolation
+if int(setuptools.__version__.partition(".")[0]) < 77:  # possible only without build isolation
     raise SystemExit(f'setuptools 77 or newer is needed, found {setuptools.__version__}: pip install "setuptools>=77"')
 
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -41,13 +41,13 @@ def switch(name: str) -> str:
 
 
 def interpreters() -> Iterator[tuple[str, dict]]:
-    """Pythons that may have torch, each with its environment: certain ones first, then guesses.
+    """(Python, environment) pairs that may have torch: this Python first, then guesses.
 
-    A wrong guess is harmless: the library uses torch's stable ABI, so the headers of any torch from TORCH_FLOOR on
-    serve.
+    A wrong guess is harmless: the library uses torch's stable ABI, so it compiles against the headers of any torch from
+    TORCH_FLOOR on.
     """
     yield sys.executable, dict(os.environ)  # without build isolation, or with torch as an extra build requirement
-    # pip isolates a build by these two variables alone.
+    # pip isolates a build by these two variables only.
     outside = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
     yield sys.executable, outside
     # uv and `python -m build` put their own virtual environment first on PATH. uv installs into the active environment,
@@ -169,8 +169,8 @@ def tool(name: str) -> str:
     return path
 
 
-# Variables that CMake reads once and caches: a change needs --fresh. Not the paths of CMake and Ninja: pip's isolation
-# moves both on every build.
+# Variables that CMake reads once and caches: a change needs --fresh. The paths of CMake and Ninja are not among them:
+# pip's isolation moves both on every build.
 CACHED = "STS_KERNELS_CUDA TORCH_CUDA_ARCH_LIST CUDA_HOME CUDA_PATH CUDACXX CUDAHOSTCXX CXX CXXFLAGS CUDAFLAGS LDFLAGS"
 
 
@@ -229,7 +229,7 @@ class BuildLibrary(setuptools.Command):
         package.mkdir(parents=True, exist_ok=True)
         if include:
             compile_library(include, package.parent)
-            if not self.editable_mode:  # in a checkout, `python -m sts_kernels` imports the checkout
+            if not self.editable_mode:  # so that `python -m sts_kernels` in a checkout has the library
                 for name in PRODUCTS:
                     (ROOT / "sts_kernels" / name).unlink(missing_ok=True)  # a process may have the old file mapped
                     shutil.copy2(package / name, ROOT / "sts_kernels" / name)
@@ -263,7 +263,7 @@ class BuildLibrary(setuptools.Command):
 
 
 class Build(build):
-    # The library first: its error is then the only output.
+    # The library is built first, so that its error is the only output.
     sub_commands = [("build_library", None), *build.sub_commands]  # noqa: RUF012
 
 

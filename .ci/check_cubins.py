@@ -2,8 +2,8 @@
 
     python .ci/check_cubins.py LIBRARY [--expect sm_80 sm_90 ...]
 
-Exit status 1 where an expected architecture is missing, another one is there, or a kernel spills registers or otherwise
-keeps a stack in memory. Needs cuobjdump (of the CUDA toolkit, or of the triton wheel).
+Exit status 1 if the architectures are not the expected ones, or if a kernel spills registers or uses stack memory.
+Needs cuobjdump (of the CUDA toolkit, or of the triton wheel).
 """
 
 import argparse
@@ -22,8 +22,8 @@ class Kernel:
     name: str
     code: str  # sm_80, ...
     registers: int
-    shared: int  # static, in bytes; what a launch asks for comes on top
-    stack: int  # bytes a thread: spilled registers, and arrays that are indexed at run time
+    shared: int  # bytes of static shared memory; dynamic shared memory is extra
+    stack: int  # bytes per thread: spilled registers, and arrays that are indexed at run time
     local: int
 
     @property
@@ -47,7 +47,7 @@ def cuobjdump(*args) -> str:
 
 
 def code_in(library: Path) -> list[str]:
-    """What the library holds code for: sm_80, ... for machine code, compute_100 for PTX."""
+    """Architectures of the library's code: sm_80, ... for machine code, compute_100 for PTX."""
     listing = cuobjdump("-lelf", "-lptx", str(library))
     found = re.findall(r"\.sm_(\w+)\.(cubin|ptx)", listing)
     return sorted({f"{'sm' if kind == 'cubin' else 'compute'}_{arch}" for arch, kind in found}, key=newest_last)
@@ -69,7 +69,7 @@ def kernels_in(library: Path) -> list[Kernel]:
 
 
 def demangled(symbols: list[str]) -> list[str]:
-    """Names with their template arguments, without parameters and return type."""
+    """Names with template arguments, without parameters, return type and namespace."""
     if not symbols:
         return []
     run = subprocess.run(["c++filt", "-p"], input="\n".join(symbols), check=True, capture_output=True, text=True)
@@ -77,7 +77,7 @@ def demangled(symbols: list[str]) -> list[str]:
 
 
 def print_table(kernels: list[Kernel]) -> None:
-    """One line a kernel: registers and static shared memory, and the stack where there is one."""
+    """One line per kernel: registers, static shared memory, and the stack if it is not empty."""
     cells = {}
     for k in kernels:
         cells.setdefault(k.name, {})[k.code] = f"{k.registers} {k.shared}" + f" STACK {k.stack + k.local}" * k.spills

@@ -1,4 +1,4 @@
-"""mkdocs hook: pages link to files outside of docs/. The site gets copies of these, and links to the copies."""
+"""mkdocs hook for links to files outside docs/: copies the linked files into the site, and links to the copies."""
 
 import posixpath
 import re
@@ -8,7 +8,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
 LINK = re.compile(r"(\]\()([^)#\s]+)((?:#[^)]*)?\))")
-TREE = "tree/"  # where the repository's files lie in the site
+TREE = "tree/"  # folder of the copies in the site
 
 
 def _outside(text: str, folder: str) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """Attention received by every key: column means of the attention matrix.
 
-data="gaussian": vision encoders, all rows count and attend to all keys. data="raters": an LLM, causal, the last 64 rows
-count. SDPA of the same rows is a yardstick: it does not compute the means, but also reads values and writes an output.
+data="gaussian": a vision encoder. Every row has the same weight and attends to all keys. data="raters": an LLM's causal
+prefill. Only the last RATERS rows have weight. The provider "sdpa" is a yardstick: it computes the attention output,
+and no column means.
 """
 
 from functools import partial
@@ -95,7 +96,7 @@ def eager(query, key, row_weight=None, row_position=None):
 
 
 def chunked(query, key, row_weight=None, row_position=None):
-    """`eager` over chunks of rows, in float32."""
+    """`eager` in float32, over chunks of rows that hold max CHUNK attention weights."""
     batch, rows, heads, _ = query.shape
     if row_weight is None:
         row_weight = query.new_ones(batch, rows, dtype=torch.float32)
@@ -118,7 +119,7 @@ def _bind_sdpa(case, given):
 
 
 def _matrix_fits(case, device):
-    # logits, masked logits and their softmax, in float32 and in the input's dtype
+    # bytes per weight: softmax in float32; logits and masked logits in the input's dtype
     return case["B"] * case["Hq"] * case["S"] ** 2 * (4 + 2 * case.dtype.itemsize) <= MATRIX_BYTES[device.type]
 
 

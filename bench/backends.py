@@ -1,7 +1,7 @@
 """`python -m bench.backends`: prints the package and the backend of each op that a benchmark would time.
 
-Every benchmark prints this first. It stops if an op has compiled code but the reference would be timed. That happens
-when a checkout without a built library shadows an installed package with one.
+Every benchmark prints this first. A benchmark stops if an op has compiled code but the reference would be timed. The
+usual cause: a checkout without a built library shadows an installed package with one.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def _missing_library(key: str) -> tuple[str, str]:
     if found := elsewhere(key):
         theirs, ours = _build(found).get("commit") or "unknown", record.commit()
         reason += f", and this package shadows {found}, which has one (commit {theirs})"
-        if theirs == ours or "unknown" in (theirs, ours):  # another commit's library would be timed under ours
+        if theirs == ours or "unknown" in (theirs, ours):  # no other commit's library: rows record our commit
             files = [shlex.quote(str(found / name)) for name in (_native.LIBRARY.name, _native.BUILD_INFO.name)]
             remedy = f"`cp {' '.join(files)} {shlex.quote(str(PACKAGE))}` copies that library"
     return reason, remedy
@@ -84,7 +84,7 @@ def elsewhere(key: str) -> Path | None:
 
 
 def _build(package: Path) -> dict:
-    """The build record of a package."""
+    """build_info.json of a package; {} if the file is missing or not JSON."""
     try:
         return json.loads((package / _native.BUILD_INFO.name).read_text())
     except (OSError, ValueError):

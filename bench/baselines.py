@@ -1,7 +1,7 @@
 """The best plain PyTorch implementations of token selection that we found.
 
-All three are batched, stay on the device (no .item()), and use few and small operations per pick. Features are centred
-so that the expanded distance does not cancel. Cost per pick:
+The three loops below are batched, stay on the device (no .item()), and run few and small operations per pick. Features
+are centred first: with a large common offset, |a|^2 + |b|^2 - 2ab would cancel. Cost per pick:
 
     direct_loop   differences to the picked token: two passes over the features
     matvec_loop   a matrix-vector product with the picked token: one pass over the features
@@ -60,7 +60,7 @@ def _direct_step(x, scratch, potential, token, eps):
 
 def direct_loop(features, k, eps=1e-6, num_tokens=None, compiled=False):
     x, _, potential, token = _start(features, num_tokens)
-    # Reused scratch: allocating new memory at every step would cost more than the step. Compiled code needs none.
+    # Scratch is allocated once: an allocation per step would cost more than the step. Compiled code needs no scratch.
     step, scratch = (_compile(_direct_step), None) if compiled else (_direct_step, torch.empty_like(x))
     return _loop(lambda u, t: step(x, scratch, u, t, eps), k, potential, token)
 
@@ -215,7 +215,7 @@ FARTHEST_LOOPS = {
 
 
 def _suppress_step(cosine_rows, tau, potential, token, suppressed):
-    """One pick in place. potential: the rank, plus `suppressed` for suppressed tokens."""
+    """One pick, in place. potential: rank; rank + `suppressed` if the token is suppressed; inf if it is picked."""
     cosine, own = cosine_rows(token), token[:, None]
     hit = (cosine > 1 - tau.gather(1, own)).logical_and_(potential < suppressed)
     potential.add_(hit, alpha=suppressed).scatter_(1, own, math.inf)
@@ -237,7 +237,7 @@ def suppress_gram_loop(features, rank, tau, k):
 
 
 def suppress_best_ranks(features, rank, tau, k):
-    """The gram loop on the 2 k tokens of best rank. Doubles their number until they suffice, with a host read-back."""
+    """The gram loop on the 2k tokens of lowest rank; on twice as many if a pick is suppressed. One sync per try."""
     order, some = rank.argsort(1), 2 * k
     while True:
         some = min(some, rank.shape[1])

@@ -2,11 +2,11 @@
 
 A  SDPA alone: first and second call at a key length
 B  no hooks: decode steps on two equal caches alternate; the first cache sees every key length first
-C  decode steps with hooks and of the plain model alternate; each goes first once
+C  decode steps with hooks and of the plain model alternate; in two runs, so that each side is first once
 D  generate(): ms per token at new key lengths and at the same lengths again, plain and pruned
 
-Each runs with and without cuDNN attention, in less than a minute on a GPU. NOTES.md, "Second run on a GPU", has the
-results. The model is a LLaVA of 32 thin layers: a decode step is host-bound, as in the full-size model.
+Every experiment runs with and without cuDNN attention, in less than a minute on a GPU. Results: "Second run on a GPU",
+NOTES.md. The model is a LLaVA of 32 thin layers: a decode step is host-bound, as in the full-size model.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from .prefill import cudnn_attention, elapsed_ms
 
 LAYERS = 32
 HEADS = ((32, 32), (28, 4))  # (query heads, key heads): LLaVA-7B, Qwen2.5-VL-7B
-CONFIG, UNIFORM = STSConfig(budget=32), STSConfig(budget=32, rho=1.0)  # KV cache of two lengths; of one length
+CONFIG, UNIFORM = STSConfig(budget=32), STSConfig(budget=32, rho=1.0)  # two cache lengths; one (rho = 1)
 
 
 def attention(heads, key_heads, device, dtype, met):

@@ -1,4 +1,4 @@
-"""VisPruner's deduplication rounds: LLaVA image shapes, half of the budget kept by attention."""
+"""VisPruner's deduplication rounds at LLaVA image shapes. Attention has picked half of the budget before."""
 
 from functools import partial
 
@@ -12,7 +12,7 @@ MAIN = [(576, 64), (576, 192), (2880, 64), (2880, 192), (2880, 640)]
 
 
 def _case(group, batch, tokens, k, dtype=F32, data="gaussian", cuda_only=False):
-    """K: the whole budget; half of it is picked by attention before the rounds."""
+    """k: the whole budget. Attention picks k // 2 tokens before the rounds."""
     return Case(group, {"B": batch, "N": tokens, "C": 1024, "K": k}, dtype, data, cuda_only)
 
 
@@ -43,7 +43,7 @@ def cost(case):
 
 
 def _rounds(cosine, rest, keep, step=8):
-    """Survivors of the list `rest` in float64, and whether all deciding cosines are well separated."""
+    """(tokens kept of `rest`, clear). clear: in every round, all maxima of the cosines are more than 1e-6 apart."""
     clear = True
     while len(rest) > keep:
         even, odd = rest[::2], rest[1::2]
@@ -54,7 +54,7 @@ def _rounds(cosine, rest, keep, step=8):
 
 
 def check(case, given, kept):
-    """Picks are distinct and listed. Short lists must match float64, unless the last bits of the cosines decide."""
+    """Picks are distinct and listed. Lists of max 100 tokens must match float64, unless maxima are close (_rounds)."""
     for x, listed, row in zip(given["features"], given["order"], kept, strict=True):
         assert row.unique().numel() == given["keep"] == row.numel()
         assert torch.isin(row, listed).all()

@@ -1,4 +1,4 @@
-"""Greedy MAP of a DPP: LLaVA image shapes, and a batch."""
+"""Greedy MAP of a DPP: LLaVA image shapes, and batches."""
 
 from functools import partial
 
@@ -49,7 +49,9 @@ def _unit(features):
 
 
 def _step(row, gains, rows, step, token):
-    """One greedy step in place, from the picked tokens' rows of L, (B, N): adds the Cholesky row, updates the gains."""
+    """One greedy step, in place. row (B, N): the picked tokens' rows of L. Writes rows[:, step], the Cholesky row, and
+    updates the gains. Returns the gains of the picks, (B,).
+    """
     own = rows[:, :step].gather(2, token[:, None, None].expand(-1, step, 1))
     pivot = gains.gather(1, token[:, None])
     entry = row.sub_(torch.bmm(own.mT, rows[:, :step])[:, 0]).div_(pivot.sqrt())
@@ -73,7 +75,7 @@ def _row(matrix, token):
 
 
 def gram_loop(features, quality, k):
-    """The kernel matrix L of all pairs once, by one matrix product, as in CDPruner's code."""
+    """Computes the kernel matrix L of all pairs once, by one matrix product, as in CDPruner's code."""
     x = _unit(features) * quality[..., None]
     kernel = torch.bmm(x, x.mT)
     return _loop(kernel.diagonal(dim1=1, dim2=2).clone(), k, lambda token: _row(kernel, token)[:, 0])

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# lmms-eval itself, end to end, on a local task and a tiny model with random weights: no download of data or weights.
+# Runs lmms-eval end to end on a local task and a tiny model with random weights: no download of data or weights.
 #
-#     bench/eval_check.sh DIR        DIR: what it writes, and its virtual environment (2.5 GB, some minutes)
+#     bench/eval_check.sh DIR        DIR: outputs and the virtual environment (2.5 GB, some minutes)
 #
-# Runs three methods on three pictures, and one run that must fail. LMMS_EVAL_PYTHON names a python that has lmms-eval.
+# Evaluates three methods on three pictures; one further run must fail. LMMS_EVAL_PYTHON names a python with lmms-eval.
 set -euo pipefail
 work=$(realpath -m "${1:?expected a folder to write}")
 cd "$(dirname "$0")/.."
@@ -15,12 +15,12 @@ mkdir -p "$work"
 python=${LMMS_EVAL_PYTHON:-$work/venv/bin/python}
 if [ ! -x "$python" ]; then
   "${PYTHON:-python3}" -m venv "$work/venv"
-  # lmms-eval 0.7.3 imports decord without asking for it, and what filelock 4 no longer has.
+  # lmms-eval 0.7.3 imports decord without requiring it, and names that filelock 4 does not have.
   "$python" -m pip install -q "torch==2.13.0" "lmms-eval==0.7.3" decord "filelock<4" "transformers==5.23.0"
 fi
 "$python" -m pip install -q --no-deps .
 cp bench/evaluation/*.* "$work/"
-mkdir -p "$work/site" # Python runs sitecustomize.py at its start; this folder's package would hide the installed one
+mkdir -p "$work/site" # Python runs sitecustomize.py at start; a checkout on PYTHONPATH would shadow the installed package
 cp python_tests/serving/torchvision_without_cuda.py "$work/site/"
 echo "import torchvision_without_cuda" >"$work/site/sitecustomize.py"
 export PYTHONPATH=$work/site

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one call of under ten minutes: build, tests, compute-sanitizer, benchmarks,
-# and whole models.
+# All checks that need a GPU, in one call of under ten minutes: build, tests, compute-sanitizer, benchmarks, and whole
+# models.
 #
 #     bench/gpu_check.sh OUTDIR
 #
-# Leaves in OUTDIR a log per section, the benchmarks' rows and plot, and summary.txt, which is also printed last. Installs
-# the package into the environment of python3, which must have torch, pytest, cmake and ninja; asks no registry.
-# Exit status: 0, 1 if a section failed, 2 wrong use, 3 no GPU, 4 the reference would be timed, not the compiled library
-# (with build: the sections bench and models fail).
+# Writes to OUTDIR a log per section, the benchmarks' rows and plot, and summary.txt, which is also printed last. Installs
+# the package into the environment of python3, which must have torch, pytest, cmake and ninja; queries no package index.
+# Exit status: 0 all passed, 1 a section failed, 2 wrong use, 3 no GPU, 4 the reference would be timed, not the compiled
+# library (with the section build: the sections bench and models fail instead).
 #
-#     STS_CHECK_SECTIONS   which of "build tests sanitize bench models", all by default; without build, tests use the installed
-#                          package, and bench and models the checkout, which must have its library
-#     STS_CHECK_SECONDS    time for everything, 560 by default; a section that runs over is stopped, the others still run
+#     STS_CHECK_SECTIONS   some of "build tests sanitize bench models", default: all. Without build, tests use the installed
+#                          package; bench and models use the checkout, which must have its library
+#     STS_CHECK_SECONDS    time for all sections, default: 560. A section that exceeds its share is stopped; the others run
 #     STS_CHECK_QUICK=1    few samples, only the main shapes, only memcheck
-#     STS_CHECK_COMMIT     what to record as commit where there is no git checkout
+#     STS_CHECK_COMMIT     commit to record if there is no git checkout
 #     TORCH_CUDA_ARCH_LIST as for every build; 9.0 alone saves time on an H100 or H200
 set -euo pipefail
 exec </dev/null
@@ -50,7 +50,7 @@ mkdir -p "$BUILD"
 export OUT BUILD OMP_WAIT_POLICY=PASSIVE PYTHONUNBUFFERED=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 
 build() {
-  # The smoke program is compiled beside the library: both are mostly waiting for one long nvcc.
+  # The smoke program and the library are compiled in parallel: each mostly waits for one long nvcc.
   { cmake -S python_tests/emulator -B "$BUILD" -G Ninja -DSTS_KERNELS_CUDA=1 && cmake --build "$BUILD"; } >"$BUILD.log" 2>&1 &
   local status=0
   python3 -m pip install --no-build-isolation --no-deps --force-reinstall . || status=1
@@ -61,7 +61,7 @@ build() {
 }
 
 tests() {
-  # -P: the installed package, not the checkout's. The run's own workers share the cores.
+  # -P: imports the installed package, not the checkout's. Four OpenMP threads: pytest's workers share the cores.
   export STS_KERNELS_TEST_REQUIRE=cuda,native OMP_NUM_THREADS=4
   local workers=() status=0
   if python3 -c 'import xdist' 2>/dev/null; then workers=(-n 4); fi
@@ -80,11 +80,11 @@ sanitize() {
       under="compute-sanitizer --tool $tool --error-exitcode 9 --print-limit 20 --log-file $log"
       calls=(--work 2e4) # a fifth of all calls
     fi
-    # racecheck did not finish these in 40 s on an H200. One call of each kernel and algorithm, of several warps.
+    # racecheck did not finish those calls in 40 s on an H200. It gets one call per kernel and algorithm, of several warps.
     if [ "$tool" = racecheck ]; then calls=(--work 6e4 --per-kernel 1); fi
     printf '\n==== %s\n' "${under:-no tool}"
     : >"$log"
-    # The last run, racecheck, has a double share; what a run leaves of its own goes to the next ones.
+    # The last run gets a double share of the time: racecheck is slow. Unused time goes to the runs that follow.
     timeout -k 5 $(((end - SECONDS) / (left + (left > 1)) + 1)) python3 -m python_tests.emulator.smoke \
       --binary "$BUILD/sts_kernels_smoke" --out "$BUILD/run" "${calls[@]}" --under "$under" &&
       verdicts+=("$tool ok") || { verdicts+=("$tool FAILED"); status=1; }
@@ -95,7 +95,7 @@ sanitize() {
   return $status
 }
 
-kernels() { # time of each kernel of the two main selections
+kernels() { # time of each kernel of two main shapes
   python3 - <<'PY'
 import torch, sts_kernels
 for tokens, picks in ((576, 192), (2880, 480)):
@@ -117,7 +117,7 @@ bench() {
   python3 -m bench.overhead "${common[@]}" || status=1
   local device=(--device cuda)
   if [ -n "${STS_CHECK_QUICK:-}" ]; then device+=(--quick); fi
-  measure() { # PART ARGUMENT...: in so many hundredths of the time left
+  measure() { # PERCENT ARGUMENT...: measures for PERCENT of the time left
     local budget=$(((end - SECONDS) * $1 / 100))
     shift
     if [ "$budget" -lt 1 ]; then
@@ -139,7 +139,7 @@ bench() {
   return $status
 }
 
-models() { # what decides about cuDNN attention; whole models of true size, with random weights
+models() { # bench.decode_plans, which compares cuDNN attention on and off; full-size models with random weights
   if ! python3 -c 'import transformers' 2>/dev/null; then
     echo "left out: transformers is not installed"
     return
@@ -155,7 +155,7 @@ models() { # what decides about cuDNN attention; whole models of true size, with
   return $status
 }
 
-key_timings() { # the rows people ask for
+key_timings() { # the most important rows, for the summary
   python3 - "$OUT/bench.csv" <<'PY'
 import csv, sys
 wanted = {("1", "576", "192"), ("1", "2880", "480"), ("64", "576", "192"), ("1", "131072", "4096")}
@@ -171,7 +171,7 @@ PY
 export -f build tests sanitize kernels bench models
 budget=${STS_CHECK_SECONDS:-560} deadline=0 failed=0 summary=()
 for name in "${sections[@]}"; do
-  deadline=$((deadline + budget * WEIGHT[$name] / total)) # what a section does not use goes to the next ones
+  deadline=$((deadline + budget * WEIGHT[$name] / total)) # unused time goes to the sections that follow
   left=$((deadline - SECONDS)) start=$SECONDS verdict=PASS
   if [ $left -lt 5 ]; then left=5; fi
   printf '\n######## %s, at most %d s\n' "$name" $left

@@ -1,4 +1,4 @@
-"""Declaration of a benchmark, and the runs that turn its cases into CSV rows.
+"""Declares a benchmark, and runs its cases into CSV rows.
 
 bench/<op>.py holds `BENCH = Bench(...)` for each op of the registry. The providers "native" and "reference" exist for
 every op; a benchmark adds baselines.
@@ -21,7 +21,7 @@ from . import record, timing
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One shape of an op. group: name of the set of cases. shape: the CSV's shape columns."""
+    """One shape of an op. group: the set of cases that --shapes selects. shape: values of the CSV's shape columns."""
 
     group: str
     shape: dict[str, int]
@@ -92,7 +92,7 @@ class Bench:
 
 
 def discover() -> dict[str, Bench | None]:
-    """The benchmark of every op; None: no benchmark."""
+    """Op name -> benchmark, or None if the op has none."""
 
     def find(name):
         module = f"{__package__}.{name.rstrip('_')}"
@@ -103,11 +103,11 @@ def discover() -> dict[str, Bench | None]:
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure. Every round times every provider once, so that noise affects all alike."""
+    """How long to measure. Every round times every provider, so that noise affects all alike."""
 
     seconds: float  # per case and clock, all providers together
     rounds: tuple[int, int]  # min, max
-    slow_seconds: float  # slower calls use one clock only, and max 3 rounds
+    slow_seconds: float  # a slower call is timed by the first clock only, and its case in 3 rounds
 
 
 NORMAL = Effort(seconds=4.0, rounds=(7, 100), slow_seconds=1.0)

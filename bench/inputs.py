@@ -8,8 +8,8 @@ import torch
 def features(batch: int, tokens: int, channels: int, dtype: torch.dtype, device: torch.device, data: str = "gaussian"):
     """(B, N, C) tokens.
 
-    data="gaussian": independent normal values, all tokens about equally far apart. data="smooth": tokens on a square
-    grid with similar neighbours and channels of different scales, like features of a picture.
+    data="gaussian": independent normal values; all tokens are about equally far apart. data="smooth": tokens on a
+    square grid; neighbours are similar and channels have different scales, like features of a picture.
     """
     generator = torch.Generator(device=device).manual_seed(0)
 

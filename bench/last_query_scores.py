@@ -1,8 +1,8 @@
 """Stage 2 scores: one query row over cached keys.
 
 data="gaussian": FlashAttention's layout (B, S, Hkv, D). data="cache": the same numbers in Hugging Face's layout
-(B, Hkv, S, D), passed as `.transpose(1, 2)`. Two providers are yardsticks that do not compute scores: SDPA of the same
-row, which also reads values, and a max over the keys, the cheapest way to read all of them.
+(B, Hkv, S, D), passed as `.transpose(1, 2)`. Two providers are yardsticks and compute no scores. "sdpa, one query" also
+reads the values. "largest key" takes the max over the keys, the cheapest way to read all keys.
 """
 
 from functools import partial
@@ -96,7 +96,7 @@ def _bind_sdpa(case, given):
 
 
 def _matrix_fits(case, device):
-    # logits and probabilities, in float32 and in the input's dtype
+    # bytes per weight: softmax in float32; logits and rounded softmax in the input's dtype
     return case["B"] * case["Hq"] * case["S"] ** 2 * (4 + 2 * case.dtype.itemsize) <= MATRIX_BYTES[device.type]
 
 

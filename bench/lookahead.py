@@ -1,7 +1,7 @@
 """`python -m bench.lookahead`: picks per exchange of the CUDA cluster kernel (select_cluster.cuh).
 
-Replays the kernel's candidates and bound beside the plain loop of Algorithm 1. Involves no timing, so results are the
-same on every machine. python_tests/test_lookahead.py compares the emulated kernel with it.
+Simulates the kernel's candidate table and bound in Python. Involves no timing: results are the same on every
+machine. python_tests/test_lookahead.py compares the emulated kernel with this simulation.
 """
 
 import argparse
@@ -16,10 +16,13 @@ from . import inputs
 
 
 def replay(x, k, warps=32, of_warp=4, most=8):
-    """(picks per exchange between the warps, new candidates per exchange)."""
+    """(picks per exchange, inserted candidates per exchange) for x (N, C).
+
+    warps: warps of the cluster. of_warp: max candidates per warp. most: max picks per exchange.
+    """
     weights = 1 / (pairwise_sqdist(x[None])[0] + 1e-6)
     least = weights.fill_diagonal_(math.inf).min(1).values.tolist()
-    potential = weights[(x - x.mean(0)).square().sum(1).argmin()].clone()  # weights to the first pick; its own is inf
+    potential = weights[(x - x.mean(0)).square().sum(1).argmin()].clone()  # the first pick's row; inf at the pick
     warp_of = torch.arange(len(x)) // 32 % warps
     ready, coming = {}, {}  # candidate -> warp
     made, exchanges, came = 1, 1, 0

@@ -1,4 +1,4 @@
-"""Nearest match of every token: among all others (density peaks), and among few targets (merging)."""
+"""Nearest key of every token: all other tokens are keys (density peaks), or few targets are (merging)."""
 
 from functools import partial
 
@@ -59,7 +59,7 @@ def _products(query, key):
 
 
 def matmul(query, key, metric, exclude_self):
-    """All products, then a minimum over (M, K) numbers. Inaccurate where distances cancel."""
+    """All products, then the minimum of each row of the (M, K) distances. Inaccurate where distances cancel."""
     distance = _products(query, key)
     if metric == "cosine":
         per_query, per_key = (1 / torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32) for x in (query, key))

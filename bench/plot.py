@@ -1,4 +1,4 @@
-"""Plots the rows of a CSV: time against K, N and B, and bars per provider for common shapes."""
+"""Plots the rows of a CSV: time against K, N and B, and a bar chart of the main shapes."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def us(row):
 
 
 def providers(rows):
-    """Ours first, then the others by name: the same colour in every panel."""
+    """Provider -> colour, the same in every panel. The package's own come first, the others follow by name."""
     names = sorted({row["provider"] for row in rows}, key=lambda name: (name not in ("native", "triton"), name))
     return {name: f"C{index % 10}" for index, name in enumerate(names)}
 
@@ -65,7 +65,7 @@ def draw(rows: list[dict], png: Path) -> int:
     from matplotlib import pyplot
 
     rows = [row for row in rows if row["op"] == OP and row["dtype"] == "float32" and row["data"] == "gaussian"]
-    # One clock for all panels: graph replay with a cold cache if there are GPU rows, else the host clock.
+    # All panels use one clock: graph replay with a cold L2 if there are such rows, else the host clock.
     for mode, cold in (("graph", "1"), ("eager", "0")):
         timed = [row for row in rows if (row["mode"], row["cold_l2"]) == (mode, cold)]
         if timed:

@@ -7,14 +7,14 @@ prefill   the LLM's forward over the prompt, until the logits are ready, on an i
 encode    vision encoder, stage 1 and projector, measured the same way
 stages    stage 1 (selection) and stage 2 (scores, top K', cutting) alone, between syncs, in separate runs; their share
           is relative to encode + prefill
-hooks     a decode step with hooks, against a step of the plain model on a text prompt with as many cached tokens in
-          every layer (rho = 1); the two alternate at one key length that both have seen before
-fresh     ms per token of generate() with the real rho (budget "all": plain model) at key lengths that no decode step
-          of this process has seen before; "again": the same lengths once more
+hooks     a decode step with hooks against a step of the plain model on a text prompt. All layers of both have the same
+          cache length (rho = 1). The two alternate at one key length that both have seen before
+fresh     ms per token of generate() with the default rho (budget "all": plain model), at key lengths that no decode
+          step of this process has seen before; "again": the same lengths once more
 
 cuDNN attention builds an execution plan for every new key length, which takes tens of ms. Where torch prefers cuDNN,
-everything is measured with and without it (--cudnn). Compare rows of one setting only: otherwise the effect of torch's
-default is attributed to pruning.
+everything is measured with and without cuDNN attention (--cudnn). Compare rows of one setting only: otherwise pruning
+gets the credit for torch's default.
 """
 
 import argparse
@@ -122,13 +122,13 @@ def sdpa_backend(model, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def settings(asked: str | None, backend: str) -> list[bool | None]:
-    """cuDNN attention setting of each pass; None: unchanged. backend: SDPA's choice, "" on the CPU."""
+    """cuDNN attention setting of each pass; None: unchanged. backend: of sdpa_backend(); "" without SDPA on a GPU."""
     asked = asked or ("both" if backend == "cudnn" else None)
     return {None: [None], "on": [True], "off": [False], "both": [True, False]}[asked]
 
 
 def pruning(model, config: STSConfig | None, **options):
-    """apply_sts with cuDNN attention left as the benchmark sets it. config=None: no pruning."""
+    """apply_sts that leaves the benchmark's cuDNN attention setting unchanged. config=None: no pruning."""
     from sts_kernels.integrations.transformers import apply_sts
 
     if config is None:
@@ -191,7 +191,7 @@ def measure(model, inputs, config: STSConfig, device: torch.device, samples: int
 
 
 def decode(model, inputs, config: STSConfig, device: torch.device, steps: int, met: set[int]) -> dict:
-    """A decode step on a pruned prompt, against the same step without hooks, at one key length."""
+    """A decode step on a pruned prompt, against a step of the plain model at the same key length."""
     uniform = STSConfig(budget=config.budget, rho=1.0, prune_layer=config.prune_layer)
     token = torch.full((1, 1), 5, device=device)
     with pruning(model, uniform):
@@ -200,7 +200,7 @@ def decode(model, inputs, config: STSConfig, device: torch.device, steps: int, m
     plain = cache_of(model, {"input_ids": torch.full((1, length), 5, device=device)})
 
     def second(cache):
-        """Times the second of two steps at one key length. The first absorbs the new length and the hook change."""
+        """Times the second of two steps at one key length. The first pays for the new length and the changed hooks."""
         for _ in range(2):
             taken = elapsed_ms(lambda: decode_step(model, token, cache), device)
             cache.crop(-1)

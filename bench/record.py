@@ -1,4 +1,4 @@
-"""CSV rows: the columns of a measurement, and the append-only file."""
+"""CSV rows of measurements: their columns, and the append-only files."""
 
 import csv
 import os

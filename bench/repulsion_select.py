@@ -25,10 +25,10 @@ CASES = [
     _case("batch", 64, 576, 1024, 192, cuda_only=True),
     _case("batch", 64, 576, 1024, 192, BF16, cuda_only=True),
     *(_case("qwen", 1, 1225, c, 245, dtype) for c in (3584, 5120) for dtype in (F32, BF16)),
-    *(_case("rank", 1, 576, 1024, 576, dtype) for dtype in (F32, BF16)),  # K = N: the picks for every k
+    *(_case("rank", 1, 576, 1024, 576, dtype) for dtype in (F32, BF16)),  # K = N: every token is ranked
     _case("video", 1, 16384, 1024, 1024, BF16),
     _case("video", 1, 131072, 1024, 4096, BF16, cuda_only=True),
-    # One dimension at a time, for the plots of growth.
+    # One dimension at a time, for bench.plot.
     *(_case("sweep-K", 1, 2880, 1024, k) for k in (16, 32, 64, 128, 256, 512, 1024)),
     *(_case("sweep-N", 1, n, 1024, 192) for n in (256, 576, 1024, 1600, 2304, 2880, 4096, 8192)),
     *(_case("sweep-N", 1, n, 1024, 192, cuda_only=True) for n in (16384, 32768, 65536, 131072)),
@@ -45,8 +45,8 @@ def make_inputs(case, device):
 def selection_cost(items, channels, itemsize):
     """items: (tokens, picks) pairs. Features are read once.
 
-    Each distance costs C multiply-adds, its weight three flops. The number of distances is K rows of N, or half of the
-    symmetric matrix if that is less.
+    A distance costs C multiply-adds, a weight three flops. Distances: min(K * N, N^2 / 2), as the matrix is symmetric.
+    Weights: K * N.
     """
     rows = [(n, min(k, n / 2)) for n, k in items]
     return Cost(
@@ -65,7 +65,7 @@ def check(case, given, picks):
 
 
 def fits_gram(items, tokens, device):
-    """Whether twice `items` float32 matrices of tokens^2 elements fit in memory."""
+    """Whether 2 * `items` float32 matrices (tokens, tokens) fit in memory."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 4 << 30
     return 2 * 4 * items * tokens**2 <= free
 

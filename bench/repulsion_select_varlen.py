@@ -10,7 +10,7 @@ from .repulsion_select import fits_gram, selection_cost
 
 
 def _case(group, lengths, keep, channels=1024, dtype=torch.float32, cuda_only=False):
-    """keep: share of its tokens that each item keeps."""
+    """keep: share of the tokens that every item keeps."""
     budgets = tuple(max(1, round(n * keep)) for n in lengths)
     shape = {"B": len(lengths), "N": max(lengths), "C": channels, "K": sum(budgets), "T": sum(lengths)}
     return Case(group, shape, dtype, cuda_only=cuda_only, lengths=tuple(lengths), budgets=budgets)

@@ -20,7 +20,7 @@ CASES = [
 
 
 def make_inputs(case, device):
-    """Repeated calls add the same row to the same potentials, so the work is constant."""
+    """Every call of the op adds the weights of token 7 to the same potentials, so all calls do the same work."""
     return {
         "potential": torch.zeros(case["B"], case["N"], device=device),
         "features": inputs.features(case["B"], case["N"], case["C"], case.dtype, device),

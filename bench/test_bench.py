@@ -149,13 +149,13 @@ def test_a_wrong_provider_is_not_timed(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("path", sorted(record.RESULTS.glob("*.csv")), ids=lambda path: path.name)
 def test_recorded_rows_have_the_columns_of_new_ones(path):
-    """Otherwise the next run could not be appended."""
+    """append() refuses a file with other columns."""
     own = {"prefill.csv": prefill.COLUMNS, "serving.csv": serving.COLUMNS, "ways.csv": ways.COLUMNS}
     assert tuple(record.read(path)[0]) == own.get(path.name, record.COLUMNS)
 
 
 def test_gpu_numbers_of_the_docs_are_rows():
-    """The table of the H200: op and Gram loop, each as a CUDA graph and eager, with a cold L2 cache."""
+    """The H200 table of docs/performance.md: op and Gram loop, CUDA graph and eager, with a cold L2 cache."""
     rows = {
         (row["B"], row["N"], row["K"], row["provider"], row["mode"]): float(row["p50_us"])
         for row in record.read(record.RESULTS / "nvidia-h200.csv")
@@ -247,7 +247,7 @@ def shadowed(tmp_path, monkeypatch):
     (installed / "libsts_kernels.so").touch()
     (installed / "build_info.json").write_text('{"cuda": "13.0", "commit": "abc"}')
     others = [entry for entry in sys.path if not Path(entry or ".", "sts_kernels").exists()]
-    monkeypatch.setattr(sys, "path", [str(installed.parent), *others])  # the test environment may have one
+    monkeypatch.setattr(sys, "path", [str(installed.parent), *others])  # the environment may have sts_kernels installed
     monkeypatch.setattr(backends._native, "LIBRARY", tmp_path / "libsts_kernels.so")
     monkeypatch.setattr(type(OPS_TABLE["repulsion_select"]), "backend", lambda op, key: "reference")
     monkeypatch.delenv("STS_KERNELS_DISABLE", raising=False)
@@ -265,7 +265,7 @@ def shadowed(tmp_path, monkeypatch):
 def test_a_shadowed_library_is_named(shadowed, monkeypatch, commit, remedy):
     monkeypatch.setattr(record, "commit", lambda: commit)
     why = backends.shortfall(torch.device("cpu"), OPS)
-    assert why.startswith("stopped: the reference of repulsion_select would be timed: ")  # a Triton op has no other
+    assert why.startswith("stopped: the reference of repulsion_select would be timed: ")  # a Triton op has no CPU code
     assert f"shadows {shadowed}, which has one (commit abc); " in why
     assert remedy.format(shadowed, backends.PACKAGE) in why
     assert why.endswith(", or --allow-reference")
@@ -351,7 +351,7 @@ def test_gpu_check_without_a_gpu(tmp_path):
 
 @pytest.mark.parametrize("section", ["bench", "models"])
 def test_gpu_check_stops_where_the_reference_would_be_timed(tmp_path, section):
-    """It stops first, if it is not going to build. `python` is a stand-in that sees a GPU and no library."""
+    """Without the section "build" it stops before any section. The fake python3 reports a GPU and no library."""
     python = tmp_path / "bin" / "python3"
     python.parent.mkdir()
     python.write_text('#!/bin/sh\necho "$*" >>"$CALLS"\n[ "$1" = -c ] || exit 4\n')
@@ -366,7 +366,7 @@ def test_gpu_check_stops_where_the_reference_would_be_timed(tmp_path, section):
 
 @pytest.mark.parametrize("data", ["gaussian", "smooth"])
 def test_features_are_laid_out_as_a_model_leaves_them(data):
-    """Contiguous: transposed features would be copied by some providers and read with strides by others."""
+    """Contiguous: some providers would copy transposed features, others would read them with strides."""
     x = inputs.features(2, 50, 16, torch.bfloat16, torch.device("cpu"), data)
     assert x.shape == (2, 50, 16)
     assert x.is_contiguous()

@@ -62,7 +62,7 @@ def test_the_page(written):
     assert cells(text, "Largest distance")["fastervlm"][0] == f"{nearest.amax(1).mean():.2f}"
     changed = cells(text, "so only the rounding of the input shows.")
     assert set(changed["random"]) == set(changed["fastervlm"]) == {"0.0 (0)"}
-    assert changed["sts"] != changed["random"]  # pairs that bfloat16 makes equal
+    assert changed["sts"] != changed["random"]  # bfloat16 makes the pairs of made_up() equal
     assert all(name in cells(text, "## The photographs\n\nLayer") for name in NAMES)
 
 

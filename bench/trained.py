@@ -1,6 +1,6 @@
 """Photographs shipped in Python packages, for analyses on a trained encoder's features.
 
-Used by bench.features only. Install `REQUIREMENTS` by hand, and the encoder's requirements (sts_kernels/_dinov2.py).
+For bench.features only. Install `REQUIREMENTS` and the encoder's requirements (sts_kernels/_dinov2.py) by hand.
 """
 
 import importlib.util

@@ -1,6 +1,6 @@
 """Checks picks with the tests' float64 oracle before they are timed.
 
-python_tests is not a package, so that pytest can also test an installed sts_kernels. So its folder goes on sys.path.
+sys.path gets the folder python_tests: it is not a package, so that pytest can also test an installed sts_kernels.
 """
 
 import sys
@@ -17,8 +17,8 @@ EFFORT = 10**9  # max multiply-adds of the oracle per result: a second or two on
 def selections(pairs, error_of=lambda item, features, picks: oracle.greedy_error(features, picks, 1e-6)) -> None:
     """Asserts that the picks (K,) of each (features (N, C), picks) pair are distinct, in range and correct.
 
-    error_of(item, features, picks) judges correctness in float64. Large items are judged by a prefix of their picks,
-    as long as EFFORT allows: a prefix is the selection of a smaller K.
+    error_of(item, features, picks) checks in float64 and returns an error message, or "". For a large item it gets a
+    prefix of the picks, as long as EFFORT allows: a prefix is the selection of a smaller K.
     """
     pairs = list(pairs)
     for item, (features, picks) in enumerate(pairs):

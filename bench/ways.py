@@ -8,11 +8,11 @@ captured           PruningHandle.compile(): encoder, prefill and decode step; on
 static             generate(cache_implementation="static"): transformers compiles the decode step on a GPU
 captured-inductor  as captured, with each part compiled by Inductor before capture
 
-A run uses this order. The modes that compile come last, so a run stopped by `--seconds` has all rows of the others.
+By default modes run in this order, batch by batch: the modes that compile come last.
 
 build    s until the second answer: includes compilation and capture
 encode   ms of vision encoder, selection and projector; prefill: ms of the LLM's forward over the prompt. Both are
-         measured between syncs by the pruning's own clock. So the plain model is pruned with a budget of all tokens
+         `report.measured`, taken between syncs. So the plain model too runs under `prune`, with all tokens as budget
 first    ms to the first token: generate() of one token
 token    ms per further token: (generate() of 65 tokens - generate() of one) / 64; tokens/s: of the 65-token answer, all
          rows of the batch together
@@ -41,7 +41,7 @@ NEW_TOKENS = 64  # tokens after the first one in a timed answer
 
 
 class Way:
-    """A model set up for one way. `answer(tokens)` generates; the report is that of the last prompt."""
+    """A model set up for one way. `answer(tokens)` generates; `pruning.report` describes the last prompt."""
 
     def __init__(self, name: str, model, inputs: dict, pruning):
         self.model, self.inputs, self.pruning = model, inputs, pruning
@@ -131,7 +131,7 @@ PANELS = {"first_p50_ms": "first token, ms", "token_ms": "each further token, ms
 def chart(rows: list[dict]):
     """Figure of times against budget: one column of panels per model and batch, one line per way.
 
-    Of several rows of one measurement, the last is drawn.
+    If a measurement has several rows, the last is drawn.
     """
     import matplotlib
 

@@ -39,7 +39,7 @@ def main():
     position = (mask.cumsum(1) - 1).clamp(min=0)
     query, key = rotary(query, position), rotary(key, position)
     allowed = mask[:, None, None] & torch.ones(TOKENS, TOKENS, dtype=torch.bool, device=device).tril()
-    allowed |= torch.eye(TOKENS, dtype=torch.bool, device=device)  # padding attends to itself: no row is empty
+    allowed |= torch.eye(TOKENS, dtype=torch.bool, device=device)  # padding attends to itself: no row is fully masked
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # SDPA and Hugging Face caches: (B, H, S, D)
     scaled_dot_product_attention(q, k, v, allowed, enable_gqa=True)
 

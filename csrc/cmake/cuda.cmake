@@ -15,7 +15,7 @@ elseif(NOT STS_KERNELS_CUDA MATCHES "^(auto|1)$")
   message(FATAL_ERROR "STS_KERNELS_CUDA must be auto, 0 or 1, got '${STS_KERNELS_CUDA}'")
 endif()
 
-# Goes on without CUDA and records the reason. An error if STS_KERNELS_CUDA=1.
+# Continues without CUDA and records the reason. If STS_KERNELS_CUDA=1, an error.
 macro(no_cuda reason)
   set(CUDA_REASON "${reason}")
   if(STS_KERNELS_CUDA STREQUAL "1")
@@ -43,7 +43,8 @@ if(version_found VERSION_LESS CUDA_FLOOR)
   no_cuda("${nvcc} is CUDA ${version_found}, and ${CUDA_FLOOR} or newer is needed")
 endif()
 
-# Architectures: TORCH_CUDA_ARCH_LIST in torch's syntax ("8.0 9.0a;10.0+PTX"), by default those below that nvcc supports.
+# Architectures: TORCH_CUDA_ARCH_LIST in torch's syntax ("8.0 9.0a;10.0+PTX"). Default: 8.0, 9.0 and 10.0, as far as nvcc
+# supports them, and PTX of the newest.
 execute_process(COMMAND ${nvcc} --list-gpu-arch OUTPUT_VARIABLE known)
 string(REGEX MATCHALL "[0-9]+" known "${known}")
 set(code "")
