@@ -4,7 +4,7 @@ import math
 
 import torch
 
-# What the ops are held to, for weights between 0 and 1: float32 sums of 256 products and of 131072 exponentials.
+# Absolute tolerance of scores, which lie in [0, 1]: float32 sums of 256 products and of 131072 exponentials.
 ATOL = 2e-6
 
 
@@ -33,7 +33,7 @@ def inputs(batch, keys, heads, kv_heads, dim, dtype=torch.float32, device="cpu",
 
 
 def left_padding(batch, keys):
-    """Row b starts with a few more padding keys than row b - 1; the last row has nothing but padding."""
+    """(B, S) mask: row b starts with more padding than row b - 1; the last of several rows is all padding."""
     mask = torch.arange(keys) >= torch.arange(batch)[:, None] * math.ceil(keys / 7)
     mask[-1] &= batch == 1
     return mask
@@ -89,7 +89,7 @@ def row_options(batch, rows, keys, kinds, device="cpu", seed=2):
     if "weight" in kinds:
         weight = torch.rand(batch, rows, generator=rng)
         made["row_weight"] = weight * (torch.rand(batch, rows, generator=rng) > 0.3)
-    if "position" in kinds:  # causal, with the last rows seeing all, and every 11th row anything or nothing
+    if "position" in kinds:  # causal; the last rows see all keys, every 11th row any number or none
         position = torch.arange(rows).expand(batch, rows) + keys - rows + 3
         wild = torch.randint(-2 * keys, 3 * keys, (batch, rows), generator=rng)
         made["row_position"] = torch.where(torch.arange(rows) % 11 == 5, wild, position)

@@ -1,4 +1,4 @@
-"""The Triton kernels compiled ahead of time, without a GPU. test_attention_received.py runs it in a process apart."""
+"""The Triton kernels compiled ahead of time, without a GPU. test_attention_received.py runs it in its own process."""
 
 import functools
 import re
@@ -23,7 +23,7 @@ MORE_CASES = [(shape, KINDS[1]) for shape in MORE_SHAPES] + [(SHAPES[0], kinds) 
 
 @functools.cache
 def launches(shape, dtype, kinds=""):
-    """The launches of the launcher: (kernel, num_warps, arguments)."""
+    """The launches of one call, recorded and not run: (kernel, num_warps, arguments)."""
     keys, heads, kv_heads, dim = shape
     recorded = []
     with pytest.MonkeyPatch.context() as patch:
@@ -38,7 +38,7 @@ def launches(shape, dtype, kinds=""):
 
 
 def check(shape, dtype, kinds, arch, path, allowed):
-    """allowed: bytes of stack. ptxas holds some kernels to 64 or 128 registers, and puts two to four more aside."""
+    """allowed: max bytes of stack. ptxas limits some kernels to 64 or 128 registers and spills two to four more."""
     *passes, _ = launches(shape, dtype, kinds)
     for kernel, warps, arguments in passes:
         binary = compiled(kernel, warps, arguments, arch)
@@ -81,7 +81,7 @@ def test_no_rounding_to_tf32(dtype):
 
 @pytest.mark.parametrize("shape", [(4096, 16, 16, 64), (4096, 1, 1, 72)], ids=str)
 def test_blocks_are_copied_ahead_in_16_bytes(shape):
-    """The loops over keys and rows are pipelined, also where strides are multiples of 8 only."""
+    """The loops over keys and rows are pipelined, even if strides are multiples of 8 elements only."""
     for one in launches(shape, torch.bfloat16)[:2]:
         copies = re.findall(r"cp\.async\.\w+\.shared\.global\S* .*?, (0x[0-9a-f]+|\d+),", compiled(*one, 90).asm["ptx"])
         assert "0x10" in copies or "16" in copies

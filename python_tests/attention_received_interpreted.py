@@ -1,4 +1,4 @@
-"""The Triton kernels in Triton's interpreter, on CPU tensors: run by test_attention_received.py in a process apart.
+"""The Triton kernels in Triton's interpreter, on CPU tensors. test_attention_received.py runs it in its own process.
 
 Calls the launcher with plans that cut small inputs into several blocks, which the op does for large ones only.
 """
@@ -44,7 +44,7 @@ def test_equals_float64(dtype, shape):
 @pytest.mark.parametrize("kinds", KINDS)
 @pytest.mark.parametrize("shape", [(2, 70, 50, 2, 1, 40), (2, 35, 70, 1, 1, 16)], ids=str)
 def test_rows_and_keys_that_count(dtype, kinds, shape):
-    """What does not count holds NaN."""
+    """Rows of weight 0, masked keys and keys past every row's position do not count: they hold NaN."""
     query, key = received_inputs(*shape, dtype)
     given = row_options(*shape[:3], kinds)
     if "weight" in kinds:
@@ -65,7 +65,7 @@ def test_rows_and_keys_that_count(dtype, kinds, shape):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dim", [1, 2, 8, 16, 33, 72, 96, 100, 160, 257, 320])
 def test_any_head_dimension(dtype, dim):
-    """Padded columns hold nothing: the rows lie in a buffer of NaN, at odd strides."""
+    """No column past D is used: the rows are views into a buffer of NaN, with odd strides."""
     query, key = received_inputs(1, 40, 35, 2, 1, dim, dtype)
     wide = torch.full((1, 42, 3, dim + 5), float("nan"), dtype=dtype)
     wide[:, 1:41, 1:, 3 : dim + 3] = query
@@ -87,7 +87,7 @@ def test_strides_of_weights_positions_and_masks():
 
 
 def test_blocks_of_rows_that_count_for_nothing():
-    """They are passed over, in the middle too."""
+    """Blocks of rows with weight 0, or without a visible key, add nothing, wherever they lie."""
     query, key = received_inputs(1, 200, 90, 2, 2, 64)
     weight = torch.zeros(1, 200)
     weight[:, 40:50] = 0.5

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
-KEYS = {"Space": " ", "Digit0": "0"}  # what a key types, by its code, where that is not its name
+KEYS = {"Space": " ", "Digit0": "0"}  # key code -> text, where the key types another text than its code
 CODES = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "End": 35, "Home": 36, "Space": 32}
 
 
@@ -22,7 +22,7 @@ def find() -> str | None:
 
 
 class Page:
-    """One tab at one address. Use it as a context; `requests` are all addresses that it asked for."""
+    """One tab at one address; a context manager. `requests`: all requested addresses. `complaints`: errors."""
 
     def __init__(self, path: Path, fragment: str = "", width: int = 1280, height: int = 900, dark: bool = False):
         self.profile = tempfile.mkdtemp(prefix="chromium")
@@ -110,7 +110,7 @@ class Page:
         return message
 
     def __call__(self, expression: str):
-        """The value of a JavaScript expression, once what was asked before is drawn."""
+        """The value of a JavaScript expression, after all earlier changes are drawn."""
         value = f"requestAnimationFrame(() => requestAnimationFrame(() => done({expression})))"
         drawn = f"new Promise((done) => {value})"
         result = self.call("Runtime.evaluate", expression=drawn, awaitPromise=True, returnByValue=True)
@@ -126,7 +126,7 @@ class Page:
             time.sleep(0.05)
 
     def box(self, selector: str) -> tuple[float, float, float, float]:
-        """Left, top, width and height on the screen of the first element, scrolled to."""
+        """Scrolls to the first element that matches; returns its left, top, width and height on the screen."""
         found = f"document.querySelector({json.dumps(selector)})"
         return tuple(
             self(

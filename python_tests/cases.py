@@ -18,7 +18,7 @@ REGRET = 1e-3
 # Relative tolerance of squared distances and potentials: float32 sums of at most 4097 terms in any order, each term
 # accurate to 2^-22. Worst case 4097 * 2^-24 = 2.4e-4 if all roundings align; 2e-6 is typical. Well below REGRET.
 VALUE_RTOL = 1e-4
-# Max distance that rounding adds between two unit rows: 2^-24 of the length for each, and as much again for the length.
+# Max error by rounding of the distance of two unit rows. Each row: 2^-24 of its length, and as much again for the norm.
 UNIT_ROUNDING = 4e-7
 # Absolute tolerance: smaller values may be float32 subnormals flushed to zero.
 VALUE_ATOL = 2e-38

@@ -1,4 +1,4 @@
-"""The Triton kernels compiled ahead of time, without a GPU. test_last_query_scores.py runs it in a process apart."""
+"""The Triton kernels compiled ahead of time, without a GPU. test_last_query_scores.py runs it in its own process."""
 
 import functools
 import re
@@ -16,7 +16,7 @@ from sts_kernels.ops._last_query_scores_plan import MAX_SPLITS, Plan, columns
 from sts_kernels.ops._triton_launch import Bound
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block may have
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # max bytes per block
 POINTER = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
@@ -25,7 +25,7 @@ POINTER = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
-SHAPES = [(128, 16, 1, 128), (4096, 28, 4, 128)]  # S, Hq, Hkv, D: both ways to launch
+SHAPES = [(128, 16, 1, 128), (4096, 28, 4, 128)]  # S, Hq, Hkv, D: one launch, two launches
 MORE_SHAPES = [  # every padded size of head and group
     (64, 8, 8, 64),
     (4096, 32, 32, 64),
@@ -41,7 +41,7 @@ MORE_DIMS = [2, 33, 129, 255, 320, 1000, 1024]
 
 
 def noting(recorded):
-    """A launch that is noted as (kernel, num_warps, arguments by name)."""
+    """A stand-in for Bound.launch: appends (kernel, num_warps, arguments by name) to `recorded`."""
 
     def launch(bound, grid, tensors, numbers):
         kernel = bound.launcher.kernel
@@ -53,7 +53,7 @@ def noting(recorded):
 
 @functools.cache
 def launches(shape, dtype, masked, varlen):
-    """What the launcher would launch: (kernel, num_warps, arguments)."""
+    """The launches of one call, recorded and not run: (kernel, num_warps, arguments)."""
     keys, heads, kv_heads, dim = shape
     recorded = []
     with pytest.MonkeyPatch.context() as patch:
@@ -106,14 +106,14 @@ def test_registers_hold_everything(shape, dtype, arch, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dim", [*DIMS, *(pytest.param(d, marks=pytest.mark.slow) for d in MORE_DIMS)])
 def test_any_head_dimension_fits(dim, dtype, arch, tmp_path):
-    """The most query heads a tile holds, and one launch where there may be one."""
+    """With the max number of query heads per tile, and with a short item, which may take one launch."""
     for shape in [(4096, 32, 1, dim), (16, 16, 1, dim)]:
         for kernel, warps, arguments in launches(shape, dtype, masked=True, varlen=False):
-            if kernel is kernels.mean_kernel.kernel:  # knows nothing of D
+            if kernel is kernels.mean_kernel.kernel:  # does not depend on D
                 continue
             binary = compiled(kernel, warps, arguments, arch)
             used = resources(binary.asm["cubin"], tmp_path / "kernel.cubin")
-            # For sm_100 ptxas holds some unusual D to 128 registers, and puts two more aside.
+            # For sm_100 ptxas limits some unusual D to 128 registers and spills two more.
             spilled = 8 if arch == 100 and dim not in USUAL_DIMS else 0
             assert used["STACK"] <= spilled, f"{kernel.__name__} spills: {used}"
             assert used["LOCAL"] == 0
@@ -139,7 +139,7 @@ def test_no_rounding_to_tf32(dtype):
 
 
 def test_keys_are_copied_ahead_in_16_bytes():
-    """The loop over keys is pipelined, also where strides are multiples of 8 only."""
+    """The loop over keys is pipelined, even if strides are multiples of 8 elements only."""
     for shape in [(4096, 32, 8, 128), (4096, 1, 1, 72)]:
         (split, *rest), _ = launches(shape, torch.bfloat16, masked=True, varlen=False)
         copies = re.findall(

@@ -1,4 +1,4 @@
-"""The Triton kernels in Triton's interpreter, on CPU tensors: run by test_last_query_scores.py in a process of its own.
+"""The Triton kernels in Triton's interpreter, on CPU tensors. test_last_query_scores.py runs it in its own process.
 
 Calls the launchers with plans that cut small inputs into several blocks and splits, which ops do for large ones only.
 """
@@ -39,7 +39,7 @@ def test_is_interpreted():
         ((2, 130, 6, 1, 72), 1),
         ((1, 65, 3, 1, 192), 1),
         ((1, 1, 2, 1, 256), 1),
-        ((1, 100, 36, 2, 64), 2),  # the heads of a group in several tiles, of a size that is padded
+        ((1, 100, 36, 2, 64), 2),  # 18 query heads per key head: two padded tiles
     ],
     ids=str,
 )
@@ -49,7 +49,7 @@ def test_equals_float64(dtype, kind, shape, tiles, masked):
     mask = None
     if masked:
         mask = oracle.holes(*shape[:2])
-        mask[-1] &= shape[0] == 1  # one row has nothing, unless it is the only one
+        mask[-1] &= shape[0] == 1  # the last of several rows has no allowed key
         key[~mask] = float("nan")
     got = kernels.scores(query, key, None, mask, plan(kind, shape[2] // shape[3], shape[1], tiles))
     assert oracle.error(got, oracle.scores(query, key, None, mask)) < ATOL
@@ -61,7 +61,7 @@ def test_equals_float64(dtype, kind, shape, tiles, masked):
 @pytest.mark.parametrize("kind", [WHOLE, SPLIT])
 @pytest.mark.parametrize("dim", [1, 2, 8, 16, 32, 33, 48, 100, 160, 257, 512, 576])
 def test_any_head_dimension(dtype, kind, dim):
-    """Padded columns hold nothing: the rows lie in a buffer of NaN, at odd strides."""
+    """No column past D is used: the rows are views into a buffer of NaN, with odd strides."""
     query, key = inputs(1, 40, 4, 2, dim, dtype)
     wide = torch.full((1, 42, 3, dim + 5), float("nan"), dtype=dtype)
     wide[:, 1:41, 1:, 3 : dim + 3] = key
@@ -125,7 +125,7 @@ def test_varlen(dtype, kind, offsets):
     "wrong", [[0, -3, 60, 90], [0, 50, 20, 90], [7, 2**31 - 1, 20, 90], [0, 30, 60, 10**9]], ids=str
 )
 def test_offsets_that_do_not_fit(kind, wrong):
-    """Items that do not fit are empty; tokens of one item are right. Out of bounds, the interpreter crashes."""
+    """Invalid items are empty; tokens of one valid item are right. An access out of bounds crashes."""
     query, _ = inputs(3, 1, 4, 2, 64)
     _, key = inputs(1, 90, 4, 2, 64, seed=1)
     got = kernels.scores_varlen(query, key[0], torch.tensor(wrong, dtype=torch.int32), 70, None, plan(kind, 2, 70))

@@ -32,7 +32,7 @@ def offsets(sizes, device) -> torch.Tensor:
 
 
 def sized_packed(step: int, device) -> tuple[torch.Generator, list[int], dict]:
-    """For `sized` of a packed selection: the generator, the items' lengths, and the arguments that all of them take."""
+    """The common part of `sized` for packed selections: generator, item lengths, shared arguments."""
     batch, tokens, channels, k = 2 + step, 11 + 6 * step, 5 + 2 * step, 3 + step
     rng = torch.Generator().manual_seed(step)
     lengths, budgets = [tokens + b for b in range(batch)], [k + b for b in range(batch)]

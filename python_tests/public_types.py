@@ -1,4 +1,4 @@
-"""What a type checker knows of the public names. mypy reads this file, nothing runs it."""
+"""The types of the public names, as a type checker infers them. mypy checks this file; nothing runs it."""
 
 import torch
 from torch import Tensor

@@ -50,7 +50,7 @@ MAKES = (
 
 
 def _wild(rng, x, values):
-    """Replaces every eighth number by one of `values`."""
+    """Replaces about one number in eight by one of `values`."""
     at = torch.rand(x.shape, generator=rng) < 1 / 8
     return torch.where(at, torch.tensor(values)[torch.randint(len(values), x.shape, generator=rng)], x)
 

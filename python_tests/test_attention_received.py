@@ -14,9 +14,9 @@ from test_last_query_scores import pytest_in_its_own_process
 from sts_kernels import _registry, attention_received, last_query_scores
 
 HERE = Path(__file__).parent
-ATOL = 1e-5  # of weights between 0 and 1
+ATOL = 1e-5  # absolute; scores lie in [0, 1]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-SHAPES = [  # B, R, S, Hq, Hkv, D: lengths about a block's, key heads shared by none, by some and by all
+SHAPES = [  # B, R, S, Hq, Hkv, D: lengths around the block size; MHA, GQA and MQA
     (1, 1, 1, 1, 1, 64),
     (2, 5, 1, 4, 2, 64),
     (2, 1, 130, 4, 1, 128),
@@ -68,7 +68,7 @@ def test_equals_float64(device, shape, dtype):
 @pytest.mark.parametrize("shape", [(3, 150, 200, 4, 2, 64), (2, 70, 33, 2, 1, 72)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_and_keys_that_count(device, shape, dtype, kinds):
-    """What does not count holds NaN. One item has no key, the last one no row."""
+    """Rows and keys that do not count hold NaN or inf. One item has no key, the last item no row."""
     query, key = received_inputs(*shape, dtype, device)
     given = row_options(*shape[:3], kinds, device)
     if "weight" in kinds:
@@ -103,7 +103,7 @@ def test_scale(device, scale):
 
 
 def test_rows_without_keys_do_not_count(device):
-    """Left padding of a causal prompt: the rest is as it would be without."""
+    """Left padding of a causal prompt does not change the scores of the other tokens."""
     query, key = received_inputs(1, 60, 60, 4, 2, 64, device=device)
     position = torch.arange(60, device=device)[None]
     mask = position >= 13
@@ -134,7 +134,7 @@ def test_one_row_is_last_query_scores(device, masked):
 
 
 def test_equals_the_mean_of_the_matrix(device):
-    """As encoders write it."""
+    """Against the mean of the softmax matrix, as encoders compute it."""
     query, key = received_inputs(2, 144, 144, 4, 4, 64, device=device)
     matrix = (query.transpose(1, 2) @ key.permute(0, 2, 3, 1) / 8).softmax(-1)
     got = attention_received(query, key)
@@ -189,7 +189,7 @@ def test_same_bits_again_and_in_any_batch(device):
 
 
 def test_several_blocks_of_the_reference():
-    """Long enough for blocks of the fewest rows, whose last one is smaller."""
+    """So many keys that the reference takes blocks of MIN_ROWS rows; the last block is smaller."""
     query, key = received_inputs(1, 75, 40000, 2, 1, 16)
     weight = torch.ones(1, 75)
     weight[0, 3] = 0
@@ -226,7 +226,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / (40
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_memory_on_the_cpu(dtype):
-    """Far less than the attention matrix of one head."""
+    """A call allocates far less than the attention matrix of one head."""
     if sys.platform != "linux":
         pytest.skip("reads the peak memory of a process as Linux reports it")
     command = [sys.executable, "-c", MEMORY, dtype]

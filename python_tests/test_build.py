@@ -1,4 +1,4 @@
-"""What the build makes: the library's dependencies and symbols, wheels, and what is said where something is missing."""
+"""The build: the library's dependencies and symbols, wheels, and the messages where something is missing."""
 
 import functools
 import importlib.util
@@ -18,7 +18,7 @@ from sts_kernels import _native
 
 ROOT = Path(__file__).parents[1]
 CHECK_CUBINS = ROOT / ".ci/check_cubins.py"
-# What any C++ library needs of the system.
+# System libraries that any C++ library needs.
 SYSTEM = re.compile(r"lib(stdc\+\+|m|gcc_s|c|dl|rt|pthread)\.so|ld-linux")
 NO_NVCC = {"CUDACXX": "/nowhere/nvcc"}
 
@@ -55,12 +55,12 @@ def test_library_needs_libtorch_and_the_system_only(library):
 
 
 def test_library_exports_nothing(library):
-    # Not even the static CUDA runtime, whose symbols torch's own one would take over.
+    # Nor the symbols of the static CUDA runtime: torch's CUDA runtime would override them.
     assert [name for name, _, defined in symbols(library) if defined] == []
 
 
 def test_stream_symbol_is_weak(library):
-    """CPU-only torch lacks it, and has to be able to load the library."""
+    """A CPU-only torch lacks this symbol, and must be able to load the library."""
     streams = [row for row in symbols(library) if row[0] == "aoti_torch_get_current_cuda_stream"]
     if not _native.status().build["cuda"]:
         pytest.skip("the library was built without CUDA")
@@ -209,7 +209,7 @@ def python_without_torch(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory, python_without_torch) -> dict:
-    """`build` with no torch to be found: that Python, a PATH with a C++ compiler only, a folder without .venv."""
+    """Arguments of `build` that hide torch: python_without_torch, a PATH with only a C++ compiler, no .venv."""
     if shutil.which("c++") is None:
         pytest.skip("needs a C++ compiler")
     folder = tmp_path_factory.mktemp("path")
@@ -218,7 +218,7 @@ def bare(tmp_path_factory, python_without_torch) -> dict:
 
 
 def headers(folder: Path, version: str) -> Path:
-    """A torch of which there is only what the search looks at."""
+    """The include folder of a fake torch, which holds only the files that the search reads."""
     file = folder / "torch/include/torch/headeronly/version.h"
     file.parent.mkdir(parents=True)
     parts = zip(("MAJOR", "MINOR", "PATCH"), version.split("."), strict=True)
@@ -228,7 +228,7 @@ def headers(folder: Path, version: str) -> Path:
 
 
 def environment_with(folder: Path, torch: str) -> Path:
-    """The bin folder of a virtual environment with a torch of that version."""
+    """The bin folder of a virtual environment with a fake torch, whose version is `torch`."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     (packages,) = folder.glob("lib/python*/site-packages")
     headers(packages, torch)
@@ -303,14 +303,14 @@ def test_elsewhere_than_on_linux_there_is_only_the_reference(tree, python_withou
 
 @pytest.mark.slow
 def test_torch_is_found_in_the_environment_that_is_installed_into(tree, bare, tmp_path):
-    """uv and `python -m build` give a build another Python: the active environment is on PATH, or uv takes a .venv."""
+    """uv and `python -m build` run the build in another Python. The target environment is on PATH, or uv's .venv."""
     (tmp_path / "project/below").mkdir(parents=True)
     active = environment_with(tmp_path / "active", torch="2.98.0")
     local = environment_with(tmp_path / "project/.venv", torch="2.97.0")
     old = environment_with(tmp_path / "old", torch="2.9.1")
     ahead = f"{bare['python'].parent}{os.pathsep}{old}{os.pathsep}{active}{os.pathsep}{bare['PATH']}"
     for changes, found in (
-        ({"PATH": ahead}, active),  # an older torch, and the build's own Python, are passed over
+        ({"PATH": ahead}, active),  # an older torch, and the build's own Python, are skipped
         ({"PWD": str(tmp_path / "project/below")}, local),
     ):
         run = build(tree, "build_library", **bare | changes)
@@ -400,7 +400,7 @@ def test_wheel_without_library_is_pure_python(tree, tmp_path):
 
 
 def test_torch_is_no_build_requirement():
-    """pip's isolation would fetch another torch, with gigabytes of CUDA."""
+    """pip's build isolation would download another torch, with gigabytes of CUDA."""
     text = (ROOT / "pyproject.toml").read_text()
     requires = re.search(r"^requires = \[(.*)\]", text, re.M)[1]
     assert sorted(re.findall(r'"(\w+)', requires)) == ["cmake", "ninja", "setuptools"]

@@ -1,4 +1,4 @@
-"""What the tensor-core distances subtract from all tokens: nothing may be rounded, and nothing left to cancel."""
+"""The centre that tensor-core distances subtract from all tokens: exact differences, and no cancellation left."""
 
 from dataclasses import replace
 
@@ -25,7 +25,7 @@ def centre(module, name, low, high):
 @pytest.mark.parametrize("name", DTYPES)
 def test_no_difference_to_the_centre_is_rounded(module, name):
     bits = torch.randint(1, 0x7B00, (300, 2), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
-    near = bits[:, :1] + torch.tensor([[0, 1, 60, 200]]).repeat(75, 1).view(-1, 1)  # the other is near, or anywhere
+    near = bits[:, :1] + torch.tensor([[0, 1, 60, 200]]).repeat(75, 1).view(-1, 1)  # pairs that are near, or arbitrary
     for pair in torch.cat([bits, torch.cat([bits[:, :1], near], 1)]).sort(1).values.clamp(max=0x7BFF):
         low, high = pair.to(torch.int16).view(DTYPES[name]).float()
         c = centre(module, name, low, high)
@@ -45,7 +45,7 @@ def test_unlike_values_have_none(module, name, low, high):
 
 
 def marked(module, x):
-    """Tiles of 64 x 64 pairs some of which are computed by differences."""
+    """The number of 64 x 64 tiles in which pairs are recomputed by differences."""
     batch, tokens, _ = x.shape
     tiles = -(-tokens // 64)
     notes = np.zeros((batch, tiles, tiles), np.uint32)

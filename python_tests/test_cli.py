@@ -1,4 +1,4 @@
-"""The command line: what `info` and `demo` print, draw and refuse."""
+"""The command line: output, pictures and errors of `info` and `demo`."""
 
 import json
 import os
@@ -233,7 +233,7 @@ def test_help_names_the_commands(capsys):
 
 
 def refusal(capsys, *argv) -> str:
-    """The one line a refused command leaves on stderr."""
+    """The single line on stderr of a command that exits with status 2."""
     with pytest.raises(SystemExit) as end:
         main(list(argv))
     out, err = capsys.readouterr()
@@ -276,7 +276,7 @@ def test_version(capsys):
 
 @pytest.mark.parametrize("package", ["torch", "PIL"])  # imported before main, and by a command that runs
 def test_an_interrupt_is_one_line(tmp_path, package):
-    """Also where an import would catch it."""
+    """Ctrl-C gives one line and status 130, even if an import would catch KeyboardInterrupt."""
     code = "import time; print('ready', flush=True)\ntry: time.sleep(60)\nexcept BaseException: print('caught')\n"
     (tmp_path / f"{package}.py").write_text(code)
     process = start("-m", "sts_kernels", "demo", first=str(tmp_path))
@@ -337,11 +337,11 @@ def test_wrong_usage_is_one_line(capsys, argv):
     assert refusal(capsys, *argv)
 
 
-# ---- demo: what it draws and prints ------------------------------------------------------------------------------
+# ---- demo: its pictures and output -------------------------------------------------------------------------------
 
 
 def noise(height, width, seed=0):
-    """No two pixels of a channel alike in a patch, and none so dark that dimming leaves it as it is."""
+    """Random pixels, none so dark that dimming leaves it unchanged."""
     return np.random.default_rng(seed).integers(4, 256, (height, width, 3), dtype=np.uint8)
 
 
@@ -355,7 +355,7 @@ def patch_features(square):
 
 
 def bright_tokens(panel, square, patch=PATCH):
-    """Tokens that `panel` shows as they are; all others must be dimmed to a quarter."""
+    """Tokens whose patch is unchanged in `panel`; all other patches must be dimmed to a quarter."""
     side = square.shape[0] // patch
     bright = set()
     for token in range(side * side):
@@ -378,7 +378,7 @@ def panels(path, size):
 
 
 def measures(features, kept):
-    """Effective rank of the kept tokens; mean and largest distance of a token to its nearest kept one."""
+    """Effective rank of the kept tokens; mean and max distance from a token to the nearest kept token."""
     rows = features[sorted(kept)]
     s = np.linalg.svd(rows, compute_uv=False)
     q = s[s > 0] / s.sum()
@@ -400,7 +400,7 @@ def printed(out):
 def test_demo_end_to_end(tmp_path, capsys, device, shape, keep):
     photo = noise(*shape)
     top, left = (shape[0] - 336) // 2, (shape[1] - 336) // 2
-    if (shape[0] - 336) % 2:  # the middle falls between two rows: one that is the same on both sides
+    if (shape[0] - 336) % 2:  # the centre falls between two rows: all rows are made equal
         photo[:] = photo[:1]
     square = photo[top : top + 336, left : left + 336]
     Image.fromarray(photo).save(tmp_path / "photo.png")
@@ -450,7 +450,7 @@ def test_demo_as_json(tmp_path, capsys):
 
 
 def test_features_are_those_of_the_trained_encoder_where_it_is(monkeypatch, capsys, tmp_path):
-    """Its file of weights is not in the tests: an encoder that answers with what it sees stands for it."""
+    """A stub stands in for the trained encoder, whose weights tests do not have: its features are patch means."""
     seen = []
 
     class Encoder:
@@ -498,7 +498,7 @@ def test_demo_of_the_photograph_that_ships(tmp_path, capsys):
     assert Image.open(out).size == (3 * (384 + 12) + 12, 28 + 384 + 12)  # 24 x 24 cells of 16 pixels
     for other in ("uniform grid", "random"):
         assert table["repulsion_select"][0] > table[other][0]
-        assert table["repulsion_select"][2] < table[other][2]  # no dropped token is as badly covered
+        assert table["repulsion_select"][2] < table[other][2]  # max distance to the nearest kept token
 
 
 def test_demo_seed_moves_the_random_choice_only(tmp_path, capsys):
@@ -530,7 +530,7 @@ DEEP = ("I", "I;16", "I;16L", "I;16B", "F")
 
 
 def grey_picture(mode: str) -> Image.Image:
-    """A ramp of all 256 greys in that mode, from black to the mode's white."""
+    """A ramp of all 256 greys in `mode`, from black to the mode's white."""
     ramp = Image.fromarray(RAMP)
     deep = RAMP.astype(np.uint32) * 257
     match mode:
@@ -622,19 +622,19 @@ def test_greys_that_are_not_finite_are_refused(tmp_path, capsys):
 
 
 def test_dark_16_bit_pictures_stay_dark(tmp_path):
-    """Their mode says where white is, whatever the brightest value is."""
+    """The mode of a picture defines white, not its brightest value."""
     dark = np.full((16, 16), 200, dtype="<u2")
     for name in ("dark.tiff", "dark.png"):
         Image.fromarray(dark).save(tmp_path / name)
         assert np.asarray(_cli.load_picture(tmp_path / name)).max() == 1
     picture = Image.fromarray(dark)
-    picture.info["transparency"] = 1  # one of 65536 values, and not 1 of 256
+    picture.info["transparency"] = 1  # on the scale of 65536 values, not of 256
     assert np.asarray(_cli.to_rgb(picture)).max() == 1
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGB", "1", "LA", "RGBA", "PA", "La", "RGBa"])
 def test_transparent_is_white(tmp_path, mode):
-    """A black picture whose left half shows nothing."""
+    """The transparent left half of a black picture becomes white."""
     if mode in ("L", "P", "RGB", "1"):
         black = Image.new("RGB", (4, 2), "black")
         black.paste("red" if mode in ("P", "RGB") else "white", (0, 0, 2, 2))
@@ -714,7 +714,7 @@ def test_median_ms_runs_often_enough_and_not_longer(monkeypatch, lengths, runs, 
     assert len(calls) == runs
 
 
-# ---- demo: what it refuses ---------------------------------------------------------------------------------------
+# ---- demo: its errors --------------------------------------------------------------------------------------------
 
 
 def test_demo_refuses_what_is_no_picture(tmp_path, capsys):
@@ -808,7 +808,7 @@ def save_model(transformers, folder, kind, size):
 
 
 def penultimate(model, pixels):
-    """Output of the last encoder layer but one, caught on its way."""
+    """Output of the penultimate encoder layer, captured by a forward hook."""
     layer = next(
         m for name, m in model.named_modules() if name.endswith(f"encoder.layers.{SMALL['num_hidden_layers'] - 2}")
     )
@@ -821,7 +821,10 @@ def penultimate(model, pixels):
 
 
 def attended(model, pixels):
-    """What [CLS], else all patches on average, pay each token in that layer, and its keys: means over the heads."""
+    """Attention that each token receives in that layer from [CLS], else from all patches on average, and the keys.
+
+    Both are means over heads.
+    """
     heads, last = SMALL["num_attention_heads"], SMALL["num_hidden_layers"] - 2
     module = next(m for name, m in model.named_modules() if name.endswith(f"encoder.layers.{last}.self_attn"))
     caught = {}
@@ -843,7 +846,7 @@ def attended(model, pixels):
     return paid.float(), k.mean(0).float()
 
 
-# SigLIP's 60 pixels hold four 14-pixel patches and 4 pixels that no token sees, as its 384 hold 27 and 6.
+# SigLIP at 60 pixels: four 14-pixel patches and 4 pixels that no token covers; at 384 pixels: 27 patches and 6.
 @pytest.mark.parametrize(("kind", "size"), [("clip-vision", 56), ("clip", 56), ("siglip-vision", 60), ("siglip", 56)])
 def test_demo_with_a_vision_model(tmp_path, capsys, transformers, kind, size):
     folder = tmp_path / "model"

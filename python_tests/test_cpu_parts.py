@@ -1,4 +1,4 @@
-"""What a test of an op can't reach of the host code on every machine: threads that race, other vector widths."""
+"""Parts of the host code that op tests cannot reach on every machine: races of threads, other vector widths."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not COMPILER, reason="there is no C++ compiler: install g++, or set CXX"),
 ]
-# Lanes: torch's name for a processor that has them, and the compiler's options. AVX512 has all.
+# Lanes -> torch's name of the CPU capability, compiler options. A CPU with AVX512 runs all widths.
 WIDTHS = {
     4: ("DEFAULT", ()),
     8: ("AVX2", ("-mavx2", "-mfma", "-mf16c")),

@@ -1,4 +1,4 @@
-"""dedup_select against its contract. Its rounds are chaotic, so indices are compared where distances are exact."""
+"""dedup_select against its contract. Rounds amplify rounding, so indices are compared only for exact distances."""
 
 import numpy as np
 import oracle
@@ -46,7 +46,7 @@ def sized(step, device):
 
 @pytest.mark.parametrize(("case", "dtype"), with_dtypes(SMALL))
 def test_exact_distances_give_the_same_tokens(backend, case, dtype):
-    """Shapes and layouts of the table, values whose distances are exact: unit rows of integers over 256."""
+    """Shapes and layouts of `cases`, with exact distances: the unit rows are integers over 256."""
     x = exact(torch.Generator().manual_seed(1), case.batch, case.tokens, case.channels).to(dtype)
     if case.tokens > 9:
         x[:, 1::9] = 0.0
@@ -65,7 +65,7 @@ def test_exact_distances_give_the_same_tokens(backend, case, dtype):
 
 
 def test_distances_of_24_bits(backend):
-    """Rows of length 2048: distances are distinct multiples of 2^-22, all that float32 holds."""
+    """Integer rows of norm 2048: squared distances of unit rows are multiples of 2^-22, exact in float32."""
     rng = np.random.RandomState(0)
     rows = []
     while len(rows) < 300:
@@ -92,7 +92,7 @@ def _three_squares(total):
     return None
 
 
-# Where the official float32 run agrees with its float64 run throughout; and where it raises, our generalisation.
+# Cases in which the official code's float32 and float64 runs agree, or in which it raises (our generalisation).
 STABLE = [
     case
     for case in recipe.cases("vispruner")
@@ -126,13 +126,13 @@ def test_not_finite_tokens_go_first(backend, dtype):
 
 
 def test_known_rounds(backend):
-    """Worked out by hand: angles of unit vectors, one removal a round."""
+    """Worked out by hand: angles of unit vectors, one removal per round."""
     degrees = torch.tensor([0.0, 1.0, 10.0, 40.0, 90.0])
     x = torch.stack([torch.cos(torch.deg2rad(degrees)), torch.sin(torch.deg2rad(degrees))], 1)[None].to(backend.device)
     order = torch.tensor([[0, 1, 2, 3, 4]], device=backend.device)
-    # Even 0, 2, 4; their closest odd ones are 1, 9 and 50 degrees away. 0 goes; then 2, 4, 1, 3 by closeness.
+    # Even places hold 0, 2, 4: the closest odd token is 1, 9, 50 degrees away. 0 is removed; list: 2, 4, then 1, 3.
     assert backend(OP, x, order, 4, 1).tolist() == [[2, 4, 1, 3]]
-    # Even 2, 1; odd 4, 3: 30 and 39 degrees. 2 goes.
+    # Even 2, 1; odd 4, 3: the closest is 30 and 39 degrees away. 2 is removed.
     assert backend(OP, x, order, 3, 1).tolist() == [[1, 4, 3]]
 
 

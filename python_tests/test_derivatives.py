@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 import sts_kernels
 
 DIFFERENTIABLE = ["nearest", "pairwise_sqdist", "scatter_mean"]
-INDICES = [op for op in OPS if "_select" in op and op != "dpp_select"]  # which returns gains, too
+INDICES = [op for op in OPS if "_select" in op and op != "dpp_select"]  # dpp_select returns gains too
 REFUSING = [op for op in OPS if op not in DIFFERENTIABLE + INDICES]
 FLOATS = [
     pytest.param(op, name, id=f"{op}-{name}")
@@ -63,7 +63,7 @@ def test_forward_mode(device, op, name, raw):
 
 @pytest.mark.parametrize(("op", "name"), FLOATS)
 def test_torch_func(device, op, name):
-    """Of indices, as of argmax, nothing is lost; scores say what to do."""
+    """grad and jvp run on differentiable ops and through indices; ops with scores raise and say what to do."""
     arguments = sized(op, 0, device)
     call = lambda value: getattr(sts_kernels, op)(**{**arguments, name: value})  # noqa: E731
     value = arguments[name]
@@ -88,7 +88,7 @@ def test_torch_func(device, op, name):
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_autocast(device, op, dtype):
-    """float32 inside, whatever the surroundings ask for: the same bits."""
+    """autocast changes no bit: the ops compute in float32."""
     arguments = sized(op, 1, device)
     for name, value in tensors(arguments).items():
         if value.is_floating_point() and name != written(op):
@@ -109,7 +109,7 @@ def formula(x):
 
 
 def near_duplicates():
-    """Tokens in pairs, far from the origin: some equal, some almost."""
+    """Pairs of tokens far from the origin: some equal, some nearly equal."""
     x = 50 + torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0)).repeat_interleave(2, 1)
     x[:, 1::4] += 1e-3
     return x
@@ -117,7 +117,7 @@ def near_duplicates():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_gradient_equals_float64(device, dtype):
-    """Through 1 / (d + eps), whose slope at equal tokens is 1e12: an expanded form in float32 drowns in it."""
+    """The slope of 1 / (d + eps) at equal tokens is 1e12: it amplifies the float32 error of an expanded form."""
     x = near_duplicates().to(device, dtype)
     judge = x.double().requires_grad_()
     (want,) = torch.autograd.grad((1 / (formula(judge) + 1e-6)).sum(), judge)
@@ -149,7 +149,7 @@ def test_tangent_equals_float64(device):
 
 
 def test_derivatives_compose(device):
-    """Gradients and tangents of each other, mapped and not, against the formula."""
+    """Compositions of grad, jvp, jacrev, jacfwd, hessian and vmap equal those of the formula."""
     rng = torch.Generator().manual_seed(2)
     x, t, w = (torch.randn(*shape, generator=rng).to(device) for shape in ((2, 4, 3), (2, 4, 3), (2, 4, 4)))
     loss = lambda f: lambda x: (w * f(x)).sin().sum()  # noqa: E731
@@ -194,6 +194,6 @@ def test_opcheck_of_what_requires_grad(device, op):
         if value.is_floating_point() and name != written(op):
             value.requires_grad_()
     tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
-    if op not in ("dpp_select", "nearest"):  # opcheck adds the outputs up in place, and cannot add a value to an index
+    if op not in ("dpp_select", "nearest"):  # opcheck sums outputs in place: an index plus a float fails
         tests.append("test_aot_dispatch_dynamic")
     torch.library.opcheck(getattr(torch.ops.sts_kernels, op).default, (), arguments, test_utils=tests)

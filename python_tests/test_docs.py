@@ -1,4 +1,4 @@
-"""What README.md and docs/ quote is in the tree."""
+"""Quotes, samples, tables and links of README.md and docs/ match the tree."""
 
 import inspect
 import re
@@ -25,7 +25,7 @@ def blocks(text, language):
 
 
 def test_adding_an_op_quotes_the_files():
-    """Each quote names its file on its first line; its parts, between lines of "...", are there in that order."""
+    """Each quote names its file on its first line; its parts, separated by "..." lines, are in the file in order."""
     text = DOCS["adding-an-op.md"]
     quotes = blocks(text, "python") + blocks(text, "cpp")
     assert len(quotes) == 8
@@ -66,7 +66,7 @@ def tiny(dtype=torch.float32):
 
 
 def test_the_sample_of_pruning_runs(capsys):
-    """As printed, on the model and inputs of the first sample of docs/getting-started.md."""
+    """README's sample runs as printed, with the model and inputs of docs/getting-started.md's first sample."""
     model, processor = tiny()
     inputs = prepare(processor, [load_picture(default_picture())], "What is this?")
     names = {"model": model, "inputs": inputs}
@@ -78,7 +78,7 @@ def test_the_sample_of_pruning_runs(capsys):
 
 @pytest.mark.parametrize(("index", "kept"), [(0, [48, 16]), (1, [144, 112]), (2, None)])
 def test_the_samples_of_getting_started_run(index, kept, monkeypatch, capsys):
-    """As printed; the checkpoint is the tiny model."""
+    """Each sample runs as printed; the tiny model stands in for the checkpoint."""
     model, processor = tiny(torch.bfloat16)
     transformers = pytest.importorskip("transformers")
     for auto, part in ((transformers.AutoModelForImageTextToText, model), (transformers.AutoProcessor, processor)):
@@ -151,7 +151,7 @@ def test_every_variable_that_the_code_reads_is_documented():
 
 
 def test_extras_are_those_of_pyproject():
-    """And are named as of a checkout: the package is not on PyPI."""
+    """Extras are installed from a checkout, as the package is not on PyPI."""
     known = re.findall(
         r"^(\w+) = \[", PYPROJECT.split("[project.optional-dependencies]", 1)[1].split("\n[", 1)[0], re.M
     )

@@ -13,7 +13,7 @@ from methods import recipe
 import sts_kernels
 
 OP = "dpp_select"
-# The brute force of the largest cases would take the time of all the others together.
+# The brute force of the largest cases would take as long as all other cases together.
 SMALL = [case for case in CASES if case.batch * case.tokens * case.k * (case.channels + case.k) <= 150e6]
 
 
@@ -101,7 +101,7 @@ def test_official_picks(backend, case):
     )
     order, gain = backend(OP, *given, case["keep"])
     oracle.check_dpp(order, gain, *given, case["keep"])
-    ranked = len(case["order"])  # theirs ends with the rank of the kernel
+    ranked = len(case["order"])  # the official order ends at the rank of the kernel matrix
     assert order[0, :ranked].tolist() == case["order"]
     assert gain[0].log()[:ranked].sum().item() == pytest.approx(case["log_volume"], abs=0.05) or ranked < case["keep"]
 
@@ -111,13 +111,13 @@ def test_known_values(backend):
     x = torch.tensor([[[2.0, 0.0], [0.0, 0.5], [3.0, 3.0], [0.0, 0.0]]], device=backend.device)
     q = torch.tensor([[1.0, 2.0, 1.5, 9.0]], device=backend.device)
     order, gain = backend(OP, x, q, 4)
-    # 1: gain 4. Then 0: 1, and 2: 1.5^2 / 2. Both lie in the span then, and the zero row has none: by quality 9.
+    # Gains 1, 4, 2.25, 0: pick 1. Then 0 has 1, 2 has 1.5^2 / 2: pick 2. Then no gain is left: by quality 3, 0.
     assert order.tolist() == [[1, 2, 3, 0]]
     torch.testing.assert_close(gain, torch.tensor([[4.0, 1.125, 0.0, 0.0]], device=backend.device))
 
 
 def test_equal_gains_go_to_the_lowest_index(backend):
-    """All gains are 1 at first, whatever the lengths of the rows are rounded to; and orthogonal rows keep theirs."""
+    """The first gains are all exactly 1, however norms are rounded, and orthogonal rows keep their gains: ties."""
     x = torch.randn(1, 40, 33, generator=torch.Generator().manual_seed(4)).to(backend.device)
     ones = torch.ones(1, 40, device=backend.device)
     assert backend(OP, x, ones, 1)[0].tolist() == [[0]]
@@ -150,7 +150,7 @@ def test_repeats_of_a_pick_come_last(backend, copies):
 
 
 def test_nothing_has_a_gain(backend):
-    """Zero rows, or no quality at all: by quality from the start."""
+    """With zero rows, or all qualities 0, no token has a gain: the order is by quality from the start."""
     zeros = torch.zeros(1, 5, 3, device=backend.device)
     q = torch.tensor([[0.5, -1.0, 2.0, 0.5, -0.0]], device=backend.device)
     order, gain = backend(OP, zeros, q, 5)
@@ -163,7 +163,7 @@ def test_nothing_has_a_gain(backend):
 
 @pytest.mark.parametrize("scale", [2.0**-100, 2.0**-60, 2.0**60, 2.0**100])
 def test_scales_of_quality_and_features_do_not_matter(backend, scale):
-    """Powers of two round nothing, and gains out of range change no pick."""
+    """Scaling by a power of two rounds nothing, and gains out of range change no pick."""
     x = normal(torch.Generator().manual_seed(7), 2, 60, 20).to(backend.device)
     q = quality(2, 60, 7, "signed").to(backend.device)
     want = backend(OP, x, q, 60)[0]
@@ -189,7 +189,7 @@ def test_prefix_batch_and_repetition(backend, dtype):
 
 @pytest.mark.parametrize("name", ["5x127x64_k40", "near_duplicates_1024", "clusters"])
 def test_lookahead_changes_no_bit(monkeypatch, name):
-    """On the CPU rows are computed ahead of their picks; 1: none are."""
+    """The CPU computes rows ahead of their picks; with STS_KERNELS_LOOKAHEAD=1 it does not."""
     case = by_name(name)
     features, q = case.features(seed=3), quality(case.batch, case.tokens, 3)
     outputs = []
@@ -256,7 +256,7 @@ def test_counts_that_make_no_sense_on_a_gpu(cuda, bad):
 
 
 def test_the_oracle_judges():
-    """It rejects a swapped pick, a wrong gain, tokens out of quality's order."""
+    """The oracle rejects swapped picks, a wrong gain, and tokens that are not in order of quality."""
     x, q = normal(torch.Generator().manual_seed(9), 1, 30, 8), quality(1, 30, 9)
     order, gain = sts_kernels.dpp_select(x, q, 20)
     oracle.check_dpp(order, gain, x, q, 20)

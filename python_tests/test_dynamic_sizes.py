@@ -9,7 +9,7 @@ import sts_kernels
 
 @pytest.fixture
 def graphs():
-    """Counts what torch.compile hands to its backend."""
+    """A list for the graphs that torch.compile hands to its backend."""
     torch._dynamo.reset()
     yield []
     torch._dynamo.reset()
@@ -36,7 +36,7 @@ def test_compiles_once_for_every_size(device, graphs, op, options, most):
 
 @pytest.mark.parametrize("op", OPS)
 def test_compiles_once_for_every_batch(device, graphs, op):
-    """The batch alone: past the eight graphs that torch allows."""
+    """Eleven batch sizes, more than the eight graphs that torch allows, take one graph."""
     call = compiled(op, graphs, dynamic=True)
     arguments = [sized(op, step, device) for step in range(11)]
     for each in arguments:
@@ -54,10 +54,10 @@ def exported(op, **constants):
 
 @pytest.mark.parametrize("op", OPS)
 def test_exports_with_every_size_dynamic(device, op):
-    """Sizes of tensors; torch.export keeps ints as they were."""
+    """All tensor sizes are dynamic; torch.export fixes int arguments."""
     constants = {name: value for name, value in sized(op, 0, device).items() if not isinstance(value, torch.Tensor)}
     small, large = (tensors(sized(op, step, device)) for step in (0, 3))
-    if op.endswith("_select_varlen"):  # total_k is kept, so the budgets are
+    if op.endswith("_select_varlen"):  # total_k is fixed, so cu_budgets must end there
         large = {**large, "cu_budgets": (large["cu_budgets"] * 0 + constants["total_k"]).index_fill(0, zero(device), 0)}
     if "max_seqlen" in constants:
         constants["max_seqlen"] = 1000
@@ -79,7 +79,7 @@ def zero(device):
 
 
 def test_exports_with_named_sizes(device):
-    """As people write it: a batch from 2 up, and k fixed."""
+    """Dims as users name them: B from 2 up, and a fixed k."""
     batch, tokens, keys = torch.export.Dim("B", min=2), torch.export.Dim("N", min=9), torch.export.Dim("S")
     for op, constants, small, large, shapes in (
         ("repulsion_select", {"k": 8}, {"features": (2, 30, 16)}, {"features": (7, 12, 16)}, [{0: batch, 1: tokens}]),

@@ -1,6 +1,6 @@
 """The CUDA kernels and their launchers, compiled for the CPU and run there: against the oracle, under several
-schedules, under the sanitizers (ThreadSanitizer checks for races between CUDA threads), and with errors put into them
-that must be seen.
+schedules, under the sanitizers (ThreadSanitizer checks for races between CUDA threads), and as mutants that the checks
+must catch.
 """
 
 import queue
@@ -59,7 +59,7 @@ def test_case(emulated, monkeypatch, case, dtype):
 @pytest.mark.parametrize("wgmma", [1, 0])
 @pytest.mark.parametrize(("case", "dtype"), with_dtypes([case for case in AFFORDABLE if case in VARLEN_CASES]))
 def test_packed_items_have_the_bits_of_padded_ones(emulated, case, dtype, wgmma):
-    """The picks, and the smallest weight of every row, which clusters ask for."""
+    """Equal bits of the picks and of the row minima of the weights, which clusters use."""
     inputs, way = case.inputs(dtype=dtype), {"item_blocks": 4, "lookahead": 8, "wgmma": wgmma}
     notes = np.zeros(len(inputs["features"]), np.uint32)
     call = operations.repulsion_select_varlen(case.name, **inputs, **way, notes=notes)
@@ -91,7 +91,7 @@ def test_neither_schedule_nor_device_changes_a_bit(emulated, monkeypatch, call):
 
 
 def test_a_second_call_asks_the_driver_nothing(emulated):
-    """Asking takes longer than a launch."""
+    """Launchers cache what they query: a query of the driver takes longer than a launch."""
     asked = Counter()
     for call in {(call.kernel, call.way): call for call in QUICK}.values():
         calls.run_in(emulated, call)
@@ -106,7 +106,7 @@ def test_nonsense_in_device_memory(emulated, call):
     calls.run_in(emulated, call)
 
 
-# ---- What the emulator refuses -----------------------------------------------------------------------------------
+# ---- Errors of the emulator --------------------------------------------------------------------------------------
 
 
 def f16(*shape):
@@ -131,7 +131,7 @@ def i32(*shape):
         ("primitive_to_float16", (f16(8), f32(8), 1.5), ValueError, "argument 2 must be an integer"),
         ("primitive_turn", (f32(999), i32(9), 9, 1, 1), RuntimeError, "too many blocks in cooperative launch"),
         ("primitive_collectives", (i32(1), i32(8), i32(1), 1025), RuntimeError, "invalid configuration argument"),
-        # What a kernel may not do: half a warp at a full-warp shuffle, a vector load from an odd address.
+        # Errors in a kernel: half a warp at a full-warp shuffle, a misaligned vector load.
         ("primitive_collectives", (i32(16), i32(8, 16), i32(1), 16), RuntimeError, "__shfl_sync: the mask names"),
         ("primitive_to_float32", ((f32(9), 1), f32(8), 8), RuntimeError, "misaligned address"),
     ],
@@ -139,7 +139,7 @@ def i32(*shape):
 def test_refused(emulated, kernel, args, error, message):
     with pytest.raises(error, match=message):
         emulated.run(kernel, *args)
-    calls.run_in(emulated, PRIMITIVES[-1])  # and goes on
+    calls.run_in(emulated, PRIMITIVES[-1])  # the module still works
 
 
 def test_settings_that_make_no_sense(emulated, monkeypatch):
@@ -162,14 +162,14 @@ def test_sanitizer(sanitizer, schedule, tmp_path):
     chosen = [*PRIMITIVES, *QUICK]
     if sanitizer == "thread":  # by far the slowest: every call under one of its schedules
         chosen = chosen[("fwd", "rev", "2").index(schedule) :: 3]
-    if sanitizer == "address":  # nonsense budgets overlap, so items race for places in the output
+    if sanitizer == "address":  # nonsense budgets overlap, so items race for output slots
         chosen += NONSENSE
     calls.run_program([str(program)], chosen, tmp_path, timeout=800, env={"STS_EMULATE_ORDER": schedule})
 
 
 @pytest.fixture(scope="module")
 def verdict(request, tmp_path_factory):
-    """verdict(mutant): how it is caught. Two at a time are built and run ahead."""
+    """verdict(mutant): how the mutant is caught. Two mutants at a time are built and run in advance."""
     folders = queue.SimpleQueue()
     for name in ("a", "b"):
         folders.put(tmp_path_factory.mktemp(f"mutants_{name}"))
@@ -182,7 +182,7 @@ def verdict(request, tmp_path_factory):
             folders.put(folder)
 
     chosen = [item.callspec.params["mutant"] for item in request.session.items if item.function is test_mutant]
-    if hasattr(request.config, "workerinput"):  # pytest-xdist: which of them are ours is not known ahead
+    if hasattr(request.config, "workerinput"):  # pytest-xdist: this worker's mutants are not known in advance
         chosen = []
     with ThreadPoolExecutor(2) as pool:
         ahead = {mutant: pool.submit(find_out, mutant) for mutant in chosen}
@@ -196,7 +196,7 @@ def verdict(request, tmp_path_factory):
 def test_mutant(verdict, mutant):
     how = verdict(mutant)
     assert how, "survived"
-    crashed = mutant.says == mutants.WRONG and "exit status -11" in how  # of wrong indices
+    crashed = mutant.says == mutants.WRONG and "exit status -11" in how  # by wrong indices
     assert crashed or mutant.says in how
 
 
@@ -212,12 +212,12 @@ def test_mutant_is_up_to_date(mutant, tmp_path):
 
 @pytest.mark.parametrize("number", [1, 2])
 def test_smoke_calls_of_each_kernel(number):
-    """What racecheck runs: few calls, and yet every kernel and algorithm of the whole list."""
+    """The calls for racecheck are few, but reach every kernel and algorithm of the full list."""
     every, few = smoke.smoke_calls(6e4), smoke.smoke_calls(6e4, number)
     groups = Counter((call.kernel, call.way) for call in every)
     assert groups.keys() == {(call.kernel, call.way) for call in smoke.smoke_calls(3e6)}
     assert Counter((call.kernel, call.way) for call in few) == {g: min(n, number) for g, n in groups.items()}
-    assert sum(way.startswith("cluster") for _, way in groups) == 9  # one a rule and dtype
+    assert sum(way.startswith("cluster") for _, way in groups) == 9  # one per rule and dtype
     assert len(few) < len(every) / 4
 
 
@@ -240,7 +240,7 @@ def test_smoke_command(tmp_path, capsys):
 
 
 def test_wrong_results_are_seen(emulated):
-    """The judges of the calls do judge: each rejects what it was given before the kernel ran."""
+    """The judge of each call rejects the arrays as they are before the kernel runs."""
     for call in (*QUICK, *PRIMITIVES):
         arrays = [arg.array if isinstance(arg, calls.At) else arg for arg in call.args]
         arrays = [array for array in arrays if isinstance(array, np.ndarray)]
@@ -257,7 +257,7 @@ def test_kernels_on_the_gpu(cuda, tmp_path):
 
 
 def test_call_survives_the_file():
-    """What the program is given is what the module would be given."""
+    """encode and decode keep the bytes and shapes of a call's arrays."""
     features = by_name("channel_slice_odd").features(dtype=torch.bfloat16)
     call = operations.pairwise_sqdist("odd", features)
     data = calls.encode([call])

@@ -1,4 +1,4 @@
-"""Bad arguments: from Python an error that says what is wrong, from the raw ops never worse than an exception."""
+"""Bad arguments: public functions raise an error that names the fault; raw ops raise, and never crash."""
 
 import math
 import re
@@ -12,7 +12,7 @@ NAN, INF, DOUBLE = math.nan, math.inf, torch.float64
 
 
 def good(op, device="cpu"):
-    """Arguments that work, every optional one given."""
+    """Valid arguments of `op`, with all optional ones."""
     features = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0)).to(device)
     index = lambda *values, dtype=torch.int64: torch.tensor(values, dtype=dtype, device=device)  # noqa: E731
     return {
@@ -87,7 +87,7 @@ ANCHORED_VARLEN = [f"{op}_varlen" for op in ANCHORED]
 OPS = ["pairwise_sqdist", "repulsion_step_", *SELECTING, *VARLEN]
 DENSE = ["pairwise_sqdist", "repulsion_step_", *SELECTING]
 INTS = [*((op, "k") for op in SELECTING), *((op, name) for op in VARLEN for name in ("total_k", "max_seqlen"))]
-# Numbers for each token: (op, argument).
+# Per-token values: (op, argument).
 FLOATS = [
     *((op, name) for op in FARTHEST for name in ("quality", "start")),
     *((op, "tau") for op in SUPPRESS),
@@ -100,7 +100,7 @@ def t(*values, dtype=torch.int64):
     return torch.tensor(values, dtype=dtype)
 
 
-# (op, argument, bad value, exception, what the message says came)
+# (op, argument, bad value, exception, how the message describes the value)
 BAD = [
     *((op, "features", value, TypeError, "list") for op in OPS for value in ([[[1.0]]],)),
     *((op, "features", None, TypeError, "NoneType") for op in OPS),
@@ -229,7 +229,7 @@ def test_message_names_op_argument_and_what_came(op, name, value, error, came):
     message = str(caught.value)
     assert caught.type is error
     assert message.startswith(f"{op}: ")
-    # total_k is one side of a disagreement, which is told from the other: cu_budgets must rise to total_k.
+    # If total_k and cu_budgets disagree, the message is about cu_budgets: it must rise to total_k.
     assert re.search(rf"\b{name}\b", message), message
     assert came in message
     assert "\n" not in message
@@ -237,7 +237,7 @@ def test_message_names_op_argument_and_what_came(op, name, value, error, came):
 
 @pytest.mark.parametrize(("op", "name", "value", "error", "came"), BAD, ids=BAD_IDS)
 def test_raw_op_raises_too(op, name, value, error, came):
-    """Past the Python checks the op checks again; the dispatcher itself refuses what does not fit the schema."""
+    """The raw op repeats the checks of the public function; the dispatcher rejects values outside the schema."""
     if isinstance(value, torch.Tensor) and value.ndim == 0 and name == "eps":
         pytest.skip("a 0-d tensor is a number to the dispatcher")
     if value is True or value is False:
@@ -250,7 +250,7 @@ def test_raw_op_raises_too(op, name, value, error, came):
 @pytest.mark.parametrize("op", EPS)
 @pytest.mark.parametrize("value", [1e-30, 1e30, 1, 10**30])
 def test_bounds_of_eps(device, op, value):
-    """Both ends are in, and one step beyond is out, also past the Python checks (torch_glue.h)."""
+    """Both bounds are valid and the next float beyond each is not, in the raw op too (torch_glue.h)."""
     for namespace in (sts_kernels, torch.ops.sts_kernels):
         getattr(namespace, op)(**{**good(op, device), "eps": value})
         for beyond in (math.nextafter(1e-30, 0), math.nextafter(1e30, INF)):
@@ -259,7 +259,7 @@ def test_bounds_of_eps(device, op, value):
 
 
 def test_the_largest_eps_still_tells_distances_apart(device):
-    """Above its bound, distance + eps overflows, and everything ties."""
+    """Above the bound, distance + eps would overflow, and all tokens would tie."""
     x = torch.tensor([0.0, 1e15, 3e15, -2e15], device=device)[None, :, None]
     assert sts_kernels.repulsion_select(x, 3, 1e30, torch.tensor([0], device=device)).tolist() == [[0, 2, 3]]
 
@@ -329,7 +329,7 @@ def test_potential_is_untouched_when_a_step_fails(device):
 
 @pytest.mark.parametrize("op", OPS)
 def test_shape_errors_on_cuda_too(cuda, op):
-    """What the host can see is checked on every device."""
+    """Shapes and dtypes are checked on every device."""
     arguments = good(op, cuda)
     for value in (torch.zeros(6, device=cuda), torch.zeros(2, 6, 4, dtype=torch.float64, device=cuda)):
         with pytest.raises((ValueError, TypeError), match=rf"{op}: features"):

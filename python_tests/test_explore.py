@@ -48,7 +48,7 @@ def data_of(*subjects, names=None, keep=9):
 
 
 def embedded(path):
-    """The data of a page that was written."""
+    """The JSON data of a written page."""
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', path.read_text())[1])
 
 
@@ -57,7 +57,7 @@ def unpack(text):
 
 
 def selection(name, tokens, k):
-    """The method's own, by `select` of padded items: of each square alone, where that is its scope."""
+    """(budgets, selections) by the method's own `select`: per square if its scope is "crop", else over all tokens."""
     method = methods.create(name)
     items = tokens.squares if method.scope == "crop" else 1
     signals = {"features": tokens.features, "scores": tokens.attention, "keys": tokens.keys}
@@ -122,7 +122,7 @@ def test_the_runs_of_the_others_are_their_selections(name, crops):
 
 
 def nearest(x, order, token):
-    """The pick that stands for a token, and its distance: itself, else the nearest, the first of equal ones."""
+    """(place in `order`, distance) of the pick that stands for a token: itself, else the nearest; ties to the first."""
     if token in order:
         return order.index(token), 0.0
     away = [(x[token] - x[other]).norm().item() for other in order]
@@ -354,7 +354,7 @@ def page(tmp_path_factory, subjects):
 
 
 def bright(page, canvas="#picture"):
-    """Tokens that a canvas shows as they are in the picture; all others must be dark."""
+    """Tokens that a canvas shows undimmed; all other tokens must be dark."""
     pixels = page(
         f"(() => {{ const c = document.querySelector('{canvas}'); "
         "return Array.from(c.getContext('2d').getImageData(0, 0, c.width, c.height).data) })()"
@@ -371,7 +371,7 @@ def picks(name, tokens, k):
 
 
 def start(page, **state):
-    """The page as it is opened, but for `state`."""
+    """Resets the page to its initial state, except for `state`."""
     method = [m["name"] for m in page("DATA.methods")].index(state.pop("method", "sts"))
     state = {"picture": 0, "method": method, "k": 9, "view": "kept", "format": "json", "token": -1, **state}
     page(f"(Object.assign(state, {json.dumps(state)}), document.activeElement.blur(), draw())")

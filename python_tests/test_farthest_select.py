@@ -67,21 +67,21 @@ def test_random_inputs(backend, seed):
 def test_known_selection(backend):
     """Worked by hand on five points of a line."""
     x = torch.tensor([0.0, 1.0, 2.0, 3.0, 10.0], device=backend.device)[None, :, None]
-    # From 0 the farthest is 10, then 3 (9 from 0), then 1 and 2 at distance 1: the lower one.
+    # Farthest from 0 is 10, then 3 (squared distance 9 to 0). Then 1 and 2 tie at 1: lowest index first.
     assert backend(OP, x, 5).tolist() == [[0, 4, 3, 1, 2]]
     anchor = torch.tensor([3], device=backend.device)
     assert backend(OP, x, 5, anchor).tolist() == [[3, 4, 0, 1, 2]]
-    # Token 2 counts a hundredfold: 1 * 100 at the end exceeds 9.
+    # Token 2 has quality 100: 100 * 1 exceeds 49, the squared distance from 3 to 10.
     quality = torch.tensor([[1.0, 1.0, 100.0, 1.0, 1.0]], device=backend.device)
     assert backend(OP, x, 5, anchor, quality).tolist() == [[3, 2, 4, 0, 1]]
     assert backend(OP, x, 2, None, quality).tolist() == [[2, 4]]
-    # A token at 9.5 is kept already: (9.5 - x)^2.
+    # start: squared distances (9.5 - x)^2 to a token at 9.5 that is already kept.
     start = (9.5 - x[..., 0]).square()
     assert backend(OP, x, 3, start=start).tolist() == [[0, 3, 1]]
 
 
 def test_an_extreme_pair_comes_first_under_cosine(backend):
-    """Lengths do not matter, and a zero row is at 2 from every token: as far as a right angle."""
+    """Norms do not matter; a zero row has distance 2 to every token, as at a right angle."""
     angle = torch.tensor([0.0, 10.0, 80.0, 170.0]).deg2rad()
     x = torch.stack([angle.cos(), angle.sin()], 1) * torch.tensor([[1.0], [1e-20], [1e15], [3.0]])
     x = torch.cat([x, torch.zeros(2, 2)])[None].to(backend.device)
@@ -112,7 +112,7 @@ def test_equals_brute_force_where_margins_are_wide(backend, dtype, metric):
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 def test_exact_duplicates_come_in_order_of_index(backend, metric):
     x = by_name("duplicates").features(seed=3)
-    if metric == "cosine":  # lengths that are powers of 2 leave unit rows equal
+    if metric == "cosine":  # norms scaled by powers of 2 leave unit rows equal
         x = x * 2.0 ** torch.arange(x.shape[1])[:, None].remainder(5)
     picks = backend(OP, x.to(backend.device), x.shape[1], metric=metric).cpu()
     for b in range(len(x)):
@@ -124,7 +124,7 @@ def test_exact_duplicates_come_in_order_of_index(backend, metric):
 
 
 def test_a_start_is_what_earlier_picks_leave(backend):
-    """A selection of 30 is one of 10, and one of 20 that starts from its distances."""
+    """Selecting 30 equals selecting 10, then 20 with `start` = the distances to those 10."""
     x = torch.randn(2, 90, 16, generator=torch.Generator().manual_seed(4)).to(backend.device)
     whole = backend(OP, x, 30)
     rows = torch.arange(2, device=x.device)[:, None]
@@ -142,12 +142,12 @@ def test_what_is_not_usable_comes_last(backend):
     x, quality, start = (t.to(backend.device) for t in (x, quality, start))
     picks = backend(OP, x, 9, None, quality, start)[0].tolist()
     assert picks == [6, 0, 1, 2, 3, 4, 5, 7, 8]
-    anchor = torch.tensor([1], device=backend.device)  # a pick that is no number makes no token near
+    anchor = torch.tensor([1], device=backend.device)  # a NaN pick lowers no distance
     assert backend(OP, x, 3, anchor, quality, start)[0].tolist() == [1, 6, 0]
 
 
 def test_quality_times_distance_may_overflow_or_vanish(backend):
-    """Beyond float32's range values are equal; a quality of 0 makes all distances 0."""
+    """Values beyond float32's range tie; a quality of 0 makes all values 0."""
     x = torch.tensor([0.0, 1.0, 2.0, 3.0], device=backend.device)[None, :, None]
     huge = torch.full((1, 4), 3e38, device=backend.device)
     assert backend(OP, x * 1e10, 4, quality=huge).tolist() == [[0, 1, 2, 3]]
@@ -158,7 +158,7 @@ def test_quality_times_distance_may_overflow_or_vanish(backend):
 
 @pytest.mark.parametrize(("variant", "dtype"), list(product(VARIANTS, [torch.float32, torch.bfloat16])), ids=str)
 def test_prefix(backend, variant, dtype):
-    """The first k' picks are the run with k'."""
+    """The first k' picks equal the picks of a call with k'."""
     for name in ("5x127x64_k40", "near_duplicates", "ragged"):
         case = by_name(name)
         inputs = of_case(OP, case, variant, 2, dtype, backend.device)
@@ -170,7 +170,7 @@ def test_prefix(backend, variant, dtype):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("name", ["5x127x64_k40", "2x257x1000_k33", "near_duplicates", "not_finite_1000", "ragged"])
 def test_items_do_not_know_of_each_other(backend, name, variant):
-    """Alone, last, or beside an item of other values: an item's picks stay the same, bit for bit, run after run."""
+    """An item's picks do not depend on the other items, on its place in the batch, or on the run."""
     case = by_name(name)
     inputs = of_case(OP, case, variant, 4, torch.float32, backend.device)
     batch = backend(OP, **inputs)
@@ -201,7 +201,7 @@ def test_number_of_threads_does_not_matter(name, variant):
 @pytest.mark.parametrize("name", ["token_slice", "channel_slice", "channel_major", "channel_stride", "token_major"])
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 def test_layout_does_not_matter(backend, name, metric):
-    """Strided views of the features and of a number for each token give the picks of their contiguous copies."""
+    """Strided views of features and per-token values give the picks of their contiguous copies."""
     case = by_name(name)
     inputs = of_case(OP, case, "all", 8, device=backend.device)
     inputs["metric"] = metric
@@ -213,7 +213,7 @@ def test_layout_does_not_matter(backend, name, metric):
 
 
 def test_16_bit_numbers_for_each_token(backend):
-    """They are widened, so that their float32 copies give the same picks."""
+    """16-bit quality and start give the picks of their float32 copies."""
     for dtype in (torch.float16, torch.bfloat16):
         inputs = of_case(OP, by_name("5x127x64_k40"), "all", 9, device=backend.device)
         narrow = {n: inputs[n].to(dtype) for n in ("quality", "start")}

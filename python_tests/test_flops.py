@@ -1,4 +1,4 @@
-"""FLOPs and cache by hand, in each convention."""
+"""FLOPs and KV cache against values computed by hand, in each convention."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""keep_top: against sorting by hand, ties, too few candidates, values that are no numbers, errors."""
+"""keep_top: against sorting by hand, ties, too few candidates, NaN and infinite scores, errors."""
 
 import math
 
@@ -11,7 +11,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def by_hand(scores, candidates, k):
-    """Best first, ties to the lowest position; then sorted, then filled up with -1."""
+    """(B, k): the top k by score, ties to the lowest position; positions ascend, padded with -1."""
     rows = []
     for row, mask in zip(scores.tolist(), candidates.tolist(), strict=True):
         ranked = sorted((p for p in range(len(row)) if mask[p]), key=lambda p: (-row[p], p))
@@ -65,7 +65,7 @@ def test_candidates_beat_the_others_whatever_they_score(device, dtype):
 
 
 def test_scores_of_zero_are_kept_before_nothing(device):
-    """As last_query_scores gives them to a row of padding."""
+    """Candidates with score 0, as last_query_scores gives to a row of padding, are kept."""
     positions, valid = keep_top(torch.zeros(1, 6, device=device), torch.arange(6, device=device)[None] > 3, 3)
     assert positions.tolist() == [[4, 5, -1]]
     assert valid.tolist() == [[True, True, False]]

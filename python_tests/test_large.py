@@ -11,7 +11,7 @@ FAR = 2**31 + 40
 
 
 def big(numel, dtype, device):
-    """Uninitialised memory; on the CPU only the pages that are used become real."""
+    """Uninitialised memory; on the CPU only touched pages are committed."""
     bytes_needed = numel * dtype.itemsize
     if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < 1.2 * bytes_needed:
         pytest.skip(f"needs {bytes_needed >> 30} GiB of free GPU memory")
@@ -76,7 +76,7 @@ def test_potential_far_apart(backend):
 
 @pytest.mark.slow
 def test_features_of_more_than_2_31_elements(cuda):
-    """Only the last tokens differ, and they lie beyond 2^31."""
+    """Only the last tokens differ; they lie beyond element 2^31."""
     if _registry.OPS["repulsion_select"].backend("CUDA") == "reference":
         pytest.skip("the reference would copy the features to float32 several times over")
     tokens, channels = 65_600, 32_768

@@ -1,4 +1,4 @@
-"""last_query_scores: float64 brute force, other people's attention, layouts, masks, memory, errors, compilation."""
+"""last_query_scores: float64 brute force, SDPA and transformers, layouts, masks, memory, errors, compilation."""
 
 import os
 import runpy
@@ -19,7 +19,7 @@ from sts_kernels import _registry, last_query_scores
 
 HERE = Path(__file__).parent
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-SHAPES = [  # B, S, Hq, Hkv, D: key heads shared by none, by some and by all; every head size; lengths about a block's
+SHAPES = [  # B, S, Hq, Hkv, D: MHA, GQA and MQA; every head size; lengths around the block size
     (1, 1, 4, 4, 64),
     (2, 2, 6, 2, 72),
     (1, 63, 8, 8, 80),
@@ -30,7 +30,7 @@ SHAPES = [  # B, S, Hq, Hkv, D: key heads shared by none, by some and by all; ev
     (1, 257, 12, 3, 192),
     (2, 300, 16, 1, 256),
     (1, 2003, 28, 4, 128),
-    (1, 500, 34, 2, 64),  # 17 query heads to a key head: no power of two, and more than a tile holds in float32
+    (1, 500, 34, 2, 64),  # 17 query heads per key head: no power of two, more than a float32 tile holds
     (1, 130, 96, 1, 128),
     (3, 4100, 4, 2, 64),
     *((2, 75, 4, 2, dim) for dim in (1, 2, 8, 16, 32, 33, 48, 100, 160, 257, 512, 576)),
@@ -76,7 +76,7 @@ def test_scale(device, scale):
 def test_key_mask(device, shape, make, dtype):
     query, key = inputs(*shape, dtype, device)
     mask = make(*shape[:2]).to(device)
-    key[~mask] = float("nan")  # what is masked out must not matter, and padding is often garbage
+    key[~mask] = float("nan")  # masked keys must not matter: padding often holds garbage
     key[~mask & (torch.arange(shape[1], device=device) % 2 == 0)] = float("inf")
     got = last_query_scores(query, key, None, mask)
     assert oracle.error(got, oracle.scores(query, key, None, mask)) < ATOL
@@ -106,7 +106,7 @@ def test_nan_stays_in_its_row(device, keys):
 
 
 def layouts(key):
-    """The same keys, laid out otherwise."""
+    """The same keys in other memory layouts."""
     batch, keys, kv_heads, dim = key.shape
     wide = torch.full((batch, keys, kv_heads, 3 * dim), float("nan"), dtype=key.dtype, device=key.device)
     wide[..., dim : 2 * dim] = key
@@ -140,7 +140,7 @@ def test_layouts(device, layout, shape, dtype):
 
 
 def test_one_key_for_all(device):
-    """Stride 0: the weights are equal."""
+    """One key expanded over S (stride 0) gets equal weights."""
     query, key = inputs(2, 1, 4, 2, 64, device=device)
     got = last_query_scores(query, key.expand(2, 300, 2, 64))
     torch.testing.assert_close(got, torch.full_like(got, 1 / 300), rtol=1e-6, atol=0)
@@ -182,12 +182,12 @@ def test_empty_batch(device):
     assert last_query_scores(query, key).shape == (0, 5)
 
 
-# ---- Other people's attention ------------------------------------------------------------------------------------
+# ---- Other implementations of attention --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_equals_sdpa_with_one_hot_values(device, dtype):
-    """Attention over the identity as values writes out its weights."""
+    """SDPA with the identity as values returns the attention weights."""
     query, key = inputs(2, 48, 6, 2, 96, dtype, device)
     mask = oracle.left_padding(2, 48).to(device)
     mask[1, 30:] = True
@@ -215,13 +215,13 @@ def tiny_qwen2(transformers):
 
 @pytest.mark.parametrize("build", [tiny_llama, tiny_qwen2])
 def test_equals_transformers_eager_attention(device, build):
-    """Last row of the weights the model itself computes, mean over heads, from the keys it caches; left padding."""
+    """Scores from the KV cache equal the last row of the model's weights, mean over heads, with left padding."""
     transformers = pytest.importorskip("transformers", reason="needs transformers")
     from transformers.models.llama.modeling_llama import rotate_half
 
     torch.manual_seed(0)
     model = build(transformers).to(device)
-    with torch.no_grad():  # as drawn, weights of 0.02 make all scores equal
+    with torch.no_grad():  # initial weights (std 0.02) would make all scores equal
         for layer in model.model.layers:
             layer.self_attn.q_proj.weight.mul_(8)
             layer.self_attn.k_proj.weight.mul_(8)
@@ -240,10 +240,10 @@ def test_equals_transformers_eager_attention(device, build):
     for index, projected in enumerate(queries):
         query = projected.view(3, model.config.num_attention_heads, -1)
         query = query * cos + rotate_half(query) * sin
-        cache = out[1].layers[index].keys  # the cache, whose name depends on the version
+        cache = out[1].layers[index].keys  # out[1]: the KV cache; its name depends on the version
         got = last_query_scores(query, cache.transpose(1, 2), None, mask)
         expected = out.attentions[index][:, :, -1].mean(1)
-        assert expected.amax() > 3 * expected[expected > 0].median()  # there is something to tell apart
+        assert expected.amax() > 3 * expected[expected > 0].median()  # scores are not uniform
         torch.testing.assert_close(got, expected, rtol=0, atol=ATOL)
 
 
@@ -330,7 +330,7 @@ def test_cuda_graph(cuda):
 
 
 def test_other_stream(cuda):
-    """The kernels run on the current stream: what precedes them there is done before, what follows waits."""
+    """The kernels run on the current stream, in order with the work before and after them."""
     query, key = inputs(1, 20000, 8, 2, 128, torch.bfloat16, cuda)
     expected = last_query_scores(query, key)
     late, stream = torch.zeros_like(key), torch.cuda.Stream()
@@ -363,7 +363,7 @@ def test_import_leaves_triton_alone():
 
 
 def test_example(capsys):
-    """Checks itself against the whole attention matrix and the packed form."""
+    """The example checks itself against the full attention matrix and the varlen op."""
     runpy.run_path(str(HERE.parent / "examples" / "last_query_scores.py"), run_name="__main__")
     assert capsys.readouterr().out.count("stay, with") == 2
 
@@ -372,7 +372,7 @@ def test_example(capsys):
 
 
 def pytest_in_its_own_process(module, *arguments, **environment):
-    """Whether Triton interprets or compiles is settled when it is imported."""
+    """Runs the tests of `module` in their own process: Triton reads TRITON_INTERPRET at import."""
     if find_spec("triton") is None:
         pytest.skip("needs triton")
     if environment.get("TRITON_INTERPRET") == "1":

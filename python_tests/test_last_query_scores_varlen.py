@@ -1,4 +1,4 @@
-"""last_query_scores_varlen: float64 brute force, offsets that fit and that do not, layouts, graphs, errors."""
+"""last_query_scores_varlen: float64 brute force, valid and invalid offsets, layouts, graphs, errors."""
 
 import itertools
 
@@ -79,7 +79,7 @@ def test_layouts(device, dtype):
 
 
 def test_other_items_do_not_matter(device):
-    """Not even with NaN; and the same bits again."""
+    """NaN in one item changes no bit of the other items."""
     query, key, cu_seqlens = packed([90, 300, 80], 8, 2, 64, torch.float16, device)
     clean = last_query_scores_varlen(query, key, cu_seqlens, 300)
     key[100] = float("nan")
@@ -101,7 +101,7 @@ WRONG = [[0, -3, 60, 90], [0, 50, 20, 90], [7, 2**31 - 1, 20, 90], [0, 30, 60, 1
 
 @pytest.mark.parametrize("wrong", WRONG, ids=str)
 def test_offsets_that_do_not_fit_on_a_gpu(cuda, wrong):
-    """An item that does not fit scores 0, tokens of one item are right, of none 0, of several anything."""
+    """Invalid items score 0. Tokens of one valid item are right, of none 0, of several undefined."""
     query, key, _ = packed([90, 0, 0], 4, 2, 64, device=cuda)
     got = last_query_scores_varlen(query, key, torch.tensor(wrong, dtype=torch.int32, device=cuda), 70)
     expected, items = torch.zeros(90, dtype=torch.float64), torch.zeros(90)
@@ -140,7 +140,7 @@ def test_compiles_once_for_every_length(device):
 
 
 def test_cuda_graph_and_no_sync(cuda):
-    """Offsets may change between replays, within max_seqlen."""
+    """Offsets may change between replays of a CUDA graph, within max_seqlen."""
     query, key, cu_seqlens = packed([60, 400, 40], 8, 2, 128, torch.bfloat16, cuda)
     last_query_scores_varlen(query, key, cu_seqlens, 450)
     graph = torch.cuda.CUDAGraph()

@@ -1,4 +1,4 @@
-"""Tensors that are no plain memory (sparse, nested, quantized ...), for every tensor argument of every op."""
+"""Tensors that are not plain strided memory (sparse, nested, quantized ...), for every tensor argument of every op."""
 
 import warnings
 
@@ -22,7 +22,7 @@ REMEDY = {"nested": "to_padded_tensor", "jagged": "to_padded_tensor", "quantized
 
 
 def in_layout(layout, value):
-    """None where torch has no such tensor, as 1-d CSR or a quantized bool."""
+    """`value` in `layout`; None if torch has no such tensor (1-d CSR, quantized bool)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -75,7 +75,7 @@ def test_subclasses_and_parameters_are_tensors(device, op):
 
 @pytest.mark.parametrize("op", OPS)
 def test_wrapper_subclasses(op):
-    """Their values cannot be read, and their memory is that of the tensors inside."""
+    """Ops run on wrapper subclasses, whose values and memory are those of the inner tensors."""
     two_tensor = pytest.importorskip("torch.testing._internal.two_tensor").TwoTensor
     arguments = sized(op, 0)
     want = results(op, getattr(sts_kernels, op), arguments)

@@ -17,7 +17,7 @@ LOOKAHEADS = ("2", "3", "8", "16")
 
 
 def plain_and_ahead(monkeypatch, select):
-    """The picks of the plain loop, and those with each lookahead and with what is planned."""
+    """(picks of the plain loop, picks with a lookahead), for each of LOOKAHEADS and for the planned lookahead."""
     monkeypatch.setenv("STS_KERNELS_LOOKAHEAD", "1")
     plain = select()
     for lookahead in LOOKAHEADS:
@@ -56,7 +56,7 @@ def far_away(g, *shape):
 
 
 def adversary(g, batch, tokens, channels):
-    """Pairs of near-duplicates: half of what looks like the next pick is repelled by the other half."""
+    """Pairs of near-duplicates: half of the best candidates are repelled by the other half."""
     x = uniform(g, batch, tokens, channels)
     x[:, 1::2] = x[:, : tokens - 1 : 2] + 1e-3 * x[:, 1::2]
     return x
@@ -64,7 +64,7 @@ def adversary(g, batch, tokens, channels):
 
 @pytest.fixture(scope="module")
 def emulated():
-    """The arrays of a call of the CUDA kernel; by default of that for more tokens than are stored."""
+    """Calls the emulated selection and returns its arrays; by default the streaming kernel, without stored weights."""
     if reason := build.missing_tool():
         pytest.skip(reason)
 
@@ -79,7 +79,7 @@ emulator = functools.cache(build.module)
 
 
 def outcome(call):
-    """The arrays of an emulated call, which nothing judges."""
+    """The arrays of an emulated call, unjudged."""
     return calls.run_in(emulator(), replace(call, judge=lambda *_: None))
 
 
@@ -108,7 +108,7 @@ def test_picks_are_those_of_the_plain_loop(make, dtype, monkeypatch):
 @pytest.mark.parametrize("make", MAKES, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 def test_farthest_picks_are_those_of_the_plain_loop(make, metric, monkeypatch):
-    """With nothing but the anchor known at first, and with a quality and a start, by which tokens differ already."""
+    """Without options, when only the anchor is known at first, and with quality and start, by which tokens differ."""
     g = torch.Generator().manual_seed(12)
     for tokens, channels, k in [(1, 3, 1), (7, 2, 7), (64, 17, 64), (150, 8, 40), (301, 33, 120)]:
         for _ in range(5):
@@ -141,7 +141,7 @@ def test_packed_ragged_and_anchored_items(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_all_tokens_of_large_items_on_several_threads(monkeypatch, dtype):
-    """Rows of one item, then whole items, are shared; picked tokens are left out of the passes many times over."""
+    """Threads share the rows of one item, or whole items; picked tokens are dropped from the passes many times."""
     threads = torch.get_num_threads()
     for batch in (1, 7):
         x = uniform(torch.Generator().manual_seed(8), batch, 500, 96).to(dtype)
@@ -161,7 +161,7 @@ def test_all_tokens_of_large_items_on_several_threads(monkeypatch, dtype):
 
 @pytest.mark.parametrize("make", MAKES, ids=lambda f: f.__name__)
 def test_emulated_cuda_kernel_with_stored_weights(emulated, make):
-    """Every number of warps and of tokens per thread; the kernel that stores nothing makes the same picks, too."""
+    """Every number of warps and of tokens per thread; the streaming kernel makes the same picks."""
     g = torch.Generator().manual_seed(11)
     shapes = [(1, 3, 1), (2, 1, 2), (7, 2, 7), (40, 8, 40), (301, 8, 100), (602, 3, 100)]
     if make is uniform:
@@ -178,7 +178,7 @@ LAST_RESORT = np.finfo(np.float32).max
 
 
 def plain_loop(x, anchor, k, eps=1e-6):
-    """Algorithm 1 in the order of the kernels, so that it has the same bits."""
+    """STS Algorithm 1 with the float32 operations in the order of the kernels: equal bits."""
     sqdist = outcome(operations.pairwise_sqdist("any", x))[-1]
     weight = np.where(np.isnan(sqdist), np.float32(0), np.float32(1) / (sqdist + np.float32(eps)))
     potential = np.where(torch.isfinite(x).all(-1).numpy(), np.float32(0), LAST_RESORT)
@@ -186,7 +186,7 @@ def plain_loop(x, anchor, k, eps=1e-6):
 
 
 def greedy(potential, anchor, k, add):
-    """(B, k): picks from potentials (B, N); add(item, its potentials, pick): after a pick."""
+    """(B, k) greedy picks from `potential` (B, N). add(b, potentials of b, pick): potentials after the pick."""
     picks = np.full((len(potential), k), -1)
     for b, pick in enumerate(anchor):
         mine = potential[b]
@@ -199,7 +199,7 @@ def greedy(potential, anchor, k, add):
 
 
 def distances(x, metric):
-    """Of the kernels by differences: 2 - 2 cosine, or squared distances."""
+    """(B, N, N) by the kernels that take differences: squared distances, or 2 - 2 cosine."""
     if metric == "euclidean":
         return outcome(operations.pairwise_sqdist("any", x))[-1]
     unit = outcome(operations.unit_rows("any", x))[-1]
@@ -311,7 +311,7 @@ def test_emulated_cuda_kernels_of_many_tokens(emulated, rule):
     ids=str,
 )
 def test_emulated_cuda_kernel_of_packed_items(emulated, dtype, way):
-    """As each item by itself, bit for bit: with weights or in sweeps, as its own length says."""
+    """Picks of each item alone, bit for bit: its own length decides between stored weights and streaming."""
     g = torch.Generator().manual_seed(15)
     lengths = [1, 34, 0, 130, 33, 2, 61, 8]
     budgets = [1, 20, 0, 64, 33, 1, 0, 5]
@@ -331,7 +331,7 @@ def test_emulated_cuda_kernel_of_packed_items(emulated, dtype, way):
 def test_emulated_cuda_kernel_shares_the_long_items_of_a_packed_batch(
     emulated, monkeypatch, multiprocessors, blocks, shared
 ):
-    """Above 1024 tokens, or above 2048 where a wave has more blocks than there are multiprocessors."""
+    """Clusters share items above 1024 tokens, or above 2048 if a wave has more blocks than SMs."""
     monkeypatch.setenv("STS_EMULATE_SMS", str(multiprocessors))
     lengths, budgets = (1030, 40, 1024, 2060), (14, 40, 9, 12)
     g = torch.Generator().manual_seed(19)
@@ -361,7 +361,7 @@ def test_emulated_cuda_kernel_shares_the_long_items_of_a_packed_batch(
 @pytest.mark.parametrize("make", MAKES, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_emulated_cuda_kernel_by_clusters(emulated, make, dtype):
-    """Blocks that share an item, with 1 to 8 tokens a thread, of which few or all are candidates."""
+    """Blocks that share an item, with 1 to 8 tokens per thread; few or all of the tokens are candidates."""
     g = torch.Generator().manual_seed(13)
     both = (4, 8), (8, 3)  # blocks and lookahead
     shapes = [(8, 1, 3, 1, both), (8, 2, 1, 2, both), (24, 7, 2, 7, both), (24, 19, 5, 15, both), (24, 40, 8, 40, both)]
@@ -377,7 +377,7 @@ def test_emulated_cuda_kernel_by_clusters(emulated, make, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_emulated_cuda_kernel_by_clusters_makes_several_picks_an_exchange(emulated, dtype, monkeypatch):
-    """As many as bench/NOTES.md reckons with: a weaker bound would make the same picks, but fewer at a time."""
+    """As many as bench/NOTES.md computes: a weaker bound would make the same picks, but fewer per exchange."""
     monkeypatch.syspath_prepend(Path(__file__).parents[1])
     from bench.lookahead import replay
 
@@ -393,7 +393,7 @@ def test_emulated_cuda_kernel_by_clusters_makes_several_picks_an_exchange(emulat
 @pytest.mark.parametrize("make", [uniform, repeated, far_away, adversary], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_emulated_cuda_kernels_note_the_smallest_weight_of_every_row(emulated, make, dtype):
-    """Of large tiles and of small ones, on tensor cores and by differences, and of pairs computed again."""
+    """Row minima from large and small tiles, from tensor cores and differences, and with recomputed pairs."""
     for batch, tokens in ((1, 90), (3, 140)):
         x = make(torch.Generator().manual_seed(14), batch, tokens, 24).to(dtype)
         notes = np.zeros((batch, tokens), np.uint32)
@@ -407,7 +407,7 @@ def test_emulated_cuda_kernels_note_the_smallest_weight_of_every_row(emulated, m
 @pytest.mark.parametrize("make", MAKES, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_emulated_cuda_kernel_in_sweeps(emulated, make, dtype, monkeypatch):
-    """The kernel for more tokens than are stored, on as many blocks as its items fill."""
+    """The streaming kernel, on as many blocks as its items fill."""
     monkeypatch.setenv("STS_EMULATE_SMS", "1")
     g = torch.Generator().manual_seed(9)
 
@@ -433,7 +433,7 @@ def test_emulated_cuda_kernel_in_sweeps(emulated, make, dtype, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_emulated_cuda_kernel_in_sweeps_makes_several_picks_a_sweep(emulated, dtype, monkeypatch):
-    """A sweep takes three barriers; the plain loop takes two a pick."""
+    """A sweep takes three barriers; the plain loop takes two per pick."""
     monkeypatch.setenv("STS_EMULATE_SMS", "2")
     monkeypatch.setenv("STS_EMULATE_BLOCKS_PER_SM", "2")
     x = uniform(torch.Generator().manual_seed(10), 1, 1000, 64).to(dtype)
@@ -474,7 +474,7 @@ def test_cuda_kernels_of_other_rules(cuda, tokens, k, make, rule, monkeypatch):
 
 
 def test_cuda_kernels_make_the_same_picks(cuda):
-    """In float32 few picks are made by another kernel than many."""
+    """A small k in float32 uses another kernel than a large k; the picks are equal."""
     x = uniform(torch.Generator().manual_seed(12), 2, 8192, 40).cuda()
     many = sts_kernels.repulsion_select(x, 400)
     for k in (1, 100, 127, 128):

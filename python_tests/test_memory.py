@@ -1,4 +1,4 @@
-"""What a call on the CPU adds to the process's memory, beside its result."""
+"""Peak memory that a call on the CPU adds to the process, without its result."""
 
 import subprocess
 import sys
@@ -43,7 +43,7 @@ def test_no_more_than_a_few_times_the_features(op, backend):
 @pytest.mark.parametrize("backend", ["reference", "native"])
 @pytest.mark.parametrize("op", ["nearest", "knn_density"])
 def test_nothing_n_by_n(op, backend):
-    """Copies of both sets, and blocks of pairs of a fixed size: in float64 in the reference."""
+    """A call holds copies of both sets and blocks of pairs of a fixed size (float64 in the reference)."""
     if backend == "native" and not _native.status().loaded:
         pytest.skip("needs the compiled library")
     command = [sys.executable, "-c", PROGRAM.replace("1000, 1024", "12000, 64"), op, backend]

@@ -1,4 +1,4 @@
-"""What is said where the library is missing or does not load, and that the commands in it are the right ones."""
+"""Messages for a library that is missing or does not load, and the commands in them."""
 
 import json
 import os
@@ -97,7 +97,7 @@ def test_a_checkout_hides_an_installed_package(site, tmp_path, monkeypatch):
         for folder in (site, installed.parent)
     ]
     monkeypatch.setattr(_native.importlib.metadata, "distributions", lambda name: copies)
-    assert "hides" not in _native.load().reason  # it has no library either
+    assert "hides" not in _native.load().reason  # the installed package has no library either
     (installed / "libsts_kernels.so").touch()
     status = _native.load()
     assert status.reason == (
@@ -180,7 +180,7 @@ def test_the_warning_points_at_the_import(tmp_path):
 
 
 def test_all_is_what_there_is():
-    """Written out, for type checkers."""
+    """`__all__` is written out, for type checkers, and is complete."""
     assert sorted(sts_kernels.ops.__all__) == sorted(OPS)
     others = ["STSConfig", "STSPlan", "analysis", "keep_top", "methods"]
     assert sts_kernels.__all__ == ["__version__", *sts_kernels.ops.__all__, *others]
@@ -194,7 +194,7 @@ def test_the_requirements_are_those_of_the_package():
 
 
 def test_looking_for_pip_leaves_distutils_alone():
-    """Before Python 3.12 setuptools gives up its distutils once somebody looks for pip. torch.compile needs it."""
+    """Before Python 3.12 a search for pip makes setuptools drop its distutils, which torch.compile needs."""
     code = "import setuptools, sts_kernels; from sts_kernels import _errors; _errors.install('x'); "
     code += "import _distutils_hack; _distutils_hack.do_override()"
     subprocess.run([sys.executable, "-c", code], check=True)

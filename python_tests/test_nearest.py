@@ -45,7 +45,7 @@ def sized(step, device):
 
 
 def arguments(case, dtype, device, seed=1):
-    """Keys of the case; queries like them, and some of the keys themselves."""
+    """Keys of `case`; queries from the same distribution, and every third key."""
     key = case.features(seed, dtype, device)
     query = torch.cat([case.features(seed + 1, dtype, device)[:, : case.tokens // 2 + 1], key[:, ::3]], 1)
     num_keys = None if case.num_tokens is None else torch.tensor(case.num_tokens, device=device)
@@ -53,7 +53,7 @@ def arguments(case, dtype, device, seed=1):
 
 
 def ranks(rng, query, key):
-    """Few different numbers, so that many are equal."""
+    """Few distinct values, so many ranks tie."""
     return [torch.randint(0, 5, x.shape[:2], generator=rng).to(x.device) for x in (query, key)]
 
 
@@ -77,7 +77,7 @@ def test_values(backend, case, dtype, metric):
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_a_set_with_itself(backend, metric, dtype):
-    """As duplicates are found: everything at once."""
+    """The queries are the keys, with ranks, exclude_self and num_keys, as in a search for duplicates."""
     x = by_name("duplicates").features(seed=3, dtype=dtype, device=backend.device)
     rank = torch.randn(x.shape[:2], generator=torch.Generator().manual_seed(1)).to(x.device)
     num_keys = torch.tensor([130, 77], device=x.device)
@@ -87,7 +87,7 @@ def test_a_set_with_itself(backend, metric, dtype):
     assert (index <= torch.arange(130, device=x.device)).all()
     if metric == "euclidean":
         assert (value == 0).all()
-    strided = x.mT.contiguous().mT  # of which a kernel makes a copy
+    strided = x.mT.contiguous().mT  # a layout that kernels copy
     for got, want in zip(backend(OP, strided, strided, metric), (index, value), strict=True):
         assert torch.equal(got, want)
 
@@ -96,7 +96,7 @@ def test_known_values(backend):
     query = torch.tensor([[[1.0, 0.0], [0.0, 0.0], [-2.0, -2.0]]], device=backend.device)
     key = torch.tensor([[[3.0, 4.0], [0.0, 0.0], [1.0, 0.0], [2.0, 0.0]]], device=backend.device)
     index, value = backend(OP, query, key)
-    assert index.tolist() == [[2, 0, 1]]  # cosine 1 twice; 0 to all; 0 to the zero row alone
+    assert index.tolist() == [[2, 0, 1]]  # cosine 1 with keys 2 and 3; 0 with all keys; 0 with the zero row, else < 0
     assert value.tolist() == [[1, 0, 0]]
     index, value = backend(OP, query, key, "euclidean")
     assert index.tolist() == [[2, 1, 1]]
@@ -104,7 +104,7 @@ def test_known_values(backend):
 
 
 def test_ranks_are_compared_exactly(backend):
-    """Integers that float32 rounds to one, and NaN, which is below nothing and above nothing."""
+    """Integers that float32 rounds to one value, and NaN, which is neither below nor above any rank."""
     x = torch.ones(1, 1, 3, device=backend.device)
     key = x.expand(1, 3, 3).contiguous()
     rank = lambda *values, dtype=torch.int64: torch.tensor([values], dtype=dtype, device=backend.device)  # noqa: E731
@@ -175,7 +175,7 @@ def test_a_row_does_not_depend_on_the_other_rows(backend, metric):
     index, value = backend(OP, x, x, metric, exclude_self=False, num_keys=torch.tensor([9, 200], device=x.device))
     part = backend(OP, x[:, 3:20], x[:, :200], metric, num_keys=torch.tensor([9, 200], device=x.device))
     assert torch.equal(part[0], index[:, 3:20])
-    if backend.name != "reference":  # there a cosine is rounded once more, from float64
+    if backend.name != "reference":  # the reference rounds a cosine once more, from float64
         assert torch.equal(part[1], value[:, 3:20])
 
 
@@ -195,7 +195,7 @@ def test_many_items_and_one_query(backend, metric):
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_blocks_of_the_reference(monkeypatch, metric):
-    """Its result does not depend on how the pairs are cut into blocks."""
+    """The result of the reference does not depend on its block size."""
     module = importlib.import_module("sts_kernels.ops.nearest")
     x = normal(torch.Generator().manual_seed(2), 2, 90, 16)
     want = module.nearest_reference(x, x[:, :40], metric)

@@ -8,7 +8,7 @@ from cases import CASES, Case, by_name, expanded, normal, with_dtypes
 import sts_kernels
 
 OP = "pairwise_sqdist"
-# The brute force of the largest cases would take the time of all the others together.
+# The brute force of the largest cases would take as long as all other cases together.
 SMALL = [case for case in CASES if case.batch * case.tokens**2 * case.channels <= 150e6]
 
 
@@ -36,7 +36,7 @@ def test_known_values(backend):
 
 
 def test_out_of_range_is_infinite(backend):
-    """float32's largest number squared does not fit; float16's does, in float32."""
+    """A squared distance beyond float32's range is inf; that of the largest float16 numbers fits float32."""
     x = torch.tensor([0.0, 1e30], device=backend.device)[None, :, None]
     assert backend(OP, x).tolist() == [[[0, torch.inf], [torch.inf, 0]]]
     x = torch.tensor([-65504.0, 65504.0], device=backend.device, dtype=torch.float16)[None, :, None]
@@ -69,7 +69,7 @@ def test_same_input_same_output_whatever_the_batch(backend, name, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_offsets_of_every_size(backend, dtype):
-    """Channels with a centre of many different elements, and channels without one."""
+    """Channels with many different centres, and channels without a centre."""
     rng = torch.Generator().manual_seed(6)
     offset = 20 * torch.randn(1, 1, 400, generator=rng)
     features = (normal(rng, 2, 130, 400) + offset).to(backend.device, dtype)
@@ -77,7 +77,7 @@ def test_offsets_of_every_size(backend, dtype):
 
 
 def test_same_bits_in_a_batch_of_any_size(backend):
-    """Where a large batch is computed in larger tiles."""
+    """An item has the same bits alone and in a large batch, which takes larger tiles."""
     features = Case("batch", 40, 200, 72, 1).features(seed=5, dtype=torch.bfloat16, device=backend.device)
     together = backend(OP, features)
     for b in (0, 17, 39):

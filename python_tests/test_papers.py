@@ -1,4 +1,4 @@
-"""The numbers of the papers: by formulas written out here, and commands whose options the methods take."""
+"""Numbers of the papers against formulas written out here, and commands against the options of the methods."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""How the ops meet PyTorch: schemas, fakes, torch.compile, streams and graphs, the fallback and its warning."""
+"""The ops in PyTorch: schemas, fake kernels, torch.compile, streams, CUDA graphs, the fallback and its warning."""
 
 import inspect
 import os
@@ -51,7 +51,7 @@ def test_meta_tensors_give_shapes_and_dtypes(device, op):
         assert [(g.shape, g.dtype, g.stride()) for g in got] == [(w.shape, w.dtype, w.stride()) for w in want]
 
 
-# The public ops, word for word: other people's code calls them by these names and positions.
+# Schemas of the public ops, verbatim: user code calls them by these names and positions.
 SCHEMAS = {
     "pairwise_sqdist": "(Tensor features) -> Tensor",
     "repulsion_step_": "(Tensor(a!) potential, Tensor features, Tensor picked, float eps=1e-6) -> Tensor",
@@ -91,7 +91,7 @@ def test_public_schemas(op):
 
 
 class CountGraphs:
-    """A torch.compile backend that runs what it is given and counts the graphs."""
+    """A torch.compile backend that runs and records each graph."""
 
     def __init__(self):
         self.graphs = []
@@ -103,7 +103,7 @@ class CountGraphs:
 
 @pytest.fixture
 def compiled():
-    """(compile, graphs): `compile` is torch.compile(fullgraph=True) with sizes as symbols."""
+    """(compile, graphs): `compile` is torch.compile(fullgraph=True) with dynamic sizes."""
     torch._dynamo.reset()
     backend = CountGraphs()
     yield lambda f: torch.compile(f, backend=backend, fullgraph=True, dynamic=True), backend.graphs
@@ -187,11 +187,11 @@ def test_inference_mode_and_no_grad(device):
         assert torch.equal(sts_kernels.repulsion_select(**inputs), want)
 
 
-# ---- CUDA only: streams, graphs, values that the host does not look at -----------------------------------------
+# ---- CUDA only: streams, graphs, values that the host does not read -----------------------------------------
 
 
 def test_cuda_graph_replays_with_new_values(cuda):
-    """No op syncs or allocates behind the graph's back: what it captured runs again on new features."""
+    """No op synchronises or allocates outside the captured graph: a replay computes on new features."""
     first, second = (by_name("anchor").inputs(seed=seed, device=cuda) for seed in (0, 1))
     features, anchor = first["features"].clone(), first["anchor"].clone()
     num_tokens = torch.tensor([65, 3, 0, 40], device=cuda)
@@ -252,7 +252,7 @@ def test_no_op_synchronises(cuda):
 
 
 def test_ops_run_on_the_current_stream(cuda):
-    """Work queued before it on a side stream is seen: an op on another stream would read the old features."""
+    """An op sees work queued before it on a side stream; on another stream it would read the old features."""
     inputs = by_name("5x127x64_k40").inputs(device=cuda)
     new = by_name("5x127x64_k40").inputs(seed=1, device=cuda)["features"]
     want = sts_kernels.repulsion_select(new, 40), sts_kernels.pairwise_sqdist(new)
@@ -273,7 +273,7 @@ def test_ops_run_on_the_current_stream(cuda):
 
 
 def test_several_streams_at_once(cuda):
-    """Calls in flight together share no scratch."""
+    """Concurrent calls on several streams share no scratch memory."""
     names = "1x577x1024_k64", "1x1225x64_k1225", "2x257x1000_k33"
     cases = [by_name(name).inputs(seed=2, device=cuda) for name in names]
     want = [sts_kernels.repulsion_select(**inputs) for inputs in cases]
@@ -303,7 +303,7 @@ OUT_OF_RANGE = [-1, -(2**31), 2**31 - 1, 2**40, -(2**62)]
 
 @pytest.mark.parametrize("value", [*OUT_OF_RANGE, 65])
 def test_bad_anchor_on_cuda_gives_minus_one(cuda, value):
-    """Never read on the host, never out of bounds on the device; the other items are not disturbed."""
+    """A bad anchor is not read on the host and causes no access out of bounds; other items keep their picks."""
     inputs = by_name("anchor").inputs(device=cuda)
     want = sts_kernels.repulsion_select(**inputs)
     inputs["anchor"][1] = value
@@ -341,7 +341,7 @@ def test_bad_picked_on_cuda_acts_as_minus_one(cuda, value):
 @pytest.mark.parametrize(
     ("cu_seqlens", "cu_budgets"),
     [
-        ((0, 20, 40, 30), (0, 5, 10, 15)),  # falls
+        ((0, 20, 40, 30), (0, 5, 10, 15)),  # decreases
         ((0, 20, -(2**63), 40), (0, 5, 10, 15)),  # the differences wrap around
         ((0, 20, 30, 40), (0, 5, -(2**63), 15)),
         ((0, 20, 30, 40), (0, 5, 2**63 - 1, -(2**63))),
@@ -355,7 +355,7 @@ def test_bad_picked_on_cuda_acts_as_minus_one(cuda, value):
     ],
 )
 def test_bad_offsets_on_cuda_stay_in_bounds(cuda, cu_seqlens, cu_budgets):
-    """Whatever they hold, each result is -1 or an index that exists; items before the fault come out right."""
+    """With any offsets, each pick is -1 or a valid index; items before the fault are right."""
     if _registry.OPS["repulsion_select_varlen"].backend("CUDA") == "reference":
         pytest.skip("the reference reads the offsets and raises")
     features = torch.randn(40, 6, device=cuda)
@@ -379,7 +379,7 @@ def test_bad_offsets_on_cuda_stay_in_bounds(cuda, cu_seqlens, cu_budgets):
 
 
 def test_check_variable_validates_values_on_cuda(cuda, monkeypatch):
-    """STS_KERNELS_CHECK=1 reads values back, says so once, and makes bad ones an error."""
+    """STS_KERNELS_CHECK=1 reads values back, warns once, and raises on invalid values."""
     monkeypatch.setenv("STS_KERNELS_CHECK", "1")
     _checks._warn_sync.cache_clear()
     inputs = by_name("anchor").inputs(device=cuda)
@@ -407,14 +407,14 @@ def test_check_variable_validates_values_on_cuda(cuda, monkeypatch):
 
 
 class PretendCuda(torch.Tensor):
-    """A CPU tensor that says it is on a GPU."""
+    """A CPU tensor whose `is_cuda` is True."""
 
     is_cuda = True
 
 
 @pytest.fixture
 def fallback(monkeypatch):
-    """What define_op registers for an op without a CUDA kernel, and the calls that reached the reference."""
+    """(kernel that define_op registers for an op without a CUDA kernel, recorded calls of the reference)."""
     calls = []
     monkeypatch.setattr(_registry, "OPS", {})
     monkeypatch.setattr(
@@ -465,7 +465,7 @@ def test_cpu_calls_never_warn():
 
 
 def python(code, **environment):
-    """Runs `code` in a process of its own; returns what it prints."""
+    """Runs `code` in its own process; returns its stdout."""
     environment = {**os.environ, **environment}
     environment["PYTHONPATH"] = os.pathsep.join(
         filter(None, [os.path.dirname(os.path.dirname(sts_kernels.__file__)), environment.get("PYTHONPATH")])
@@ -489,7 +489,7 @@ def test_import_is_cheap_and_pulls_in_nothing():
         print(seconds, *[m for m in ("triton", "transformers", "matplotlib", "PIL", "numpy") if m in new])
     """
     best = 1e9
-    for _ in range(3):  # the least of three: other processes may hold the machine
+    for _ in range(3):  # min of three: other processes may load the machine
         seconds, *heavy = python(code).split()
         assert not heavy, f"import sts_kernels imports {heavy}"
         best = min(best, float(seconds))

@@ -52,7 +52,7 @@ def test_picks_are_greedy(backend, case, dtype):
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("name", ["tree", "tree_default_anchor", "tree_128", "not_finite_anchor"])
 def test_ties_go_to_the_lowest_index(backend, name, seed):
-    """Where sums are exact, ties are exact too, and one answer is right."""
+    """Exact sums give exact ties, so only one answer is right."""
     case = by_name(name)
     inputs = case.inputs(seed=seed, device=backend.device)
     picks = backend(OP, **inputs).cpu()
@@ -113,7 +113,7 @@ def test_equals_brute_force_where_margins_are_wide(backend, dtype):
 
 @pytest.mark.parametrize("name", ["5x127x64_k40", "near_duplicates", "not_finite", "ragged", "large_eps"])
 def test_prefix(backend, name):
-    """The first k' picks are the run with k'."""
+    """The first k' picks equal the picks of a call with k'."""
     case = by_name(name)
     inputs = case.inputs(seed=2, device=backend.device)
     full = backend(OP, **inputs)
@@ -150,7 +150,7 @@ def test_number_of_threads_does_not_matter(name):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_items_do_not_know_of_each_other(backend, name, dtype):
-    """Alone, last, or beside an item of other values: an item's picks stay the same."""
+    """An item's picks do not depend on the other items or on its place in the batch."""
     case = by_name(name)
     inputs = case.inputs(seed=4, dtype=dtype, device=backend.device)
     batch = backend(OP, **inputs)
@@ -163,7 +163,7 @@ def test_items_do_not_know_of_each_other(backend, name, dtype):
 
 
 def test_many_items(backend):
-    """More items than a GPU has multiprocessors, of different lengths."""
+    """More items than a GPU has SMs, of different lengths."""
     counts = [(7 * b) % 41 for b in range(300)]
     case = Case("many", 300, 40, 6, 5, num_tokens=tuple(counts))
     inputs = case.inputs(seed=6, device=backend.device)
@@ -199,7 +199,7 @@ def test_permutation_at_k_equals_n(backend):
 
 
 def test_anchor_is_kept_even_if_not_finite(backend):
-    """It is the caller's choice; it repels none, so the lowest finite index comes next."""
+    """A given anchor is always the first pick. A non-finite anchor repels none: the lowest finite index is next."""
     x = torch.randn(1, 9, 4, device=backend.device)
     x[0, 6, 2] = torch.nan
     x[0, 0, 1] = torch.inf
@@ -211,7 +211,7 @@ def test_anchor_is_kept_even_if_not_finite(backend):
 
 
 def test_default_anchor_ignores_tokens_that_are_not_finite(backend):
-    """Two spoiled tokens whose finite channels would drag the mean to the far end."""
+    """Two non-finite tokens, whose finite channels would shift the mean, do not count in it."""
     x = torch.tensor([0.0, 1.0, 2.0, 50.0, 51.0], device=backend.device)[None, :, None].expand(1, 5, 2).clone()
     x[0, 3, 0], x[0, 4, 0] = torch.nan, torch.inf
     assert backend(OP, x, 1).tolist() == [[1]]
@@ -228,7 +228,7 @@ def test_eps_decides_between_duplicates_and_neighbours(backend):
 
 
 def test_step_loop_is_the_same_algorithm(backend):
-    """repulsion_step_ in a loop makes picks that pass the same test."""
+    """A loop of repulsion_step_ fulfils the contract of repulsion_select."""
     names = ["2x31x3_k31", "near_duplicates", "not_finite"]
     for name, dtype in itertools.product(names, [torch.float32, torch.bfloat16]):
         case = by_name(name)

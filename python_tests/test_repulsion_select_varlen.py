@@ -75,7 +75,7 @@ def test_same_input_same_output(backend, name):
 
 @pytest.mark.parametrize("name", ["three", "near_duplicates", "not_finite"])
 def test_prefix(backend, name):
-    """Smaller budgets give the first picks of larger ones."""
+    """Smaller budgets give the first picks of larger budgets."""
     case = by_name(name, VARLEN_CASES)
     inputs = case.inputs(seed=4, device=backend.device)
     full = backend(OP, **inputs).split(list(case.budgets))
@@ -97,7 +97,7 @@ def test_a_bound_on_the_length_changes_no_result(backend, op):
 
 
 def test_items_on_both_sides_of_what_is_stored(backend):
-    """Short ones and long ones in one batch, each picked as alone."""
+    """Items below and above the limit of stored weights, in one batch, have the picks of each item alone."""
     case = VarlenCase("both", (40, 9000, 500, 8300, 8192, 1), (20, 12, 60, 7, 9, 1), 16)
     for dtype in (torch.float32, torch.bfloat16):
         inputs = case.inputs(seed=9, dtype=dtype, device=backend.device)
@@ -117,7 +117,7 @@ def test_long_items_of_which_clusters_share_few_or_all(cuda):
 
 
 def test_on_a_gpu_items_that_do_not_fit_come_out_as_none(cuda):
-    """The others come out right: those behind an offset that falls, beside an item that is too long."""
+    """Invalid items give -1; items after a decreasing offset or before a too long item are right."""
     x = torch.randn(300, 64, generator=torch.Generator().manual_seed(0)).to(cuda, torch.bfloat16)
     cu_seqlens = torch.tensor([0, 100, 50, 200, 300], device=cuda)  # item 2 begins in item 0
     cu_budgets = torch.tensor([0, 10, 20, 30, 40], device=cuda)
@@ -141,7 +141,7 @@ def test_many_items(backend):
 
 
 def test_offsets_of_mixed_integer_types(backend):
-    """int32 and int64 may meet in one call: the counts come from different places."""
+    """int32 and int64 offsets and anchors may be mixed in one call."""
     inputs = by_name("anchors", VARLEN_CASES).inputs(seed=6, device=backend.device)
     want = backend(OP, **inputs)
     for name in ("cu_seqlens", "cu_budgets", "anchor"):

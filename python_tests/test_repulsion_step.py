@@ -37,7 +37,7 @@ def sized(step, device):
 
 
 def first_tokens(case, device):
-    """Any token to start each item from: a different one each."""
+    """(B,) tokens to start from, in general a different token per item."""
     return torch.tensor([(5 * b + 3) % case.tokens for b in range(case.batch)], device=device, dtype=torch.int64)
 
 
@@ -113,7 +113,7 @@ def test_minus_one_leaves_an_item_as_it_is(backend, dtype):
 
 
 def test_infinite_potential_is_never_picked(backend):
-    """How a ragged batch marks its padding; garbage in the padding's features does no harm."""
+    """A ragged batch marks padding with +inf potentials; features of padding may hold garbage."""
     case = Case("padded", 3, 40, 12, 1, num_tokens=(40, 7, 1))
     features = case.features(seed=4, device=backend.device)
     potential = torch.zeros(3, 40, device=backend.device)
@@ -209,7 +209,7 @@ def test_raw_op_is_the_public_function(device):
 
 
 def test_potential_takes_no_gradient(device):
-    """Features that want a gradient leave no graph behind in the potential, step after step."""
+    """Features that require grad leave no autograd graph in the potential."""
     features = torch.randn(2, 9, 4, device=device, requires_grad=True)
     potential = torch.zeros(2, 9, device=device)
     sts_kernels.repulsion_step_(potential, features, torch.tensor([1, 2], device=device))

@@ -85,7 +85,7 @@ def test_not_finite_counts_as_dropped(backend, value):
 
 
 def test_sums_are_float64(backend):
-    """2^24 ones and more would stand still in float32; and a mean that cancels is right to the last bit."""
+    """A mean of +-2^26 and ones, which float32 sums would lose, is right to the last bit."""
     features = torch.ones(1, 3000, 3, device=backend.device)
     features[0, 0], features[0, 1] = 2.0**26, -(2.0**26)
     slot = torch.zeros(1, 3000, dtype=torch.int64, device=backend.device)

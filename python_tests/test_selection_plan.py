@@ -55,7 +55,7 @@ def test_packed_weights_take_no_more_than_512_mib_in_as_many_waves_as_may_be_nee
         most, floats = waves(batch, tokens, bound)
         assert floats <= 1 << 27
         side = min(tokens, bound)
-        # The first item of a wave did not fit into the wave before: two in a row hold more than `floats`.
+        # The first item of a wave did not fit into the previous wave: two waves in a row hold more than `floats`.
         filled = -(-tokens * (side + -side % 4) // floats)
         assert most == min(batch, 2 * filled - 1)
 
@@ -80,7 +80,7 @@ def test_few_picks_of_many_tokens_are_made_in_sweeps(plan, monkeypatch):
     assert not stored(8192, 127)
     assert stored(4096, 1)
     assert not stored(4097, 64)
-    # Not where another kernel could make another pick.
+    # Weights stay stored where the other kernel could make a different pick.
     assert stored(8192, 1, dtype="bfloat16")
     assert stored(8192, 1, packed=True)
 
@@ -118,7 +118,7 @@ def test_tensor_cores_take_16_bit_rows_of_whole_chunks(plan, monkeypatch):
         assert plan(2, 576, 1024, packed)["mma"]
         assert not plan(2, 576, 1024, packed, dtype="float32")["mma"]
         assert not plan(2, 576, 1001, packed)["mma"]
-    # A pair's bits must not depend on what else is packed.
+    # A pair's bits must not depend on the other packed items.
     assert plan(2, 10**9, (1 << 22) - 64, packed=True)["mma"]
     assert not plan(2, 1000, 1 << 22, packed=True)["mma"]
 

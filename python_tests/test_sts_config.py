@@ -1,4 +1,4 @@
-"""STSConfig: what it refuses, and the budget rule against the numbers of the paper and a search by hand."""
+"""STSConfig: invalid arguments, and the budget rule against the numbers of the paper and a search by hand."""
 
 import itertools
 
@@ -32,7 +32,7 @@ def test_the_papers_budgets(budget, layers, prune_layer, tokens, keep, after):
 @pytest.mark.parametrize("rho", [1 / 3, 0.5, 1.0, 0.05])
 @pytest.mark.parametrize(("layers", "prune_layer"), [(32, 16), (28, 14), (40, 16), (6, 1), (7, 6)])
 def test_the_average_is_the_budget(layers, prune_layer, rho):
-    """Where whole tokens allow: within half a token a layer; and stage 2 never leaves more than stage 1."""
+    """The average per layer is within half a token of the budget; stage 2 keeps at most as many as stage 1."""
     for tokens, budget in itertools.product((1, 5, 36, 576), (1, 2, 7, 35, 128, 500, 575, 576, 10**6)):
         plan = STSConfig(budget=budget, rho=rho).plan(layers, prune_layer)
         keep, after = plan.keep(tokens), plan.keep_after([tokens])

@@ -56,19 +56,19 @@ def at_angles(*degrees, device="cpu"):
 
 
 def below_angle(degrees):
-    """The tau that suppresses tokens within so many degrees."""
+    """The tau that suppresses tokens within `degrees`."""
     return 1 - math.cos(math.radians(degrees))
 
 
 def test_known_selection(backend):
-    """Worked by hand on angles of 0, 10, 25, 40, 90 degrees, every token suppressing what is within 20 degrees."""
+    """Worked by hand on angles of 0, 10, 25, 40, 90 degrees, each of which suppresses tokens within 20 degrees."""
     x = at_angles(0.0, 10.0, 25.0, 40.0, 90.0, device=backend.device)
     tau = torch.full((1, 5), below_angle(20), device=backend.device)
     rank = torch.tensor([[0, 1, 2, 3, 4]], device=backend.device)
-    # 0 takes 10, 25 takes 40; then the suppressed ones come back by rank.
+    # 0 suppresses 10, 25 suppresses 40; then the suppressed tokens follow by rank.
     assert backend(OP, x, rank, tau, 5).tolist() == [[0, 2, 4, 1, 3]]
     rank = torch.tensor([[4, 2, 3, 1, 0]], device=backend.device)
-    # 90, then 40, which takes 25, then 10, which takes 0.
+    # 90, then 40, which suppresses 25, then 10, which suppresses 0.
     assert backend(OP, x, rank, tau, 5).tolist() == [[4, 3, 1, 2, 0]]
 
 
@@ -80,7 +80,7 @@ def test_the_threshold_is_the_picks_own(backend):
 
 
 def test_suppressed_tokens_suppress_only_when_picked(backend):
-    """0 suppresses 1, whose own wide tau does not count; it comes back last, when there is nothing left to suppress."""
+    """Token 0 suppresses token 1, whose wide tau does not count; token 1 is picked last."""
     x = at_angles(0.0, 10.0, 40.0, 70.0, device=backend.device)
     rank = torch.arange(4, device=backend.device)[None]
     tau = torch.tensor([[below_angle(20), 2.0, 0.0, 0.0]], device=backend.device)
@@ -88,7 +88,7 @@ def test_suppressed_tokens_suppress_only_when_picked(backend):
 
 
 def test_nothing_is_suppressed_at_the_threshold_itself(backend):
-    """Strictly less: equal tokens at tau = 0, and right angles at tau = 1, whose distance is exactly 2."""
+    """2 - 2 cosine < 2 tau is strict: equal tokens at tau = 0, and right angles, exactly 2, at tau = 1."""
     x = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 2.0]]], device=backend.device)
     rank = torch.arange(4, device=backend.device)[None]
     for tau, want in ((0.0, [0, 1, 2, 3]), (1e-6, [0, 2, 1, 3]), (1.0, [0, 2, 1, 3]), (1.001, [0, 1, 2, 3])):

@@ -1,4 +1,4 @@
-"""Launches of Triton kernels that skip Triton's binder: what they hand over, and on a GPU what comes out."""
+"""Launches of Triton kernels that skip Triton's binder: their arguments, and their results on a GPU."""
 
 import threading
 

@@ -1,4 +1,4 @@
-"""torch.vmap over all ops: any tensors mapped, at any axis, nested; the loop over the mapped axis is the judge."""
+"""torch.vmap over all ops: any tensors mapped, at any axis, nested; against a loop over the mapped axis."""
 
 import itertools
 
@@ -15,7 +15,7 @@ def lanes(op, count=LANES, device="cpu"):
     """Arguments of equal sizes whose tensors all have a leading axis of `count`."""
     several = [sized(op, 0, device) for _ in range(count)]
     for seed, arguments in enumerate(several[1:], 1):
-        for value in tensors(arguments).values():  # other values, as good as the first
+        for value in tensors(arguments).values():  # other valid values per lane
             if value.is_floating_point():
                 value.copy_(torch.randn(value.shape, generator=torch.Generator().manual_seed(seed)).square())
             elif value.dtype == torch.int64:
@@ -45,7 +45,7 @@ def subsets(op):
 
 
 def stacked(each):
-    """What several calls returned, output by output."""
+    """The outputs of several calls, each output stacked."""
     return [torch.stack(values) for values in zip(*map(outputs, each), strict=True)]
 
 
@@ -87,7 +87,7 @@ def test_any_tensors_at_any_axis(device, op, mapped):
 
 @pytest.mark.parametrize("op", OPS)
 def test_nested(device, op):
-    """The inner map takes all tensors, the outer one the first alone (and what is written to)."""
+    """The inner vmap maps all tensors, the outer vmap the first only, which is the mutated tensor if there is one."""
     inner = lanes(op, device=device)
     names = list(tensors(inner))
     constants = {name: value for name, value in inner.items() if name not in names}
@@ -164,7 +164,7 @@ def test_values_out_of_range_are_errors_in_any_lane(op, name, value):
     arguments[name][1, 1] = value
     with pytest.raises(ValueError, match=rf"{op}: {name}\b"):
         mapped_call(op, arguments, dict.fromkeys(tensors(arguments), 0))
-    if name.startswith("cu_"):  # an end before the last row is not taken over by the next lane
+    if name.startswith("cu_"):  # rows past a lane's last offset do not go to the next lane
         arguments = lanes(op)
         arguments[name][1, -1] -= 1
         with pytest.raises(ValueError, match=rf"{op}: {name} must rise from 0"):

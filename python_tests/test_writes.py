@@ -1,4 +1,4 @@
-"""What an op writes to: torch's rules for its in-place ops, over all ops that write."""
+"""Mutated arguments follow torch's rules for in-place ops, for all ops that mutate one."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def test_the_version_counter_rises(device, op, mode, raw):
 def test_backward_through_what_was_overwritten_is_an_error(device, op, raw):
     arguments = sized(op, 0, device)
     x = torch.ones_like(arguments[written(op)], requires_grad=True)
-    product = x * arguments[written(op)]  # keeps it for backward
+    product = x * arguments[written(op)]  # saved for backward
     with torch.no_grad():
         call(op, raw, arguments)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -105,7 +105,7 @@ def test_the_default_device_does_not_matter(device, raw):
 
 
 def test_memory_shared_with_what_is_read(device, raw):
-    """Refused where an element is both, and only there."""
+    """An error only if an element of potential is also an element of an input."""
     if raw:
         pytest.skip("the public function looks at it")
     step, buffer = sts_kernels.repulsion_step_, torch.zeros(2, 6, 5, device=device)

@@ -1,5 +1,5 @@
-"""Launches of compiled Triton kernels with a driver that only notes them, without a GPU: a launch that skips Triton's
-binder hands over what `kernel[grid]` would. test_triton_launch.py runs it in a process apart.
+"""Launches of compiled Triton kernels without a GPU: a stub driver records them. A launch that skips Triton's binder
+passes the arguments that `kernel[grid]` passes. test_triton_launch.py runs this file in its own process.
 """
 
 import functools
@@ -25,7 +25,7 @@ BOUND = [value for module in MODULES for value in vars(module).values() if hasat
 
 
 class Notes:
-    """A driver: a compiled kernel's function is a number, its launches are noted."""
+    """A stub driver: a number stands for a compiled kernel's function; `launches` records all launches."""
 
     def __init__(self):
         self.device, self.launches, self.functions = 0, [], {}
@@ -54,7 +54,7 @@ class Notes:
 
 
 def addresses(launch):
-    """A launch with the addresses of tensors, as both ways to give them reach the kernel, and without hooks."""
+    """A launch without hooks, its tensors replaced by addresses: the kernel gets the same from both forms."""
     *numbers, _, _, _ = launch[:9]
     return *numbers, *(v.data_ptr() if isinstance(v, torch.Tensor) else v for v in launch[9:])
 
@@ -101,7 +101,7 @@ def copy(launcher=None, **changes):
 
 
 def launches_of_the_ops():
-    """What the ops would launch, two variants of each kernel: (bound kernel, grid, tensors, numbers)."""
+    """Recorded launches of the ops, two variants of each kernel: (bound kernel, grid, tensors, numbers)."""
     recorded = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Bound, "launch", lambda *launch: recorded.append(launch))
@@ -123,7 +123,7 @@ def launches_of_the_ops():
 
 
 def test_kernels_keep_to_what_a_launcher_expects(notes):
-    """Tensors, numbers, constexpr; no integer is specialized."""
+    """Parameters are tensors, then numbers, then constexprs; no integer is specialized."""
     launches = launches_of_the_ops()
     assert {bound.launcher for bound, *_ in launches} == set(LAUNCHERS)
     for bound, _, tensors, numbers in launches:
@@ -164,7 +164,7 @@ def test_one_variant_serves_every_number_of_keys(notes, by_triton):
 
 
 def test_triton_would_have_chosen_the_same_variant(notes, by_triton):
-    """A random walk through everything that Triton specializes on, and through devices."""
+    """Random launches over everything that Triton specializes on, and over devices."""
     launcher = Launcher(copy_kernel)
     bound = functools.cache(lambda **given: launcher.bind(**given))
     rng = random.Random(0)

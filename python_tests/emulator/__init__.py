@@ -1,4 +1,4 @@
-"""The CUDA kernels run on the CPU, and on a GPU without torch; `calls` and `smoke` are where to start reading."""
+"""The CUDA kernels on the CPU, and on a GPU without torch. Start reading at `calls` and `smoke`."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Builds what this package runs, with the CMake project beside this file. A second build in a folder is quick."""
+"""Builds the programs and the Python module of the emulator, with the CMake project beside this file."""
 
 import fcntl
 import importlib.util
@@ -20,7 +20,7 @@ GPU_PROGRAM = "sts_kernels_smoke"
 
 
 class BuildError(RuntimeError):
-    """The message holds what the compiler said."""
+    """The message holds the output of the failed command."""
 
 
 def missing_tool() -> str:

@@ -1,4 +1,4 @@
-"""Calls of kernels by name: what goes in, how they are run, what must come out.
+"""Calls of kernels by name: their arguments, how they run, and the judges of their results.
 
 A call runs in the emulator's Python module, or, through a file, in the smoke program: on a GPU, or emulated under a
 sanitizer. smoke.cpp describes the file.
@@ -27,8 +27,8 @@ class Call:
     name: str
     kernel: str
     args: tuple  # int, float, None, NumPy array or At, as the launcher takes them
-    judge: Callable[..., None]  # of the arguments after the call, arrays only; asserts
-    way: str = ""  # which of the kernel's algorithms runs, where the arguments choose one
+    judge: Callable[..., None]  # asserts on the arrays among the arguments, after the call
+    way: str = ""  # the kernel's algorithm, if the arguments choose one
 
     def __str__(self):
         return f"{self.kernel}-{self.name}"
@@ -56,11 +56,11 @@ SANITIZERS = {
 
 
 class Failure(AssertionError):
-    """The program did not end well; the message is what it said."""
+    """The program failed; the message is its output."""
 
 
 def run_program(command: Sequence[str], calls: Sequence[Call], folder: Path, timeout: float = 300, env=None) -> None:
-    """Runs all `calls` in one run of the smoke program `command` and judges what comes out of each."""
+    """Runs all `calls` in one run of the smoke program `command` and judges each result."""
     given, output = folder / "calls.bin", folder / "output.bin"
     given.write_bytes(encode(calls))
     output.unlink(missing_ok=True)
@@ -109,7 +109,7 @@ def decode(calls: Sequence[Call], output: bytes) -> list[list[np.ndarray]]:
     """The arrays of each call as the program left them."""
     results, position = [], 0
     for call in calls:
-        position += 8  # the answer
+        position += 8  # the i64 answer (smoke.cpp)
         arrays = []
         for arg in call.args:
             if not isinstance(arg, np.ndarray | At):

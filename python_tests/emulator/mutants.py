@@ -1,4 +1,4 @@
-"""Errors that the checks of the emulated kernels must see, each made in a copy of the sources by replacing text.
+"""Errors that the checks of the emulated kernels must catch, each made in a copy of the sources by replacing text.
 
 A mutant is caught where one of its calls gives a wrong result, or where the program ends with a message that has `says`
 in it. Text that is no longer found exactly once is an error: then the mutant has to be brought up to date.
@@ -18,7 +18,7 @@ OVERRUN = "AddressSanitizer: heap-buffer-overflow"
 BOUNDS = "runtime error: index"
 OVERTAKEN = "an earlier copy to the same place is under way"
 
-ORDERS = ("fwd", "rev", "1", "2")  # that the tests run kernels in
+ORDERS = ("fwd", "rev", "1", "2")  # the schedules of the tests
 IMPATIENT = {"STS_EMULATE_STALL_SECONDS": "4"}
 
 
@@ -29,7 +29,7 @@ class Mutant:
     file: str
     edits: tuple[tuple[str, str], ...]
     says: str = WRONG
-    nonsense: bool = False  # seen only with numbers that make no sense
+    nonsense: bool = False  # caught only by invalid numbers in device memory
 
     def __str__(self):
         return f"{self.kernels}-{self.name}"
@@ -50,7 +50,7 @@ def mutant(name, kernels, file, *edits, **rest) -> Mutant:
 
 
 MUTANTS = (
-    # What all kernels share.
+    # Code that all kernels share.
     mutant(
         "no barrier before the partial minima are read",
         "repulsion_step",
@@ -695,7 +695,7 @@ MUTANTS = (
         ),
         says="before await_predecessor",
     ),
-    # A selection in sweeps.
+    # A streaming selection.
     mutant(
         "one buffer of what blocks have lowest",
         "repulsion_select",
@@ -979,7 +979,7 @@ def apply(mutant: Mutant, sources: Path) -> None:
 
 
 def verdict(mutant: Mutant, folder: Path) -> str:
-    """How `mutant` is caught: WRONG or what the program said; "" where it is not. `folder` may serve many mutants."""
+    """How `mutant` is caught: WRONG or the program's output; "" if it survives. `folder` may serve many mutants."""
     sources = folder / "csrc"
     shutil.rmtree(sources, ignore_errors=True)
     shutil.copytree(build.CSRC, sources)

@@ -13,16 +13,16 @@ from cases import Case, VarlenCase
 from .calls import At, Call
 
 SUFFIX = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-PAD = -7  # in arrays that are to be written, or left alone
+PAD = -7  # in output arrays before the call, and in gaps that must stay
 
 
 def channels_contiguous(features: torch.Tensor) -> torch.Tensor:
-    """As the ops' host code hands them to the kernels."""
+    """Features as the host code passes them to the kernels: contiguous channels."""
     return features if features.stride(-1) == 1 or features.shape[-1] == 1 else features.contiguous()
 
 
 def as_array(view: torch.Tensor) -> At:
-    """The storage of a view up to its last element: its alignment and its neighbours stay what they are."""
+    """The storage of a view up to its last element, so alignment and neighbouring elements are kept."""
     offset = view.storage_offset()
     extent = 1 + sum((n - 1) * s for n, s in zip(view.shape, view.stride(), strict=True)) if view.numel() else 0
     flat = torch.as_strided(view, (offset + extent,), (1,), 0)
@@ -66,7 +66,7 @@ def repulsion_step(name, features, picked, eps, gap=0):
         potential = torch.from_numpy(potential)
         assert (potential[..., 1:] == PAD).all(), "written between the potentials"
         assert np.array_equal(picked_after, index(picked)), "picked was written"
-        acts = torch.where((picked >= 0) & (picked < tokens), picked, -1)  # out of range is as good as nothing picked
+        acts = torch.where((picked >= 0) & (picked < tokens), picked, -1)  # out of range counts as -1
         oracle.check_step(potential[..., 0], torch.from_numpy(following), before, features, acts, eps)
 
     return Call(
@@ -118,7 +118,7 @@ def unit_rows(name, features):
 def nearest(
     name, query, key, metric, query_rank=None, key_rank=None, exclude_self=False, num_keys=None, strip_entries=0
 ):
-    """`strip_entries`: where queries are the keys, entries whose distances are stored at a time; 0: as planned."""
+    """`strip_entries`: if the queries are the keys, entries whose distances are stored at a time; 0: as planned."""
     queries, keys = channels_contiguous(query), channels_contiguous(key)
     (batch, rows, channels), count = queries.shape, keys.shape[1]
     ranks = [None if rank is None else rank.double().numpy() for rank in (query_rank, key_rank)]
@@ -188,7 +188,7 @@ def dpp_select(name, features, quality, k, floor=1e-7, num_tokens=None):
     def judge(*arrays):
         order, gain = map(torch.from_numpy, arrays[-2:])
         counts = num_tokens
-        if counts is not None:  # out of range is as good as nothing to pick
+        if counts is not None:  # out of range counts as 0
             counts = torch.where((num_tokens >= 0) & (num_tokens <= tokens), num_tokens, 0)
         oracle.check_dpp(order, gain, features, quality, k, floor, counts)
 
@@ -220,7 +220,7 @@ def dedup_select(name, features, order, keep, step=8, held=0, exact=True):
     def judge(*arrays):
         kept, listed = torch.from_numpy(arrays[-1]), order
         bad = ((order < -1) | (order >= tokens)).any(1, keepdim=True)
-        listed = torch.where(bad, -1, order)  # out of range is as good as an empty list
+        listed = torch.where(bad, -1, order)  # an index out of range counts as an empty list
         oracle.check_dedup(kept, features, listed, keep, step, exact)
 
     return Call(
@@ -272,11 +272,16 @@ def diverse(case, dtype) -> list[Call]:
 
 
 def _select(op, name, features, k, options, judge, packed=None, num_tokens=None, way=None, notes=()):
-    """A call of the selection op `op`. options: its arguments between k and num_tokens. packed: (cu_seqlens,
-    cu_budgets). way: `max_seqlen`, of packed items; `matrix_tokens`, up to so many tokens the weights of all pairs are
-    stored; `item_blocks`, that share an item then (0: as planned); `lookahead`, max picks of an exchange (cluster) or
-    sweep; `wgmma`: 0 for the tensor cores of other devices than Hopper; `wave_floats`, weights of packed items in
-    memory at a time (0: as planned)."""
+    """A call of the selection op `op`.
+
+    options: its arguments between k and num_tokens. packed: (cu_seqlens, cu_budgets). way:
+    - `max_seqlen`: max length of packed items
+    - `matrix_tokens`: max tokens of an item whose weights are stored; longer items are streamed
+    - `item_blocks`: blocks that share an item with stored weights (0: as planned)
+    - `lookahead`: max picks per exchange (cluster) or sweep
+    - `wgmma`: 0 for the tensor cores of devices other than Hopper
+    - `wave_floats`: weights of packed items in memory at a time (0: as planned)
+    """
     default = {"max_seqlen": 2**63 - 1, "matrix_tokens": 8192, "item_blocks": 0, "lookahead": 16, "wgmma": 1}
     way = {**default, "wave_floats": 0, **(way or {})}
     rows = channels_contiguous(features)
@@ -311,7 +316,7 @@ def _select(op, name, features, k, options, judge, packed=None, num_tokens=None,
 
 
 def repulsion_select(name, features, k, eps, anchor=None, num_tokens=None, notes=None, **way):
-    """`notes`: an array for what is noted on the way (run_selection)."""
+    """`notes`: an array for the debug output of run_selection."""
 
     def judge(picks):
         oracle.check_select(picks, features, k, eps, anchor, num_tokens)
@@ -391,7 +396,7 @@ def work(case) -> int:
     return case.batch * case.tokens**2 * case.channels
 
 
-WAYS = (  # to select
+WAYS = (  # `way` of _select
     {"matrix_tokens": 8192, "lookahead": 16},
     {"matrix_tokens": 8192, "lookahead": 16, "wgmma": 0},
     {"matrix_tokens": 8192, "item_blocks": 4, "lookahead": 8},
@@ -401,8 +406,11 @@ WAYS = (  # to select
 
 
 def ways_of(case, dtype) -> list[dict]:
-    """The ways to select of `case` that differ, packed items on Hopper's tensor cores. Those also in waves of as few as
-    fit, the longest in sweeps; and with a bound on their length, which makes waves of them all."""
+    """The WAYS that differ on `case`.
+
+    Packed items: on Hopper's tensor cores only, and also in waves of as few items as possible. There the longest item
+    is streamed, or max_seqlen makes all items stored.
+    """
     if not isinstance(case, cases.VarlenCase):
         return [way for way in WAYS if dtype != torch.float32 or way.get("wgmma", 1)]
     longest = max(case.lengths)
@@ -412,7 +420,7 @@ def ways_of(case, dtype) -> list[dict]:
 
 
 def of_sets(case, features, num_tokens) -> list[Call]:
-    """Kernels that compare or merge rows: all tokens with some of them, merged into slots at random."""
+    """Calls of kernels that compare rows (all tokens with some of them) or merge them (into random slots)."""
     rng = torch.Generator().manual_seed(5)
     batch, tokens, _ = features.shape
     some = features[:, : tokens // 2 + 1]
@@ -427,13 +435,13 @@ def of_sets(case, features, num_tokens) -> list[Call]:
         scatter_mean(case.name, features, slots, case.k, weight if batch % 2 else None),
         knn_density(case.name, features, case.k, num_tokens),
         knn_density(case.name, features, min(3, tokens), num_tokens, strip_rows=tokens // 3 + 1),
-        # An entry at a time: what the last one left is in the strip.
+        # One batch entry at a time: the strip still holds the previous entry.
         *([knn_density(case.name, features, case.k, num_tokens, strip_rows=tokens)] if batch > 1 else []),
     ]
 
 
 def of_case(case, dtype) -> list[Call]:
-    """Every kernel that serves `case`, every way it can be made to."""
+    """Calls of every kernel that serves `case`, in every way."""
     inputs = case.inputs(dtype=dtype)
     if isinstance(case, cases.VarlenCase):
         ways = [*ways_of(case, dtype), {"wgmma": 0}]
@@ -452,7 +460,7 @@ def of_case(case, dtype) -> list[Call]:
 
 
 def rules_of_case(case, dtype, turn) -> list[Call]:
-    """The other selection rules on `case`: of their options and of the ways to select some, by `turn`."""
+    """Calls of the other selection rules on `case`; `turn` selects some of their options and ways."""
     variants, made = ("cosine", "all", "quality", "start", "plain"), []
     packed = isinstance(case, cases.VarlenCase)
     if not packed and case.batch == 0:
@@ -471,8 +479,10 @@ def rules_of_case(case, dtype, turn) -> list[Call]:
 
 
 def calls(most_work: float) -> list[Call]:
-    """Of every case that costs at most `most_work`, in each of its dtypes (other rules than repulsion: in one); the
-    cheapest case first."""
+    """Calls of every case of at most `most_work`, in each of its dtypes (rules other than repulsion: in one dtype).
+
+    The cheapest case is first.
+    """
     made = []
     for turn, case in enumerate(sorted((*cases.CASES, *cases.VARLEN_CASES), key=work)):
         if work(case) <= most_work:
@@ -482,7 +492,7 @@ def calls(most_work: float) -> list[Call]:
     return made
 
 
-# ---- The few that go everywhere in the kernels: for sanitizers and mutants ---------------------------------------
+# ---- A few calls that cover all paths of the kernels: for sanitizers and mutants ---------------------------------
 
 
 def pitched(x):
@@ -494,10 +504,10 @@ def pitched(x):
 PATHS = (
     Case("one", 1, 1, 1, 1),
     Case("tiles", 2, 70, 40, 9, cases.duplicates),  # several tiles, and stages of channels
-    # On tensor cores every buffer is used again. Some pairs are repaired, most tokens are picked.
+    # On tensor cores every buffer is reused. Some pairs are recomputed, most tokens are picked.
     Case("stages", 1, 70, 328, 40, cases.near_duplicates),
     Case("large_tiles", 3, 140, 72, 10, cases.near_duplicates),  # on tensor cores, enough of them for the large ones
-    Case("offset", 2, 70, 72, 12, cases.common_offset),  # on tensor cores there is a centre
+    Case("offset", 2, 70, 72, 12, cases.common_offset),  # on tensor cores with a centre
     Case("blocks", 1, 700, 3, 12),  # several blocks agree on each pick
     Case("ties", 1, 450, 3, 4, cases.none_finite),  # within a thread, too; the lowest index first
     Case("groups", 3, 300, 5, 7),  # several groups of blocks
@@ -533,17 +543,19 @@ def quick() -> list[Call]:
     # Streaming, a block an item: potentials in global memory, as they do not fit the block's shared memory.
     long = Case("long_items", 8, 600, 4, 3)
     calls.append(repulsion_select(long.name, **long.inputs(dtype=torch.float32), matrix_tokens=0))
-    # In a launch of clusters each has a block: clusters of both would be more blocks than there are multiprocessors.
+    # In a launch of clusters each item has one block: clusters for both would take more blocks than there are SMs.
     long = VarlenCase("packed_long", (1300, 24), (24, 24), 4)
     calls.append(repulsion_select_varlen(long.name, **long.inputs(dtype=torch.float32), wgmma=0))
-    # Products of rows that vanish unscaled.
+    # Products of rows that underflow without scaling.
     tiny = Case("tiny", 1, 70, 40, 1, cases.tiny).features(dtype=torch.bfloat16)
     return [*calls, nearest("tiny", tiny, tiny, "cosine", exclude_self=True)]
 
 
 def own_items(cu_seqlens, cu_budgets, anchor, tokens, total, max_seqlen) -> list:
-    """(item, rows, places in the result) of the packed items of which there is something to pick: those whose numbers
-    make sense, and whose rows and places begin after those of the items before."""
+    """(item, rows, output slots) of the packed items that have picks.
+
+    Their numbers are valid, and their rows and slots begin after those of all previous items.
+    """
     starts, budgets = cu_seqlens.tolist(), cu_budgets.tolist()
     own, row_end, place_end = [], 0, 0
     for item in range(len(starts) - 1):
@@ -560,7 +572,7 @@ def own_items(cu_seqlens, cu_budgets, anchor, tokens, total, max_seqlen) -> list
 
 
 def nonsense() -> list[Call]:
-    """Numbers in device memory that make no sense: kernels stay in bounds, and the items concerned come out as -1."""
+    """Invalid numbers in device memory: kernels stay in bounds, and the affected items give -1."""
     batch, tokens, k = 6, 40, 12
     features = cases.Case("nonsense", batch, tokens, 8, k).features()
     wild = torch.tensor([-1, 40, -(2**63), 2**63 - 1, 2**32, 3])
@@ -601,7 +613,7 @@ def nonsense() -> list[Call]:
         return replace(call, judge=judge)
 
     counts = torch.where(wild == tokens, tokens + 1, wild)
-    none = torch.where(counts == 3, counts, 0)  # as good as
+    none = torch.where(counts == 3, counts, 0)  # the valid counts of equal effect
     for call, array in (
         (nearest("num_keys", features, features, "cosine", num_keys=none), 1),
         (nearest("num_keys", features, features, "euclidean", num_keys=none), 1),

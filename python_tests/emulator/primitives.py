@@ -19,7 +19,7 @@ def _bfloat16_to_float(bits):
 
 
 def _to_bfloat16(x):
-    """Bits, rounded to nearest, ties to even."""
+    """bfloat16 bits of x, rounded to nearest, ties to even."""
     bits = np.asarray(x, np.float32).view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
@@ -52,7 +52,7 @@ def conversions():
 
 
 def _factors(rng, name, *shapes):
-    """Matrices of elements of the type, and in float64."""
+    """Random matrices in the dtype `name`, and the same values in float64."""
     values = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
     if name == "float16":
         elements = [x.astype(np.float16) for x in values]

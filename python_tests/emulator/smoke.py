@@ -25,8 +25,10 @@ from . import calls, operations, primitives
 
 
 def smoke_calls(work: float, per_kernel: int | None = None) -> list[calls.Call]:
-    """Every primitive, and every kernel on the cases that cost at most `work` (operations.work). `per_kernel`: of each
-    kernel, and of each of its algorithms, only so many calls: the most expensive."""
+    """Every primitive, and every kernel on the cases that cost at most `work` (operations.work).
+
+    `per_kernel`: max calls of each algorithm of a kernel; the most expensive calls are taken.
+    """
     made = [*primitives.calls(), *operations.calls(work)]
     kept = defaultdict(list)
     for call in made:
