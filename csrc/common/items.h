@@ -90,6 +90,11 @@ struct Items {
   }
 };
 
+// A padded batch of which nothing is selected. num_tokens: (batch), may be null.
+inline Items padded_items(int64_t batch, int64_t tokens, const int64_t* num_tokens = nullptr) {
+  return {batch, tokens, 0, num_tokens, nullptr, nullptr, nullptr};
+}
+
 // Rows of features: row(b, i) is token i of batch entry b. Packed features are a single entry, with b = 0.
 template <class scalar_t>
 struct Rows {

@@ -30,14 +30,16 @@ inline bool same_view(const Tensor& a, const Tensor& b) {
 
 struct Nearest {
   static constexpr const char* op = "nearest";
+  bool same;  // query and key are one view of the same memory
   Tensor query, key;
   bool cosine, exclude_self;
   std::optional<Tensor> query_rank, key_rank, num_keys;  // query_rank (B, Q), key_rank (B, K): float64
 
   Nearest(const Tensor& query_, const Tensor& key_, const std::string& metric, const std::optional<Tensor>& query_rank_,
           const std::optional<Tensor>& key_rank_, bool exclude_self_, const std::optional<Tensor>& num_keys_)
-      : query(checked_features(op, query_, 3)),
-        key(same_view(query_, key_) ? query : checked_features(op, key_, 3)),  // one copy of both, if one is made
+      : same(same_view(query_, key_)),
+        query(checked_features(op, query_, 3)),
+        key(same ? query : checked_features(op, key_, 3)),  // one copy of both, if one is made
         cosine(metric == "cosine"),
         exclude_self(exclude_self_) {
     STD_TORCH_CHECK(key.scalar_type() == query.scalar_type() && key.size(0) == query.size(0) && key.size(2) == query.size(2) &&

@@ -149,15 +149,12 @@ struct DedupScratch {
 
   template <class Allocate>
   DedupScratch(const DedupPlan& plan, int64_t batch, int64_t count, int64_t channels, Allocate&& allocate) {
-    const auto take = [&](auto*& part, int64_t size) {
-      part = static_cast<std::remove_reference_t<decltype(part)>>(allocate(size * static_cast<int64_t>(sizeof(*part))));
-    };
-    take(unit, batch * count * unit_pitch(channels));
-    take(sqdist, plan.entries * count * count);
-    take(closest, plan.groups * count);
-    take(state, batch * count);
-    take(lists, plan.groups * 2 * count);
-    take(arrived, plan.groups);
+    take_array(unit, batch * count * unit_pitch(channels), allocate);
+    take_array(sqdist, plan.entries * count * count, allocate);
+    take_array(closest, plan.groups * count, allocate);
+    take_array(state, batch * count, allocate);
+    take_array(lists, plan.groups * 2 * count, allocate);
+    take_array(arrived, plan.groups, allocate);
   }
 };
 
@@ -170,7 +167,7 @@ cudaError_t launch_dedup(const Rows<scalar_t>& rows, int64_t batch, int64_t toke
   if (error != cudaSuccess) return error;
   const int64_t pitch = unit_pitch(rows.channels);
   const Rows<float> units{scratch.unit, count * pitch, pitch, static_cast<int>(pitch)};
-  const Items items{batch, count, 0, nullptr, nullptr, nullptr, nullptr};
+  const Items items = padded_items(batch, count);
   for (int64_t first = 0; first < batch; first += plan.entries) {
     const int64_t entries = batch - first < plan.entries ? batch - first : plan.entries;
     error = launch_sqdist_tiles(units, items, first, entries, StoreSqdist{}, items.tokens, scratch.sqdist, stream);

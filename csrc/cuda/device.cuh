@@ -37,6 +37,12 @@ const void* address_of(void (*kernel)(Params...)) {
   return reinterpret_cast<const void*>(kernel);
 }
 
+// part = `count` elements of scratch memory from allocate(bytes); null if count is 0.
+template <class T, class Allocate>
+void take_array(T*& part, int64_t count, Allocate&& allocate) {
+  part = count ? static_cast<T*>(allocate(count * static_cast<int64_t>(sizeof(T)))) : nullptr;
+}
+
 // The current device, or -1.
 inline int current_device() {
   int device = -1;

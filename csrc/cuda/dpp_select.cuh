@@ -134,7 +134,7 @@ static __global__ void __launch_bounds__(kDppThreads, 1)
         ++step;
         continue;
       }
-      // (3) the Cholesky row. The loads of the rows come first: all else that a token needs arrives while they are under way.
+      // (3) the Cholesky row. The row loads are issued first: the token's state and the distances load meanwhile.
       const float* const pick_row = item_rows + pick * pitch;
       const double* const pick_factor = factor + pick * k;
       key = kNoKey;
@@ -192,16 +192,13 @@ struct DppScratch {
   template <class Allocate>
   DppScratch(const DppPlan& plan, int64_t batch, int64_t tokens, int64_t channels, int64_t k, Allocate&& allocate)
       : slots(batch * (k + 1)) {
-    const auto take = [&](auto*& part, int64_t count) {
-      part = static_cast<std::remove_reference_t<decltype(part)>>(allocate(count * static_cast<int64_t>(sizeof(*part))));
-    };
-    take(unit, batch * tokens * unit_pitch(channels));
-    take(factor, plan.groups * tokens * k);
-    take(distance, batch * tokens);
-    take(inv_length, batch * tokens);
-    take(state, batch * tokens);
-    take(best, slots);
-    take(arrived, plan.groups);
+    take_array(unit, batch * tokens * unit_pitch(channels), allocate);
+    take_array(factor, plan.groups * tokens * k, allocate);
+    take_array(distance, batch * tokens, allocate);
+    take_array(inv_length, batch * tokens, allocate);
+    take_array(state, batch * tokens, allocate);
+    take_array(best, slots, allocate);
+    take_array(arrived, plan.groups, allocate);
   }
 };
 

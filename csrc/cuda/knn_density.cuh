@@ -45,8 +45,8 @@ __device__ __forceinline__ double block_sum(double value, double* partial) {
   return sum;
 }
 
-// (3) A block per row of the strip, looping over the entries. Row i is token first + i. strip: (entries, rows, count); what is past the
-// tokens of an item (num_tokens; null: count) may be garbage. density: (entries, count).
+// (3) A block per row of the strip, looping over the entries. Row i is token first + i. strip: (entries, rows, count). num_tokens: (entries);
+// null: count. Distances past the tokens of an item are not read. density: (entries, count).
 static __global__ void __launch_bounds__(kDensityThreads)
     density_kernel(const float* strip, const RowInfo* info, const int64_t* num_tokens, int64_t entries, int64_t first, int64_t rows,
                    int64_t count, int64_t k, int channels, float* density) {
@@ -129,10 +129,9 @@ struct KnnScratch {
 
   template <class Allocate>
   KnnScratch(const KnnPlan& plan, int64_t batch, int64_t tokens, int64_t channels, int64_t element_bytes, Allocate&& allocate) {
-    strip = static_cast<float*>(allocate(plan.strip_rows * tokens * int64_t(sizeof(float))));
-    info = static_cast<RowInfo*>(allocate(batch * tokens * int64_t(sizeof(RowInfo))));
-    const Items items{batch, tokens, 0, nullptr, nullptr, nullptr, nullptr};
-    if (plan.wgmma) take_token_stats(stats, items, channels, element_bytes, false, true, true, allocate);
+    take_array(strip, plan.strip_rows * tokens, allocate);
+    take_array(info, batch * tokens, allocate);
+    if (plan.wgmma) take_wgmma_stats(stats, padded_items(batch, tokens), channels, element_bytes, allocate);
   }
 };
 
@@ -140,7 +139,7 @@ struct KnnScratch {
 template <class scalar_t>
 cudaError_t launch_knn(const Rows<scalar_t>& all, int64_t batch, int64_t tokens, int64_t k, const int64_t* num_tokens, const KnnPlan& plan,
                        const KnnScratch& scratch, float* density, cudaStream_t stream) {
-  const Items items{batch, tokens, 0, num_tokens, nullptr, nullptr, nullptr};
+  const Items items = padded_items(batch, tokens, num_tokens);
   cudaError_t error = launch_row_info(all, batch, tokens, num_tokens, false, scratch.info, stream);
   if (error == cudaSuccess && plan.wgmma) error = launch_token_stats(all, items, scratch.stats, stream);
   const int64_t max_entries = plan.strip_rows / tokens > 0 ? plan.strip_rows / tokens : 1;
@@ -156,7 +155,7 @@ cudaError_t launch_knn(const Rows<scalar_t>& all, int64_t batch, int64_t tokens,
       Rows<scalar_t> queries = keys;
       queries.data += first * all.row_stride;
       const Side<scalar_t> a{queries, rows, nullptr, rows_aligned(queries)};
-      error = plan.wgmma ? launch_sqdist_strip(all, items, entry, entries, scratch.stats, scratch.strip, stream)
+      error = plan.wgmma ? launch_sqdist_matrices<StripSqdist>(all, items, entry, entries, scratch.stats, scratch.strip, stream)
                          : launch_row_pairs<false>(a, b, entries, DistanceEpilogue{entry_info, rows, tokens, scratch.strip}, stream);
       if (error != cudaSuccess) return error;
       const Launch shape{dim3(static_cast<unsigned>(rows), grid_extent(entries)), dim3(kDensityThreads), 0, 1, false, stream};

@@ -17,7 +17,7 @@ std::tuple<Tensor, Tensor> nearest_cuda(const Tensor& query, const Tensor& key, 
   const NearestOptions options{call.cosine, call.query_ranks(), call.key_ranks(), call.exclude_self, data_or_null(call.num_keys)};
   dispatch_cuda(call.query.scalar_type(), [&](auto* element) {
     using scalar_t = std::remove_pointer_t<decltype(element)>;
-    const NearestRows<scalar_t> given{rows_of<scalar_t>(call.query), rows_of<scalar_t>(call.key), batch, rows, count};
+    const NearestRows<scalar_t> given{rows_of<scalar_t>(call.query), rows_of<scalar_t>(call.key), batch, rows, count, call.same};
     const NearestPlan plan = plan_nearest(given, call.cosine);
     const auto layout = [&](auto&& allocate) { return NearestScratch(plan, given, allocate); };
     ScratchMemory memory(call.query, layout);

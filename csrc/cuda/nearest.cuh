@@ -78,9 +78,7 @@ template <class scalar_t>
 struct NearestRows {
   Rows<scalar_t> query, key;
   int64_t batch, rows, count;
-  bool same() const {  // each item's queries are its keys
-    return query.data == key.data && rows == count && query.row_stride == key.row_stride && query.batch_stride == key.batch_stride;
-  }
+  bool same;  // each item's queries are its keys: one view of the same memory
 };
 
 struct NearestPlan {
@@ -89,7 +87,7 @@ struct NearestPlan {
 
 template <class scalar_t>
 NearestPlan plan_nearest(const NearestRows<scalar_t>& given, bool cosine) {
-  const bool stored = !cosine && given.same() && strip_serves<scalar_t>();
+  const bool stored = !cosine && given.same && strip_serves<scalar_t>();
   return NearestPlan{stored ? strip_entries(given.batch, given.rows) : 0};
 }
 
@@ -101,12 +99,10 @@ struct NearestScratch {
 
   template <class scalar_t, class Allocate>
   NearestScratch(const NearestPlan& plan, const NearestRows<scalar_t>& given, Allocate&& allocate) {
-    queries = static_cast<RowInfo*>(allocate(given.batch * given.rows * int64_t(sizeof(RowInfo))));
-    keys = static_cast<RowInfo*>(allocate(given.batch * given.count * int64_t(sizeof(RowInfo))));
-    if (plan.strip_entries == 0) return;
-    strip = static_cast<float*>(allocate(plan.strip_entries * given.rows * given.count * int64_t(sizeof(float))));
-    const Items items{given.batch, given.rows, 0, nullptr, nullptr, nullptr, nullptr};
-    take_token_stats(stats, items, given.key.channels, sizeof(scalar_t), false, true, true, allocate);
+    take_array(queries, given.batch * given.rows, allocate);
+    take_array(keys, given.batch * given.count, allocate);
+    take_array(strip, plan.strip_entries * given.rows * given.count, allocate);
+    if (strip) take_wgmma_stats(stats, padded_items(given.batch, given.rows), given.key.channels, sizeof(scalar_t), allocate);
   }
 };
 
@@ -122,11 +118,11 @@ struct NearestOptions {
 template <class scalar_t>
 cudaError_t match_in_strips(const NearestRows<scalar_t>& given, const NearestPlan& plan, const NearestScratch& scratch,
                             const NearestEpilogue<false>& pairs, cudaStream_t stream) {
-  const Items items{given.batch, given.rows, 0, nullptr, nullptr, nullptr, nullptr};
+  const Items items = padded_items(given.batch, given.rows);
   cudaError_t error = launch_token_stats(given.key, items, scratch.stats, stream);
   for (int64_t first = 0; first < given.batch && error == cudaSuccess; first += plan.strip_entries) {
     const int64_t entries = given.batch - first < plan.strip_entries ? given.batch - first : plan.strip_entries;
-    error = launch_sqdist_strip(given.key, items, first, entries, scratch.stats, scratch.strip, stream);
+    error = launch_sqdist_matrices<StripSqdist>(given.key, items, first, entries, scratch.stats, scratch.strip, stream);
     if (error != cudaSuccess) return error;
     const dim3 grid(static_cast<unsigned>(ceil_div(entries * given.rows, kMatchThreads / 32)));
     error = launch(match_strip_kernel, Launch{grid, dim3(kMatchThreads), 0, 1, false, stream}, scratch.strip, first, entries, pairs);
@@ -138,12 +134,13 @@ cudaError_t match_in_strips(const NearestRows<scalar_t>& given, const NearestPla
 template <class scalar_t>
 cudaError_t launch_nearest(const NearestRows<scalar_t>& given, const NearestOptions& options, const NearestPlan& plan,
                            const NearestScratch& scratch, int64_t* index, float* value, cudaStream_t stream) {
-  const auto [query, key, batch, rows, count] = given;
-  RowInfo *const queries = scratch.queries, *const keys = scratch.keys;
+  const auto [query, key, batch, rows, count, same] = given;
+  const bool one_info = same && !options.num_keys;  // a row is valid as a query and as a key, or as neither
+  RowInfo *const queries = scratch.queries, *const keys = one_info ? queries : scratch.keys;
   static_assert(kNoKey == ~0ull, "the memset below writes kNoKey");
   cudaError_t error = cudaMemsetAsync(index, 0xff, batch * rows * sizeof(int64_t), stream);
   if (error == cudaSuccess) error = launch_row_info(query, batch, rows, nullptr, options.cosine, queries, stream);
-  if (error == cudaSuccess) error = launch_row_info(key, batch, count, options.num_keys, options.cosine, keys, stream);
+  if (error == cudaSuccess && !one_info) error = launch_row_info(key, batch, count, options.num_keys, options.cosine, keys, stream);
   if (error != cudaSuccess) return error;
   const Side<scalar_t> a{query, rows, queries, rows_aligned(query)}, b{key, count, keys, rows_aligned(key)};
   Key* const best = reinterpret_cast<Key*>(index);

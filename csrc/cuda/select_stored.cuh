@@ -42,8 +42,8 @@ struct StoredItems {
   }
   __device__ __forceinline__ int64_t pitch(const Item& item) const { return matrix_pitch(wave ? item.tokens : items.tokens); }
 
-  // In clusters of `blocks`: whether the blocks share the item; else one of them has it. A wave of more blocks than SMs shares only items
-  // that are twice as long: at cluster_from a cluster gains nothing, and a second round would cost as much as the first.
+  // Whether the `blocks` of a cluster share the item; else one of them selects alone. If the wave would need more blocks than SMs, only items
+  // above 2 * cluster_from are shared: for shorter items a cluster gains less than a second round of clusters costs.
   __device__ __forceinline__ bool shares(const Item& item, int blocks) const {
     if (item.tokens <= cluster_from || !wave) return item.tokens > cluster_from;
     const int64_t shared = wave[1].shareable - wave[0].shareable, all = wave[1].item - wave[0].item;

@@ -47,7 +47,7 @@ struct SelectionPlan {
   int tile;                          // stored: tokens along the side of a tile of pairs
   int64_t entries;                   // stored: batch entries whose weights are in memory at once
   int item_blocks;                   // stored: blocks per item; more than one: a cluster
-  int64_t cluster_from;              // cluster: shorter items, and those of as many tokens, take one block
+  int64_t cluster_from;              // cluster: items of at most this many tokens take one block
   bool row_min;                      // cluster: the bound rises by the row minimum of each pick
   int groups, group_blocks, blocks;  // swept: max groups, blocks per group, and blocks of the cooperative launch
   int held;                          // swept: max tokens of a block whose potentials are in its shared memory
@@ -64,8 +64,8 @@ auto with_swept_kernel(bool mma, const F& f) {
   return f(select_swept_kernel<DifferenceSweep<scalar_t>, scalar_t, Rule>, swept_shared_bytes<DifferenceSweep<scalar_t>>);
 }
 
-// Blocks per item. Large items: 8, else 4, if `at_once` clusters of them fit the device. Else 1. Packed: only the device knows how many items
-// are large, so that 4 always fit (StoredItems::shares).
+// Blocks per item. Large items: 8, else 4, if `at_once` clusters of them fit the device. Else 1. Packed: 4 need not fit at once, because the
+// device counts the large items and decides which of them are shared (StoredItems::shares).
 template <class Rule>
 int stored_item_blocks(const Items& items, int64_t at_once) {
   if (items.longest() <= kClusterFrom) return 1;
@@ -160,24 +160,21 @@ struct SelectionScratch {
 
   template <class Allocate>
   SelectionScratch(const SelectionPlan& plan, const Items& items, int64_t channels, Allocate&& allocate) {
-    const auto take = [&](auto*& part, int64_t count) {
-      if (count) part = static_cast<std::remove_reference_t<decltype(part)>>(allocate(count * static_cast<int64_t>(sizeof(*part))));
-    };
     const int64_t stored = items.packed() ? plan.packed.floats : items.tokens * matrix_pitch(items.tokens);
     const int64_t held = plan.stored ? items.packed() ? stored : plan.entries * stored : 0;
     const int64_t drafted = plan.swept && (!plan.held || items.packed()) ? plan.lookahead * all_tokens(items) : 0;
     take_token_stats(stats, items, channels, plan.element_bytes, plan.from_mean, plan.mma || plan.wgmma, plan.wgmma, allocate);
-    take(weights, held > drafted ? held : drafted);
-    take(marks, plan.stored && plan.mma && !plan.wgmma ? marks_of(plan, items) : 0);
-    take(row_min, plan.item_blocks > 1 && plan.row_min ? all_tokens(items) : 0);
-    take(keys, SweepExchange::keys(plan.blocks));
-    take(floats, plan.groups * SweepExchange::floats());
-    take(arrived, plan.groups);
+    take_array(weights, held > drafted ? held : drafted, allocate);
+    take_array(marks, plan.stored && plan.mma && !plan.wgmma ? marks_of(plan, items) : 0, allocate);
+    take_array(row_min, plan.item_blocks > 1 && plan.row_min ? all_tokens(items) : 0, allocate);
+    take_array(keys, SweepExchange::keys(plan.blocks), allocate);
+    take_array(floats, plan.groups * SweepExchange::floats(), allocate);
+    take_array(arrived, plan.groups, allocate);
     if (!items.packed()) return;
-    take(packed.items, items.count);
-    take(packed.matrices, items.count);
-    take(packed.waves, plan.packed.waves + 1);
-    take(packed.large, plan.packed.most_large + 1);
+    take_array(packed.items, items.count, allocate);
+    take_array(packed.matrices, items.count, allocate);
+    take_array(packed.waves, plan.packed.waves + 1, allocate);
+    take_array(packed.large, plan.packed.most_large + 1, allocate);
   }
 };
 
@@ -238,7 +235,8 @@ class SelectionLaunch {
   cudaError_t select_waves() {
     const int64_t longest = items_.longest() < plan_.packed.stored_tokens ? items_.longest() : plan_.packed.stored_tokens;
     const int64_t most_picks = items_.picks < longest ? items_.picks : longest;
-    const int64_t tiles = most_tiles(items_, plan_.packed), most_blocks = int64_t(kTileBlocks) * device_sm_count();
+    const int sms = device_sm_count();
+    const int64_t tiles = most_tiles(items_, plan_.packed), most_blocks = int64_t(kTileBlocks) * sms;
     const int64_t blocks = tiles < most_blocks ? tiles : most_blocks;
     for (int64_t w = 0; w < plan_.packed.waves; ++w) {
       const PackedTiles at{scratch_.packed.items, scratch_.packed.matrices, scratch_.packed.waves + w, plan_.tile, 1};
@@ -252,7 +250,7 @@ class SelectionLaunch {
           return launch_sqdist_tiles(rows_, at, blocks, store, scratch_.weights, stream_);
       });
       if (error != cudaSuccess) return error;
-      const StoredItems stored{items_, scratch_.weights, 0, at.wave, at.matrices, plan_.cluster_from, device_sm_count()};
+      const StoredItems stored{items_, scratch_.weights, 0, at.wave, at.matrices, plan_.cluster_from, sms};
       const auto in_blocks = [&](auto* kernel, int warps, size_t report_bytes) {
         return select_in_blocks(kernel, stored, items_.count, warps, report_bytes + most_picks * sizeof(int));
       };

@@ -368,12 +368,29 @@ cudaError_t launch_sqdist_wgmma(const Rows<scalar_t>& rows, const Items& items, 
   return launch_tile(rows, items, tiles, most_tiles, stats, store, out, stream);
 }
 
+// Scratch for launch_sqdist_wgmma alone: the stats of `items` without their means.
+template <class Allocate>
+void take_wgmma_stats(TokenStats& stats, const Items& items, int64_t channels, int64_t element_bytes, Allocate&& allocate) {
+  take_token_stats(stats, items, channels, element_bytes, false, true, true, allocate);
+}
+
 // The same for `entries` entries of a padded batch, as launch_sqdist_mma.
 template <class scalar_t, class Store>
 cudaError_t launch_sqdist_wgmma(const Rows<scalar_t>& rows, const Items& items, int64_t first_entry, int64_t entries, int tile,
                                 const TokenStats& stats, Store store, int64_t pitch, float* out, cudaStream_t stream) {
   const PaddedTriangles tiles(items, first_entry, entries, pitch, tile);
   return launch_sqdist_wgmma(rows, items, tiles, tiles.count, stats, store, out, stream);
+}
+
+// Distances of whole entries, (entries, tokens, tokens), through Store. stats: of `items`.
+template <class Store, class scalar_t>
+cudaError_t launch_sqdist_matrices(const Rows<scalar_t>& rows, const Items& items, int64_t first_entry, int64_t entries,
+                                   const TokenStats& stats, float* out, cudaStream_t stream) {
+  if constexpr (kWgmmaServes<scalar_t, Store>)
+    return launch_sqdist_wgmma(rows, items, first_entry, entries, wgmma_tile(items.tokens, entries), stats, Store{}, items.tokens, out,
+                               stream);
+  else
+    return cudaErrorInvalidValue;
 }
 
 }  // namespace sts

@@ -60,17 +60,14 @@ struct TokenStats {
 template <class Allocate>
 void take_token_stats(TokenStats& stats, const Items& items, int64_t channels, int64_t element_bytes, bool from_mean, bool centre,
                       bool centred, Allocate&& allocate) {
-  const auto take = [&](auto*& part, int64_t count) {
-    if (count) part = static_cast<std::remove_reference_t<decltype(part)>>(allocate(count * static_cast<int64_t>(sizeof(*part))));
-  };
   const int64_t token_blocks = all_token_blocks(items);
-  take(stats.mean_sqdist, all_tokens(items));
-  take(stats.norms, centre ? all_tokens(items) : 0);
+  take_array(stats.mean_sqdist, all_tokens(items), allocate);
+  take_array(stats.norms, centre ? all_tokens(items) : 0, allocate);
   if (centre) stats.centre = allocate(items.count * channels * element_bytes);
   if (centred) stats.centred = allocate(all_tokens(items) * centred_pitch(channels) * element_bytes);
-  take(stats.sums, from_mean ? token_blocks * channels : 0);
-  take(stats.counts, from_mean ? token_blocks : 0);
-  take(stats.mean, from_mean ? items.count * channels : 0);
+  take_array(stats.sums, from_mean ? token_blocks * channels : 0, allocate);
+  take_array(stats.counts, from_mean ? token_blocks : 0, allocate);
+  take_array(stats.mean, from_mean ? items.count * channels : 0, allocate);
   if (centre) stats.lows = allocate(token_blocks * channels * element_bytes);
   if (centre) stats.highs = allocate(token_blocks * channels * element_bytes);
 }

@@ -15,7 +15,8 @@ cudaError_t launch_nearest_of(const scalar_t* query, const scalar_t* key, int64_
                                     {key ? key : query, key_batch_stride, key_row_stride, static_cast<int>(channels)},
                                     batch,
                                     rows,
-                                    count};
+                                    count,
+                                    !key};
   NearestPlan plan = plan_nearest(given, cosine);
   if (plan.strip_entries && strip_entries) plan.strip_entries = strip_entries;
   kernel_table::Scratch memory(stream);
