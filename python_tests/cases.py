@@ -55,7 +55,7 @@ def zeros(rng, batch, tokens, channels):
 
 
 def _groups(rng, batch, tokens, channels, size, jitter):
-    """Shuffled groups of `size` tokens, each group around one random token; `jitter` is relative to its norm."""
+    """Shuffled groups of `size` tokens, each group around one random token; `jitter`, a number or (N, 1), is relative to its norm."""
     base = normal(rng, batch, math.ceil(tokens / size), channels).repeat_interleave(size, 1)[:, :tokens]
     base = base + jitter * normal(rng, batch, tokens, channels)
     return base[:, torch.randperm(tokens, generator=rng)]
@@ -167,6 +167,12 @@ def none_finite(rng, batch, tokens, channels):
 def huge(rng, batch, tokens, channels):
     """Squared distances and the sum over tokens overflow float32, and the first token is NaN (float32, bfloat16)."""
     return _spoil(normal(rng, batch, tokens, channels).clamp(-3, 3) * 1e38, rng, [math.nan])
+
+
+def large_norms(rng, batch, tokens, channels):
+    """|a|^2 + |b|^2 overflows float32, but not the squared distances within a group of four (float32, bfloat16)."""
+    jitter = torch.tensor([0.05, 0.05, 0.6, 0.6]).repeat(math.ceil(tokens / 4))[:tokens, None]
+    return 1.4e19 / math.sqrt(channels) * _groups(rng, batch, tokens, channels, 4, jitter)
 
 
 def tiny(rng, batch, tokens, channels):
@@ -343,6 +349,7 @@ VALUES = [
     Case("not_finite_1000", 2, 128, 1000, 128, not_finite),
     Case("none_finite", 2, 35, 6, 35, none_finite, picks=tuple(range(35))),
     Case("huge", 2, 41, 8, 41, huge, dtypes=WIDE_RANGE),
+    Case("large_norms", 2, 130, 64, 40, large_norms, dtypes=WIDE_RANGE),
     Case("tiny", 1, 41, 8, 41, tiny, dtypes=WIDE_RANGE),
     Case("large_eps", 2, 66, 32, 40, eps=100.0),
     Case("small_eps", 2, 66, 32, 66, duplicates, eps=1e-30),

@@ -1,10 +1,11 @@
-// Torch for the .cu files: current stream, device guard, launch errors.
+// Torch for the .cu files: current stream, device guard, launch errors, scratch memory.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include "common/torch_glue.h"
+#include "scratch.h"
 
 // Defined in libtorch_cuda.so alone. Weak, so that this library also loads into a torch without CUDA.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
@@ -31,6 +32,20 @@ class CudaScope {
  private:
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_ = nullptr;
+};
+
+// The scratch memory of a launch (scratch.h), from torch's allocator.
+class ScratchMemory {
+ public:
+  template <class Layout>
+  ScratchMemory(const Tensor& like, const Layout& layout)
+      : tensor_(new_tensor(like, {scratch_bytes(layout)}, aoti_torch_dtype_uint8())),
+        arrays_(tensor_.mutable_data_ptr(), tensor_.numel()) {}
+  void* operator()(int64_t bytes) { return arrays_(bytes); }
+
+ private:
+  Tensor tensor_;
+  ScratchArrays arrays_;
 };
 
 template <class F>

@@ -4,7 +4,6 @@
 
 #include "common/dedup_glue.h"
 #include "cuda_glue.h"
-#include "scratch.h"
 
 namespace sts {
 namespace {
@@ -26,8 +25,9 @@ Tensor dedup_select_cuda(const Tensor& features, const Tensor& order, int64_t ke
   dispatch_cuda(given.features.scalar_type(), [&](auto* element) {
     const auto rows = rows_of<std::remove_pointer_t<decltype(element)>>(given.features);
     const DedupPlan plan = plan_dedup(batch, count);
-    ScratchMemory memory(given.features, [&](auto&& allocate) { DedupScratch(plan, batch, count, channels, allocate); });
-    const DedupScratch scratch(plan, batch, count, channels, memory);
+    const auto layout = [&](auto&& allocate) { return DedupScratch(plan, batch, count, channels, allocate); };
+    ScratchMemory memory(given.features, layout);
+    const DedupScratch scratch = layout(memory);
     CudaScope::check(launch_dedup(rows, batch, tokens, listed, count, keep, step, plan, scratch,
                                   static_cast<int64_t*>(out.mutable_data_ptr()), scope.stream()),
                      "dedup_select");

@@ -13,6 +13,7 @@
 
 #include "plan_cache.h"
 #include "ptx.cuh"
+#include "scratch.h"
 
 namespace sts {
 
@@ -35,12 +36,6 @@ inline unsigned grid_extent(int64_t blocks) { return static_cast<unsigned>(block
 template <class... Params>
 const void* address_of(void (*kernel)(Params...)) {
   return reinterpret_cast<const void*>(kernel);
-}
-
-// part = `count` elements of scratch memory from allocate(bytes); null if count is 0.
-template <class T, class Allocate>
-void take_array(T*& part, int64_t count, Allocate&& allocate) {
-  part = count ? static_cast<T*>(allocate(count * static_cast<int64_t>(sizeof(T)))) : nullptr;
 }
 
 // The current device, or -1.

@@ -5,7 +5,6 @@
 
 #include "common/dpp_glue.h"
 #include "cuda_glue.h"
-#include "scratch.h"
 
 namespace sts {
 namespace {
@@ -27,8 +26,9 @@ std::tuple<Tensor, Tensor> dpp_select_cuda(const Tensor& features, const Tensor&
   dispatch_cuda(given.features.scalar_type(), [&](auto* element) {
     const auto rows = rows_of<std::remove_pointer_t<decltype(element)>>(given.features);
     const DppPlan plan = plan_dpp(batch, tokens);
-    ScratchMemory memory(given.features, [&](auto&& allocate) { DppScratch(plan, batch, tokens, channels, k, allocate); });
-    const DppScratch scratch(plan, batch, tokens, channels, k, memory);
+    const auto layout = [&](auto&& allocate) { return DppScratch(plan, batch, tokens, channels, k, allocate); };
+    ScratchMemory memory(given.features, layout);
+    const DppScratch scratch = layout(memory);
     CudaScope::check(
         launch_dpp(rows, batch, tokens, k, given.floor, static_cast<const float*>(given.quality.const_data_ptr()), counts, plan, scratch,
                    static_cast<int64_t*>(order.mutable_data_ptr()), static_cast<float*>(gain.mutable_data_ptr()), scope.stream()),

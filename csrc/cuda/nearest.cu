@@ -2,7 +2,6 @@
 
 #include "common/nearest_glue.h"
 #include "cuda_glue.h"
-#include "scratch.h"
 
 namespace sts {
 namespace {

@@ -102,7 +102,8 @@ struct NearestScratch {
     take_array(queries, given.batch * given.rows, allocate);
     take_array(keys, given.batch * given.count, allocate);
     take_array(strip, plan.strip_entries * given.rows * given.count, allocate);
-    if (strip) take_wgmma_stats(stats, padded_items(given.batch, given.rows), given.key.channels, sizeof(scalar_t), allocate);
+    if (plan.strip_entries > 0)
+      take_wgmma_stats(stats, padded_items(given.batch, given.rows), given.key.channels, sizeof(scalar_t), allocate);
   }
 };
 

@@ -1,7 +1,6 @@
 #include "pairwise_sqdist.cuh"
 
 #include "cuda_glue.h"
-#include "scratch.h"
 
 namespace sts {
 namespace {

@@ -1,37 +1,50 @@
-// Scratch memory of a launch, from torch's allocator.
+// The scratch memory of a launch: one allocation for all its arrays, each aligned to 256 bytes.
+//
+// What: a layout is a function layout(allocate) that requests every array by allocate(bytes). It is called twice: scratch_bytes measures it,
+//   then it gets the arrays of ScratchArrays. Both calls must request the same arrays, in the same order.
 #pragma once
-#include "common/torch_glue.h"
+#include <cstdint>
+#include <stdexcept>
 
 namespace sts {
 
-// One allocation for all arrays of a launch, each aligned to 256 bytes. The constructor calls layout(allocate) with an `allocate` that only
-// measures. Then operator() hands out the arrays; they must be requested in the same order.
-class ScratchMemory {
+// Bytes that an array takes.
+inline int64_t scratch_array_bytes(int64_t bytes) { return (bytes + 255) / 256 * 256; }
+
+// Bytes of all arrays. While a layout is measured, arrays have an address that is not null and must not be used: a layout that tests its
+// arrays requests the same ones as later.
+template <class Layout>
+int64_t scratch_bytes(const Layout& layout) {
+  static char unused;
+  int64_t total = 0;
+  layout([&](int64_t bytes) -> void* {
+    total += scratch_array_bytes(bytes);
+    return &unused;
+  });
+  return total;
+}
+
+// Hands out the arrays of a layout, from memory of scratch_bytes(layout).
+class ScratchArrays {
  public:
-  template <class Layout>
-  ScratchMemory(const Tensor& like, const Layout& layout) : tensor_(new_tensor(like, {measure(layout)}, aoti_torch_dtype_uint8())) {
-    next_ = static_cast<char*>(tensor_.mutable_data_ptr());
-  }
+  ScratchArrays(void* memory, int64_t bytes) : next_(static_cast<char*>(memory)), left_(bytes) {}
   void* operator()(int64_t bytes) {
-    char* part = next_;
-    next_ += padded(bytes);
-    return part;
+    left_ -= scratch_array_bytes(bytes);
+    if (left_ < 0) throw std::logic_error("sts_kernels: a launch requests more scratch memory than it measured");
+    char* const array = next_;
+    next_ += scratch_array_bytes(bytes);
+    return array;
   }
 
  private:
-  static int64_t padded(int64_t bytes) { return ceil_div(bytes, 256) * 256; }
-  template <class Layout>
-  static int64_t measure(const Layout& layout) {
-    int64_t total = 0;
-    layout([&](int64_t bytes) -> void* {
-      total += padded(bytes);
-      return nullptr;
-    });
-    return total;
-  }
-
-  Tensor tensor_;
-  char* next_ = nullptr;
+  char* next_;
+  int64_t left_;
 };
+
+// array = `count` elements from allocate(bytes); null if count is 0.
+template <class T, class Allocate>
+void take_array(T*& array, int64_t count, Allocate&& allocate) {
+  array = count ? static_cast<T*>(allocate(count * static_cast<int64_t>(sizeof(T)))) : nullptr;
+}
 
 }  // namespace sts

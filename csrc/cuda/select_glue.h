@@ -3,7 +3,6 @@
 #include <vector>
 
 #include "cuda_glue.h"
-#include "scratch.h"
 #include "selection.cuh"
 
 namespace sts {
@@ -39,8 +38,9 @@ void select_rows(const Selection& selection, const Rows<scalar_t>& rows, Rule ru
   const Items& items = selection.items;
   const int env_lookahead = asked_lookahead(kSweepPoints);
   const SelectionPlan plan = plan_selection<scalar_t, Rule>(rows, items, kMatrixTokens, env_lookahead ? env_lookahead : kSweepPoints);
-  ScratchMemory memory(selection.features, [&](auto&& allocate) { SelectionScratch(plan, items, rows.channels, allocate); });
-  const SelectionScratch scratch(plan, items, rows.channels, memory);
+  const auto layout = [&](auto&& allocate) { return SelectionScratch(plan, items, rows.channels, allocate); };
+  ScratchMemory memory(selection.features, layout);
+  const SelectionScratch scratch = layout(memory);
   CudaScope::check(launch_selection(rows, items, plan, scratch, rule, picks, stream), selection.op);
 }
 

@@ -29,6 +29,10 @@ constexpr int kMmaStages = 3;
 constexpr int kFlushChannels = 256;
 constexpr float kCancellation = 1.f / 64;
 
+// Whether `sqdist`, computed as norms - 2ab with norms = |a|^2 + |b|^2, must be computed by differences: it is below `limit` of the norms, or
+// NaN, or the norms are not finite (infinity - infinity is NaN).
+__device__ __forceinline__ bool cancels(float sqdist, float norms, float limit) { return !(fmaf(-limit, norms, sqdist) >= 0.f); }
+
 template <int kTile>
 constexpr int kWarpRows = kTile / 2;  // a warp computes kWarpRows x kWarpColumns pairs of a tile
 constexpr int kWarpColumns = 32;
@@ -223,7 +227,7 @@ __global__ void __launch_bounds__(kMmaThreads<kTile>) sqdist_mma_kernel(Rows<sca
             const bool diagonal = !inside && row == column;
             const float norms_of_pair = row_norm + column_norm[n * 2 + e],
                         sqdist = norms_of_pair - 2.f * dot.product[r / 2][n][r % 2 * 2 + e];
-            const bool kept = sqdist >= kCancellation * norms_of_pair;  // false for a NaN too
+            const bool kept = !cancels(sqdist, norms_of_pair, kCancellation);
             value[e] = diagonal ? store(0.f, true) : kept ? store(sqdist, false) : marked_pair();
             if (!inside && (row > column || column >= width)) continue;
             lower[(n * 8 + e) * stride + r * 8] = value[e];

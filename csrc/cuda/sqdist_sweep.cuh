@@ -214,7 +214,7 @@ struct MmaSweep {
           if (p >= count) continue;
           const float norms_of_pair = norm + points.norm[p], distance = norms_of_pair - 2.f * row[p];
           row[p] = distance;
-          if (!(distance >= kCancellation * norms_of_pair)) cancelled |= 1u << p;  // a NaN too
+          if (cancels(distance, norms_of_pair, kCancellation)) cancelled |= 1u << p;
         }
       }
       // The warp recomputes cancelled distances by differences, one after another.

@@ -42,7 +42,7 @@ template <class scalar_t, int kTile, int kStages>
 constexpr size_t kWgmmaSharedBytes =
     size_t(kStages) * kCopyParts<scalar_t> * 2 * kTile * kBoxChannels * 2 + 1024;  // 1024: to align the stages
 
-// A pair whose distance is below kCancelled * (|a|^2 + |b|^2) is marked.
+// The limit of `cancels`.
 template <class scalar_t, class Store>
 constexpr float kCancelled = kCopyParts<scalar_t> == 1 ? Store::kCancellation : 1.f / 16;
 
@@ -270,8 +270,8 @@ __global__ void __launch_bounds__(hopper_threads(kWgmmaThreads<kTile>), 1)
             const int row = i + h * 8, column = j + n * 8 + e;
             const float norms_of_pair = row_norm[h] + column_norm[n * 2 + e];  // NaN: one of the tokens is not finite
             const float sqdist = fmaf(-2.f, dot[n * 4 + h * 2 + e], norms_of_pair), stored = store(sqdist, false);
-            const bool cancels = !(sqdist >= kCancelled<scalar_t, Store> * norms_of_pair) && norms_of_pair == norms_of_pair;
-            value[e] = cancels ? marked_pair() : stored;
+            const bool repair = cancels(sqdist, norms_of_pair, kCancelled<scalar_t, Store>) && norms_of_pair == norms_of_pair;
+            value[e] = repair ? marked_pair() : stored;
             if (inside) {
               lower[e * pitch + h * 8] = value[e];
             } else {
@@ -280,7 +280,7 @@ __global__ void __launch_bounds__(hopper_threads(kWgmmaThreads<kTile>), 1)
               lower[e * pitch + h * 8] = upper[h * 8 * pitch + n * 8 + e] = value[e];
               if (row == column) continue;
             }
-            marked[h] = marked[h] || cancels;
+            marked[h] = marked[h] || repair;
             row_minima.take(h, value[e]);
             column_minima.take(n * 2 + e, value[e]);
           }

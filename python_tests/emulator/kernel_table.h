@@ -107,15 +107,19 @@ bool add(const char* name, R (*launcher)(P...)) {
   return add(name, launcher, std::make_index_sequence<sizeof...(P) - ends_with_stream<P...>()>());
 }
 
-// Scratch memory of a launcher under test, freed with this object. Each array is an allocation of its own, filled with NaN.
+// Scratch memory of a launcher under test (scratch.h), freed with this object. Each array is an allocation of its own, filled with NaN. All
+// arrays together must fit in the bytes that the op would allocate.
 class Scratch {
  public:
-  explicit Scratch(cudaStream_t stream) : stream_(stream) {}
+  template <class Layout>
+  Scratch(cudaStream_t stream, const Layout& layout) : stream_(stream), left_(sts::scratch_bytes(layout)) {}
   Scratch(const Scratch&) = delete;
   ~Scratch() {
     for (void* part : parts_) cudaFree(part);
   }
   void* operator()(int64_t bytes) {
+    left_ -= sts::scratch_array_bytes(bytes);
+    if (left_ < 0) throw std::logic_error("the scratch arrays need more bytes than were measured");
     void* part = nullptr;
     if (cudaMalloc(&part, bytes) != cudaSuccess) return nullptr;
     parts_.push_back(part);
@@ -124,6 +128,7 @@ class Scratch {
 
  private:
   cudaStream_t stream_;
+  int64_t left_;  // bytes
   std::vector<void*> parts_;
 };
 

@@ -546,6 +546,10 @@ def quick() -> list[Call]:
     # In a launch of clusters each item has one block: clusters for both would take more blocks than there are SMs.
     long = VarlenCase("packed_long", (1300, 24), (24, 24), 4)
     calls.append(repulsion_select_varlen(long.name, **long.inputs(dtype=torch.float32), wgmma=0))
+    # Distances that fit in float32, of rows whose norms do not.
+    norms = Case("large_norms", 1, 70, 40, 12, cases.large_norms)
+    given = selection_inputs.of_case("farthest_select", norms, "plain", 0, torch.bfloat16)
+    calls += [farthest_select(norms.name, **given, **way) for way in ways_of(norms, torch.bfloat16)]
     # Products of rows that underflow without scaling.
     tiny = Case("tiny", 1, 70, 40, 1, cases.tiny).features(dtype=torch.bfloat16)
     return [*calls, nearest("tiny", tiny, tiny, "cosine", exclude_self=True)]

@@ -1,6 +1,7 @@
 // A selection whose plan tests can override.
 #pragma once
 #include "cuda/selection.cuh"
+#include "kernel_table.h"
 
 namespace sts {
 
@@ -18,21 +19,15 @@ cudaError_t run_selection(const Rows<scalar_t>& rows, const Items& items, int64_
   SelectionPlan plan =
       plan_selection<scalar_t, Rule>(rows, items, matrix_tokens, lookahead, wgmma, wave_floats ? wave_floats : kWaveFloats);
   if (plan.stored && item_blocks) plan.item_blocks = item_blocks, plan.cluster_from = 0;
-  void* parts[20];
-  int count = 0;
-  const SelectionScratch scratch(plan, items, rows.channels, [&](int64_t bytes) -> void* {
-    parts[count] = nullptr;
-    if (cudaMalloc(&parts[count], bytes) != cudaSuccess || cudaMemsetAsync(parts[count], 0xff, bytes, stream) != cudaSuccess)
-      return nullptr;
-    return parts[count++];
-  });
+  const auto layout = [&](auto&& allocate) { return SelectionScratch(plan, items, rows.channels, allocate); };
+  kernel_table::Scratch memory(stream, layout);
+  const SelectionScratch scratch = layout(memory);
   cudaError_t error = launch_selection(rows, items, plan, scratch, rule, out, stream);
   if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
   const unsigned* debug_data = scratch.row_min ? scratch.row_min : scratch.marks ? scratch.marks : scratch.arrived;
   const int64_t debug_count = scratch.row_min ? all_tokens(items) : scratch.marks ? SelectionScratch::marks_of(plan, items) : 1;
   if (error == cudaSuccess && debug_out && debug_data)
     error = cudaMemcpy(debug_out, debug_data, debug_count * sizeof *debug_out, cudaMemcpyDeviceToDevice);
-  while (count) cudaFree(parts[--count]);
   return error;
 }
 

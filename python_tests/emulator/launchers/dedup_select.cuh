@@ -12,8 +12,9 @@ cudaError_t launch_dedup_select(const scalar_t* features, int64_t batch, int64_t
   const Rows<scalar_t> rows{features, batch_stride, row_stride, static_cast<int>(channels)};
   DedupPlan plan = plan_dedup(batch, count);
   if (stored_entries) plan.entries = stored_entries;
-  kernel_table::Scratch memory(stream);
-  const DedupScratch scratch(plan, batch, count, channels, memory);
+  const auto layout = [&](auto&& allocate) { return DedupScratch(plan, batch, count, channels, allocate); };
+  kernel_table::Scratch memory(stream, layout);
+  const DedupScratch scratch = layout(memory);
   const cudaError_t error = launch_dedup(rows, batch, tokens, listed, count, keep, step, plan, scratch, out, stream);
   return error == cudaSuccess ? cudaStreamSynchronize(stream) : error;
 }

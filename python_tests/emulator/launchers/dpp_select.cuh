@@ -11,8 +11,9 @@ cudaError_t launch_dpp_select(const scalar_t* features, int64_t batch, int64_t t
                               float* gain, cudaStream_t stream) {
   const Rows<scalar_t> rows{features, batch_stride, row_stride, static_cast<int>(channels)};
   const DppPlan plan = plan_dpp(batch, tokens);
-  kernel_table::Scratch memory(stream);
-  const DppScratch scratch(plan, batch, tokens, channels, k, memory);
+  const auto layout = [&](auto&& allocate) { return DppScratch(plan, batch, tokens, channels, k, allocate); };
+  kernel_table::Scratch memory(stream, layout);
+  const DppScratch scratch = layout(memory);
   const cudaError_t error = launch_dpp(rows, batch, tokens, k, floor, quality, num_tokens, plan, scratch, order, gain, stream);
   return error == cudaSuccess ? cudaStreamSynchronize(stream) : error;
 }

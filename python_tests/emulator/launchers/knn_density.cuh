@@ -14,8 +14,9 @@ cudaError_t launch_knn_density(const scalar_t* features, int64_t batch, int64_t 
   KnnPlan plan = plan_knn<scalar_t>(batch, tokens);
   if (strip_rows) plan.strip_rows = strip_rows;
   plan.wgmma = plan.wgmma && wgmma && plan.strip_rows >= tokens;
-  kernel_table::Scratch memory(stream);
-  const KnnScratch scratch(plan, batch, tokens, channels, sizeof(scalar_t), memory);
+  const auto layout = [&](auto&& allocate) { return KnnScratch(plan, batch, tokens, channels, sizeof(scalar_t), allocate); };
+  kernel_table::Scratch memory(stream, layout);
+  const KnnScratch scratch = layout(memory);
   const cudaError_t error = launch_knn(rows, batch, tokens, k, num_tokens, plan, scratch, density, stream);
   return error == cudaSuccess ? cudaStreamSynchronize(stream) : error;
 }

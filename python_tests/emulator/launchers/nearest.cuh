@@ -19,8 +19,9 @@ cudaError_t launch_nearest_of(const scalar_t* query, const scalar_t* key, int64_
                                     !key};
   NearestPlan plan = plan_nearest(given, cosine);
   if (plan.strip_entries && strip_entries) plan.strip_entries = strip_entries;
-  kernel_table::Scratch memory(stream);
-  const NearestScratch scratch(plan, given, memory);
+  const auto layout = [&](auto&& allocate) { return NearestScratch(plan, given, allocate); };
+  kernel_table::Scratch memory(stream, layout);
+  const NearestScratch scratch = layout(memory);
   const NearestOptions options{cosine, query_rank, key_rank, exclude_self, num_keys};
   const cudaError_t error = launch_nearest(given, options, plan, scratch, index, value, stream);
   return error == cudaSuccess ? cudaStreamSynchronize(stream) : error;
