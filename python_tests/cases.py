@@ -55,7 +55,7 @@ def zeros(rng, batch, tokens, channels):
 
 
 def _groups(rng, batch, tokens, channels, size, jitter):
-    """Shuffled groups of `size` tokens, each group around one random token; `jitter`, a number or (N, 1), is relative to its norm."""
+    """Shuffled groups of `size` tokens, each around a random token; `jitter`, (N, 1) or one, is relative to it."""
     base = normal(rng, batch, math.ceil(tokens / size), channels).repeat_interleave(size, 1)[:, :tokens]
     base = base + jitter * normal(rng, batch, tokens, channels)
     return base[:, torch.randperm(tokens, generator=rng)]

@@ -13,10 +13,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
+from emulator import build as emulator_build
+from emulator import ops as emulated_ops
 
 import sts_kernels
 from sts_kernels import _native, _registry
 
+EMULATED_WORK = 2e6  # most elements times rows of a tensor that the emulated backend is given
 REQUIRED = set(filter(None, os.environ.get("STS_KERNELS_TEST_REQUIRE", "").split(",")))
 
 
@@ -61,16 +64,30 @@ def device(request) -> torch.device:
 
 @dataclass(frozen=True)
 class Backend:
-    """Runs an op: the reference function, or the public function on a device."""
+    """Runs an op: the reference function, the CUDA kernel in the emulator, or the public function on a device."""
 
     name: str
     device: torch.device
 
     def __call__(self, op: str, *args, **kwargs):
+        if self.name == "emulated":
+            tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor) and a.dim() > 1]
+            if max(a.numel() * a.shape[-2] for a in tensors) > EMULATED_WORK:
+                pytest.skip("would take the emulator seconds")
+            return emulated_ops.call(op, *args, **kwargs)
         call = _registry.OPS[op].reference if self.name == "reference" else getattr(sts_kernels, op)
         return call(*args, **kwargs)
 
 
-@pytest.fixture(params=["reference", "cpu", "cuda"])
+@pytest.fixture(scope="session")
+def emulated_library() -> None:
+    if missing := emulator_build.missing_tool(module=False):
+        pytest.skip(missing)
+    emulated_ops.load()
+
+
+@pytest.fixture(params=["reference", "cpu", "emulated", "cuda"])
 def backend(request) -> Backend:
+    if request.param == "emulated":
+        request.getfixturevalue("emulated_library")
     return Backend(request.param, cuda_or_skip() if request.param == "cuda" else torch.device("cpu"))

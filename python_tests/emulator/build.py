@@ -10,12 +10,15 @@ import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 SOURCE = Path(__file__).resolve().parent
 CSRC = SOURCE.parents[1] / "csrc"
 BUILDS = SOURCE.parents[1] / "build"
 
 MODULE = "sts_kernels_emulated"
 PROGRAM = "sts_kernels_smoke_emulated"
+OPS = "sts_kernels_emulated_ops"
 GPU_PROGRAM = "sts_kernels_smoke"
 
 
@@ -23,12 +26,12 @@ class BuildError(RuntimeError):
     """The message holds the output of the failed command."""
 
 
-def missing_tool() -> str:
-    """What is missing to build the emulated kernels, as a sentence; "" for nothing."""
+def missing_tool(module: bool = True) -> str:
+    """What is missing to build the emulated kernels (`module`: their Python module), as a sentence; "" for nothing."""
     for name in ("cmake", "ninja"):
         if not _tool(name):
             return f"{name} is not installed: pip install {name}"
-    if importlib.util.find_spec("pybind11") is None:
+    if module and importlib.util.find_spec("pybind11") is None:
         return "pybind11 is not installed: pip install pybind11"
     if not (os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")):
         return "there is no C++ compiler: install g++, or set CXX"
@@ -64,6 +67,12 @@ def module():
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
     return loaded
+
+
+def ops() -> Path:
+    """The library of torch.ops.sts_kernels_emulated."""
+    include = Path(torch.__file__).parent / "include"
+    return build(BUILDS / "emulator-ops", OPS, (f"-DSTS_EMULATED_OPS={include}", "-DSTS_EMULATED_MODULE=OFF"))
 
 
 def _tool(name: str) -> str | None:
