@@ -14,6 +14,7 @@ ARGS = [
     "1",
     "2",
     "--budget",
+    "1.0",
     "32",
     "--samples",
     "2",
@@ -40,6 +41,46 @@ def test_rows(tmp_path, way, capsys):
         assert first == sorted(first)
         assert min(*first, float(row["encode_ms"]), float(row["prefill_ms"]), float(row["tokens_per_s"])) > 0
     assert way in capsys.readouterr().out
+
+
+def test_a_run_goes_on_where_it_was_cut_off(tmp_path, capsys):
+    path = tmp_path / "ways.csv"
+    command = [*ARGS, "--csv", str(path), "--way", "eager", "--resume", "--commit", "a"]
+    assert ways.main([*command, "--seconds", "1e-9"]) == 0  # one row
+    assert ways.main(command) == 0
+    assert ways.main(command) == 0  # nothing is left
+    rows = record.read(path)
+    assert [(row["batch"], row["budget"]) for row in rows] == [(b, budget) for b in "12" for budget in ("all", "32")]
+    assert ways.main([*command[:-1], "b", "--seconds", "1e-9"]) == 0
+    assert [row["commit"] for row in record.read(path)] == [*"aaaab"]
+
+
+def test_a_row_that_fails_does_not_end_the_run(tmp_path, monkeypatch, capsys):
+    def measure(way, device, samples, whole=ways.measure):
+        if len(way.inputs["input_ids"]) == 1:
+            raise torch.OutOfMemoryError("no memory is left")
+        return whole(way, device, samples)
+
+    monkeypatch.setattr(ways, "measure", measure)
+    path = tmp_path / "ways.csv"
+    assert ways.main([*ARGS, "--csv", str(path), "--way", "eager"]) == 1
+    assert [row["batch"] for row in record.read(path)] == ["2", "2"]
+    assert "FAILED: tiny, eager, batch 1, budget 32: no memory is left" in capsys.readouterr().err
+
+
+def test_a_budget_that_drops_nothing_is_no_row(tmp_path, capsys):
+    path = tmp_path / "ways.csv"
+    arguments = ["--model", "tiny", "--batch", "1", "--device", "cpu", "--allow-reference", "--budget", "640"]
+    assert ways.main([*arguments, "--csv", str(path), "--way", "eager", "--samples", "1"]) == 1
+    assert not path.exists()
+    assert "budget 640: it drops none of 144 tokens" in capsys.readouterr().err
+
+
+def test_a_decode_step_that_is_not_one_graph_is_no_row():
+    torch._dynamo.utils.counters.clear()
+    ways.check_compiled(torch.device("cpu"))  # not compiled there
+    with pytest.raises(RuntimeError, match="not compiled as a whole: 0 graphs, 0 breaks"):
+        ways.check_compiled(torch.device("cuda"))
 
 
 def lines_of(rows):

@@ -8,7 +8,8 @@ captured           PruningHandle.compile(): encoder, prefill and decode step; on
 static             generate(cache_implementation="static"): transformers compiles the decode step on a GPU
 captured-inductor  as captured, with each part compiled by Inductor before capture
 
-By default modes run in this order, batch by batch: the modes that compile come last.
+Rows are made model by model, then in the order of --way, batch by batch. All default rows on an H200 are
+estimated at half an hour, most of it compilation: static 30 s a row, captured-inductor 60. --resume continues a run.
 
 build    s until the second answer: includes compilation and capture
 encode   ms of vision encoder, selection and projector; prefill: ms of the LLM's forward over the prompt. Both are
@@ -22,6 +23,8 @@ length, which takes tens of ms.
 """
 
 import argparse
+import gc
+import itertools
 import sys
 import time
 from pathlib import Path
@@ -38,6 +41,7 @@ COLUMNS = (
 )
 WAYS = ("eager", "captured", "static", "captured-inductor")
 NEW_TOKENS = 64  # tokens after the first one in a timed answer
+IDENTITY = ("commit", "device", "model", "way", "batch", "budget")  # columns that tell one measurement from another
 
 
 class Way:
@@ -57,11 +61,34 @@ class Way:
             self.model.generate(**self.inputs, **options)
 
 
+def check_compiled(device: torch.device) -> None:
+    """Raises unless generate() compiled its decode step without a break, and runs it as a CUDA graph."""
+    from torch._dynamo.utils import counters
+
+    graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+    skipped = counters["inductor"]["cudagraph_skips"]
+    if device.type == "cuda" and (graphs == 0 or breaks or skipped):
+        counts = f"{graphs} graphs, {breaks} breaks, {skipped} without a CUDA graph"
+        raise RuntimeError(f"the decode step is not compiled as a whole: {counts}")
+
+
+def free(device: torch.device) -> None:
+    """Frees the memory of the last row: compiled functions hold caches in reference cycles."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def measure(way: Way, device: torch.device, samples: int) -> dict:
     begun = time.perf_counter()
     for _ in range(2):  # graphs are captured at the second call of a shape
         way.answer(1 + NEW_TOKENS)
     out = {"build_s": round(time.perf_counter() - begun, 2), "samples": samples}
+    if way.options:
+        check_compiled(device)
+    gc.collect()  # a compiled answer leaves its cache in a reference cycle
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     way.answer(1 + NEW_TOKENS)
@@ -85,8 +112,11 @@ def measure(way: Way, device: torch.device, samples: int) -> dict:
     return out | {"prompt": row.prompt, "visual": row.tokens, "keep": row.after_stage1, "keep_after": row.after_stage2}
 
 
-def rows(name: str, args):
-    """Yields a row for each way, batch and budget of the model `name`."""
+def rows(name: str, args, done: set):
+    """Yields a row for each way, batch and budget of the model `name`; None in place of one that failed.
+
+    done: IDENTITY of the rows to leave out.
+    """
     import transformers
 
     from sts_kernels.generate import prepare
@@ -101,17 +131,28 @@ def rows(name: str, args):
     shared = {**record.environment(args.device, args.commit), "transformers": transformers.__version__}
     shared |= {"model": name, "dtype": args.dtype, "attention": args.attn}
     shared["weights_gb"] = round(sum(p.nbytes for p in model.parameters()) / 1e9, 3)
-    for batch in args.batch:
+    for kind, batch, budget in itertools.product(args.way, args.batch, args.budget or (1.0, *BUDGETS[name])):
+        row = {**shared, "way": kind, "batch": batch, "budget": "all" if budget == 1.0 else budget}
+        if identity(row) in done:
+            continue
         inputs = {key: value.repeat(batch, *[1] * (value.ndim - 1)) for key, value in one.items()}
-        for kind in args.way:
-            for budget in (1.0, *(args.budget or BUDGETS[name])):
-                with prune(model, "sts", budget=budget, profile=True, cudnn_attention=True) as pruning:
-                    row = {**shared, "way": kind, "batch": batch, "budget": "all" if budget == 1.0 else budget}
-                    row |= measure(Way(kind, model, inputs, pruning), args.device, args.samples)
-                torch.compiler.reset()
-                if args.device.type == "cuda":
-                    torch.cuda.empty_cache()
-                yield {column: row.get(column, "") for column in COLUMNS}
+        free(args.device)
+        failure = ""
+        try:
+            with prune(model, "sts", budget=budget, profile=True, cudnn_attention=True) as pruning:
+                row |= measure(Way(kind, model, inputs, pruning), args.device, args.samples)
+            if budget != 1.0 and row["keep"] == row["visual"]:
+                failure = f"it drops none of {row['visual']} tokens"
+        except RuntimeError as error:  # out of memory among them
+            failure = str(error)
+        if failure:
+            what = f"{name}, {kind}, batch {batch}, budget {row['budget']}"
+            print(f"FAILED: {what}: {failure}", file=sys.stderr, flush=True)
+        yield None if failure else {column: row.get(column, "") for column in COLUMNS}
+
+
+def identity(row: dict) -> tuple:
+    return tuple(str(row[name]) for name in IDENTITY)
 
 
 def show(row: dict) -> None:
@@ -144,7 +185,6 @@ def chart(rows: list[dict]):
         *(len(PANELS), len(groups)),
         figsize=(1 + 3 * len(groups), 5.5),
         sharex="col",
-        sharey="row",
         squeeze=False,
         layout="constrained",
     )
@@ -160,8 +200,9 @@ def chart(rows: list[dict]):
                 for at in points:
                     panel.annotate(f"{at[1]:.3g}", at, (0, 5), textcoords="offset points", ha="center", fontsize=8)
     for panel in panels.flat:
-        panel.margins(0.15, 0.15)
-        panel.set(xlim=(0, None), ylim=(0, None))
+        points = [point for line in panel.lines for point in line.get_xydata()]
+        across, up = (1.15 * max(values) for values in zip(*points, strict=True))
+        panel.set(xlim=(0, across), ylim=(0, up))
         panel.grid(True, alpha=0.2)
     for panel, what in zip(panels[:, 0], PANELS.values(), strict=True):
         panel.set(ylabel=what)
@@ -191,13 +232,14 @@ def main(argv=None) -> int:
     parser.add_argument("--model", action="append", choices=BUDGETS, help="default: the LLaVA ones on a GPU, else tiny")
     parser.add_argument("--way", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--batch", nargs="+", type=int, default=(1, 16))
-    parser.add_argument("--budget", nargs="+", type=number, help="tokens or a share; default: the paper's")
+    parser.add_argument("--budget", nargs="+", type=number, help="tokens or a share; default: 1.0 and the paper's")
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda" if cuda else "cpu"))
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"))
     parser.add_argument("--attn", default="sdpa", help="attention implementation (default: sdpa)")
     parser.add_argument("--samples", type=int, default=12, help="first tokens a row (default: 12)")
     parser.add_argument("--seconds", type=float, help="start no further row after so many")
     parser.add_argument("--csv", type=Path, help="default: bench/results/ways.csv")
+    parser.add_argument("--resume", action="store_true", help="leave out what --csv has, of this commit and device")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the rows of --csv instead of measuring")
     parser.add_argument("--commit", help="what to record as commit where there is no git checkout")
     backends.add_argument(parser)
@@ -213,17 +255,22 @@ def main(argv=None) -> int:
         parser.error(f"--device {args.device}: torch {torch.__version__} sees no CUDA GPU")
     args.dtype = args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32")
     backends.stop_unless_compiled(args.device, OPS_TIMED, args.allow_reference)
-    begun = time.monotonic()
+    done = {identity(row) for row in record.read(path)} if args.resume and path.exists() else set()
+    begun, failed = time.monotonic(), False
     with cudnn_attention(False):
         for name in args.model or (["llava-1.5-7b", "llava-next-7b"] if args.device.type == "cuda" else ["tiny"]):
+            free(args.device)  # the model before
             print(f"building {name} with random weights", file=sys.stderr, flush=True)
-            for row in rows(name, args):
-                record.append(path, [row], COLUMNS)
-                show(row)
+            for row in rows(name, args, done):
+                if row is None:
+                    failed = True
+                else:
+                    record.append(path, [row], COLUMNS)
+                    show(row)
                 if args.seconds and time.monotonic() - begun > args.seconds:
                     print(f"{args.seconds:g} s are over, the rest is left out")
-                    return 0
-    return 0
+                    return int(failed)
+    return int(failed)
 
 
 if __name__ == "__main__":
