@@ -309,6 +309,18 @@ def test_inductor(family, graphs):
     assert graphs() == 1
 
 
+@pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl"])
+def test_on_a_gpu_the_step_is_a_cuda_graph(family, cuda, graphs):
+    """generate() compiles the step on its own there: one graph, no break, nothing left out of CUDA graphs."""
+    model, prompt = models.build(family, device=cuda), [models.prompt_of(family, 1)]
+    with prune(model, "sts", keep=KEEP, **SEVERAL):
+        grown = models.generate(model, prompt, 6)
+        for new in (1, 0, 0):
+            near(models.generate(model, prompt, 6, cache_implementation="static"), grown)
+            assert graphs() == new
+    assert not counters["inductor"]["cudagraph_skips"]
+
+
 # --- life ---
 
 
