@@ -326,12 +326,12 @@ def test_emulated_cuda_kernel_of_packed_items(emulated, dtype, way):
 
 
 @pytest.mark.parametrize(
-    ("multiprocessors", "blocks", "shared"), [(132, 8, (0, 3)), (16, 4, (0, 3)), (9, 4, (3,))], ids=str
+    ("multiprocessors", "blocks", "shared"), [(132, 8, (0, 3)), (16, 4, (0, 3)), (9, 4, (3,)), (5, 1, ())], ids=str
 )
 def test_emulated_cuda_kernel_shares_the_long_items_of_a_packed_batch(
     emulated, monkeypatch, multiprocessors, blocks, shared
 ):
-    """Clusters share items above 1024 tokens, or above 2048 if a wave has more blocks than SMs."""
+    """Clusters share items above 1024 tokens; above 2048 if a wave has more blocks than SMs; none of many items."""
     monkeypatch.setenv("STS_EMULATE_SMS", str(multiprocessors))
     lengths, budgets = (1030, 40, 1024, 2060), (14, 40, 9, 12)
     g = torch.Generator().manual_seed(19)

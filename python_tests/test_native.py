@@ -124,7 +124,7 @@ def test_built_without_cuda_where_there_is_a_gpu(site, monkeypatch):
     assert status.remedies() == []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert status.remedies() == [
-        f"for the CUDA kernels, with nvcc 12.0 or newer: in a checkout, STS_KERNELS_CUDA=1 {AGAIN} ."
+        f"for the CUDA kernels, with nvcc 12.1 or newer: in a checkout, STS_KERNELS_CUDA=1 {AGAIN} ."
     ]
     assert _native.Status(True, "", {"cuda": "13.0"}).remedies() == []
 

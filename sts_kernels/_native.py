@@ -44,7 +44,7 @@ class Status:
             return [self.remedy] if self.remedy else []
         if self.build.get("cuda") or not torch.cuda.is_available():
             return []
-        return [f"for the CUDA kernels, with nvcc 12.0 or newer: {rebuild('STS_KERNELS_CUDA=1')}"]
+        return [f"for the CUDA kernels, with nvcc 12.1 or newer: {rebuild('STS_KERNELS_CUDA=1')}"]
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 #   CUDA_REASON   why there is no CUDA
 #   CUDA_CODE     code in the library: sm_80;...;compute_100 (sm_ is machine code, compute_ is PTX)
 #   CUDA_GENCODE  CUDA_CODE as nvcc options
-set(CUDA_FLOOR 12.0)
+set(CUDA_FLOOR 12.1) # st.async
 set(ARCH_FLOOR 80) # warp reductions, bfloat16, cp.async
 set(CUDA_VERSION "")
 set(CUDA_REASON "")

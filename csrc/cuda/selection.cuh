@@ -64,15 +64,17 @@ auto with_swept_kernel(bool mma, const F& f) {
   return f(select_swept_kernel<DifferenceSweep<scalar_t>, scalar_t, Rule>, swept_shared_bytes<DifferenceSweep<scalar_t>>);
 }
 
-// Blocks per item. Large items: 8, else 4, if `at_once` clusters of them fit the device. Else 1. Packed: 4 need not fit at once, because the
-// device counts the large items and decides which of them are shared (StoredItems::shares).
+// Blocks per item of at most stored_tokens. Large items: 8, else 4, if `at_once` clusters of them fit the device. Else 1. Packed: the clusters
+// of 4 need not fit, because the device counts the large items and decides which of them are shared (StoredItems::shares). The other items
+// take a block each, one per SM, where the kernel for blocks alone has two: so they must leave a quarter of the SMs free.
 template <class Rule>
-int stored_item_blocks(const Items& items, int64_t at_once) {
-  if (items.longest() <= kClusterFrom) return 1;
+int stored_item_blocks(const Items& items, int64_t stored_tokens, int64_t at_once) {
+  const int64_t most_tokens = items.longest() < stored_tokens ? items.longest() : stored_tokens;
+  if (most_tokens <= kClusterFrom) return 1;
   const int sms = device_sm_count();
-  const int64_t most_tokens = items.longest() < kMatrixTokens ? items.longest() : kMatrixTokens;
   for (int blocks = 8; blocks >= 4; blocks /= 2) {
-    if (at_once * blocks > sms && !(items.packed() && blocks == 4)) continue;
+    const bool fit = at_once * blocks <= sms, shareable = items.packed() && blocks == 4 && items.count * 4 <= int64_t(sms) * 3;
+    if (!fit && !shareable) continue;
     const Launch shape = cluster_launch(most_tokens, at_once, blocks, nullptr);
     if (with_cluster_kernel<Rule>(most_tokens, [&](auto* kernel) { return clusters_fit(kernel, shape); })) return blocks;
   }
@@ -129,7 +131,7 @@ SelectionPlan plan_selection(const Rows<scalar_t>& rows, const Items& items, int
     plan.tile = plan.wgmma ? wgmma_tile(tokens, plan.entries)
                 : plan.mma ? mma_tile(tokens, plan.entries)
                            : sqdist_tile(tokens, plan.entries);
-    plan.item_blocks = lookahead > 1 ? stored_item_blocks<Rule>(items, plan.entries) : 1;
+    plan.item_blocks = lookahead > 1 ? stored_item_blocks<Rule>(items, stored_tokens, plan.entries) : 1;
     plan.cluster_from = kClusterFrom;
     plan.row_min = kOfDistance<Rule>;
   }
