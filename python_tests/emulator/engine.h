@@ -43,6 +43,7 @@ struct Settings {
   static constexpr int kForward = -1, kReverse = -2;
   int order;  // kForward, kReverse or a seed
   int multiprocessors, blocks_per_multiprocessor, stall_seconds, capability;
+  int fill;  // byte of memory that nothing has been written to
 
   static Settings from_environment() {
     const char* order = std::getenv("STS_EMULATE_ORDER");
@@ -51,7 +52,7 @@ struct Settings {
             : kind == "rev" ? kReverse
                             : number("STS_EMULATE_ORDER", 0, "fwd, rev or a number"),
             number("STS_EMULATE_SMS", 4), number("STS_EMULATE_BLOCKS_PER_SM", 2), number("STS_EMULATE_STALL_SECONDS", 10),
-            number("STS_EMULATE_CAPABILITY", 90)};
+            number("STS_EMULATE_CAPABILITY", 90), number("STS_EMULATE_FILL", 0xff)};
   }
 
  private:
@@ -256,12 +257,12 @@ struct Block {
         threads(static_cast<size_t>(alive)),
         first_thread(threads.data()),
         collectives((threads.size() + kWarp - 1) / kWarp) {
-    // Exactly sized: AddressSanitizer sees accesses past its end. All ones: a read before the first write gives NaN.
+    // Exactly sized: AddressSanitizer sees accesses past its end. All ones by default: a read before the first write gives NaN.
     if (grid.shared_bytes) {
       void* bytes = nullptr;
       if (posix_memalign(&bytes, 128, grid.shared_bytes)) throw std::bad_alloc();
       dynamic.reset(static_cast<char*>(bytes));
-      std::memset(bytes, 0xff, grid.shared_bytes);
+      std::memset(bytes, Settings::from_environment().fill, grid.shared_bytes);
     }
     cluster.dynamics[rank] = dynamic.get();
     cluster.statics[rank] = &shared_anchor;

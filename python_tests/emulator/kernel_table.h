@@ -107,8 +107,14 @@ bool add(const char* name, R (*launcher)(P...)) {
   return add(name, launcher, std::make_index_sequence<sizeof...(P) - ends_with_stream<P...>()>());
 }
 
-// Scratch memory of a launcher under test (scratch.h), freed with this object. Each array is an allocation of its own, filled with NaN. All
-// arrays together must fit in the bytes that the op would allocate.
+// The byte that fills scratch memory, on a GPU too: STS_EMULATE_FILL, by default all ones, which is NaN.
+inline int fill() {
+  const char* byte = std::getenv("STS_EMULATE_FILL");
+  return byte && *byte ? std::atoi(byte) : 0xff;
+}
+
+// Scratch memory of a launcher under test (scratch.h), freed with this object. Each array is an allocation of its own, filled with fill().
+// All arrays together must fit in the bytes that the op would allocate.
 class Scratch {
  public:
   template <class Layout>
@@ -123,7 +129,7 @@ class Scratch {
     void* part = nullptr;
     if (cudaMalloc(&part, bytes) != cudaSuccess) return nullptr;
     parts_.push_back(part);
-    return cudaMemsetAsync(part, 0xff, bytes, stream_) == cudaSuccess ? part : nullptr;
+    return cudaMemsetAsync(part, fill(), bytes, stream_) == cudaSuccess ? part : nullptr;
   }
 
  private:

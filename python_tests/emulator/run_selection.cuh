@@ -12,7 +12,6 @@ namespace sts {
 //   wgmma: used if the device has it
 //   debug_out, if not null: the row minima if the scratch has them, else the marks if it has them (SelectionScratch), else the barrier
 //     arrivals of the first group of sweeping blocks
-// Each array of the scratch is an allocation of its own, filled with NaN.
 template <class scalar_t, class Rule>
 cudaError_t run_selection(const Rows<scalar_t>& rows, const Items& items, int64_t matrix_tokens, int item_blocks, int lookahead, bool wgmma,
                           int64_t wave_floats, Rule rule, unsigned* debug_out, int64_t* out, cudaStream_t stream) {
@@ -38,7 +37,7 @@ cudaError_t run_unit_selection(const Rows<scalar_t>& rows, const Items& items, i
   const int64_t entries = items.packed() ? 1 : items.count, floats = entries * items.tokens * unit_pitch(rows.channels);
   void* unit = nullptr;
   cudaError_t error = cudaMalloc(&unit, floats * sizeof(float));
-  if (error == cudaSuccess) error = cudaMemsetAsync(unit, 0xff, floats * sizeof(float), stream);
+  if (error == cudaSuccess) error = cudaMemsetAsync(unit, kernel_table::fill(), floats * sizeof(float), stream);
   if (error == cudaSuccess)
     error = launch_unit_rows(rows, entries, items.tokens, items.tokens, nullptr, static_cast<float*>(unit), nullptr, stream);
   const Rows<float> unit_rows = unit_rows_of(static_cast<const float*>(unit), items.tokens, rows.channels);

@@ -4,7 +4,6 @@
 
 namespace sts {
 
-// Each array of the scratch is an allocation of its own, filled with NaN.
 template <class scalar_t>
 cudaError_t launch_dpp_select(const scalar_t* features, int64_t batch, int64_t tokens, int64_t channels, int64_t batch_stride,
                               int64_t row_stride, const float* quality, int64_t k, float floor, const int64_t* num_tokens, int64_t* order,

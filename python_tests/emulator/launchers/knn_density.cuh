@@ -5,7 +5,6 @@
 namespace sts {
 
 // strip_rows: rows whose distances are stored at a time; 0: as planned. wgmma: used if the device has it and the strip holds whole entries.
-// Each array of the scratch is an allocation of its own, filled with NaN.
 template <class scalar_t>
 cudaError_t launch_knn_density(const scalar_t* features, int64_t batch, int64_t tokens, int64_t channels, int64_t batch_stride,
                                int64_t row_stride, int64_t k, const int64_t* num_tokens, int64_t strip_rows, bool wgmma, float* density,

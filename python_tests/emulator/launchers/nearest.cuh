@@ -5,7 +5,6 @@
 namespace sts {
 
 // key: null: the queries. strip_entries: entries whose distances are stored at a time, where any are; 0: as planned.
-// Each array of the scratch is an allocation of its own, filled with NaN.
 template <class scalar_t>
 cudaError_t launch_nearest_of(const scalar_t* query, const scalar_t* key, int64_t batch, int64_t rows, int64_t count, int64_t channels,
                               int64_t query_batch_stride, int64_t query_row_stride, int64_t key_batch_stride, int64_t key_row_stride,
