@@ -51,8 +51,11 @@ struct Settings {
     return {kind == "fwd"   ? kForward
             : kind == "rev" ? kReverse
                             : number("STS_EMULATE_ORDER", 0, "fwd, rev or a number"),
-            number("STS_EMULATE_SMS", 4), number("STS_EMULATE_BLOCKS_PER_SM", 2), number("STS_EMULATE_STALL_SECONDS", 10),
-            number("STS_EMULATE_CAPABILITY", 90), number("STS_EMULATE_FILL", 0xff)};
+            number("STS_EMULATE_SMS", 4),
+            number("STS_EMULATE_BLOCKS_PER_SM", 2),
+            number("STS_EMULATE_STALL_SECONDS", 10),
+            number("STS_EMULATE_CAPABILITY", 90),
+            number("STS_EMULATE_FILL", 0xff)};
   }
 
  private:
