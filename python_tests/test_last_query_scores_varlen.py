@@ -76,6 +76,20 @@ def test_layouts(device, dtype):
     for view in (wide[:, 1:, 3:75], heads_first):
         got = last_query_scores_varlen(query.transpose(0, 1).contiguous().transpose(0, 1), view, cu_seqlens, 340)
         assert oracle.error(got, expected) < ATOL
+    column = torch.stack([cu_seqlens, cu_seqlens.flip(0)], 1)[:, 0]
+    assert oracle.error(last_query_scores_varlen(query, key, column, 340), expected) < ATOL
+
+
+def test_vmap_over_offsets_that_leave_tokens_out(cuda):
+    """Tokens of no item score 0, also those between the items of two lanes."""
+    query, key, _ = packed([50, 50], 4, 2, 64, device=cuda)
+    offsets = torch.tensor([[0, 30], [10, 50]], dtype=torch.int32, device=cuda)
+    call = torch.vmap(lambda q, k, at: last_query_scores_varlen(q, k, at, 50))
+    got = call(query[:, None], key.view(2, 50, 2, 64), offsets)
+    for lane, at in enumerate(offsets):
+        assert torch.equal(
+            got[lane], last_query_scores_varlen(query[lane : lane + 1], key.view(2, 50, 2, 64)[lane], at, 50)
+        )
 
 
 def test_other_items_do_not_matter(device):

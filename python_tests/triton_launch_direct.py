@@ -215,6 +215,14 @@ def test_a_grid_of_one_to_three_numbers(notes):
         assert notes.launches[-1][:3] == (*grid, 1, 1)[:3]
 
 
+def test_too_many_programs(notes):
+    """Triton's launcher would multiply the sides in 32 bits, and launch nothing."""
+    bound, *given = copy()
+    for grid in [(1 << 31,), (300000, 7813), (65536, 65536)]:
+        with pytest.raises(ValueError, match="programs are more than a launch may have"):
+            bound.launch(grid, *given)
+
+
 def test_options_reach_the_compiler(notes):
     for pdl in (False, True):
         bound, *given = copy(launch_pdl=pdl, num_warps=2)

@@ -184,10 +184,11 @@ def mean_kernel(  # type: ignore[no-untyped-def]
     ALL_HEADS: tl.constexpr, PADDED: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, VARLEN: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Program (item; block of keys): combines the splits, mean over heads."""
-    item = tl.program_id(0).to(tl.int64)
+    """Program (item and block of keys): combines the splits, mean over heads."""
+    blocks = tl.cdiv(longest, BLOCK)
+    item = (tl.program_id(0) // blocks).to(tl.int64)
     first, length = _span(item, cu_seqlens, tokens, longest, VARLEN)
-    s = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    s = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     j = tl.arange(0, SPLITS)
     mean = tl.zeros((BLOCK,), tl.float32)
     if OVERLAP:
@@ -314,7 +315,7 @@ def scores_varlen(
     out = query.new_zeros(len(key), dtype=torch.float32)  # tokens of no item score 0
     longest = min(max_seqlen, len(key))
     if len(query) and longest:
-        _run(out, query, key, (0, *key.stride()), None, cu_seqlens, longest, scale, plan)
+        _run(out, query, key, (0, *key.stride()), None, cu_seqlens.contiguous(), longest, scale, plan)
     return out
 
 
@@ -357,4 +358,4 @@ def _run(
         first.launch((batch * kv_heads * plan.tiles, splits), tensors, (*numbers, *strides))
         block = 32 if longest <= 4096 else 128
         mean = _mean(heads, 1 << (splits - 1).bit_length(), block, overlap, cu_seqlens is not None)
-        mean.launch((batch, -(-longest // block)), (logits, sums, cu_seqlens, out), (tokens, longest, splits))
+        mean.launch((batch * -(-longest // block),), (logits, sums, cu_seqlens, out), (tokens, longest, splits))

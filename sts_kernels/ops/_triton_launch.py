@@ -15,6 +15,7 @@ Synchronisation: none. The dict of variants only grows. Two threads may both tak
 import functools
 import importlib.metadata
 import logging
+import math
 import re
 from collections.abc import Hashable
 from typing import TYPE_CHECKING
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from triton.runtime.jit import JITFunction
 
 KNOWN = (3, 4), (3, 10)  # versions [first, end) whose compiled kernels take these arguments
+MOST_PROGRAMS = (
+    1 << 31
+) - 1  # of a launch: Triton multiplies the sides of a grid in 32 bits, and launches nothing if they wrap to 0
 WIDE = 1 << 31  # smaller integers are passed as 32 bits
 
 _log = logging.getLogger("sts_kernels")
@@ -104,6 +108,11 @@ class Bound:
             tensors: the kernel's tensor parameters in order; None for an absent tensor.
             numbers: its number parameters in order; integers are at least 0.
         """
+        if math.prod(grid) > MOST_PROGRAMS:
+            sides = " x ".join(map(str, grid))
+            raise ValueError(
+                f"{sides} programs are more than a launch may have, {MOST_PROGRAMS}: pass fewer or shorter items"
+            )
         launcher = self.launcher
         if not launcher.direct or launcher.observed():
             self.launch_by_triton(grid, tensors, numbers)

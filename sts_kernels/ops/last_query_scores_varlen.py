@@ -53,7 +53,10 @@ def _vmap(
     query = torch.nn.functional.pad(query, (0, 0, 0, 0, 0, 1)).flatten(0, 1)[:-1]  # a row per item between lanes
     packed = stack_offsets(cu_seqlens, tokens)
     out = last_query_scores_varlen(in_rows(query), in_rows(key.flatten(0, 1)), packed, max_seqlen, *scale)
-    return out.unflatten(0, (lanes, tokens))
+    # Items between lanes hold the tokens of no item.
+    token = torch.arange(tokens, device=key.device)
+    inside = (token >= cu_seqlens[:, :1]) & (token < cu_seqlens[:, -1:])
+    return torch.where(inside, out.unflatten(0, (lanes, tokens)), 0.0)
 
 
 def _triton(
