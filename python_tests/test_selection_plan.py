@@ -143,8 +143,8 @@ def test_blocks_share_large_items_where_there_are_multiprocessors_for_it(plan, m
     assert [item_blocks(batch, 1100) for batch in (1, 16, 17, 33, 34)] == [8, 8, 4, 4, 1]
     assert item_blocks(64, 2880) == 8  # eight at a time
     assert item_blocks(1, 2880, dtype="float32") == 8
-    # Packed: the device knows which items are long, and shares as many as fit.
-    assert [item_blocks(batch, 2880, packed=True) for batch in (1, 16, 17, 1000)] == [8, 8, 4, 4]
+    # Packed: the device knows which items are long, and shares as many as fit. None if items alone fill three quarters.
+    assert [item_blocks(batch, 2880, packed=True) for batch in (1, 16, 17, 99, 100)] == [8, 8, 4, 4, 1]
     assert [item_blocks(64, 59_824, packed=True, max_seqlen=n) for n in (1024, 1025, 10_000)] == [1, 4, 4]
     assert item_blocks(4, 1024, packed=True) == 1
     monkeypatch.setenv("STS_EMULATE_SMS", "7")
