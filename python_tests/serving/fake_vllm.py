@@ -133,17 +133,23 @@ def configuration(config, **changes) -> SimpleNamespace:
     """A VllmConfig around a transformers configuration; changes: by attribute."""
     multimodal = SimpleNamespace(
         enable_mm_embeds=False,
+        mm_encoder_attn_backend=None,
+        get_limit_per_prompt=lambda modality: 999,
         mm_encoder_tp_mode="weights",
         is_multimodal_pruning_enabled=lambda: changes.get("video_pruning_rate", 0) > 0,
     )
     made = SimpleNamespace(
-        model_config=SimpleNamespace(hf_config=config, multimodal_config=multimodal, max_model_len=2048),
+        model_config=SimpleNamespace(
+            hf_config=config, multimodal_config=multimodal, max_model_len=2048, enable_prompt_embeds=False
+        ),
         parallel_config=SimpleNamespace(pipeline_parallel_size=1, use_ubatching=False),
         compilation_config=SimpleNamespace(compile_mm_encoder=False, cudagraph_mm_encoder=False),
         scheduler_config=SimpleNamespace(max_num_encoder_input_tokens=100, max_num_batched_tokens=256),
         speculative_config=None,
+        kv_transfer_config=None,
+        ec_transfer_config=None,
     )
-    for part in (multimodal, made.parallel_config, made.compilation_config, made):
+    for part in (multimodal, made.model_config, made.parallel_config, made.compilation_config, made):
         for name, value in changes.items():
             if hasattr(part, name):
                 setattr(part, name, value)

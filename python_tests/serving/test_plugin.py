@@ -236,7 +236,9 @@ def test_images_of_one_call_are_picked_from_each_for_itself(vllm, device, family
         else:
             assert tokens.shape[1] == CHANNELS
     assert all(x.dtype == torch.int64 for x in vllm.group.sent)  # picks, from the first rank
-    assert len(vllm.group.sent) == 1
+    batches = importlib.import_module("sts_kernels.integrations.vllm.models").batches
+    calls = batches([x.item.num_features for x in found], model.encoder_budget)  # of the encoder
+    assert len(vllm.group.sent) == len([*calls])
 
 
 def test_keeping_all_keeps_all(vllm):
@@ -456,6 +458,15 @@ def test_every_method_is_served_or_refused():
     ("family", "sts", "changes", "sentence"),
     [
         ("llava", {}, {"enable_mm_embeds": True}, "--enable-mm-embeds"),
+        (
+            *("llava", {}, {"enable_mm_embeds": True, "kv_transfer_config": "both"}),
+            "--enable-mm-embeds, which this KV or encoder cache connector turns on",
+        ),
+        ("llava", {}, {"enable_prompt_embeds": True}, '--enable-prompt-embeds with positions="original"'),
+        (
+            *("qwen2_5_vl", {"method": "fastervlm"}, {"mm_encoder_attn_backend": SimpleNamespace(name="FLASHINFER")}),
+            "--mm-encoder-attn-backend FLASHINFER for fastervlm",
+        ),
         ("qwen2_5_vl", {}, {"video_pruning_rate": 0.5}, "--video-pruning-rate"),
         ("qwen2_5_vl", {}, {"mm_encoder_tp_mode": "data"}, "--mm-encoder-tp-mode data"),
         ("llava", {}, {"compile_mm_encoder": True}, "compile_mm_encoder"),
@@ -479,6 +490,12 @@ def test_methods_that_merge_nothing_are_served_on_qwen3_vl(vllm, monkeypatch, me
     models = importlib.import_module("sts_kernels.integrations.vllm.models")
     monkeypatch.setattr(models.Prunes, "attention_module", lambda self: torch.nn.Identity())
     assert built("qwen3_vl", keep=8, method=method).asked.method.name == method
+
+
+def test_a_front_end_without_the_plugin_is_refused(vllm, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    with pytest.raises(Refused, match="does not support VLLM_USE_RUST_FRONTEND"):
+        built("llava", keep=8)
 
 
 def test_contiguous_positions_need_less(vllm):

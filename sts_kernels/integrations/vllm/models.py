@@ -6,7 +6,7 @@ first token. `embed_input_ids` writes the offsets of a step into a buffer; `forw
 needs to know the request of a token. Buffer and sum keep their addresses, as piecewise CUDA graphs require.
 """
 
-from collections import defaultdict
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -69,7 +69,7 @@ class Prunes(MixedInto):
         adapter = adapter_of(self.family.adapter)
         assert adapter is not None  # each family in `layouts` has one
         self.asked, self.adapter = asked, adapter
-        # vLLM counts pruned tokens against this budget, but the encoder runs on whole images: see encode_all.
+        # vLLM counts pruned tokens against this budget, but the encoder runs on whole images: so a call is split.
         self.encoder_budget = vllm_config.scheduler_config.max_num_encoder_input_tokens
         tokens = vllm_config.scheduler_config.max_num_batched_tokens + 1
         places = torch.zeros(2, 3, tokens, dtype=torch.int64) if asked.positions == "original" else None
@@ -89,8 +89,15 @@ class Prunes(MixedInto):
         window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
         moved, probe = asked.positions == "contiguous", torch.arange(32.0).view(1, 4, 8).sin()
         merges = asked.method.select(k=2, features=probe, scores=probe[..., 0], keys=probe).assignment is not None
+        connector = vllm_config.kv_transfer_config or vllm_config.ec_transfer_config
+        backend = getattr(multimodal.mm_encoder_attn_backend, "name", None)
+        captures = asked.method.signals & {"attention", "keys"}
         reasons = {
-            "--enable-mm-embeds": multimodal.enable_mm_embeds,
+            f"--enable-mm-embeds{', which this KV or encoder cache connector turns on' * bool(connector)}": (
+                multimodal.enable_mm_embeds
+            ),
+            f"--mm-encoder-attn-backend {backend} for {asked.method.name}": backend == "FLASHINFER" and bool(captures),
+            "VLLM_USE_RUST_FRONTEND": os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"),
             "--video-pruning-rate": multimodal.is_multimodal_pruning_enabled(),
             "--mm-encoder-tp-mode data": multimodal.mm_encoder_tp_mode == "data",
             "compile_mm_encoder": compilation.compile_mm_encoder,
@@ -104,6 +111,7 @@ class Prunes(MixedInto):
             "--pipeline-parallel-size above 1": parallel.pipeline_parallel_size > 1,
             "microbatching (--enable-dbo, --ubatch-size)": parallel.use_ubatching,
             "speculative decoding": vllm_config.speculative_config is not None,
+            "--enable-prompt-embeds": vllm_config.model_config.enable_prompt_embeds,
         }
         refuse("the vLLM plugin does not support %s", reasons)
         refuse('the vLLM plugin does not support %s with positions="original"', {} if moved else original)
@@ -136,17 +144,24 @@ class Prunes(MixedInto):
     def _process_image_input(self, image_input: ImageInput) -> Sequence[torch.Tensor]:
         sizes = image_input[self.family.size].tolist() if self.family.size else [()] * len(image_input["pixel_values"])
         found = [self.family.layout(self.config, *size) for size in sizes]
+        parts = batches([layout.item.num_features for layout in found], self.encoder_budget)
+        return [embeds for part in parts for embeds in self.pruned(image_input, part, found[part])]
+
+    def pruned(self, image_input: ImageInput, part: slice, found: list[Layout]) -> Sequence[torch.Tensor]:
+        """Encodes a part of the images and selects from them together -> the tokens of each; `found`: their layouts."""
         items = vision_pruning.with_budgets([layout.item for layout in found], self.asked.plan)
-        encoded = self.encode_all(image_input, found)
-        features, tokens = encoded["features"], encoded.get("tokens")
+        features, tokens = self.encode(image_input, part, found)
+        signals = self.signals(features)
+        features = features.flatten(0, -2)
         before = self.asked.method.site == "encoder"  # the projector
         if before:
             pool = features
         else:
             tokens = self.project(features) if tokens is None else tokens
             pool = tokens[:, : self.config.get_text_config().hidden_size]
-        signals = encoded.get("attention"), encoded.get("keys")
-        kept = vision_pruning.select(self.asked.method, self.asked.scope, pool, items, *signals)
+        kept = vision_pruning.select(
+            self.asked.method, self.asked.scope, pool, items, signals.get("attention"), signals.get("keys")
+        )
         if kept is None:
             used = [torch.cat(item.candidates()) for item in items]
             kept = vision_pruning.Kept(numbered(used, [item.num_features for item in items], pool.device))
@@ -159,21 +174,17 @@ class Prunes(MixedInto):
             embeds = self.project(embeds) if before else embeds
         return self.laid_out(embeds, rows, found)
 
-    def encode_all(self, image_input: ImageInput, found: list[Layout]) -> dict[str, torch.Tensor]:
-        """Features of all images, one row each; also tokens, attention and keys where available and requested."""
-        columns: defaultdict[str, list[torch.Tensor]] = defaultdict(list)
-        group = get_tp_group()
-        for part in batches([layout.item.num_features for layout in found], self.encoder_budget):
-            features, tokens = self.encode(image_input, part, found[part])
-            calls, self.calls = self.calls, []
-            columns["features"].append(features.flatten(0, -2))
-            if tokens is not None:
-                columns["tokens"].append(tokens)
-            for name, find in (("attention", self.adapter.attention), ("keys", self.adapter.keys)):
-                if name in self.asked.method.signals:  # mean over heads; each rank has equally many
-                    signal = find(self, calls, features.shape).contiguous()
-                    columns[name].append(group.all_reduce(signal) / group.world_size)
-        return {name: torch.cat(parts) for name, parts in columns.items()}
+    def signals(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Attention and keys of the encoder call that gave `features`, those that the method needs."""
+        group, (calls, self.calls) = get_tp_group(), (self.calls, [])
+        finders = {"attention": self.adapter.attention, "keys": self.adapter.keys}
+        found = {
+            name: find(self, calls, features.shape).contiguous()
+            for name, find in finders.items()
+            if name in self.asked.method.signals
+        }
+        # The mean over all heads; each rank has equally many.
+        return {name: group.all_reduce(signal) / group.world_size for name, signal in found.items()}
 
     def laid_out(self, embeds: torch.Tensor, rows: torch.Tensor, found: list[Layout]) -> Sequence[torch.Tensor]:
         """Tokens of each image in image order, separators inserted. rows: feature index of each embedding."""
@@ -201,7 +212,13 @@ class Prunes(MixedInto):
         spread, at = [], 0
         for feature in sorted(mm_features, key=lambda feature: feature.mm_position.offset):
             start, length = feature.mm_position.offset, feature.mm_position.length
-            tokens = self.family.of(self.config, feature.data).item.num_tokens
+            layout = self.family.of(self.config, feature.data)
+            if length != layout.kept(self.asked.plan):
+                raise RuntimeError(
+                    f"sts_kernels: the front end sent {length} tokens of an image where {layout.kept(self.asked.plan)} "
+                    f"are kept: is the plugin loaded there?"
+                )
+            tokens = layout.item.num_tokens
             source += range(len(whole), len(whole) + start - at)
             whole += input_tokens[at:start]
             source += [len(whole)] * length
@@ -256,9 +273,10 @@ class Llava(Prunes):
         """Also lengthens the cos/sin table to the longest prompt before pruning."""
         super().check(vllm_config, asked)
         model, config = vllm_config.model_config, vllm_config.model_config.hf_config
-        images = model.max_model_len // asked.plan.keep(layouts.side(config) ** 2)
         sizes = config.image_grid_pinpoints if self.family.size else [()]
-        most = max(self.family.layout(config, *size).item.num_tokens for size in sizes)
+        found = [self.family.layout(config, *size) for size in sizes]
+        most, least = max(x.item.num_tokens for x in found), min(x.kept(asked.plan) for x in found)
+        images = min(model.max_model_len // least, model.multimodal_config.get_limit_per_prompt("image"))
         text = config.get_text_config()
         text.max_position_embeddings = max(text.max_position_embeddings, model.max_model_len + images * most)
 
