@@ -81,6 +81,7 @@ class Backend:
 
 @pytest.fixture(scope="session")
 def emulated_library() -> None:
+    """Builds and loads the emulated ops; a build that fails is not repeated for every test."""
     if missing := emulator_build.missing_tool(module=False):
         pytest.skip(missing)
     emulated_ops.load()

@@ -27,9 +27,8 @@ if TYPE_CHECKING:
     from triton.runtime.jit import JITFunction
 
 KNOWN = (3, 4), (3, 10)  # versions [first, end) whose compiled kernels take these arguments
-MOST_PROGRAMS = (
-    1 << 31
-) - 1  # of a launch: Triton multiplies the sides of a grid in 32 bits, and launches nothing if they wrap to 0
+# Of a launch. Triton multiplies the sides of a grid in 32 bits, and launches nothing where the product wraps.
+MOST_PROGRAMS = (1 << 31) - 1
 WIDE = 1 << 31  # smaller integers are passed as 32 bits
 
 _log = logging.getLogger("sts_kernels")

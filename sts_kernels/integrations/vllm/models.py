@@ -56,6 +56,11 @@ def numbered(parts: list[torch.Tensor], sizes: Sequence[int], device: torch.devi
     return torch.cat(shifted).to(device, non_blocking=True)
 
 
+def captures(asked: Settings) -> bool:
+    """Whether the method looks at query and key of the encoder's attention."""
+    return bool(asked.method.signals & {"attention", "keys"})
+
+
 class Prunes(MixedInto):
     """Mixin before a vLLM model in the MRO. `processor.serves` sets `family`."""
 
@@ -75,7 +80,7 @@ class Prunes(MixedInto):
         places = torch.zeros(2, 3, tokens, dtype=torch.int64) if asked.positions == "original" else None
         self.register_buffer("places", places, persistent=False)
         self.calls: list[AttentionCall] = []  # captured attention calls of the encoder
-        if asked.method.signals & {"attention", "keys"}:
+        if captures(asked):
             self.attention_module().register_forward_pre_hook(self.capture, with_kwargs=True)
         if get_tp_group().rank_in_group == 0 and get_pp_group().is_first_rank:
             logger.info("sts_kernels %s: %s", __version__, asked)
@@ -91,12 +96,11 @@ class Prunes(MixedInto):
         merges = asked.method.select(k=2, features=probe, scores=probe[..., 0], keys=probe).assignment is not None
         connector = vllm_config.kv_transfer_config or vllm_config.ec_transfer_config
         backend = getattr(multimodal.mm_encoder_attn_backend, "name", None)
-        captures = asked.method.signals & {"attention", "keys"}
+        turned_on = ", which this KV or encoder cache connector turns on" if connector else ""
+        flashinfer = backend == "FLASHINFER" and captures(asked)
         reasons = {
-            f"--enable-mm-embeds{', which this KV or encoder cache connector turns on' * bool(connector)}": (
-                multimodal.enable_mm_embeds
-            ),
-            f"--mm-encoder-attn-backend {backend} for {asked.method.name}": backend == "FLASHINFER" and bool(captures),
+            f"--enable-mm-embeds{turned_on}": multimodal.enable_mm_embeds,
+            f"--mm-encoder-attn-backend {backend} for {asked.method.name}": flashinfer,
             "VLLM_USE_RUST_FRONTEND": os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"),
             "--video-pruning-rate": multimodal.is_multimodal_pruning_enabled(),
             "--mm-encoder-tp-mode data": multimodal.mm_encoder_tp_mode == "data",
@@ -151,7 +155,7 @@ class Prunes(MixedInto):
         """Encodes a part of the images and selects from them together -> the tokens of each; `found`: their layouts."""
         items = vision_pruning.with_budgets([layout.item for layout in found], self.asked.plan)
         features, tokens = self.encode(image_input, part, found)
-        signals = self.signals(features)
+        attention, keys = self.signals(features)
         features = features.flatten(0, -2)
         before = self.asked.method.site == "encoder"  # the projector
         if before:
@@ -159,9 +163,7 @@ class Prunes(MixedInto):
         else:
             tokens = self.project(features) if tokens is None else tokens
             pool = tokens[:, : self.config.get_text_config().hidden_size]
-        kept = vision_pruning.select(
-            self.asked.method, self.asked.scope, pool, items, signals.get("attention"), signals.get("keys")
-        )
+        kept = vision_pruning.select(self.asked.method, self.asked.scope, pool, items, attention, keys)
         if kept is None:
             used = [torch.cat(item.candidates()) for item in items]
             kept = vision_pruning.Kept(numbered(used, [item.num_features for item in items], pool.device))
@@ -174,17 +176,16 @@ class Prunes(MixedInto):
             embeds = self.project(embeds) if before else embeds
         return self.laid_out(embeds, rows, found)
 
-    def signals(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Attention and keys of the encoder call that gave `features`, those that the method needs."""
+    def signals(self, features: torch.Tensor) -> list[torch.Tensor | None]:
+        """[attention, keys] of the encoder call that gave `features`. None: the method does not need it."""
         group, (calls, self.calls) = get_tp_group(), (self.calls, [])
-        finders = {"attention": self.adapter.attention, "keys": self.adapter.keys}
-        found = {
-            name: find(self, calls, features.shape).contiguous()
-            for name, find in finders.items()
-            if name in self.asked.method.signals
-        }
-        # The mean over all heads; each rank has equally many.
-        return {name: group.all_reduce(signal) / group.world_size for name, signal in found.items()}
+        found: list[torch.Tensor | None] = []
+        for name, find in (("attention", self.adapter.attention), ("keys", self.adapter.keys)):
+            signal = None
+            if name in self.asked.method.signals:  # mean over heads; each rank has equally many
+                signal = group.all_reduce(find(self, calls, features.shape).contiguous()) / group.world_size
+            found.append(signal)
+        return found
 
     def laid_out(self, embeds: torch.Tensor, rows: torch.Tensor, found: list[Layout]) -> Sequence[torch.Tensor]:
         """Tokens of each image in image order, separators inserted. rows: feature index of each embedding."""
