@@ -265,7 +265,7 @@ struct Block {
       void* bytes = nullptr;
       if (posix_memalign(&bytes, 128, grid.shared_bytes)) throw std::bad_alloc();
       dynamic.reset(static_cast<char*>(bytes));
-      std::memset(bytes, Settings::from_environment().fill, grid.shared_bytes);
+      std::memset(bytes, grid.settings.fill, grid.shared_bytes);
     }
     cluster.dynamics[rank] = dynamic.get();
     cluster.statics[rank] = &shared_anchor;

@@ -34,18 +34,18 @@ cudaError_t run_selection(const Rows<scalar_t>& rows, const Items& items, int64_
 template <class scalar_t, class Rule>
 cudaError_t run_unit_selection(const Rows<scalar_t>& rows, const Items& items, int64_t matrix_tokens, int item_blocks, int lookahead,
                                int64_t wave_floats, Rule rule, int64_t* out, cudaStream_t stream) {
-  const int64_t entries = items.packed() ? 1 : items.count, floats = entries * items.tokens * unit_pitch(rows.channels);
-  void* unit = nullptr;
-  cudaError_t error = cudaMalloc(&unit, floats * sizeof(float));
-  if (error == cudaSuccess) error = cudaMemsetAsync(unit, kernel_table::fill(), floats * sizeof(float), stream);
-  if (error == cudaSuccess)
-    error = launch_unit_rows(rows, entries, items.tokens, items.tokens, nullptr, static_cast<float*>(unit), nullptr, stream);
-  const Rows<float> unit_rows = unit_rows_of(static_cast<const float*>(unit), items.tokens, rows.channels);
-  if (error == cudaSuccess)
-    error = run_selection(unit_rows, items, matrix_tokens, item_blocks, lookahead, true, wave_floats, UnitRows<Rule>{rule}, nullptr, out,
-                          stream);
-  cudaFree(unit);
-  return error;
+  const int64_t entries = items.packed() ? 1 : items.count;
+  const auto layout = [&](auto&& allocate) {
+    float* unit;
+    take_array(unit, entries * items.tokens * unit_pitch(rows.channels), allocate);
+    return unit;
+  };
+  kernel_table::Scratch memory(stream, layout);
+  float* const unit = layout(memory);
+  const cudaError_t error = launch_unit_rows(rows, entries, items.tokens, items.tokens, nullptr, unit, nullptr, stream);
+  if (error != cudaSuccess) return error;
+  return run_selection(unit_rows_of(unit, items.tokens, rows.channels), items, matrix_tokens, item_blocks, lookahead, true, wave_floats,
+                       UnitRows<Rule>{rule}, nullptr, out, stream);
 }
 
 }  // namespace sts
