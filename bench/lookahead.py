@@ -15,10 +15,11 @@ from sts_kernels._cli import default_picture, load_picture
 from . import inputs
 
 
-def replay(x, k, warps=32, of_warp=4, most=8):
+def replay(x, k, warps=32, of_warp=8, most=12, groups=4, of_group=3):
     """(picks per exchange, inserted candidates per exchange) for x (N, C).
 
-    warps: warps of the cluster. of_warp: max candidates per warp. most: max picks per exchange.
+    warps: warps of the cluster. of_warp: max candidates per warp. most: max picks per exchange. of_group: max
+    candidates per exchange that the warps w, w + groups, w + 2 groups, ... insert together.
     """
     weights = 1 / (pairwise_sqdist(x[None])[0] + 1e-6)
     least = weights.fill_diagonal_(math.inf).min(1).values.tolist()
@@ -27,21 +28,25 @@ def replay(x, k, warps=32, of_warp=4, most=8):
     ready, coming = {}, {}  # candidate -> warp
     made, exchanges, came = 1, 1, 0
     while made < k:
+        ready_before = dict(ready)  # a candidate that has just come is not evicted
         ready.update(coming)
-        coming, offers = {}, []
+        in_table = torch.tensor(list(ready), dtype=torch.long)
+        outside = potential.index_fill(0, in_table, math.inf)
+        offers = []
         for warp in range(warps):
-            mine = [token for token in ready if ready[token] == warp]
-            others = potential.where(warp_of == warp, math.inf).index_fill(
-                0, torch.tensor(mine, dtype=torch.long), math.inf
-            )
-            low, token = float(others.min()), int(others.argmin())
-            offers.append((low, token))
-            highest = max(mine, key=lambda i: potential[i], default=None)
-            if len(mine) == of_warp and low < potential[highest]:
-                del ready[highest]
-            if low < math.inf and (len(mine) < of_warp or highest not in ready):
+            others = outside.where(warp_of == warp, math.inf)
+            offers.append((float(others.min()), warp, int(others.argmin())))
+        coming = {}
+        for group in range(groups):
+            for low, warp, token in sorted(offers[group::groups])[:of_group]:
+                mine = [i for i in ready if ready[i] == warp]
+                highest = max((i for i in mine if i in ready_before), key=lambda i: potential[i], default=None)
+                if low == math.inf or (len(mine) == of_warp and not low < potential[highest]):
+                    continue
+                if len(mine) == of_warp:
+                    del ready[highest]
                 coming[token] = warp
-        bound, outsider = min(offers)
+        bound, _, outsider = min(offers, key=lambda offer: (offer[0], offer[2]))
         picks = 0
         while picks < min(most, k - made):
             best = min(((float(potential[i]), i) for i in ready), default=(math.inf, -1))

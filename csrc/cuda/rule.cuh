@@ -36,6 +36,12 @@ __device__ __forceinline__ uint32_t order_of(float potential) {
   return Rule::kNegative ? ordered_bits(potential) : __float_as_uint(potential);
 }
 
+// The potential of an order_of.
+template <class Rule>
+__device__ __forceinline__ float from_order(uint32_t order) {
+  return Rule::kNegative ? from_ordered_bits(order) : __uint_as_float(order);
+}
+
 // A token's potential before the first pick. finite: no channel of the token is NaN or infinite.
 template <class Rule>
 __device__ __forceinline__ float first_potential(const Rule& rule, bool finite, float start, float parameter) {

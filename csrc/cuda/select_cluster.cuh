@@ -2,7 +2,7 @@
 // kClusterPicks picks.
 //
 // What: the blocks of a cluster share the tokens of an item; potentials are in registers. Every warp holds the same table of candidates:
-//   up to 4 tokens of low potential from each warp of the cluster. Their exact potentials are in registers, the weights of their pairs in
+//   up to 8 tokens of low potential from each warp of the cluster. Their exact potentials are in registers, the weights of their pairs in
 //   shared memory. So every warp can run the plain loop among the candidates without hearing from the others.
 // Bound: no token outside the table has a potential below the bound. Every exchange starts with the lowest potential outside the table.
 //   Where the weight depends on the distance alone (kOfDistance), every pick adds its row minimum (row_min) to the bound. For other rules
@@ -11,17 +11,20 @@
 // Chosen when: items have more than kClusterFrom tokens, and there are four or eight SMs for each; compute capability 9.0. A shorter item of
 //   the launch, or one without SMs to spare (StoredItems::shares), takes one block of its cluster and the loop of select_stored.cuh.
 // Steps, for every exchange:
-//   (1) message: every warp sends its lowest token outside the table to all blocks, and waits for the messages of all warps;
-//   (2) insert: that token becomes a candidate if a slot of its warp is empty or holds a higher potential; the highest candidate of the
-//     warp is evicted. The inserted candidate is pending until the next exchange, because its row of weights is in flight. The bound
-//     of this exchange holds for it, as for a token outside the table;
+//   (1) message: every warp sends its lowest token outside the table to all blocks, then the row of weights of the candidate that it
+//     inserted in the exchange before. It waits for the messages and rows of all warps;
+//   (2) insert: that token becomes a candidate if a slot of its warp is empty or holds a higher potential, and if it is one of the lowest
+//     three of the messages of eight warps. The row of a candidate goes to all blocks; more candidates would hardly raise the bound. An
+//     inserted candidate is pending until the next exchange, and the bound holds for it, as for a token outside the table;
 //   (3) pick: the lowest candidate, as long as it is below the bound. If none is, the lowest token outside the table is the only pick;
-//   (4) add: all threads add the rows of the picks to the potentials, in pick order, and find their lowest token outside the table. The
-//     warp of an inserted candidate sends its row of weights to all blocks.
+//   (4) gather: the warp of an inserted candidate loads its row of weights, and every warp finds the slots that the next messages may
+//     take, while the rows of the picks are in flight;
+//   (5) add: all threads add the rows of the picks to the potentials, in pick order, and find their lowest token outside the table.
 // Synchronisation: messages and rows are st.async stores into the shared memory of every block (DSMEM). An mbarrier of the receiving block
 //   counts their bytes; there is one for each parity of the exchange, and no cluster barrier in the loop.
 //   Invariant: a warp sends its message of exchange e + 1 after its last read in exchange e. A warp that has all messages of e + 1 may
-//   overwrite what was read in e: messages are double-buffered. A row is written while its candidate is pending, and nobody reads it then.
+//   overwrite what was read in e: messages are double-buffered. The row of a candidate inserted in e is written between the messages of e
+//   and those of e + 1: its slot is pending then, and nobody reads a weight of a pending slot.
 #pragma once
 #include "select_stored.cuh"
 
@@ -29,48 +32,55 @@ namespace sts {
 
 constexpr int kClusterWarps = 32;                        // max warps of a cluster: lane w of every warp holds the candidates of warp w
 constexpr int kClusterTokens = 8;                        // max tokens per thread: 8 * 32 * 32 = kMatrixTokens
+constexpr int kClusterBlocks = 8;                        // blocks of a cluster: this or half of it
 constexpr int kClusterThreads = kClusterWarps / 4 * 32;  // max threads per block: the smallest cluster has 4 blocks
-constexpr int kWarpCandidates = 4;                       // table slots ("ways") per warp
+constexpr int kWarpCandidates = 8;                       // table slots ("ways") per warp
 constexpr int kAllCandidates = kWarpCandidates * kClusterWarps;       // slot = way * 32 + warp
-constexpr int kClusterPicks = 8;                                      // max picks per exchange
+constexpr int kClusterPicks = 12;                                     // max picks per exchange
+constexpr int kInsertGroups = 4;                                      // warps w, w + 4, w + 8, ... insert at most kGroupInserts
+constexpr int kGroupInserts = 3;                                      // candidates per exchange together
 constexpr int kClusterFromWarps = kClusterFrom / 32 / kStoredTokens;  // warps of a block that has an item of kClusterFrom tokens alone
 
 // The message of a warp, to all blocks.
 struct alignas(16) WarpMessage {
-  Key lowest;       // the warp's lowest token outside the table; its low half is Candidate::bits
+  Key lowest;       // the warp's lowest token outside the table: order_of its potential, then Candidate::bits
   float potential;  // potential of the candidate that the warp inserted in the exchange before; stale if it inserted none
   float parameter;  // parameter of the token in `lowest`
 };
 
-// Dynamic shared memory of a block, 67088 bytes. Every block has a copy, and all warps of the cluster write to all copies.
+// Dynamic shared memory of a block, 137744 bytes. Every block has a copy, and all warps of the cluster write to all copies.
 //   offset  field              bytes
 //        0  arrivals[2]           16  mbarriers of the even and the odd exchanges
 //       16  message[2][32]      1024  message[exchange % 2][warp]
-//     1040  weight[128][129]   66048  weight[slot a][slot b]
-// weight[a] is written once for a candidate, when it is inserted: its weights to all candidates of that exchange. So the weight of a pair
-// is in the row of the candidate that was inserted later. weight[a][a] is the row minimum over all tokens, for the bound (kOfDistance).
-// 129 columns: the elements of a column are on different banks.
+//     1040  table[33152]      132608  table[slot]: the row minimum of the candidate (kOfDistance), else infinity
+//                                     table[pair_index(slot a, slot b)]: the weight of the pair, infinite for a = b
+//   133648  unused[32][32]     4096  unused[warp]: what a warp sends in place of a weight that another warp sends
+// What a candidate has in the table is written once, when it is inserted.
 struct ClusterExchange {
   Mbarrier arrivals[2];
   WarpMessage message[2][kClusterWarps];
-  float weight[kAllCandidates][kAllCandidates + 1];
+  float table[kAllCandidates + kAllCandidates * (kAllCandidates + 1) / 2];
+  float unused[kClusterWarps][32];
+
+  // Where the row of slot a begins in the lower triangle: its weights to the slots from 0 to a.
+  __device__ __forceinline__ static int row_begin(int a) { return kAllCandidates + a * (a + 1) / 2; }
+  // No bank conflicts: for one a and b = 32 h + lane, triangular numbers modulo 32 are a permutation of the lanes.
+  __device__ __forceinline__ static int pair_index(int a, int b) { return a > b ? row_begin(a) + b : row_begin(b) + a; }
 };
 
 // The low half of a candidate's key: breaks ties between equal potentials by token, the lowest first.
-//   bits  31..28  27..15  14..13  12..0
-//              0   token     way  exchange in which it was inserted; 0: pending, or not a candidate
-// An exchange makes at least one pick, so there are at most 8192 exchanges. Nothing is inserted in exchange 0.
+//   bits  31..16  15..3   2..0
+//              0  token    way
 struct Candidate {
   uint32_t bits;
-  __device__ __forceinline__ static Candidate make(int token, int way, int exchange) {
-    return {static_cast<uint32_t>(token) << 15 | static_cast<uint32_t>(way) << 13 | static_cast<uint32_t>(exchange)};
+  __device__ __forceinline__ static Candidate make(int token, int way) {
+    return {static_cast<uint32_t>(token) << 3 | static_cast<uint32_t>(way)};
   }
-  __device__ __forceinline__ int token() const { return static_cast<int>(bits >> 15); }
-  __device__ __forceinline__ int inserted() const { return static_cast<int>(bits & 8191); }
+  __device__ __forceinline__ int token() const { return static_cast<int>(bits >> 3); }
   // warps: of the cluster, a power of two. Token t belongs to warp t / 32 % warps.
-  __device__ __forceinline__ int slot(int warps) const { return static_cast<int>(bits >> 13 & 3) * 32 + (token() / 32 & (warps - 1)); }
+  __device__ __forceinline__ int slot(int warps) const { return static_cast<int>(bits & 7) * 32 + (token() / 32 & (warps - 1)); }
 };
-static_assert(kWarpCandidates == 4 && kClusterTokens * kClusterWarps * 32 == 1 << 13, "2 bits for ways, 13 for tokens and for exchanges");
+static_assert(kWarpCandidates == 8, "3 bits for ways");
 
 #if __CUDA_ARCH__ >= 900
 // By a cluster: the picks of item b, which is number `launched` of the grid. kTokens: tokens per thread; number t is token
@@ -83,21 +93,25 @@ __device__ __forceinline__ void select_cluster(const StoredItems& stored, int64_
   STS_DYNAMIC_SHARED(ClusterExchange, shared);
   const auto cluster = cooperative_groups::this_cluster();
   if (threadIdx.x < 2) mbarrier_init(&shared->arrivals[threadIdx.x]);
+  for (int slot = threadIdx.x; slot < kAllCandidates; slot += blockDim.x) shared->table[slot] = kInfinity;
   const int blocks = static_cast<int>(cluster.num_blocks()), lane = threadIdx.x % 32;
   const int warps = blocks * (blockDim.x / 32), warp = cluster.block_rank() * (blockDim.x / 32) + threadIdx.x / 32;  // in the cluster
   const Items& items = stored.items;
   const int tokens = static_cast<int>(item.tokens), first = warp * 32 + lane, step = warps * 32;
-  const int64_t pitch = stored.pitch(item), first_row = items.first_token(b, item);  // first_row: index of token 0 among all tokens
-  const float* matrix = stored.matrix(launched);
+  const int64_t first_row = items.first_token(b, item);              // index of token 0 among all tokens
+  const uint32_t pitch = static_cast<uint32_t>(stored.pitch(item));  // <= 2^13: offsets have 26 bits
+  const float* const matrix = settled(stored.matrix(launched));
   int64_t* picked = out + item.out;
 
   const int64_t picks = item.picks < tokens ? item.picks : tokens;
   for (int64_t i = picks + first; i < item.picks; i += step) picked[i] = -1;
   if (picks == 0) return;
-  cluster.sync();  // before the first message: all blocks run, and their mbarriers are initialised
+  cluster.sync();  // before the first message: all blocks run, and their shared memory is initialised
 
   // ---- Registers of the tokens of this thread ----
-  const Key no_token = make_key(kInfinity, ~0u);
+  const auto key_of = [](float potential, uint32_t bits) { return static_cast<Key>(order_of<Rule>(potential)) << 32 | bits; };
+  const auto potential_of = [](Key key) { return from_order<Rule>(static_cast<uint32_t>(key >> 32)); };
+  const Key no_token = key_of(kInfinity, ~0u);
   uint32_t column[kTokens];  // past the end the last token: its weights leave an infinite potential as it is
   float potential[kTokens], parameter[kTokens];
   Key lowest = no_token;  // the thread's lowest token outside the table, by first_key before exchange 0. (1) reduces it over the warp
@@ -111,7 +125,7 @@ __device__ __forceinline__ void select_cluster(const StoredItems& stored, int64_
     const float distance = mean_sqdist[first_row + j];
     const float start = kOfDistance<Rule> || !items.start ? kNonFinitePotential : items.start[first_row + j];
     potential[t] = first_potential(rule, distance < kInfinity, start, parameter[t]);
-    lowest = lower(lowest, make_key(first_key(rule, distance, potential[t], items.start, parameter[t]), Candidate::make(j, 0, 0).bits));
+    lowest = lower(lowest, key_of(first_key(rule, distance, potential[t], items.start, parameter[t]), Candidate::make(j, 0).bits));
   }
   float lowest_parameter = 0.f;   // parameter of the token in `lowest`; not read in exchange 0, which inserts nothing
   unsigned is_candidate = 0;      // bit t: token t of this thread is in the table, or was picked from it
@@ -122,25 +136,38 @@ __device__ __forceinline__ void select_cluster(const StoredItems& stored, int64_
   float candidate_potential[kWarpCandidates], candidate_parameter[kWarpCandidates];  // infinite potential: the way is empty or pending
 #pragma unroll
   for (int h = 0; h < kWarpCandidates; ++h)
-    candidate[h] = Candidate::make(0, h, 0), candidate_potential[h] = kInfinity, candidate_parameter[h] = 0.f;
+    candidate[h] = Candidate::make(0, h), candidate_potential[h] = kInfinity, candidate_parameter[h] = 0.f;
+  // Where the weight of a candidate to slot c is: after[h] + c for c < last[h], else the beginning of row c + the slot. A pending way has the
+  // row minimum of c instead: its weights are being written.
+  int after[kWarpCandidates], last[kWarpCandidates];
   int pending = -1;  // the way inserted in this exchange, valid until (2) of the next; -1: none
+  // The way that a message of the next exchange may take, and its potential: the highest of those that are not pending. An empty way is
+  // infinite.
+  int victim = 0;
+  float victim_potential = kInfinity;
   // The lowest key in the table.
   const auto lowest_candidate = [&] {
     float low = candidate_potential[0];
 #pragma unroll
     for (int h = 1; h < kWarpCandidates; ++h) low = fminf(low, candidate_potential[h]);
-    const uint32_t lowest_bits = __reduce_min_sync(kFullWarp, ordered_bits(low));
-    low = from_ordered_bits(lowest_bits);
+    const uint32_t lowest_order = __reduce_min_sync(kFullWarp, order_of<Rule>(low));
+    low = from_order<Rule>(lowest_order);
     uint32_t tie = ~0u;
 #pragma unroll
     for (int h = 0; h < kWarpCandidates; ++h) tie = min(tie, candidate_potential[h] == low ? candidate[h].bits : ~0u);
-    return static_cast<Key>(lowest_bits) << 32 | __reduce_min_sync(kFullWarp, tie);
+    return static_cast<Key>(lowest_order) << 32 | __reduce_min_sync(kFullWarp, tie);
   };
 
-  for (int exchange = 0, done = 0, rows_sent = 0;; ++exchange) {
+  // ---- The candidate that this warp inserted in the exchange before ----
+  constexpr unsigned row_bytes = (kAllCandidates + kOfDistance<Rule>)*sizeof(float);
+  int inserted = -1, inserted_slot = 0;  // token, or -1; slot
+  float inserted_row[kWarpCandidates];   // its weights to the candidates of warp `lane`
+  uint32_t inserted_min = 0;             // ordered bits of its row minimum
+
+  for (int exchange = 0, done = 0, inserts = 0;; ++exchange) {
     Mbarrier* const arrivals = &shared->arrivals[exchange & 1];
     // Bytes may arrive before they are expected: the phase stays open until this thread has arrived.
-    if (threadIdx.x == 0) mbarrier_expect_tx(arrivals, warps * sizeof(WarpMessage) + rows_sent * kAllCandidates * sizeof(float));
+    if (threadIdx.x == 0) mbarrier_expect_tx(arrivals, warps * sizeof(WarpMessage) + inserts * row_bytes);
 
     // ---- (1) message: lane l sends to block l ----
     lowest = warp_lowest(lowest);
@@ -148,53 +175,55 @@ __device__ __forceinline__ void select_cluster(const StoredItems& stored, int64_
       lowest_parameter = __shfl_sync(kFullWarp, lowest_parameter, Candidate{key_index(lowest)}.token() % 32);
     __syncwarp();  // all lanes have read from shared memory for the exchange before: the message says so to the cluster
     if (lane < blocks) store_async(&shared->message[exchange & 1][warp], {lowest, pending_potential, lowest_parameter}, arrivals, lane);
+    if (inserted >= 0) {
+      float* weight[kWarpCandidates];
+#pragma unroll
+      for (int h = 0; h < kWarpCandidates; ++h) {
+        const int slot = h * 32 + lane;
+        const bool sent = h == pending && slot > inserted_slot;  // by the warp of that candidate
+        weight[h] = sent ? &shared->unused[warp][lane] : &shared->table[ClusterExchange::pair_index(inserted_slot, slot)];
+      }
+#pragma unroll 1
+      for (int block = 0; block < blocks; block += kClusterBlocks / 2)
+#pragma unroll
+        for (int h = 0; h < kWarpCandidates; ++h)
+#pragma unroll
+          for (int i = 0; i < kClusterBlocks / 2; ++i) store_async(weight[h], inserted_row[h], arrivals, block + i);
+      if (kOfDistance<Rule> && lane < blocks) store_async(&shared->table[inserted_slot], from_ordered_bits(inserted_min), arrivals, lane);
+    }
     mbarrier_wait(arrivals, exchange / 2);
     const WarpMessage message = lane < warps ? shared->message[exchange & 1][lane] : WarpMessage{no_token, kInfinity, 0.f};
     const Key lowest_outside = warp_lowest(message.lowest);  // lowest token outside the table
 
     // ---- (2) insert ----
-    // The candidate inserted in the exchange before is complete: its row has arrived, its potential is in the message. The way to evict is
-    // the first of the highest potential; an empty way is infinite.
-    int highest = 0;
-    float highest_potential = -kInfinity;
+    // The candidate inserted in the exchange before is complete: its row has arrived, its potential is in the message.
 #pragma unroll
-    for (int h = 0; h < kWarpCandidates; ++h) {
-      if (h == pending) candidate_potential[h] = message.potential, candidate[h].bits |= static_cast<uint32_t>(exchange - 1);
-      if (candidate_potential[h] > highest_potential) highest = h, highest_potential = candidate_potential[h];
-    }
-    // The lowest token of warp `lane` replaces that candidate if its potential is lower. The bound holds for both: lowest_outside is at or
+    for (int h = 0; h < kWarpCandidates; ++h)
+      if (h == pending) candidate_potential[h] = message.potential;
+    // Rank of the message among those of the warps of its group.
+    const uint32_t proposed_order = static_cast<uint32_t>(message.lowest >> 32);
+    int rank = 0;
+#pragma unroll
+    for (int peer = kInsertGroups; peer < kClusterWarps; peer += kInsertGroups)
+      rank += __shfl_xor_sync(kFullWarp, proposed_order, peer) < proposed_order + ((lane ^ peer) < lane);
+    // The lowest token of warp `lane` replaces the victim if its potential is lower. The bound holds for both: lowest_outside is at or
     // below the proposed token, which is below the evicted candidate.
     const int proposed = Candidate{key_index(message.lowest)}.token();
-    pending = exchange > 0 && key_value(message.lowest) < highest_potential ? highest : -1;
+    pending = exchange > 0 && rank < kGroupInserts && potential_of(message.lowest) < victim_potential ? victim : -1;
     int evicted = -1;
 #pragma unroll
     for (int h = 0; h < kWarpCandidates; ++h) {
       if (h != pending) continue;
       evicted = candidate_potential[h] < kInfinity ? candidate[h].token() : -1;
-      candidate[h] = Candidate::make(proposed, h, 0);
+      candidate[h] = Candidate::make(proposed, h);
       candidate_parameter[h] = message.parameter;
       candidate_potential[h] = kInfinity;
     }
-    rows_sent = __popc(__ballot_sync(kFullWarp, pending >= 0));
-
-    // Of the candidate inserted for this warp, if any: mark the token, and start the loads of its row.
-    const int inserted = __shfl_sync(kFullWarp, pending < 0 ? -1 : proposed, warp);
-    const int inserted_slot = __shfl_sync(kFullWarp, pending, warp) * 32 + warp;
-    evicted = __shfl_sync(kFullWarp, evicted, warp);
-    float inserted_row[kWarpCandidates];
-    if (inserted >= 0) {
 #pragma unroll
-      for (int t = 0; t < kTokens; ++t) {
-        if (first + t * step == evicted) is_candidate &= ~(1u << t);
-        if (first + t * step == inserted) is_candidate |= 1u << t;
-      }
-#pragma unroll
-      for (int h = 0; h < kWarpCandidates; ++h) {
-        // Kept as loaded: converting the row minimum here would make the warp wait for the load before its picks. (4) converts it.
-        const bool itself = kOfDistance<Rule> && h * 32 + lane == inserted_slot;
-        inserted_row[h] = __ldg(itself ? reinterpret_cast<const float*>(row_min) + (first_row + inserted)
-                                       : matrix + inserted * pitch + candidate[h].token());
-      }
+    for (int h = 0; h < kWarpCandidates; ++h) {
+      const int slot = h * 32 + lane;
+      last[h] = h == pending ? kAllCandidates : slot;
+      after[h] = h == pending ? 0 : ClusterExchange::row_begin(slot);
     }
 
     // ---- (3) pick ----
@@ -203,41 +232,44 @@ __device__ __forceinline__ void select_cluster(const StoredItems& stored, int64_
     const auto emit_pick = [&](int p, int token, float token_parameter) {
       if (first == 0) picked[done + p] = token;
       pick_parameter[p] = token_parameter;
-      const uint32_t begin = static_cast<uint32_t>(token) * static_cast<uint32_t>(pitch);  // below 8192^2 = 2^26
+      const uint32_t begin = static_cast<uint32_t>(token) * pitch;
 #pragma unroll
       for (int t = 0; t < kTokens; ++t) row[p][t] = __ldg(matrix + (begin + column[t]));
     };
     const int max_picks = static_cast<int>(picks - done < lookahead ? picks - done : lookahead);
     int count = 0;
     Key best = lowest_candidate();
-    if (key_value(best) < kInfinity && best < lowest_outside) {
+    if (potential_of(best) < kInfinity && best < lowest_outside) {
       // The first pick is below `lowest_outside` as a key: at equal potential the lower token wins. A later pick must be below the bound,
       // as it is not known which token outside is at the bound.
-      float bound = key_value(lowest_outside);
+      float bound = potential_of(lowest_outside);
 #pragma unroll
       for (int p = 0; p < kClusterPicks; ++p) {
-        if (p > 0 && (p >= max_picks || !(key_value(best) < bound))) break;
+        if (p > 0 && (p >= max_picks || !(potential_of(best) < bound))) break;
         const Candidate chosen{key_index(best)};
         const int chosen_slot = chosen.slot(warps);
-        if constexpr (kOfDistance<Rule>) bound = Rule::add(bound, shared->weight[chosen_slot][chosen_slot]);
+        if constexpr (kOfDistance<Rule>) bound = Rule::add(bound, shared->table[chosen_slot]);
+        float weight[kWarpCandidates];
+        const int chosen_row = ClusterExchange::row_begin(chosen_slot) + lane;
+#pragma unroll
+        for (int h = 0; h < kWarpCandidates; ++h)
+          weight[h] = shared->table[chosen_slot < last[h] ? after[h] + chosen_slot : chosen_row + h * 32];
         float chosen_parameter = 0.f;
         if constexpr (Rule::kByPick) {
-          // slot = way * 32 + lane. A dynamic index would put the array into local memory.
-          const float low = chosen_slot & 32 ? candidate_parameter[1] : candidate_parameter[0];
-          const float high = chosen_slot & 32 ? candidate_parameter[3] : candidate_parameter[2];
-          chosen_parameter = __shfl_sync(kFullWarp, chosen_slot & 64 ? high : low, chosen_slot % 32);
+          float of_lane[kWarpCandidates];  // halved until [0] is that of the way: a dynamic index would put it into local memory
+#pragma unroll
+          for (int h = 0; h < kWarpCandidates; ++h) of_lane[h] = candidate_parameter[h];
+#pragma unroll
+          for (int half = kWarpCandidates / 2; half > 0; half /= 2)
+#pragma unroll
+            for (int h = 0; h < half; ++h) of_lane[h] = chosen_slot / 32 & half ? of_lane[h + half] : of_lane[h];
+          chosen_parameter = __shfl_sync(kFullWarp, of_lane[0], chosen_slot % 32);
         }
         emit_pick(p, chosen.token(), chosen_parameter);
-        // Adds the pick's weights to the candidates. An empty or a pending way reads a stale weight, and stays infinite. The row of a
-        // pending way is in flight, but inserted() == 0 keeps it from being read.
+        // An empty way adds a stale weight, and stays infinite, as does a pending way.
 #pragma unroll
-        for (int h = 0; h < kWarpCandidates; ++h) {
-          const int slot = h * 32 + lane;
-          const float weight =
-              candidate[h].inserted() > chosen.inserted() ? shared->weight[slot][chosen_slot] : shared->weight[chosen_slot][slot];
-          candidate_potential[h] =
-              slot == chosen_slot ? kInfinity : after_pick(rule, candidate_potential[h], weight, candidate_parameter[h], chosen_parameter);
-        }
+        for (int h = 0; h < kWarpCandidates; ++h)
+          candidate_potential[h] = after_pick(rule, candidate_potential[h], weight[h], candidate_parameter[h], chosen_parameter);
         best = lowest_candidate();
         count = p + 1;
       }
@@ -245,7 +277,7 @@ __device__ __forceinline__ void select_cluster(const StoredItems& stored, int64_
       // The only pick is the lowest token outside the table; in exchange 0 the first pick. Its weights to the candidates are in the matrix.
       const Candidate chosen{key_index(lowest_outside)};
       const int token =
-          static_cast<int>(exchange == 0 ? first_pick(item, make_key(key_value(lowest_outside), chosen.token())) : chosen.token());
+          static_cast<int>(exchange == 0 ? first_pick(item, make_key(potential_of(lowest_outside), chosen.token())) : chosen.token());
       if (picks == 1) {  // reads no row: packed items of one pick have no weights
         if (first == 0) picked[0] = token;
         return;
@@ -255,14 +287,37 @@ __device__ __forceinline__ void select_cluster(const StoredItems& stored, int64_
 #pragma unroll
       for (int h = 0; h < kWarpCandidates; ++h)
         if (candidate_potential[h] < kInfinity)
-          candidate_potential[h] = after_pick(rule, candidate_potential[h], __ldg(matrix + token * pitch + candidate[h].token()),
-                                              candidate_parameter[h], token_parameter);
+          candidate_potential[h] =
+              after_pick(rule, candidate_potential[h], __ldg(matrix + (static_cast<uint32_t>(token) * pitch + candidate[h].token())),
+                         candidate_parameter[h], token_parameter);
       count = 1;
     }
     done += count;
     if (done == picks) return;  // all warps in the same exchange, after all its messages: nothing is sent to a block that has ended
 
-    // ---- (4) add ----
+    // ---- (4) gather ----
+    // Of the candidate inserted for this warp, if any: mark the token, and start the loads of its row.
+    inserts = __popc(__ballot_sync(kFullWarp, pending >= 0));
+    inserted = __shfl_sync(kFullWarp, pending < 0 ? -1 : proposed, warp);
+    inserted_slot = __shfl_sync(kFullWarp, pending, warp) * 32 + warp;
+    evicted = __shfl_sync(kFullWarp, evicted, warp);
+    if (inserted >= 0) {
+#pragma unroll
+      for (int t = 0; t < kTokens; ++t) {
+        if (first + t * step == evicted) is_candidate &= ~(1u << t);
+        if (first + t * step == inserted) is_candidate |= 1u << t;
+      }
+#pragma unroll
+      for (int h = 0; h < kWarpCandidates; ++h)
+        inserted_row[h] = __ldg(matrix + (static_cast<uint32_t>(inserted) * pitch + candidate[h].token()));
+      if constexpr (kOfDistance<Rule>) inserted_min = __ldg(row_min + first_row + inserted);
+    }
+    victim_potential = -kInfinity;
+#pragma unroll
+    for (int h = 0; h < kWarpCandidates; ++h)
+      if (h != pending && candidate_potential[h] > victim_potential) victim = h, victim_potential = candidate_potential[h];
+
+    // ---- (5) add ----
     float low = kInfinity;
     int low_token = 0;
 #pragma unroll
@@ -277,18 +332,8 @@ __device__ __forceinline__ void select_cluster(const StoredItems& stored, int64_
       if (j == inserted) pending_potential = potential[t];
       if (!(is_candidate >> t & 1) && potential[t] < low) low = potential[t], low_token = j, lowest_parameter = parameter[t];
     }
-    lowest = low < kInfinity ? make_key(low, Candidate::make(low_token, 0, 0).bits) : no_token;
-    if (inserted < 0) continue;
-    // Sends the row of the inserted candidate. Every block expects its bytes in the next exchange (rows_sent).
-    pending_potential = __shfl_sync(kFullWarp, pending_potential, inserted % 32);
-#pragma unroll
-    for (int h = 0; h < kWarpCandidates; ++h)
-      if (kOfDistance<Rule> && h * 32 + lane == inserted_slot) inserted_row[h] = from_ordered_bits(__float_as_uint(inserted_row[h]));
-    Mbarrier* const next_arrivals = &shared->arrivals[(exchange + 1) & 1];
-    for (int block = 0; block < blocks; ++block)
-#pragma unroll
-      for (int h = 0; h < kWarpCandidates; ++h)
-        store_async(&shared->weight[inserted_slot][h * 32 + lane], inserted_row[h], next_arrivals, block);
+    lowest = low < kInfinity ? key_of(low, Candidate::make(low_token, 0).bits) : no_token;
+    if (inserted >= 0) pending_potential = __shfl_sync(kFullWarp, pending_potential, inserted % 32);
   }
 }
 #endif
