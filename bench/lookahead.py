@@ -15,7 +15,7 @@ from sts_kernels._cli import default_picture, load_picture
 from . import inputs
 
 
-def replay(x, k, warps=32, of_warp=8, most=12, groups=4, of_group=3):
+def replay(x, k, warps=32, of_warp=7, most=12, groups=4, of_group=3):
     """(picks per exchange, inserted candidates per exchange) for x (N, C).
 
     warps: warps of the cluster. of_warp: max candidates per warp. most: max picks per exchange. of_group: max

@@ -2,7 +2,7 @@
 // kClusterPicks picks.
 //
 // What: the blocks of a cluster share the tokens of an item; potentials are in registers. Every warp holds the same table of candidates:
-//   up to 8 tokens of low potential from each warp of the cluster. Their exact potentials are in registers, the weights of their pairs in
+//   up to 7 tokens of low potential from each warp of the cluster. Their exact potentials are in registers, the weights of their pairs in
 //   shared memory. So every warp can run the plain loop among the candidates without hearing from the others.
 // Bound: no token outside the table has a potential below the bound. Every exchange starts with the lowest potential outside the table.
 //   Where the weight depends on the distance alone (kOfDistance), every pick adds its row minimum (row_min) to the bound. For other rules
@@ -24,7 +24,8 @@
 //   counts their bytes; there is one for each parity of the exchange, and no cluster barrier in the loop.
 //   Invariant: a warp sends its message of exchange e + 1 after its last read in exchange e. A warp that has all messages of e + 1 may
 //   overwrite what was read in e: messages are double-buffered. The row of a candidate inserted in e is written between the messages of e
-//   and those of e + 1: its slot is pending then, and nobody reads a weight of a pending slot.
+//   and those of e + 1. Its slot is pending then, and nobody reads the row of a pending slot. Only the warp of a slot writes its row, and
+//   never in two exchanges running: before it writes again, all blocks have said that they have the row before.
 #pragma once
 #include "select_stored.cuh"
 
@@ -34,7 +35,7 @@ constexpr int kClusterWarps = 32;                        // max warps of a clust
 constexpr int kClusterTokens = 8;                        // max tokens per thread: 8 * 32 * 32 = kMatrixTokens
 constexpr int kClusterBlocks = 8;                        // blocks of a cluster: this or half of it
 constexpr int kClusterThreads = kClusterWarps / 4 * 32;  // max threads per block: the smallest cluster has 4 blocks
-constexpr int kWarpCandidates = 8;                       // table slots ("ways") per warp
+constexpr int kWarpCandidates = 7;                       // table slots ("ways") per warp
 constexpr int kAllCandidates = kWarpCandidates * kClusterWarps;       // slot = way * 32 + warp
 constexpr int kClusterPicks = 12;                                     // max picks per exchange
 constexpr int kInsertGroups = 4;                                      // warps w, w + 4, w + 8, ... insert at most kGroupInserts
@@ -48,39 +49,38 @@ struct alignas(16) WarpMessage {
   float parameter;  // parameter of the token in `lowest`
 };
 
-// Dynamic shared memory of a block, 137744 bytes. Every block has a copy, and all warps of the cluster write to all copies.
+// Dynamic shared memory of a block, 203536 bytes. Every block has a copy, and all warps of the cluster write to all copies.
 //   offset  field              bytes
 //        0  arrivals[2]           16  mbarriers of the even and the odd exchanges
 //       16  message[2][32]      1024  message[exchange % 2][warp]
-//     1040  table[33152]      132608  table[slot]: the row minimum of the candidate (kOfDistance), else infinity
-//                                     table[pair_index(slot a, slot b)]: the weight of the pair, infinite for a = b
-//   133648  unused[32][32]     4096  unused[warp]: what a warp sends in place of a weight that another warp sends
-// What a candidate has in the table is written once, when it is inserted.
+//     1040  row_min[224]         896  row_min[slot]: minimum over all tokens, for the bound (kOfDistance)
+//     1936  weight[224][225]  201600  weight[slot a][slot b], infinite for a = b
+// row_min[a] and weight[a] are written once for a candidate, when it is inserted: its weights to all candidates of that exchange. So the
+// weight of a pair is in the row of the candidate that was inserted later. 225 columns: elements (a, b) and (b, a) of one a and 32
+// consecutive b, in any mixture, are on different banks.
 struct ClusterExchange {
   Mbarrier arrivals[2];
   WarpMessage message[2][kClusterWarps];
-  float table[kAllCandidates + kAllCandidates * (kAllCandidates + 1) / 2];
-  float unused[kClusterWarps][32];
-
-  // Where the row of slot a begins in the lower triangle: its weights to the slots from 0 to a.
-  __device__ __forceinline__ static int row_begin(int a) { return kAllCandidates + a * (a + 1) / 2; }
-  // No bank conflicts: for one a and b = 32 h + lane, triangular numbers modulo 32 are a permutation of the lanes.
-  __device__ __forceinline__ static int pair_index(int a, int b) { return a > b ? row_begin(a) + b : row_begin(b) + a; }
+  float row_min[kAllCandidates];
+  float weight[kAllCandidates][kAllCandidates + 1];
 };
 
 // The low half of a candidate's key: breaks ties between equal potentials by token, the lowest first.
-//   bits  31..16  15..3   2..0
-//              0  token    way
+//   bits  31..29  28..16  15..13  12..0
+//              0   token     way  exchange in which it was inserted; 0: not a candidate
+// An exchange makes at least one pick, so there are at most 8192 exchanges. Nothing is inserted in exchange 0.
 struct Candidate {
   uint32_t bits;
-  __device__ __forceinline__ static Candidate make(int token, int way) {
-    return {static_cast<uint32_t>(token) << 3 | static_cast<uint32_t>(way)};
+  __device__ __forceinline__ static Candidate make(int token, int way, int exchange) {
+    return {static_cast<uint32_t>(token) << 16 | static_cast<uint32_t>(way) << 13 | static_cast<uint32_t>(exchange)};
   }
-  __device__ __forceinline__ int token() const { return static_cast<int>(bits >> 3); }
+  __device__ __forceinline__ int token() const { return static_cast<int>(bits >> 16); }
+  __device__ __forceinline__ int way() const { return static_cast<int>(bits >> 13 & 7); }
+  __device__ __forceinline__ int inserted() const { return static_cast<int>(bits & 8191); }
   // warps: of the cluster, a power of two. Token t belongs to warp t / 32 % warps.
-  __device__ __forceinline__ int slot(int warps) const { return static_cast<int>(bits & 7) * 32 + (token() / 32 & (warps - 1)); }
+  __device__ __forceinline__ int slot(int warps) const { return way() * 32 + (token() / 32 & (warps - 1)); }
 };
-static_assert(kWarpCandidates == 8, "3 bits for ways");
+static_assert(kWarpCandidates <= 8 && kClusterTokens * kClusterWarps * 32 == 1 << 13, "3 bits for ways, 13 for tokens and for exchanges");
 
 #if __CUDA_ARCH__ >= 900
 // By a cluster: the picks of item b, which is number `launched` of the grid. kTokens: tokens per thread; number t is token
@@ -93,7 +93,6 @@ __device__ __forceinline__ void select_cluster(const StoredItems& stored, int64_
   STS_DYNAMIC_SHARED(ClusterExchange, shared);
   const auto cluster = cooperative_groups::this_cluster();
   if (threadIdx.x < 2) mbarrier_init(&shared->arrivals[threadIdx.x]);
-  for (int slot = threadIdx.x; slot < kAllCandidates; slot += blockDim.x) shared->table[slot] = kInfinity;
   const int blocks = static_cast<int>(cluster.num_blocks()), lane = threadIdx.x % 32;
   const int warps = blocks * (blockDim.x / 32), warp = cluster.block_rank() * (blockDim.x / 32) + threadIdx.x / 32;  // in the cluster
   const Items& items = stored.items;
@@ -106,7 +105,7 @@ __device__ __forceinline__ void select_cluster(const StoredItems& stored, int64_
   const int64_t picks = item.picks < tokens ? item.picks : tokens;
   for (int64_t i = picks + first; i < item.picks; i += step) picked[i] = -1;
   if (picks == 0) return;
-  cluster.sync();  // before the first message: all blocks run, and their shared memory is initialised
+  cluster.sync();  // before the first message: all blocks run, and their mbarriers are initialised
 
   // ---- Registers of the tokens of this thread ----
   const auto key_of = [](float potential, uint32_t bits) { return static_cast<Key>(order_of<Rule>(potential)) << 32 | bits; };
@@ -125,7 +124,7 @@ __device__ __forceinline__ void select_cluster(const StoredItems& stored, int64_
     const float distance = mean_sqdist[first_row + j];
     const float start = kOfDistance<Rule> || !items.start ? kNonFinitePotential : items.start[first_row + j];
     potential[t] = first_potential(rule, distance < kInfinity, start, parameter[t]);
-    lowest = lower(lowest, key_of(first_key(rule, distance, potential[t], items.start, parameter[t]), Candidate::make(j, 0).bits));
+    lowest = lower(lowest, key_of(first_key(rule, distance, potential[t], items.start, parameter[t]), Candidate::make(j, 0, 0).bits));
   }
   float lowest_parameter = 0.f;   // parameter of the token in `lowest`; not read in exchange 0, which inserts nothing
   unsigned is_candidate = 0;      // bit t: token t of this thread is in the table, or was picked from it
@@ -136,11 +135,9 @@ __device__ __forceinline__ void select_cluster(const StoredItems& stored, int64_
   float candidate_potential[kWarpCandidates], candidate_parameter[kWarpCandidates];  // infinite potential: the way is empty or pending
 #pragma unroll
   for (int h = 0; h < kWarpCandidates; ++h)
-    candidate[h] = Candidate::make(0, h), candidate_potential[h] = kInfinity, candidate_parameter[h] = 0.f;
-  // Where the weight of a candidate to slot c is: after[h] + c for c < last[h], else the beginning of row c + the slot. A pending way has the
-  // row minimum of c instead: its weights are being written.
-  int after[kWarpCandidates], last[kWarpCandidates];
-  int pending = -1;  // the way inserted in this exchange, valid until (2) of the next; -1: none
+    candidate[h] = Candidate::make(0, h, 0), candidate_potential[h] = kInfinity, candidate_parameter[h] = 0.f;
+  int born[kWarpCandidates];  // exchange in which the way was inserted; -1: pending, its row must not be read
+  int pending = -1;           // the way inserted in this exchange, valid until (2) of the next; -1: none
   // The way that a message of the next exchange may take, and its potential: the highest of those that are not pending. An empty way is
   // infinite.
   int victim = 0;
@@ -176,20 +173,14 @@ __device__ __forceinline__ void select_cluster(const StoredItems& stored, int64_
     __syncwarp();  // all lanes have read from shared memory for the exchange before: the message says so to the cluster
     if (lane < blocks) store_async(&shared->message[exchange & 1][warp], {lowest, pending_potential, lowest_parameter}, arrivals, lane);
     if (inserted >= 0) {
-      float* weight[kWarpCandidates];
-#pragma unroll
-      for (int h = 0; h < kWarpCandidates; ++h) {
-        const int slot = h * 32 + lane;
-        const bool sent = h == pending && slot > inserted_slot;  // by the warp of that candidate
-        weight[h] = sent ? &shared->unused[warp][lane] : &shared->table[ClusterExchange::pair_index(inserted_slot, slot)];
-      }
 #pragma unroll 1
       for (int block = 0; block < blocks; block += kClusterBlocks / 2)
 #pragma unroll
         for (int h = 0; h < kWarpCandidates; ++h)
 #pragma unroll
-          for (int i = 0; i < kClusterBlocks / 2; ++i) store_async(weight[h], inserted_row[h], arrivals, block + i);
-      if (kOfDistance<Rule> && lane < blocks) store_async(&shared->table[inserted_slot], from_ordered_bits(inserted_min), arrivals, lane);
+          for (int i = 0; i < kClusterBlocks / 2; ++i)
+            store_async(&shared->weight[inserted_slot][h * 32 + lane], inserted_row[h], arrivals, block + i);
+      if (kOfDistance<Rule> && lane < blocks) store_async(&shared->row_min[inserted_slot], from_ordered_bits(inserted_min), arrivals, lane);
     }
     mbarrier_wait(arrivals, exchange / 2);
     const WarpMessage message = lane < warps ? shared->message[exchange & 1][lane] : WarpMessage{no_token, kInfinity, 0.f};
@@ -215,16 +206,12 @@ __device__ __forceinline__ void select_cluster(const StoredItems& stored, int64_
     for (int h = 0; h < kWarpCandidates; ++h) {
       if (h != pending) continue;
       evicted = candidate_potential[h] < kInfinity ? candidate[h].token() : -1;
-      candidate[h] = Candidate::make(proposed, h);
+      candidate[h] = Candidate::make(proposed, h, exchange);
       candidate_parameter[h] = message.parameter;
       candidate_potential[h] = kInfinity;
     }
 #pragma unroll
-    for (int h = 0; h < kWarpCandidates; ++h) {
-      const int slot = h * 32 + lane;
-      last[h] = h == pending ? kAllCandidates : slot;
-      after[h] = h == pending ? 0 : ClusterExchange::row_begin(slot);
-    }
+    for (int h = 0; h < kWarpCandidates; ++h) born[h] = h == pending ? -1 : candidate[h].inserted();
 
     // ---- (3) pick ----
     float row[kClusterPicks][kTokens], pick_parameter[kClusterPicks];  // row: weights of the picks to the tokens of this thread
@@ -248,21 +235,22 @@ __device__ __forceinline__ void select_cluster(const StoredItems& stored, int64_
         if (p > 0 && (p >= max_picks || !(potential_of(best) < bound))) break;
         const Candidate chosen{key_index(best)};
         const int chosen_slot = chosen.slot(warps);
-        if constexpr (kOfDistance<Rule>) bound = Rule::add(bound, shared->table[chosen_slot]);
+        if constexpr (kOfDistance<Rule>) bound = Rule::add(bound, shared->row_min[chosen_slot]);
         float weight[kWarpCandidates];
-        const int chosen_row = ClusterExchange::row_begin(chosen_slot) + lane;
+        const float* const of_chosen = &shared->weight[chosen_slot][lane];
+        const float* const to_chosen = &shared->weight[lane][chosen_slot];
 #pragma unroll
         for (int h = 0; h < kWarpCandidates; ++h)
-          weight[h] = shared->table[chosen_slot < last[h] ? after[h] + chosen_slot : chosen_row + h * 32];
+          weight[h] = born[h] > chosen.inserted() ? to_chosen[h * 32 * (kAllCandidates + 1)] : of_chosen[h * 32];
         float chosen_parameter = 0.f;
         if constexpr (Rule::kByPick) {
           float of_lane[kWarpCandidates];  // halved until [0] is that of the way: a dynamic index would put it into local memory
 #pragma unroll
           for (int h = 0; h < kWarpCandidates; ++h) of_lane[h] = candidate_parameter[h];
 #pragma unroll
-          for (int half = kWarpCandidates / 2; half > 0; half /= 2)
+          for (int half = 4; half > 0; half /= 2)
 #pragma unroll
-            for (int h = 0; h < half; ++h) of_lane[h] = chosen_slot / 32 & half ? of_lane[h + half] : of_lane[h];
+            for (int h = 0; h + half < kWarpCandidates && h < half; ++h) of_lane[h] = chosen.way() & half ? of_lane[h + half] : of_lane[h];
           chosen_parameter = __shfl_sync(kFullWarp, of_lane[0], chosen_slot % 32);
         }
         emit_pick(p, chosen.token(), chosen_parameter);
@@ -332,7 +320,7 @@ __device__ __forceinline__ void select_cluster(const StoredItems& stored, int64_
       if (j == inserted) pending_potential = potential[t];
       if (!(is_candidate >> t & 1) && potential[t] < low) low = potential[t], low_token = j, lowest_parameter = parameter[t];
     }
-    lowest = low < kInfinity ? key_of(low, Candidate::make(low_token, 0).bits) : no_token;
+    lowest = low < kInfinity ? key_of(low, Candidate::make(low_token, 0, 0).bits) : no_token;
     if (inserted >= 0) pending_potential = __shfl_sync(kFullWarp, pending_potential, inserted % 32);
   }
 }
