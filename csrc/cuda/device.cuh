@@ -153,14 +153,43 @@ __host__ __device__ __forceinline__ void from_float(float value, float& element)
 __host__ __device__ __forceinline__ void from_float(float value, __half& element) { element = __float2half_rn(value); }
 __host__ __device__ __forceinline__ void from_float(float value, __nv_bfloat16& element) { element = __float2bfloat16_rn(value); }
 
+// The elements of type T in a word of 32 bits.
+template <class T>
+using word_t = std::conditional_t<sizeof(T) == 4, float, std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>>;
+
+template <class T>
+__device__ __forceinline__ word_t<T> as_elements(uint32_t word) {
+  word_t<T> elements;
+  memcpy(&elements, &word, 4);
+  return elements;
+}
+template <class Elements>
+__device__ __forceinline__ uint32_t as_word(Elements elements) {
+  uint32_t word;
+  memcpy(&word, &elements, 4);
+  return word;
+}
+
 // a - b of two packed 16-bit elements of type T (the tag).
 template <class T>
 __device__ __forceinline__ uint32_t subtract_pairs(uint32_t a, uint32_t b, T) {
-  std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162> x, y;
-  memcpy(&x, &a, 4), memcpy(&y, &b, 4);
-  x = __hsub2(x, y);
-  memcpy(&a, &x, 4);
-  return a;
+  return as_word(__hsub2(as_elements<T>(a), as_elements<T>(b)));
+}
+
+// The lower and the higher of each element of two words of type T (the tag). Not for NaN.
+template <class T>
+__device__ __forceinline__ uint32_t lower_elements(uint32_t a, uint32_t b, T) {
+  if constexpr (sizeof(T) == 4)
+    return as_word(fminf(as_elements<T>(a), as_elements<T>(b)));
+  else
+    return as_word(__hmin2(as_elements<T>(a), as_elements<T>(b)));
+}
+template <class T>
+__device__ __forceinline__ uint32_t higher_elements(uint32_t a, uint32_t b, T) {
+  if constexpr (sizeof(T) == 4)
+    return as_word(fmaxf(as_elements<T>(a), as_elements<T>(b)));
+  else
+    return as_word(__hmax2(as_elements<T>(a), as_elements<T>(b)));
 }
 
 // ---- device: barriers between blocks ----

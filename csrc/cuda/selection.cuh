@@ -150,7 +150,6 @@ struct SelectionScratch {
   // Stored: (entries, tokens, matrix_pitch(tokens)), or the matrices of a wave. Streaming, not held: after[][], (lookahead, all tokens).
   float* weights = nullptr;
   unsigned* marks = nullptr;    // mma.sync: see launch_sqdist_mma
-  uint32_t* row_min = nullptr;  // clusters: (all tokens), ordered bits of the minimum of each row
   Key* keys = nullptr;          // swept: the keys of a SweepExchange per group
   float* floats = nullptr;      // swept: the floats of a SweepExchange per group
   unsigned* arrived = nullptr;  // swept: (groups)
@@ -165,10 +164,10 @@ struct SelectionScratch {
     const int64_t stored = items.packed() ? plan.packed.floats : items.tokens * matrix_pitch(items.tokens);
     const int64_t held = plan.stored ? items.packed() ? stored : plan.entries * stored : 0;
     const int64_t drafted = plan.swept && (!plan.held || items.packed()) ? plan.lookahead * all_tokens(items) : 0;
-    take_token_stats(stats, items, channels, plan.element_bytes, plan.from_mean, plan.mma || plan.wgmma, plan.wgmma, allocate);
+    take_token_stats(stats, items, channels, plan.element_bytes, plan.from_mean, plan.mma || plan.wgmma, plan.wgmma,
+                     plan.item_blocks > 1 && plan.row_min, allocate);
     take_array(weights, held > drafted ? held : drafted, allocate);
     take_array(marks, plan.stored && plan.mma && !plan.wgmma ? marks_of(plan, items) : 0, allocate);
-    take_array(row_min, plan.item_blocks > 1 && plan.row_min ? all_tokens(items) : 0, allocate);
     take_array(keys, SweepExchange::keys(plan.blocks), allocate);
     take_array(floats, plan.groups * SweepExchange::floats(), allocate);
     take_array(arrived, plan.groups, allocate);
@@ -197,8 +196,6 @@ class SelectionLaunch {
       if (error == cudaSuccess) error = launch_packed_plan(items_, plan_.packed, scratch_.packed, stream_);
       items_.planned = scratch_.packed.items;
     }
-    if (error == cudaSuccess && scratch_.row_min)
-      error = cudaMemsetAsync(scratch_.row_min, 0xff, all_tokens(items_) * sizeof(uint32_t), stream_);
     if (error == cudaSuccess) error = launch_token_stats(rows_, items_, scratch_.stats, stream_);
     if (error == cudaSuccess && plan_.stored) error = items_.packed() ? select_waves() : select_entries();
     return error == cudaSuccess && plan_.swept ? sweep() : error;
@@ -265,7 +262,7 @@ class SelectionLaunch {
   // f(std::true_type for mma.sync, the epilogue of a pair).
   template <class F>
   cudaError_t weigh(const F& f) {
-    const StoreWeight<Rule> store{rule_, scratch_.row_min};
+    const StoreWeight<Rule> store{rule_, scratch_.stats.row_min};
     if constexpr (sizeof(scalar_t) == 2) {
       if (plan_.mma) return f(std::true_type(), store);
     }
@@ -281,7 +278,7 @@ class SelectionLaunch {
   cudaError_t select_in_clusters(const StoredItems& stored, int64_t tokens, int64_t count) {
     const Launch shape = cluster_launch(tokens, count, plan_.item_blocks, stream_);
     return with_cluster_kernel<Rule>(tokens, [&](auto* kernel) {
-      return launch(kernel, shape, stored, plan_.lookahead, scratch_.row_min, scratch_.stats.mean_sqdist, rule_, out_);
+      return launch(kernel, shape, stored, plan_.lookahead, scratch_.stats.row_min, scratch_.stats.mean_sqdist, rule_, out_);
     });
   }
 

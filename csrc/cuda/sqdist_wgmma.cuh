@@ -371,7 +371,7 @@ cudaError_t launch_sqdist_wgmma(const Rows<scalar_t>& rows, const Items& items, 
 // Scratch for launch_sqdist_wgmma alone: the stats of `items` without their means.
 template <class Allocate>
 void take_wgmma_stats(TokenStats& stats, const Items& items, int64_t channels, int64_t element_bytes, Allocate&& allocate) {
-  take_token_stats(stats, items, channels, element_bytes, false, true, true, allocate);
+  take_token_stats(stats, items, channels, element_bytes, false, true, true, false, allocate);
 }
 
 // The same for `entries` entries of a padded batch, as launch_sqdist_mma.

@@ -4,10 +4,10 @@
 //   nearest token is the default anchor. For tensor cores also: a centre per item, each token's squared norm after subtraction of the
 //   centre, and a copy of the centred rows. Sums run over fixed token blocks in fixed order: an item's bits do not depend on its batch.
 // Chosen when: always. Arrays that are null are skipped.
-// Steps: (1) sum_token_blocks, a thread block per token block: finite flags, then sum, low and high of each channel; (2) mean, a thread
-//   block per 32 channels: reduces the token blocks to mean and centre; (3) mean_sqdist, a warp per token: squared distances to mean and
-//   centre, and the token's row of the centred copy.
-// Synchronisation: three launches. Block barriers around the finite flags, and around the partial results of the warps.
+// Steps: (1) sum_token_blocks, a thread block per token block: sum, low and high of each channel. A sum that is not finite tells of a token
+//   that is not, which is found and left out; (2) mean, a thread block per 32 channels: reduces the token blocks to mean and centre;
+//   (3) mean_sqdist, a warp per token: squared distances to mean and centre, and the token's row of the centred copy.
+// Synchronisation: three launches. Block barriers that vote on sums and tokens, and around the partial results of the warps.
 #pragma once
 #include "packed_plan.cuh"
 #include "rule.cuh"
@@ -15,7 +15,8 @@
 namespace sts {
 
 constexpr int kTokenBlock = 16;  // tokens per token block, whose channels one thread block sums
-constexpr int kStatsThreads = 256;
+constexpr int kTokenBlockThreads = 128, kChannelThreads = 512, kStatsThreads = 256;  // of (1), (2) and (3)
+constexpr int kBlockChannels = 32;                                                   // per thread block of (2)
 
 // The (item, part) tasks of a thread block, where a part is `size` tokens of an item. Padded: blockIdx.x is the part, and blockIdx.y
 // strides over the items. Packed: one task per thread block; packed_task finds its item.
@@ -42,6 +43,7 @@ STS_HOST_DEVICE int64_t centred_pitch(int64_t channels) { return ceil_div(channe
 struct TokenStats {
   float* mean_sqdist;  // (all tokens): squared distance to the mean, 0 without `mean`; infinity for a token that is not finite
   float* norms;        // (all tokens): squared norm of the centred row, NaN for a token that is not finite; or null
+  uint32_t* row_min;   // (all tokens): all bits set, above every minimum of a row; or null
   void* centre;        // (items, channels) of scalar_t, 16-byte aligned; or null
   // Centred rows of the finite tokens, or null. The subtraction is exact.
   //   16-bit features: (all tokens, centred_pitch(channels)) of scalar_t; padding channels are zero.
@@ -56,13 +58,14 @@ struct TokenStats {
 };
 
 // Lays out the arrays that are needed, one allocate(bytes) each. from_mean: the distances to the mean are needed. centre: tensor cores run.
-// centred: they read the centred copy.
+// centred: they read the centred copy. row_min: they find the minimum of each row.
 template <class Allocate>
 void take_token_stats(TokenStats& stats, const Items& items, int64_t channels, int64_t element_bytes, bool from_mean, bool centre,
-                      bool centred, Allocate&& allocate) {
+                      bool centred, bool row_min, Allocate&& allocate) {
   const int64_t token_blocks = all_token_blocks(items);
   take_array(stats.mean_sqdist, all_tokens(items), allocate);
   take_array(stats.norms, centre ? all_tokens(items) : 0, allocate);
+  take_array(stats.row_min, row_min ? all_tokens(items) : 0, allocate);
   if (centre) stats.centre = allocate(items.count * channels * element_bytes);
   if (centred) stats.centred = allocate(all_tokens(items) * centred_pitch(channels) * element_bytes);
   take_array(stats.sums, from_mean ? token_blocks * channels : 0, allocate);
@@ -87,15 +90,65 @@ __host__ __device__ __forceinline__ scalar_t exact_centre(float low, float high)
   return centre;
 }
 
-// (1) Finite flags, then sum, low and high of each channel, over one token block. kWhole: as in load_vec.
+template <class scalar_t>
+__device__ __forceinline__ Vec16<scalar_t> filled(float value) {
+  scalar_t elements[Vec16<scalar_t>::size];
+#pragma unroll
+  for (int i = 0; i < Vec16<scalar_t>::size; ++i) from_float(value, elements[i]);
+  Vec16<scalar_t> vec;
+  memcpy(vec.word, elements, 16);
+  return vec;
+}
+
+// Stores 16 bytes of a row from channel c on, up to its end. kWhole: all of them, 16-byte aligned.
+template <bool kWhole, class scalar_t>
+__device__ __forceinline__ void store_vec(const Vec16<scalar_t>& vec, scalar_t* row, int c, int channels) {
+  if constexpr (kWhole) {
+    *reinterpret_cast<uint4*>(row + c) = {vec.word[0], vec.word[1], vec.word[2], vec.word[3]};
+  } else {
+#pragma unroll
+    for (int i = 0; i < Vec16<scalar_t>::size; ++i)
+      if (c + i < channels) from_float(vec[i], row[c + i]);
+  }
+}
+
+// The same for floats.
+template <bool kWhole, int kCount>
+__device__ __forceinline__ void store_floats(const float (&values)[kCount], float* row, int c, int channels) {
+#pragma unroll
+  for (int i = 0; i < kCount; i += 4) {
+    Vec16<float> vec;
+    memcpy(vec.word, values + i, 16);
+    store_vec<kWhole>(vec, row, c + i, channels);
+  }
+}
+
+// Four elements of a row.
+template <class T>
+struct alignas(4 * sizeof(T)) Four {
+  T element[4];
+  __device__ __forceinline__ float operator[](int i) const { return to_float(element[i]); }
+};
+
+// The four from channel c on; past its end others of the row. kWhole: all or none are past it, and they are aligned.
+template <bool kWhole, class T>
+__device__ __forceinline__ Four<T> load_four(const T* row, int c, int channels) {
+  if constexpr (kWhole) {
+    return *reinterpret_cast<const Four<T>*>(row + (c < channels ? c : 0));
+  } else {
+    Four<T> four;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) four.element[i] = row[c + i < channels ? c + i : channels - 1];
+    return four;
+  }
+}
+
+// (1) Sum, low and high of each channel over one token block, and which tokens are finite. kWhole: as in load_vec.
 template <class scalar_t, bool kWhole>
-__global__ void __launch_bounds__(kStatsThreads, 1)
+__global__ void __launch_bounds__(kTokenBlockThreads, 3)
     sum_token_blocks_kernel(Rows<scalar_t> rows, Items items, bool aligned, TokenStats stats) {
-  __shared__ bool finite[kTokenBlock];
   constexpr int kVec = Vec16<scalar_t>::size;
-  constexpr int kUnroll = 4, kWarpRows = kTokenBlock * 32 / kStatsThreads;  // 16-byte loads in flight per row; rows per warp
   static_assert(kTokenBlock <= 32, "a bit of a word for each token");
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   for (StatsLoop loop(items, kTokenBlock); loop.more(); loop.next()) {
     const int64_t b = loop.task.item;
     const Item item = items[b];
@@ -103,123 +156,152 @@ __global__ void __launch_bounds__(kStatsThreads, 1)
     const int64_t begin = loop.task.part * kTokenBlock;
     if (begin >= item.tokens) continue;
     const int count = static_cast<int>(item.tokens - begin < kTokenBlock ? item.tokens - begin : kTokenBlock);
-    const int64_t first = item.first + begin;
-    // For latency, all loads of a step are issued before the first use. Rows past the end repeat the last row.
-    const scalar_t* row[kWarpRows];
-    float nan_probe[kWarpRows];  // sum of x - x, branch-free: 0, or NaN once a channel is not finite
+    const int64_t first = item.first + begin, token_block = first_token_block(items, b, item.first) + loop.task.part;
+    unsigned finite = (2u << (count - 1)) - 1;  // bit t: token t of the block is finite, as is assumed of all at first
+    for (bool known = false;; known = true) {
+      bool all_finite = true;
+      for (int c = threadIdx.x * kVec; c < rows.channels; c += kTokenBlockThreads * kVec) {
+        float sum[kVec] = {};
+        Vec16<scalar_t> x[kTokenBlock], low, high;
+        if (finite) {
+          // All loads are issued before the first use. In place of a token that is not finite or past the end, a finite one is read again,
+          // which changes neither low nor high.
+          const scalar_t *next = rows.row(entry, first), *row = next + (__ffs(finite) - 1) * rows.row_stride;
 #pragma unroll
-    for (int r = 0; r < kWarpRows; ++r) {
-      const int token = warp + r * (kStatsThreads / 32);
-      row[r] = rows.row(entry, first + (token < count ? token : count - 1));
-      nan_probe[r] = 0.f;
-    }
-    for (int first_c = lane * kVec; first_c < rows.channels; first_c += kUnroll * 32 * kVec) {
-      Vec16<scalar_t> x[kWarpRows][kUnroll];
-#pragma unroll
-      for (int r = 0; r < kWarpRows; ++r)
-#pragma unroll
-        for (int u = 0; u < kUnroll; ++u) x[r][u] = load_vec<kWhole>(row[r], first_c + u * 32 * kVec, rows.channels, aligned);
-#pragma unroll
-      for (int r = 0; r < kWarpRows; ++r)
-#pragma unroll
-        for (int u = 0; u < kUnroll; ++u)
-#pragma unroll
-          for (int i = 0; i < kVec; ++i) nan_probe[r] += x[r][u][i] - x[r][u][i];
-    }
-#pragma unroll
-    for (int r = 0; r < kWarpRows; ++r) {
-      const int token = warp + r * (kStatsThreads / 32);
-      const bool token_finite = __all_sync(kFullWarp, nan_probe[r] == 0.f);
-      if (lane != 0 || token >= count) continue;
-      finite[token] = token_finite;
-      stats.mean_sqdist[entry * items.tokens + first + token] = token_finite ? 0.f : kInfinity;
-    }
-    __syncthreads();  // `finite` is complete
-    const unsigned finite_mask = __ballot_sync(kFullWarp, lane < count && finite[lane]);
-    const int64_t token_block = first_token_block(items, b, item.first) + loop.task.part;
-    if (stats.sums || stats.lows) {
-      for (int c = threadIdx.x * kVec; c < rows.channels; c += kStatsThreads * kVec) {
-        float sum[kVec] = {}, low[kVec], high[kVec];
-#pragma unroll
-        for (int i = 0; i < kVec; ++i) low[i] = kInfinity, high[i] = -kInfinity;
-        const scalar_t* column = rows.row(entry, first);
-        Vec16<scalar_t> x[kTokenBlock];
-#pragma unroll
-        for (int u = 0; u < kTokenBlock; ++u) {
-          x[u] = load_vec<kWhole>(column, c, rows.channels, aligned);
-          if (u + 1 < count) column += rows.row_stride;
-        }
-#pragma unroll
-        for (int u = 0; u < kTokenBlock; ++u) {
-          const bool token_finite = finite_mask >> u & 1;  // select, not branch: the compiler would move the loads behind a branch
-#pragma unroll
-          for (int i = 0; i < kVec; ++i) {
-            sum[i] += token_finite ? x[u][i] : 0.f;
-            low[i] = fminf(low[i], token_finite ? x[u][i] : kInfinity);
-            high[i] = fmaxf(high[i], token_finite ? x[u][i] : -kInfinity);
+          for (int t = 0; t < kTokenBlock; ++t) {
+            row = finite >> t & 1 ? next : row;
+            next += rows.row_stride;
+            x[t] = load_vec<kWhole>(row, c, rows.channels, aligned);
           }
-        }
+          low = high = x[0];
 #pragma unroll
-        for (int i = 0; i < kVec; ++i) {
-          if (c + i >= rows.channels) continue;
-          const int64_t at = token_block * rows.channels + c + i;
-          if (stats.sums) stats.sums[at] = sum[i];
-          if (!stats.lows) continue;
-          from_float(low[i], static_cast<scalar_t*>(stats.lows)[at]);
-          from_float(high[i], static_cast<scalar_t*>(stats.highs)[at]);
+          for (int t = 0; t < kTokenBlock; ++t) {
+            const float counts = finite >> t & 1 ? 1.f : 0.f;
+#pragma unroll
+            for (int w = 0; w < 4; ++w) {
+              low.word[w] = lower_elements(low.word[w], x[t].word[w], scalar_t());
+              high.word[w] = higher_elements(high.word[w], x[t].word[w], scalar_t());
+            }
+#pragma unroll
+            for (int i = 0; i < kVec; ++i) sum[i] = fmaf(x[t][i], counts, sum[i]);
+          }
+#pragma unroll
+          for (int i = 0; i < kVec; ++i) all_finite &= sum[i] - sum[i] == 0.f;
+        } else {
+          low = filled<scalar_t>(kInfinity), high = filled<scalar_t>(-kInfinity);
         }
+        const int64_t row = token_block * rows.channels;
+        if (stats.sums) store_floats<kWhole>(sum, stats.sums + row, c, rows.channels);
+        if (!stats.lows) continue;
+        store_vec<kWhole>(low, static_cast<scalar_t*>(stats.lows) + row, c, rows.channels);
+        store_vec<kWhole>(high, static_cast<scalar_t*>(stats.highs) + row, c, rows.channels);
       }
-      if (stats.sums && threadIdx.x == 0) stats.counts[token_block] = static_cast<float>(__popc(finite_mask));
+      if (known || !__syncthreads_or(!all_finite)) break;
+      // A sum that is not finite: of a token that is not, or of an overflow. The sums are computed again, of the finite tokens.
+      for (int t = 0; t < count; ++t) {
+        float probe = 0.f;  // sum of x - x: 0, or NaN once a channel is not finite
+        for (int c = threadIdx.x * kVec; c < rows.channels; c += kTokenBlockThreads * kVec) {
+          const Vec16<scalar_t> x = load_vec<kWhole>(rows.row(entry, first + t), c, rows.channels, aligned);
+#pragma unroll
+          for (int i = 0; i < kVec; ++i) probe += x[i] - x[i];
+        }
+        if (__syncthreads_or(probe != 0.f)) finite &= ~(1u << t);
+      }
     }
-    __syncthreads();  // all warps have read `finite`, which the next task overwrites
+    if (static_cast<int>(threadIdx.x) < count) {
+      const int64_t token = entry * items.tokens + first + threadIdx.x;
+      stats.mean_sqdist[token] = finite >> threadIdx.x & 1 ? 0.f : kInfinity;
+      if (stats.row_min) stats.row_min[token] = ~0u;
+    }
+    if (stats.sums && threadIdx.x == 0) stats.counts[token_block] = static_cast<float>(__popc(finite));
   }
 }
 
-// (2) Mean and centre of each item. A lane owns a channel; warp w reduces the token blocks w, w + kWarps, ...
-template <class scalar_t>
-__global__ void __launch_bounds__(kStatsThreads, 1) mean_kernel(Items items, int channels, TokenStats stats) {
+// (2) Mean and centre of each item. A thread has four channels of the token blocks r, r + kRows, ...; lanes l, l + 8, ... have the same
+// channels. kWhole: whole vectors of four channels.
+template <class scalar_t, bool kWhole>
+__global__ void __launch_bounds__(kChannelThreads, 1) mean_kernel(Items items, int channels, TokenStats stats) {
   await_predecessor();
-  constexpr int kWarps = kStatsThreads / 32, kUnroll = 6;  // kUnroll: token blocks whose loads are in flight together
-  __shared__ float sums[kWarps][32], counts[kWarps], lows[kWarps][32], highs[kWarps][32];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, c = blockIdx.x * 32 + lane;
+  constexpr int kLanes = kBlockChannels / 4, kRows = kChannelThreads / kLanes, kWarps = kChannelThreads / 32;
+  constexpr int kUnroll = kWhole ? 4 : 1;  // token blocks whose loads are in flight together
+  __shared__ float sums[kWarps][kBlockChannels], counts[kWarps], lows[kWarps][kBlockChannels], highs[kWarps][kBlockChannels];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, c = blockIdx.x * kBlockChannels + lane % kLanes * 4;
   const auto *const all_lows = static_cast<const scalar_t*>(stats.lows), *const all_highs = static_cast<const scalar_t*>(stats.highs);
   for (int64_t b = blockIdx.y; b < items.count; b += gridDim.y) {
     const Item item = items[b];
     const int64_t begin = first_token_block(items, b, item.first), end = begin + ceil_div(item.tokens, kTokenBlock);
-    float sum = 0.f, count = 0.f, low = kInfinity, high = -kInfinity;
-    for (int64_t token_block = begin + warp; token_block < end; token_block += kUnroll * kWarps) {
-      float each_sum[kUnroll], each_count[kUnroll], each_low[kUnroll], each_high[kUnroll];
+    float sum[4] = {}, low[4], high[4], count = 0.f;
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        const bool inside = token_block + u * kWarps < end && c < channels;
-        const int64_t at = (token_block + u * kWarps) * channels + c;
-        each_sum[u] = inside && stats.sums ? stats.sums[at] : 0.f;
-        each_count[u] = inside && stats.sums ? stats.counts[token_block + u * kWarps] : 0.f;
-        each_low[u] = inside && all_lows ? to_float(all_lows[at]) : kInfinity;
-        each_high[u] = inside && all_highs ? to_float(all_highs[at]) : -kInfinity;
+    for (int i = 0; i < 4; ++i) low[i] = kInfinity, high[i] = -kInfinity;
+    for (int64_t token_block = begin + threadIdx.x / kLanes; token_block < end; token_block += kUnroll * kRows) {
+      // All loads are issued before the first use. Past the end the last token block is read again.
+      int64_t at[kUnroll];
+      float each_count[kUnroll] = {};
+      Four<float> each_sum[kUnroll];
+      Four<scalar_t> each_low[kUnroll], each_high[kUnroll];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) at[u] = token_block + u * kRows < end ? token_block + u * kRows : end - 1;
+      if (stats.sums) {
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+          each_sum[u] = load_four<kWhole>(stats.sums + at[u] * channels, c, channels);
+          each_count[u] = stats.counts[at[u]];
+        }
       }
+      if (all_lows) {
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        sum += each_sum[u];
-        count += each_count[u];
-        low = fminf(low, each_low[u]);
-        high = fmaxf(high, each_high[u]);
+        for (int u = 0; u < kUnroll; ++u) {
+          each_low[u] = load_four<kWhole>(all_lows + at[u] * channels, c, channels);
+          each_high[u] = load_four<kWhole>(all_highs + at[u] * channels, c, channels);
+        }
+      }
+      if (stats.sums) {
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+          const bool inside = token_block + u * kRows < end;
+          count += inside ? each_count[u] : 0.f;
+#pragma unroll
+          for (int i = 0; i < 4; ++i) sum[i] += inside ? each_sum[u][i] : 0.f;
+        }
+      }
+      if (all_lows) {
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) low[i] = fminf(low[i], each_low[u][i]), high[i] = fmaxf(high[i], each_high[u][i]);
       }
     }
-    __syncthreads();  // warp 0 has read the partial results of the previous item
-    sums[warp][lane] = sum, lows[warp][lane] = low, highs[warp][lane] = high;
-    if (lane == 0) counts[warp] = count;
+#pragma unroll
+    for (int offset = kLanes; offset < 32; offset *= 2) {
+      count += __shfl_xor_sync(kFullWarp, count, offset);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        sum[i] += __shfl_xor_sync(kFullWarp, sum[i], offset);
+        low[i] = fminf(low[i], __shfl_xor_sync(kFullWarp, low[i], offset));
+        high[i] = fmaxf(high[i], __shfl_xor_sync(kFullWarp, high[i], offset));
+      }
+    }
+    __syncthreads();  // the partial results of the previous item have been read
+    if (lane < kLanes) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[warp][lane * 4 + i] = sum[i], lows[warp][lane * 4 + i] = low[i], highs[warp][lane * 4 + i] = high[i];
+      if (lane == 0) counts[warp] = count;
+    }
     __syncthreads();
-    if (warp != 0 || c >= channels) continue;
+    // Warp 0 writes the means, warp 1 the centres.
+    const int own = blockIdx.x * kBlockChannels + lane;
+    if (own >= channels) continue;
+    if (warp == 0 && stats.mean) {
+      float total = 0.f, tokens = 0.f;
 #pragma unroll
-    for (int w = 1; w < kWarps; ++w) {
-      sum += sums[w][lane];
-      count += counts[w];
-      low = fminf(low, lows[w][lane]);
-      high = fmaxf(high, highs[w][lane]);
+      for (int w = 0; w < kWarps; ++w) total += sums[w][lane], tokens += counts[w];
+      stats.mean[b * channels + own] = tokens > 0.f ? total / tokens : 0.f;
+    } else if (warp == 1 && stats.centre) {
+      float lowest = kInfinity, highest = -kInfinity;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) lowest = fminf(lowest, lows[w][lane]), highest = fmaxf(highest, highs[w][lane]);
+      static_cast<scalar_t*>(stats.centre)[b * channels + own] = exact_centre<scalar_t>(lowest, highest);
     }
-    if (stats.mean) stats.mean[b * channels + c] = count > 0.f ? sum / count : 0.f;
-    if (stats.centre) static_cast<scalar_t*>(stats.centre)[b * channels + c] = exact_centre<scalar_t>(low, high);
   }
 }
 
@@ -236,10 +318,7 @@ __global__ void __launch_bounds__(kStatsThreads) mean_sqdist_kernel(Rows<scalar_
     if (i >= item.tokens) continue;
     const int64_t entry = items.packed() ? 0 : b;
     const int64_t token = entry * items.tokens + item.first + i;
-    if (stats.mean_sqdist[token] != 0.f) {  // infinity, by (1): not finite
-      if (stats.norms && lane == 0) stats.norms[token] = __uint_as_float(0x7fc00000u);
-      continue;
-    }
+    const bool finite = stats.mean_sqdist[token] == 0.f;  // by (1): 0 or infinity. Loaded together with the row
     const scalar_t* row = rows.row(entry, item.first + i);
     const float* mean = stats.mean ? stats.mean + b * rows.channels : nullptr;
     const scalar_t* centre = stats.centre ? static_cast<const scalar_t*>(stats.centre) + b * rows.channels : nullptr;
@@ -262,9 +341,8 @@ __global__ void __launch_bounds__(kStatsThreads) mean_sqdist_kernel(Rows<scalar_
       for (int u = 0; u < kUnroll; ++u) {
 #pragma unroll
         for (int v = 0; v < kVec; ++v) {
-          if (first_c + u * 32 * kVec + v >= rows.channels) continue;
-          const float from_mean = mean ? x[u][v] - mean_vec[u][v / 4][v % 4] : 0.f, from_centre = x[u][v] - centre_vec[u][v];
-          sum = fmaf(from_mean, from_mean, sum);
+          const float from_mean = x[u][v] - mean_vec[u][v / 4][v % 4], from_centre = x[u][v] - centre_vec[u][v];
+          sum = fmaf(from_mean, from_mean, sum);  // channels past the end are zeros
           norm = fmaf(from_centre, from_centre, norm);
         }
         const int c = first_c + u * 32 * kVec;
@@ -298,29 +376,30 @@ __global__ void __launch_bounds__(kStatsThreads) mean_sqdist_kernel(Rows<scalar_
     if (lane != 0) continue;
     // A sum that overflowed (infinity, or NaN from an overflowed mean) is clamped: it sorts after all other finite tokens, but before
     // infinity.
-    stats.mean_sqdist[token] = sum < kNonFinitePotential ? sum : kNonFinitePotential;
-    if (stats.norms) stats.norms[token] = norm;
+    if (finite) stats.mean_sqdist[token] = !mean ? 0.f : sum < kNonFinitePotential ? sum : kNonFinitePotential;
+    if (stats.norms) stats.norms[token] = finite ? norm : __uint_as_float(0x7fc00000u);
   }
 }
 
 template <class scalar_t>
 cudaError_t launch_token_stats(const Rows<scalar_t>& rows, const Items& items, const TokenStats& stats, cudaStream_t stream) {
   const bool aligned = rows_aligned(rows);
-  const auto shape = [&](int64_t blocks, bool overlap) {
-    return Launch{dim3(static_cast<unsigned>(blocks), grid_extent(items.count)), dim3(kStatsThreads), 0, 1, false, stream, overlap};
+  const auto shape = [&](int64_t blocks, int threads, bool overlap) {
+    return Launch{dim3(static_cast<unsigned>(blocks), grid_extent(items.count)), dim3(threads), 0, 1, false, stream, overlap};
   };
-  const auto parts = [&](int size, bool overlap) {
-    if (!items.packed()) return shape(ceil_div(items.tokens, size), overlap);
-    return Launch{dim3(static_cast<unsigned>(packed_tasks(items, size))), dim3(kStatsThreads), 0, 1, false, stream, overlap};
+  const auto parts = [&](int size, int threads, bool overlap) {
+    if (!items.packed()) return shape(ceil_div(items.tokens, size), threads, overlap);
+    return Launch{dim3(static_cast<unsigned>(packed_tasks(items, size))), dim3(threads), 0, 1, false, stream, overlap};
   };
   const bool whole = aligned && rows.channels % Vec16<scalar_t>::size == 0;
   cudaError_t error = launch(whole ? sum_token_blocks_kernel<scalar_t, true> : sum_token_blocks_kernel<scalar_t, false>,
-                             parts(kTokenBlock, false), rows, items, aligned, stats);
+                             parts(kTokenBlock, kTokenBlockThreads, false), rows, items, aligned, stats);
   if (error != cudaSuccess || !(stats.sums || stats.norms)) return error;
-  error = launch(mean_kernel<scalar_t>, shape(ceil_div(rows.channels, 32), true), items, rows.channels, stats);
+  error = launch(rows.channels % 4 == 0 ? mean_kernel<scalar_t, true> : mean_kernel<scalar_t, false>,
+                 shape(ceil_div(rows.channels, kBlockChannels), kChannelThreads, true), items, rows.channels, stats);
   if (error != cudaSuccess) return error;
-  return launch(whole ? mean_sqdist_kernel<scalar_t, true> : mean_sqdist_kernel<scalar_t, false>, parts(kStatsThreads / 32, true), rows,
-                items, aligned, stats);
+  return launch(whole ? mean_sqdist_kernel<scalar_t, true> : mean_sqdist_kernel<scalar_t, false>,
+                parts(kStatsThreads / 32, kStatsThreads, true), rows, items, aligned, stats);
 }
 
 // The first pick: the anchor, else the finite token nearest the mean, else token 0. nearest: the lowest key (distance, token) of the item.

@@ -242,7 +242,7 @@ MUTANTS = (
         "the centre is left in the norms",
         "repulsion_select",
         "token_stats.cuh",
-        (": 0.f, from_centre = x[u][v] - centre_vec[u][v];", ": 0.f, from_centre = x[u][v];"),
+        (", from_centre = x[u][v] - centre_vec[u][v];", ", from_centre = x[u][v];"),
     ),
     mutant(
         "column minima read before all warps have lowered them",
@@ -478,10 +478,10 @@ MUTANTS = (
     ),
     # A selection.
     mutant(
-        "no barrier after the finite tokens are noted",
+        "a token is finite if the channels of a thread are",
         "repulsion_select",
         "token_stats.cuh",
-        ("    __syncthreads();  // `finite` is complete\n", ""),
+        ("if (__syncthreads_or(probe != 0.f)) finite", "if (probe != 0.f) finite"),
     ),
     # A selection over stored weights.
     mutant(
@@ -659,23 +659,20 @@ MUTANTS = (
         "the weight of another way",
         "repulsion_select",
         "select_cluster.cuh",
-        ("chosen_row + h * 32]", "chosen_row]"),
-        says="deadlock",  # blocks with other stale weights make other picks
+        ("of_chosen[h * 32];", "of_chosen[0];"),
     ),
     mutant(
         "a row is read before it is there",
         "repulsion_select",
         "select_cluster.cuh",
-        ("last[h] = h == pending ? kAllCandidates : slot;", "last[h] = slot;"),
-        ("after[h] = h == pending ? 0 : ClusterExchange", "after[h] = ClusterExchange"),
+        ("born[h] = h == pending ? -1 : candidate", "born[h] = candidate"),
         says=RACE,
     ),
     mutant(
-        "two warps send the weight of a pair",
+        "the weights of the row that came first",
         "repulsion_select",
         "select_cluster.cuh",
-        ("weight[h] = sent ? &shared->unused[warp][lane] : ", "weight[h] = "),
-        says=RACE,
+        ("born[h] > chosen.inserted()", "born[h] < chosen.inserted()"),
     ),
     mutant(
         "a candidate that has just come is evicted",

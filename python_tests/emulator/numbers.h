@@ -1,5 +1,5 @@
-// CUDA's number and vector types, as far as the kernels use them. 16-bit types have conversions and paired subtraction alone; all other
-// arithmetic is float32.
+// CUDA's number and vector types, as far as the kernels use them. 16-bit types have conversions, and difference, minimum and maximum of
+// pairs; all other arithmetic is float32.
 #pragma once
 #include <bit>
 #include <cstdint>
@@ -53,6 +53,19 @@ inline __half2 __hsub2(__half2 a, __half2 b) {
 inline __nv_bfloat162 __hsub2(__nv_bfloat162 a, __nv_bfloat162 b) {
   return {__float2bfloat16_rn(__bfloat162float(a.x) - __bfloat162float(b.x)),
           __float2bfloat16_rn(__bfloat162float(a.y) - __bfloat162float(b.y))};
+}
+
+inline __half2 __hmin2(__half2 a, __half2 b) {
+  return {__half2float(b.x) < __half2float(a.x) ? b.x : a.x, __half2float(b.y) < __half2float(a.y) ? b.y : a.y};
+}
+inline __half2 __hmax2(__half2 a, __half2 b) {
+  return {__half2float(b.x) > __half2float(a.x) ? b.x : a.x, __half2float(b.y) > __half2float(a.y) ? b.y : a.y};
+}
+inline __nv_bfloat162 __hmin2(__nv_bfloat162 a, __nv_bfloat162 b) {
+  return {__bfloat162float(b.x) < __bfloat162float(a.x) ? b.x : a.x, __bfloat162float(b.y) < __bfloat162float(a.y) ? b.y : a.y};
+}
+inline __nv_bfloat162 __hmax2(__nv_bfloat162 a, __nv_bfloat162 b) {
+  return {__bfloat162float(b.x) > __bfloat162float(a.x) ? b.x : a.x, __bfloat162float(b.y) > __bfloat162float(a.y) ? b.y : a.y};
 }
 
 // The value of 16 bits as __half or __nv_bfloat16 (the tag).

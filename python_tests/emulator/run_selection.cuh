@@ -23,8 +23,8 @@ cudaError_t run_selection(const Rows<scalar_t>& rows, const Items& items, int64_
   const SelectionScratch scratch = layout(memory);
   cudaError_t error = launch_selection(rows, items, plan, scratch, rule, out, stream);
   if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
-  const unsigned* debug_data = scratch.row_min ? scratch.row_min : scratch.marks ? scratch.marks : scratch.arrived;
-  const int64_t debug_count = scratch.row_min ? all_tokens(items) : scratch.marks ? SelectionScratch::marks_of(plan, items) : 1;
+  const unsigned* debug_data = scratch.stats.row_min ? scratch.stats.row_min : scratch.marks ? scratch.marks : scratch.arrived;
+  const int64_t debug_count = scratch.stats.row_min ? all_tokens(items) : scratch.marks ? SelectionScratch::marks_of(plan, items) : 1;
   if (error == cudaSuccess && debug_out && debug_data)
     error = cudaMemcpy(debug_out, debug_data, debug_count * sizeof *debug_out, cudaMemcpyDeviceToDevice);
   return error;
