@@ -15,7 +15,7 @@
 namespace sts {
 
 constexpr int kTokenBlock = 16;  // tokens per token block, whose channels one thread block sums
-constexpr int kTokenBlockThreads = 128, kChannelThreads = 512, kStatsThreads = 256;  // of (1), (2) and (3)
+constexpr int kTokenBlockThreads = 128, kChannelThreads = 256, kStatsThreads = 256;  // of (1), (2) and (3)
 constexpr int kBlockChannels = 32;                                                   // per thread block of (2)
 
 // The (item, part) tasks of a thread block, where a part is `size` tokens of an item. Padded: blockIdx.x is the part, and blockIdx.y
@@ -44,20 +44,19 @@ struct TokenStats {
   float* mean_sqdist;  // (all tokens): squared distance to the mean, 0 without `mean`; infinity for a token that is not finite
   float* norms;        // (all tokens): squared norm of the centred row, NaN for a token that is not finite; or null
   uint32_t* row_min;   // (all tokens): all bits set, above every minimum of a row; or null
-  void* centre;        // (items, channels) of scalar_t, 16-byte aligned; or null
   // Centred rows of the finite tokens, or null. The subtraction is exact.
   //   16-bit features: (all tokens, centred_pitch(channels)) of scalar_t; padding channels are zero.
   //   float32: (all tokens, 2, centred_pitch(channels)) of bfloat16. Part 0 is the value rounded to bfloat16, part 1 the rounded remainder.
   void* centred;
-  // Scratch. Null where no distance to the mean is needed:
-  float* sums;    // (all token blocks, channels): over finite tokens
-  float* counts;  // (all token blocks): number of finite tokens
-  float* mean;    // (items, channels)
-  // Null where there is no centre:
+  // Null where finite flags are all that is needed:
+  void* centre;        // (items, channels) of scalar_t, 16-byte aligned
+  float* mean;         // (items, channels)
+  float* sums;         // (all token blocks, channels): over finite tokens
+  float* counts;       // (all token blocks): number of finite tokens
   void *lows, *highs;  // (all token blocks, channels) of scalar_t: min and max over finite tokens, +inf and -inf without any
 };
 
-// Lays out the arrays that are needed, one allocate(bytes) each. from_mean: the distances to the mean are needed. centre: tensor cores run.
+// Lays out the arrays that are needed, one allocate(bytes) each. from_mean: distances to the mean are needed. centre: tensor cores run.
 // centred: they read the centred copy. row_min: they find the minimum of each row.
 template <class Allocate>
 void take_token_stats(TokenStats& stats, const Items& items, int64_t channels, int64_t element_bytes, bool from_mean, bool centre,
@@ -66,13 +65,14 @@ void take_token_stats(TokenStats& stats, const Items& items, int64_t channels, i
   take_array(stats.mean_sqdist, all_tokens(items), allocate);
   take_array(stats.norms, centre ? all_tokens(items) : 0, allocate);
   take_array(stats.row_min, row_min ? all_tokens(items) : 0, allocate);
-  if (centre) stats.centre = allocate(items.count * channels * element_bytes);
   if (centred) stats.centred = allocate(all_tokens(items) * centred_pitch(channels) * element_bytes);
-  take_array(stats.sums, from_mean ? token_blocks * channels : 0, allocate);
-  take_array(stats.counts, from_mean ? token_blocks : 0, allocate);
-  take_array(stats.mean, from_mean ? items.count * channels : 0, allocate);
-  if (centre) stats.lows = allocate(token_blocks * channels * element_bytes);
-  if (centre) stats.highs = allocate(token_blocks * channels * element_bytes);
+  if (!from_mean && !centre) return;
+  stats.centre = allocate(items.count * channels * element_bytes);
+  take_array(stats.mean, items.count * channels, allocate);
+  take_array(stats.sums, token_blocks * channels, allocate);
+  take_array(stats.counts, token_blocks, allocate);
+  stats.lows = allocate(token_blocks * channels * element_bytes);
+  stats.highs = allocate(token_blocks * channels * element_bytes);
 }
 
 // A centre c for which x - c is exact for every element x in [low, high], by Sterbenz's lemma: x / 2 <= c <= 2 x in magnitude. Returns 0 if
@@ -190,9 +190,9 @@ __global__ void __launch_bounds__(kTokenBlockThreads, 3)
         } else {
           low = filled<scalar_t>(kInfinity), high = filled<scalar_t>(-kInfinity);
         }
+        if (!stats.mean) continue;
         const int64_t row = token_block * rows.channels;
-        if (stats.sums) store_floats<kWhole>(sum, stats.sums + row, c, rows.channels);
-        if (!stats.lows) continue;
+        store_floats<kWhole>(sum, stats.sums + row, c, rows.channels);
         store_vec<kWhole>(low, static_cast<scalar_t*>(stats.lows) + row, c, rows.channels);
         store_vec<kWhole>(high, static_cast<scalar_t*>(stats.highs) + row, c, rows.channels);
       }
@@ -213,17 +213,17 @@ __global__ void __launch_bounds__(kTokenBlockThreads, 3)
       stats.mean_sqdist[token] = finite >> threadIdx.x & 1 ? 0.f : kInfinity;
       if (stats.row_min) stats.row_min[token] = ~0u;
     }
-    if (stats.sums && threadIdx.x == 0) stats.counts[token_block] = static_cast<float>(__popc(finite));
+    if (stats.mean && threadIdx.x == 0) stats.counts[token_block] = static_cast<float>(__popc(finite));
   }
 }
 
 // (2) Mean and centre of each item. A thread has four channels of the token blocks r, r + kRows, ...; lanes l, l + 8, ... have the same
 // channels. kWhole: whole vectors of four channels.
 template <class scalar_t, bool kWhole>
-__global__ void __launch_bounds__(kChannelThreads, 1) mean_kernel(Items items, int channels, TokenStats stats) {
+__global__ void __launch_bounds__(kChannelThreads, 2) mean_kernel(Items items, int channels, TokenStats stats) {
   await_predecessor();
   constexpr int kLanes = kBlockChannels / 4, kRows = kChannelThreads / kLanes, kWarps = kChannelThreads / 32;
-  constexpr int kUnroll = kWhole ? 4 : 1;  // token blocks whose loads are in flight together
+  constexpr int kUnroll = kWhole ? 6 : 2;  // token blocks whose loads are in flight together
   __shared__ float sums[kWarps][kBlockChannels], counts[kWarps], lows[kWarps][kBlockChannels], highs[kWarps][kBlockChannels];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, c = blockIdx.x * kBlockChannels + lane % kLanes * 4;
   const auto *const all_lows = static_cast<const scalar_t*>(stats.lows), *const all_highs = static_cast<const scalar_t*>(stats.highs);
@@ -236,39 +236,28 @@ __global__ void __launch_bounds__(kChannelThreads, 1) mean_kernel(Items items, i
     for (int64_t token_block = begin + threadIdx.x / kLanes; token_block < end; token_block += kUnroll * kRows) {
       // All loads are issued before the first use. Past the end the last token block is read again.
       int64_t at[kUnroll];
-      float each_count[kUnroll] = {};
+      float each_count[kUnroll];
       Four<float> each_sum[kUnroll];
       Four<scalar_t> each_low[kUnroll], each_high[kUnroll];
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) at[u] = token_block + u * kRows < end ? token_block + u * kRows : end - 1;
-      if (stats.sums) {
 #pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-          each_sum[u] = load_four<kWhole>(stats.sums + at[u] * channels, c, channels);
-          each_count[u] = stats.counts[at[u]];
-        }
+      for (int u = 0; u < kUnroll; ++u) {
+        each_count[u] = stats.counts[at[u]];
+        each_sum[u] = load_four<kWhole>(stats.sums + at[u] * channels, c, channels);
+        each_low[u] = load_four<kWhole>(all_lows + at[u] * channels, c, channels);
+        each_high[u] = load_four<kWhole>(all_highs + at[u] * channels, c, channels);
       }
-      if (all_lows) {
 #pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-          each_low[u] = load_four<kWhole>(all_lows + at[u] * channels, c, channels);
-          each_high[u] = load_four<kWhole>(all_highs + at[u] * channels, c, channels);
+      for (int u = 0; u < kUnroll; ++u) {
+        const bool inside = token_block + u * kRows < end;
+        count += inside ? each_count[u] : 0.f;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          sum[i] += inside ? each_sum[u][i] : 0.f;
+          low[i] = fminf(low[i], each_low[u][i]);
+          high[i] = fmaxf(high[i], each_high[u][i]);
         }
-      }
-      if (stats.sums) {
-#pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-          const bool inside = token_block + u * kRows < end;
-          count += inside ? each_count[u] : 0.f;
-#pragma unroll
-          for (int i = 0; i < 4; ++i) sum[i] += inside ? each_sum[u][i] : 0.f;
-        }
-      }
-      if (all_lows) {
-#pragma unroll
-        for (int u = 0; u < kUnroll; ++u)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) low[i] = fminf(low[i], each_low[u][i]), high[i] = fmaxf(high[i], each_high[u][i]);
       }
     }
 #pragma unroll
@@ -291,12 +280,12 @@ __global__ void __launch_bounds__(kChannelThreads, 1) mean_kernel(Items items, i
     // Warp 0 writes the means, warp 1 the centres.
     const int own = blockIdx.x * kBlockChannels + lane;
     if (own >= channels) continue;
-    if (warp == 0 && stats.mean) {
+    if (warp == 0) {
       float total = 0.f, tokens = 0.f;
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) total += sums[w][lane], tokens += counts[w];
       stats.mean[b * channels + own] = tokens > 0.f ? total / tokens : 0.f;
-    } else if (warp == 1 && stats.centre) {
+    } else if (warp == 1) {
       float lowest = kInfinity, highest = -kInfinity;
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) lowest = fminf(lowest, lows[w][lane]), highest = fmaxf(highest, highs[w][lane]);
@@ -307,7 +296,7 @@ __global__ void __launch_bounds__(kChannelThreads, 1) mean_kernel(Items items, i
 
 // (3) Squared distances of each token to the mean and the centre of its item, and its row of the centred copy.
 template <class scalar_t, bool kWhole>
-__global__ void __launch_bounds__(kStatsThreads) mean_sqdist_kernel(Rows<scalar_t> rows, Items items, bool aligned, TokenStats stats) {
+__global__ void __launch_bounds__(kStatsThreads, 2) mean_sqdist_kernel(Rows<scalar_t> rows, Items items, bool aligned, TokenStats stats) {
   await_predecessor();
   constexpr int kVec = Vec16<scalar_t>::size, kWarps = kStatsThreads / 32;
   constexpr int kUnroll = 4, kMeanVecs = kVec / Vec16<float>::size;  // 16-byte loads in flight; vectors of the mean per vector of the row
@@ -320,20 +309,19 @@ __global__ void __launch_bounds__(kStatsThreads) mean_sqdist_kernel(Rows<scalar_
     const int64_t token = entry * items.tokens + item.first + i;
     const bool finite = stats.mean_sqdist[token] == 0.f;  // by (1): 0 or infinity. Loaded together with the row
     const scalar_t* row = rows.row(entry, item.first + i);
-    const float* mean = stats.mean ? stats.mean + b * rows.channels : nullptr;
-    const scalar_t* centre = stats.centre ? static_cast<const scalar_t*>(stats.centre) + b * rows.channels : nullptr;
+    const float* mean = stats.mean + b * rows.channels;
+    const scalar_t* centre = static_cast<const scalar_t*>(stats.centre) + b * rows.channels;
     const int64_t pitch = centred_pitch(rows.channels);
     char* const copy = stats.centred ? static_cast<char*>(stats.centred) + token * pitch * static_cast<int64_t>(sizeof(scalar_t)) : nullptr;
     float sum = 0.f, norm = 0.f;
     for (int first_c = lane * kVec; first_c < rows.channels; first_c += kUnroll * 32 * kVec) {
-      Vec16<scalar_t> x[kUnroll], centre_vec[kUnroll]{};
-      Vec16<float> mean_vec[kUnroll][kMeanVecs]{};
+      Vec16<scalar_t> x[kUnroll], centre_vec[kUnroll];
+      Vec16<float> mean_vec[kUnroll][kMeanVecs];
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
         const int c = first_c + u * 32 * kVec;
         x[u] = load_vec<kWhole>(row, c, rows.channels, aligned);
-        if (centre) centre_vec[u] = load_vec<kWhole>(centre, c, rows.channels, rows.channels % kVec == 0);
-        if (!mean) continue;
+        centre_vec[u] = load_vec<kWhole>(centre, c, rows.channels, rows.channels % kVec == 0);
 #pragma unroll
         for (int p = 0; p < kMeanVecs; ++p) mean_vec[u][p] = load_vec<kWhole>(mean, c + p * 4, rows.channels, rows.channels % 4 == 0);
       }
@@ -376,7 +364,7 @@ __global__ void __launch_bounds__(kStatsThreads) mean_sqdist_kernel(Rows<scalar_
     if (lane != 0) continue;
     // A sum that overflowed (infinity, or NaN from an overflowed mean) is clamped: it sorts after all other finite tokens, but before
     // infinity.
-    if (finite) stats.mean_sqdist[token] = !mean ? 0.f : sum < kNonFinitePotential ? sum : kNonFinitePotential;
+    if (finite) stats.mean_sqdist[token] = sum < kNonFinitePotential ? sum : kNonFinitePotential;
     if (stats.norms) stats.norms[token] = finite ? norm : __uint_as_float(0x7fc00000u);
   }
 }
@@ -394,7 +382,7 @@ cudaError_t launch_token_stats(const Rows<scalar_t>& rows, const Items& items, c
   const bool whole = aligned && rows.channels % Vec16<scalar_t>::size == 0;
   cudaError_t error = launch(whole ? sum_token_blocks_kernel<scalar_t, true> : sum_token_blocks_kernel<scalar_t, false>,
                              parts(kTokenBlock, kTokenBlockThreads, false), rows, items, aligned, stats);
-  if (error != cudaSuccess || !(stats.sums || stats.norms)) return error;
+  if (error != cudaSuccess || !stats.mean) return error;
   error = launch(rows.channels % 4 == 0 ? mean_kernel<scalar_t, true> : mean_kernel<scalar_t, false>,
                  shape(ceil_div(rows.channels, kBlockChannels), kChannelThreads, true), items, rows.channels, stats);
   if (error != cudaSuccess) return error;

@@ -308,8 +308,8 @@ MUTANTS = (
         "repulsion_select",
         "token_stats.cuh",
         (
-            "static_cast<const scalar_t*>(stats.centre) + b * rows.channels : nullptr;",
-            "static_cast<const scalar_t*>(stats.centre) : nullptr;",
+            "static_cast<const scalar_t*>(stats.centre) + b * rows.channels;",
+            "static_cast<const scalar_t*>(stats.centre);",
         ),
     ),
     # A step.
