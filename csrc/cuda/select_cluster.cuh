@@ -8,7 +8,8 @@
 //   Where the weight depends on the distance alone (kOfDistance), every pick adds its row minimum (row_min) to the bound. For other rules
 //   the bound stays, as potentials never fall. Rule::add is monotone in float32: a candidate below the bound is the pick of the plain loop,
 //   bit for bit.
-// Chosen when: items have more than kClusterFrom tokens, and there are four or eight SMs for each; compute capability 9.0. A shorter item of
+// Chosen when: items have more than kClusterFrom tokens, and there are four or eight SMs for each; compute capability 9.0 or newer, and
+//   shared memory for a ClusterExchange. A shorter item of
 //   the launch, or one without SMs to spare (StoredItems::shares), takes one block of its cluster and the loop of select_stored.cuh.
 // Steps, for every exchange:
 //   (1) message: every warp sends its lowest token outside the table to all blocks, then the row of weights of the candidate that it
@@ -306,11 +307,12 @@ __device__ __forceinline__ void select_cluster(const StoredItems& stored, int64_
       if (h != pending && candidate_potential[h] > victim_potential) victim = h, victim_potential = candidate_potential[h];
 
     // ---- (5) add ----
+    const int made = opaque(count);  // else the first addition, and its wait for all rows of the picks, is moved before (4)
     float low = kInfinity;
     int low_token = 0;
 #pragma unroll
     for (int p = 0; p < kClusterPicks; ++p) {
-      if (p >= count) break;
+      if (p >= made) break;
 #pragma unroll
       for (int t = 0; t < kTokens; ++t) potential[t] = after_pick(rule, potential[t], row[p][t], parameter[t], pick_parameter[p]);
     }
