@@ -8,9 +8,9 @@
 //   Where the weight depends on the distance alone (kOfDistance), every pick adds its row minimum (row_min) to the bound. For other rules
 //   the bound stays, as potentials never fall. Rule::add is monotone in float32: a candidate below the bound is the pick of the plain loop,
 //   bit for bit.
-// Chosen when: items have more than kClusterFrom tokens, and there are four or eight SMs for each; compute capability 9.0 or newer, and
-//   shared memory for a ClusterExchange. A shorter item of
-//   the launch, or one without SMs to spare (StoredItems::shares), takes one block of its cluster and the loop of select_stored.cuh.
+// Chosen when: items have more than kClusterFrom tokens, and there are four or eight SMs for each; compute capability 9.0 or newer, with
+//   shared memory for a ClusterExchange. A shorter item of the launch, or one without SMs to spare (StoredItems::shares), takes one block
+//   of its cluster and the loop of select_stored.cuh.
 // Steps, for every exchange:
 //   (1) message: every warp sends its lowest token outside the table to all blocks, then the row of weights of the candidate that it
 //     inserted in the exchange before. It waits for the messages and rows of all warps;

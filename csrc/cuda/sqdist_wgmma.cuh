@@ -368,7 +368,7 @@ cudaError_t launch_sqdist_wgmma(const Rows<scalar_t>& rows, const Items& items, 
   return launch_tile(rows, items, tiles, most_tiles, stats, store, out, stream);
 }
 
-// Scratch for launch_sqdist_wgmma alone: the stats of `items` without their means.
+// Scratch for launch_sqdist_wgmma alone: the stats of `items`, without row minima.
 template <class Allocate>
 void take_wgmma_stats(TokenStats& stats, const Items& items, int64_t channels, int64_t element_bytes, Allocate&& allocate) {
   take_token_stats(stats, items, channels, element_bytes, false, true, true, false, allocate);
