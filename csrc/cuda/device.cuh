@@ -125,23 +125,22 @@ int max_resident_blocks(void (*kernel)(Params...), int threads, size_t shared_by
   return per_sm * device_sm_count();
 }
 
-// Whether the current device can run this launch of `kernel` in clusters; false unless its code is for sm_90 or later.
+// Clusters of this launch of `kernel` that can be resident at once on the current device; 0 unless its code is for sm_90 or later. Fewer
+// than SMs / blocks of a cluster, where the SMs of a GPC are not a multiple of a cluster.
 template <class... Params>
-bool clusters_fit(void (*kernel)(Params...), const Launch& shape) {
+int max_resident_clusters(void (*kernel)(Params...), const Launch& shape) {
   const DriverQuestion question{address_of(kernel), current_device(), shape.block.x, shape.shared_bytes, shape.cluster};
-  const int fit = PlanCache::of_process().answer(question, 0, [&](int& fit) {
+  return PlanCache::of_process().answer(question, 0, [&](int& resident) {
     const RuntimeLaunch runtime(shape);
     cudaFuncAttributes attributes;
-    int resident = 0;
+    resident = 0;
     bool answered = cudaFuncGetAttributes(&attributes, address_of(kernel)) == cudaSuccess;
     if (answered && attributes.ptxVersion >= 90)
       answered = allow_shared(kernel, shape.shared_bytes) == cudaSuccess &&
                  cudaOccupancyMaxActiveClusters(&resident, kernel, &runtime.config) == cudaSuccess;
     if (!answered) cudaGetLastError();  // clear the error: a refusal is a valid answer
-    fit = resident > 0;
     return answered;
   });
-  return fit != 0;
 }
 
 // ---- device: elements ----

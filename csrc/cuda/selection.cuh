@@ -71,12 +71,11 @@ template <class Rule>
 int stored_item_blocks(const Items& items, int64_t stored_tokens, int64_t at_once) {
   const int64_t most_tokens = items.longest() < stored_tokens ? items.longest() : stored_tokens;
   if (most_tokens <= kClusterFrom) return 1;
-  const int sms = device_sm_count();
   for (int blocks = 8; blocks >= 4; blocks /= 2) {
-    const bool fit = at_once * blocks <= sms, shareable = items.packed() && blocks == 4 && items.count * 4 <= int64_t(sms) * 3;
-    if (!fit && !shareable) continue;
     const Launch shape = cluster_launch(most_tokens, at_once, blocks, nullptr);
-    if (with_cluster_kernel<Rule>(most_tokens, [&](auto* kernel) { return clusters_fit(kernel, shape); })) return blocks;
+    const int resident = with_cluster_kernel<Rule>(most_tokens, [&](auto* kernel) { return max_resident_clusters(kernel, shape); });
+    const bool shareable = items.packed() && blocks == 4 && items.count * 4 <= int64_t(device_sm_count()) * 3;
+    if (at_once <= resident || (shareable && resident > 0)) return blocks;
   }
   return 1;
 }
