@@ -114,6 +114,14 @@ inline int device_sm_count() {
   });
 }
 
+// Most dynamic shared memory of a block on the current device, in bytes; the 48 KB of every device if unknown.
+inline int max_shared_bytes() {
+  const int device = current_device();
+  return PlanCache::of_process().answer({nullptr, device, 0, 1, 0}, 48 * 1024, [&](int& bytes) {
+    return cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess && bytes > 0;
+  });
+}
+
 // Blocks of `kernel` that can be resident at once on all SMs of the current device; 0 if it cannot run.
 template <class... Params>
 int max_resident_blocks(void (*kernel)(Params...), int threads, size_t shared_bytes) {

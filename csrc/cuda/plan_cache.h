@@ -14,7 +14,7 @@
 
 namespace sts {
 
-// Key of a query. Fields that a query does not need are null or 0.
+// Key of a query. Fields that a query does not need are null or 0; a query of the device alone has a number of its own in shared_bytes.
 struct DriverQuestion {
   const void* kernel;
   int device;

@@ -4,12 +4,13 @@
 //   row of weights from L2, add, argmin of the block. Its latency is the run time, so the loop holds nothing but this chain.
 // Chosen when: the matrix fits (kMatrixTokens), and the item is small, or items are many, or the device has no clusters
 //   (select_cluster.cuh).
+//   The first rows of the matrix are copied to shared memory, as many as fit: a pick among them waits for 30 cycles, not for 500.
 // Steps, for every pick:
 //   (1) load the row of the pick: 16-byte loads, 32-bit offsets;
 //   (2) add it to the potentials;
 //   (3) argmin of the warp: one REDUX of the ordered bits, one ballot. Among equals the lowest lane has the lowest token;
 //   (4) argmin of the block: every warp writes a report (bits, token) to shared memory, and every thread reads all reports.
-// Synchronisation: one __syncthreads per pick, between the writes and the reads of the reports. Reports are double-buffered: a warp writes
+// Synchronisation: the copy is waited for after the first picks. One __syncthreads per pick, between the writes and the reads of the reports. Reports are double-buffered: a warp writes
 //   the reports of pick p + 2 after the barrier of p + 1, and all threads have read the reports of p before that barrier.
 #pragma once
 #include "token_stats.cuh"
@@ -20,6 +21,8 @@ constexpr int kStoredTokens = 8;       // tokens per thread
 constexpr int kStoredMostTokens = 16;  // tokens per thread of items with more than 16 * 32 * 8 = 4096 tokens
 constexpr int kStoredMaxWarps = 16;    // max warps per block
 constexpr int kStoredReadWarps = 8;    // max reports that a thread compares in registers; more reports take two REDUX
+constexpr int kResidentWarps = 4;      // warps of a block that may hold rows in shared memory
+constexpr int kPicksDuringCopy = 8;    // picks before the rows in shared memory are waited for: about as long as their copy takes
 
 // The items whose weights are in memory: the entries of a padded batch from `first` on, or one wave of a packed batch.
 struct StoredItems {
@@ -30,6 +33,7 @@ struct StoredItems {
   const PackedMatrix* matrices;
   int64_t cluster_from;  // in clusters: a longer item is shared by the blocks of its cluster
   int sms;               // of the device
+  int resident;          // rows of each matrix that its block holds in shared memory
 
   // Index of the item that block or cluster `launched` of the grid selects from; -1: none.
   __device__ __forceinline__ int64_t number(int64_t launched) const {
@@ -81,11 +85,17 @@ __device__ __forceinline__ StoredReport lowest_report(const StoredReport* report
   return {lowest, token};
 }
 
+// Where rows begin in the shared memory of a block, in bytes.
+template <int kSlots>
+STS_HOST_DEVICE int64_t resident_offset(int64_t picks) {
+  return ceil_div(2 * kSlots * int64_t(sizeof(StoredReport)) + picks * int64_t(sizeof(int)), 16) * 16;
+}
+
 // By a block: the picks of item b, which is number `launched` of the grid. Thread i has tokens i * kTokens to (i + 1) * kTokens - 1.
 // Tokens past the end of the item have an infinite potential, above all others. No weight lowers it, so their weights may be garbage.
-// kWarps: warps that take part; 0: as many as the item needs.
-// Shared memory: report[2][kSlots], then picked[picks].
-template <class Rule, int kTokens, int kWarps>
+// kWarps: warps that take part; 0: as many as the item needs. kResident: stored_items.resident may be above 0.
+// Shared memory: report[2][kSlots], then picked[picks], then on the next 16 bytes rows[resident][pitch].
+template <class Rule, int kTokens, int kWarps, bool kResident = false>
 __device__ __forceinline__ void select_stored(const StoredItems& stored_items, int64_t launched, int64_t b, const Item& item,
                                               const float* mean_sqdist, const Rule& rule, int64_t* out) {
   static_assert(kTokens % 4 == 0 && kWarps % 2 == 0, "16-byte loads");
@@ -109,6 +119,13 @@ __device__ __forceinline__ void select_stored(const StoredItems& stored_items, i
   const int64_t first_row = items.first_token(b, item);                // index of the item's token 0 among all tokens
   const uint32_t pitch = static_cast<uint32_t>(settled(static_cast<int>(stored_items.pitch(item))));  // <= 2^13: offsets have 26 bits
   const int first = tid * kTokens;
+  [[maybe_unused]] float* const rows =
+      reinterpret_cast<float*>(reinterpret_cast<unsigned char*>(report) + resident_offset<kSlots>(item.picks));
+  [[maybe_unused]] const uint32_t resident = static_cast<uint32_t>(stored_items.resident);
+  if constexpr (kResident) {
+    for (uint32_t i = tid * 4; i < resident * pitch; i += kWarps * 32 * 4) cp_async_16(rows + i, matrix + i, true);
+    cp_async_commit();
+  }
   uint32_t column[kTokens / 4];  // column of each 16-byte load; past the end the last load of the row
   float potential[kTokens], parameter[kTokens], start[kTokens], distance[kTokens];
   uint32_t order[kTokens];
@@ -150,23 +167,39 @@ __device__ __forceinline__ void select_stored(const StoredItems& stored_items, i
 
   const StoredReport initial = lowest_token(0);  // by first_key
   uint32_t pick = item.anchor >= 0 ? static_cast<uint32_t>(item.anchor) : initial.order < order_of<Rule>(kInfinity) ? initial.token : 0;
-  for (int step = 1; step < picks; ++step) {
-    float stored[kTokens], pick_parameter = 1.f;
-    const uint32_t row = pick * pitch;
+  int step = 1;
+  const auto make_picks = [&](int end, auto some_resident) {
+    constexpr bool kSome = decltype(some_resident)::value;
+    for (; step < end; ++step) {
+      float stored[kTokens], pick_parameter = 1.f;
+      const uint32_t row = pick * pitch;
+      const float* source = matrix;
+      if constexpr (kSome) source = pick < resident ? rows : matrix;
 #pragma unroll
-    for (int t = 0; t < kTokens; t += 4) {  // (1) load the row
-      const float4 four = __ldg(reinterpret_cast<const float4*>(matrix + (row + column[t / 4])));
-      stored[t] = four.x, stored[t + 1] = four.y, stored[t + 2] = four.z, stored[t + 3] = four.w;
-    }
-    if constexpr (Rule::kByPick) pick_parameter = items.parameter_of(first_row + pick);
-    if (tid == 0) picked[step - 1] = static_cast<int>(pick);
+      for (int t = 0; t < kTokens; t += 4) {  // (1) load the row
+        const auto* const four_at = reinterpret_cast<const float4*>(source + (row + column[t / 4]));
+        const float4 four = kSome ? *four_at : __ldg(four_at);
+        stored[t] = four.x, stored[t + 1] = four.y, stored[t + 2] = four.z, stored[t + 3] = four.w;
+      }
+      if constexpr (Rule::kByPick) pick_parameter = items.parameter_of(first_row + pick);
+      if (tid == 0) picked[step - 1] = static_cast<int>(pick);
 #pragma unroll
-    for (int t = 0; t < kTokens; ++t) {  // (2) add it
-      potential[t] = after_pick(rule, potential[t], stored[t], parameter[t], pick_parameter);
-      order[t] = order_of<Rule>(potential[t]);
+      for (int t = 0; t < kTokens; ++t) {  // (2) add it
+        potential[t] = after_pick(rule, potential[t], stored[t], parameter[t], pick_parameter);
+        order[t] = order_of<Rule>(potential[t]);
+      }
+      pick = lowest_token(step).token;  // (3), (4)
     }
-    pick = lowest_token(step).token;  // (3), (4)
+  };
+  if constexpr (kResident) {
+    if (resident > 0) {
+      make_picks(picks < kPicksDuringCopy ? picks : kPicksDuringCopy, std::false_type());
+      cp_async_wait<0>();
+      __syncthreads();  // all threads have waited for their copies
+      make_picks(picks, std::true_type());
+    }
   }
+  make_picks(picks, std::false_type());
   if (tid == 0) picked[picks - 1] = static_cast<int>(pick);
   __syncthreads();
   for (int i = tid; i < picks; i += warps * 32) picks_out[i] = picked[i];
@@ -178,7 +211,7 @@ __global__ void __launch_bounds__((kWarps ? kWarps : kStoredMaxWarps) * 32, 1)
     select_stored_kernel(StoredItems stored, const float* mean_sqdist, Rule rule, int64_t* out) {
   await_predecessor();
   const int64_t b = stored.number(blockIdx.x);
-  select_stored<Rule, kTokens, kWarps>(stored, blockIdx.x, b, stored.items[b], mean_sqdist, rule, out);
+  select_stored<Rule, kTokens, kWarps, kWarps == kResidentWarps>(stored, blockIdx.x, b, stored.items[b], mean_sqdist, rule, out);
 }
 
 // Packed batch: one block per item. kWarps: warps per block, for the longest item; shorter items use fewer.
@@ -221,6 +254,15 @@ auto with_packed_kernel(int64_t tokens, const F& f) {
   const auto reports = [](int warps) { return 2 * warps * sizeof(StoredReport); };
   if (tokens <= 4 * 32 * kStoredTokens) return f(select_packed_kernel<Rule, 4>, 4, reports(4));
   return f(select_packed_kernel<Rule, kStoredMaxWarps>, kStoredMaxWarps, reports(kStoredMaxWarps));
+}
+
+// Rows of each matrix to hold in shared memory, for `blocks` items of `tokens`: as many as fit, if every item has an SM. 0 if they are too few
+// to be worth their copy.
+inline int resident_rows(int64_t tokens, int64_t picks, int64_t blocks) {
+  if (tokens > kResidentWarps * 32 * kStoredTokens || blocks > device_sm_count()) return 0;
+  const int64_t row_bytes = matrix_pitch(tokens) * sizeof(float);
+  const int64_t fit = (max_shared_bytes() - resident_offset<kResidentWarps>(picks)) / row_bytes;
+  return static_cast<int>(fit * 8 < tokens ? 0 : fit < tokens ? fit : tokens);
 }
 
 }  // namespace sts

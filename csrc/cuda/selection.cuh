@@ -218,9 +218,12 @@ class SelectionLaunch {
           return launch_sqdist_tiles(rows_, items_, first, held, store, pitch, scratch_.weights, stream_);
       });
       if (error != cudaSuccess) return error;
-      const StoredItems stored{items_, scratch_.weights, first, nullptr, nullptr, plan_.cluster_from, 0};
+      const int resident = plan_.item_blocks > 1 ? 0 : resident_rows(items_.tokens, items_.picks, held);
+      const StoredItems stored{items_, scratch_.weights, first, nullptr, nullptr, plan_.cluster_from, 0, resident};
       const auto in_blocks = [&](auto* kernel, int warps, size_t report_bytes) {
-        return select_in_blocks(kernel, stored, held, warps, report_bytes + most_picks * sizeof(int));
+        const size_t bytes = resident ? resident_offset<kResidentWarps>(items_.picks) + resident * pitch * sizeof(float)
+                                      : report_bytes + most_picks * sizeof(int);
+        return select_in_blocks(kernel, stored, held, warps, bytes);
       };
       error = plan_.item_blocks > 1 ? select_in_clusters(stored, items_.tokens, held) : with_stored_kernel<Rule>(items_.tokens, in_blocks);
       if (error != cudaSuccess) return error;
@@ -248,7 +251,7 @@ class SelectionLaunch {
           return launch_sqdist_tiles(rows_, at, blocks, store, scratch_.weights, stream_);
       });
       if (error != cudaSuccess) return error;
-      const StoredItems stored{items_, scratch_.weights, 0, at.wave, at.matrices, plan_.cluster_from, sms};
+      const StoredItems stored{items_, scratch_.weights, 0, at.wave, at.matrices, plan_.cluster_from, sms, 0};
       const auto in_blocks = [&](auto* kernel, int warps, size_t report_bytes) {
         return select_in_blocks(kernel, stored, items_.count, warps, report_bytes + most_picks * sizeof(int));
       };

@@ -485,6 +485,25 @@ MUTANTS = (
     ),
     # A selection over stored weights.
     mutant(
+        "rows in shared memory are not waited for",
+        "repulsion_select",
+        "select_stored.cuh",
+        ("      cp_async_wait<0>();\n", ""),
+    ),
+    mutant(
+        "rows that other threads copy are not waited for",
+        "repulsion_select",
+        "select_stored.cuh",
+        ("      __syncthreads();  // all threads have waited for their copies\n", ""),
+        says=RACE,
+    ),
+    mutant(
+        "one row too many is taken from shared memory",
+        "repulsion_select",
+        "select_stored.cuh",
+        ("source = pick < resident ?", "source = pick <= resident ?"),
+    ),
+    mutant(
         "the last of equal tokens wins",
         "repulsion_select",
         "select_stored.cuh",
