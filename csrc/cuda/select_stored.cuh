@@ -2,16 +2,17 @@
 //
 // What: one block per item runs Algorithm 1 with the potentials in registers; items are padded or packed. A pick is a dependency chain:
 //   row of weights from L2, add, argmin of the block. Its latency is the run time, so the loop holds nothing but this chain.
+//   Of small items the first rows of the matrix are copied to shared memory, as many as fit: a pick among them does not wait for L2.
 // Chosen when: the matrix fits (kMatrixTokens), and the item is small, or items are many, or the device has no clusters
 //   (select_cluster.cuh).
-//   The first rows of the matrix are copied to shared memory, as many as fit: a pick among them waits for 30 cycles, not for 500.
 // Steps, for every pick:
 //   (1) load the row of the pick: 16-byte loads, 32-bit offsets;
 //   (2) add it to the potentials;
 //   (3) argmin of the warp: one REDUX of the ordered bits, one ballot. Among equals the lowest lane has the lowest token;
 //   (4) argmin of the block: every warp writes a report (bits, token) to shared memory, and every thread reads all reports.
-// Synchronisation: the copy is waited for after the first picks. One __syncthreads per pick, between the writes and the reads of the reports. Reports are double-buffered: a warp writes
-//   the reports of pick p + 2 after the barrier of p + 1, and all threads have read the reports of p before that barrier.
+// Synchronisation: one __syncthreads per pick, between the writes and the reads of the reports. Reports are double-buffered: a warp writes
+//   the reports of pick p + 2 after the barrier of p + 1, and all threads have read the reports of p before that barrier. The copy of the
+//   rows is waited for after the first picks, with one more barrier.
 #pragma once
 #include "token_stats.cuh"
 
