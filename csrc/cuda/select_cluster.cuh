@@ -216,7 +216,7 @@ __device__ __forceinline__ void select_cluster(const StoredItems& stored, int64_
 
     // ---- (3) pick ----
     float row[kClusterPicks][kTokens], pick_parameter[kClusterPicks];  // row: weights of the picks to the tokens of this thread
-    // Writes pick p of this exchange and starts the loads of its row, which (4) waits for.
+    // Writes pick p of this exchange and starts the loads of its row, which (5) waits for.
     const auto emit_pick = [&](int p, int token, float token_parameter) {
       if (first == 0) picked[done + p] = token;
       pick_parameter[p] = token_parameter;
