@@ -498,10 +498,10 @@ MUTANTS = (
         says=RACE,
     ),
     mutant(
-        "one row too many is taken from shared memory",
+        "the start of the matrix in place of each of its vectors",
         "repulsion_select",
         "select_stored.cuh",
-        ("source = pick < resident ?", "source = pick <= resident ?"),
+        ("cp_async_16(rows + i, matrix + i, true)", "cp_async_16(rows + i, matrix, true)"),
     ),
     mutant(
         "the last of equal tokens wins",
