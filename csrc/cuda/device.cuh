@@ -114,7 +114,7 @@ inline int device_sm_count() {
   });
 }
 
-// Most dynamic shared memory of a block on the current device, in bytes; the 48 KB of every device if unknown.
+// Max dynamic shared memory per block on the current device, in bytes; 48 KB if unknown.
 inline int max_shared_bytes() {
   const int device = current_device();
   return PlanCache::of_process().answer({nullptr, device, 0, 1, 0}, 48 * 1024, [&](int& bytes) {
@@ -133,8 +133,8 @@ int max_resident_blocks(void (*kernel)(Params...), int threads, size_t shared_by
   return per_sm * device_sm_count();
 }
 
-// Clusters of this launch of `kernel` that can be resident at once on the current device; 0 unless its code is for sm_90 or later. Fewer
-// than SMs / blocks of a cluster, where the SMs of a GPC are not a multiple of a cluster.
+// Clusters of this launch of `kernel` that can be resident at once on the current device; 0 unless its code is for sm_90 or later. May be
+// less than SMs / cluster size, because a cluster stays within a GPC.
 template <class... Params>
 int max_resident_clusters(void (*kernel)(Params...), const Launch& shape) {
   const DriverQuestion question{address_of(kernel), current_device(), shape.block.x, shape.shared_bytes, shape.cluster};

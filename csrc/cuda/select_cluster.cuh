@@ -26,7 +26,7 @@
 //   Invariant: a warp sends its message of exchange e + 1 after its last read in exchange e. A warp that has all messages of e + 1 may
 //   overwrite what was read in e: messages are double-buffered. The row of a candidate inserted in e is written between the messages of e
 //   and those of e + 1. Its slot is pending then, and nobody reads the row of a pending slot. Only the warp of a slot writes its row, and
-//   never in two exchanges running: before it writes again, all blocks have said that they have the row before.
+//   never for two consecutive exchanges: before it writes again, all blocks have said that they have the previous row.
 #pragma once
 #include "select_stored.cuh"
 

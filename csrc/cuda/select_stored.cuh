@@ -86,10 +86,10 @@ __device__ __forceinline__ StoredReport lowest_report(const StoredReport* report
   return {lowest, token};
 }
 
-// Where rows begin in the shared memory of a block, in bytes.
-template <int kSlots>
-STS_HOST_DEVICE int64_t resident_offset(int64_t picks) {
-  return ceil_div(2 * kSlots * int64_t(sizeof(StoredReport)) + picks * int64_t(sizeof(int)), 16) * 16;
+// Bytes of shared memory before the resident rows of a padded batch: the reports and the picks, up to the next 16 bytes.
+STS_HOST_DEVICE int64_t resident_offset(int64_t report_bytes, const Items& items) {
+  const int64_t picks = items.picks < items.tokens ? items.picks : items.tokens;
+  return ceil_div(report_bytes + picks * int64_t(sizeof(int)), 16) * 16;
 }
 
 // By a block: the picks of item b, which is number `launched` of the grid. Thread i has tokens i * kTokens to (i + 1) * kTokens - 1.
@@ -121,7 +121,7 @@ __device__ __forceinline__ void select_stored(const StoredItems& stored_items, i
   const uint32_t pitch = static_cast<uint32_t>(settled(static_cast<int>(stored_items.pitch(item))));  // <= 2^13: offsets have 26 bits
   const int first = tid * kTokens;
   [[maybe_unused]] float* const rows =
-      reinterpret_cast<float*>(reinterpret_cast<unsigned char*>(report) + resident_offset<kSlots>(item.picks));
+      reinterpret_cast<float*>(reinterpret_cast<unsigned char*>(report) + resident_offset(2 * sizeof(report[0]), items));
   [[maybe_unused]] const uint32_t resident = static_cast<uint32_t>(stored_items.resident);
   if constexpr (kResident) {
     for (uint32_t i = tid * 4; i < resident * pitch; i += kWarps * 32 * 4) cp_async_16(rows + i, matrix + i, true);
@@ -257,12 +257,13 @@ auto with_packed_kernel(int64_t tokens, const F& f) {
   return f(select_packed_kernel<Rule, kStoredMaxWarps>, kStoredMaxWarps, reports(kStoredMaxWarps));
 }
 
-// Rows of each matrix to hold in shared memory, for `blocks` items of `tokens`: as many as fit, if every item has an SM. 0 if they are too few
-// to be worth their copy.
-inline int resident_rows(int64_t tokens, int64_t picks, int64_t blocks) {
+// Rows of each matrix to hold in shared memory, where `blocks` entries of a padded batch run at once: as many as fit, if every entry has an
+// SM. 0 if they are too few to be worth their copy.
+inline int resident_rows(const Items& items, int64_t blocks) {
+  const int64_t tokens = items.tokens;
   if (tokens > kResidentWarps * 32 * kStoredTokens || blocks > device_sm_count()) return 0;
   const int64_t row_bytes = matrix_pitch(tokens) * sizeof(float);
-  const int64_t fit = (max_shared_bytes() - resident_offset<kResidentWarps>(picks)) / row_bytes;
+  const int64_t fit = (max_shared_bytes() - resident_offset(2 * kResidentWarps * sizeof(StoredReport), items)) / row_bytes;
   return static_cast<int>(fit * 8 < tokens ? 0 : fit < tokens ? fit : tokens);
 }
 

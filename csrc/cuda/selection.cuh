@@ -203,7 +203,7 @@ class SelectionLaunch {
  private:
   // Padded: plan_.entries entries at a time.
   cudaError_t select_entries() {
-    const int64_t pitch = matrix_pitch(items_.tokens), most_picks = items_.picks < items_.tokens ? items_.picks : items_.tokens;
+    const int64_t pitch = matrix_pitch(items_.tokens);
     for (int64_t first = 0; first < items_.count; first += plan_.entries) {
       const int64_t held = items_.count - first < plan_.entries ? items_.count - first : plan_.entries;
       cudaError_t error = weigh([&](auto mma, const auto& store) {
@@ -218,11 +218,10 @@ class SelectionLaunch {
           return launch_sqdist_tiles(rows_, items_, first, held, store, pitch, scratch_.weights, stream_);
       });
       if (error != cudaSuccess) return error;
-      const int resident = plan_.item_blocks > 1 ? 0 : resident_rows(items_.tokens, items_.picks, held);
+      const int resident = plan_.item_blocks > 1 ? 0 : resident_rows(items_, held);
       const StoredItems stored{items_, scratch_.weights, first, nullptr, nullptr, plan_.cluster_from, 0, resident};
       const auto in_blocks = [&](auto* kernel, int warps, size_t report_bytes) {
-        const size_t bytes = resident ? resident_offset<kResidentWarps>(items_.picks) + resident * pitch * sizeof(float)
-                                      : report_bytes + most_picks * sizeof(int);
+        const size_t bytes = resident_offset(report_bytes, items_) + resident * pitch * sizeof(float);
         return select_in_blocks(kernel, stored, held, warps, bytes);
       };
       error = plan_.item_blocks > 1 ? select_in_clusters(stored, items_.tokens, held) : with_stored_kernel<Rule>(items_.tokens, in_blocks);

@@ -4,9 +4,9 @@
 //   nearest token is the default anchor. For tensor cores also: a centre per item, each token's squared norm after subtraction of the
 //   centre, and a copy of the centred rows. Sums run over fixed token blocks in fixed order: an item's bits do not depend on its batch.
 // Chosen when: always. Arrays that are null are skipped.
-// Steps: (1) sum_token_blocks, a thread block per token block: sum, low and high of each channel. A sum that is not finite tells of a token
-//   that is not, which is found and left out; (2) mean, a thread block per 32 channels: reduces the token blocks to mean and centre;
-//   (3) mean_sqdist, a warp per token: squared distances to mean and centre, and the token's row of the centred copy.
+// Steps: (1) sum_token_blocks, a thread block per token block: sum, low and high of each channel. If a sum is not finite, the block finds
+//   the tokens that are not, and sums again without them; (2) mean, a thread block per 32 channels: reduces the token blocks to mean and
+//   centre; (3) mean_sqdist, a warp per token: squared distances to mean and centre, and the token's row of the centred copy.
 // Synchronisation: three launches. Block barriers that vote on sums and tokens, and around the partial results of the warps.
 #pragma once
 #include "packed_plan.cuh"
