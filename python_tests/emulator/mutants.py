@@ -14,7 +14,7 @@ from .calls import Call, Failure, run_program
 
 WRONG = "wrong result"
 RACE = "ThreadSanitizer: data race"
-OVERRUN = "AddressSanitizer: heap-buffer-overflow"
+OVERRUN = "ERROR: AddressSanitizer: "  # heap-buffer-overflow, or what a far address happens to be: SEGV, heap-use-after-free
 BOUNDS = "runtime error: index"
 OVERTAKEN = "an earlier copy to the same place is under way"
 
