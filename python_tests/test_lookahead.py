@@ -390,6 +390,39 @@ def test_emulated_cuda_kernel_by_clusters_makes_several_picks_an_exchange(emulat
     assert abs(exchanges - 161 / picks) < 3  # roundings of distances differ
 
 
+@pytest.mark.parametrize("make", MAKES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_emulated_cuda_kernel_by_drafts(emulated, make, dtype):
+    """Every length of an item in a batch that is drafted, down to one token; with anchors; to the last token."""
+    g = torch.Generator().manual_seed(21)
+    counts = torch.tensor([0, 1, 2, 3, 4, 7, 8, 30, 65, 130, 257, 300])
+    for tokens, channels, k, num_tokens in ((300, 8, 100, counts), (257, 3, 257, None), (640, 2, 90, None)):
+        batch = 1 if num_tokens is None else len(num_tokens)
+        x = make(g, batch, tokens, channels).to(dtype)
+        anchor = None if num_tokens is None else (num_tokens - 1).clamp(min=0)
+        if make is uniform:
+            anchor = None
+        plain = emulated(x, k, 1, matrix_tokens=tokens, num_tokens=num_tokens, anchor=anchor)[-1]
+        for lookahead in (2, 5, 16):
+            ahead = emulated(x, k, lookahead, matrix_tokens=tokens, num_tokens=num_tokens, anchor=anchor)[-1]
+            assert (ahead == plain).all()
+
+
+@pytest.mark.parametrize(("make", "least"), [(uniform, 9), (repeated, 4), (far_away, 9), (adversary, 6)])
+def test_emulated_cuda_kernel_accepts_most_drafts(emulated, make, least):
+    """Codes that are wrong, of other pairs for one, would make the same picks, but fewer in a batch of drafts."""
+    x = make(torch.Generator().manual_seed(22), 1, 576, 64)
+
+    def barriers(lookahead):
+        before = build.module().run("barriers_passed")
+        emulated(x, 192, lookahead, matrix_tokens=576, wgmma=0)
+        return build.module().run("barriers_passed") - before
+
+    others = barriers(1) - (192 + 1)  # of the kernels before; the plain loop has one a pick, and one at the end
+    batches = (barriers(16) - others - 4) / 2
+    assert 192 / batches > least
+
+
 @pytest.mark.parametrize("make", [uniform, repeated, far_away, adversary], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_emulated_cuda_kernels_note_the_smallest_weight_of_every_row(emulated, make, dtype):

@@ -7,7 +7,7 @@ from emulator import build, calls, operations
 FIELDS = (
     *("stored", "swept", "mma", "wgmma", "tile", "entries", "item_blocks"),
     *("groups", "group_blocks", "blocks", "lookahead"),
-    *("wave_floats", "waves", "most_large"),
+    *("wave_floats", "waves", "most_large", "drafted"),
 )
 NO_BOUND = 2**63 - 1
 
@@ -151,6 +151,18 @@ def test_blocks_share_large_items_where_there_are_multiprocessors_for_it(plan, m
     assert [item_blocks(batch, 1500) for batch in (1, 2)] == [4, 1]
     monkeypatch.setenv("STS_EMULATE_SMS", "3")
     assert item_blocks(1, 2880) == 1
+
+
+def test_picks_are_drafted_where_codes_fit_shared_memory_and_pay_for_their_encoding(plan):
+    def drafted(tokens, picks, batch=1, **rest):
+        return bool(plan(batch, tokens, 64, picks=picks, **rest)["drafted"])
+
+    assert not any(drafted(n, n // 2) for n in (128, 256, 641, 1024))
+    assert all(drafted(n, n // 2) for n in (257, 576, 640))
+    assert [drafted(576, k) for k in (1, 71, 72, 192, 576)] == [False, False, True, True, True]
+    assert [drafted(300, k) for k in (63, 64)] == [False, True]
+    assert drafted(576, 192, batch=300, dtype="float32")
+    assert not drafted(4 * 576, 4 * 192, batch=4, packed=True)
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 4, 132])

@@ -1,7 +1,7 @@
 // The plan, the scratch memory and the launches of a greedy selection, by any rule of selection_rule.h.
 //
 // What: a stored selection computes the weights of all pairs (sqdist_*.cuh), then makes all picks of all items in one launch: one block per
-//   item (select_stored.cuh), or a cluster of blocks where items are large and few (select_cluster.cuh). A streaming selection stores
+//   item (select_stored.cuh, select_drafted.cuh), or a cluster of blocks where items are large and few (select_cluster.cuh). A streaming selection stores
 //   nothing N x N: all resident blocks share one item, or a few (select_swept.cuh).
 // Chosen when: stored up to kMatrixTokens tokens; streaming above, and above half as many tokens where few are picked (kFewPicks) without
 //   tensor cores.
@@ -10,6 +10,7 @@
 #pragma once
 #include "common/selection_plan.h"
 #include "select_cluster.cuh"
+#include "select_drafted.cuh"
 #include "select_stored.cuh"
 #include "select_swept.cuh"
 #include "sqdist_wgmma.cuh"
@@ -48,10 +49,12 @@ struct SelectionPlan {
   int64_t entries;                   // stored: batch entries whose weights are in memory at once
   int item_blocks;                   // stored: blocks per item; more than one: a cluster
   int64_t cluster_from;              // cluster: items of at most this many tokens take one block
+  bool drafted;                      // stored, one block per item: picks are drafted and verified
   bool row_min;                      // cluster: the bound rises by the row minimum of each pick
   int groups, group_blocks, blocks;  // swept: max groups, blocks per group, and blocks of the cooperative launch
   int held;                          // swept: max tokens of a block whose potentials are in its shared memory
-  int lookahead;                     // max picks per exchange (cluster) or sweep; 1: the plain loop, in one block where weights are stored
+  int lookahead;                     // max picks per exchange (cluster), batch of drafts or sweep; 1: the plain loop, in one block where
+                                     // weights are stored
   PackedShape packed;                // packed
 };
 
@@ -132,6 +135,7 @@ SelectionPlan plan_selection(const Rows<scalar_t>& rows, const Items& items, int
                            : sqdist_tile(tokens, plan.entries);
     plan.item_blocks = lookahead > 1 ? stored_item_blocks<Rule>(items, stored_tokens, plan.entries) : 1;
     plan.cluster_from = kClusterFrom;
+    if constexpr (kDraftable<Rule>) plan.drafted = !items.packed() && plan.item_blocks == 1 && lookahead > 1 && drafts_pay(items);
     plan.row_min = kOfDistance<Rule>;
   }
   if (items.packed()) plan.packed = packed_shape(items, stored_tokens, plan.stored ? plan.tile : kLargeTile, wave_floats);
@@ -218,13 +222,15 @@ class SelectionLaunch {
           return launch_sqdist_tiles(rows_, items_, first, held, store, pitch, scratch_.weights, stream_);
       });
       if (error != cudaSuccess) return error;
-      const int resident = plan_.item_blocks > 1 ? 0 : resident_rows(items_, held);
+      const int resident = plan_.item_blocks > 1 || plan_.drafted ? 0 : resident_rows(items_, held);
       const StoredItems stored{items_, scratch_.weights, first, nullptr, nullptr, plan_.cluster_from, 0, resident};
       const auto in_blocks = [&](auto* kernel, int warps, size_t report_bytes) {
         const size_t bytes = resident_offset(report_bytes, items_) + resident * pitch * sizeof(float);
         return select_in_blocks(kernel, stored, held, warps, bytes);
       };
-      error = plan_.item_blocks > 1 ? select_in_clusters(stored, items_.tokens, held) : with_stored_kernel<Rule>(items_.tokens, in_blocks);
+      error = plan_.item_blocks > 1 ? select_in_clusters(stored, items_.tokens, held)
+              : plan_.drafted       ? select_by_drafts(stored, held)
+                                    : with_stored_kernel<Rule>(items_.tokens, in_blocks);
       if (error != cudaSuccess) return error;
     }
     return cudaSuccess;
@@ -274,6 +280,20 @@ class SelectionLaunch {
   cudaError_t select_in_blocks(Kernel* kernel, const StoredItems& stored, int64_t blocks, int warps, size_t shared_bytes) {
     const Launch shape{dim3(static_cast<unsigned>(blocks)), dim3(32 * warps), shared_bytes, 1, false, stream_, true};
     return launch(kernel, shape, stored, scratch_.stats.mean_sqdist, rule_, out_);
+  }
+
+  cudaError_t select_by_drafts(const StoredItems& stored, int64_t blocks) {
+    if constexpr (kDraftable<Rule>) {
+      const Launch shape{dim3(static_cast<unsigned>(blocks)),
+                         dim3(32 * kEncodeWarps),
+                         static_cast<size_t>(drafted_shared_bytes(items_)),
+                         1,
+                         false,
+                         stream_,
+                         true};
+      return launch(select_drafted_kernel<Rule>, shape, stored, plan_.lookahead, scratch_.stats.mean_sqdist, rule_, out_);
+    }
+    return cudaErrorInvalidValue;
   }
 
   cudaError_t select_in_clusters(const StoredItems& stored, int64_t tokens, int64_t count) {

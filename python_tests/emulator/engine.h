@@ -325,6 +325,8 @@ inline void spin_pause() {
   }
 }
 
+inline std::atomic<int64_t> barriers_passed{0};  // block barriers, by all blocks of all launches
+
 inline void sync_block(const char* where = "__syncthreads") {
   check_awaited(where);
   const Unchecked unchecked;
@@ -334,6 +336,7 @@ inline void sync_block(const char* where = "__syncthreads") {
   if (++barrier.arrived == block->alive) {
     barrier.arrived = 0;
     ++barrier.generation;
+    barriers_passed.fetch_add(1, std::memory_order_relaxed);
   } else {
     wait_while(barrier.generation, generation, where);
   }

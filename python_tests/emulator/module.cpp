@@ -6,10 +6,12 @@
 #include "run_kernel.h"
 
 // Counters of the emulator itself. phases_begun: mbarrier phases that blocks have begun; tests count a kernel's exchanges by it.
-// driver_questions: driver queries about kernels and devices.
+// barriers_passed: __syncthreads that blocks have passed. driver_questions: driver queries about kernels and devices.
 static int64_t phases_begun() { return emulator::phases_begun; }
+static int64_t barriers_passed() { return emulator::barriers_passed; }
 static int64_t driver_questions() { return emulator::questions; }
 STS_KERNEL(phases_begun, phases_begun);
+STS_KERNEL(barriers_passed, barriers_passed);
 STS_KERNEL(driver_questions, driver_questions);
 
 namespace py = pybind11;

@@ -14,7 +14,9 @@ from .calls import Call, Failure, run_program
 
 WRONG = "wrong result"
 RACE = "ThreadSanitizer: data race"
-OVERRUN = "ERROR: AddressSanitizer: "  # heap-buffer-overflow, or what a far address happens to be: SEGV, heap-use-after-free
+OVERRUN = (
+    "ERROR: AddressSanitizer: "  # heap-buffer-overflow, or what a far address happens to be: SEGV, heap-use-after-free
+)
 BOUNDS = "runtime error: index"
 OVERTAKEN = "an earlier copy to the same place is under way"
 
@@ -534,6 +536,69 @@ MUTANTS = (
         "repulsion_select",
         "select_stored.cuh",
         ("(j < tokens ? j : (tokens - 1) & ~3)", "(j)"),
+        says=OVERRUN,
+    ),
+    # Drafts.
+    mutant(
+        "codes are read while others write them",
+        "repulsion_select",
+        "select_drafted.cuh",
+        ("  __syncthreads();\n  if (warp >= kDraftWarps) return;", "  if (warp >= kDraftWarps) return;"),
+        says=RACE,
+    ),
+    mutant(
+        "candidates are read while others write them",
+        "repulsion_select",
+        "select_drafted.cuh",
+        ("    __syncthreads();\n    const uint2 two", "    const uint2 two"),
+        says=OVERRUN,  # tokens that are not there yet
+    ),
+    mutant(
+        "drafts are judged by reports that are not there yet",
+        "repulsion_select",
+        "select_drafted.cuh",
+        ("    __syncthreads();\n    if (lane < drafts) report", "    if (lane < drafts) report"),
+        says=RACE,
+    ),
+    mutant(
+        "drafts are not judged",
+        "repulsion_select",
+        "select_drafted.cuh",
+        ("static_cast<int>(report.token) == next_draft;", "next_draft >= 0;"),
+    ),
+    mutant(
+        "a draft is judged by the row of its own",
+        "repulsion_select",
+        "select_drafted.cuh",
+        (
+            "lowest_report<kDraftWarps>(exchange->report[lane]",
+            "lowest_report<kDraftWarps>(exchange->report[lane > 0 ? lane - 1 : 0]",
+        ),
+    ),
+    mutant(
+        "rows of drafts that were wrong are added",
+        "repulsion_select",
+        "select_drafted.cuh",
+        ("if (p >= accepted) break;", "if (p >= drafts) break;"),
+    ),
+    mutant(
+        "the last of equal tokens of a thread",
+        "repulsion_select",
+        "select_drafted.cuh",
+        ("if (order <= low[p])", "if (order < low[p])"),
+    ),
+    mutant(
+        "weights past the end of a draft's row",
+        "repulsion_select",
+        "select_drafted.cuh",
+        ("        if (tid + t * kDraftThreads < tokens) row", "        row"),
+        says=OVERRUN,
+    ),
+    mutant(
+        "codes of weights past the end of the row",
+        "repulsion_select",
+        "select_drafted.cuh",
+        ("if (column >= layout.circle) column -= layout.circle;", ""),
         says=OVERRUN,
     ),
     # Packed items.

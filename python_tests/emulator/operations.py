@@ -278,7 +278,7 @@ def _select(op, name, features, k, options, judge, packed=None, num_tokens=None,
     - `max_seqlen`: max length of packed items
     - `matrix_tokens`: max tokens of an item whose weights are stored; longer items are streamed
     - `item_blocks`: blocks that share an item with stored weights (0: as planned)
-    - `lookahead`: max picks per exchange (cluster) or sweep
+    - `lookahead`: max picks per exchange (cluster), batch of drafts or sweep
     - `wgmma`: 0 for the tensor cores of devices other than Hopper
     - `wave_floats`: weights of packed items in memory at a time (0: as planned)
     """
@@ -303,6 +303,9 @@ def _select(op, name, features, k, options, judge, packed=None, num_tokens=None,
     )
     longest = tokens if packed is None else max(0, *packed[0].diff().tolist())
     kind = "swept" if longest > way["matrix_tokens"] else "cluster" if way["item_blocks"] > 1 else "stored"
+    many = k >= max(64, tokens / 8)
+    if op == "repulsion_select" and kind == "stored" and packed is None and way["lookahead"] > 1 and many:
+        kind = "drafted" if 256 < tokens <= 640 else kind
     if way["wave_floats"]:
         kind = f"waves-{kind}"
     kind += "" if way["wgmma"] else "_mma"
@@ -525,6 +528,10 @@ PATHS = (
 
 def quick() -> list[Call]:
     calls = []
+    # Drafts of short and long items: of tokens alone and in pairs, and where all potentials are equal.
+    for values, k in ((cases.normal, 100), (cases.near_duplicates, 66), (cases.none_finite, 64)):
+        case = Case("drafts", 2, 261, 3, k, values, num_tokens=(70, 261), anchor=(0, 260))
+        calls.append(repulsion_select(case.name, **case.inputs(dtype=torch.float32)))
     for i, case in enumerate(PATHS):
         all_dtypes = case.name in ("stages", "large_tiles", "offset", "packed", "packed_tiles")
         for dtype in cases.FLOATING if all_dtypes else (cases.FLOATING[i % 3],):

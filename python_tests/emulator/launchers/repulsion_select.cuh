@@ -25,7 +25,8 @@ int64_t selection_plan(int64_t batch, int64_t tokens, int64_t channels, int64_t 
   const SelectionPlan plan = plan_selection<scalar_t, Repulsion>(rows, items);
   const int64_t fields[] = {
       plan.stored, plan.swept,        plan.mma,    plan.wgmma,     plan.tile,          plan.entries,      plan.item_blocks,
-      plan.groups, plan.group_blocks, plan.blocks, plan.lookahead, plan.packed.floats, plan.packed.waves, plan.packed.most_large};
+      plan.groups, plan.group_blocks, plan.blocks, plan.lookahead, plan.packed.floats, plan.packed.waves, plan.packed.most_large,
+      plan.drafted};
   return fields[field];
 }
 
