@@ -408,6 +408,23 @@ def test_emulated_cuda_kernel_by_drafts(emulated, make, dtype):
             assert (ahead == plain).all()
 
 
+def test_emulated_cuda_kernel_by_drafts_of_packed_items(emulated):
+    lengths, budgets = [1, 34, 0, 300, 33, 257, 2, 290], [1, 20, 3, 130, 40, 257, 1, 70]
+    g = torch.Generator().manual_seed(23)
+    items = [uniform(g, 1, n, 5) for n in lengths]
+    ends, out_ends = (torch.tensor([0, *sizes]).cumsum(0) for sizes in (lengths, budgets))
+    args = torch.cat([x[0] for x in items]), ends, out_ends, sum(budgets), 1e-6
+    for way in ({"max_seqlen": 300}, {"max_seqlen": 300, "wave_floats": 1}):
+        call = operations.repulsion_select_varlen("any", *args, **way)
+        assert "drafted" in call.way
+        packed = outcome(call)[-1]
+        for x, k, end in zip(items, budgets, out_ends.tolist()[1:], strict=True):
+            picks = packed[end - k : end]
+            if x.shape[1]:
+                assert (picks[: x.shape[1]] == emulated(x, min(k, x.shape[1]), 1, matrix_tokens=300)[-1][0]).all()
+            assert (picks[x.shape[1] :] == -1).all()
+
+
 @pytest.mark.parametrize(("make", "least"), [(uniform, 9), (repeated, 4), (far_away, 9), (adversary, 6)])
 def test_emulated_cuda_kernel_accepts_most_drafts(emulated, make, least):
     """Codes that are wrong, of other pairs for one, would make the same picks, but fewer in a batch of drafts."""

@@ -162,7 +162,10 @@ def test_picks_are_drafted_where_codes_fit_shared_memory_and_pay_for_their_encod
     assert [drafted(576, k) for k in (1, 71, 72, 192, 576)] == [False, False, True, True, True]
     assert [drafted(300, k) for k in (63, 64)] == [False, True]
     assert drafted(576, 192, batch=300, dtype="float32")
+    # Packed: by the longest item that there may be, and the mean of the picks.
+    assert [drafted(4 * 576, 4 * 192, batch=4, packed=True, max_seqlen=n) for n in (576, 641)] == [True, False]
     assert not drafted(4 * 576, 4 * 192, batch=4, packed=True)
+    assert not drafted(4 * 576, 4 * 60, batch=4, packed=True, max_seqlen=576)
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 4, 132])

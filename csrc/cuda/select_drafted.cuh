@@ -1,6 +1,6 @@
 // Selection over the stored weights of all pairs, several picks a wait for their rows: draft, verify, accept.
 //
-// What: one block per item of a padded batch. The plain loop (select_stored.cuh) waits for a row of weights for every pick, from L2 or, in
+// What: one block per item, padded or packed. The plain loop (select_stored.cuh) waits for a row of weights for every pick, from L2 or, in
 //   large batches, from device memory. Here shared memory also holds an 8-bit code of every weight. The next picks are drafted by codes,
 //   and their rows are loaded meanwhile. Then the drafts are verified with the rows, in float32, and those up to the first that the plain
 //   loop would not make are accepted. So picks and potentials are those of the plain loop, bit for bit; codes decide only how many drafts
@@ -46,7 +46,6 @@ struct CodeLayout {
   STS_HOST_DEVICE explicit CodeLayout(int64_t tokens)
       : circle(static_cast<int>(matrix_pitch(tokens))), half(circle / 2), pitch((half + 4 + 3) / 4 * 4) {}
 
-  STS_HOST_DEVICE int64_t bytes(int64_t tokens) const { return tokens * pitch; }
   // Offset of code (i, i).
   STS_HOST_DEVICE int diagonal(int i) const { return i * pitch + i % 4; }
   // Offset of the code of tokens i and j, given diagonal(i) and diagonal(j).
@@ -98,8 +97,12 @@ struct DraftExchange {
 };
 
 // Shared memory: DraftExchange, picked[picks], then on the next 16 bytes the codes.
-STS_HOST_DEVICE int64_t drafted_shared_bytes(const Items& items) {
-  return resident_offset(sizeof(DraftExchange), items) + CodeLayout(items.tokens).bytes(items.tokens);
+STS_HOST_DEVICE int64_t codes_offset(const Items& items) {
+  const int64_t most_picks = items.picks < items.longest() ? items.picks : items.longest();
+  return ceil_div(sizeof(DraftExchange) + most_picks * int64_t(sizeof(int)), 16) * 16;
+}
+inline int64_t drafted_shared_bytes(const Items& items) {
+  return codes_offset(items) + items.longest() * CodeLayout(items.longest()).pitch;
 }
 
 // (a) by all threads of the block. The codes begin somewhat below the lowest weight of the sample, as tokens of low potential have low
@@ -194,10 +197,11 @@ __global__ void __launch_bounds__(kEncodeWarps * 32, 1)
   DraftExchange* const exchange = reinterpret_cast<DraftExchange*>(shared);
   int* const picked = reinterpret_cast<int*>(exchange + 1);  // [picks]
   const Items& items = stored.items;
-  unsigned char* const codes = shared + resident_offset(sizeof(DraftExchange), items);
+  unsigned char* const codes = shared + codes_offset(items);
   const int tid = settled(static_cast<int>(threadIdx.x)), lane = tid % 32, warp = tid / 32;
 
   const int64_t b = stored.number(blockIdx.x);
+  if (b < 0) return;
   const Item item = items[b];
   const int tokens = static_cast<int>(item.tokens);
   int64_t* const picks_out = out + item.out;
@@ -223,6 +227,11 @@ __global__ void __launch_bounds__(kEncodeWarps * 32, 1)
     if (inside) nearest = lower(nearest, make_key(distance, j));
   }
   int pick = static_cast<int>(first_pick(item, block_lowest(nearest, exchange->partial, 0)));
+
+  if (picks == 1) {  // reads no row: packed items of one pick have no weights
+    if (tid == 0) picks_out[0] = pick;
+    return;
+  }
 
   const CodeScale scale = sample_scale(matrix, pitch, tokens, exchange);  // (a)
   encode_weights(matrix, pitch, tokens, layout, scale, codes);            // (b)
@@ -328,9 +337,11 @@ __global__ void __launch_bounds__(kEncodeWarps * 32, 1)
   for (int i = tid; i < picks; i += kDraftThreads) picks_out[i] = picked[i];
 }
 
-// Whether drafts are worth the encoding, for padded items whose weights are stored, and the device has the shared memory for the codes.
+// Whether drafts are worth the encoding, for items whose weights are stored, and the device has the shared memory for the codes. Packed: by
+// the longest item that there may be, and the mean number of picks.
 inline bool drafts_pay(const Items& items) {
-  return items.tokens > kDraftFrom && items.tokens <= kDraftMost && items.picks >= kDraftPicks && items.picks * 8 >= items.tokens &&
+  const int64_t tokens = items.longest(), picks = items.packed() ? ceil_div(items.picks, items.count) : items.picks;
+  return tokens > kDraftFrom && tokens <= kDraftMost && picks >= kDraftPicks && picks * 8 >= tokens &&
          drafted_shared_bytes(items) <= max_shared_bytes();
 }
 

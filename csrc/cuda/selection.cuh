@@ -135,7 +135,7 @@ SelectionPlan plan_selection(const Rows<scalar_t>& rows, const Items& items, int
                            : sqdist_tile(tokens, plan.entries);
     plan.item_blocks = lookahead > 1 ? stored_item_blocks<Rule>(items, stored_tokens, plan.entries) : 1;
     plan.cluster_from = kClusterFrom;
-    if constexpr (kDraftable<Rule>) plan.drafted = !items.packed() && plan.item_blocks == 1 && lookahead > 1 && drafts_pay(items);
+    if constexpr (kDraftable<Rule>) plan.drafted = plan.item_blocks == 1 && lookahead > 1 && drafts_pay(items);
     plan.row_min = kOfDistance<Rule>;
   }
   if (items.packed()) plan.packed = packed_shape(items, stored_tokens, plan.stored ? plan.tile : kLargeTile, wave_floats);
@@ -260,7 +260,9 @@ class SelectionLaunch {
       const auto in_blocks = [&](auto* kernel, int warps, size_t report_bytes) {
         return select_in_blocks(kernel, stored, items_.count, warps, report_bytes + most_picks * sizeof(int));
       };
-      error = plan_.item_blocks > 1 ? select_in_clusters(stored, longest, items_.count) : with_packed_kernel<Rule>(longest, in_blocks);
+      error = plan_.item_blocks > 1 ? select_in_clusters(stored, longest, items_.count)
+              : plan_.drafted       ? select_by_drafts(stored, items_.count)
+                                    : with_packed_kernel<Rule>(longest, in_blocks);
       if (error != cudaSuccess) return error;
     }
     return cudaSuccess;

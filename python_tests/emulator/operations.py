@@ -302,10 +302,10 @@ def _select(op, name, features, k, options, judge, packed=None, num_tokens=None,
         np.full((batch, k) if packed is None else (k,), PAD, np.int64),
     )
     longest = tokens if packed is None else max(0, *packed[0].diff().tolist())
+    bound, mean = (tokens, k) if packed is None else (min(tokens, way["max_seqlen"]), -(-k // batch))
     kind = "swept" if longest > way["matrix_tokens"] else "cluster" if way["item_blocks"] > 1 else "stored"
-    many = k >= max(64, tokens / 8)
-    if op == "repulsion_select" and kind == "stored" and packed is None and way["lookahead"] > 1 and many:
-        kind = "drafted" if 256 < tokens <= 640 else kind
+    if op == "repulsion_select" and kind == "stored" and way["lookahead"] > 1 and mean >= max(64, bound / 8):
+        kind = "drafted" if 256 < bound <= 640 else kind
     if way["wave_floats"]:
         kind = f"waves-{kind}"
     kind += "" if way["wgmma"] else "_mma"
@@ -532,6 +532,8 @@ def quick() -> list[Call]:
     for values, k in ((cases.normal, 100), (cases.near_duplicates, 66), (cases.none_finite, 64)):
         case = Case("drafts", 2, 261, 3, k, values, num_tokens=(70, 261), anchor=(0, 260))
         calls.append(repulsion_select(case.name, **case.inputs(dtype=torch.float32)))
+    case = VarlenCase("packed_drafts", (300, 1, 0, 70, 264), (100, 1, 0, 80, 264), 4, cases.duplicates)
+    calls.append(repulsion_select_varlen(case.name, **case.inputs(dtype=torch.bfloat16), max_seqlen=300))
     for i, case in enumerate(PATHS):
         all_dtypes = case.name in ("stages", "large_tiles", "offset", "packed", "packed_tiles")
         for dtype in cases.FLOATING if all_dtypes else (cases.FLOATING[i % 3],):
