@@ -1,7 +1,8 @@
-"""`python -m bench.lookahead`: picks per exchange of the CUDA cluster kernel (select_cluster.cuh).
+"""`python -m bench.lookahead`: picks per exchange of CUDA kernels, in clusters and by drafts.
 
-Simulates the kernel's candidate table and bound in Python. Involves no timing: results are the same on every
-machine. python_tests/test_lookahead.py compares the emulated kernel with this simulation.
+Simulates the candidate table and the bound of select_cluster.cuh, and the drafts of select_drafted.cuh, in Python.
+Involves no timing: results are the same on every machine. python_tests/test_lookahead.py compares the emulated kernels
+with this simulation.
 """
 
 import argparse
@@ -63,6 +64,46 @@ def replay(x, k, warps=32, of_warp=7, most=12, groups=4, of_group=3):
     return made / exchanges, came / exchanges
 
 
+def drafts(x, k, most=12, warps=4, of_warp=16, below=0.5, span=5.0):
+    """Picks per batch of drafts for x (N, C).
+
+    most: max drafts. warps: warps that pick, of_warp candidates each. below, span: ends of the codes, from the lowest
+    weight, in units of the typical weight less the lowest.
+    """
+    weights = (1 / (pairwise_sqdist(x[None])[0] + 1e-6)).fill_diagonal_(math.inf)
+    tokens = len(x)
+    thread = torch.arange(384)
+    columns = (thread * 11 % (tokens // 4) * 4)[:, None] + torch.arange(4)
+    sample = weights[(thread * 37 % tokens)[:, None], columns].sort().values
+    lowest, typical = float(sample.min()), float(sample[:, 1].mean())
+    factor = 1 / (span * (typical - lowest)) if typical > lowest else 0
+    codes = (((weights - lowest) * factor + below / span).clamp(0, 1) * 255).round() * 16
+    warp_of = torch.arange(tokens) // 32 % warps
+
+    potential = torch.zeros(tokens)
+    pick = int((x - x.mean(0)).square().sum(1).argmin())
+    made, batches, drafted = 0, 0, 1
+    while made < k:
+        key = ((potential - potential.min()) * (factor * 255 * 16)).clamp(max=2**21).nan_to_num().round()
+        key[potential == math.inf] = math.inf
+        inside = torch.zeros(tokens, dtype=torch.bool)
+        for warp in range(warps):
+            inside[key.where(warp_of == warp, math.inf).argsort(stable=True)[:of_warp]] = True
+        key[~inside] = math.inf
+        drafted = min(drafted, k - made)
+        accepted = 0
+        for _ in range(drafted):
+            if accepted and int(potential.argmin()) != pick:
+                break
+            potential, key, accepted = potential + weights[pick], key + codes[pick], accepted + 1
+            key[pick] = math.inf
+            pick = int(key.argmin())
+        pick = int(potential.argmin())
+        made, batches = made + accepted, batches + 1
+        drafted = 2 if accepted == 1 and drafted > 1 else min(accepted + 4, most)
+    return made / batches
+
+
 def photograph(size):
     """Patches of 14 x 14 pixels of the demo's picture, from 0 to 1."""
     picture = load_picture(default_picture()).convert("RGB").resize((size, size))
@@ -79,6 +120,13 @@ def table(kinds):
         yield f"| {name} | {k} | {picks:.1f} | {came:.0f} |"
 
 
+def drafts_table(kinds):
+    """The same for drafts."""
+    yield "| tokens | K | picks a batch of drafts |\n" + "|---" * 3 + "|"
+    for name, x, k in kinds:
+        yield f"| {name} | {k} | {drafts(x, k):.1f} |"
+
+
 def main(argv=None):
     argparse.ArgumentParser(
         prog="python -m bench.lookahead", description=__doc__.split("\n")[0].split(": ")[1]
@@ -93,7 +141,13 @@ def main(argv=None):
         ("smooth, 2880", features(2880, "smooth"), 640),
         ("gaussian, 8192", features(8192), 640),
     ]
-    print("\n".join(table(kinds)))
+    print("\n".join(table(kinds)), end="\n\n")
+    kinds = [
+        ("photograph, 576", photograph(336), 192),
+        ("gaussian, 576", features(576), 192),
+        ("smooth, 576", features(576, "smooth"), 192),
+    ]
+    print("\n".join(drafts_table(kinds)))
 
 
 if __name__ == "__main__":
