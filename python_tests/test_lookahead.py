@@ -500,13 +500,37 @@ def test_emulated_cuda_kernel_in_sweeps_makes_several_picks_a_sweep(emulated, dt
 
 
 @pytest.mark.parametrize(
-    ("tokens", "k"), [(576, 192), (1500, 400), (1500, 1500), (2880, 480), (8192, 100), (8192, 300), (20_000, 300)]
+    ("tokens", "k"),
+    [
+        (257, 64),
+        (576, 192),
+        (640, 640),
+        (1500, 400),
+        (1500, 1500),
+        (2880, 480),
+        (8192, 100),
+        (8192, 300),
+        (20_000, 300),
+    ],
 )
 @pytest.mark.parametrize("make", MAKES, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_cuda_kernels(cuda, tokens, k, make, dtype, monkeypatch):
     x = make(torch.Generator().manual_seed(7), 2, tokens, 64).to("cuda", dtype)
     for plain, ahead in plain_and_ahead(monkeypatch, lambda: sts_kernels.repulsion_select(x, k)):
+        assert torch.equal(ahead, plain)
+
+
+@pytest.mark.parametrize("make", MAKES, ids=lambda f: f.__name__)
+def test_cuda_kernels_of_packed_items(cuda, make, monkeypatch):
+    lengths, budgets = [576, 300, 0, 1, 640, 258], [192, 100, 0, 1, 300, 258]
+    g = torch.Generator().manual_seed(24)
+    x = torch.cat([make(g, 1, n, 64)[0] for n in lengths if n]).to("cuda", torch.bfloat16)
+    ends, out_ends = (torch.tensor([0, *sizes]).cumsum(0).cuda() for sizes in (lengths, budgets))
+    for plain, ahead in plain_and_ahead(
+        monkeypatch,
+        lambda: sts_kernels.repulsion_select_varlen(x, ends, out_ends, sum(budgets), max_seqlen=max(lengths)),
+    ):
         assert torch.equal(ahead, plain)
 
 

@@ -28,7 +28,7 @@ constexpr int kDraftWarps = 4;                            // warps that pick
 constexpr int kDraftTokens = 5;                           // tokens per thread
 constexpr int kDraftThreads = kDraftWarps * 32;           // thread i has the tokens i, i + kDraftThreads, ...
 constexpr int kDraftMost = kDraftThreads * kDraftTokens;  // max tokens of an item
-constexpr int kDraftFrom = 256;                           // fewer tokens: select_stored.cuh holds most rows in shared memory
+constexpr int kDraftFrom = 256;                           // up to so many tokens, select_stored.cuh holds most rows in shared memory
 constexpr int kDraftPicks = 64;                           // fewer picks, or fewer than an eighth of the tokens, do not pay for the encoding
 constexpr int kDrafts = 12;                               // max drafts verified together
 constexpr int kWarpDrafts = 64 / kDraftWarps;             // max candidates of a warp; together two per lane
@@ -51,7 +51,7 @@ struct CodeLayout {
   // Offset of the code of tokens i and j, given diagonal(i) and diagonal(j).
   __device__ __forceinline__ int at(int i, int diagonal_i, int j, int diagonal_j) const {
     const unsigned ahead = j - i, around = ahead + circle;
-    const int places = min(ahead, around);  // from i to j: of the two, one is negative or at least `circle`
+    const int places = min(ahead, around);  // from i to j, 0 to circle - 1: a negative number is a large unsigned one
     return places <= half ? diagonal_i + places : diagonal_j + circle - places;
   }
 };
