@@ -64,27 +64,29 @@ def replay(x, k, warps=32, of_warp=7, most=12, groups=4, of_group=3):
     return made / exchanges, came / exchanges
 
 
-def drafts(x, k, most=12, warps=4, of_warp=16, below=0.5, span=5.0):
+def drafts(x, k, most=12, warps=4, of_warp=16, steps=4.0, below=0.5):
     """Picks per batch of drafts for x (N, C).
 
-    most: max drafts. warps: warps that pick, of_warp candidates each. below, span: ends of the codes, from the lowest
-    weight, in units of the typical weight less the lowest.
+    most: max drafts. warps: warps that pick, of_warp candidates each. steps: the scale of the codes. below: where they
+    begin below the lowest weight, in units of the typical weight less the lowest.
     """
     weights = (1 / (pairwise_sqdist(x[None])[0] + 1e-6)).fill_diagonal_(math.inf)
     tokens = len(x)
     thread = torch.arange(384)
     columns = (thread * 11 % (tokens // 4) * 4)[:, None] + torch.arange(4)
     sample = weights[(thread * 37 % tokens)[:, None], columns].sort().values
-    lowest, typical = float(sample.min()), float(sample[:, 1].mean())
-    factor = 1 / (span * (typical - lowest)) if typical > lowest else 0
-    codes = (((weights - lowest) * factor + below / span).clamp(0, 1) * 255).round() * 16
+    lowest, typical = float(sample.min()), float(1 / (1 / sample[:, 1]).mean())
+    factor = steps / (typical - lowest) if typical > lowest else 0.0
+    scaled = ((weights - lowest) * factor + 1 + steps * below).nan_to_num().clamp(1, 252)
+    exponent = scaled.log2().floor()
+    codes = (scaled / 2**exponent * 32).round() * 2**exponent * 4
     warp_of = torch.arange(tokens) // 32 % warps
 
     potential = torch.zeros(tokens)
     pick = int((x - x.mean(0)).square().sum(1).argmin())
     made, batches, drafted = 0, 0, 1
     while made < k:
-        key = ((potential - potential.min()) * (factor * 255 * 16)).clamp(max=2**21).nan_to_num().round()
+        key = ((potential - potential.min()) * (factor * 32 * 4)).clamp(max=2**21).nan_to_num().round()
         key[potential == math.inf] = math.inf
         inside = torch.zeros(tokens, dtype=torch.bool)
         for warp in range(warps):

@@ -403,7 +403,7 @@ def test_emulated_cuda_kernel_by_drafts(emulated, make, dtype):
         if make is uniform:
             anchor = None
         plain = emulated(x, k, 1, matrix_tokens=tokens, num_tokens=num_tokens, anchor=anchor)[-1]
-        for lookahead in (2, 5, 16):
+        for lookahead in (3, 16):
             ahead = emulated(x, k, lookahead, matrix_tokens=tokens, num_tokens=num_tokens, anchor=anchor)[-1]
             assert (ahead == plain).all()
 

@@ -56,32 +56,40 @@ struct CodeLayout {
   }
 };
 
-// weight -> code: 255 * (weight * factor + offset), from 0 to 255.
+// A code is a small float of 3 bits of exponent e and 5 bits of mantissa m. It stands for the number (32 + m) << e, from 32 to 8064.
+constexpr int kMantissaBits = 5;
+constexpr int kCodeOne = 1 << kMantissaBits;
+__device__ __forceinline__ uint32_t decoded(uint32_t code) { return (code % kCodeOne | kCodeOne) << code / kCodeOne; }
+
+// weight -> code. The code's number is kCodeOne * (weight * factor + offset), rounded and saturated.
 struct CodeScale {
   float factor, offset;
 
   // Four codes, the first in the low byte.
   __device__ __forceinline__ uint32_t encode(const float4& weights) const {
-    const auto code = [&](float weight) {  // __saturatef of a NaN is 0. The low byte of the sum is the code
-      return __float_as_uint(fmaf(__saturatef(fmaf(weight, factor, offset)), 255.f, 8388608.f));
+    // The high byte is the code: bits 18..25 of the float, less those of 1.
+    constexpr uint32_t kHalf = 1u << (22 - kMantissaBits), kShift = 24 - (23 - kMantissaBits);
+    const auto code = [&](float weight) {
+      const float scaled = fminf(fmaxf(fmaf(weight, factor, offset), 1.f), 252.f);  // a NaN becomes 1
+      return (__float_as_uint(scaled) + kHalf - __float_as_uint(1.f)) << kShift;
     };
-    const uint32_t low = __byte_perm(code(weights.x), code(weights.y), 0x0040),
-                   high = __byte_perm(code(weights.z), code(weights.w), 0x0040);
+    const uint32_t low = __byte_perm(code(weights.x), code(weights.y), 0x0073),
+                   high = __byte_perm(code(weights.z), code(weights.w), 0x0073);
     return __byte_perm(low, high, 0x5410);
   }
 };
 
 // ---- draft keys ----
 
-// A draft key: the potential above the lowest one, in 16ths of a code, saturated at kDraftFar; then the token. Adding a code to a key adds
-// it to the potential: the token stays.
+// A draft key: the potential above the lowest one, in quarters of a code's number, saturated at kDraftFar; then the token. Adding a code to
+// a key adds it to the potential: the token stays.
 //   bits  31..10      9..0
 //         potential  token
 constexpr int kTokenBits = 10;
-constexpr int kCodeShift = kTokenBits + 4;
+constexpr int kCodeShift = kTokenBits + 2;
 constexpr float kDraftFar = 2097152.f;        // 2^21
 constexpr uint32_t kNotADraft = 0xc0000000u;  // picked, or no token: above all other keys, and kDrafts codes do not overflow it
-static_assert(kDraftMost <= 1 << kTokenBits && kDrafts * 255ull << kCodeShift < 0x100000000ull - kNotADraft, "codes overflow a key");
+static_assert(kDraftMost <= 1 << kTokenBits && kDrafts * 8064ull << kCodeShift < 0x100000000ull - kNotADraft, "codes overflow a key");
 
 // ---- kernel ----
 
@@ -92,7 +100,7 @@ constexpr bool kDraftable = kOfDistance<Rule> && !Rule::kNegative && Rule::kFrom
 struct DraftExchange {
   StoredReport report[kDrafts][kDraftWarps];  // argmin of each warp after each draft
   uint32_t candidate[kDraftWarps][kWarpDrafts];
-  float lowest[kEncodeWarps], typical[kEncodeWarps];  // of the sample: the minimum and a sum
+  float lowest[kEncodeWarps], inverse[kEncodeWarps];  // of the sample of weights: the minimum, and the sum of inverses
   Key partial[2][32];                                 // block_lowest
 };
 
@@ -106,9 +114,9 @@ inline int64_t drafted_shared_bytes(const Items& items) {
 }
 
 // (a) by all threads of the block. The codes begin somewhat below the lowest weight of the sample, as tokens of low potential have low
-// weights, and end at a multiple of the typical weight: greater ones are those of near-duplicates, which are not picked soon.
+// weights. The typical weight is a harmonic mean: a few near-duplicates, of weights a million times as large, do not move it.
 __device__ __forceinline__ CodeScale sample_scale(const float* matrix, uint32_t pitch, int tokens, DraftExchange* exchange) {
-  constexpr float kBelow = 0.5f, kRange = 5.f;  // in units of the typical weight less the lowest; by simulation (bench/NOTES.md)
+  constexpr float kSteps = 4.f, kBelow = 0.5f;  // by simulation (bench/NOTES.md)
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
   const uint32_t row = tid * 37 % tokens, column = tokens < 8 ? 0 : tid * 11 % (tokens / 4) * 4;
   const float4 four = __ldg(reinterpret_cast<const float4*>(matrix + row * pitch + column));
@@ -117,15 +125,15 @@ __device__ __forceinline__ CodeScale sample_scale(const float* matrix, uint32_t 
               w = column + 3 < tokens ? four.w : none;
   const float low = fminf(fminf(x, y), fminf(z, w));
   const float second = fminf(fminf(fmaxf(x, y), fmaxf(z, w)), fmaxf(fminf(x, y), fminf(z, w)));
-  const float lowest = from_order<Repulsion>(__reduce_min_sync(kFullWarp, order_of<Repulsion>(low))), sum = warp_sum(second);
-  if (lane == 0) exchange->lowest[warp] = lowest, exchange->typical[warp] = sum;
+  const float lowest = __uint_as_float(__reduce_min_sync(kFullWarp, __float_as_uint(low))), sum = warp_sum(1.f / second);
+  if (lane == 0) exchange->lowest[warp] = lowest, exchange->inverse[warp] = sum;
   __syncthreads();
   float all_lowest = kInfinity, all_sum = 0.f;
 #pragma unroll
-  for (int i = 0; i < kEncodeWarps; ++i) all_lowest = fminf(all_lowest, exchange->lowest[i]), all_sum += exchange->typical[i];
-  const float unit = all_sum * (1.f / (kEncodeWarps * 32)) - all_lowest;
-  const float factor = unit > 0.f && unit < kInfinity ? 1.f / (kRange * unit) : 0.f;  // 0: all weights are equal, and so are all codes
-  return {factor, factor > 0.f ? (kBelow * unit - all_lowest) * factor : 0.f};
+  for (int i = 0; i < kEncodeWarps; ++i) all_lowest = fminf(all_lowest, exchange->lowest[i]), all_sum += exchange->inverse[i];
+  const float unit = kEncodeWarps * 32 / all_sum - all_lowest;
+  const float factor = unit > 0.f && unit < kInfinity ? kSteps / unit : 0.f;  // 0: all weights are equal, and so are all codes
+  return {factor, 1.f + (factor > 0.f ? kSteps * kBelow - all_lowest * factor : 0.f)};
 }
 
 // (b) by all threads of the block. Two rows at a time: their loads overlap.
@@ -239,8 +247,8 @@ __global__ void __launch_bounds__(kEncodeWarps * 32, 1)
   if (warp >= kDraftWarps) return;  // __syncthreads does not wait for threads that have exited
 
   const float* const first_column = settled(matrix + tid);
-  const float units = scale.factor * (255 * 16);  // of a potential in a draft key
-  float lowest = 0.f;                             // of all potentials
+  const float units = scale.factor * (kCodeOne * 4);  // of a potential in a draft key
+  float lowest = 0.f;                                 // of all potentials
   uint32_t limit = 1u << kCodeShift;
   float row[kDrafts][kDraftTokens];  // weights of the drafts to the tokens of this thread
 #pragma unroll
@@ -281,8 +289,7 @@ __global__ void __launch_bounds__(kEncodeWarps * 32, 1)
       for (int c = 0; c < 2; ++c)
         code[c] = opaque(codes[layout.at(pick, pick_diagonal, token[c], token_diagonal[c])]);  // else it is loaded in a branch
 #pragma unroll
-      for (int c = 0; c < 2; ++c)
-        draft_key[c] = token[c] == pick ? kNotADraft | token[c] : draft_key[c] + (static_cast<uint32_t>(code[c]) << kCodeShift);
+      for (int c = 0; c < 2; ++c) draft_key[c] = token[c] == pick ? kNotADraft | token[c] : draft_key[c] + (decoded(code[c]) << kCodeShift);
       pick = __reduce_min_sync(kFullWarp, min(draft_key[0], draft_key[1])) & ((1 << kTokenBits) - 1);
     }
 
