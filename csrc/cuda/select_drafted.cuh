@@ -168,7 +168,7 @@ __device__ __forceinline__ void encode_weights(const float* matrix, uint32_t pit
 }
 
 // By a warp: writes its keys below a limit to `candidate`, at most kWarpDrafts, and kNotADraft to the other places. `limit`, above 0, is
-// that of the batch of drafts before. It is moved until at least half of the places are taken, or by all keys that there are.
+// that of the batch of drafts before. It is moved until three quarters of the places are taken, or all keys have one.
 __device__ __forceinline__ void write_candidates(const uint32_t (&key)[kDraftTokens], uint32_t& limit, uint32_t* candidate, int lane) {
   // Invariant: too few keys are below `low`; too many are below `high`, or it is kNotADraft, above all keys. Keys are distinct, so there
   // is a limit between the two.
