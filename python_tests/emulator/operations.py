@@ -532,7 +532,7 @@ def quick() -> list[Call]:
     for values, k in ((cases.normal, 100), (cases.near_duplicates, 66), (cases.none_finite, 64)):
         case = Case("drafts", 2, 261, 3, k, values, num_tokens=(70, 261), anchor=(0, 260))
         calls.append(repulsion_select(case.name, **case.inputs(dtype=torch.float32)))
-    case = VarlenCase("packed_drafts", (300, 1, 0, 70, 264), (100, 1, 0, 80, 264), 4, cases.duplicates)
+    case = VarlenCase("packed_drafts", (300, 1, 0, 70, 264), (100, 1, 0, 70, 264), 4, cases.duplicates)
     calls.append(repulsion_select_varlen(case.name, **case.inputs(dtype=torch.bfloat16), max_seqlen=300))
     for i, case in enumerate(PATHS):
         all_dtypes = case.name in ("stages", "large_tiles", "offset", "packed", "packed_tiles")
