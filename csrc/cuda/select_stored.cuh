@@ -4,7 +4,7 @@
 //   row of weights from L2, add, argmin of the block. Its latency is the run time, so the loop holds nothing but this chain.
 //   Of small items the first rows of the matrix are copied to shared memory, as many as fit: a pick among them does not wait for L2.
 // Chosen when: the matrix fits (kMatrixTokens), and the item is small, or items are many, or the device has no clusters
-//   (select_cluster.cuh).
+//   (select_cluster.cuh); and drafts do not pay (select_drafted.cuh).
 // Steps, for every pick:
 //   (1) load the row of the pick: 16-byte loads, 32-bit offsets;
 //   (2) add it to the potentials;

@@ -1,8 +1,8 @@
 // The plan, the scratch memory and the launches of a greedy selection, by any rule of selection_rule.h.
 //
 // What: a stored selection computes the weights of all pairs (sqdist_*.cuh), then makes all picks of all items in one launch: one block per
-//   item (select_stored.cuh, select_drafted.cuh), or a cluster of blocks where items are large and few (select_cluster.cuh). A streaming selection stores
-//   nothing N x N: all resident blocks share one item, or a few (select_swept.cuh).
+//   item (select_stored.cuh, or select_drafted.cuh), or a cluster of blocks where items are large and few (select_cluster.cuh). A streaming
+//   selection stores nothing N x N: all resident blocks share one item, or a few (select_swept.cuh).
 // Chosen when: stored up to kMatrixTokens tokens; streaming above, and above half as many tokens where few are picked (kFewPicks) without
 //   tensor cores.
 // Packed: packed_plan.cuh finds the items on the device. Every item takes the path of its own size, whatever else is in the batch. Stored
@@ -53,8 +53,7 @@ struct SelectionPlan {
   bool row_min;                      // cluster: the bound rises by the row minimum of each pick
   int groups, group_blocks, blocks;  // swept: max groups, blocks per group, and blocks of the cooperative launch
   int held;                          // swept: max tokens of a block whose potentials are in its shared memory
-  int lookahead;                     // max picks per exchange (cluster), batch of drafts or sweep; 1: the plain loop, in one block where
-                                     // weights are stored
+  int lookahead;                     // max picks per exchange, batch of drafts or sweep; 1: the plain loop, in one block if stored
   PackedShape packed;                // packed
 };
 
