@@ -1094,7 +1094,7 @@ def verdict(mutant: Mutant, folder: Path) -> str:
     for order in ORDERS:
         environment = {"STS_EMULATE_ORDER": order, **IMPATIENT}
         try:
-            run_program([str(program)], mutant.calls(), folder, timeout=120, env=environment)
+            run_program([str(program)], mutant.calls(), folder, timeout=240, env=environment)
         except Failure as failure:
             return str(failure)
         except AssertionError:
