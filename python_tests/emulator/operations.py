@@ -481,12 +481,28 @@ def rules_of_case(case, dtype, turn) -> list[Call]:
     return made if packed else [unit_rows(case.name, case.features(dtype=dtype)), *made]
 
 
+def drafted() -> list[Call]:
+    """Drafts of short and long items: of tokens alone and in pairs, where all potentials are equal, and packed."""
+    made = []
+    for dtype, values, k, wgmma in (
+        (torch.float32, cases.normal, 100, 1),
+        (torch.bfloat16, cases.near_duplicates, 66, 1),
+        (torch.float16, cases.none_finite, 64, 1),
+        (torch.bfloat16, cases.normal, 64, 0),
+        (torch.float16, cases.near_duplicates, 64, 0),
+    ):
+        case = Case("drafts", 2, 261, 3, k, values, num_tokens=(70, 261), anchor=(0, 260))
+        made.append(repulsion_select(case.name, **case.inputs(dtype=dtype), wgmma=wgmma))
+    case = VarlenCase("packed_drafts", (300, 1, 0, 70, 264), (100, 1, 0, 70, 264), 4, cases.duplicates)
+    return [*made, repulsion_select_varlen(case.name, **case.inputs(dtype=torch.bfloat16), max_seqlen=300)]
+
+
 def calls(most_work: float) -> list[Call]:
     """Calls of every case of at most `most_work`, in each of its dtypes (rules other than repulsion: in one dtype).
 
     The cheapest case is first.
     """
-    made = []
+    made = drafted()
     for turn, case in enumerate(sorted((*cases.CASES, *cases.VARLEN_CASES), key=work)):
         if work(case) <= most_work:
             for dtype in case.dtypes:
@@ -527,13 +543,7 @@ PATHS = (
 
 
 def quick() -> list[Call]:
-    calls = []
-    # Drafts of short and long items: of tokens alone and in pairs, and where all potentials are equal.
-    for values, k in ((cases.normal, 100), (cases.near_duplicates, 66), (cases.none_finite, 64)):
-        case = Case("drafts", 2, 261, 3, k, values, num_tokens=(70, 261), anchor=(0, 260))
-        calls.append(repulsion_select(case.name, **case.inputs(dtype=torch.float32)))
-    case = VarlenCase("packed_drafts", (300, 1, 0, 70, 264), (100, 1, 0, 70, 264), 4, cases.duplicates)
-    calls.append(repulsion_select_varlen(case.name, **case.inputs(dtype=torch.bfloat16), max_seqlen=300))
+    calls = drafted()
     for i, case in enumerate(PATHS):
         all_dtypes = case.name in ("stages", "large_tiles", "offset", "packed", "packed_tiles")
         for dtype in cases.FLOATING if all_dtypes else (cases.FLOATING[i % 3],):
