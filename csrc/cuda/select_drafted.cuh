@@ -105,10 +105,7 @@ struct DraftExchange {
 };
 
 // Shared memory: DraftExchange, picked[picks], then on the next 16 bytes the codes.
-STS_HOST_DEVICE int64_t codes_offset(const Items& items) {
-  const int64_t most_picks = items.picks < items.longest() ? items.picks : items.longest();
-  return ceil_div(sizeof(DraftExchange) + most_picks * int64_t(sizeof(int)), 16) * 16;
-}
+STS_HOST_DEVICE int64_t codes_offset(const Items& items) { return resident_offset(sizeof(DraftExchange), items); }
 inline int64_t drafted_shared_bytes(const Items& items) {
   return codes_offset(items) + items.longest() * CodeLayout(items.longest()).pitch;
 }

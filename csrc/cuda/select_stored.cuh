@@ -86,9 +86,9 @@ __device__ __forceinline__ StoredReport lowest_report(const StoredReport* report
   return {lowest, token};
 }
 
-// Bytes of shared memory before the resident rows of a padded batch: the reports and the picks, up to the next 16 bytes.
+// Bytes of shared memory before the resident rows, or the codes of drafts: the reports and the picks of an item, up to the next 16 bytes.
 STS_HOST_DEVICE int64_t resident_offset(int64_t report_bytes, const Items& items) {
-  const int64_t picks = items.picks < items.tokens ? items.picks : items.tokens;
+  const int64_t picks = items.picks < items.longest() ? items.picks : items.longest();
   return ceil_div(report_bytes + picks * int64_t(sizeof(int)), 16) * 16;
 }
 
