@@ -14,9 +14,8 @@ from .calls import Call, Failure, run_program
 
 WRONG = "wrong result"
 RACE = "ThreadSanitizer: data race"
-OVERRUN = (
-    "ERROR: AddressSanitizer: "  # heap-buffer-overflow, or what a far address happens to be: SEGV, heap-use-after-free
-)
+# heap-buffer-overflow, or what a far address happens to be: SEGV, heap-use-after-free
+OVERRUN = "ERROR: AddressSanitizer: "
 BOUNDS = "runtime error: index"
 OVERTAKEN = "an earlier copy to the same place is under way"
 
