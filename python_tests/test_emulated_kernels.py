@@ -3,10 +3,8 @@ schedules, under the sanitizers (ThreadSanitizer checks for races between CUDA t
 must catch.
 """
 
-import queue
 import re
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -162,48 +160,41 @@ def test_settings_that_make_no_sense(emulated, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize("kernel", sorted({call.kernel for call in (*PRIMITIVES, *QUICK)}))
 @pytest.mark.parametrize(
     ("sanitizer", "schedule"),
     [("address", "fwd"), ("address", "1"), ("thread", "fwd"), ("thread", "rev"), ("thread", "2")],
 )
-def test_sanitizer(sanitizer, schedule, tmp_path):
-    program = build.program(sanitizer)
-    chosen = [*PRIMITIVES, *QUICK]
+def test_sanitizer(sanitizer, schedule, kernel, tmp_path):
+    chosen = [call for call in (*PRIMITIVES, *QUICK) if call.kernel == kernel]
     if sanitizer == "thread":  # by far the slowest: every call under one of its schedules
         chosen = chosen[("fwd", "rev", "2").index(schedule) :: 3]
     if sanitizer == "address":  # nonsense budgets overlap, so items race for output slots
-        chosen += NONSENSE
+        chosen += [call for call in NONSENSE if call.kernel == kernel]
+    program = build.program(sanitizer)
     calls.run_program([str(program)], chosen, tmp_path, timeout=800, env={"STS_EMULATE_ORDER": schedule})
 
 
-@pytest.fixture(scope="module")
-def verdict(request, tmp_path_factory):
-    """verdict(mutant): how the mutant is caught. Two mutants at a time are built and run in advance."""
-    folders = queue.SimpleQueue()
-    for name in ("a", "b"):
-        folders.put(tmp_path_factory.mktemp(f"mutants_{name}"))
-
-    def find_out(mutant):
-        folder = folders.get()
-        try:
-            return mutants.verdict(mutant, folder)
-        finally:
-            folders.put(folder)
-
-    chosen = [item.callspec.params["mutant"] for item in request.session.items if item.function is test_mutant]
-    if hasattr(request.config, "workerinput"):  # pytest-xdist: this worker's mutants are not known in advance
-        chosen = []
-    with ThreadPoolExecutor(2) as pool:
-        ahead = {mutant: pool.submit(find_out, mutant) for mutant in chosen}
-        yield lambda mutant: ahead[mutant].result() if mutant in ahead else find_out(mutant)
-        pool.shutdown(cancel_futures=True)
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """Holds the builds of all mutants of a process: the next one reuses what it can."""
+    return tmp_path_factory.mktemp("mutants")
 
 
-@pytest.mark.slow
+def marked(mutants):
+    """Slow, and run by `-m slow`: the first mutant of each file in the kernels it is built with. All: `-m mutants`."""
+    seen = set()
+    for mutant in mutants:
+        first = (mutant.kernels, mutant.file) not in seen
+        seen.add((mutant.kernels, mutant.file))
+        yield pytest.param(mutant, id=str(mutant), marks=[pytest.mark.slow] if first else [])
+
+
+@pytest.mark.mutants
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
-def test_mutant(verdict, mutant):
-    how = verdict(mutant)
+@pytest.mark.parametrize("mutant", marked(MUTANTS))
+def test_mutant(folder, mutant):
+    how = mutants.verdict(mutant, folder)
     assert how, "survived"
     crashed = mutant.says == mutants.WRONG and "exit status -11" in how  # by wrong indices
     assert crashed or mutant.says in how

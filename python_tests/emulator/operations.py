@@ -537,8 +537,6 @@ PATHS = (
     VarlenCase("packed", (31, 0, 70, 9), (15, 0, 20, 1), 16, cases.common_offset),  # each with a centre of its own
     # As "large_tiles".
     VarlenCase("packed_tiles", (150, 70, 1, 300, 140), (120, 12, 1, 5, 40), 72, cases.near_duplicates),
-    # More items than the planning block has threads.
-    VarlenCase("packed_many", ((0,) * 14 + (5,)) * 18, ((0,) * 14 + (3,)) * 18, 4),
 )
 
 
@@ -565,6 +563,10 @@ def quick() -> list[Call]:
     # In a launch of clusters each item has one block: clusters for both would take more blocks than there are SMs.
     long = VarlenCase("packed_long", (1300, 24), (24, 24), 4)
     calls.append(repulsion_select_varlen(long.name, **long.inputs(dtype=torch.float32), wgmma=0))
+    # More items than the planning block has threads.
+    many = VarlenCase("packed_many", ((0,) * 14 + (5,)) * 18, ((0,) * 14 + (3,)) * 18, 4)
+    for way in ({}, {"max_seqlen": 5, "wave_floats": 1}, {"matrix_tokens": 4, "wave_floats": 1}):
+        calls.append(repulsion_select_varlen(many.name, **many.inputs(dtype=torch.bfloat16), **way))
     # Distances that fit in float32, of rows whose norms do not.
     norms = Case("large_norms", 1, 70, 40, 12, cases.large_norms)
     given = selection_inputs.of_case("farthest_select", norms, "plain", 0, torch.bfloat16)

@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "kernels.h"  // generated: all of launchers/
+#include "kernel_table.h"
 
 namespace kernel_table {
 
