@@ -298,7 +298,9 @@ def test_kernels_in_the_interpreter():
     pytest_in_its_own_process("attention_received_interpreted.py", TRITON_INTERPRET="1")
 
 
-@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "which", ["not slow", pytest.param("slow", marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
+)
 def test_kernels_compile_without_spills(which):
     pytest_in_its_own_process("attention_received_compiled.py", "-m", which, TRITON_INTERPRET="0")
 

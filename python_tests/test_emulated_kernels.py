@@ -182,12 +182,12 @@ def folder(tmp_path_factory):
 
 
 def marked(mutants):
-    """Slow, and run by `-m slow`: the first mutant of each file in the kernels it is built with. All: `-m mutants`."""
-    seen = set()
+    """A mutant of each file, and of each op whose kernels are built with it, is slow; if possible one for which
+    ThreadSanitizer, by far the slowest, is not needed. `-m mutants` runs all."""
+    preferred = {(m.kernels, m.file): m for m in sorted(mutants, key=lambda m: m.sanitizer != "thread")}
     for mutant in mutants:
-        first = (mutant.kernels, mutant.file) not in seen
-        seen.add((mutant.kernels, mutant.file))
-        yield pytest.param(mutant, id=str(mutant), marks=[pytest.mark.slow] if first else [])
+        chosen = preferred[mutant.kernels, mutant.file] is mutant
+        yield pytest.param(mutant, id=str(mutant), marks=[pytest.mark.slow] if chosen else [])
 
 
 @pytest.mark.mutants

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "ptx.cuh"
 #include "run_kernel.h"
 
 // Counters of the emulator itself. phases_begun: mbarrier phases that blocks have begun; tests count a kernel's exchanges by it.
