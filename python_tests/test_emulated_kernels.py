@@ -192,7 +192,7 @@ def marked(mutants):
 
 @pytest.mark.mutants
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("mutant", marked(MUTANTS))
+@pytest.mark.parametrize("mutant", list(marked(MUTANTS)))
 def test_mutant(folder, mutant):
     how = mutants.verdict(mutant, folder)
     assert how, "survived"
