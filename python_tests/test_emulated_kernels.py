@@ -166,24 +166,23 @@ def test_settings_that_make_no_sense(emulated, monkeypatch):
     [("address", "fwd"), ("address", "1"), ("thread", "fwd"), ("thread", "rev"), ("thread", "2")],
 )
 def test_sanitizer(sanitizer, schedule, kernel, tmp_path):
-    chosen = [call for call in (*PRIMITIVES, *QUICK) if call.kernel == kernel]
-    if sanitizer == "thread":  # by far the slowest: every call under one of its schedules
-        chosen = chosen[("fwd", "rev", "2").index(schedule) :: 3]
-    if sanitizer == "address":  # nonsense budgets overlap, so items race for output slots
-        chosen += [call for call in NONSENSE if call.kernel == kernel]
     program = build.program(sanitizer)
+    nonsense = NONSENSE if sanitizer == "address" else []  # its budgets overlap, so items race for output slots
+    chosen = [call for call in (*PRIMITIVES, *QUICK, *nonsense) if call.kernel == kernel]
+    if sanitizer == "thread":  # by far the slowest: every call under one of its schedules
+        chosen = chosen[("fwd", "rev", "2").index(schedule) :: 3] or chosen
     calls.run_program([str(program)], chosen, tmp_path, timeout=800, env={"STS_EMULATE_ORDER": schedule})
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    """Holds the builds of all mutants of a process: the next one reuses what it can."""
+def mutant_builds(tmp_path_factory):
+    """A folder for the builds of all mutants of this process. Mutants of the same kernels share a build folder."""
     return tmp_path_factory.mktemp("mutants")
 
 
 def marked(mutants):
-    """A mutant of each file, and of each op whose kernels are built with it, is slow; if possible one for which
-    ThreadSanitizer, by far the slowest, is not needed. `-m mutants` runs all."""
+    """Parameters of test_mutant. One mutant per (kernels, file) is also slow: one that does not need ThreadSanitizer,
+    by far the slowest, where there is one."""
     preferred = {(m.kernels, m.file): m for m in sorted(mutants, key=lambda m: m.sanitizer != "thread")}
     for mutant in mutants:
         chosen = preferred[mutant.kernels, mutant.file] is mutant
@@ -193,8 +192,8 @@ def marked(mutants):
 @pytest.mark.mutants
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("mutant", list(marked(MUTANTS)))
-def test_mutant(folder, mutant):
-    how = mutants.verdict(mutant, folder)
+def test_mutant(mutant_builds, mutant):
+    how = mutants.verdict(mutant, mutant_builds)
     assert how, "survived"
     crashed = mutant.says == mutants.WRONG and "exit status -11" in how  # by wrong indices
     assert crashed or mutant.says in how

@@ -2,8 +2,8 @@
 //
 // The warps of a block run in skewed bursts, which exposes missing barriers. Blocks run one after another, in an order that kernels must
 // not depend on. The blocks of a cluster, and all blocks of a cooperative launch, run concurrently on OS threads of their own. Under
-// ThreadSanitizer all blocks are spread over two OS threads, unordered, so that it sees races between blocks. Its time grows with the
-// fibers that exist.
+// ThreadSanitizer all blocks are spread over two OS threads, unordered, so that it sees races between blocks. A barrier costs it time in
+// proportion to the number of fibers, so there are no more threads.
 // A launch reads the environment variables of Settings; README.md describes them.
 //
 // A kernel error (deadlock, divergent collective, misaligned access) ends the launch with std::runtime_error.

@@ -4,9 +4,7 @@ A mutant is caught where one of its calls gives a wrong result, or where the pro
 in it. Text that is no longer found exactly once is an error: then the mutant has to be brought up to date.
 """
 
-import re
 import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product, zip_longest
@@ -44,14 +42,13 @@ class Mutant:
         return {RACE: "thread", OVERRUN: "address", BOUNDS: "address"}.get(self.says, "")
 
     def rounds(self) -> Iterator[list[Call]]:
-        """Its calls, one of each kernel and way a round: most mutants are caught in the first rounds."""
+        """Its calls, one of each kernel and way a round. Most mutants are caught in the first rounds."""
         if self.kernels == "primitives":
             yield primitives.calls()
             return
-        way = re.fullmatch(r"select_(\w+)\.cuh", self.file)  # a loop over picks serves the way of its name
         groups: dict[tuple, list[Call]] = {}
         for call in operations.nonsense() if self.nonsense else operations.quick():
-            if call.kernel.startswith(self.kernels) and (not way or way[1] in call.way):
+            if call.kernel.startswith(self.kernels):
                 groups.setdefault((call.kernel, call.way), []).append(call)
         for calls in zip_longest(*groups.values()):
             yield [call for call in calls if call]
@@ -1110,18 +1107,3 @@ def verdict(mutant: Mutant, folder: Path) -> str:
         except AssertionError:
             return WRONG
     return ""
-
-
-def main() -> int:
-    """Prints how each mutant is caught."""
-    survivors = 0
-    for each in MUTANTS:
-        how = verdict(each, build.BUILDS / "mutants")
-        caught = each.says in how
-        survivors += not caught
-        print(f"{each}: {each.says if caught else 'SURVIVED ' + how}", flush=True)
-    return survivors
-
-
-if __name__ == "__main__":
-    sys.exit(main())
