@@ -474,29 +474,29 @@ def test_emulated_cuda_kernel_in_sweeps(emulated, make, dtype, monkeypatch):
         (7, 2, 7, 10),
         (19, 5, 15, 4),
         (40, 8, 40, 1),
-        (300, 8, 20, 1),
-        (140, 72, 20, 1),
+        (300, 8, 40, 1),
+        (140, 72, 40, 1),
     ]
     for tokens, channels, k, times in shapes:
         for _ in range(times):
             x = make(g, 2, tokens, channels).to(dtype)
             plain = picks(x, k, 1)
-            for lookahead in LOOKAHEADS if tokens < 100 else ("3", "16"):  # many candidates take long to emulate
+            for lookahead in (*LOOKAHEADS, "32") if tokens < 100 else ("3", "32"):  # many candidates take long to emulate
                 assert (picks(x, k, int(lookahead)) == plain).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_emulated_cuda_kernel_in_sweeps_makes_several_picks_a_sweep(emulated, dtype, monkeypatch):
+@pytest.mark.parametrize(("dtype", "tile", "picks"), [(torch.float32, 256, 13), (torch.bfloat16, 128, 20)], ids=str)
+def test_emulated_cuda_kernel_in_sweeps_makes_several_picks_a_sweep(emulated, dtype, tile, picks, monkeypatch):
     """A sweep takes three barriers; the plain loop takes two per pick."""
-    monkeypatch.setenv("STS_EMULATE_SMS", "2")
+    monkeypatch.setenv("STS_EMULATE_SMS", "16")
     monkeypatch.setenv("STS_EMULATE_BLOCKS_PER_SM", "2")
-    x = uniform(torch.Generator().manual_seed(10), 1, 1000, 64).to(dtype)
+    x = uniform(torch.Generator().manual_seed(10), 1, 4096, 64).to(dtype)
     barriers = {}
-    for lookahead in (1, 16):
-        *_, notes, _ = emulated(x, 161, lookahead, notes=np.zeros(1, np.uint32))
-        barriers[lookahead] = notes[0] / 4  # blocks
-    assert barriers[1] == 1 + 2 * 160
-    assert barriers[16] <= 1 + 3 * 160 / 10
+    for lookahead, k in ((1, 11), (32, 161)):
+        *_, notes, _ = emulated(x, k, lookahead, notes=np.zeros(1, np.uint32))
+        barriers[lookahead] = notes[0] / (4096 / tile)  # of a block
+    assert barriers[1] == 1 + 2 * 10
+    assert barriers[32] <= 1 + 3 * 160 / picks, (barriers[32] - 1) / 3
 
 
 @pytest.mark.parametrize(

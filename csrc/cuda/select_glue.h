@@ -36,8 +36,8 @@ inline void check_device_values(const Selection& selection) {
 template <class scalar_t, class Rule>
 void select_rows(const Selection& selection, const Rows<scalar_t>& rows, Rule rule, cudaStream_t stream, int64_t* picks) {
   const Items& items = selection.items;
-  const int env_lookahead = asked_lookahead(kSweepPoints);
-  const SelectionPlan plan = plan_selection<scalar_t, Rule>(rows, items, kMatrixTokens, env_lookahead ? env_lookahead : kSweepPoints);
+  const int env_lookahead = asked_lookahead(kMostSweepPoints);
+  const SelectionPlan plan = plan_selection<scalar_t, Rule>(rows, items, kMatrixTokens, env_lookahead ? env_lookahead : kMostSweepPoints);
   const auto layout = [&](auto&& allocate) { return SelectionScratch(plan, items, rows.channels, allocate); };
   ScratchMemory memory(selection.features, layout);
   const SelectionScratch scratch = layout(memory);

@@ -10,10 +10,10 @@
 //   (2) draft: every block runs the same plain loop among the candidates, in shared memory. draft[0] is the current pick;
 //   (3) pass: every block computes the distances of its tokens to the drafts from the features. It adds their weights in draft order and
 //     keeps after[p][token], the potential after draft[p];
-//   (4) verify: the group finds argmin after[p] for each p. draft[p + 1] is accepted if it is argmin after[p] and all drafts before it are
+//   (4) verify: each warp has kept its argmin of after[p] during the pass; the group reduces them. draft[p + 1] is accepted if it is argmin after[p] and all drafts before it are
 //     accepted. The argmin after the last accepted draft is the next current pick;
 //   (5) commit: after[last accepted draft] becomes the potentials. Every block offers its lowest tokens.
-//   Potentials and after[][] of a block's tokens are private to the block: in shared memory, or in global memory if they do not fit.
+//   Potentials and after[][] of a block's tokens are private to the block. Of after[][] one row is read again, in (5).
 // Rules: any. For the first draft all potentials may be equal (no `start`). Then the candidates are the tokens furthest from the mean
 //   (repulsion) or of the lowest indices, and few drafts are accepted.
 // Synchronisation: three barriers of the group per sweep (GroupBarrier; the launch is cooperative): after (1), in (4) before a block reads
@@ -27,11 +27,11 @@ namespace sts {
 // An offer is the key of a token of low potential, proposed as a candidate.
 constexpr int kWarpOffers = 2;                          // offers of a warp to its block
 constexpr int kMostOffers = kWarpOffers * kSweepWarps;  // max offers of a block to its group
-constexpr int kGroupOffers = 256;                       // target number of offers of a group
-constexpr int kLaneCandidates = 4;                      // candidates per lane of the drafting warp
+constexpr int kGroupOffers = 512;                       // target number of offers of a group
+constexpr int kLaneCandidates = 6;                      // max candidates per lane of the drafting warp
+constexpr int kLaneDrafts = 5;                          // drafts for which each lane has another candidate
 constexpr int kCandidates = 1 + kLaneCandidates * 32;   // candidate 0 is the current pick
 constexpr int kPairs = kCandidates * (kCandidates - 1) / 2;
-constexpr int kHeldTokens = 512;  // max tokens per block whose potentials and after[][] fit into shared memory at two blocks per SM
 
 // Offers per block of a group of `blocks`: kGroupOffers / blocks, from kWarpOffers to kMostOffers.
 STS_HOST_DEVICE int block_offers(int blocks) {
@@ -39,25 +39,18 @@ STS_HOST_DEVICE int block_offers(int blocks) {
   return share < kWarpOffers ? kWarpOffers : share < kMostOffers ? share : kMostOffers;
 }
 
-// Dynamic shared memory of a block:
-//   kSweptStages bytes      in (2) the distances of all pairs of candidates, in (1) and (3) the shared memory of Sweep
-//   held floats             potential[slot], if the tokens of the block fit
-//   kSweepPoints x held     after[p][slot], likewise
+// Dynamic shared memory of a block: in (2) the distances of all pairs of candidates, in (1) and (3) the shared memory of Sweep.
 template <class Sweep>
-constexpr size_t kSweptStages = Sweep::kSharedBytes > kPairs * sizeof(float) ? Sweep::kSharedBytes : kPairs * sizeof(float);
-template <class Sweep>
-size_t swept_shared_bytes(int held) {
-  return kSweptStages<Sweep> + size_t(held) * (1 + kSweepPoints) * sizeof(float);
-}
+constexpr size_t kSweptBytes = Sweep::kSharedBytes > kPairs * sizeof(float) ? Sweep::kSharedBytes : kPairs * sizeof(float);
 
 // Global memory that the blocks of a group share. A barrier of the group lies between writing, reading and writing again `offers` and
 // `pair`. `lowest` is double-buffered: two calls of find_argmin may follow each other without another barrier between them.
 struct SweepExchange {
   Key* offers;  // (block_offers, blocks of the group): each block's tokens of lowest potential
-  Key* lowest;  // (2, kSweepPoints, blocks of the group): each block's lowest key after each draft
+  Key* lowest;  // (2, kMostSweepPoints, blocks of the group): each block's lowest key after each draft
   float* pair;  // (kPairs): squared distances of candidates, see pair_index
 
-  STS_HOST_DEVICE static int64_t keys(int blocks) { return static_cast<int64_t>(blocks) * (kMostOffers + 2 * kSweepPoints); }
+  STS_HOST_DEVICE static int64_t keys(int blocks) { return static_cast<int64_t>(blocks) * (kMostOffers + 2 * kMostSweepPoints); }
   STS_HOST_DEVICE static int64_t floats() { return kPairs; }
   static __device__ __forceinline__ SweepExchange of(int group, Key* keys_of_all, float* floats_of_all, int blocks) {
     Key* const group_keys = keys_of_all + group * keys(blocks);
@@ -113,23 +106,20 @@ __device__ __forceinline__ void for_keys(const Key* keys, int count, const F& f)
   }
 }
 
-// The item of a block and the block's share of it. In shared memory, as the pass leaves no registers for it. slot: see Sweep::run.
+// The item of a block and the block's share of it. In shared memory, as the pass leaves no registers for it.
 template <class scalar_t>
 struct SweptItem {
   Item item;
   int64_t first_row;  // index of the item's token 0 among all tokens
   const float* norms;
   const scalar_t* centre;
-  float *potential, *after;  // in shared memory indexed by slot, else in global memory by token of the item
-  int64_t stride;            // after[p * stride + index(slot, i)]
+  float *potential, *after;  // by token of the item
+  int64_t stride;            // after[p * stride + token]
   int slots, picks;          // slots: tokens of this block, in whole tiles
-  bool in_shared;
-
-  __device__ __forceinline__ int64_t index(int slot, int64_t i) const { return in_shared ? slot : i; }
 };
 
 // (1) By a warp, with the same result in every block: each lane takes the lowest keys of its strided share of the offers, one key (so 32
-// candidates) for every 2 drafts. Returns the number of candidates, absent ones included. parameter_of: of a token.
+// candidates) for every kLaneDrafts drafts. Returns the number of candidates, absent ones included. parameter_of: of a token.
 template <class F>
 __device__ __forceinline__ int choose_candidates(const Key* offers, int count, int pick, int max_drafts, const F& parameter_of,
                                                  Candidates& candidates) {
@@ -144,7 +134,7 @@ __device__ __forceinline__ int choose_candidates(const Key* offers, int count, i
 #pragma unroll
   for (int h = 0; h < kLaneCandidates; ++h) {
     const int slot = 1 + 32 * h + lane;
-    const bool present = 2 * h < max_drafts && lane_lowest.key[h] != kNoKey;
+    const bool present = kLaneDrafts * h < max_drafts && lane_lowest.key[h] != kNoKey;
     candidates.token[slot] = present ? static_cast<int>(key_index(lane_lowest.key[h])) : -1;
     candidates.potential[slot] = present ? key_value(lane_lowest.key[h]) : kInfinity;
     candidates.parameter[slot] = present ? parameter_of(static_cast<int>(key_index(lane_lowest.key[h]))) : 0.f;
@@ -168,18 +158,21 @@ __device__ __forceinline__ void draft_picks(const Candidates& candidates, bool f
   }
   int chosen = 0, count = 1;
   while (count < max_drafts) {
-    Key best = kNoKey;
+    uint32_t low = ~0u;
+    int low_h = 0;
     const float pick_parameter = candidates.parameter[chosen];
 #pragma unroll
     for (int h = 0; h < kLaneCandidates; ++h) {
       const int slot = 1 + 32 * h + lane;
       if (potential[h] < kInfinity)
         potential[h] = Rule::add(potential[h], rule.weight(pair[pair_index(chosen, slot)], candidates.parameter[slot], pick_parameter));
-      best = lower(best, make_key(potential[h], slot));
+      const uint32_t order = order_of<Rule>(potential[h]);
+      if (order < low) low = order, low_h = h;
     }
-    best = warp_lowest(best);
-    if (!(key_value(best) < kNonFinitePotential)) break;
-    chosen = static_cast<int>(key_index(best));
+    const uint32_t lowest = __reduce_min_sync(kFullWarp, low);
+    if (lowest >= order_of<Rule>(kNonFinitePotential)) break;
+    const int owner = __ffs(static_cast<int>(__ballot_sync(kFullWarp, low == lowest))) - 1;  // any of several: it is verified
+    chosen = 1 + 32 * __shfl_sync(kFullWarp, low_h, owner) + owner;
 #pragma unroll
     for (int h = 0; h < kLaneCandidates; ++h)
       if (chosen == 1 + 32 * h + lane) potential[h] = kInfinity;
@@ -196,27 +189,27 @@ __device__ __forceinline__ void draft_picks(const Candidates& candidates, bool f
 //   listed: null for all items; else {count, item, item, ...} (PackedPlan::large)
 //   most_groups, most_blocks: max groups; max blocks per group
 //   lookahead: max drafts per sweep, the current pick included
-//   held: tokens of a block that fit into its shared memory
 //   potential: (all tokens); on entry the squared distances to the mean (TokenStats::mean_sqdist)
-//   after: (lookahead, all tokens); null if the tokens of every block fit into shared memory
+//   after: (lookahead, all tokens)
 //   keys, floats: SweepExchange::keys(blocks) and SweepExchange::floats() of every group
 //   arrived: (groups), zeros; the counters of GroupBarrier
 template <class Sweep, class scalar_t, class Rule>
 __global__ void __launch_bounds__(kSweepThreads, 2)
     select_swept_kernel(Rows<scalar_t> rows, Items items, const int* listed, bool aligned, int most_groups, int most_blocks, int lookahead,
-                        int held, Rule rule, const float* norms, const scalar_t* centre, float* potential, float* after, Key* keys,
-                        float* floats, unsigned* arrived, int64_t* out) {
+                        Rule rule, const float* norms, const scalar_t* centre, float* potential, float* after, Key* keys, float* floats,
+                        unsigned* arrived, int64_t* out) {
   STS_DYNAMIC_SHARED(unsigned char, shared);
   __shared__ SweptItem<scalar_t> share;
   __shared__ Candidates candidates;
-  __shared__ Key offered[kMostOffers], argmin[kSweepPoints];  // argmin[p]: lowest key of the group after draft[p]
+  constexpr int kPoints = Sweep::kPoints;
+  __shared__ Key offered[kMostOffers];
+  __shared__ Key lowest_of_warp[kSweepWarps][kPoints], argmin[kPoints];  // the lowest key after draft[p]: of each warp, and of the group
   __shared__ SweepPoints draft;
-  __shared__ float draft_parameter[kSweepPoints];
+  __shared__ float draft_parameter[kPoints];
   // Uniform values. In shared memory, as the pass uses all registers.
   __shared__ int candidate_count, item_count, groups, group_blocks;
   __shared__ SweepExchange exchange;
   float* const pair = reinterpret_cast<float*>(shared);
-  float* const held_floats = reinterpret_cast<float*>(shared + kSweptStages<Sweep>);
   if (threadIdx.x == 0) {
     item_count = listed ? listed[0] : static_cast<int>(items.count);
     groups = min(item_count, most_groups);
@@ -243,11 +236,9 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
       share.centre = centre ? centre + b * rows.channels : nullptr;
       share.picks = static_cast<int>(item.picks < item.tokens ? item.picks : item.tokens);
       share.slots = rank < tiles ? ((tiles - 1 - rank) / group_blocks + 1) * Sweep::kTile : 0;
-      const bool in_shared = share.slots <= held;
-      share.in_shared = in_shared;
-      share.potential = in_shared ? held_floats : potential + share.first_row;
-      share.after = in_shared ? held_floats + held : after + share.first_row;
-      share.stride = in_shared ? held : all_tokens(items);
+      share.potential = potential + share.first_row;
+      share.after = after + share.first_row;
+      share.stride = all_tokens(items);
     }
     __syncthreads();
     const int64_t entry = items.packed() ? 0 : b;
@@ -275,20 +266,16 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
         if (lane == 0) exchange.offers[h * group_blocks + rank] = key;
       }
     };
-    // argmin[p], p < count: the lowest key in after[p] of all blocks. One warp per p, first over the block, then over the group.
-    const auto find_argmin = [&](int count) {
-      Key* const block_lowest = exchange.lowest + (buffer++ & 1) * group_blocks * kSweepPoints;
-      __syncthreads();  // after[] of all threads is written
-      for (int p = warp; p < count; p += kSweepWarps) {
+    // argmin[p], p < count: the lowest key after draft[p] of all blocks. `lowest`: in lane p that of the warp.
+    const auto find_argmin = [&](Key lowest, int count) {
+      Key* const block_lowest = exchange.lowest + (buffer++ & 1) * group_blocks * kMostSweepPoints;
+      if (lane < count) lowest_of_warp[warp][lane] = lowest;
+      __syncthreads();
+      if (tid < count) {
         Key best = kNoKey;
-#pragma unroll 4
-        for (int slot = lane; slot < share.slots; slot += 32) {
-          const int64_t i = token_of(slot);
-          if (i < share.item.tokens)
-            best = lower(best, make_key(share.after[p * share.stride + share.index(slot, i)], static_cast<uint32_t>(i)));
-        }
-        best = warp_lowest(best);
-        if (lane == 0) block_lowest[p * group_blocks + rank] = best;
+#pragma unroll
+        for (int w = 0; w < kSweepWarps; ++w) best = lower(best, lowest_of_warp[w][tid]);
+        block_lowest[tid * group_blocks + rank] = best;
       }
       barrier.sync();
       for (int p = warp; p < count; p += kSweepWarps) {
@@ -303,21 +290,22 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
 
     // ---- The first pick, by first_key, and the first offers ----
     // Rules with kFromMean offer the tokens furthest from the mean: potentials are equal so far, the first pick is near the mean, and the
-    // next picks are far from the first. With anchors all distances are 0, and these are the lowest indices. Other rules offer the lowest
-    // potentials. after[0] holds first_key, for find_argmin(1).
+    // next picks are far from the first. With anchors and without tensor cores all distances are 0, and these are the lowest indices. Other rules offer the lowest
+    // potentials.
     LowestKeys<kWarpOffers> first_offers;
+    Key first_lowest = kNoKey;
     for (int slot = tid; slot < share.slots; slot += kSweepThreads) {
       const int64_t i = token_of(slot);
       if (i >= share.item.tokens) continue;
       const float distance = potential[share.first_row + i], parameter = parameter_of(i);
       const float start = kOfDistance<Rule> || !items.start ? kNonFinitePotential : items.start[share.first_row + i];
       const float before = first_potential(rule, distance < kInfinity, start, parameter);
-      share.potential[share.index(slot, i)] = before;
-      share.after[share.index(slot, i)] = first_key(rule, distance, before, items.start, parameter);
+      share.potential[i] = before;
+      first_lowest = lower(first_lowest, make_key(first_key(rule, distance, before, items.start, parameter), static_cast<uint32_t>(i)));
       if (before < kNonFinitePotential) first_offers.insert(make_key(Rule::kFromMean ? -distance : before, static_cast<uint32_t>(i)));
     }
     offer(first_offers);
-    find_argmin(1);
+    find_argmin(warp_lowest(first_lowest), 1);
     int pick = static_cast<int>(first_pick(share.item, argmin[0]));  // the current pick
 
     for (int done = 0;;) {
@@ -337,8 +325,9 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
                      exchange.pair);
         barrier.sync();
         // (2) draft, from a copy of the distances in shared memory
-        for (int e = tid * 4; e < count * (count - 1) / 2; e += kSweepThreads * 4)
-          *reinterpret_cast<float4*>(pair + e) = *reinterpret_cast<const float4*>(exchange.pair + e);
+        for (int e = tid * 4; e < count * (count - 1) / 2; e += kSweepThreads * 4) cp_async_16(pair + e, exchange.pair + e, true);
+        cp_async_commit();
+        cp_async_wait<0>();
         __syncthreads();
         if (warp == 0) draft_picks(candidates, done == 1, rule, pair, max_drafts, draft);
       } else if (tid == 0) {  // one pick is left, or lookahead is 1: nothing to draft
@@ -353,25 +342,34 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
         if (Rule::kByPick) draft_parameter[tid] = parameter_of(draft.token[tid]);
         if (share.norms) draft.norm[tid] = share.norms[draft.token[tid]];
       }
-      // after[p] of token i, from its distances to the drafts.
-      const auto add_drafts = [&](int64_t i, int slot, const float* sqdist) {
-        if (i >= share.item.tokens) return;
+      const auto weigh = [&](int64_t i) {
         const float parameter = Rule::kByToken ? parameter_of(i) : 0.f;
-        float value = share.potential[share.index(slot, i)], *after_draft = share.after + share.index(slot, i);
+        return [&, parameter](int p, float sqdist) { return rule.weight(sqdist, parameter, Rule::kByPick ? draft_parameter[p] : 0.f); };
+      };
+      Key lowest = kNoKey;  // in lane p: the lowest key of the warp after draft[p]
+      // after[p] of token i, from the weights of its pairs with the drafts.
+      const auto add_drafts = [&](int64_t i, const float* weights) {
+        const bool inside = i < share.item.tokens;
+        const uint32_t first = __shfl_sync(kFullWarp, static_cast<uint32_t>(i), 0);
+        float value = inside ? share.potential[i] : kInfinity, *after_draft = share.after + i;
         const int64_t stride = share.stride;
 #pragma unroll
-        for (int p = 0; p < kSweepPoints; ++p) {
+        for (int p = 0; p < kPoints; ++p) {
           if (p >= count) continue;
-          const float weight = rule.weight(sqdist[p], parameter, Rule::kByPick ? draft_parameter[p] : 0.f);
-          value = i == draft.token[p] ? kInfinity : Rule::add(value, weight);
-          *after_draft = value;
+          if (inside) {
+            value = i == draft.token[p] ? kInfinity : Rule::add(value, weights[p]);
+            *after_draft = value;
+          }
           after_draft += stride;
+          const uint32_t order = ordered_bits(value), low = __reduce_min_sync(kFullWarp, order);
+          const int owner = __ffs(static_cast<int>(__ballot_sync(kFullWarp, order == low))) - 1;  // of the lowest token
+          if (lane == p) lowest = lower(lowest, static_cast<Key>(low) << 32 | (first + owner));
         }
       };
-      Sweep::run(rows, entry, share.item, aligned, share.norms, share.centre, draft, rank, group_blocks, add_drafts);
+      Sweep::run(rows, entry, share.item, aligned, share.norms, share.centre, draft, rank, group_blocks, weigh, add_drafts);
 
       // (4) verify: draft[0] .. draft[accepted - 1] are picks
-      find_argmin(count);
+      find_argmin(lowest, count);
       int accepted = 1;
       while (accepted < count && static_cast<int>(key_index(argmin[accepted - 1])) == draft.token[accepted]) ++accepted;
       for (int p = 1; p < accepted; ++p, ++done)
@@ -383,8 +381,8 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
       for (int slot = tid; slot < share.slots; slot += kSweepThreads) {
         const int64_t i = token_of(slot);
         if (i >= share.item.tokens) continue;
-        const float value = share.after[(accepted - 1) * share.stride + share.index(slot, i)];
-        share.potential[share.index(slot, i)] = value;
+        const float value = share.after[(accepted - 1) * share.stride + i];
+        share.potential[i] = value;
         if (value < kNonFinitePotential) low.insert(make_key(value, static_cast<uint32_t>(i)));
       }
       offer(low);

@@ -52,18 +52,21 @@ struct SelectionPlan {
   bool drafted;                      // stored, one block per item: picks are drafted and verified
   bool row_min;                      // cluster: the bound rises by the row minimum of each pick
   int groups, group_blocks, blocks;  // swept: max groups, blocks per group, and blocks of the cooperative launch
-  int held;                          // swept: max tokens of a block whose potentials are in its shared memory
   int lookahead;                     // max picks per exchange, batch of drafts or sweep; 1: the plain loop, in one block if stored
   PackedShape packed;                // packed
 };
 
-// f(kernel, bytes): the streaming kernel, and bytes(held), its dynamic shared memory.
+// f(kernel, max points of a pass, tokens of a tile, bytes of shared memory) with the streaming kernel.
 template <class scalar_t, class Rule, class F>
 auto with_swept_kernel(bool mma, const F& f) {
+  const auto call = [&](auto sweep) {
+    using Sweep = decltype(sweep);
+    return f(select_swept_kernel<Sweep, scalar_t, Rule>, Sweep::kPoints, Sweep::kTile, kSweptBytes<Sweep>);
+  };
   if constexpr (sizeof(scalar_t) == 2) {
-    if (mma) return f(select_swept_kernel<MmaSweep<scalar_t>, scalar_t, Rule>, swept_shared_bytes<MmaSweep<scalar_t>>);
+    if (mma) return call(MmaSweep<scalar_t>());
   }
-  return f(select_swept_kernel<DifferenceSweep<scalar_t>, scalar_t, Rule>, swept_shared_bytes<DifferenceSweep<scalar_t>>);
+  return call(DifferenceSweep<scalar_t>());
 }
 
 // Blocks per item of at most stored_tokens. Large items: 8, else 4, if `at_once` clusters of them fit the device. Else 1. Packed: the clusters
@@ -85,35 +88,30 @@ int stored_item_blocks(const Items& items, int64_t stored_tokens, int64_t at_onc
 // The streaming part of a plan, for at most `count` items of at most items.longest() tokens.
 template <class scalar_t, class Rule>
 bool plan_sweeps(const Rows<scalar_t>& rows, const Items& items, int64_t count, SelectionPlan& plan) {
-  const auto resident_of = [&](int held) {
-    return with_swept_kernel<scalar_t, Rule>(
-        plan.mma, [&](auto* kernel, auto shared_bytes) { return max_resident_blocks(kernel, kSweepThreads, shared_bytes(held)); });
-  };
-  const int resident = resident_of(0);
+  int resident, most, tile;
+  with_swept_kernel<scalar_t, Rule>(plan.mma, [&](auto* kernel, int points, int tile_tokens, size_t shared_bytes) {
+    resident = max_resident_blocks(kernel, kSweepThreads, shared_bytes);
+    most = points, tile = tile_tokens;
+  });
   if (resident == 0) return false;
   plan.swept = true;
   plan.groups = static_cast<int>(count < resident ? count : resident);
-  const int tile = plan.mma ? MmaSweep<scalar_t>::kTile : DifferenceSweep<scalar_t>::kTile;
   const int64_t useful = ceil_div(items.longest(), tile);
   // A packed batch may have fewer long items than `count`; then each has more blocks. So a group may have up to all resident blocks.
   const int64_t share = items.packed() ? resident : resident / plan.groups;
   plan.group_blocks = static_cast<int>(useful < share ? useful : share);
   const int64_t blocks = int64_t(plan.groups) * plan.group_blocks;
   plan.blocks = static_cast<int>(blocks < resident ? blocks : resident);
-  // Potentials are in shared memory, if that costs no resident block. Packed: only the device knows how many blocks share an item, and so
-  // decides whether they fit.
-  const int64_t slots = items.packed() ? kHeldTokens : ceil_div(useful, plan.group_blocks) * tile;
-  plan.held = slots <= kHeldTokens && resident_of(static_cast<int>(slots)) >= plan.blocks ? static_cast<int>(slots) : 0;
-  // In global memory, after[lookahead][tokens] takes at most the memory of the features, but for very few channels.
+  // after[lookahead][tokens] takes at most the memory of the features, but for very few channels.
   const int64_t affordable = rows.channels * sizeof(scalar_t) / sizeof(float);
-  const int most = affordable > kSweepPoints ? kSweepPoints : affordable < 4 ? 4 : static_cast<int>(affordable);
+  most = affordable > most ? most : affordable < 4 ? 4 : static_cast<int>(affordable);
   plan.lookahead = plan.lookahead < most ? plan.lookahead : most;
   return true;
 }
 
 template <class scalar_t, class Rule>
 SelectionPlan plan_selection(const Rows<scalar_t>& rows, const Items& items, int64_t matrix_tokens = kMatrixTokens,
-                             int lookahead = kSweepPoints, bool wgmma = true, int64_t wave_floats = kWaveFloats) {
+                             int lookahead = kMostSweepPoints, bool wgmma = true, int64_t wave_floats = kWaveFloats) {
   SelectionPlan plan{};
   plan.from_mean = Rule::kFromMean && !items.anchor;
   plan.element_bytes = sizeof(scalar_t);
@@ -149,7 +147,7 @@ SelectionPlan plan_selection(const Rows<scalar_t>& rows, const Items& items, int
 struct SelectionScratch {
   TokenStats stats{};
   PackedPlan packed{};  // packed
-  // Stored: (entries, tokens, matrix_pitch(tokens)), or the matrices of a wave. Streaming, not held: after[][], (lookahead, all tokens).
+  // Stored: (entries, tokens, matrix_pitch(tokens)), or the matrices of a wave. Streaming: after[][], (lookahead, all tokens).
   float* weights = nullptr;
   unsigned* marks = nullptr;    // mma.sync: see launch_sqdist_mma
   Key* keys = nullptr;          // swept: the keys of a SweepExchange per group
@@ -165,7 +163,7 @@ struct SelectionScratch {
   SelectionScratch(const SelectionPlan& plan, const Items& items, int64_t channels, Allocate&& allocate) {
     const int64_t stored = items.packed() ? plan.packed.floats : items.tokens * matrix_pitch(items.tokens);
     const int64_t held = plan.stored ? items.packed() ? stored : plan.entries * stored : 0;
-    const int64_t drafted = plan.swept && (!plan.held || items.packed()) ? plan.lookahead * all_tokens(items) : 0;
+    const int64_t drafted = plan.swept ? plan.lookahead * all_tokens(items) : 0;
     take_token_stats(stats, items, channels, plan.element_bytes, plan.from_mean, plan.mma || plan.wgmma, plan.wgmma,
                      plan.item_blocks > 1 && plan.row_min, allocate);
     take_array(weights, held > drafted ? held : drafted, allocate);
@@ -307,10 +305,10 @@ class SelectionLaunch {
   cudaError_t sweep() {
     const cudaError_t error = cudaMemsetAsync(scratch_.arrived, 0, plan_.groups * sizeof(unsigned), stream_);
     if (error != cudaSuccess) return error;
-    return with_swept_kernel<scalar_t, Rule>(plan_.mma, [&](auto* kernel, auto shared_bytes) {
-      const Launch shape{dim3(plan_.blocks), dim3(kSweepThreads), shared_bytes(plan_.held), 1, true, stream_};
+    return with_swept_kernel<scalar_t, Rule>(plan_.mma, [&](auto* kernel, int, int, size_t shared_bytes) {
+      const Launch shape{dim3(plan_.blocks), dim3(kSweepThreads), shared_bytes, 1, true, stream_};
       return launch(kernel, shape, rows_, items_, scratch_.packed.large, rows_aligned(rows_), plan_.groups, plan_.group_blocks,
-                    plan_.lookahead, plan_.held, rule_, scratch_.stats.norms, static_cast<const scalar_t*>(scratch_.stats.centre),
+                    plan_.lookahead, rule_, scratch_.stats.norms, static_cast<const scalar_t*>(scratch_.stats.centre),
                     scratch_.stats.mean_sqdist, scratch_.weights, scratch_.keys, scratch_.floats, scratch_.arrived, out_);
     });
   }

@@ -1,8 +1,9 @@
 // Squared distances of all tokens of an item to a few points: one pass over the features. For selections without a stored matrix.
 //
 // What: run() is a pass. A block takes tiles of kTile consecutive tokens, the tiles first_tile, first_tile + tile_step, ... of the item. It
-//   calls f(token, slot, sqdist[kSweepPoints]) once for every token, with the whole warp together. A lane without a token passes one past
-//   the end. slot: kTile * (tiles of the block before) + position in the tile. sqdist is undefined past points.count.
+//   calls f(token, values) once for every token, with the whole warp together. values[p] is weigh(token)(p, sqdist) of the token and point p,
+//   undefined past points.count. Lane 0 passes the first token of the warp, the next lanes the next tokens, and lanes without a token one
+//   past the end.
 //   pairs() computes the distances of all pairs of a few tokens, for drafts. Here MmaSweep does not recompute cancelled pairs.
 // Chosen when: MmaSweep where mma_fits, DifferenceSweep for all other rows. MmaSweep multiplies tokens by points on tensor cores, as
 //   sqdist_mma.cuh does, and recomputes cancelled pairs by differences. In both, the bits of a distance in run() depend on the pair
@@ -18,12 +19,12 @@ namespace sts {
 
 constexpr int kSweepThreads = 256;
 constexpr int kSweepWarps = kSweepThreads / 32;
-constexpr int kSweepPoints = 16;  // max points of a pass: the columns of two mma_16x8x16
+constexpr int kMostSweepPoints = 32;  // max points of a pass by any Sweep
 
 // The points of a pass, in shared memory. Points are tokens of the item.
 struct SweepPoints {
-  int token[kSweepPoints];
-  float norm[kSweepPoints];  // squared distance to the centre; MmaSweep alone reads it
+  int token[kMostSweepPoints];
+  float norm[kMostSweepPoints];  // squared distance to the centre; MmaSweep alone reads it
   int count;
 };
 
@@ -33,34 +34,34 @@ STS_HOST_DEVICE int pair_index(int i, int j) { return i < j ? j * (j - 1) / 2 + 
 // By differences, one thread per token.
 template <class scalar_t>
 struct DifferenceSweep {
-  static constexpr int kTile = kSweepThreads;
+  static constexpr int kTile = kSweepThreads, kPoints = 16;
   static constexpr int kChannels = 128;  // channels of the points in shared memory at a time
-  static constexpr size_t kSharedBytes = kSweepPoints * kChannels * sizeof(float);
+  static constexpr size_t kSharedBytes = kPoints * kChannels * sizeof(float);
 
-  template <class F>
+  template <class Weigh, class F>
   static __device__ __forceinline__ void run(const Rows<scalar_t>& rows, int64_t entry, const Item& item, bool aligned, const float*,
-                                             const scalar_t*, const SweepPoints& points, int first_tile, int tile_step, const F& f) {
+                                             const scalar_t*, const SweepPoints& points, int first_tile, int tile_step, const Weigh& weigh,
+                                             const F& f) {
     if (aligned && rows.channels % Vec16<scalar_t>::size == 0)
-      run_rows<true>(rows, entry, item, true, points, first_tile, tile_step, f);
+      run_rows<true>(rows, entry, item, true, points, first_tile, tile_step, weigh, f);
     else
-      run_rows<false>(rows, entry, item, aligned, points, first_tile, tile_step, f);
+      run_rows<false>(rows, entry, item, aligned, points, first_tile, tile_step, weigh, f);
   }
 
   // kWhole: as in load_vec.
-  template <bool kWhole, class F>
+  template <bool kWhole, class Weigh, class F>
   static __device__ __forceinline__ void run_rows(const Rows<scalar_t>& rows, int64_t entry, const Item& item, bool aligned,
-                                                  const SweepPoints& points, int first_tile, int tile_step, const F& f) {
-    STS_DYNAMIC_SHARED(float, point);                         // [kSweepPoints][kChannels]
+                                                  const SweepPoints& points, int first_tile, int tile_step, const Weigh& weigh,
+                                                  const F& f) {
+    STS_DYNAMIC_SHARED(float, point);                         // [kPoints][kChannels]
     constexpr int kVec = Vec16<scalar_t>::size, kUnroll = 4;  // loads in flight: 64 bytes of a row
     constexpr int kTogether = 4;  // points per branch. Sums of points past `count` come from stale shared memory, and f ignores them
     const int count = points.count;
-    int slot = threadIdx.x;
     // One tile: sums over all channels, kChannels of the points at a time.
-    for (int64_t begin = static_cast<int64_t>(first_tile) * kTile; begin < item.tokens;
-         begin += static_cast<int64_t>(tile_step) * kTile, slot += kTile) {
-      const int64_t i = begin + threadIdx.x;
-      const scalar_t* row = rows.row(entry, item.first + (i < item.tokens ? i : item.tokens - 1));
-      float sum[kSweepPoints] = {};
+    for (int64_t begin = static_cast<int64_t>(first_tile) * kTile; begin < item.tokens; begin += static_cast<int64_t>(tile_step) * kTile) {
+      const int64_t i = begin + threadIdx.x, token = i < item.tokens ? i : item.tokens - 1;
+      const scalar_t* row = rows.row(entry, item.first + token);
+      float sum[kPoints] = {};
       for (int c0 = 0; c0 < rows.channels; c0 += kChannels) {
         __syncthreads();
         for (int e = threadIdx.x; e < count * kChannels; e += kSweepThreads) {
@@ -73,7 +74,7 @@ struct DifferenceSweep {
 #pragma unroll
           for (int u = 0; u < kUnroll; ++u) x[u] = load_vec<kWhole>(row, c0 + c + u * kVec, rows.channels, aligned);
 #pragma unroll
-          for (int p0 = 0; p0 < kSweepPoints; p0 += kTogether) {
+          for (int p0 = 0; p0 < kPoints; p0 += kTogether) {
             if (p0 >= count) continue;
 #pragma unroll
             for (int u = 0; u < kUnroll; ++u)
@@ -87,7 +88,11 @@ struct DifferenceSweep {
           }
         }
       }
-      f(i, slot, sum);
+      const auto value_of = weigh(token);
+#pragma unroll
+      for (int p = 0; p < kPoints; ++p)
+        if (p < count) sum[p] = value_of(p, sum[p]);
+      f(i < item.tokens ? i : item.tokens, sum);
     }
   }
 
@@ -116,22 +121,23 @@ struct DifferenceSweep {
   }
 };
 
-// On tensor cores: a warp multiplies 16 tokens by 16 points. Stages run on across tiles: loads of the next tile are in flight during the
-// epilogue of this one.
+// On tensor cores: a warp multiplies 16 tokens by 32 points, or by 16 if there are no more. Stages run on across tiles: loads of the next
+// tile are in flight during the epilogue of this one.
 template <class scalar_t>
 struct MmaSweep {
-  static constexpr int kTile = kSweepWarps * 16;
+  static constexpr int kTile = kSweepWarps * 16, kPoints = 32;
   static constexpr int kStages = 3;
-  static constexpr int kStageRows = kTile + kSweepPoints + 1;  // rows of kMmaChannels: tokens, points, centre
-  static constexpr int kDotStride = kSweepPoints + 1;          // in floats; odd: no bank conflict when each lane reads its row
+  static constexpr int kStageRows = kTile + kPoints + 1;  // rows of kMmaChannels: tokens, points, centre
+  static constexpr int kDotStride = kPoints + 1;          // in floats; odd: no bank conflict when each lane reads its row
   static constexpr size_t kStageBytes = size_t(kStages) * kStageRows * kMmaChannels * sizeof(scalar_t);
   static constexpr size_t kSharedBytes = kStageBytes + kTile * kDotStride * sizeof(float);
 
   // norms: (tokens of the item), squared distances to the centre.
   // Shared memory: stages[kStages][kStageRows][kMmaChannels], swizzled; dots[kTile][kDotStride].
-  template <class F>
+  template <class Weigh, class F>
   static __device__ __forceinline__ void run(const Rows<scalar_t>& rows, int64_t entry, const Item& item, bool aligned, const float* norms,
-                                             const scalar_t* centre, const SweepPoints& points, int first_tile, int tile_step, const F& f) {
+                                             const scalar_t* centre, const SweepPoints& points, int first_tile, int tile_step,
+                                             const Weigh& weigh, const F& f) {
     STS_DYNAMIC_SHARED(unsigned char, shared);
     scalar_t* const stages = reinterpret_cast<scalar_t*>(shared);
     const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, count = points.count, chunk = tid % 8;
@@ -158,24 +164,25 @@ struct MmaSweep {
     // Rows past the end repeat the last row, points past `count` the first point. The base of TileCopy is the first row of the tile, not of
     // the item: its 32-bit offsets may be too short for a long packed item.
     TileCopy<scalar_t, kTile, kSweepThreads> copy(rows, 0, item.tokens - ahead.first);
+    static_assert(kPoints == kSweepThreads / 8, "a thread copies 16 bytes of one point");
     const scalar_t* const point = first_row + points.token[tid / 8 < count ? tid / 8 : 0] * rows.row_stride;
+    const bool copies_point = tid / 8 < (count > kPoints / 2 ? kPoints : kPoints / 2);
     // (1) Starts the copies of `ahead`, one commit group per stage, and advances it.
     const auto fetch = [&] {
       if (ahead.first < tokens) {
         const int c = ahead.step * kMmaChannels + chunk * 8;
         const bool inside = c < rows.channels;
         copy.start(tokens_of(ahead), first_row + ahead.first * rows.row_stride + c, inside);
-        if (tid / 8 < kSweepPoints) cp_async_16(points_of(ahead) + swizzled(tid / 8, chunk), point + c, inside);
+        if (copies_point) cp_async_16(points_of(ahead) + swizzled(tid / 8, chunk), point + c, inside);
         if (tid < 8) cp_async_16(tokens_of(ahead) + swizzled(kStageRows - 1, chunk), centre + c, inside);
       }
       cp_async_commit();  // past the end an empty group: cp_async_wait below counts groups
       if (advance(ahead)) copy = TileCopy<scalar_t, kTile, kSweepThreads>(rows, 0, item.tokens - ahead.first);
     };
 
-    MmaProducts<scalar_t, 1, 2> dot;  // column tiles: points 0..7, points 8..15
+    MmaProducts<scalar_t, 1, 2> dot[2];  // [half of the points]; column tiles: 8 points each
 #pragma unroll
     for (int stage = 0; stage < kStages - 1; ++stage) fetch();
-    int slot = warp * 16 + lane;  // valid in lanes 0..15, which have one token each
     for (; current.first < tokens; advance(current)) {
       cp_async_wait<kStages - 2>();
       __syncthreads();  // the current stage is complete for all threads, and all have read the stage that `fetch` overwrites
@@ -183,39 +190,48 @@ struct MmaSweep {
       // (2) multiply
 #pragma unroll
       for (int k = 0; k < kMmaChannels / 16; ++k) {
-        uint32_t a[1][4], b[1][4];
+        uint32_t a[1][4];
         ldmatrix_x4(a[0], tokens_of(current) + swizzled(warp * 16 + lane % 16, k * 2 + lane / 16));
-        ldmatrix_x4(b[0], points_of(current) + swizzled(lane % 8 + lane / 16 * 8, k * 2 + lane / 8 % 2));
         const CentreFragment<scalar_t> centre_fragment(tokens_of(current), kStageRows - 1, k);
         centre_fragment.subtract_from_a(a[0]);
-        centre_fragment.subtract_from_b(b[0]);
-        dot.multiply(a, b);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          if (half * kPoints / 2 >= count) continue;
+          uint32_t b[1][4];
+          ldmatrix_x4(b[0], points_of(current) + swizzled(half * 16 + lane % 8 + lane / 16 * 8, k * 2 + lane / 8 % 2));
+          centre_fragment.subtract_from_b(b[0]);
+          dot[half].multiply(a, b);
+        }
       }
-      if ((current.step + 1) * kMmaChannels % kFlushChannels == 0) dot.flush();
-      if (current.step + 1 < steps) continue;
+      const bool last = current.step + 1 == steps;
+      if (last || (current.step + 1) * kMmaChannels % kFlushChannels == 0) dot[0].flush(), dot[1].flush();
+      if (!last) continue;
 
-      // (3) epilogue of the tile: one lane per token gets its products through shared memory
-      dot.flush();
+      // (3) epilogue of the tile: through shared memory, lanes t and t + 16 get the products of token t with a half of the points each
 #pragma unroll
-      for (int n = 0; n < 2; ++n)
+      for (int half = 0; half < 2; ++half)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          dots[(lane / 4 + e / 2 * 8) * kDotStride + n * 8 + lane % 4 * 2 + e % 2] = dot.product[0][n][e];
-          dot.product[0][n][e] = 0.f;
-        }
+        for (int n = 0; n < 2; ++n)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            dots[(lane / 4 + e / 2 * 8) * kDotStride + half * 16 + n * 8 + lane % 4 * 2 + e % 2] = dot[half].product[0][n][e];
+            dot[half].product[0][n][e] = 0.f;
+          }
       __syncwarp();
-      const uint32_t first = current.first + warp * 16, i = lane < 16 ? first + lane : tokens;
-      float* const row = dots + lane * kDotStride;  // products of the lane's token, then its distances
-      unsigned cancelled = 0;                       // bit p: the distance to point p cancels
-      if (i < tokens) {
-        const float norm = norms[i];
+      const uint32_t first = current.first + warp * 16, i = first + lane % 16;
+      const uint32_t token = i < tokens ? i : tokens - 1;
+      float* const row = dots + lane % 16 * kDotStride;  // products of the token, then its values
+      const int first_point = lane / 16 * (kPoints / 2);
+      const auto value_of = weigh(token);
+      const float norm = norms[token];
+      unsigned cancelled = 0;  // bit p: the distance to point p cancels
 #pragma unroll
-        for (int p = 0; p < kSweepPoints; ++p) {
-          if (p >= count) continue;
-          const float norms_of_pair = norm + points.norm[p], distance = norms_of_pair - 2.f * row[p];
-          row[p] = distance;
-          if (cancels(distance, norms_of_pair, kCancellation)) cancelled |= 1u << p;
-        }
+      for (int q = 0; q < kPoints / 2; ++q) {
+        const int p = first_point + q;
+        if (p >= count) continue;
+        const float norms_of_pair = norm + points.norm[p], distance = norms_of_pair - 2.f * row[p];
+        row[p] = value_of(p, distance);
+        if (i < tokens && cancels(distance, norms_of_pair, kCancellation)) cancelled |= 1u << p;
       }
       // The warp recomputes cancelled distances by differences, one after another.
       if (__any_sync(kFullWarp, cancelled)) {
@@ -224,17 +240,14 @@ struct MmaSweep {
             const int owner = __ffs(static_cast<int>(owners)) - 1;
             const scalar_t* const other[1] = {rows.row(entry, item.first + points.token[p])};
             float exact[1];
-            warp_sqdist<false>(rows.row(entry, item.first + first + owner), other, rows.channels, aligned, exact);
-            if (lane == owner) row[p] = exact[0];
+            warp_sqdist<false>(rows.row(entry, item.first + first + owner % 16), other, rows.channels, aligned, exact);
+            if (lane == owner) row[p] = value_of(p, exact[0]);
           }
         }
       }
-      float sqdist[kSweepPoints];
-#pragma unroll
-      for (int p = 0; p < kSweepPoints; ++p) sqdist[p] = p < count && i < tokens ? row[p] : 0.f;
+      __syncwarp();  // `row` is read by lanes 0..15, which have one token each
+      f(lane < 16 && i < tokens ? i : tokens, row);
       __syncwarp();  // all lanes have read `dots` before the next tile overwrites it
-      f(i, slot, sqdist);
-      slot += kTile;
     }
     cp_async_wait<0>();
   }

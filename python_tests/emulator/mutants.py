@@ -806,7 +806,7 @@ MUTANTS = (
         "one buffer of what blocks have lowest",
         "repulsion_select",
         "select_swept.cuh",
-        ("(buffer++ & 1) * group_blocks * kSweepPoints", "0"),
+        ("(buffer++ & 1) * group_blocks * kMostSweepPoints", "0"),
         says=RACE,
     ),
     mutant(
@@ -831,10 +831,10 @@ MUTANTS = (
         says=RACE,
     ),
     mutant(
-        "no barrier before a block's lowest are found",
+        "no barrier before the lowest of all warps is found",
         "repulsion_select",
         "select_swept.cuh",
-        ("      __syncthreads();  // after[] of all threads is written\n", ""),
+        ("lowest_of_warp[warp][lane] = lowest;\n      __syncthreads();", "lowest_of_warp[warp][lane] = lowest;"),
         says=RACE,
     ),
     mutant(
@@ -866,19 +866,12 @@ MUTANTS = (
         says=RACE,
     ),
     mutant(
-        "more tokens than a block's shared memory is for",
-        "repulsion_select",
-        "select_swept.cuh",
-        ("const bool in_shared = share.slots <= held;", "const bool in_shared = true;"),
-        says=OVERRUN,
-    ),
-    mutant(
         "the potentials after a pick too many",
         "repulsion_select",
         "select_swept.cuh",
         (
-            "share.after[(accepted - 1) * share.stride + share.index(slot, i)]",
-            "share.after[(accepted < count ? accepted : accepted - 1) * share.stride + share.index(slot, i)]",
+            "share.after[(accepted - 1) * share.stride + i]",
+            "share.after[(accepted < count ? accepted : accepted - 1) * share.stride + i]",
         ),
     ),
     mutant(
@@ -892,15 +885,15 @@ MUTANTS = (
         "repulsion_select",
         "select_swept.cuh",
         (
-            "value = i == draft.token[p] ? kInfinity : Rule::add(value, weight);",
-            "value = Rule::add(value, weight);",
+            "value = i == draft.token[p] ? kInfinity : Rule::add(value, weights[p]);",
+            "value = Rule::add(value, weights[p]);",
         ),
     ),
     mutant(
         "blocks that wait for blocks that are not resident",
         "repulsion_select",
         "selection.cuh",
-        ("shared_bytes(plan_.held), 1, true, stream_}", "shared_bytes(plan_.held), 1, false, stream_}"),
+        ("shared_bytes, 1, true, stream_};", "shared_bytes, 1, false, stream_};"),
         says="deadlock",
     ),
     mutant(
@@ -923,16 +916,34 @@ MUTANTS = (
         ("      __syncwarp();\n      const uint32_t first", "      const uint32_t first"),
     ),
     mutant(
+        "values read before all lanes have written them",
+        "repulsion_select",
+        "sqdist_sweep.cuh",
+        ("      __syncwarp();  // `row` is read by lanes 0..15, which have one token each\n", ""),
+    ),
+    mutant(
         "the centre is left out of the points",
         "repulsion_select",
         "sqdist_sweep.cuh",
-        ("        centre_fragment.subtract_from_b(b[0]);\n", ""),
+        ("          centre_fragment.subtract_from_b(b[0]);\n", ""),
     ),
     mutant(
         "the distance of a marked pair goes to the next token",
         "repulsion_select",
         "sqdist_sweep.cuh",
-        ("if (lane == owner) row[p] = exact[0];", "if (lane == (owner + 1) % 16) row[p] = exact[0];"),
+        ("lane == owner) row[p] = value_of", "lane == (owner + 1) % 16) row[p] = value_of"),
+    ),
+    mutant(
+        "the second half of the points is left out",
+        "repulsion_select",
+        "sqdist_sweep.cuh",
+        ("if (half * kPoints / 2 >= count) continue;", "if (half) continue;"),
+    ),
+    mutant(
+        "the lowest of a warp is that of its first lane",
+        "repulsion_select",
+        "select_swept.cuh",
+        ("low) << 32 | (first + owner)", "low) << 32 | first"),
     ),
     # Other rules than repulsion.
     mutant(

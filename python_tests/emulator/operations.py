@@ -282,7 +282,7 @@ def _select(op, name, features, k, options, judge, packed=None, num_tokens=None,
     - `wgmma`: 0 for the tensor cores of devices other than Hopper
     - `wave_floats`: weights of packed items in memory at a time (0: as planned)
     """
-    default = {"max_seqlen": 2**63 - 1, "matrix_tokens": 8192, "item_blocks": 0, "lookahead": 16, "wgmma": 1}
+    default = {"max_seqlen": 2**63 - 1, "matrix_tokens": 8192, "item_blocks": 0, "lookahead": 32, "wgmma": 1}
     way = {**default, "wave_floats": 0, **(way or {})}
     rows = channels_contiguous(features)
     tokens, channels = rows.shape[-2:]
@@ -400,10 +400,10 @@ def work(case) -> int:
 
 
 WAYS = (  # `way` of _select
-    {"matrix_tokens": 8192, "lookahead": 16},
-    {"matrix_tokens": 8192, "lookahead": 16, "wgmma": 0},
+    {"matrix_tokens": 8192, "lookahead": 32},
+    {"matrix_tokens": 8192, "lookahead": 32, "wgmma": 0},
     {"matrix_tokens": 8192, "item_blocks": 4, "lookahead": 8},
-    {"matrix_tokens": 0, "lookahead": 16},
+    {"matrix_tokens": 0, "lookahead": 32},
     {"matrix_tokens": 0, "lookahead": 1},
 )
 
