@@ -481,7 +481,7 @@ def test_emulated_cuda_kernel_in_sweeps(emulated, make, dtype, monkeypatch):
         for _ in range(times):
             x = make(g, 2, tokens, channels).to(dtype)
             plain = picks(x, k, 1)
-            for lookahead in (*LOOKAHEADS, "32") if tokens < 100 else ("3", "32"):  # many candidates take long to emulate
+            for lookahead in (*LOOKAHEADS, "32") if tokens < 100 else ("3", "32"):  # many candidates are slow
                 assert (picks(x, k, int(lookahead)) == plain).all()
 
 
