@@ -39,7 +39,7 @@ STS_HOST_DEVICE int block_offers(int blocks) {
   return share < kWarpOffers ? kWarpOffers : share < kMostOffers ? share : kMostOffers;
 }
 
-// Dynamic shared memory of a block: in (2) the distances of all pairs of candidates, in (1) and (3) the shared memory of Sweep.
+// Dynamic shared memory of a block: in (2) the values of all pairs of candidates, in (1) and (3) the shared memory of Sweep.
 template <class Sweep>
 constexpr size_t kSweptBytes = Sweep::kSharedBytes > kPairs * sizeof(float) ? Sweep::kSharedBytes : kPairs * sizeof(float);
 
@@ -48,7 +48,7 @@ constexpr size_t kSweptBytes = Sweep::kSharedBytes > kPairs * sizeof(float) ? Sw
 struct SweepExchange {
   Key* offers;  // (block_offers, blocks of the group): each block's tokens of lowest potential
   Key* lowest;  // (2, kMostSweepPoints, blocks of the group): each block's lowest key after each draft
-  float* pair;  // (kPairs): squared distances of candidates, see pair_index
+  float* pair;  // (kPairs): stored_value of all pairs of candidates, see pair_index
 
   STS_HOST_DEVICE static int64_t keys(int blocks) { return static_cast<int64_t>(blocks) * (kMostOffers + 2 * kMostSweepPoints); }
   STS_HOST_DEVICE static int64_t floats() { return kPairs; }
@@ -96,7 +96,7 @@ struct LowestKeys {
 // By a warp: f(key) for all keys[0 .. count), lane-strided, with kUnroll loads in flight per lane. Past the end f(kNoKey).
 template <class F>
 __device__ __forceinline__ void for_keys(const Key* keys, int count, const F& f) {
-  constexpr int kUnroll = 8;
+  constexpr int kUnroll = 16;
   for (int begin = threadIdx.x % 32; begin < count; begin += 32 * kUnroll) {
     Key key[kUnroll];
 #pragma unroll
@@ -143,7 +143,7 @@ __device__ __forceinline__ int choose_candidates(const Key* offers, int count, i
   return 1 + 32 * rows;
 }
 
-// (2) By a warp, with the same result in every block: the plain loop among the candidates. pair: their squared distances (pair_index).
+// (2) By a warp, with the same result in every block: the plain loop among the candidates. pair: see SweepExchange.
 // first: the first draft of the item. Its offers hold minus the distance to the mean if Rule::kFromMean, so potentials begin at
 // Rule::start.
 template <class Rule>
@@ -158,24 +158,23 @@ __device__ __forceinline__ void draft_picks(const Candidates& candidates, bool f
   }
   int chosen = 0, count = 1;
   while (count < max_drafts) {
-    uint32_t low = ~0u;
-    int low_h = 0;
     const float pick_parameter = candidates.parameter[chosen];
+    uint32_t order[kLaneCandidates], low = ~0u;
 #pragma unroll
     for (int h = 0; h < kLaneCandidates; ++h) {
       const int slot = 1 + 32 * h + lane;
-      if (potential[h] < kInfinity)
-        potential[h] = Rule::add(potential[h], rule.weight(pair[pair_index(chosen, slot)], candidates.parameter[slot], pick_parameter));
-      const uint32_t order = order_of<Rule>(potential[h]);
-      if (order < low) low = order, low_h = h;
+      potential[h] = slot == chosen || potential[h] == kInfinity
+                         ? kInfinity
+                         : after_pick(rule, potential[h], pair[pair_index(chosen, slot)], candidates.parameter[slot], pick_parameter);
+      order[h] = order_of<Rule>(potential[h]);
+      low = min(low, order[h]);
     }
     const uint32_t lowest = __reduce_min_sync(kFullWarp, low);
     if (lowest >= order_of<Rule>(kNonFinitePotential)) break;
-    const int owner = __ffs(static_cast<int>(__ballot_sync(kFullWarp, low == lowest))) - 1;  // any of several: it is verified
-    chosen = 1 + 32 * __shfl_sync(kFullWarp, low_h, owner) + owner;
+    int slot = 1 + lane;  // of `low`
 #pragma unroll
-    for (int h = 0; h < kLaneCandidates; ++h)
-      if (chosen == 1 + 32 * h + lane) potential[h] = kInfinity;
+    for (int h = 1; h < kLaneCandidates; ++h) slot = order[h] == low ? 1 + 32 * h + lane : slot;
+    chosen = static_cast<int>(__reduce_min_sync(kFullWarp, low == lowest ? static_cast<uint32_t>(slot) : ~0u));
     if (lane == 0) draft.token[count] = candidates.token[chosen];
     ++count;
   }
@@ -184,6 +183,11 @@ __device__ __forceinline__ void draft_picks(const Candidates& candidates, bool f
     draft.count = count;
   }
 }
+
+// What the pass needs of a token.
+struct SweptToken {
+  float potential, parameter;
+};
 
 // Groups of resident blocks. Group g takes items g, g + groups, ... of the list.
 //   listed: null for all items; else {count, item, item, ...} (PackedPlan::large)
@@ -278,11 +282,21 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
         block_lowest[tid * group_blocks + rank] = best;
       }
       barrier.sync();
-      for (int p = warp; p < count; p += kSweepWarps) {
-        Key best = kNoKey;
-        for_keys(block_lowest + p * group_blocks, group_blocks, [&](Key key) { best = lower(best, key); });
-        best = warp_lowest(best);
-        if (lane == 0) argmin[p] = best;
+      constexpr int kRows = kPoints / kSweepWarps;  // a warp reduces the points warp, warp + kSweepWarps, ... at the same time
+      Key best[kRows];
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) best[r] = kNoKey;
+#pragma unroll 4
+      for (int block = lane; block < group_blocks; block += 32)
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+          const int p = warp + r * kSweepWarps;
+          if (p < count) best[r] = lower(best[r], block_lowest[p * group_blocks + block]);
+        }
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const Key low = warp_lowest(best[r]);
+        if (lane == 0) argmin[warp + r * kSweepWarps] = low;
       }
       __syncthreads();
     };
@@ -314,17 +328,18 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
 
       const int max_drafts = share.picks - done < lookahead ? share.picks - done : lookahead;
       if (max_drafts > 1) {
-        // (1) candidates, and the distances of their pairs
+        // (1) candidates, and the values of their pairs
         if (warp == 0) {
           const int slots = choose_candidates(exchange.offers, group_blocks * offers, pick, max_drafts, parameter_of, candidates);
           if (lane == 0) candidate_count = slots;
         }
         __syncthreads();
         const int count = candidate_count;
-        Sweep::pairs(rows, entry, share.item, aligned, share.norms, share.centre, candidates.token, count, rank, group_blocks,
+        const auto store = [&](float sqdist) { return stored_value(rule, sqdist); };
+        Sweep::pairs(rows, entry, share.item, aligned, share.norms, share.centre, candidates.token, count, rank, group_blocks, store,
                      exchange.pair);
         barrier.sync();
-        // (2) draft, from a copy of the distances in shared memory
+        // (2) draft, from a copy of the pairs in shared memory
         for (int e = tid * 4; e < count * (count - 1) / 2; e += kSweepThreads * 4) cp_async_16(pair + e, exchange.pair + e, true);
         cp_async_commit();
         cp_async_wait<0>();
@@ -342,16 +357,16 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
         if (Rule::kByPick) draft_parameter[tid] = parameter_of(draft.token[tid]);
         if (share.norms) draft.norm[tid] = share.norms[draft.token[tid]];
       }
-      const auto weigh = [&](int64_t i) {
-        const float parameter = Rule::kByToken ? parameter_of(i) : 0.f;
-        return [&, parameter](int p, float sqdist) { return rule.weight(sqdist, parameter, Rule::kByPick ? draft_parameter[p] : 0.f); };
+      const auto load = [&](int64_t i) { return SweptToken{share.potential[i], Rule::kByToken ? parameter_of(i) : 0.f}; };
+      const auto weigh = [&](const SweptToken& token, int p, float sqdist) {
+        return rule.weight(sqdist, token.parameter, Rule::kByPick ? draft_parameter[p] : 0.f);
       };
       Key lowest = kNoKey;  // in lane p: the lowest key of the warp after draft[p]
       // after[p] of token i, from the weights of its pairs with the drafts.
-      const auto add_drafts = [&](int64_t i, const float* weights) {
+      const auto add_drafts = [&](int64_t i, const SweptToken& token, const float* weights) {
         const bool inside = i < share.item.tokens;
         const uint32_t first = __shfl_sync(kFullWarp, static_cast<uint32_t>(i), 0);
-        float value = inside ? share.potential[i] : kInfinity, *after_draft = share.after + i;
+        float value = inside ? token.potential : kInfinity, *after_draft = share.after + i;
         const int64_t stride = share.stride;
 #pragma unroll
         for (int p = 0; p < kPoints; ++p) {
@@ -366,14 +381,14 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
           if (lane == p) lowest = lower(lowest, static_cast<Key>(low) << 32 | (first + owner));
         }
       };
-      Sweep::run(rows, entry, share.item, aligned, share.norms, share.centre, draft, rank, group_blocks, weigh, add_drafts);
+      Sweep::run(rows, entry, share.item, aligned, share.norms, share.centre, draft, rank, group_blocks, load, weigh, add_drafts);
 
       // (4) verify: draft[0] .. draft[accepted - 1] are picks
       find_argmin(lowest, count);
-      int accepted = 1;
-      while (accepted < count && static_cast<int>(key_index(argmin[accepted - 1])) == draft.token[accepted]) ++accepted;
-      for (int p = 1; p < accepted; ++p, ++done)
-        if (rank == 0 && tid == 0) out[share.item.out + done] = draft.token[p];
+      const bool right = lane + 1 < count && static_cast<int>(key_index(argmin[lane])) == draft.token[lane + 1];
+      const int accepted = __ffs(static_cast<int>(~__ballot_sync(kFullWarp, right)));
+      if (rank == 0 && tid > 0 && tid < accepted) out[share.item.out + done + tid - 1] = draft.token[tid];
+      done += accepted - 1;
       pick = static_cast<int>(key_index(argmin[accepted - 1]));
 
       // (5) commit, and offer

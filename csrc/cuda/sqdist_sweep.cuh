@@ -1,10 +1,10 @@
 // Squared distances of all tokens of an item to a few points: one pass over the features. For selections without a stored matrix.
 //
 // What: run() is a pass. A block takes tiles of kTile consecutive tokens, the tiles first_tile, first_tile + tile_step, ... of the item. It
-//   calls f(token, values) once for every token, with the whole warp together. values[p] is weigh(token)(p, sqdist) of the token and point p,
-//   undefined past points.count. Lane 0 passes the first token of the warp, the next lanes the next tokens, and lanes without a token one
-//   past the end.
-//   pairs() computes the distances of all pairs of a few tokens, for drafts. Here MmaSweep does not recompute cancelled pairs.
+//   calls f(i, token, values) once for every token i, with the whole warp together. token is load(i), called ahead; values[p] is
+//   weigh(token, p, sqdist) of point p, undefined past points.count. Lane 0 passes the first token of the warp, the next lanes the next
+//   ones, and lanes without a token one past the end.
+//   pairs() writes store(sqdist) of all pairs of a few tokens, for drafts. Here MmaSweep does not recompute cancelled pairs.
 // Chosen when: MmaSweep where mma_fits, DifferenceSweep for all other rows. MmaSweep multiplies tokens by points on tensor cores, as
 //   sqdist_mma.cuh does, and recomputes cancelled pairs by differences. In both, the bits of a distance in run() depend on the pair
 //   alone.
@@ -38,29 +38,30 @@ struct DifferenceSweep {
   static constexpr int kChannels = 128;  // channels of the points in shared memory at a time
   static constexpr size_t kSharedBytes = kPoints * kChannels * sizeof(float);
 
-  template <class Weigh, class F>
+  template <class Load, class Weigh, class F>
   static __device__ __forceinline__ void run(const Rows<scalar_t>& rows, int64_t entry, const Item& item, bool aligned, const float*,
-                                             const scalar_t*, const SweepPoints& points, int first_tile, int tile_step, const Weigh& weigh,
-                                             const F& f) {
+                                             const scalar_t*, const SweepPoints& points, int first_tile, int tile_step, const Load& load,
+                                             const Weigh& weigh, const F& f) {
     if (aligned && rows.channels % Vec16<scalar_t>::size == 0)
-      run_rows<true>(rows, entry, item, true, points, first_tile, tile_step, weigh, f);
+      run_rows<true>(rows, entry, item, true, points, first_tile, tile_step, load, weigh, f);
     else
-      run_rows<false>(rows, entry, item, aligned, points, first_tile, tile_step, weigh, f);
+      run_rows<false>(rows, entry, item, aligned, points, first_tile, tile_step, load, weigh, f);
   }
 
   // kWhole: as in load_vec.
-  template <bool kWhole, class Weigh, class F>
+  template <bool kWhole, class Load, class Weigh, class F>
   static __device__ __forceinline__ void run_rows(const Rows<scalar_t>& rows, int64_t entry, const Item& item, bool aligned,
-                                                  const SweepPoints& points, int first_tile, int tile_step, const Weigh& weigh,
-                                                  const F& f) {
+                                                  const SweepPoints& points, int first_tile, int tile_step, const Load& load,
+                                                  const Weigh& weigh, const F& f) {
     STS_DYNAMIC_SHARED(float, point);                         // [kPoints][kChannels]
     constexpr int kVec = Vec16<scalar_t>::size, kUnroll = 4;  // loads in flight: 64 bytes of a row
     constexpr int kTogether = 4;  // points per branch. Sums of points past `count` come from stale shared memory, and f ignores them
     const int count = points.count;
     // One tile: sums over all channels, kChannels of the points at a time.
     for (int64_t begin = static_cast<int64_t>(first_tile) * kTile; begin < item.tokens; begin += static_cast<int64_t>(tile_step) * kTile) {
-      const int64_t i = begin + threadIdx.x, token = i < item.tokens ? i : item.tokens - 1;
-      const scalar_t* row = rows.row(entry, item.first + token);
+      const int64_t i = begin + threadIdx.x, inside = i < item.tokens ? i : item.tokens - 1;
+      const scalar_t* row = rows.row(entry, item.first + inside);
+      const auto token = load(inside);
       float sum[kPoints] = {};
       for (int c0 = 0; c0 < rows.channels; c0 += kChannels) {
         __syncthreads();
@@ -88,17 +89,18 @@ struct DifferenceSweep {
           }
         }
       }
-      const auto value_of = weigh(token);
 #pragma unroll
       for (int p = 0; p < kPoints; ++p)
-        if (p < count) sum[p] = value_of(p, sum[p]);
-      f(i < item.tokens ? i : item.tokens, sum);
+        if (p < count) sum[p] = weigh(token, p, sum[p]);
+      f(i < item.tokens ? i : item.tokens, token, sum);
     }
   }
 
   // Each warp of the group takes two pairs (i, j0), (i, j0 + 1) at a time.
+  template <class Store>
   static __device__ __forceinline__ void pairs(const Rows<scalar_t>& rows, int64_t entry, const Item& item, bool aligned, const float*,
-                                               const scalar_t*, const int* token, int count, int rank, int blocks, float* sqdist) {
+                                               const scalar_t*, const int* token, int count, int rank, int blocks, const Store& store,
+                                               float* out) {
     constexpr int kColumns = 2;  // pairs whose loads are in flight together
     const int warp = rank * kSweepWarps + threadIdx.x / 32, warps = blocks * kSweepWarps, strips = (count + kColumns - 1) / kColumns;
     const auto row_of = [&](int candidate) { return rows.row(entry, item.first + token[candidate]); };
@@ -116,7 +118,7 @@ struct DifferenceSweep {
       warp_sqdist<false>(row_of(i), other, rows.channels, aligned, pair);
 #pragma unroll
       for (int n = 0; n < kColumns; ++n)
-        if (wanted[n] && threadIdx.x % 32 == 0) sqdist[pair_index(i, j0 + n)] = pair[n];
+        if (wanted[n] && threadIdx.x % 32 == 0) out[pair_index(i, j0 + n)] = store(pair[n]);
     }
   }
 };
@@ -134,10 +136,10 @@ struct MmaSweep {
 
   // norms: (tokens of the item), squared distances to the centre.
   // Shared memory: stages[kStages][kStageRows][kMmaChannels], swizzled; dots[kTile][kDotStride].
-  template <class Weigh, class F>
+  template <class Load, class Weigh, class F>
   static __device__ __forceinline__ void run(const Rows<scalar_t>& rows, int64_t entry, const Item& item, bool aligned, const float* norms,
                                              const scalar_t* centre, const SweepPoints& points, int first_tile, int tile_step,
-                                             const Weigh& weigh, const F& f) {
+                                             const Load& load, const Weigh& weigh, const F& f) {
     STS_DYNAMIC_SHARED(unsigned char, shared);
     scalar_t* const stages = reinterpret_cast<scalar_t*>(shared);
     const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, count = points.count, chunk = tid % 8;
@@ -146,21 +148,21 @@ struct MmaSweep {
     const uint32_t tokens = static_cast<uint32_t>(item.tokens);  // below 2^31: the first token of a tile past the end does not wrap
     const scalar_t* const first_row = rows.row(entry, item.first);
     // Position in the pipeline: kMmaChannels channels of a tile, of the points and of the centre, and the stage that holds them.
-    struct Load {
+    struct Position {
       uint32_t first;   // first token of the tile
       int step, stage;  // step: channels from step * kMmaChannels on
     };
     // Moves to the next channels or the next tile. True: the next tile.
-    const auto advance = [&](Load& load) {
-      load.stage = load.stage + 1 < kStages ? load.stage + 1 : 0;
-      if (++load.step < steps) return false;
-      load.step = 0;
-      load.first += static_cast<uint32_t>(tile_step * kTile);
+    const auto advance = [&](Position& at) {
+      at.stage = at.stage + 1 < kStages ? at.stage + 1 : 0;
+      if (++at.step < steps) return false;
+      at.step = 0;
+      at.first += static_cast<uint32_t>(tile_step * kTile);
       return true;
     };
-    const auto tokens_of = [&](const Load& load) { return stages + load.stage * kStageRows * kMmaChannels; };
-    const auto points_of = [&](const Load& load) { return tokens_of(load) + kTile * kMmaChannels; };
-    Load current{static_cast<uint32_t>(first_tile * kTile), 0, 0}, ahead = current;
+    const auto tokens_of = [&](const Position& at) { return stages + at.stage * kStageRows * kMmaChannels; };
+    const auto points_of = [&](const Position& at) { return tokens_of(at) + kTile * kMmaChannels; };
+    Position current{static_cast<uint32_t>(first_tile * kTile), 0, 0}, ahead = current;
     // Rows past the end repeat the last row, points past `count` the first point. The base of TileCopy is the first row of the tile, not of
     // the item: its 32-bit offsets may be too short for a long packed item.
     TileCopy<scalar_t, kTile, kSweepThreads> copy(rows, 0, item.tokens - ahead.first);
@@ -183,7 +185,15 @@ struct MmaSweep {
     MmaProducts<scalar_t, 1, 2> dot[2];  // [half of the points]; column tiles: 8 points each
 #pragma unroll
     for (int stage = 0; stage < kStages - 1; ++stage) fetch();
+    decltype(load(0)) token;  // of lane % 16
+    float norm = 0.f;
     for (; current.first < tokens; advance(current)) {
+      const uint32_t first = current.first + warp * 16, i = first + lane % 16;
+      if (current.step == 0) {
+        const uint32_t inside = i < tokens ? i : tokens - 1;
+        token = load(inside);
+        norm = norms[inside];
+      }
       cp_async_wait<kStages - 2>();
       __syncthreads();  // the current stage is complete for all threads, and all have read the stage that `fetch` overwrites
       fetch();
@@ -218,19 +228,15 @@ struct MmaSweep {
             dot[half].product[0][n][e] = 0.f;
           }
       __syncwarp();
-      const uint32_t first = current.first + warp * 16, i = first + lane % 16;
-      const uint32_t token = i < tokens ? i : tokens - 1;
       float* const row = dots + lane % 16 * kDotStride;  // products of the token, then its values
       const int first_point = lane / 16 * (kPoints / 2);
-      const auto value_of = weigh(token);
-      const float norm = norms[token];
       unsigned cancelled = 0;  // bit p: the distance to point p cancels
 #pragma unroll
       for (int q = 0; q < kPoints / 2; ++q) {
         const int p = first_point + q;
         if (p >= count) continue;
         const float norms_of_pair = norm + points.norm[p], distance = norms_of_pair - 2.f * row[p];
-        row[p] = value_of(p, distance);
+        row[p] = weigh(token, p, distance);
         if (i < tokens && cancels(distance, norms_of_pair, kCancellation)) cancelled |= 1u << p;
       }
       // The warp recomputes cancelled distances by differences, one after another.
@@ -241,12 +247,12 @@ struct MmaSweep {
             const scalar_t* const other[1] = {rows.row(entry, item.first + points.token[p])};
             float exact[1];
             warp_sqdist<false>(rows.row(entry, item.first + first + owner % 16), other, rows.channels, aligned, exact);
-            if (lane == owner) row[p] = value_of(p, exact[0]);
+            if (lane == owner) row[p] = weigh(token, p, exact[0]);
           }
         }
       }
       __syncwarp();  // `row` is read by lanes 0..15, which have one token each
-      f(lane < 16 && i < tokens ? i : tokens, row);
+      f(lane < 16 && i < tokens ? i : tokens, token, row);
       __syncwarp();  // all lanes have read `dots` before the next tile overwrites it
     }
     cp_async_wait<0>();
@@ -255,8 +261,10 @@ struct MmaSweep {
   // A block takes tiles of 16 x 16 pairs with ti <= tj. Its warps split the channels (split-K), and the partial sums meet in shared memory.
   // Fragments come from global memory, without ldmatrix: a lane loads 8 consecutive channels of a row (16 bytes) and uses them as its
   // registers for two steps of 16 channels. The channels of both rows are permuted alike, so the dot product is that of the rows.
+  template <class Store>
   static __device__ __forceinline__ void pairs(const Rows<scalar_t>& rows, int64_t entry, const Item& item, bool, const float* norms,
-                                               const scalar_t* centre, const int* token, int count, int rank, int blocks, float* sqdist) {
+                                               const scalar_t* centre, const int* token, int count, int rank, int blocks,
+                                               const Store& store, float* out) {
     STS_DYNAMIC_SHARED(float, part);  // partial sums [kSweepWarps][16][16]
     const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, row = lane / 4, tiles = (count + 15) / 16;
     const scalar_t* const first_row = rows.row(entry, item.first);
@@ -309,7 +317,7 @@ struct MmaSweep {
 #pragma unroll
         for (int w = 0; w < kSweepWarps; ++w) dot += part[w * 256 + tid];
         const float approximate = norms[token[i]] + norms[token[j]] - 2.f * dot;
-        sqdist[pair_index(i, j)] = approximate < 0.f ? 0.f : approximate;
+        out[pair_index(i, j)] = store(approximate < 0.f ? 0.f : approximate);
       }
       __syncthreads();  // all have read `part` before the next tile overwrites it
     }
