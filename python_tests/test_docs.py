@@ -28,7 +28,7 @@ def test_adding_an_op_quotes_the_files():
     """Each quote names its file on its first line; its parts, separated by "..." lines, are in the file in order."""
     text = DOCS["adding-an-op.md"]
     quotes = blocks(text, "python") + blocks(text, "cpp")
-    assert len(quotes) == 8
+    assert len(quotes) == 9
     for quote in quotes:
         first, rest = quote.split("\n", 1)
         source = (ROOT / re.fullmatch(r"(?:#|//) (\S+)", first)[1]).read_text()

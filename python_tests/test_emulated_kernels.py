@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from cases import CASES, VARLEN_CASES, by_name, with_dtypes
-from emulator import build, calls, mutants, operations, primitives, smoke
+from emulator import build, calls, mutants, operations, ops, primitives, smoke
 from emulator.mutants import MUTANTS, ORDERS
+
+from sts_kernels import _registry
 
 MISSING = build.missing_tool()
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
@@ -40,6 +42,15 @@ def test_every_kernel_is_called(emulated):
     questions = "selection_plan|exact_centre|phases_begun|barriers_passed|driver_questions"
     launchers = {name for name in emulated.kernels() if not re.search(questions, name)}
     assert launchers == {call.kernel for call in (*PRIMITIVES, *QUICK)}
+
+
+@pytest.mark.timeout(900)
+def test_every_cu_file_registers_its_ops(emulated_library):
+    """The backend `emulated` skips an op without a kernel. These ops have one."""
+    for file in (build.CSRC / "cuda").glob("*.cu"):
+        names = [name for name in _registry.OPS if name.removesuffix("_varlen").rstrip("_") == file.stem]
+        assert names, file
+        assert all(map(ops.has_kernel, names)), names
 
 
 @pytest.mark.parametrize("call", PRIMITIVES, ids=str)

@@ -150,7 +150,7 @@ def test_curves_are_those_of_the_kept_rows():
     data = data_of(tokens)
     x = tokens.features.double()
     shown = data["pictures"][0]["methods"]
-    assert sorted(shown) == sorted((*NESTED, *OTHERS))
+    assert {*NESTED, *OTHERS} <= set(shown)  # a method of yours may be shown too
     for name, entry in shown.items():
         for i, k in enumerate(data["ladder"]):
             _, (own,) = selection(name, tokens, k)
@@ -204,12 +204,16 @@ def test_the_ladder():
 def test_what_is_left_out_says_why():
     data = data_of(made_up())
     why = {name: entry["why"] for entry in data["left_out"] for name in entry["names"]}
-    assert why == {
-        "cdpruner": "no prompt to go by",
-        **dict.fromkeys(("dart", "fastv", "pyramiddrop", "sparsevlm"), "only inside the LLM, and no LLM runs here"),
-    }
+    assert (
+        why.items()
+        >= {
+            "cdpruner": "no prompt to go by",
+            **dict.fromkeys(("dart", "fastv", "pyramiddrop", "sparsevlm"), "only inside the LLM, and no LLM runs here"),
+        }.items()
+    )
+    assert not {*NESTED, *OTHERS} & set(why)
     chosen, left_out = explore.choose(None, Tokens(torch.randn(4, 3), noise_picture(0), 2, ""))
-    assert set(chosen) == {"divprune", "fps", "random", "sts", "uniform"}
+    assert {*NESTED, *OTHERS} & set(chosen) == {"divprune", "fps", "random", "sts", "uniform"}
     assert left_out["visionzip"] == "no attention and keys to go by"
 
 

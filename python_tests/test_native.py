@@ -129,6 +129,14 @@ def test_built_without_cuda_where_there_is_a_gpu(site, monkeypatch):
     assert _native.Status(True, "", {"cuda": "13.0"}).remedies() == []
 
 
+def test_why_an_op_is_not_served_by_a_library_that_is_loaded():
+    with_cuda, without = (_native.Status(True, "", {"cuda": version, "reason": "no nvcc"}) for version in ("13.0", ""))
+    assert with_cuda.why("CUDA") == without.why("CPU") == "the compiled library is loaded"
+    for status, key in ((with_cuda, "CUDA"), (with_cuda, "CPU"), (without, "CPU")):
+        assert status.why(key, has_kernel=False) == "the compiled library has no kernel for it"
+    assert without.why("CUDA", has_kernel=False) == "the compiled library was built without CUDA (no nvcc)"
+
+
 @pytest.mark.parametrize(
     ("direct", "arguments"),
     [

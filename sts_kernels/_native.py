@@ -30,13 +30,16 @@ class Status:
     remedy: str = ""  # command that makes it load; "" if none does, or if it is left out on purpose
     chosen: bool = False  # left out on purpose
 
-    def why(self, key: str) -> str:
-        """Why tensors of dispatch key `key` are, or are not, served by the compiled library."""
+    def why(self, key: str, has_kernel: bool = True) -> str:
+        """Why tensors of dispatch key `key` are, or are not, served by the compiled library.
+
+        has_kernel: whether an op has a kernel for `key`.
+        """
         if not self.loaded:
             return self.reason
         if key == "CUDA" and not self.build.get("cuda"):
             return f"the compiled library was built without CUDA ({self.build.get('reason') or 'reason not recorded'})"
-        return "the compiled library is loaded"
+        return "the compiled library is loaded" if has_kernel else "the compiled library has no kernel for it"
 
     def remedies(self) -> list[str]:
         """Commands after which the compiled library serves all tensors of this machine."""

@@ -39,7 +39,7 @@ class Op:
             if key == "CPU":
                 return "a Triton op: the reference is its CPU path"
             return _triton_how() if backend == "triton" else "triton is not installed"
-        return _native.status().why(key)
+        return _native.status().why(key, has_kernel=backend == "native")
 
 
 def _triton_how() -> str:

@@ -23,6 +23,12 @@ def load() -> torch.library.Library:
     return library
 
 
+def has_kernel(op: str) -> bool:
+    """Whether a .cu file registers `op`."""
+    load()
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", "CUDA")
+
+
 def call(op: str, *args, **kwargs):
     """The CUDA kernel of `op`, on CPU tensors."""
     load()

@@ -19,6 +19,7 @@ from sts_kernels.methods import _keep_top, _packed
 from . import models
 from .models import CACHE, output_cache, transformers
 from .oracle import expect
+from .test_fixed_encoders import FAMILIES
 from .test_mutants import mutated
 
 KEEP, AFTER, LAYER = 10, 4, 3
@@ -78,7 +79,7 @@ def same(got, want) -> None:
 
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", models.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_as_through_the_hooks(family, attention, counts, device):
     """Graphs and hooks give the same logits and report, for rows without images and with several.
 

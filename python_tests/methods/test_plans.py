@@ -65,7 +65,8 @@ def test_bad_budgets(name):
 def test_it_describes_itself(name):
     about, method = methods.describe(name), methods.create(name)
     assert about["name"] == method.name == name
-    assert ", arXiv " in about["paper"] or about["paper"].endswith(", ICLR 2026 submission")  # no arXiv number
+    paper = about["paper"]
+    assert ", arXiv " in paper or paper.endswith(", ICLR 2026 submission") or paper == "none"  # no arXiv number
     assert about["site"] in ("encoder", "projected", None)
     assert set(about["signals"]) <= set(ARGUMENTS)
     assert (about["scope"] in ("image", "crop"), about["positions"] in ("original", "contiguous")) == (True, True)
