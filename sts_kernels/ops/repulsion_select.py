@@ -61,7 +61,7 @@ def repulsion_select_reference(
     finite = x.isfinite().all(-1)
     present = torch.arange(x.shape[1], device=x.device) < count[:, None]
     token = nearest_to_mean(x, finite & present) if anchor is None else anchor.long()
-    potential = torch.where(finite, 0.0, LAST_RESORT)
+    potential = torch.zeros_like(finite, dtype=torch.float32).masked_fill(~finite, LAST_RESORT)
     return greedy(x, k, count, potential, token, lambda potential, sqdist, row: potential.add_(weight(sqdist, eps)))
 
 
