@@ -15,6 +15,7 @@ FLOATING = (torch.float32, torch.float16, torch.bfloat16)
 INTEGER = (torch.int64, torch.int32)
 # Bounds of eps, also in torch_glue.h: a sum of 1 / eps over 131072 duplicates, and distance + eps, must fit float32.
 MIN_EPS, MAX_EPS = 1e-30, 1e30
+_EPS_RANGE = f"between {MIN_EPS} and {MAX_EPS}"  # not in the check: there Dynamo may take the bounds as dynamic floats
 MAX_FLOAT32 = torch.finfo(torch.float32).max
 MAX_INT = 2**63 - 1
 
@@ -79,9 +80,14 @@ def same_device(op: str, name: str, value: torch.Tensor, like: torch.Tensor, oth
         raise ValueError(f"{op}: {name} must be on the device of {other}, {like.device}, got {value.device}")
 
 
+_AS_IS = "{}"  # for str.format, which Dynamo traces with dynamic numbers; str() and f-strings it does not
+
+
 def _shown(value: Any) -> str:
     """`str(value)`; Python raises on very long ints."""
-    return str(value) if not isinstance(value, int) or abs(value) < 10**400 else "an int of more than 400 digits"
+    if isinstance(value, int) and abs(value) >= 10**400:
+        return "an int of more than 400 digits"
+    return _AS_IS.format(value)
 
 
 def integer(op: str, name: str, value: Any, low: int, high: Any = None, why: str = "") -> None:
@@ -89,7 +95,7 @@ def integer(op: str, name: str, value: Any, low: int, high: Any = None, why: str
         raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
     highest = MAX_INT if high is None else high
     if not low <= value <= highest:
-        span = f"at least {low}" if high is None and value < low else f"between {low} and {highest}{why}"
+        span = f"at least {low}" if high is None and value < low else f"between {low} and {_shown(highest)}{why}"
         raise ValueError(f"{op}: {name} must be {span}, got {_shown(value)}")
 
 
@@ -104,7 +110,7 @@ def eps(op: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat):
         raise TypeError(f"{op}: eps must be a float, got {type(value).__name__}")
     if not MIN_EPS <= value <= MAX_EPS:
-        raise ValueError(f"{op}: eps must be between {MIN_EPS} and {MAX_EPS}, got {_shown(value)}")
+        raise ValueError(f"{op}: eps must be {_EPS_RANGE}, got {_shown(value)}")
 
 
 def in_float32(op: str, name: str, value: Any) -> None:

@@ -24,7 +24,7 @@ def _check(
     if isinstance(floor, bool) or not isinstance(floor, int | float | torch.SymFloat):
         raise TypeError(f"{op}: floor must be a float, got {type(floor).__name__}")
     if not 0 <= floor <= 1:
-        raise ValueError(f"{op}: floor must be between 0 and 1, got {floor}")
+        raise ValueError(f"{op}: floor must be between 0 and 1, got {_checks._shown(floor)}")
 
 
 def _fake(
