@@ -3,6 +3,7 @@
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -245,6 +246,36 @@ def test_raw_op_raises_too(op, name, value, error, came):
     arguments = {**good(op), name: value}
     with pytest.raises((RuntimeError, ValueError, TypeError)):
         getattr(torch.ops.sts_kernels, op)(**arguments)
+
+
+@pytest.mark.parametrize("number", [np.int64, np.int32, np.uint8, np.float32, np.float64], ids=lambda t: t.__name__)
+@pytest.mark.parametrize("op", OPS)
+def test_numpy_numbers_are_numbers(device, op, number):
+    """As in torch's own functions."""
+    of_type = int if issubclass(number, np.integer) else float
+    plain = good(op, device)
+    numpy = {n: number(v) if type(v) is of_type else v for n, v in plain.items()}
+    if of_type is float:
+        plain = {n: float(v) if isinstance(v, np.floating) else v for n, v in numpy.items()}
+    got, want = (getattr(sts_kernels, op)(**arguments) for arguments in (numpy, plain))
+    assert torch.equal(got, want)
+
+
+def test_numpy_floats_of_other_ops(device):
+    x = good("repulsion_select", device)["features"]
+    for number in (np.float32, np.float64):
+        got = sts_kernels.last_query_scores(x, x[:, :, None], number(0.5))
+        assert torch.equal(got, sts_kernels.last_query_scores(x, x[:, :, None], 0.5))
+        quality = torch.ones(x.shape[:2], device=device)
+        got = sts_kernels.dpp_select(x, quality, 3, number(0.5))
+        assert all(map(torch.equal, got, sts_kernels.dpp_select(x, quality, 3, 0.5)))
+
+
+@pytest.mark.parametrize(("op", "name"), INTS)
+@pytest.mark.parametrize("value", [np.float64(3.0), np.bool_(True), np.array(3)], ids=repr)
+def test_numpy_values_that_are_no_ints(op, name, value):
+    with pytest.raises(TypeError, match=rf"{op}: {name} must be an int, got {type(value).__name__}"):
+        getattr(sts_kernels, op)(**{**good(op), name: value})
 
 
 @pytest.mark.parametrize("op", EPS)

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import numbers
 import os
 import warnings
 from typing import Any
@@ -18,6 +19,9 @@ MIN_EPS, MAX_EPS = 1e-30, 1e30
 _EPS_RANGE = f"between {MIN_EPS} and {MAX_EPS}"  # not in the check: there Dynamo may take the bounds as dynamic floats
 MAX_FLOAT32 = torch.finfo(torch.float32).max
 MAX_INT = 2**63 - 1
+# Types of ints and floats. Abstract ones, which NumPy's are registered with, come last: they are slow.
+_INTEGERS: tuple[Any, ...] = (int, torch.SymInt, numbers.Integral)
+_REALS: tuple[Any, ...] = (float, int, torch.SymFloat, numbers.Real)
 
 
 def tensor(op: str, name: str, value: Any, dtypes: tuple[Any, ...], shape: str, ndim: int) -> None:
@@ -91,12 +95,18 @@ def _shown(value: Any) -> str:
 
 
 def integer(op: str, name: str, value: Any, low: int, high: Any = None, why: str = "") -> None:
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+    if isinstance(value, bool) or not isinstance(value, _INTEGERS):
         raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
     highest = MAX_INT if high is None else high
     if not low <= value <= highest:
         span = f"at least {low}" if high is None and value < low else f"between {low} and {_shown(highest)}{why}"
         raise ValueError(f"{op}: {name} must be {span}, got {_shown(value)}")
+
+
+def real(op: str, name: str, value: Any, expected: str = "a float") -> None:
+    """Checks the type alone."""
+    if isinstance(value, bool) or not isinstance(value, _REALS):
+        raise TypeError(f"{op}: {name} must be {expected}, got {type(value).__name__}")
 
 
 def one_of(op: str, name: str, value: Any, allowed: tuple[Any, ...]) -> None:
@@ -107,8 +117,7 @@ def one_of(op: str, name: str, value: Any, allowed: tuple[Any, ...]) -> None:
 
 
 def eps(op: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat):
-        raise TypeError(f"{op}: eps must be a float, got {type(value).__name__}")
+    real(op, "eps", value)
     if not MIN_EPS <= value <= MAX_EPS:
         raise ValueError(f"{op}: eps must be {_EPS_RANGE}, got {_shown(value)}")
 
