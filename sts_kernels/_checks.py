@@ -48,11 +48,12 @@ def _dense(op: str, name: str, value: torch.Tensor) -> None:
         raise TypeError(f"{op}: {name} must be a dense tensor, got a quantized one; give {name}.dequantize()")
 
 
-def features(op: str, value: Any, shape: str = "(B, N, C)", name: str = "features") -> None:
+def features(op: str, value: Any, shape: str = "(B, N, C)", name: str = "features", least_tokens: int = 1) -> None:
     tensor(op, name, value, FLOATING, shape, shape.count(",") + 1)
     tokens, channels = value.shape[-2:]
-    if tokens == 0 or channels == 0:
-        raise ValueError(f"{op}: {name} must have at least one token and one channel, got shape {tuple(value.shape)}")
+    if tokens < least_tokens or channels == 0:
+        needed = "one token and one channel" if least_tokens else "one channel"
+        raise ValueError(f"{op}: {name} must have at least {needed}, got shape {tuple(value.shape)}")
 
 
 def per_token(

@@ -396,6 +396,7 @@ Tensor select_all(const Selection& selection, const F& select_some) {
   const Items& items = selection.items;
   Selection::check_values(selection.op, items);
   Tensor out = selection.new_output();
+  if (items.tokens == 0) return out;  // packed: every item is empty
   int64_t* picks = static_cast<int64_t*>(out.mutable_data_ptr());
   dispatch(selection.features.scalar_type(), [&](auto* element) {
     const auto rows = rows_of<std::remove_pointer_t<decltype(element)>>(selection.features);
