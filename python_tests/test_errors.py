@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import sts_kernels
+from sts_kernels import _registry
 
 NAN, INF, DOUBLE = math.nan, math.inf, torch.float64
 
@@ -323,6 +324,23 @@ def test_the_wrong_item_is_named():
         sts_kernels.repulsion_select(**{**arguments, "num_tokens": t(9, 5)})
     with pytest.raises(ValueError, match=r"repulsion_step_: picked\[1\] must be between -1 and 5, got 6"):
         sts_kernels.repulsion_step_(**{**good("repulsion_step_"), "picked": t(0, 6)})
+
+
+@pytest.mark.parametrize(
+    ("op", "name", "value", "said"),
+    [
+        ("repulsion_select", "anchor", t(0, 5), r"anchor\[1\] must be between 0 and 4, got 5"),
+        ("farthest_select", "anchor", t(-1, 0), r"anchor\[0\] must be between 0 and 5, got -1"),
+        ("suppress_select", "num_tokens", t(6, 9), r"num_tokens\[1\] must be between 0 and 6,.* got 9"),
+        ("repulsion_select_varlen", "anchor", t(6, 5), r"anchor\[1\] must be between 0 and 4, got 5"),
+        ("farthest_select_varlen", "cu_seqlens", t(0, 13, 12), r"cu_seqlens must rise from 0 to 12,.* got .*13"),
+        ("farthest_select_varlen", "cu_seqlens", t(0, -5, 12), r"cu_seqlens must rise from 0 to 12,.* got .*-5"),
+    ],
+)
+def test_the_raw_op_names_the_value_too(op, name, value, said):
+    for call in (getattr(torch.ops.sts_kernels, op), _registry.OPS[op].reference):
+        with pytest.raises((RuntimeError, ValueError), match=f"{op}: {said}"):
+            call(**{**good(op), name: value})
 
 
 OTHERS = [(op, name) for op in OPS for name, value in good(op).items() if isinstance(value, torch.Tensor)]
