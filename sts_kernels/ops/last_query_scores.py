@@ -134,9 +134,9 @@ def last_query_scores(
 
     Returns:
         (B, S) float32. Masked keys score 0, whatever they hold. The allowed keys of an item sum to 1. An item without
-        allowed keys is 0. A NaN or infinity in `query` or in an allowed key may make all allowed scores of its item
-        NaN. The same input gives the same output, bit for bit, whatever else is in the batch. requires_grad is False:
-        the scores have no derivative.
+        allowed keys is 0. A NaN or infinity in `query` or in an allowed key, or a scaled dot product beyond float32's
+        range, may make all allowed scores of its item NaN. The same input gives the same output, bit for bit, whatever
+        else is in the batch. requires_grad is False: the scores have no derivative.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, device, strides or scale.
