@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sts_kernels import methods
+import sts_kernels
+from sts_kernels import methods, ops
 from sts_kernels.__main__ import COMMANDS
 from sts_kernels._cli import default_picture, load_picture
 from sts_kernels._registry import OPS
@@ -116,6 +117,23 @@ def test_ops_are_listed_with_their_arguments():
     assert {op for op in OPS if f"`{op}" in README or op.endswith("_varlen")} == set(OPS)
     for op, arguments in rows:
         assert [a.name for a in torch._C.parse_schema(OPS[op].schema).arguments] == arguments.split(", ")
+
+
+def test_the_page_of_the_api_lists_what_is_public():
+    """Each entry exists; the entries and their members are all public names of the package, its ops and its methods."""
+    entries = re.findall(
+        r"^::: (\S+)(?:\n    options:(?:\n      .*)*\n      members: \[(.*)\])?", DOCS["api.md"], re.MULTILINE
+    )
+    members = {name: set(listed.split(", ")) for name, listed in entries if listed}
+    assert members == {f"sts_kernels.{part.__name__.split('.')[1]}": set(part.__all__) for part in (ops, methods)}
+    named = {name.removeprefix("sts_kernels.") for name, _ in entries}
+    assert set(sts_kernels.__all__) - set(ops.__all__) - {"__version__"} <= named
+    for name in named:
+        if not name.startswith("integrations."):
+            assert hasattr(sts_kernels, name), name
+    integration = pytest.importorskip("sts_kernels.integrations.transformers", exc_type=ImportError)
+    listed = {name.rsplit(".", 1)[1] for name in named if name.startswith("integrations.transformers.")}
+    assert listed <= set(integration.__all__)
 
 
 def test_the_page_of_the_kernels_has_every_op_and_names_files():

@@ -44,6 +44,32 @@ def test_compiles_once_for_every_batch(device, graphs, op):
     assert len(graphs) == 1
 
 
+FEATURES = torch.randn(2, 9, 4, generator=torch.Generator().manual_seed(0))
+BAD_NUMBERS = [
+    ("repulsion_select", (FEATURES,), {"k": 0}, "k must be .*between 1 and"),
+    ("repulsion_select", (FEATURES,), {"k": 10}, "k must be .*between 1 and"),
+    ("repulsion_select", (FEATURES,), {"k": 3, "eps": 0.0}, "eps must be between 1e-30 and 1e"),
+    ("repulsion_select", (FEATURES,), {"k": 3, "eps": 1e31}, "eps must be between 1e-30 and 1e"),
+    ("dpp_select", (FEATURES, torch.ones(2, 9)), {"k": 3, "floor": 1.5}, "floor must be between 0 and 1"),
+    ("last_query_scores", (FEATURES, FEATURES[:, :, None]), {"scale": 1e39}, "scale must be finite in float32"),
+]
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize(
+    ("op", "tensors", "numbers", "message"), BAD_NUMBERS, ids=[f"{op}-{rest}" for op, _, rest, _ in BAD_NUMBERS]
+)
+def test_dynamic_numbers_out_of_range_are_named(op, tensors, numbers, message, fullgraph):
+    """A check that fails on a dynamic number raises as in eager mode; with fullgraph=True, in Dynamo's words."""
+    torch._dynamo.reset()
+    call = getattr(sts_kernels, op)
+    compiled = torch.compile(
+        lambda *given, **rest: call(*given, **rest), backend="eager", fullgraph=fullgraph, dynamic=True
+    )
+    with pytest.raises(Exception if fullgraph else ValueError, match=f"{op}: {message}"):
+        compiled(*tensors, **numbers)
+
+
 def exported(op, **constants):
     class Module(torch.nn.Module):
         def forward(self, arguments):

@@ -88,6 +88,15 @@ def test_an_extreme_pair_comes_first_under_cosine(backend):
     assert backend(OP, x, 6, metric="cosine").tolist() == [[0, 3, 4, 5, 2, 1]]
 
 
+def test_divprune_is_the_cosine_metric_with_its_anchor(device):
+    """As the docstring says it: the first pick of the paper is not the op's default."""
+    x = normal(torch.Generator().manual_seed(2), 3, 40, 8).to(device)
+    anchor = sts_kernels.nearest(x, x, exclude_self=True)[1].argmin(1)
+    want = sts_kernels.methods.create("divprune").select(k=9, features=x).order
+    assert torch.equal(sts_kernels.farthest_select(x, 9, anchor, metric="cosine"), want)
+    assert not torch.equal(sts_kernels.farthest_select(x, 9, metric="cosine"), want)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 def test_equals_brute_force_where_margins_are_wide(backend, dtype, metric):
@@ -152,6 +161,11 @@ def test_quality_times_distance_may_overflow_or_vanish(backend):
     huge = torch.full((1, 4), 3e38, device=backend.device)
     assert backend(OP, x * 1e10, 4, quality=huge).tolist() == [[0, 1, 2, 3]]
     assert backend(OP, x, 4, quality=huge * 0).tolist() == [[0, 1, 2, 3]]
+    # An infinite start: qualities above 1 tie in the first pick, lower ones do not.
+    far = torch.full((1, 4), math.inf, device=backend.device)
+    for quality, first in (([1.0, 2.0, 5.0, 3.0], 1), ([0.5, 0.2, 1.0, 0.9], 2)):
+        quality = torch.tensor([quality], device=backend.device)
+        assert backend(OP, x, 1, start=far, quality=quality).tolist() == [[first]]
     zeros = torch.zeros(1, 4, device=backend.device)
     assert backend(OP, x, 4, start=zeros, quality=huge).tolist() == [[0, 1, 2, 3]]
 

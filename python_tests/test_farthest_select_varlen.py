@@ -23,6 +23,7 @@ def samples(device):
         (flat.half(), index(0, 6, 6, 13, dtype=torch.int32), index(0, 1, 1, 8, dtype=torch.int32), 8, None, quality),
         (flat[:, 1:], index(0, 6, 13), index(0, 2, 5), 5, index(0, 6), None, start, "cosine"),
         (flat, index(0, 13), index(0, 0), 0),
+        (flat[:0], index(0, 0), index(0, 0), 0, None, quality[:0], start[:0], "cosine", 0),
         (flat, index(0, 6, 13), index(0, 2, 5), 5, None, None, None, "euclidean", 7),
     ]
 

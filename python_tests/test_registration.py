@@ -12,7 +12,7 @@ import pytest
 import torch
 from cases import by_name
 from conftest import REQUIRED
-from op_inputs import outputs, samples
+from op_inputs import OPS, assert_equal, outputs, results, samples, sized
 
 import sts_kernels
 from sts_kernels import _checks, _native, _registry
@@ -175,6 +175,22 @@ def test_bad_arguments_fail_in_a_compiled_function_too(device):
     select = torch.compile(lambda x: sts_kernels.repulsion_select(x, 99), backend="eager", fullgraph=True)
     with pytest.raises(Exception, match="k must be between 1 and 9"):
         select(torch.randn(1, 9, 3, device=device))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_the_default_dtype_changes_no_bit(device, op, dtype):
+    """torch.set_default_dtype, which model loaders call, is not the dtype of any intermediate result."""
+    arguments = sized(op, 20, device)
+    calls = getattr(sts_kernels, op), _registry.OPS[op].reference
+    want = [results(op, call, arguments) for call in calls]
+    torch.set_default_dtype(dtype)
+    try:
+        got = [results(op, call, arguments) for call in calls]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for ours, theirs in zip(got, want, strict=True):
+        assert_equal(ours, theirs)
 
 
 def test_inference_mode_and_no_grad(device):

@@ -217,6 +217,15 @@ def test_default_anchor_ignores_tokens_that_are_not_finite(backend):
     assert backend(OP, x, 1).tolist() == [[1]]
 
 
+@pytest.mark.parametrize("value", [1.9, 3.3, 1000.1])
+def test_the_mean_of_many_tokens_is_accurate(backend, value):
+    """Few tokens at relative distances of up to 3e-5 from all others, which are equal: the pick shows the mean."""
+    x = torch.full((1, 131072, 8), value, device=backend.device)
+    x[0, :61] *= 1 + torch.linspace(-3e-5, 3e-5, 61, device=backend.device)[:, None]
+    pick = backend(OP, x, 1)[0, 0]
+    assert ((x[0, pick].double() / x[0, -1].double() - 1).abs() <= 3e-6).all()
+
+
 def test_eps_decides_between_duplicates_and_neighbours(backend):
     """Tokens 0 and 1 are copies; with a large eps the copy repels less than many distant tokens do."""
     x = torch.tensor([0.0, 0.0, 1.0, 1.1, 1.2], device=backend.device)[None, :, None]

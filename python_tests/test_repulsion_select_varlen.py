@@ -22,6 +22,7 @@ def samples(device):
         (flat.half(), index(0, 6, 6, 13, dtype=torch.int32), index(0, 1, 1, 8, dtype=torch.int32), 8, 0.1),
         (flat[:, 1:], index(0, 6, 13), index(0, 2, 5), 5, 1e-6, index(0, 6)),
         (flat, index(0, 13), index(0, 0), 0),
+        (flat[:0], index(0, 0, 0), index(0, 0, 0), 0, 1e-6, index(0, 0), 0),
         (flat, index(0, 6, 13), index(0, 2, 5), 5, 1e-6, None, 7),
     ]
 
@@ -131,6 +132,29 @@ def test_on_a_gpu_items_that_do_not_fit_come_out_as_none(cuda):
     )
     assert torch.equal(picks[:10], first)
     assert (picks[20:] == -1).all()
+
+
+@pytest.mark.parametrize("op", ["repulsion_select_varlen", "farthest_select_varlen", "suppress_select_varlen"])
+@pytest.mark.parametrize("items", [0, 1, 3])
+@pytest.mark.parametrize("max_seqlen", [None, 0, 9])
+def test_no_tokens(backend, op, items, max_seqlen):
+    """A batch whose items are all empty, as of a step without images."""
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.zeros(0, 5, dtype=dtype, device=backend.device)
+        numbers = torch.zeros(0, device=backend.device)
+        per_token = {"rank": numbers.int(), "tau": numbers} if op.startswith("suppress") else {}
+        offsets = torch.zeros(items + 1, dtype=torch.int32, device=backend.device)
+        picks = backend(op, x, **per_token, cu_seqlens=offsets, cu_budgets=offsets, total_k=0, max_seqlen=max_seqlen)
+        assert picks.shape == (0,)
+        assert picks.dtype == torch.int64
+
+
+def test_offsets_must_end_at_no_tokens():
+    """In the raw op too, which has only the checks of the compiled library."""
+    x, offsets = torch.zeros(0, 5), torch.tensor([0, 1])
+    for namespace in (sts_kernels, torch.ops.sts_kernels):
+        with pytest.raises((ValueError, RuntimeError), match="cu_seqlens must rise from 0 to 0"):
+            namespace.repulsion_select_varlen(x, offsets, offsets * 0, 0)
 
 
 def test_many_items(backend):

@@ -255,6 +255,7 @@ BAD = [
     ("assignment", torch.full((2, 11), -2), ValueError, "-2"),
     ("assignment", None, TypeError, "NoneType"),
     ("count", 0, ValueError, "0"),
+    ("count", 2**31, ValueError, "between 1 and 2147483647, got 2147483648"),
     ("count", 2.0, TypeError, "float"),
     ("count", True, TypeError, "bool"),
     ("weight", torch.zeros(2, 12), ValueError, "(2, 12)"),

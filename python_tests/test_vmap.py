@@ -86,6 +86,18 @@ def test_any_tensors_at_any_axis(device, op, mapped):
 
 
 @pytest.mark.parametrize("op", OPS)
+def test_no_lanes(device, op):
+    arguments = lanes(op, device=device)
+    want = results(
+        op, getattr(sts_kernels, op), {n: v[0] if n in tensors(arguments) else v for n, v in arguments.items()}
+    )
+    none = {name: value[:0] if name in tensors(arguments) else value for name, value in arguments.items()}
+    for got, one in zip(mapped_call(op, none, dict.fromkeys(tensors(none), 0)), want, strict=True):
+        assert got.shape == (0, *one.shape)
+        assert got.dtype == one.dtype
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_nested(device, op):
     """The inner vmap maps all tensors, the outer vmap the first only, which is the mutated tensor if there is one."""
     inner = lanes(op, device=device)

@@ -52,6 +52,21 @@ def test_what_requires_grad_is_refused(device, op, raw):
 
 
 @pytest.mark.parametrize("op", WRITING)
+def test_views_that_negate_are_refused(device, op, raw):
+    """Such as z.conj().imag. An argument that is only read may be one."""
+    name = written(op)
+    arguments = sized(op, 0, device)
+    memory = arguments[name].clone()
+    before = memory.clone()
+    with pytest.raises(ValueError, match=rf"{op}: {name} must not have torch's neg bit set.*{name}\.resolve_neg\(\)"):
+        call(op, raw, {**arguments, name: torch._neg_view(memory)})
+    assert torch.equal(memory, before)
+    negated = {n: torch._neg_view(-v) if n == "features" else v for n, v in arguments.items()}
+    got = call(op, raw, {**negated, name: before.clone()})
+    assert torch.equal(got, call(op, raw, {**arguments, name: before.clone()}))
+
+
+@pytest.mark.parametrize("op", WRITING)
 def test_inference_tensors(device, op, raw):
     name = written(op)
     with torch.inference_mode():

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import numbers
 import os
 import warnings
 from typing import Any
@@ -15,8 +16,12 @@ FLOATING = (torch.float32, torch.float16, torch.bfloat16)
 INTEGER = (torch.int64, torch.int32)
 # Bounds of eps, also in torch_glue.h: a sum of 1 / eps over 131072 duplicates, and distance + eps, must fit float32.
 MIN_EPS, MAX_EPS = 1e-30, 1e30
+_EPS_RANGE = f"between {MIN_EPS} and {MAX_EPS}"  # not in the check: there Dynamo may take the bounds as dynamic floats
 MAX_FLOAT32 = torch.finfo(torch.float32).max
 MAX_INT = 2**63 - 1
+# Types of ints and floats. Abstract ones, which NumPy's are registered with, come last: they are slow.
+_INTEGERS: tuple[Any, ...] = (int, torch.SymInt, numbers.Integral)
+_REALS: tuple[Any, ...] = (float, int, torch.SymFloat, numbers.Real)
 
 
 def tensor(op: str, name: str, value: Any, dtypes: tuple[Any, ...], shape: str, ndim: int) -> None:
@@ -43,11 +48,12 @@ def _dense(op: str, name: str, value: torch.Tensor) -> None:
         raise TypeError(f"{op}: {name} must be a dense tensor, got a quantized one; give {name}.dequantize()")
 
 
-def features(op: str, value: Any, shape: str = "(B, N, C)", name: str = "features") -> None:
+def features(op: str, value: Any, shape: str = "(B, N, C)", name: str = "features", least_tokens: int = 1) -> None:
     tensor(op, name, value, FLOATING, shape, shape.count(",") + 1)
     tokens, channels = value.shape[-2:]
-    if tokens == 0 or channels == 0:
-        raise ValueError(f"{op}: {name} must have at least one token and one channel, got shape {tuple(value.shape)}")
+    if tokens < least_tokens or channels == 0:
+        needed = "one token and one channel" if least_tokens else "one channel"
+        raise ValueError(f"{op}: {name} must have at least {needed}, got shape {tuple(value.shape)}")
 
 
 def per_token(
@@ -79,18 +85,29 @@ def same_device(op: str, name: str, value: torch.Tensor, like: torch.Tensor, oth
         raise ValueError(f"{op}: {name} must be on the device of {other}, {like.device}, got {value.device}")
 
 
+_AS_IS = "{}"  # for str.format, which Dynamo traces with dynamic numbers; str() and f-strings it does not
+
+
 def _shown(value: Any) -> str:
     """`str(value)`; Python raises on very long ints."""
-    return str(value) if not isinstance(value, int) or abs(value) < 10**400 else "an int of more than 400 digits"
+    if isinstance(value, int) and abs(value) >= 10**400:
+        return "an int of more than 400 digits"
+    return _AS_IS.format(value)
 
 
 def integer(op: str, name: str, value: Any, low: int, high: Any = None, why: str = "") -> None:
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+    if isinstance(value, bool) or not isinstance(value, _INTEGERS):
         raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
     highest = MAX_INT if high is None else high
     if not low <= value <= highest:
-        span = f"at least {low}" if high is None and value < low else f"between {low} and {highest}{why}"
+        span = f"at least {low}" if high is None and value < low else f"between {low} and {_shown(highest)}{why}"
         raise ValueError(f"{op}: {name} must be {span}, got {_shown(value)}")
+
+
+def real(op: str, name: str, value: Any, expected: str = "a float") -> None:
+    """Checks the type alone."""
+    if isinstance(value, bool) or not isinstance(value, _REALS):
+        raise TypeError(f"{op}: {name} must be {expected}, got {type(value).__name__}")
 
 
 def one_of(op: str, name: str, value: Any, allowed: tuple[Any, ...]) -> None:
@@ -101,10 +118,9 @@ def one_of(op: str, name: str, value: Any, allowed: tuple[Any, ...]) -> None:
 
 
 def eps(op: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat):
-        raise TypeError(f"{op}: eps must be a float, got {type(value).__name__}")
+    real(op, "eps", value)
     if not MIN_EPS <= value <= MAX_EPS:
-        raise ValueError(f"{op}: eps must be between {MIN_EPS} and {MAX_EPS}, got {_shown(value)}")
+        raise ValueError(f"{op}: eps must be {_EPS_RANGE}, got {_shown(value)}")
 
 
 def in_float32(op: str, name: str, value: Any) -> None:

@@ -99,6 +99,12 @@ def _in_place(overload: Any, written: int) -> Any:
                 f"{overload._opname}: {name} is an inference tensor, which is not to be written to outside inference "
                 f"mode; give {name}.clone()"
             )
+        if target.is_neg() or target.is_conj():  # torch would write to a copy, and fail an internal assertion
+            bit = "neg" if target.is_neg() else "conj"
+            raise ValueError(
+                f"{overload._opname}: {name} must not have torch's {bit} bit set, for it is written to; "
+                f"give {name}.resolve_{bit}()"
+            )
         increment_version(target)
         return overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *arguments)
 

@@ -14,7 +14,8 @@ struct ScatterMean {
 
   ScatterMean(const Tensor& features_, const Tensor& assignment_, int64_t count_, const std::optional<Tensor>& weight_)
       : features(checked_features(op, features_, 3)), assignment(checked_slots(assignment_, features)), count(count_) {
-    STD_TORCH_CHECK(count >= 1 && count < (int64_t(1) << 31), "sts_kernels::scatter_mean: count must be between 1 and 2^31, got ", count);
+    STD_TORCH_CHECK(count >= 1 && count < (int64_t(1) << 31), "sts_kernels::scatter_mean: count must be between 1 and 2^31 - 1, got ",
+                    count);
     if (!weight_) return;
     STD_TORCH_CHECK(is_floating(weight_->scalar_type()), "sts_kernels::scatter_mean: weight must be float32, float16 or bfloat16");
     weight = checked_per_row(op, "weight", *weight_, ScalarType::Float, features);

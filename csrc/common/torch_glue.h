@@ -31,14 +31,15 @@ namespace sts {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Features (B, N, C), dim = 3, or packed (T, C), dim = 2. Returned with contiguous channels; copied only if they are not contiguous.
+// Features (B, N, C), dim = 3, or packed (T, C), dim = 2, where T may be 0. Returned with contiguous channels; copied only if they are not
+// contiguous.
 inline Tensor checked_features(const char* op, const Tensor& features, int64_t dim) {
   STD_TORCH_CHECK(features.dim() == dim, "sts_kernels::", op, ": features must have ", dim, " dimensions, got ", features.dim());
   const ScalarType type = features.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16, "sts_kernels::", op,
                   ": features must be float32, float16 or bfloat16");
-  STD_TORCH_CHECK(features.size(dim - 2) > 0 && features.size(dim - 1) > 0, "sts_kernels::", op,
-                  ": features must have at least one token and one channel");
+  STD_TORCH_CHECK((dim == 2 || features.size(dim - 2) > 0) && features.size(dim - 1) > 0, "sts_kernels::", op,
+                  ": features must have at least one ", dim == 2 ? "channel" : "token and one channel");
   STD_TORCH_CHECK(features.size(dim - 1) < (1 << 30) && features.size(dim - 2) < (int64_t(1) << 31) - 1, "sts_kernels::", op,
                   ": features must have fewer than 2^30 channels and 2^31 tokens");
   return features.stride(dim - 1) == 1 || features.size(dim - 1) == 1 ? features : torch::stable::contiguous(features);
@@ -172,7 +173,9 @@ struct Selection {
     STD_TORCH_CHECK(cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1, "sts_kernels::", op, ": cu_seqlens must have shape (B+1,)");
     const int64_t batch = cu_seqlens.size(0) - 1, tokens = s.features.size(0);
     STD_TORCH_CHECK(total_k >= 0 && total_k <= tokens, "sts_kernels::", op, ": total_k must be between 0 and ", tokens, ", got ", total_k);
-    STD_TORCH_CHECK(!max_seqlen || *max_seqlen >= 1, "sts_kernels::", op, ": max_seqlen must be at least 1, got ", max_seqlen.value_or(0));
+    const int64_t least = tokens > 0 ? 1 : 0;
+    STD_TORCH_CHECK(!max_seqlen || *max_seqlen >= least, "sts_kernels::", op, ": max_seqlen must be at least ", least, ", got ",
+                    max_seqlen.value_or(0));
     s.cu_seqlens = checked_integers(op, "cu_seqlens", cu_seqlens, batch + 1, features);
     s.cu_budgets = checked_integers(op, "cu_budgets", cu_budgets, batch + 1, features);
     s.anchor = checked_vector(op, "anchor", anchor, batch, features);
@@ -212,14 +215,23 @@ struct Selection {
                       ": cu_budgets must rise from 0 to ", items.picks);
     }
     for (int64_t b = 0; b < items.count; ++b) {
+      int64_t count = items.tokens;
       if (items.packed()) {
-        const int64_t count = items.cu_seqlens[b + 1] - items.cu_seqlens[b], budget = items.cu_budgets[b + 1] - items.cu_budgets[b];
-        STD_TORCH_CHECK(count >= 0 && budget >= 0 && budget <= count, "sts_kernels::", op, ": item ", b, " has ", count,
-                        " tokens and a budget of ", budget);
+        const int64_t begin = items.cu_seqlens[b], end = items.cu_seqlens[b + 1], budget = items.cu_budgets[b + 1] - items.cu_budgets[b];
+        STD_TORCH_CHECK(begin <= end && end <= items.tokens, "sts_kernels::", op, ": cu_seqlens must rise from 0 to ", items.tokens,
+                        ", got ", end, " after ", begin);
+        count = end - begin;
+        STD_TORCH_CHECK(budget >= 0 && budget <= count, "sts_kernels::", op, ": item ", b, " has ", count, " tokens and a budget of ",
+                        budget);
         STD_TORCH_CHECK(count <= items.max_seqlen, "sts_kernels::", op, ": item ", b, " has ", count, " tokens, and max_seqlen is ",
                         items.max_seqlen);
+      } else if (items.num_tokens) {
+        count = items.num_tokens[b];
+        STD_TORCH_CHECK(count >= 0 && count <= items.tokens, "sts_kernels::", op, ": num_tokens[", b, "] must be between 0 and ",
+                        items.tokens, ", got ", count);
       }
-      STD_TORCH_CHECK(items[b].valid, "sts_kernels::", op, ": num_tokens or anchor of item ", b, " is out of range");
+      STD_TORCH_CHECK(items[b].valid, "sts_kernels::", op, ": anchor[", b, "] must be between 0 and ", count - 1, ", got ",
+                      items.anchor ? items.anchor[b] : -1);
     }
   }
 

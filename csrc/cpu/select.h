@@ -183,11 +183,13 @@ class Selector {
   // mean, furthest first, for the first draft.
   int64_t nearest_to_mean(int64_t chunks) {
     const int64_t tokens = num_positions_;
-    const auto finite = static_cast<float>(tokens - std::count(potential_.begin(), potential_.end(), kNonFinitePotential));
-    if (finite == 0.f) return 0;
+    const int64_t finite = tokens - std::count(potential_.begin(), potential_.end(), kNonFinitePotential);
+    if (finite == 0) return 0;
     std::vector<float> mean(point_size_), sqdist(tokens);
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) add_row(chunk_sums_.data() + chunk * point_size_, mean.data(), point_size_);
-    for (float& m : mean) m /= finite;
+    std::vector<double> sum(point_size_);  // in float32 the mean of 131072 equal tokens would be off by 2e-5
+    for (int64_t chunk = 0; chunk < chunks; ++chunk)
+      for (int64_t c = 0; c < point_size_; ++c) sum[c] += chunk_sums_[chunk * point_size_ + c];
+    for (int64_t c = 0; c < point_size_; ++c) mean[c] = static_cast<float>(sum[c] / static_cast<double>(finite));
     const float* point = mean.data();
     sqdist_pass(&point, 1, [&](int64_t first, int64_t rows, const float* strip) { std::copy_n(strip, rows, sqdist.data() + first); });
     for (int64_t i = 0; i < tokens; ++i) {
@@ -396,6 +398,7 @@ Tensor select_all(const Selection& selection, const F& select_some) {
   const Items& items = selection.items;
   Selection::check_values(selection.op, items);
   Tensor out = selection.new_output();
+  if (items.tokens == 0) return out;  // packed: every item is empty
   int64_t* picks = static_cast<int64_t*>(out.mutable_data_ptr());
   dispatch(selection.features.scalar_type(), [&](auto* element) {
     const auto rows = rows_of<std::remove_pointer_t<decltype(element)>>(selection.features);

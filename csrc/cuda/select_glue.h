@@ -58,6 +58,7 @@ Tensor select(const Selection& selection, Rule rule) {
     CudaScope::check(cudaStreamSynchronize(scope.stream()), "STS_KERNELS_CHECK");
     check_device_values(selection);
   }
+  if (items.tokens == 0) return out;  // packed: every item is empty
   dispatch_cuda(selection.features.scalar_type(), [&](auto* element) {
     const auto rows = rows_of<std::remove_pointer_t<decltype(element)>>(selection.features);
     if constexpr (!Rule::kFromMean) {  // rules with a metric

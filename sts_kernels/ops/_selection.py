@@ -57,7 +57,7 @@ def check_packed(
     anchor: torch.Tensor | None = None,
     max_seqlen: int | None = None,
 ) -> None:
-    _checks.features(op, features, "(T, C)")
+    _checks.features(op, features, "(T, C)", least_tokens=0)
     _checks.tensor(op, "cu_seqlens", cu_seqlens, _checks.INTEGER, "(B+1,)", 1)
     items = cu_seqlens.shape[0] - 1
     if items < 0:
@@ -70,7 +70,7 @@ def check_packed(
     if anchor is not None:
         _checks.index_vector(op, "anchor", anchor, items, "(B,)", features)
     if max_seqlen is not None:
-        _checks.integer(op, "max_seqlen", max_seqlen, 1)
+        _checks.integer(op, "max_seqlen", max_seqlen, 1 if features.shape[0] else 0)
 
 
 def _check_offsets(op: str, name: str, values: Any, total: Any, what: str) -> None:
@@ -134,6 +134,8 @@ def vmap_packed(
         tokens: features (lanes, T, C), then tensors (lanes, T) or None.
     """
     lanes, length = tokens[0].shape[:2]
+    if lanes == 0:
+        return tokens[0].new_empty((0, total_k), dtype=torch.int64)
     for lane in range(lanes):
         first = None if anchor is None else anchor[lane]
         check_values(tokens[0][lane], cu_seqlens[lane], cu_budgets[lane], total_k, first)

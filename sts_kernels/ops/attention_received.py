@@ -180,9 +180,9 @@ def attention_received(
     Returns:
         (B, S) float32; (B, Hq, S) with per_head. Masked keys receive 0, whatever they hold. Rows that see no key do not
         count. The output of an item (and head) sums to 1, or is 0 if no row counts or the weights sum to 0. A NaN or
-        infinity in a row that counts, or in a key that such a row sees, may make the item NaN at all allowed keys. The
-        same input gives the same output, bit for bit, whatever else is in the batch. requires_grad is False: the
-        attention received has no derivative.
+        infinity in a row that counts, or in a key that such a row sees, or their scaled dot product beyond float32's
+        range, may make the item NaN at all allowed keys. The same input gives the same output, bit for bit, whatever
+        else is in the batch. requires_grad is False: the attention received has no derivative.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, device, strides or scale.

@@ -21,10 +21,9 @@ def _check(
     op = "dpp_select"
     check_padded(op, features, k, num_tokens=num_tokens)
     check_token_values(op, "quality", quality, _checks.FLOATING, features)
-    if isinstance(floor, bool) or not isinstance(floor, int | float | torch.SymFloat):
-        raise TypeError(f"{op}: floor must be a float, got {type(floor).__name__}")
+    _checks.real(op, "floor", floor)
     if not 0 <= floor <= 1:
-        raise ValueError(f"{op}: floor must be between 0 and 1, got {floor}")
+        raise ValueError(f"{op}: floor must be between 0 and 1, got {_checks._shown(floor)}")
 
 
 def _fake(
@@ -124,8 +123,10 @@ def dpp_select(
     Returns:
         order: (B, k) int64 token indices, distinct, in pick order. The first k' are the result for k = k'. Positions
             past num_tokens[b] are -1.
-        gain: (B, k) float32, the gain of each pick, non-increasing; 0 for picks by quality and past num_tokens[b]. The
-            logarithms of the first t gains sum to log det L of the first t picks.
+        gain: (B, k) float32, the gain of each pick, non-increasing; 0 for picks by quality and past num_tokens[b]. As
+            long as no pick goes by quality, the logarithms of the first t gains sum to log det L of the first t picks.
+            On the CPU gains below 1e-38 times the largest q_i^2 lose accuracy or count as 0. Only a `floor` as small
+            reaches them.
 
         A squared distance to the span below 1e-10 counts as 0, so tokens beyond the rank of the kernel, and duplicates
         of picks, go by quality. Ties in gain or quality go to the lowest index. A token with a NaN or infinity in its

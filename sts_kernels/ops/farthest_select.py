@@ -122,7 +122,8 @@ def farthest_select(
     """Keeps `k` tokens of each item that are far apart: greedy max-min selection, or farthest point sampling.
 
     Each step picks the token with the largest ``quality_i * min_{j in S} d_ij``. S are the tokens picked so far and
-    ``d_ij = |x_i - x_j|^2``. With an anchor this is farthest point sampling; with metric="cosine" it is DivPrune.
+    ``d_ij = |x_i - x_j|^2``. With an anchor this is farthest point sampling. DivPrune is metric="cosine" with the token
+    whose nearest neighbour is farthest as the anchor: ``anchor = nearest(x, x, exclude_self=True)[1].argmin(1)``.
 
     Args:
         features: (B, N, C) float32, float16 or bfloat16, N and C at least 1. Any strides; unless the channels are
@@ -132,7 +133,9 @@ def farthest_select(
             `start` the largest quality * start. Without both, the first finite token.
         quality: (B, N) float32, float16 or bfloat16, finite and at least 0. None: 1.
         start: (B, N) float32, float16 or bfloat16: d of each token to its nearest token already kept, at least 0;
-            infinity: no token is kept. Negative: the token itself is already kept. None: no token is kept yet.
+            infinity: no token is kept. Negative: the token itself is already kept. None: no token is kept yet. Without
+            an anchor and with `start` infinite, tokens of a quality above 1 tie in the first pick, for their products
+            are beyond float32's range. Where no token is kept, None lets the quality decide.
         metric: "euclidean", or "cosine": rows are divided by their length first, so that d = 2 - 2 cosine. A zero row
             has cosine 0 to every token.
         num_tokens: (B,) int64 or int32, 0 to N: only the first num_tokens[b] rows of item b count. None: all do.
@@ -140,9 +143,9 @@ def farthest_select(
     Returns:
         (B, k) int64 token indices, distinct, in pick order. The first k' are the result for k = k'. Positions past
         num_tokens[b] are -1. Ties go to the lowest index; values of d or quality * d beyond float32's range tie. A
-        token is picked only when no other is left, by index, if its row has a NaN or infinity, its quality is negative
-        or not finite, or its start is negative or NaN. A pick with a NaN or infinity is near no token. The same input
-        gives the same output, bit for bit, whatever else is in the batch. No gradient.
+        token that is not the anchor is picked only when no other is left, by index, if its row has a NaN or infinity,
+        its quality is negative or not finite, or its start is negative or NaN. A pick with a NaN or infinity is near no
+        token. The same input gives the same output, bit for bit, whatever else is in the batch. No gradient.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, device, k or metric; on the CPU, values of `anchor` or `num_tokens`

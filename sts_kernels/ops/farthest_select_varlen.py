@@ -110,7 +110,7 @@ def farthest_select_varlen(
         features: (T, C) float32, float16 or bfloat16: the tokens of all items, concatenated. Any strides; unless the
             channels are contiguous a contiguous copy is made.
         cu_seqlens: (B+1,) int32 or int64, FlashAttention's prefix sums: item b is rows cu_seqlens[b]:cu_seqlens[b+1].
-            Items may be empty.
+            Items may be empty, and so may all be: T = 0.
         cu_budgets: (B+1,) int32 or int64, prefix sums of the budgets. The budget of an item is the number of
             tokens to keep, 0 to its length.
         total_k: cu_budgets[-1]. The host needs this number to size the result without a sync.

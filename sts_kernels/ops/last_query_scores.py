@@ -39,8 +39,7 @@ def check(
                 f"give a view that keeps D last, or {name}.contiguous()"
             )
     if scale is not None:
-        if isinstance(scale, bool) or not isinstance(scale, int | float | torch.SymFloat):
-            raise TypeError(f"{op}: scale must be a float or None, got {type(scale).__name__}")
+        _checks.real(op, "scale", scale, "a float or None")
         _checks.in_float32(op, "scale", scale)
 
 
@@ -135,9 +134,9 @@ def last_query_scores(
 
     Returns:
         (B, S) float32. Masked keys score 0, whatever they hold. The allowed keys of an item sum to 1. An item without
-        allowed keys is 0. A NaN or infinity in `query` or in an allowed key may make all allowed scores of its item
-        NaN. The same input gives the same output, bit for bit, whatever else is in the batch. requires_grad is False:
-        the scores have no derivative.
+        allowed keys is 0. A NaN or infinity in `query` or in an allowed key, or a scaled dot product beyond float32's
+        range, may make all allowed scores of its item NaN. The same input gives the same output, bit for bit, whatever
+        else is in the batch. requires_grad is False: the scores have no derivative.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, device, strides or scale.

@@ -47,6 +47,8 @@ def _vmap(
     query: torch.Tensor, key: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, *scale: float | None
 ) -> torch.Tensor:
     lanes, tokens = key.shape[:2]
+    if lanes == 0:
+        return query.new_empty((0, tokens), dtype=torch.float32)
     for offsets in cu_seqlens.unbind():
         if _checks.values_readable(offsets):
             _check_values(key[0], offsets, max_seqlen)

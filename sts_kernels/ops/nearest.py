@@ -215,9 +215,10 @@ def nearest(
     Cost:
         cosine: 2 B M K C flops, on a GPU on tensor cores if rows are 16-bit and aligned and C is a multiple of 8.
         Euclidean: 3 B M K C flops; on the CPU 2 B M K C as long as few keys are about equally near. Scratch:
-        8 B (M + K) bytes on a GPU, float32 copies of both sets on the CPU. Euclidean, `query` the same 16-bit tensor as
-        `key`, at most 8192 rows, on a GPU of compute capability 9.0: B M^2 C flops on tensor cores, and as further
-        scratch the distances of as many items as fit 256 MiB, and 9/8 the size of the features.
+        8 B (M + K) bytes on a GPU; on the CPU float32 copies of both sets, C padded to a multiple of 32. Euclidean,
+        `query` the same 16-bit tensor as `key`, at most 8192 rows, on a GPU of compute capability 9.0: B M^2 C flops on
+        tensor cores, and as further scratch the distances of as many items as fit 256 MiB, and 9/8 the size of the
+        features.
     """
     _check(query, key, metric, query_rank, key_rank, exclude_self, num_keys)
     _checks.counts("nearest", "num_keys", num_keys, key.shape[1], "keys")

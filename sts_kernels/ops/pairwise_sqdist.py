@@ -66,7 +66,8 @@ def pairwise_sqdist(features: torch.Tensor) -> torch.Tensor:
         never negative. Differences are taken before squaring wherever squares would cancel, so near-duplicates far
         from the origin keep their relative accuracy. A token with a NaN or infinity gives NaN or infinity off the
         diagonal, in its own row and column only. Differentiable any number of times, in reverse and forward mode;
-        derivatives are computed in float64, and equal tokens add nothing to them.
+        derivatives are computed in float64. Tokens of distance 0, equal or so near that the square underflows, add
+        nothing to a gradient.
 
     Raises:
         TypeError, ValueError: wrong dtype or shape.

@@ -35,8 +35,8 @@ def nearest_to_mean(x: torch.Tensor, usable: torch.Tensor) -> torch.Tensor:
     """Default anchor of each item of x (B, N, C) float32: the usable token nearest the mean of the usable tokens, or
     the first token if none is usable."""
     kept = torch.where(usable[..., None], x, 0.0)
-    mean = kept.sum(1, keepdim=True) / usable.sum(1).clamp(min=1)[:, None, None]
-    sqdist = (kept - mean).square().sum(-1).nan_to_num(LAST_RESORT, LAST_RESORT)  # beyond float32's range
+    mean = kept.sum(1, keepdim=True, dtype=torch.float64) / usable.sum(1).clamp(min=1)[:, None, None]
+    sqdist = (kept - mean.float()).square().sum(-1).nan_to_num(LAST_RESORT, LAST_RESORT)  # beyond float32's range
     return torch.where(usable, sqdist, math.inf).argmin(-1)
 
 
@@ -61,7 +61,7 @@ def repulsion_select_reference(
     finite = x.isfinite().all(-1)
     present = torch.arange(x.shape[1], device=x.device) < count[:, None]
     token = nearest_to_mean(x, finite & present) if anchor is None else anchor.long()
-    potential = torch.where(finite, 0.0, LAST_RESORT)
+    potential = torch.zeros_like(finite, dtype=torch.float32).masked_fill(~finite, LAST_RESORT)
     return greedy(x, k, count, potential, token, lambda potential, sqdist, row: potential.add_(weight(sqdist, eps)))
 
 
@@ -83,14 +83,14 @@ def repulsion_select(
         k: tokens to keep, 1 <= k <= N.
         eps: 1e-30 to 1e30, in units of features squared; the repulsion of a duplicate is 1 / eps.
         anchor: (B,) int64 or int32, the first pick of each item. None: the token nearest the mean of the item's
-            finite tokens.
+            finite tokens. The mean is rounded to float32, with an error of up to 3e-6 of the channel's largest entry.
         num_tokens: (B,) int64 or int32, 0 to N: only the first num_tokens[b] rows of item b count. None: all do.
 
     Returns:
         (B, k) int64 token indices, distinct, in pick order. The first k' are the result for k = k'. Positions past
         num_tokens[b] are -1. Ties in potential go to the lowest index. A token with a NaN or infinity is picked only
-        when no finite token is left, and repels none. The same input gives the same output, bit for bit, whatever else
-        is in the batch. Indices have no gradient, as those of argmax: requires_grad is False.
+        when no finite token is left, or as the anchor, and repels none. The same input gives the same output, bit for
+        bit, whatever else is in the batch. Indices have no gradient, as those of argmax: requires_grad is False.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, device, k or eps; on the CPU, values of `anchor` or `num_tokens` out

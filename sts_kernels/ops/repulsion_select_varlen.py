@@ -98,15 +98,15 @@ def repulsion_select_varlen(
         features: (T, C) float32, float16 or bfloat16: the tokens of all items, concatenated. Any strides; unless the
             channels are contiguous a contiguous copy is made.
         cu_seqlens: (B+1,) int32 or int64, FlashAttention's prefix sums: item b is rows cu_seqlens[b]:cu_seqlens[b+1].
-            Items may be empty.
+            Items may be empty, and so may all be: T = 0.
         cu_budgets: (B+1,) int32 or int64, prefix sums of the budgets. The budget of an item is the number of
             tokens to keep, 0 to its length.
         total_k: cu_budgets[-1]. The host needs this number to size the result without a sync.
         eps: 1e-30 to 1e30, in units of features squared.
         anchor: (B,) int64 or int32, the first pick of each item, an index within the item. None: the token nearest the
             mean of the item's finite tokens. Ignored for items of budget 0.
-        max_seqlen: int at least 1, or None: an upper bound on the length of an item, which the host knows without a
-            sync. It changes no result. On a GPU it saves memory and launches, see Cost.
+        max_seqlen: int at least 1 (0 if T = 0), or None: an upper bound on the length of an item, which the host knows
+            without a sync. It changes no result. On a GPU it saves memory and launches, see Cost.
 
     Returns:
         (total_k,) int64: the picks of item b at cu_budgets[b]:cu_budgets[b+1], in pick order, as indices within the

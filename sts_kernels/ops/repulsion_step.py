@@ -88,11 +88,12 @@ def repulsion_step_(
     Args:
         potential: (B, N) float32, updated in place. Any strides, but its elements must not overlap each other,
             `features` or `picked`. Under torch.no_grad() it may require grad. Tokens holding +inf are never picked, so
-            a ragged batch starts with +inf on its padding.
+            a ragged batch starts with +inf on its padding. torch.vmap must map it.
         features: (B, N, C) float32, float16 or bfloat16, on the same device. Any strides; unless the channels are
             contiguous a contiguous copy is made.
-        picked: (B,) int64 or int32. -1 leaves an item unchanged. Other values outside [0, N) raise on the CPU. On a GPU
-            they act as -1; STS_KERNELS_CHECK=1 raises instead, at the cost of a sync.
+        picked: (B,) int64 or int32. -1 adds no repulsion: only NaN potentials and tokens with a NaN or infinity
+            change, to FLT_MAX. Other values outside [0, N) raise on the CPU. On a GPU they act as -1;
+            STS_KERNELS_CHECK=1 raises instead, at the cost of a sync.
         eps: 1e-30 to 1e30, in units of features squared; the repulsion of a duplicate is 1 / eps.
 
     Returns:

@@ -8,12 +8,14 @@ from .. import _checks
 from .._registry import define_op, ops
 from .._transforms import Derivative, fold
 
+MOST_SLOTS = 2**31 - 1  # also in csrc/common/scatter_glue.h
+
 
 def _check(features: torch.Tensor, assignment: torch.Tensor, count: int, weight: torch.Tensor | None) -> None:
     op = "scatter_mean"
     _checks.features(op, features)
     _checks.per_token(op, "assignment", assignment, _checks.INTEGER, features)
-    _checks.integer(op, "count", count, 1)
+    _checks.integer(op, "count", count, 1, MOST_SLOTS)
     if weight is not None:
         _checks.per_token(op, "weight", weight, _checks.FLOATING, features)
 
@@ -138,7 +140,7 @@ def scatter_mean(
         features: (B, N, C) float32, float16 or bfloat16, N and C at least 1. Any strides; unless the channels are
             contiguous a contiguous copy is made.
         assignment: (B, N) int64 or int32, the slot of each token, 0 to count - 1; -1: dropped.
-        count: slots of each item, at least 1.
+        count: slots of each item, 1 to 2^31 - 1.
         weight: (B, N) float32, float16 or bfloat16, at least 0. None: all 1.
 
     Returns:
