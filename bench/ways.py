@@ -13,7 +13,7 @@ estimated at half an hour, most of it compilation: static 30 s a row, captured-i
 
 build    s until the second answer: includes compilation and capture
 encode   ms of vision encoder, selection and projector; prefill: ms of the LLM's forward over the prompt. Both are
-         `report.measured`, taken between syncs. So the plain model too runs under `prune`, with all tokens as budget
+         the report's, taken between syncs. So the plain model too runs under `prune`, with all tokens as budget
 first    ms to the first token: generate() of one token
 token    ms per further token: (generate() of 65 tokens - generate() of one) / 64; tokens/s: of the 65-token answer, all
          rows of the batch together
@@ -96,7 +96,7 @@ def measure(way: Way, device: torch.device, samples: int) -> dict:
     for _ in range(samples):
         first.append(elapsed_ms(lambda: way.answer(1), device))
         for name, taken in clock.items():
-            taken.append(way.pruning.report.measured[name])
+            taken.append(getattr(way.pruning.report, f"{name}_ms"))
     for _ in range(max(3, samples // 4)):
         long.append(elapsed_ms(lambda: way.answer(1 + NEW_TOKENS), device))
     for percent, value in zip((20, 50, 80), timing.percentiles(first), strict=True):

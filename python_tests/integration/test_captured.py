@@ -331,6 +331,8 @@ def test_times_of_a_prompt(device):
         models.generate(model, prompts_of("llava"), 1)
         assert handle.report.encode_ms > 0
         assert handle.report.prefill_ms > 0
+        models.generate(model, [models.prompt_of("llava", 0)], 1)
+        assert not handle._sessions.now.clock
 
 
 @pytest.mark.parametrize("through", ["hooks", "graphs"])

@@ -52,7 +52,7 @@ class EncoderHooks:
         texts = functools.partial(prompt.texts, self.base, self.token_ids, kind, ids, mask)
         session.encoding = Encoding(EncodeCall(kind, arguments, runs), texts)
         try:
-            with timer(session, "encode"):
+            with timer(session, f"encode {kind}"):
                 out = original(*args, **kwargs)
         finally:
             session.encoding = None

@@ -78,7 +78,8 @@ class Report:
 
     prune_layers: list[int]
     size: LLMSize
-    measured: dict[str, float] = field(default_factory=dict)  # ms by "encode" and "prefill", with profile=True
+    # With profile=True, ms by phase: "encode image", "encode video", "prefill".
+    measured: dict[str, float] = field(default_factory=dict)
     pending: bool = True
     _rows: list[Row] = field(default_factory=list, repr=False)
     _modality: torch.Tensor | None = field(default=None, repr=False)
@@ -95,7 +96,8 @@ class Report:
     @property
     def encode_ms(self) -> float | None:
         """Time of vision encoder, pruning before the LLM, and projector, in ms. None without profile."""
-        return self.measured.get("encode")
+        times = [ms for phase, ms in self.measured.items() if phase.startswith("encode")]
+        return sum(times) if times else None
 
     @property
     def prefill_ms(self) -> float | None:

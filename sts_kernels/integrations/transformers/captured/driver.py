@@ -358,13 +358,14 @@ class Captured:
         session, timer = self.handle._sessions.now, self.handle._timer
         ready.runner.prompt.load(values)
         if encode is not None:
-            with timer(session, "encode"):
+            with timer(session, f"encode {KIND}"):
                 encode(ready.runner, places)
         timer.start(session)
         out = ready.prefill.run()
         timer.stop(session, "prefill")
+        times = timer.take(session)
         if encode is not None:
-            self._report(given, shape, out["columns"], dict(session.clock))
+            self._report(given, shape, out["columns"], times)
         return self._output(serving.answer, out["logits"])
 
     def _decode(self, answer: _Answer, ids: Tensor) -> CausalLMOutputWithPast:
@@ -398,7 +399,7 @@ class Captured:
                     return index(**given | {"attention_mask": valid.long()})[0]
         return (valid.long().cumsum(1) - 1).clamp(min=0).expand(self.axes, -1, -1)
 
-    def _report(self, given: layout.Prompt, shape: Shape, columns: list[Tensor], clock: dict[str, float]) -> None:
+    def _report(self, given: layout.Prompt, shape: Shape, columns: list[Tensor], times: dict[str, float]) -> None:
         plan, rows, dtype = self.plan, len(given.rows), self.text.embed_tokens.weight.dtype
         report = describe(plan, self.text.config, dtype, given.rows, given.modality, None)
         cuts = planned_cuts(plan.cuts, given.rows, given.entering)
@@ -408,7 +409,7 @@ class Captured:
         for layer, held, lengths in zip(layers, columns, numbers, strict=True):
             slots = torch.arange(held.shape[1], device="cpu") < torch.tensor(lengths, device="cpu")[:, None]
             left[layer] = held[:rows].clone(), slots
-        report.finish(left, clock)
+        report.finish(left, times)
         self.handle._llm.report = report
 
     # --- runners and encoders, made once per shape ---
