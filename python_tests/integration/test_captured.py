@@ -803,3 +803,24 @@ def test_constants_are_copied_once():
         assert _packed.host([1, 2], "cpu", torch.int32) is not one
     assert len(store) == 2
     assert _packed.host([1, 2], "cpu") is not one
+
+
+def test_constants_are_those_of_the_thread():
+    inside, outside, stores = threading.Barrier(2), threading.Barrier(2), ({}, {})
+
+    def run(number):
+        with _packed.constants(stores[number]):
+            inside.wait()
+            if number:
+                outside.wait()  # the other thread leaves its context first
+            _packed.host([number], "cpu")
+        if not number:
+            outside.wait()
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    _packed.host([2], "cpu")
+    assert [[values for values, *_ in store] for store in stores] == [[(0,)], [(1,)]]

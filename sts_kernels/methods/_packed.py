@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
@@ -10,31 +11,31 @@ from torch import Tensor
 from .. import _checks
 from ._pool import ARGUMENTS, SCORES, Pool
 
-_constants: dict[Any, Tensor] | None = None
+_constants: ContextVar[dict[Any, Tensor] | None] = ContextVar("constants", default=None)
 
 
 @contextlib.contextmanager
 def constants(store: dict[Any, Tensor]) -> Iterator[None]:
-    """Makes `host` copy each list once and cache it in `store`.
+    """Makes `host` copy each list once and cache it in `store`, in this thread.
 
     A CUDA graph must not copy from the host. `store` must live as long as the graph that reads it.
     """
-    global _constants
-    before, _constants = _constants, store
+    token = _constants.set(store)
     try:
         yield
     finally:
-        _constants = before
+        _constants.reset(token)
 
 
 def host(values: Sequence[int], device: Any, dtype: torch.dtype = torch.int64) -> Tensor:
     """Copies host ints to `device`, whatever torch's default device is; cached within `constants`. No read-back."""
-    if torch.compiler.is_compiling() or _constants is None:
-        return copied(tuple(values), str(device), dtype)
     key = (tuple(values), str(device), dtype)
-    if key not in _constants:
-        _constants[key] = copied(*key)
-    return _constants[key]
+    store = None if torch.compiler.is_compiling() else _constants.get()
+    if store is None:
+        return copied(*key)
+    if key not in store:
+        store[key] = copied(*key)
+    return store[key]
 
 
 def copied(values: tuple[int, ...], device: str, dtype: torch.dtype) -> Tensor:
