@@ -335,16 +335,6 @@ def test_times_of_a_prompt(device):
         assert not handle._sessions.now.clock
 
 
-@pytest.mark.parametrize("through", ["hooks", "graphs"])
-def test_merging_rows_of_several(through):
-    model = models.shared("qwen3_vl")
-    with prune(model, "tome", budget=6) as handle:
-        if through == "graphs":
-            handle.compile(strict=True)
-        with pytest.raises(NotImplementedError, match="tome merges features before the projector"):
-            models.generate(model, prompts_of("qwen3_vl"), 1)
-
-
 def test_threads_wait_for_each_other():
     model = models.shared("llava")
     prompts = [prompts_of("llava", seed=seed) for seed in range(4)]

@@ -263,17 +263,6 @@ def test_what_a_graph_cannot_select(method, options, why):
     assert reason is None if why is None else why in reason
 
 
-@pytest.mark.parametrize("method", ["visionzip", "tome", "polymorphic"])
-def test_merging_is_refused_as_by_the_hooks(method, device):
-    model = models.shared("qwen3_vl", device=device)
-    inputs = models.batch(model, prompts_of("qwen3_vl", "image", BATCHES["several"]))
-    with (
-        prune(model, method, keep=9) as pruning,
-        pytest.raises(NotImplementedError, match=f"{method} merges features before the projector"),
-    ):
-        ready(model, pruning, inputs, None)[1].run()
-
-
 # --- at true size, on meta tensors: every read of a value raises ---
 
 

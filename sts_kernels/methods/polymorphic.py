@@ -48,6 +48,7 @@ class PolyMorphic(Method):
     paper: ClassVar[str] = "PolyMorphic: Plug-and-Play Visual Token Compression for Scalable VLMs, ICLR 2026 submission"
     signals: ClassVar[frozenset[str]] = frozenset({"features", "attention"})
     takes: ClassVar[tuple[str, ...]] = ("budget", "keep", "layers", "ratios")
+    merges: ClassVar[bool] = True
     nested: ClassVar[bool] = False
 
     retained: float = option(5.4, "parts of the tokens left that are kept as they are")

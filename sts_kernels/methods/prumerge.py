@@ -39,6 +39,7 @@ class PruMerge(Method):
     signals: ClassVar[frozenset[str]] = frozenset({"attention", "keys"})
     encoder_attention: ClassVar[str] = "last"
     scope: ClassVar[str] = "crop"
+    merges: ClassVar[bool] = True
     nested: ClassVar[bool] = False
 
     plus: bool = option(False, "PruMerge+: three quarters of the tokens evenly spread")

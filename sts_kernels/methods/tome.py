@@ -27,6 +27,7 @@ class ToMe(Method):
     paper: ClassVar[str] = "Token Merging: Your ViT But Faster, arXiv 2210.09461"
     signals: ClassVar[frozenset[str]] = frozenset({"keys"})
     scope: ClassVar[str] = "crop"
+    merges: ClassVar[bool] = True
     nested: ClassVar[bool] = False
 
     def pick(self, pool: Pool) -> Selection:

@@ -29,6 +29,7 @@ class VisionZip(Method):
     paper: ClassVar[str] = "VisionZip: Longer is Better but Not Necessary in Vision Language Models, arXiv 2412.04467"
     signals: ClassVar[frozenset[str]] = frozenset({"attention", "keys"})
     scope: ClassVar[str] = "crop"
+    merges: ClassVar[bool] = True
     nested: ClassVar[bool] = False
 
     dominant: int = option(54, "part of the tokens kept as they are, against contextual")

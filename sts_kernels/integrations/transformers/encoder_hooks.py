@@ -88,7 +88,7 @@ class EncoderHooks:
         x = args[0]
         x = x.reshape(features.shape[:-1].numel(), -1)[kept.rows.to(x.device)].view(-1, x.shape[-1])
         if kept.values is not None:
-            x = vision_pruning.merged_rows(self.method, self.adapter.name, x, kept.values)
+            x = kept.values.to(x.dtype)
         return (x, *args[1:]), kwargs
 
     def after_projector(
