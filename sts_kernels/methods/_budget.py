@@ -170,27 +170,29 @@ def check_after(method: str, budget: int | float, layer: int, layers: int) -> No
 
 
 def one_cut(
-    name: str, budget: Budget, prune_layer: int, ratio: float, layers: int
+    name: str, budget: Budget, prune_layer: int | None, ratio: float, layers: int
 ) -> tuple[int, Callable[[Sequence[int]], int]]:
     """Prune layer and `Cut.keep` of a method with one cut.
 
     `budget.budget` or `budget.ratios` sets the number of tokens; without them, `ratio` does. prune_layer: the method's
-    option; its default must be 2.
+    option; None: 2.
 
     Raises:
         ValueError: prune_layer and layers both given, several layers, a layer out of range, or an impossible budget.
     """
-    if budget.layers is not None and prune_layer != 2:
-        raise ValueError(f"{name}: give either prune_layer or layers, both name the layer")
+    layer = 2 if prune_layer is None else prune_layer
     if budget.layers is None:
-        check_layer(name, "prune_layer", prune_layer, layers)
-    named = (prune_layer,) if budget.layers is None else tuple(budget.layers)
-    if len(named) != 1:
-        raise ValueError(f"{name}: layers must name one layer, got {list(named)}")
+        check_layer(name, "prune_layer", layer, layers)
+    elif prune_layer is not None:
+        raise ValueError(f"{name}: give either prune_layer or layers, both name the layer")
+    elif len(budget.layers) != 1:
+        raise ValueError(f"{name}: layers must name one layer, got {list(budget.layers)}")
+    else:
+        layer = budget.layers[0]
     if budget.budget is None:
-        return named[0], partial(prompt_total, shares_of(budget.ratios or [float(ratio)]))
-    check_after(name, budget.budget, named[0], layers)
-    return named[0], partial(prompt_after, name, budget.budget, named[0], layers)
+        return layer, partial(prompt_total, shares_of(budget.ratios or [float(ratio)]))
+    check_after(name, budget.budget, layer, layers)
+    return layer, partial(prompt_after, name, budget.budget, layer, layers)
 
 
 def early_layers(layers: int) -> tuple[int, ...]:

@@ -33,13 +33,14 @@ class DART(Method):
     site: ClassVar[None] = None
     takes: ClassVar[tuple[str, ...]] = ("budget", "layers", "ratios")
 
-    prune_layer: int = option(2, "layers that run on all tokens (the paper's K)")
+    prune_layer: int | None = option(None, "layers that run on all tokens (the paper's K); None: 2")
     ratio: float = option(0.5, "share of the tokens that stays, without a budget or ratios (the paper's 1 - R)")
     pivots_image: int = option(4, "visual tokens that are pivots")
     pivots_text: int = option(4, "text tokens behind the image that are pivots")
 
     def __post_init__(self) -> None:
-        _checks.integer(self.name, "prune_layer", self.prune_layer, 1)
+        if self.prune_layer is not None:
+            _checks.integer(self.name, "prune_layer", self.prune_layer, 1)
         check_share(self.name, "ratio", self.ratio)
         _checks.integer(self.name, "pivots_image", self.pivots_image, 0)
         _checks.integer(self.name, "pivots_text", self.pivots_text, 0)
