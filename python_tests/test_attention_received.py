@@ -188,12 +188,15 @@ def test_same_bits_again_and_in_any_batch(device):
             assert torch.equal(got[b : b + 1], attention_received(query[b : b + 1], key[b : b + 1], **one))
 
 
-def test_several_blocks_of_the_reference():
+def test_several_blocks_of_the_reference(monkeypatch):
     """So many keys that the reference takes blocks of MIN_ROWS rows; the last block is smaller."""
+    blocks, softmax = [], torch.softmax
+    monkeypatch.setattr(torch, "softmax", lambda x, *args, **kw: blocks.append(len(x)) or softmax(x, *args, **kw))
     query, key = received_inputs(1, 75, 40000, 2, 1, 16)
     weight = torch.ones(1, 75)
     weight[0, 3] = 0
     got = _registry.OPS["attention_received"].reference(query, key, None, weight)
+    assert blocks == [32, 32, 32, 32, 20]
     logits = torch.einsum("rhd,sd->hrs", query[0].double(), key[0, :, 0].double()) / 4
     want = (logits.softmax(-1) * weight[0, :, None]).sum(1).mean(0) / 74
     assert oracle.error(got[0], want) < 1e-8

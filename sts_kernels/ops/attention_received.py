@@ -100,7 +100,7 @@ def _item(
     if not len(row) or not len(column) or total == 0:
         return received
     weight = weight / total
-    size = min(len(row), max(MIN_ROWS, BLOCK // len(column)) // group + 1)
+    size = min(len(row), -(-max(MIN_ROWS, BLOCK // len(column)) // group))
     buffer = received.new_empty(group * size * len(column))
     sums = received if allowed is None else received.new_zeros(heads, len(column))
     for kv_head in range(kv_heads):
