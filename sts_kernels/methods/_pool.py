@@ -17,7 +17,7 @@ ARGUMENTS = {  # signal -> argument of `Method.select`
     "text": "text",
 }
 SHAPES = {"features": "(B, N, C)", "scores": "(B, N)", "keys": "(B, N, D)", "text": "(B, M, C)"}
-ABSENT = cast(Tensor, None)  # a signal that the method does not name and does not read
+ABSENT = cast(Tensor, None)  # a signal that is not given; a method reads only the signals that it names
 
 
 @dataclass(frozen=True)
