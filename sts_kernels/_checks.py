@@ -100,11 +100,31 @@ def one_of(op: str, name: str, value: Any, allowed: tuple[Any, ...]) -> None:
         raise ValueError(f"{op}: {name} must be {' or '.join(map(repr, allowed))}, got {value!r}")
 
 
-def eps(op: str, value: Any) -> None:
+def number(op: str, name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat):
-        raise TypeError(f"{op}: eps must be a float, got {type(value).__name__}")
-    if not MIN_EPS <= value <= MAX_EPS:
-        raise ValueError(f"{op}: eps must be between {MIN_EPS} and {MAX_EPS}, got {_shown(value)}")
+        raise TypeError(f"{op}: {name} must be a float, got {type(value).__name__}")
+
+
+def between(op: str, name: str, value: Any, low: float, high: float) -> None:
+    number(op, name, value)
+    if not low <= value <= high:
+        raise ValueError(f"{op}: {name} must be between {low} and {high}, got {_shown(value)}")
+
+
+def share(op: str, name: str, value: Any) -> None:
+    """Checks that `value` is a number in (0, 1]."""
+    number(op, name, value)
+    if not 0 < value <= 1:
+        raise ValueError(f"{op}: {name} must be above 0 and at most 1, got {value}")
+
+
+def flag(op: str, name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be True or False, got {type(value).__name__}")
+
+
+def eps(op: str, value: Any) -> None:
+    between(op, "eps", value, MIN_EPS, MAX_EPS)
 
 
 def in_float32(op: str, name: str, value: Any) -> None:

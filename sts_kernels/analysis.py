@@ -218,10 +218,7 @@ def _best(
     """(value, index, best, count, bad): scores in descending order, their indices, whether in the top `share`, (B, 1)
     tokens of each item, bad items."""
     s, present, bad = _scores(op, scores, num_tokens)
-    if isinstance(share, bool) or not isinstance(share, int | float):
-        raise TypeError(f"{op}: share must be a float, got {type(share).__name__}")
-    if not 0 < share <= 1:
-        raise ValueError(f"{op}: share must be above 0 and at most 1, got {share}")
+    _checks.share(op, "share", share)
     value, index = s.masked_fill(~present, -math.inf).sort(dim=1, descending=True, stable=True)
     count = present.sum(1, keepdim=True)
     number = (share * count.double()).round().clamp(min=1).minimum(count)

@@ -135,12 +135,12 @@ def test_the_least_budget():
     [
         ({"retained": -1.0}, ValueError, "polymorphic: retained must be at least 0 and finite, got -1.0"),
         ({"merged": math.inf}, ValueError, "polymorphic: merged must be at least 0 and finite, got inf"),
-        ({"merged": "one"}, TypeError, "polymorphic: merged must be a float, got 'one'"),
+        ({"merged": "one"}, TypeError, "polymorphic: merged must be a float, got str"),
         ({"retained": 0.0, "merged": 0.0}, ValueError, "polymorphic: retained or merged must be above 0, got 0 and 0"),
         ({"factor": 0.5}, ValueError, "polymorphic: factor must be at least 1 and finite, got 0.5"),
         ({"factor": math.nan}, ValueError, "polymorphic: factor must be at least 1 and finite, got nan"),
         ({"density_neighbors": 0}, ValueError, "polymorphic: density_neighbors must be at least 1, got 0"),
-        ({"llm_only": 1}, TypeError, "polymorphic: llm_only must be True or False, got 1"),
+        ({"llm_only": 1}, TypeError, "polymorphic: llm_only must be True or False, got int"),
     ],
 )
 def test_bad_options(options, error, match):

@@ -144,7 +144,7 @@ def test_refusals(options, budget, match):
     ("options", "error", "match"),
     [
         ({"retained_tokens": 100}, ValueError, "sparsevlm: retained_tokens must be one of 192, 128, 96, 64, got 100"),
-        ({"recycle": "some"}, TypeError, "sparsevlm: recycle must be a float, got 'some'"),
+        ({"recycle": "some"}, TypeError, "sparsevlm: recycle must be a float, got str"),
         ({"recycle": 1.5}, ValueError, "sparsevlm: recycle must be between 0 and 1, got 1.5"),
         ({"recycle": math.nan}, ValueError, "sparsevlm: recycle must be between 0 and 1, got nan"),
         ({"per_cluster": 0}, ValueError, "sparsevlm: per_cluster must be at least 1, got 0"),

@@ -25,14 +25,6 @@ def check_amount(op: str, name: str, value: Any) -> None:
         )
 
 
-def check_share(op: str, name: str, value: Any) -> None:
-    """Checks that `value` is a number in (0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{op}: {name} must be a float, got {value!r}")
-    if not 0 < value <= 1:
-        raise ValueError(f"{op}: {name} must be above 0 and at most 1, got {value}")
-
-
 def round_half_up(value: float) -> int:
     return math.floor(value + 0.5)
 

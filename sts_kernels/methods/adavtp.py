@@ -43,10 +43,7 @@ class AdaVTP(_adaptive.Adaptive):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.tau_max, bool) or not isinstance(self.tau_max, int | float):
-            raise TypeError(f"{self.name}: tau_max must be a float, got {self.tau_max!r}")
-        if not 0 <= self.tau_max <= 2:
-            raise ValueError(f"{self.name}: tau_max must be a cosine distance between 0 and 2, got {self.tau_max}")
+        _checks.between(self.name, "tau_max", self.tau_max, 0, 2)
         _checks.one_of(self.name, "space", self.space, SPACES)
         _checks.one_of(self.name, "count", self.count, ("fixed", "adaptive"))
         object.__setattr__(self, "site", self.space)

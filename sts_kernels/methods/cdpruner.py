@@ -45,8 +45,7 @@ class CDPruner(Method):
 
     def __post_init__(self) -> None:
         _checks.one_of(self.name, "by", self.by, RELEVANCE)
-        if not isinstance(self.negate, bool):
-            raise TypeError(f"{self.name}: negate must be True or False, got {self.negate!r}")
+        _checks.flag(self.name, "negate", self.negate)
         if self.by == "text":
             object.__setattr__(self, "signals", frozenset({"features", "text"}))
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from ._budget import Budget, check_share, everything, one_cut
+from ._budget import Budget, everything, one_cut
 from ._merge import rows
 from ._rank import descending
 from .base import Cut, Inside, Method, Plan, Selection, option
@@ -41,7 +41,7 @@ class DART(Method):
     def __post_init__(self) -> None:
         if self.prune_layer is not None:
             _checks.integer(self.name, "prune_layer", self.prune_layer, 1)
-        check_share(self.name, "ratio", self.ratio)
+        _checks.share(self.name, "ratio", self.ratio)
         _checks.integer(self.name, "pivots_image", self.pivots_image, 0)
         _checks.integer(self.name, "pivots_text", self.pivots_text, 0)
         if not self.pivots_image + self.pivots_text:

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .. import _checks
 from ..ops import farthest_select, farthest_select_varlen, nearest
 from . import _adaptive, _packed
 from ._rank import descending
@@ -33,7 +34,7 @@ class FasterVLMDivPrune(_adaptive.Mixing):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _adaptive.share(self.name, "attention_ratio", self.attention_ratio)
+        _checks.between(self.name, "attention_ratio", self.attention_ratio, 0, 1)
 
     def pick(self, pool: Pool) -> Selection:
         first, attended, start = self.begin(pool)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from .. import _checks
-from ._budget import Budget, check_share, everything, one_cut
+from ._budget import Budget, everything, one_cut
 from .base import Cut, Method, Plan, option
 
 
@@ -31,7 +31,7 @@ class FastV(Method):
     def __post_init__(self) -> None:
         if self.prune_layer is not None:
             _checks.integer(self.name, "prune_layer", self.prune_layer, 1)
-        check_share(self.name, "ratio", self.ratio)
+        _checks.share(self.name, "ratio", self.ratio)
 
     def make_plan(self, budget: Budget, layers: int, default_layer: int | None) -> Plan:
         layer, keep = one_cut(self.name, budget, self.prune_layer, self.ratio, layers)

@@ -59,9 +59,7 @@ class PolyMorphic(Method):
 
     def __post_init__(self) -> None:
         for name in ("retained", "merged", "factor"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise TypeError(f"{self.name}: {name} must be a float, got {value!r}")
+            _checks.number(self.name, name, getattr(self, name))
         for name in ("retained", "merged"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{self.name}: {name} must be at least 0 and finite, got {getattr(self, name)}")
@@ -71,8 +69,7 @@ class PolyMorphic(Method):
             raise ValueError(f"{self.name}: factor must be at least 1 and finite, got {self.factor}")
         if self.density_neighbors is not None:
             _checks.integer(self.name, "density_neighbors", self.density_neighbors, 1)
-        if not isinstance(self.llm_only, bool):
-            raise TypeError(f"{self.name}: llm_only must be True or False, got {self.llm_only!r}")
+        _checks.flag(self.name, "llm_only", self.llm_only)
 
     def split(self, k: int) -> int:
         """Number of the k tokens that are kept unmerged: round(k retained / (retained + merged))."""

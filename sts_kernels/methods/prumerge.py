@@ -46,8 +46,7 @@ class PruMerge(Method):
     neighbours: int = option(32, "tokens merged into each one that is picked")
 
     def __post_init__(self) -> None:
-        if not isinstance(self.plus, bool):
-            raise TypeError(f"{self.name}: plus must be True or False, got {self.plus!r}")
+        _checks.flag(self.name, "plus", self.plus)
         _checks.integer(self.name, "neighbours", self.neighbours, 1)
 
     def pick(self, pool: Pool) -> Selection:

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
-from ._budget import Budget, check_share, common_ratio, everything, prompt_total, solved, take
+from .. import _checks
+from ._budget import Budget, common_ratio, everything, prompt_total, solved, take
 from .base import Cut, Method, Plan, option
 
 
@@ -31,7 +32,7 @@ class PyramidDrop(Method):
     ratio: float = option(0.5, "share of its tokens that each prune layer leaves, without a budget or ratios (lambda)")
 
     def __post_init__(self) -> None:
-        check_share(self.name, "ratio", self.ratio)
+        _checks.share(self.name, "ratio", self.ratio)
 
     def make_plan(self, budget: Budget, layers: int, default_layer: int | None) -> Plan:
         if layers < 2:

@@ -55,10 +55,7 @@ class SparseVLM(Method):
         if self.retained_tokens is not None and self.retained_tokens not in TABLES:
             known = ", ".join(map(str, TABLES))
             raise ValueError(f"{self.name}: retained_tokens must be one of {known}, got {self.retained_tokens!r}")
-        if isinstance(self.recycle, bool) or not isinstance(self.recycle, int | float):
-            raise TypeError(f"{self.name}: recycle must be a float, got {self.recycle!r}")
-        if not 0 <= self.recycle <= 1:
-            raise ValueError(f"{self.name}: recycle must be between 0 and 1, got {self.recycle}")
+        _checks.between(self.name, "recycle", self.recycle, 0, 1)
         _checks.integer(self.name, "per_cluster", self.per_cluster, 1)
 
     # --- numbers ---

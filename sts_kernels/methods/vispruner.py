@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .. import _checks
 from ..ops import dedup_select
 from . import _adaptive
 from ._cosine import cosine, unit
@@ -42,7 +43,7 @@ class VisPruner(_adaptive.Mixing):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _adaptive.share(self.name, "important_ratio", self.important_ratio)
+        _checks.between(self.name, "important_ratio", self.important_ratio, 0, 1)
 
     def pick(self, pool: Pool) -> Selection:
         usable = pool.finite("features", "scores")

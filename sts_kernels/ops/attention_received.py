@@ -39,8 +39,7 @@ def _check(
                 f"{op}: {name} must have shape (B, R) = {tuple(query.shape[:2])}, got {tuple(value.shape)}"
             )
         _checks.same_device(op, name, value, query, "query")
-    if not isinstance(per_head, bool):
-        raise TypeError(f"{op}: per_head must be a bool, got {type(per_head).__name__}")
+    _checks.flag(op, "per_head", per_head)
 
 
 def _out(query: torch.Tensor, key: torch.Tensor, per_head: bool) -> torch.Tensor:

@@ -39,8 +39,7 @@ def check(
                 f"give a view that keeps D last, or {name}.contiguous()"
             )
     if scale is not None:
-        if isinstance(scale, bool) or not isinstance(scale, int | float | torch.SymFloat):
-            raise TypeError(f"{op}: scale must be a float or None, got {type(scale).__name__}")
+        _checks.number(op, "scale", scale)
         _checks.in_float32(op, "scale", scale)
 
 
