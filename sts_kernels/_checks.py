@@ -12,6 +12,7 @@ from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16)
+SCORES = (*FLOATING, torch.float64)
 INTEGER = (torch.int64, torch.int32)
 # Bounds of eps, also in torch_glue.h: a sum of 1 / eps over 131072 duplicates, and distance + eps, must fit float32.
 MIN_EPS, MAX_EPS = 1e-30, 1e30
@@ -19,14 +20,14 @@ MAX_FLOAT32 = torch.finfo(torch.float32).max
 MAX_INT = 2**63 - 1
 
 
-def tensor(op: str, name: str, value: Any, dtypes: tuple[Any, ...], shape: str, ndim: int) -> None:
+def tensor(op: str, name: str, value: Any, dtypes: tuple[Any, ...], shape: str) -> None:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{op}: {name} must be a tensor of shape {shape}, got {type(value).__name__}")
     _dense(op, name, value)
     if value.dtype not in dtypes:
         names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{op}: {name} must be {names}, got {str(value.dtype).removeprefix('torch.')}")
-    if value.ndim != ndim:
+    if value.ndim != len(shape.strip("(,)").split(",")):
         raise ValueError(f"{op}: {name} must have shape {shape}, got {tuple(value.shape)}")
 
 
@@ -44,7 +45,7 @@ def _dense(op: str, name: str, value: torch.Tensor) -> None:
 
 
 def features(op: str, value: Any, shape: str = "(B, N, C)", name: str = "features") -> None:
-    tensor(op, name, value, FLOATING, shape, shape.count(",") + 1)
+    tensor(op, name, value, FLOATING, shape)
     tokens, channels = value.shape[-2:]
     if tokens == 0 or channels == 0:
         raise ValueError(f"{op}: {name} must have at least one token and one channel, got shape {tuple(value.shape)}")
@@ -60,15 +61,16 @@ def per_token(
     other: str = "features",
 ) -> None:
     """Checks one number per row of `like`, on the device of `like`. Messages call that tensor `other`."""
-    tensor(op, name, value, dtypes, shape, 2)
-    if value.shape != like.shape[:2]:
-        raise ValueError(f"{op}: {name} must have shape {shape} = {tuple(like.shape[:2])}, got {tuple(value.shape)}")
+    tensor(op, name, value, dtypes, shape)
+    expected = tuple(like.shape[: value.ndim])
+    if value.shape != expected:
+        raise ValueError(f"{op}: {name} must have shape {shape} = {expected}, got {tuple(value.shape)}")
     same_device(op, name, value, like, other)
 
 
 def index_vector(op: str, name: str, value: Any, length: int, shape: str, like: torch.Tensor) -> None:
     """Checks dtype, shape (length,) and device of an integer vector, not its values."""
-    tensor(op, name, value, INTEGER, shape, 1)
+    tensor(op, name, value, INTEGER, shape)
     if value.shape[0] != length:
         raise ValueError(f"{op}: {name} must have shape {shape} = ({length},), got {tuple(value.shape)}")
     same_device(op, name, value, like)

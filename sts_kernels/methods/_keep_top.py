@@ -9,8 +9,8 @@ from .. import _checks
 
 def _check(scores: torch.Tensor, candidates: torch.Tensor, k: int) -> None:
     op = "keep_top"
-    _checks.tensor(op, "scores", scores, (*_checks.FLOATING, torch.float64), "(B, S)", 2)
-    _checks.tensor(op, "candidates", candidates, (torch.bool,), "(B, S)", 2)
+    _checks.tensor(op, "scores", scores, _checks.SCORES, "(B, S)")
+    _checks.tensor(op, "candidates", candidates, (torch.bool,), "(B, S)")
     if candidates.shape != scores.shape:
         raise ValueError(
             f"{op}: candidates must have the shape of scores, {tuple(scores.shape)}, got {tuple(candidates.shape)}"

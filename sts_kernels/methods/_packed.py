@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from ._pool import ARGUMENTS, SCORES, Pool
+from ._pool import ARGUMENTS, Pool
 
 _constants: ContextVar[dict[Any, Tensor] | None] = ContextVar("constants", default=None)
 
@@ -82,8 +82,8 @@ def check(
     for name, value in given.items():
         if value is None:
             continue
-        dtypes = SCORES if name == "scores" else _checks.FLOATING
-        _checks.tensor(op, name, value, dtypes, shapes[name], shapes[name].count(",") + (name != "scores"))
+        dtypes = _checks.SCORES if name == "scores" else _checks.FLOATING
+        _checks.tensor(op, name, value, dtypes, shapes[name])
         rows, what = (len(lengths), "items") if name == "text" else (sum(lengths), "sum of lengths")
         if value.shape[0] != rows:
             raise ValueError(f"{op}: {name} must have {rows} rows, the {what}, got {tuple(value.shape)}")

@@ -31,14 +31,8 @@ def _check(
         ("row_weight", row_weight, _checks.FLOATING),
         ("row_position", row_position, _checks.INTEGER),
     ):
-        if value is None:
-            continue
-        _checks.tensor(op, name, value, dtypes, "(B, R)", 2)
-        if value.shape != query.shape[:2]:
-            raise ValueError(
-                f"{op}: {name} must have shape (B, R) = {tuple(query.shape[:2])}, got {tuple(value.shape)}"
-            )
-        _checks.same_device(op, name, value, query, "query")
+        if value is not None:
+            _checks.per_token(op, name, value, dtypes, query, "(B, R)", "query")
     _checks.flag(op, "per_head", per_head)
 
 

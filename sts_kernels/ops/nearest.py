@@ -10,7 +10,7 @@ from .._registry import define_op, ops
 from .._transforms import Derivative, fold
 
 METRICS = ("cosine", "euclidean")
-RANKS = (*_checks.FLOATING, torch.float64, *_checks.INTEGER)
+RANKS = (*_checks.SCORES, *_checks.INTEGER)
 BLOCK = 1 << 22  # pairs per block of the reference, in float64
 
 
