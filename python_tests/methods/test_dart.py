@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sts_kernels import methods
-from sts_kernels.methods import Budget, dart
+from sts_kernels.methods import Budget, _cosine, dart
 from sts_kernels.methods.base import Inside
 
 from . import recipe
@@ -48,7 +48,7 @@ def test_the_official_code(case, device):
     order = method.leave(exact).order[0].cpu()
     assert sorted(order.tolist()) == case["kept_exact"]
     assert order.tolist() == by_hand(visual[0].cpu(), text[0].cpu(), norms[0, start:stop], norms[0, stop:], len(order))
-    unit, share = dart.unit(state), int(case["wanted"] // 8)
+    unit, share = _cosine.unit(state), int(case["wanted"] // 8)
     chosen = norms[:, start:stop].topk(case["pivots"][0]).indices
     for pivots, kept in (
         (case["pivot_order"], case["kept"]),

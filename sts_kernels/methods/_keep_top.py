@@ -5,6 +5,7 @@ import math
 import torch
 
 from .. import _checks
+from ._rank import inverse
 
 
 def _check(scores: torch.Tensor, candidates: torch.Tensor, k: int) -> None:
@@ -51,10 +52,7 @@ def best_of(scores: torch.Tensor, candidates: torch.Tensor, count: torch.Tensor)
 
     count: (B,) int64, any values. A row with fewer candidates keeps all of them. Shapes do not depend on `count`.
     """
-    ranked = _ranked(scores, candidates)
-    place = torch.arange(ranked.shape[1], device=ranked.device).expand_as(ranked)
-    rank = torch.empty_like(ranked).scatter_(1, ranked, place)
-    return candidates & (rank < count[:, None])
+    return candidates & (inverse(_ranked(scores, candidates)) < count[:, None])
 
 
 def _ranked(scores: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Selection of packed items: items of equal (length, budget) run as one batch, without padding."""
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, TypeVar
@@ -45,10 +46,7 @@ def copied(values: tuple[int, ...], device: str, dtype: torch.dtype) -> Tensor:
 
 def offsets(lengths: Sequence[int]) -> list[int]:
     """Exclusive prefix sums with the total appended, len(lengths) + 1 values, like `cu_seqlens`."""
-    starts = [0]
-    for length in lengths:
-        starts.append(starts[-1] + length)
-    return starts
+    return [*itertools.accumulate(lengths, initial=0)]
 
 
 def check(

@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import _checks
 from ..ops import suppress_select, suppress_select_varlen
 from . import _adaptive, _packed
-from ._rank import descending
+from ._rank import descending, inverse
 from .base import Pool, Selection, option
 
 SLOPE = 0.01  # increase of tau per rank (Eq. 6)
@@ -59,9 +59,7 @@ class AdaVTP(_adaptive.Adaptive):
     def walk(self, pool: Pool) -> tuple[Tensor, Tensor]:
         """Rank (B, N) int64, 0-based, -1 for unusable tokens; tau (B, N) float32."""
         usable = pool.finite("features", "scores")
-        ranked = descending(pool.scores, usable)
-        place = torch.arange(pool.tokens, device=pool.device).expand_as(ranked)
-        rank = torch.empty_like(ranked).scatter_(1, ranked, place)
+        rank = inverse(descending(pool.scores, usable))
         slope = SLOPE * self.measure(pool, usable).double() / self.erank_avg
         tau = ((rank + 1) * slope[:, None]).clamp(max=self.tau_max).float()
         return rank.masked_fill(~usable, -1), tau

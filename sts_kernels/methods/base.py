@@ -15,6 +15,8 @@ from ._pool import ABSENT, Pool
 
 __all__ = ["Budget", "Cut", "Inside", "Method", "Plan", "Pool", "Selection", "option"]
 
+SCOPES, POSITIONS = ("image", "crop"), ("original", "contiguous")  # values of `Method.scope` and `Method.positions`
+
 
 @dataclass(frozen=True, eq=False)
 class Selection:

@@ -64,8 +64,8 @@ class CDPruner(Method):
                 f"{self.name}: text must have the {image.shape[2]} channels of {name}, got {pool.text.shape[2]}; give "
                 "image embeddings of the text's space as keys"
             )
-        text = unit(pool.text.double()).mean(1)
-        cosine = (unit(image.double()) * text[:, None]).sum(-1).float()
+        text = unit(pool.text).mean(1)
+        cosine = (unit(image) * text[:, None]).sum(-1).float()
         return -cosine if self.negate else cosine
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .. import _checks
 from ._budget import Budget, everything, one_cut
+from ._cosine import unit
 from ._merge import rows
 from ._rank import descending
 from .base import Cut, Inside, Method, Plan, Selection, option
@@ -60,13 +61,6 @@ class DART(Method):
         pivots = torch.cat([rows(visual, first), unit(inside.norm(rows(inside.text, second)))], dim=1)
         active = torch.cat([torch.ones_like(first, dtype=torch.bool), inside.text_mask.gather(1, second)], dim=1)
         return Selection(least_alike(visual, pivots, chosen, shares(inside.k - image, active), inside.k))
-
-
-def unit(x: Tensor) -> Tensor:
-    """L2-normalised rows in float64; zero rows stay zero. Cosines rounded to float32 do not depend on the batch."""
-    x = x.double()
-    norm = x.norm(dim=-1, keepdim=True)
-    return x / torch.where(norm > 0, norm, 1.0)
 
 
 def descending_of_any(scores: Tensor, mask: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from ._budget import (
     take,
 )
 from ._density_peaks import density_peaks
-from ._rank import descending
+from ._rank import descending, inverse
 from ._raters import alignment, raters
 from .base import Cut, Inside, Method, Plan, Pool, Selection, option
 
@@ -135,10 +135,10 @@ class PolyMorphic(Method):
 
         An item of fewer than k tokens is split as if k were its number of tokens.
         """
-        (batch, tokens), device = ranked.shape, ranked.device
+        tokens, device = ranked.shape[1], ranked.device
         slot = torch.arange(tokens, device=device)
         retained = _packed.host([self.split(size) for size in range(k + 1)], device)[count.clamp(max=k)][:, None]
-        rank = torch.empty_like(ranked).scatter_(1, ranked, slot.expand(batch, -1))
+        rank = inverse(ranked)
         assignment = torch.where(rank < torch.minimum(retained, count[:, None]), rank, -1)
         clusters = k - self.split(k)
         if not clusters:
@@ -148,7 +148,7 @@ class PolyMorphic(Method):
         where = (~others).to(torch.int8).sort(dim=1, stable=True).indices
         rest = features.gather(1, where[:, :width, None].expand(-1, -1, features.shape[2]))
         centers, members = density_peaks(rest, clusters, self.density_neighbors, count - retained[:, 0])
-        home = torch.empty_like(where).scatter_(1, where, slot.expand(batch, -1)).clamp(max=width - 1)
+        home = inverse(where).clamp(max=width - 1)
         cluster = members.gather(1, home)
         assignment = torch.where(others & (cluster >= 0), cluster + retained, assignment)
         of_cluster = (slot[:k] - retained).clamp(0, clusters - 1)

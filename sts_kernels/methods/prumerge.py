@@ -12,7 +12,7 @@ from .. import _checks
 from ..ops import scatter_mean
 from . import _merge
 from ._cosine import cosine, unit
-from ._rank import descending
+from ._rank import descending, inverse
 from .base import Method, Pool, Selection, option
 
 BLOCK = 1 << 24  # max cosines computed at once: 128 MiB in float64
@@ -53,7 +53,7 @@ class PruMerge(Method):
         usable = pool.finite("scores", "keys")
         ranked, number = descending(pool.scores, usable), usable.sum(1, keepdim=True)
         place = torch.arange(pool.tokens, device=pool.device)
-        rank = torch.empty_like(ranked).scatter_(1, ranked, place.expand_as(ranked))
+        rank = inverse(ranked)
         kept = number.clamp(max=pool.k)
         # One slot is reserved for the row of all others, if there are others and more than one slot.
         picks = torch.where((kept > 1) & (number > kept), kept - 1, kept)
@@ -91,7 +91,7 @@ class PruMerge(Method):
 
     def nearby(self, pool: Pool, order: Tensor, usable: Tensor) -> Tensor:
         """(B, k, neighbours) int64: usable tokens most similar by key to each slot's token; -1 past their number."""
-        x = unit(torch.where(usable[..., None], pool.keys, 0).double())
+        x = unit(torch.where(usable[..., None], pool.keys, 0))
         position = torch.arange(pool.tokens, device=pool.device)
         near, step = [], max(1, BLOCK // max(1, pool.batch * pool.tokens))
         for part in order.split(step, 1):

@@ -24,10 +24,9 @@ from ._budget import (
     shares_of,
     take,
 )
-from .base import Cut, Method, Plan, Pool, Selection, option
+from .base import SCOPES, Cut, Method, Plan, Pool, Selection, option
 
 ANCHORS = ("mean", "first", "saliency")
-SCOPES = ("image", "crop")
 
 
 @dataclass(frozen=True)

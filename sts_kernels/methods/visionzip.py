@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import _checks
 from ..ops import nearest
 from . import _merge
-from ._rank import descending
+from ._rank import descending, inverse
 from .base import Method, Pool, Selection, option
 
 
@@ -45,7 +45,7 @@ class VisionZip(Method):
         usable = pool.finite("scores", "keys")
         ranked = descending(pool.scores, usable)
         place = torch.arange(pool.tokens, device=pool.device)
-        rank = torch.empty_like(ranked).scatter_(1, ranked, place.expand_as(ranked))
+        rank = inverse(ranked)
         number = usable.sum(1, keepdim=True)
         kept = number.clamp(max=pool.k)  # slots filled by usable tokens
         dominant = self.dominant_of(kept)

@@ -73,7 +73,7 @@ def mixed(features: Tensor, listed: Tensor, important: Tensor, k: int) -> Tensor
     tokens = listed.shape[1]
     place = torch.arange(tokens, device=listed.device)
     x = torch.where((listed >= 0)[..., None], features.gather(1, listed.clamp(min=0)[..., None].expand_as(features)), 0)
-    similarity = unit(x.double())
+    similarity = unit(x)
     similarity = cosine(similarity, similarity)  # indexed by list position
     left, keep = (listed >= 0).sum(1, keepdim=True) - important, k - important
     rest = (place + important).clamp(max=tokens - 1)
