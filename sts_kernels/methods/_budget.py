@@ -187,6 +187,24 @@ def one_cut(
     return layer, partial(prompt_after, name, budget.budget, layer, layers)
 
 
+def prune_layers(
+    method: str, budget: Budget, layers: int, default: Callable[[int], tuple[int, ...]]
+) -> tuple[int, ...]:
+    """Prune layers of a method with several cuts: those of the budget, or else `default(layers)`.
+
+    Raises:
+        ValueError: the LLM has one layer, or the number of ratios is not that of the layers.
+    """
+    if layers < 2:
+        raise ValueError(f"{method}: layers of the LLM must be at least 2, got {layers}")
+    places = default(layers) if budget.layers is None else tuple(budget.layers)
+    if budget.ratios is not None and len(budget.ratios) != len(places):
+        raise ValueError(
+            f"{method}: ratios must have one number for each of the layers {list(places)}, got {len(budget.ratios)}"
+        )
+    return places
+
+
 def early_layers(layers: int) -> tuple[int, ...]:
     """Prune layers: (3, 7, 16) for 32 layers and more, (3, 7, 13) for 28; published for 28, 32 and 40 layers.
 

@@ -17,6 +17,7 @@ from ._budget import (
     entering,
     everything,
     prompt_total,
+    prune_layers,
     round_half_up,
     shares_of,
     solved,
@@ -78,11 +79,9 @@ class PolyMorphic(Method):
     # --- numbers ---
 
     def make_plan(self, budget: Budget, layers: int, default_layer: int | None) -> Plan:
-        if layers < 2:
-            raise ValueError(f"{self.name}: layers of the LLM must be at least 2, got {layers}")
         if self.llm_only and budget.keep is not None:
             raise ValueError(f"{self.name}: keep must be left out with llm_only, all tokens enter the LLM")
-        places = early_layers(layers) if budget.layers is None else tuple(budget.layers)
+        places = prune_layers(self.name, budget, layers, early_layers)
         if budget.budget is not None:
             return self._solved(budget.budget, places, layers)
         keep = everything if budget.keep is None else partial(take, budget.keep)
@@ -92,11 +91,6 @@ class PolyMorphic(Method):
             if budget.layers is not None:
                 raise ValueError(f"{self.name}: layers must come with ratios where keep is given")
             return Plan(layers, keep)
-        if len(budget.ratios) != len(places):
-            raise ValueError(
-                f"{self.name}: ratios must have one number for each of the layers {list(places)}, "
-                f"got {len(budget.ratios)}"
-            )
         keeps = [keep, *shares_of(budget.ratios)]
         return self._plan(keep, [partial(prompt_total, keeps[: i + 2]) for i in range(len(places))], places, layers)
 

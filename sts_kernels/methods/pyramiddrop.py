@@ -5,7 +5,7 @@ from functools import partial
 from typing import ClassVar
 
 from .. import _checks
-from ._budget import Budget, common_ratio, everything, prompt_total, solved, take
+from ._budget import Budget, common_ratio, everything, prompt_total, prune_layers, solved, take
 from .base import Cut, Method, Plan, option
 
 
@@ -35,14 +35,7 @@ class PyramidDrop(Method):
         _checks.share(self.name, "ratio", self.ratio)
 
     def make_plan(self, budget: Budget, layers: int, default_layer: int | None) -> Plan:
-        if layers < 2:
-            raise ValueError(f"{self.name}: layers of the LLM must be at least 2, got {layers}")
-        places = quarters(layers) if budget.layers is None else tuple(budget.layers)
-        if budget.ratios is not None and len(budget.ratios) != len(places):
-            raise ValueError(
-                f"{self.name}: ratios must have one number for each of the layers {list(places)}, "
-                f"got {len(budget.ratios)}"
-            )
+        places = prune_layers(self.name, budget, layers, quarters)
         if budget.ratios is not None:
             keeps = [partial(floor_share, ratio) for ratio in budget.ratios]
         elif budget.budget is None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from ._budget import Budget, check_after, early_layers, everything, prompt_total, shares_of, take
+from ._budget import Budget, check_after, early_layers, everything, prompt_total, prune_layers, shares_of, take
 from ._density_peaks import density_peaks
 from ._rank import descending
 from ._raters import alignment, raters
@@ -68,9 +68,7 @@ class SparseVLM(Method):
         return best, min(best, best // self.per_cluster + 1)
 
     def make_plan(self, budget: Budget, layers: int, default_layer: int | None) -> Plan:
-        if layers < 2:
-            raise ValueError(f"{self.name}: layers of the LLM must be at least 2, got {layers}")
-        places = early_layers(layers) if budget.layers is None else tuple(budget.layers)
+        places = prune_layers(self.name, budget, layers, early_layers)
         if self.retained_tokens is not None and (budget.budget is not None or budget.ratios is not None):
             other = "budget" if budget.budget is not None else "ratios"
             raise ValueError(f"{self.name}: give either retained_tokens or {other}, both say how many tokens stay")
@@ -84,9 +82,9 @@ class SparseVLM(Method):
             if ratios is None:
                 raise ValueError(f"{self.name}: give budget, ratios or retained_tokens, for example budget=192")
             if len(ratios) != len(places):
-                what = "ratios" if budget.ratios is not None else "retained_tokens"
                 raise ValueError(
-                    f"{self.name}: {what} must have one number for each of the layers {list(places)}, got {len(ratios)}"
+                    f"{self.name}: retained_tokens must have one number for each of the layers {list(places)}, "
+                    f"got {len(ratios)}"
                 )
             counts = partial(self._of_shares, shares_of(ratios))
         cuts = (
