@@ -282,7 +282,7 @@ class PruningHandle:
         session = self._sessions.now
         if session.encoding is not None:  # Qwen3-VL's get_video_features calls get_image_features
             return original(*args, **kwargs)
-        if self._graphs is not None and (later := self._graphs.deferred(kind, original, args, kwargs)) is not None:
+        if self._graphs is not None and (later := self._graphs.deferred(original, args, kwargs)) is not None:
             return later
         # A forward of the base model has checked the options before it encodes.
         caller = unsupported.checked_caller(self.base, session.checked or session.placed is not None)

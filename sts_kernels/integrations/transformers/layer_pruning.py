@@ -34,11 +34,6 @@ class Forward:
     masks: list[torch.Tensor | None]  # one for each segment
 
 
-@dataclass
-class Decoding(Forward):
-    pass
-
-
 @dataclass(kw_only=True)
 class Prefill(Forward):
     rotary: list[Rotary | None]  # per segment; None: those that the layers are given
@@ -138,14 +133,14 @@ class LayerPruner:
             return kwargs
         return {**kwargs, "input_ids": None, "inputs_embeds": self.text.get_input_embeddings()(kwargs["input_ids"])}
 
-    def resume(self, kwargs: Kwargs, cache: "Cache", prompt: PrunedPrompt, by_hand: bool) -> tuple[Decoding, Kwargs]:
+    def resume(self, kwargs: Kwargs, cache: "Cache", prompt: PrunedPrompt, by_hand: bool) -> tuple[Forward, Kwargs]:
         """Continues a pruned prompt: one token at a time, drafts, or the next turn of a conversation.
 
         by_hand: outside generate(), whose masks hold no padding in the columns of an answer.
         """
         embeds = kwargs["inputs_embeds"]
         past = cache.get_seq_length()
-        run = Decoding(prompt, self.later_masks(kwargs.get("attention_mask"), cache, prompt, embeds, by_hand))
+        run = Forward(prompt, self.later_masks(kwargs.get("attention_mask"), cache, prompt, embeds, by_hand))
         batch, length = embeds.shape[:2]
         return run, self._full_positions(kwargs, batch, length, past)
 

@@ -80,7 +80,6 @@ class Report:
     size: LLMSize
     # With profile=True, ms by phase: "encode image", "encode video", "prefill".
     measured: dict[str, float] = field(default_factory=dict)
-    pending: bool = True
     _rows: list[Row] = field(default_factory=list, repr=False)
     _modality: torch.Tensor | None = field(default=None, repr=False)
     _dropped: torch.Tensor | None = field(default=None, repr=False)
@@ -91,7 +90,7 @@ class Report:
 
         An entry of layer 0 says what entered the LLM; the report then has no `dropped`.
         """
-        self.pending, self.measured, self._left = False, measured, left
+        self.measured, self._left = measured, left
 
     @property
     def encode_ms(self) -> float | None:

@@ -263,7 +263,7 @@ class Captured:
                 given[kind] = self.handle._encode(kind, later.original, *later.args, **later.kwargs)
         return original(*args, **kwargs)
 
-    def deferred(self, kind: str, original: Callable[..., Any], args: Args, kwargs: Kwargs) -> _Deferred | None:
+    def deferred(self, original: Callable[..., Any], args: Args, kwargs: Kwargs) -> _Deferred | None:
         """Puts an encoding off until the prefill. Newer versions of generate() encode images before they call the
         model."""
         serving = self._served()
