@@ -50,9 +50,9 @@ class DART(Method):
 
     def make_plan(self, budget: Budget, layers: int, default_layer: int | None) -> Plan:
         layer, keep = one_cut(self.name, budget, self.prune_layer, self.ratio, layers)
-        return Plan(layers, everything, (Cut(layer, keep, queries="keys", select=self.leave),))
+        return Plan(layers, everything, (Cut(layer, keep, queries="keys", select=self.select_inside),))
 
-    def leave(self, inside: Inside) -> Selection:
+    def select_inside(self, inside: Inside) -> Selection:
         image, text = min(self.pivots_image, inside.k), min(self.pivots_text, inside.text.shape[1])
         visual = unit(inside.norm(inside.visual))
         chosen = descending(inside.scores, torch.ones_like(inside.scores, dtype=torch.bool))[:, :image]

@@ -114,7 +114,7 @@ class PolyMorphic(Method):
         places: Sequence[int],
         layers: int,
     ) -> Plan:
-        cuts = (Cut(p, total, "text", select=self.leave) for p, total in zip(places, totals, strict=True))
+        cuts = (Cut(p, total, "text", select=self.select_inside) for p, total in zip(places, totals, strict=True))
         return Plan(layers, keep, tuple(cuts))
 
     # --- stage 1 ---
@@ -151,7 +151,7 @@ class PolyMorphic(Method):
 
     # --- stage 2 ---
 
-    def leave(self, inside: Inside) -> Selection:
+    def select_inside(self, inside: Inside) -> Selection:
         aligned = alignment(inside.visual, inside.text, inside.text_mask, inside.visual.shape[-1] ** -0.5)
         score = (aligned * raters(aligned, inside.text_mask)[:, None]).sum(-1)
         finite = inside.visual.isfinite().all(-1)

@@ -88,7 +88,13 @@ class SparseVLM(Method):
                 )
             counts = partial(self._of_shares, shares_of(ratios))
         cuts = (
-            Cut(place, partial(_left, counts, i), "raters", select=self.leave, recycled=partial(_recycled, counts, i))
+            Cut(
+                place,
+                partial(_kept, counts, i),
+                "raters",
+                select=self.select_inside,
+                recycled=partial(_recycled, counts, i),
+            )
             for i, place in enumerate(places)
         )
         return Plan(layers, everything, tuple(cuts))
@@ -119,7 +125,7 @@ class SparseVLM(Method):
         aligned = alignment(visual, text, text_mask, 1.0)
         return raters(aligned if visual_mask is None else aligned * visual_mask[..., None], text_mask)
 
-    def leave(self, inside: Inside) -> Selection:
+    def select_inside(self, inside: Inside) -> Selection:
         present = torch.ones_like(inside.scores, dtype=torch.bool)
         finite = inside.visual.isfinite().all(-1)
         ranked = descending(inside.scores.masked_fill(~finite, torch.nan), present)
@@ -135,7 +141,7 @@ class SparseVLM(Method):
         return Selection(torch.cat([ranked[:, :kept], spare.gather(1, centers)], dim=1), assignment, method=self)
 
 
-def _left(counts: Any, index: int, images: Sequence[int]) -> int:
+def _kept(counts: Any, index: int, images: Sequence[int]) -> int:
     return sum(counts(images)[index]) if sum(images) else 0
 
 

@@ -15,7 +15,7 @@ from ...ops import attention_received, last_query_scores
 from . import attention_capture, masks, unsupported
 from .cache import attach_state, columns_behind
 from .compat import output_cache
-from .cut_selection import PlannedCut, Run, leave, planned_cuts, raters_of
+from .cut_selection import PlannedCut, Run, planned_cuts, raters_of, select
 from .prompt import Row, separators
 from .segments import PrunedPrompt, Segment
 from .untyped import Args, Kwargs, Model
@@ -232,7 +232,7 @@ class LayerPruner:
         if planned.cut.score_from == "next":
             self._look_ahead(run, layer, hidden, kwargs)
         slots, candidates = run.slots.to(hidden.device), run.candidates.to(hidden.device)
-        hidden, chosen, place = leave(run, planned, hidden, candidates, self._final_norm)
+        hidden, chosen, place = select(run, planned, hidden, candidates, self._final_norm)
         width = max(planned.lengths)
         columns, kept = masks.compact(slots & (chosen | ~candidates), width, run.trailing, place)
         run.slots = kept & slots.gather(1, columns)

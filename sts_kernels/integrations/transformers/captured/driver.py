@@ -34,7 +34,8 @@ from .runner import Decoded, Prefilled, Runner, Shape
 if TYPE_CHECKING:
     from ..handle import PruningHandle
 
-STEP, MOST = 64, 8  # step between prompt lengths in slots; max shapes kept
+STEP = 64  # step between prompt lengths, in slots
+MAX_SHAPES = 8  # shapes kept, of prompts and of images
 PIXELS = ("pixel_values", "pixel_values_images")
 BACKENDS = (None, "inductor", "eager")  # "eager": torch.compile's tracing alone, for tests
 ATTENTIONS = ("sdpa", "eager")
@@ -442,7 +443,7 @@ class Captured:
                 shape,
                 self._buffers,
             )
-            if len(self._runners) >= max(MOST, len(self.buckets or ()) * len(self.batches)):
+            if len(self._runners) >= max(MAX_SHAPES, len(self.buckets or ()) * len(self.batches)):
                 self._runners.popitem(last=False)
             self._runners[shape] = _Ready(runner, *runner.ready(self._graphs))
         self._runners.move_to_end(shape)
@@ -462,7 +463,7 @@ class Captured:
             encoder = Encoder(
                 self.base, adapter, self.method, self.handle.scope, shape, items, order, pixels, self.axes
             )
-            if len(self._encoders) >= max(MOST, len(self.batches)):
+            if len(self._encoders) >= max(MAX_SHAPES, len(self.batches)):
                 self._encoders.popitem(last=False)
             self._encoders[key] = encoder, encoder.ready(self._graphs, self._one_size), items
         self._encoders.move_to_end(key)
