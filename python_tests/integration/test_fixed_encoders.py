@@ -18,9 +18,9 @@ from sts_kernels.integrations.transformers import (
     vision_pruning,
 )
 from sts_kernels.integrations.transformers.adapters import EncodeCall, adapter_of
-from sts_kernels.integrations.transformers.captured.driver import unselectable
 from sts_kernels.integrations.transformers.captured.encoder import Encoder
 from sts_kernels.integrations.transformers.captured.graphs import Graphs
+from sts_kernels.integrations.transformers.captured.refusals import unselectable
 from sts_kernels.integrations.transformers.random_models import RANDOM
 
 from . import flash, models

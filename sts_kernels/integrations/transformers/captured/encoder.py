@@ -57,7 +57,7 @@ class Encoder:
         axes: int,
     ):
         self.base, self.adapter, self.method, self.shape = base, adapter, method, shape
-        assert adapter.fixed_encoder is not None  # `driver.check` refuses None
+        assert adapter.fixed_encoder is not None  # `refusals.check` refuses None
         self._fixed = adapter.fixed_encoder
         weight = base.language_model.embed_tokens.weight
         device, self._dtype = weight.device, weight.dtype
