@@ -27,7 +27,7 @@ def parse(argv=None):
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--compile", action="store_true", help="also the baselines through torch.compile")
     parser.add_argument("--quick", action="store_true", help="few samples: to see that it works, not to quote")
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="start no further case after this long")
+    parser.add_argument("--seconds", type=float, help="start no further case after so many")
     parser.add_argument("--list", action="store_true", help="list ops, groups and providers")
     parser.add_argument("--dry-run", action="store_true", help="list what would be timed, with bytes and flops")
     parser.add_argument("--csv", type=Path, help="append rows here (default: bench/results/<device>.csv)")
@@ -134,8 +134,8 @@ def main(argv=None) -> int:
     print("ceilings measured:", ", ".join(f"{row['provider']} {row['dtype'] or 'bytes'} {row['peak']}" for row in rows))
     print(f"{'':<106}{'p20 us':>11} {'p50 us':>11} {'p80 us':>11}")
     for number, (bench, case) in enumerate(work):
-        if args.budget and time.monotonic() - begun > args.budget:
-            print(f"{args.budget:g} s are over; left out: {len(work) - number} cases, from {bench.op}, {case}")
+        if args.seconds and time.monotonic() - begun > args.seconds:
+            print(f"{args.seconds:g} s are over; left out: {len(work) - number} cases, from {bench.op}, {case}")
             break
         rows = []
         for row in run.rows(bench, case, providers_of(bench, args)):

@@ -5,21 +5,16 @@ from functools import partial
 import torch
 
 from . import baselines, inputs, verify
-from .harness import Bench, Case, Provider
-from .repulsion_select import BF16, F32, MAIN, cost, fits_gram
-
-
-def _case(group, batch, tokens, channels, k, dtype=F32, data="gaussian", cuda_only=False):
-    return Case(group, {"B": batch, "N": tokens, "C": channels, "K": k}, dtype, data, cuda_only)
-
+from .harness import Bench, Provider
+from .repulsion_select import BF16, F32, MAIN, case_of, cost, fits_gram
 
 CASES = [
-    *(_case("main", 1, n, 1024, k, dtype) for dtype in (F32, BF16) for n, k in MAIN),
-    *(_case("smooth", 1, n, 1024, k, dtype, "smooth") for dtype in (F32, BF16) for n, k in ((576, 192), (2880, 640))),
-    *(_case("cosine", 1, n, 1024, k, dtype) for dtype in (F32, BF16) for n, k in MAIN),
-    *(_case("batch", 8, 576, 1024, 192, dtype) for dtype in (F32, BF16)),
-    _case("batch", 64, 576, 1024, 192, BF16, cuda_only=True),
-    _case("video", 1, 16384, 1024, 1024, BF16),
+    *(case_of("main", 1, n, 1024, k, dtype) for dtype in (F32, BF16) for n, k in MAIN),
+    *(case_of("smooth", 1, n, 1024, k, dtype, "smooth") for dtype in (F32, BF16) for n, k in ((576, 192), (2880, 640))),
+    *(case_of("cosine", 1, n, 1024, k, dtype) for dtype in (F32, BF16) for n, k in MAIN),
+    *(case_of("batch", 8, 576, 1024, 192, dtype) for dtype in (F32, BF16)),
+    case_of("batch", 64, 576, 1024, 192, BF16, cuda_only=True),
+    case_of("video", 1, 16384, 1024, 1024, BF16),
 ]
 
 

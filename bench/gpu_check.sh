@@ -118,12 +118,12 @@ bench() {
   local device=(--device cuda)
   if [ -n "${STS_CHECK_QUICK:-}" ]; then device+=(--quick); fi
   measure() { # PERCENT ARGUMENT...: measures for PERCENT of the time left
-    local budget=$(((end - SECONDS) * $1 / 100))
+    local seconds=$(((end - SECONDS) * $1 / 100))
     shift
-    if [ "$budget" -lt 1 ]; then
+    if [ "$seconds" -lt 1 ]; then
       echo "left out, no time: $*"
     else
-      python3 -m bench "${common[@]}" "${device[@]}" --budget "$budget" "$@" || status=1
+      python3 -m bench "${common[@]}" "${device[@]}" --seconds "$seconds" "$@" || status=1
     fi
   }
   kernels || status=1

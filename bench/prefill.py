@@ -160,7 +160,7 @@ def measure(model, inputs, config: STSConfig, device: torch.device, samples: int
             prefill(model, inputs)
             if run >= 2:
                 for name, taken in times.items():
-                    taken.append(sts.report.measured[name])
+                    taken.append(getattr(sts.report, f"{name}_ms"))
         row = sts.report.rows[0]
     out = {"prompt": row.prompt, "visual": row.tokens, "keep": row.after_stage1, "keep_after": row.after_stage2}
     out |= {"kv_mb": round(row.kv_mb[1], 1), "tflops": float(f"{row.prefill_tflops[1]:.4g}"), "samples": samples}

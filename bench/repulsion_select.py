@@ -11,29 +11,29 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 MAIN = [(576, 64), (576, 192), (2880, 64), (2880, 192), (2880, 640)]
 
 
-def _case(group, batch, tokens, channels, k, dtype=F32, data="gaussian", cuda_only=False):
+def case_of(group, batch, tokens, channels, k, dtype=F32, data="gaussian", cuda_only=False):
     return Case(group, {"B": batch, "N": tokens, "C": channels, "K": k}, dtype, data, cuda_only)
 
 
 CASES = [
-    *(_case("main", 1, n, 1024, k, dtype) for dtype in (F32, BF16) for n, k in MAIN),
-    _case("main", 1, 2880, 1024, 480, BF16),
-    _case("main", 1, 576, 1024, 192, F16),
-    *(_case("smooth", 1, n, 1024, k, BF16, "smooth") for n, k in ((576, 192), (2880, 480))),
-    _case("batch", 8, 576, 1024, 192),
-    _case("batch", 8, 576, 1024, 192, BF16),
-    _case("batch", 64, 576, 1024, 192, cuda_only=True),
-    _case("batch", 64, 576, 1024, 192, BF16, cuda_only=True),
-    *(_case("qwen", 1, 1225, c, 245, dtype) for c in (3584, 5120) for dtype in (F32, BF16)),
-    *(_case("rank", 1, 576, 1024, 576, dtype) for dtype in (F32, BF16)),  # K = N: every token is ranked
-    _case("video", 1, 16384, 1024, 1024, BF16),
-    _case("video", 1, 131072, 1024, 4096, BF16, cuda_only=True),
+    *(case_of("main", 1, n, 1024, k, dtype) for dtype in (F32, BF16) for n, k in MAIN),
+    case_of("main", 1, 2880, 1024, 480, BF16),
+    case_of("main", 1, 576, 1024, 192, F16),
+    *(case_of("smooth", 1, n, 1024, k, BF16, "smooth") for n, k in ((576, 192), (2880, 480))),
+    case_of("batch", 8, 576, 1024, 192),
+    case_of("batch", 8, 576, 1024, 192, BF16),
+    case_of("batch", 64, 576, 1024, 192, cuda_only=True),
+    case_of("batch", 64, 576, 1024, 192, BF16, cuda_only=True),
+    *(case_of("qwen", 1, 1225, c, 245, dtype) for c in (3584, 5120) for dtype in (F32, BF16)),
+    *(case_of("rank", 1, 576, 1024, 576, dtype) for dtype in (F32, BF16)),  # K = N: every token is ranked
+    case_of("video", 1, 16384, 1024, 1024, BF16),
+    case_of("video", 1, 131072, 1024, 4096, BF16, cuda_only=True),
     # One dimension at a time, for bench.plot.
-    *(_case("sweep-K", 1, 2880, 1024, k) for k in (16, 32, 64, 128, 256, 512, 1024)),
-    *(_case("sweep-N", 1, n, 1024, 192) for n in (256, 576, 1024, 1600, 2304, 2880, 4096, 8192)),
-    *(_case("sweep-N", 1, n, 1024, 192, cuda_only=True) for n in (16384, 32768, 65536, 131072)),
-    *(_case("sweep-B", b, 576, 1024, 192) for b in (1, 2, 4, 8)),
-    *(_case("sweep-B", b, 576, 1024, 192, cuda_only=True) for b in (16, 32, 64, 128, 256)),
+    *(case_of("sweep-K", 1, 2880, 1024, k) for k in (16, 32, 64, 128, 256, 512, 1024)),
+    *(case_of("sweep-N", 1, n, 1024, 192) for n in (256, 576, 1024, 1600, 2304, 2880, 4096, 8192)),
+    *(case_of("sweep-N", 1, n, 1024, 192, cuda_only=True) for n in (16384, 32768, 65536, 131072)),
+    *(case_of("sweep-B", b, 576, 1024, 192) for b in (1, 2, 4, 8)),
+    *(case_of("sweep-B", b, 576, 1024, 192, cuda_only=True) for b in (16, 32, 64, 128, 256)),
 ]
 
 

@@ -5,19 +5,14 @@ from functools import partial
 import torch
 
 from . import baselines, inputs, verify
-from .harness import Bench, Case, Cost, Provider
-from .repulsion_select import BF16, F32, MAIN, fits_gram
-
-
-def _case(group, batch, tokens, channels, k, dtype=F32, data="gaussian", cuda_only=False):
-    return Case(group, {"B": batch, "N": tokens, "C": channels, "K": k}, dtype, data, cuda_only)
-
+from .harness import Bench, Cost, Provider
+from .repulsion_select import BF16, F32, MAIN, case_of, fits_gram
 
 CASES = [
-    *(_case("main", 1, n, 1024, k, dtype) for dtype in (F32, BF16) for n, k in MAIN),
-    *(_case("smooth", 1, n, 1024, k, dtype, "smooth") for dtype in (F32, BF16) for n, k in MAIN),
-    *(_case("batch", 8, 576, 1024, 192, dtype) for dtype in (F32, BF16)),
-    _case("batch", 64, 576, 1024, 192, BF16, cuda_only=True),
+    *(case_of("main", 1, n, 1024, k, dtype) for dtype in (F32, BF16) for n, k in MAIN),
+    *(case_of("smooth", 1, n, 1024, k, dtype, "smooth") for dtype in (F32, BF16) for n, k in MAIN),
+    *(case_of("batch", 8, 576, 1024, 192, dtype) for dtype in (F32, BF16)),
+    case_of("batch", 64, 576, 1024, 192, BF16, cuda_only=True),
 ]
 
 

@@ -272,6 +272,12 @@ def test_a_shadowed_library_is_named(shadowed, monkeypatch, commit, remedy):
     assert "\n" not in why
 
 
+@pytest.mark.usefixtures("small_peaks")
+def test_a_run_stops_when_its_time_is_over(tmp_path, capsys):
+    assert cli.main([*ARGS, "--csv", str(tmp_path / "rows.csv"), "--seconds", "1e-9"]) == 0
+    assert "1e-09 s are over; left out: " in capsys.readouterr().out
+
+
 def test_only_a_library_that_serves_the_device_is_named(shadowed):
     assert backends.elsewhere("CUDA") == shadowed
     (shadowed / "build_info.json").write_text('{"cuda": ""}')

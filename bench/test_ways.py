@@ -53,6 +53,12 @@ def test_a_run_goes_on_where_it_was_cut_off(tmp_path, capsys):
     assert [(row["batch"], row["budget"]) for row in rows] == [(b, budget) for b in "12" for budget in ("all", "32")]
     assert ways.main([*command[:-1], "b", "--seconds", "1e-9"]) == 0
     assert [row["commit"] for row in record.read(path)] == [*"aaaab"]
+    assert ways.main([*command, "--attn", "eager", "--seconds", "1e-9"]) == 0
+    assert ways.main([*command, "--dtype", "bfloat16", "--seconds", "1e-9"]) == 0
+    assert [(row["dtype"], row["attention"]) for row in record.read(path)[-2:]] == [
+        ("float32", "eager"),
+        ("bfloat16", "sdpa"),
+    ]
 
 
 def test_a_row_that_fails_does_not_end_the_run(tmp_path, monkeypatch, capsys):
@@ -84,7 +90,7 @@ def test_a_decode_step_that_is_not_one_graph_is_no_row():
 
 
 def lines_of(rows):
-    return {(f"{row['model']}, batch {row['batch']}", row["way"]) for row in rows}
+    return {(ways.title(row), row["way"]) for row in rows}
 
 
 def test_the_plot_has_a_line_for_each_way_that_has_rows(tmp_path):
@@ -95,6 +101,7 @@ def test_the_plot_has_a_line_for_each_way_that_has_rows(tmp_path):
         for model, way, batch in [("a", way, "1") for way in ways.WAYS] + [("a", "eager", "16"), ("b", "static", "1")]
         for budget, keep in (("all", "144"), ("32", "32"))
     ]
+    rows += [{**row, "dtype": "2"} for row in rows[:2]] + [{**row, "attention": "2"} for row in rows[:2]]
     panels = ways.chart([*rows, {**rows[0], "token_ms": "7"}]).axes
     columns = len(panels) // len(ways.PANELS)
     for top, bottom in zip(panels[:columns], panels[columns:], strict=True):

@@ -13,7 +13,7 @@ estimated at half an hour, most of it compilation: static 30 s a row, captured-i
 
 build    s until the second answer: includes compilation and capture
 encode   ms of vision encoder, selection and projector; prefill: ms of the LLM's forward over the prompt. Both are
-         `report.measured`, taken between syncs. So the plain model too runs under `prune`, with all tokens as budget
+         the report's, taken between syncs. So the plain model too runs under `prune`, with all tokens as budget
 first    ms to the first token: generate() of one token
 token    ms per further token: (generate() of 65 tokens - generate() of one) / 64; tokens/s: of the 65-token answer, all
          rows of the batch together
@@ -41,7 +41,8 @@ COLUMNS = (
 )
 WAYS = ("eager", "captured", "static", "captured-inductor")
 NEW_TOKENS = 64  # tokens after the first one in a timed answer
-IDENTITY = ("commit", "device", "model", "way", "batch", "budget")  # columns that tell one measurement from another
+# Columns that tell one measurement from another.
+IDENTITY = ("commit", "device", "model", "way", "batch", "budget", "dtype", "attention")
 
 
 class Way:
@@ -96,7 +97,7 @@ def measure(way: Way, device: torch.device, samples: int) -> dict:
     for _ in range(samples):
         first.append(elapsed_ms(lambda: way.answer(1), device))
         for name, taken in clock.items():
-            taken.append(way.pruning.report.measured[name])
+            taken.append(getattr(way.pruning.report, f"{name}_ms"))
     for _ in range(max(3, samples // 4)):
         long.append(elapsed_ms(lambda: way.answer(1 + NEW_TOKENS), device))
     for percent, value in zip((20, 50, 80), timing.percentiles(first), strict=True):
@@ -169,8 +170,12 @@ def show(row: dict) -> None:
 PANELS = {"first_p50_ms": "first token, ms", "token_ms": "each further token, ms"}
 
 
+def title(row: dict) -> str:
+    return f"{row['model']}, batch {row['batch']}, {row['dtype']}, {row['attention']}"
+
+
 def chart(rows: list[dict]):
-    """Figure of times against budget: one column of panels per model and batch, one line per way.
+    """Figure of times against budget: one column of panels per model, batch, dtype and attention, one line per way.
 
     If a measurement has several rows, the last is drawn.
     """
@@ -179,8 +184,8 @@ def chart(rows: list[dict]):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    newest = {(row["model"], int(row["batch"]), row["way"], row["budget"]): row for row in rows}
-    groups = sorted({key[:2] for key in newest})
+    newest = {(title(row), row["way"], row["budget"]): row for row in rows}
+    groups = sorted({title(row): row for row in rows}.values(), key=lambda row: (row["model"], int(row["batch"])))
     figure, panels = pyplot.subplots(
         *(len(PANELS), len(groups)),
         figsize=(1 + 3 * len(groups), 5.5),
@@ -188,11 +193,11 @@ def chart(rows: list[dict]):
         squeeze=False,
         layout="constrained",
     )
-    for (model, batch), column in zip(groups, panels.T, strict=True):
-        column[0].set(title=f"{model}, batch {batch}")
+    for group, column in zip(map(title, groups), panels.T, strict=True):
+        column[0].set_title(group, fontsize=10)
         column[-1].set(xlabel="visual tokens, mean over layers")
-        for way in dict.fromkeys(key[2] for key in newest if key[:2] == (model, batch)):
-            mine = sorted((row for key, row in newest.items() if key[:3] == (model, batch, way)), key=average)
+        for way in dict.fromkeys(key[1] for key in newest if key[0] == group):
+            mine = sorted((row for key, row in newest.items() if key[:2] == (group, way)), key=average)
             colour = f"C{WAYS.index(way)}"
             for panel, value in zip(column, PANELS, strict=True):
                 points = [(average(row), float(row[value])) for row in mine]
@@ -209,14 +214,14 @@ def chart(rows: list[dict]):
     lines = {line.get_label(): line for panel in panels.flat for line in panel.lines}
     last = rows[-1]
     figure.legend(lines.values(), lines, loc="outside lower center", ncols=len(WAYS), frameon=False)
-    figure.suptitle(f"{last['device']}, {last['dtype']}, torch {last['torch']}", fontsize=10)
+    figure.suptitle(f"{last['device']}, torch {last['torch']}", fontsize=10)
     return figure
 
 
 def draw(rows: list[dict], png: Path) -> None:
     """Saves chart() as a PNG whose description names the lines."""
     figure = chart(rows)
-    lines = sorted({f"{row['model']}, batch {row['batch']}, {row['way']}" for row in rows})
+    lines = sorted({f"{title(row)}, {row['way']}" for row in rows})
     png.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(png, dpi=100, metadata={"Description": "; ".join(lines)}, pil_kwargs={"optimize": True})
 

@@ -188,12 +188,15 @@ def test_same_bits_again_and_in_any_batch(device):
             assert torch.equal(got[b : b + 1], attention_received(query[b : b + 1], key[b : b + 1], **one))
 
 
-def test_several_blocks_of_the_reference():
+def test_several_blocks_of_the_reference(monkeypatch):
     """So many keys that the reference takes blocks of MIN_ROWS rows; the last block is smaller."""
+    blocks, softmax = [], torch.softmax
+    monkeypatch.setattr(torch, "softmax", lambda x, *args, **kw: blocks.append(len(x)) or softmax(x, *args, **kw))
     query, key = received_inputs(1, 75, 40000, 2, 1, 16)
     weight = torch.ones(1, 75)
     weight[0, 3] = 0
     got = _registry.OPS["attention_received"].reference(query, key, None, weight)
+    assert blocks == [32, 32, 32, 32, 20]
     logits = torch.einsum("rhd,sd->hrs", query[0].double(), key[0, :, 0].double()) / 4
     want = (logits.softmax(-1) * weight[0, :, None]).sum(1).mean(0) / 74
     assert oracle.error(got[0], want) < 1e-8
@@ -327,7 +330,7 @@ def test_errors(device):
     fails(ValueError, r"at least one position, got shape \(2, 0, 2, 64\)", query, key[:, :0])
     fails(ValueError, r"query must have at least one row, got shape \(2, 0, 4, 64\)", query[:, :0], key)
     fails(ValueError, "query must be contiguous in its last dimension", query.mT.contiguous().mT, key)
-    fails(TypeError, "scale must be a float or None, got str", query, key, "1")
+    fails(TypeError, "scale must be a float, got str", query, key, "1")
     fails(ValueError, "scale must be finite in float32, got", query, key, float("inf"))
     fails(TypeError, "row_weight must be float32, float16, bfloat16, got int64", query, key, None, position)
     fails(ValueError, r"row_weight must have shape \(B, R\) = \(2, 5\), got \(2, 4\)", query, key, None, weight[:, 1:])
@@ -335,7 +338,7 @@ def test_errors(device):
     fails(ValueError, r"row_position must have shape \(B, R\), got \(5,\)", query, key, None, None, position[0])
     fails(TypeError, "key_mask must be bool, got int64", query, key, None, None, None, mask.long())
     fails(ValueError, r"key_mask must have shape \(B, S\) = \(2, 7\), got", query, key, key_mask=mask[:, 1:])
-    fails(TypeError, "per_head must be a bool, got int", query, key, per_head=1)
+    fails(TypeError, "per_head must be True or False, got int", query, key, per_head=1)
     other = torch.device("meta")
     fails(ValueError, "key must be on the device of query, .*, got meta", query, key.to(other))
     fails(ValueError, "row_weight must be on the device of query, .*, got meta", query, key, None, weight.to(other))

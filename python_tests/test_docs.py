@@ -144,6 +144,12 @@ def test_the_page_of_the_kernels_has_every_op_and_names_files():
     assert set(re.findall(r"\w+\.(?:cuh|h)\b", page)) <= sources
 
 
+def test_the_map_of_the_integration_names_every_module():
+    package = ROOT / "sts_kernels" / "integrations" / "transformers"
+    words = set(re.findall(r"\w+", (package / "__init__.py").read_text().split('"""')[1]))
+    assert {file.stem for file in package.glob("*.py")} - {"__init__"} <= words
+
+
 def test_the_glossary_is_short_and_sorted():
     words = re.findall(r"^\| (\w+) \| ", DOCS["kernels.md"].split("\n## Glossary\n", 1)[1], re.MULTILINE)[1:]
     assert len(words) <= 20

@@ -13,10 +13,11 @@ from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16)
+SCORES = (*FLOATING, torch.float64)
 INTEGER = (torch.int64, torch.int32)
 # Bounds of eps, also in torch_glue.h: a sum of 1 / eps over 131072 duplicates, and distance + eps, must fit float32.
 MIN_EPS, MAX_EPS = 1e-30, 1e30
-_EPS_RANGE = f"between {MIN_EPS} and {MAX_EPS}"  # not in the check: there Dynamo may take the bounds as dynamic floats
+_EPS_SPAN = f"between {MIN_EPS} and {MAX_EPS}"  # made here, because Dynamo may take the bounds as dynamic floats
 MAX_FLOAT32 = torch.finfo(torch.float32).max
 MAX_INT = 2**63 - 1
 # Types of ints and floats. Abstract ones, which NumPy's are registered with, come last: they are slow.
@@ -24,14 +25,14 @@ _INTEGERS: tuple[Any, ...] = (int, torch.SymInt, numbers.Integral)
 _REALS: tuple[Any, ...] = (float, int, torch.SymFloat, numbers.Real)
 
 
-def tensor(op: str, name: str, value: Any, dtypes: tuple[Any, ...], shape: str, ndim: int) -> None:
+def tensor(op: str, name: str, value: Any, dtypes: tuple[Any, ...], shape: str) -> None:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{op}: {name} must be a tensor of shape {shape}, got {type(value).__name__}")
     _dense(op, name, value)
     if value.dtype not in dtypes:
         names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{op}: {name} must be {names}, got {str(value.dtype).removeprefix('torch.')}")
-    if value.ndim != ndim:
+    if value.ndim != len(shape.strip("(,)").split(",")):
         raise ValueError(f"{op}: {name} must have shape {shape}, got {tuple(value.shape)}")
 
 
@@ -49,7 +50,7 @@ def _dense(op: str, name: str, value: torch.Tensor) -> None:
 
 
 def features(op: str, value: Any, shape: str = "(B, N, C)", name: str = "features", least_tokens: int = 1) -> None:
-    tensor(op, name, value, FLOATING, shape, shape.count(",") + 1)
+    tensor(op, name, value, FLOATING, shape)
     tokens, channels = value.shape[-2:]
     if tokens < least_tokens or channels == 0:
         needed = "one token and one channel" if least_tokens else "one channel"
@@ -66,15 +67,16 @@ def per_token(
     other: str = "features",
 ) -> None:
     """Checks one number per row of `like`, on the device of `like`. Messages call that tensor `other`."""
-    tensor(op, name, value, dtypes, shape, 2)
-    if value.shape != like.shape[:2]:
-        raise ValueError(f"{op}: {name} must have shape {shape} = {tuple(like.shape[:2])}, got {tuple(value.shape)}")
+    tensor(op, name, value, dtypes, shape)
+    expected = tuple(like.shape[: value.ndim])
+    if value.shape != expected:
+        raise ValueError(f"{op}: {name} must have shape {shape} = {expected}, got {tuple(value.shape)}")
     same_device(op, name, value, like, other)
 
 
 def index_vector(op: str, name: str, value: Any, length: int, shape: str, like: torch.Tensor) -> None:
     """Checks dtype, shape (length,) and device of an integer vector, not its values."""
-    tensor(op, name, value, INTEGER, shape, 1)
+    tensor(op, name, value, INTEGER, shape)
     if value.shape[0] != length:
         raise ValueError(f"{op}: {name} must have shape {shape} = ({length},), got {tuple(value.shape)}")
     same_device(op, name, value, like)
@@ -104,12 +106,6 @@ def integer(op: str, name: str, value: Any, low: int, high: Any = None, why: str
         raise ValueError(f"{op}: {name} must be {span}, got {_shown(value)}")
 
 
-def real(op: str, name: str, value: Any, expected: str = "a float") -> None:
-    """Checks the type alone."""
-    if isinstance(value, bool) or not isinstance(value, _REALS):
-        raise TypeError(f"{op}: {name} must be {expected}, got {type(value).__name__}")
-
-
 def one_of(op: str, name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     if not isinstance(value, str):
         raise TypeError(f"{op}: {name} must be a str, got {type(value).__name__}")
@@ -117,10 +113,33 @@ def one_of(op: str, name: str, value: Any, allowed: tuple[Any, ...]) -> None:
         raise ValueError(f"{op}: {name} must be {' or '.join(map(repr, allowed))}, got {value!r}")
 
 
+def number(op: str, name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, _REALS):
+        raise TypeError(f"{op}: {name} must be a float, got {type(value).__name__}")
+
+
+def between(op: str, name: str, value: Any, low: float, high: float) -> None:
+    number(op, name, value)
+    if not low <= value <= high:
+        raise ValueError(f"{op}: {name} must be between {low} and {high}, got {_shown(value)}")
+
+
+def share(op: str, name: str, value: Any) -> None:
+    """Checks that `value` is a number in (0, 1]."""
+    number(op, name, value)
+    if not 0 < value <= 1:
+        raise ValueError(f"{op}: {name} must be above 0 and at most 1, got {value}")
+
+
+def flag(op: str, name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be True or False, got {type(value).__name__}")
+
+
 def eps(op: str, value: Any) -> None:
-    real(op, "eps", value)
+    number(op, "eps", value)
     if not MIN_EPS <= value <= MAX_EPS:
-        raise ValueError(f"{op}: eps must be {_EPS_RANGE}, got {_shown(value)}")
+        raise ValueError(f"{op}: eps must be {_EPS_SPAN}, got {_shown(value)}")
 
 
 def in_float32(op: str, name: str, value: Any) -> None:

@@ -28,7 +28,6 @@ __all__ = [
     "share_of_top",
 ]
 
-SCORES = (*_checks.FLOATING, torch.float64)
 TIE = 2.0**40  # cosines are rounded to multiples of 1 / TIE, so that equal tokens tie
 CHUNK = 1 << 24  # float64 distances per block in coverage: 128 MB
 
@@ -47,10 +46,7 @@ def _present(op: str, like: Tensor, num_tokens: Tensor | None) -> Tensor:
     if num_tokens is None:
         return (position >= 0).expand(batch, tokens)
     _checks.index_vector(op, "num_tokens", num_tokens, batch, "(B,)", like)
-    if _checks.values_readable(num_tokens):
-        for item, count in enumerate(num_tokens.tolist()):
-            if not 0 <= count <= tokens:
-                raise ValueError(f"{op}: num_tokens[{item}] must be between 0 and {tokens}, its tokens, got {count}")
+    _checks.counts(op, "num_tokens", num_tokens, tokens, "tokens")
     return position < num_tokens[:, None]
 
 
@@ -65,7 +61,7 @@ def _tokens(op: str, features: Tensor, num_tokens: Tensor | None) -> tuple[Tenso
 
 def _scores(op: str, scores: Tensor, num_tokens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """`_tokens` for scores: (B, N) float64, present, bad."""
-    _checks.tensor(op, "scores", scores, SCORES, "(B, N)", 2)
+    _checks.tensor(op, "scores", scores, _checks.SCORES, "(B, N)")
     if scores.shape[1] == 0:
         raise ValueError(f"{op}: scores must have at least one token, got shape {tuple(scores.shape)}")
     present = _present(op, scores, num_tokens)
@@ -218,10 +214,7 @@ def _best(
     """(value, index, best, count, bad): scores in descending order, their indices, whether in the top `share`, (B, 1)
     tokens of each item, bad items."""
     s, present, bad = _scores(op, scores, num_tokens)
-    if isinstance(share, bool) or not isinstance(share, int | float):
-        raise TypeError(f"{op}: share must be a float, got {type(share).__name__}")
-    if not 0 < share <= 1:
-        raise ValueError(f"{op}: share must be above 0 and at most 1, got {share}")
+    _checks.share(op, "share", share)
     value, index = s.masked_fill(~present, -math.inf).sort(dim=1, descending=True, stable=True)
     count = present.sum(1, keepdim=True)
     number = (share * count.double()).round().clamp(min=1).minimum(count)
@@ -289,7 +282,7 @@ def coverage(features: Tensor, order: Tensor, num_tokens: Tensor | None = None) 
     """
     op = "coverage"
     x, present, bad = _tokens(op, features, num_tokens)
-    _checks.tensor(op, "order", order, _checks.INTEGER, "(B, K)", 2)
+    _checks.tensor(op, "order", order, _checks.INTEGER, "(B, K)")
     if order.shape[0] != features.shape[0] or order.shape[1] == 0:
         raise ValueError(
             f"{op}: order must have shape (B, K) with B = {features.shape[0]} and K at least 1, "

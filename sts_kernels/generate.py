@@ -57,17 +57,17 @@ def add_arguments(parser: ArgumentParser) -> None:
     for name, what in (
         (
             "budget",
-            "visual tokens of an image, averaged over the LLM's layers (default: 0.2 before the LLM)",
+            "visual tokens of an image, averaged over the LLM's layers (default of methods that select before it: 0.2)",
         ),
         ("keep", "visual tokens of each image that enter the LLM, instead of --budget"),
-        ("keep-after", "of sts: visual tokens of the prompt that stage 2 leaves"),
+        ("keep-after", "of sts: visual tokens of the prompt that stage 2 keeps"),
     ):
         parser.add_argument(f"--{name}", type=amount, metavar="N", help=f"{what}; a number, or a share like 0.2")
     parser.add_argument(
-        "--prune-layer", type=int, metavar="N", help="of sts and fastv: layers before the pruning in the LLM"
+        "--prune-layer", type=int, metavar="N", help="of sts, fastv and dart: layers before the pruning in the LLM"
     )
     parser.add_argument("--layers", type=layers, metavar="N,N,..", help="layers before each pruning in the LLM")
-    parser.add_argument("--ratios", type=amounts, metavar="N,N,..", help="what each of them leaves; numbers or shares")
+    parser.add_argument("--ratios", type=amounts, metavar="N,N,..", help="what each of them keeps; numbers or shares")
     parser.add_argument(
         "--option",
         type=option,

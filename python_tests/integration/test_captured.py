@@ -332,16 +332,8 @@ def test_times_of_a_prompt(device):
         models.generate(model, prompts_of("llava"), 1)
         assert handle.report.encode_ms > 0
         assert handle.report.prefill_ms > 0
-
-
-@pytest.mark.parametrize("through", ["hooks", "graphs"])
-def test_merging_rows_of_several(through):
-    model = models.shared("qwen3_vl")
-    with prune(model, "tome", budget=6) as handle:
-        if through == "graphs":
-            handle.compile(strict=True)
-        with pytest.raises(NotImplementedError, match="tome merges features before the projector"):
-            models.generate(model, prompts_of("qwen3_vl"), 1)
+        models.generate(model, [models.prompt_of("llava", 0)], 1)
+        assert not handle._sessions.now.clock
 
 
 def test_threads_wait_for_each_other():
@@ -802,3 +794,24 @@ def test_constants_are_copied_once():
         assert _packed.host([1, 2], "cpu", torch.int32) is not one
     assert len(store) == 2
     assert _packed.host([1, 2], "cpu") is not one
+
+
+def test_constants_are_those_of_the_thread():
+    inside, outside, stores = threading.Barrier(2), threading.Barrier(2), ({}, {})
+
+    def run(number):
+        with _packed.constants(stores[number]):
+            inside.wait()
+            if number:
+                outside.wait()  # the other thread leaves its context first
+            _packed.host([number], "cpu")
+        if not number:
+            outside.wait()
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    _packed.host([2], "cpu")
+    assert [[values for values, *_ in store] for store in stores] == [[(0,)], [(1,)]]

@@ -134,7 +134,7 @@ def test_rows_of_any_numbers(device):
         return Selection(order, assignment)
 
     planned = cut_selection.PlannedCut(Cut(3, len, "text", select=select), before, left, recycled, [])
-    out, chosen, place = cut_selection.leave(Run(text), planned, hidden, candidates, lambda x: x)
+    out, chosen, place = cut_selection.select(Run(text), planned, hidden, candidates, lambda x: x)
     assert calls == [(5, 2, (2, 8, 6), (2, 3, 6))]
     for row in range(5):
         start = 2 + row

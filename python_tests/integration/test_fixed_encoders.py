@@ -18,9 +18,9 @@ from sts_kernels.integrations.transformers import (
     vision_pruning,
 )
 from sts_kernels.integrations.transformers.adapters import EncodeCall, adapter_of
-from sts_kernels.integrations.transformers.captured.driver import unselectable
 from sts_kernels.integrations.transformers.captured.encoder import Encoder
 from sts_kernels.integrations.transformers.captured.graphs import Graphs
+from sts_kernels.integrations.transformers.captured.refusals import unselectable
 from sts_kernels.integrations.transformers.random_models import RANDOM
 
 from . import flash, models
@@ -268,17 +268,6 @@ REASONS = [
 def test_what_a_graph_cannot_select(method, options, why):
     reason = unselectable(methods.create(method, **options), torch.device("cuda"))
     assert reason is None if why is None else why in reason
-
-
-@pytest.mark.parametrize("method", ["visionzip", "tome", "polymorphic"])
-def test_merging_is_refused_as_by_the_hooks(method, device):
-    model = models.shared("qwen3_vl", device=device)
-    inputs = models.batch(model, prompts_of("qwen3_vl", "image", BATCHES["several"]))
-    with (
-        prune(model, method, keep=9) as pruning,
-        pytest.raises(NotImplementedError, match=f"{method} merges features before the projector"),
-    ):
-        ready(model, pruning, inputs, None)[1].run()
 
 
 # --- at true size, on meta tensors: every read of a value raises ---

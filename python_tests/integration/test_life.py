@@ -418,6 +418,17 @@ def test_a_hook_that_another_thread_takes_off():
         assert hook(layer, ()) is None
 
 
+def test_a_method_is_shadowed_twice():
+    target, inner, outer = torch.nn.Identity(), hooks.Hooks(), hooks.Hooks()
+    inner.shadow(target, "forward", lambda original, x: original(x) + 1)
+    outer.shadow(target, "forward", lambda original, x: original(x) * 10)
+    assert target(2) == 30
+    outer.remove()
+    assert target(2) == 3
+    inner.remove()
+    assert target(2) == 2
+
+
 def test_a_failed_prompt_frees_its_pixels():
     model = models.build("llava")
     inputs = models.batch(model, rows("llava"))

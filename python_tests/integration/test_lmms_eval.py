@@ -97,6 +97,13 @@ def test_the_entry_point_imports_nothing_heavy():
             {"layers": [1, 2], "ratios": [0.5, 16]},
         ),
         ({"method": "fastv", "layers": 2, "ratios": 0.5}, "fastv", {"layers": [2], "ratios": [0.5]}),
+        ({"method": "fastv"}, "fastv", {}),
+        ({"method": "fastv", "ratio": 0.25}, "fastv", {}),
+        ({"method": "dart"}, "dart", {}),
+        ({"method": "pyramiddrop"}, "pyramiddrop", {}),
+        ({"method": "sparsevlm", "retained_tokens": 192}, "sparsevlm", {}),
+        ({"keep_after": 64}, "sts", {}),
+        ({"llm_only": True, "budget": 0.3}, "sts", {"budget": 0.3}),
     ],
 )
 def test_model_args(given, name, options):
@@ -114,6 +121,8 @@ def test_options_of_the_method():
     ("given", "message"),
     [
         ({}, "budget=128"),
+        ({"layers": 8}, "budget=128"),
+        ({"method": "sparsevlm"}, "budget=192"),
         ({"method": "nothing", "budget": 8}, "nothing"),
         ({"method": "fastv", "keep": 8}, "keep"),
         ({"budget": "many"}, "many"),

@@ -1,11 +1,13 @@
 """sts.report against the tokens that the layers ran on, and against the paper's Table 3."""
 
+import itertools
+
 import pytest
 import torch
 
 from sts_kernels import STSConfig
 from sts_kernels.flops import CONVENTIONS, LLMSize
-from sts_kernels.integrations.transformers import apply_sts
+from sts_kernels.integrations.transformers import apply_sts, timer
 
 from . import models
 from .models import output_cache
@@ -102,6 +104,18 @@ def test_it_prints_a_table(device):
     assert lines[1].endswith("x)")
     assert "layer 3 of 6" in lines[2]
     assert "prefill" in lines[2]
+
+
+def test_times_are_those_of_one_prompt(monkeypatch):
+    """A clock that gains one second a reading: every phase takes one second."""
+    seconds = itertools.count()
+    monkeypatch.setattr(timer.Timer, "_now", lambda self: float(next(seconds)))
+    model = models.shared("qwen2_vl")
+    with apply_sts(model, CONFIG, measure=True) as sts:
+        for pictures, clips in ((1, 1), (1, 0), (0, 1)):
+            models.generate(model, [models.prompt_of("qwen2_vl", pictures, clips)], 1)
+            assert sts.report.encode_ms == 1000 * (pictures + clips)
+            assert sts.report.prefill_ms == 1000
 
 
 def test_without_measure_there_are_no_times():

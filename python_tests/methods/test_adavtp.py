@@ -173,9 +173,9 @@ def test_calibration():
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({"tau_max": -0.1}, ValueError, "adavtp: tau_max must be a cosine distance between 0 and 2, got -0.1"),
-        ({"tau_max": None}, TypeError, "adavtp: tau_max must be a float, got None"),
-        ({"tau_max": math.nan}, ValueError, "adavtp: tau_max must be a cosine distance between 0 and 2, got nan"),
+        ({"tau_max": -0.1}, ValueError, "adavtp: tau_max must be between 0 and 2, got -0.1"),
+        ({"tau_max": None}, TypeError, "adavtp: tau_max must be a float, got NoneType"),
+        ({"tau_max": math.nan}, ValueError, "adavtp: tau_max must be between 0 and 2, got nan"),
         ({"erank_avg": -5.0}, ValueError, "adavtp: erank_avg must be above 0 and finite, got -5.0"),
         ({"space": "llm"}, ValueError, "adavtp: space must be 'projected' or 'encoder', got 'llm'"),
         ({"count": 88}, TypeError, "adavtp: count must be a str, got int"),

@@ -31,6 +31,7 @@ def test_picks_are_distinct_and_in_range(name, k, device):
         assert len(set(kept)) == len(kept)
         assert all(0 <= i < count for i in kept)
         assert row[len(kept) :] == [-1] * (k - len(kept))
+    assert method.merges == (selection.assignment is not None)
     if selection.assignment is not None:
         assert selection.assignment.shape == (len(COUNTS), ITEM)
         assert selection.assignment.dtype == torch.int64

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sts_kernels import methods
-from sts_kernels.methods import Budget, dart
+from sts_kernels.methods import Budget, _cosine, dart
 from sts_kernels.methods.base import Inside
 
 from . import recipe
@@ -45,10 +45,10 @@ def test_the_official_code(case, device):
         text_scores=norms[:, stop:],
     )
     method = methods.create("dart", pivots_image=case["pivots"][0], pivots_text=case["pivots"][1])
-    order = method.leave(exact).order[0].cpu()
+    order = method.select_inside(exact).order[0].cpu()
     assert sorted(order.tolist()) == case["kept_exact"]
     assert order.tolist() == by_hand(visual[0].cpu(), text[0].cpu(), norms[0, start:stop], norms[0, stop:], len(order))
-    unit, share = dart.unit(state), int(case["wanted"] // 8)
+    unit, share = _cosine.unit(state), int(case["wanted"] // 8)
     chosen = norms[:, start:stop].topk(case["pivots"][0]).indices
     for pivots, kept in (
         (case["pivot_order"], case["kept"]),
@@ -78,7 +78,7 @@ def inside(prompts=3, visual=30, text=7, k=11, seed=0, **extra):
 @pytest.mark.parametrize("k", [1, 3, 11, 29])
 def test_exactly_k_whatever_the_pivots(image, text, k):
     method, seen = methods.create("dart", pivots_image=image, pivots_text=text), inside(k=k)
-    order = method.leave(seen).order
+    order = method.select_inside(seen).order
     assert order.shape == (3, k)
     for row in range(3):
         want = by_hand(seen.visual[row], seen.text[row], seen.scores[row], seen.text_scores[row], k, (image, text))
@@ -94,35 +94,37 @@ def test_padding_is_no_pivot_and_a_batch_changes_nothing():
         want = by_hand(
             seen.visual[row], seen.text[row, 7 - count :], seen.scores[row], seen.text_scores[row, 7 - count :], 11
         )
-        assert method.leave(padded).order[row].tolist() == want
+        assert method.select_inside(padded).order[row].tolist() == want
         own = Inside(
             11,
             0,
             *(getattr(padded, n)[row : row + 1] for n in ("visual", "text", "text_mask", "scores", "text_scores")),
         )
-        assert method.leave(own).order[0].tolist() == want
+        assert method.select_inside(own).order[0].tolist() == want
 
 
 def test_the_final_norm_is_applied_to_what_is_compared():
     seen = inside()
     turned = inside(norm=lambda x: x * torch.linspace(-2, 3, 16))
     want = by_hand(turned.norm(seen.visual[0]), turned.norm(seen.text[0]), seen.scores[0], seen.text_scores[0], 11)
-    assert methods.create("dart").leave(turned).order[0].tolist() == want
-    assert not torch.equal(methods.create("dart").leave(turned).order, methods.create("dart").leave(seen).order)
+    assert methods.create("dart").select_inside(turned).order[0].tolist() == want
+    assert not torch.equal(
+        methods.create("dart").select_inside(turned).order, methods.create("dart").select_inside(seen).order
+    )
 
 
 def test_values_that_are_no_numbers_come_last():
     seen = inside()
     seen.visual[:, 3], seen.scores[:, 3], seen.visual[:, 5] = torch.nan, torch.nan, torch.inf
     seen.text_scores[:, 2] = torch.nan
-    order = methods.create("dart").leave(
+    order = methods.create("dart").select_inside(
         inside(k=28, visual=30, **{n: getattr(seen, n) for n in ("scores", "text_scores")})
     )
     assert all(len(set(row)) == 28 for row in order.order.tolist())
-    order = methods.create("dart").leave(Inside(**{**vars(seen), "k": 28})).order
+    order = methods.create("dart").select_inside(Inside(**{**vars(seen), "k": 28})).order
     assert not torch.isin(order, torch.tensor([3, 5])).any()
     zero = Inside(**{**vars(seen), "visual": torch.zeros_like(seen.visual)})
-    assert all(len(set(row)) == 11 for row in methods.create("dart").leave(zero).order.tolist())
+    assert all(len(set(row)) == 11 for row in methods.create("dart").select_inside(zero).order.tolist())
 
 
 def test_the_budget_is_the_average_over_the_layers():

@@ -115,8 +115,9 @@ def test_raters_are_refused_where_no_cut_asks_for_them():
         methods.create("fastv").raters(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3))
 
 
-@pytest.mark.parametrize("name", ["fastv", "sts"])
-def test_one_name_for_the_layer(name):
-    method = methods.create(name, prune_layer=3)
+@pytest.mark.parametrize("prune_layer", [2, 3])
+@pytest.mark.parametrize("name", ["dart", "fastv", "sts"])
+def test_one_name_for_the_layer(name, prune_layer):
+    method = methods.create(name, prune_layer=prune_layer)
     with pytest.raises(ValueError, match=f"{name}: give either prune_layer or layers"):
         method.plan(methods.Budget(layers=[5], ratios=[0.5]), 32)

@@ -42,7 +42,7 @@ def test_the_reference(case, device):
     weights = raters(alignment(visual, text, mask, 16**-0.5), mask)
     assert weights[0].nonzero()[:, 0].tolist() == case["raters"]
     keeping = methods.create("polymorphic", merged=0.0)
-    left = keeping.leave(Inside(case["stage2_keep"], 0, visual, text, mask))
+    left = keeping.select_inside(Inside(case["stage2_keep"], 0, visual, text, mask))
     assert sorted(left.order[0].tolist()) == case["stage2_kept"]
 
 
@@ -135,12 +135,12 @@ def test_the_least_budget():
     [
         ({"retained": -1.0}, ValueError, "polymorphic: retained must be at least 0 and finite, got -1.0"),
         ({"merged": math.inf}, ValueError, "polymorphic: merged must be at least 0 and finite, got inf"),
-        ({"merged": "one"}, TypeError, "polymorphic: merged must be a float, got 'one'"),
+        ({"merged": "one"}, TypeError, "polymorphic: merged must be a float, got str"),
         ({"retained": 0.0, "merged": 0.0}, ValueError, "polymorphic: retained or merged must be above 0, got 0 and 0"),
         ({"factor": 0.5}, ValueError, "polymorphic: factor must be at least 1 and finite, got 0.5"),
         ({"factor": math.nan}, ValueError, "polymorphic: factor must be at least 1 and finite, got nan"),
         ({"density_neighbors": 0}, ValueError, "polymorphic: density_neighbors must be at least 1, got 0"),
-        ({"llm_only": 1}, TypeError, "polymorphic: llm_only must be True or False, got 1"),
+        ({"llm_only": 1}, TypeError, "polymorphic: llm_only must be True or False, got int"),
     ],
 )
 def test_bad_options(options, error, match):
@@ -180,7 +180,7 @@ def test_both_stages_by_hand(retained, merged, neighbors, device):
             (scores[0].tolist(), method.select(k=k, features=x.to(device), scores=scores.to(device))),
             (
                 aligned[:, above].mean(1).tolist(),
-                method.leave(Inside(k, 0, x.to(device), text.to(device), mask.to(device))),
+                method.select_inside(Inside(k, 0, x.to(device), text.to(device), mask.to(device))),
             ),
         )
         for score, picked in stages:
@@ -222,7 +222,7 @@ def test_tokens_that_are_no_numbers_are_merged_into_nothing(device):
     method = methods.create("polymorphic", retained=1.0)
     for picked in (
         method.select(k=12, features=x, scores=scores),
-        method.leave(Inside(12, 0, x, text, mask)),
+        method.select_inside(Inside(12, 0, x, text, mask)),
     ):
         assert not torch.isin(picked.order.cpu(), torch.tensor([3, 8])).any()
         assert (picked.assignment[0, [3, 8]] == -1).all()
@@ -233,11 +233,11 @@ def test_a_prompt_does_not_depend_on_its_batch(device):
     rng, method = torch.Generator().manual_seed(5), methods.create("polymorphic")
     x, text = torch.randn(4, 50, 16, generator=rng).to(device), torch.randn(4, 9, 16, generator=rng).to(device)
     mask = torch.arange(9, device=device) >= torch.tensor([0, 4, 2, 8], device=device)[:, None]
-    together = method.leave(Inside(30, 0, x, text, mask))
+    together = method.select_inside(Inside(30, 0, x, text, mask))
     rows = methods.merge(x, together)
     for row in range(4):
         words = text[[row]][:, mask[row]]
-        own = method.leave(Inside(30, 0, x[[row]], words, torch.ones_like(words[..., 0], dtype=torch.bool)))
+        own = method.select_inside(Inside(30, 0, x[[row]], words, torch.ones_like(words[..., 0], dtype=torch.bool)))
         assert torch.equal(own.order[0], together.order[row])
         assert torch.equal(own.assignment[0], together.assignment[row])
         assert torch.equal(methods.merge(x[[row]], own)[0], rows[row])

@@ -117,7 +117,7 @@ def test_it_needs_the_last_layer():
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({"plus": 1}, TypeError, "prumerge: plus must be True or False, got 1"),
+        ({"plus": 1}, TypeError, "prumerge: plus must be True or False, got int"),
         ({"neighbours": 0}, ValueError, "prumerge: neighbours must be at least 1, got 0"),
     ],
 )

@@ -27,7 +27,7 @@ def test_the_official_code(case, device):
     assert weights[0, case["raters"]].unique().numel() == 1
     assert float(weights.sum()) == pytest.approx(1)
     scores = (weights[0].double() @ attention.double().mean(0)[stop:, start:stop]).float()[None]
-    order = method.leave(inside(scores=scores, visual=visual[None], k=case["keep"])).order
+    order = method.select_inside(inside(scores=scores, visual=visual[None], k=case["keep"])).order
     assert sorted(order[0].tolist()) == case["kept"]
 
 
@@ -144,7 +144,7 @@ def test_refusals(options, budget, match):
     ("options", "error", "match"),
     [
         ({"retained_tokens": 100}, ValueError, "sparsevlm: retained_tokens must be one of 192, 128, 96, 64, got 100"),
-        ({"recycle": "some"}, TypeError, "sparsevlm: recycle must be a float, got 'some'"),
+        ({"recycle": "some"}, TypeError, "sparsevlm: recycle must be a float, got str"),
         ({"recycle": 1.5}, ValueError, "sparsevlm: recycle must be between 0 and 1, got 1.5"),
         ({"recycle": math.nan}, ValueError, "sparsevlm: recycle must be between 0 and 1, got nan"),
         ({"per_cluster": 0}, ValueError, "sparsevlm: per_cluster must be at least 1, got 0"),
@@ -210,7 +210,7 @@ def test_the_best_of_the_rest_is_clustered(share, per_cluster, dtype, device):
         if margin < 1e-4:
             continue
         compared += 1
-        picked = method.leave(
+        picked = method.select_inside(
             inside(visual=visual.to(device), scores=seen.scores.to(device), k=seen.k, recycled=clusters)
         )
         assert picked.order[0].tolist() == ranked[:kept] + [spare[i] for i in centers]
@@ -228,7 +228,9 @@ def test_values_that_are_no_numbers_come_last(device):
     seen = inside(seed=2, k=20, recycled=2)
     seen.visual[0, 4], seen.scores[0, 9], seen.scores[0, 11] = math.nan, math.nan, math.inf
     method = methods.create("sparsevlm")
-    picked = method.leave(inside(visual=seen.visual.to(device), scores=seen.scores.to(device), k=20, recycled=2))
+    picked = method.select_inside(
+        inside(visual=seen.visual.to(device), scores=seen.scores.to(device), k=20, recycled=2)
+    )
     assert not torch.isin(picked.order.cpu(), torch.tensor([4, 9, 11])).any()
     assert methods.merge(seen.visual.to(device), picked).isfinite().all()
 
@@ -236,10 +238,10 @@ def test_values_that_are_no_numbers_come_last(device):
 def test_a_prompt_does_not_depend_on_its_batch(device):
     method, seen = methods.create("sparsevlm"), inside(prompts=5, k=22, recycled=2)
     visual, scores = seen.visual.to(device), seen.scores.to(device)
-    together = method.leave(inside(visual=visual, scores=scores, k=22, recycled=2))
+    together = method.select_inside(inside(visual=visual, scores=scores, k=22, recycled=2))
     rows = methods.merge(visual, together)
     for row in range(5):
-        alone = method.leave(inside(visual=visual[[row]], scores=scores[[row]], k=22, recycled=2))
+        alone = method.select_inside(inside(visual=visual[[row]], scores=scores[[row]], k=22, recycled=2))
         assert torch.equal(alone.order[0], together.order[row])
         assert torch.equal(alone.assignment[0], together.assignment[row])
         assert torch.equal(methods.merge(visual[[row]], alone)[0], rows[row])

@@ -16,17 +16,8 @@ SHARES = (0.1, 0.9)  # min and max share of attention tokens
 COUNTS = (0.8, 1.2)  # min and max count, relative to the requested k (App. B.5)
 
 
-def share(op: str, name: str, value: Any) -> None:
-    """Checks that `value` is a number in [0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{op}: {name} must be a float, got {value!r}")
-    if not 0 <= value <= 1:
-        raise ValueError(f"{op}: {name} must be between 0 and 1, got {value}")
-
-
 def positive(op: str, name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{op}: {name} must be a float, got {value!r}")
+    _checks.number(op, name, value)
     if not 0 < value < float("inf"):
         raise ValueError(f"{op}: {name} must be above 0 and finite, got {value}")
 

@@ -25,14 +25,6 @@ def check_amount(op: str, name: str, value: Any) -> None:
         )
 
 
-def check_share(op: str, name: str, value: Any) -> None:
-    """Checks that `value` is a number in (0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{op}: {name} must be a float, got {value!r}")
-    if not 0 < value <= 1:
-        raise ValueError(f"{op}: {name} must be above 0 and at most 1, got {value}")
-
-
 def round_half_up(value: float) -> int:
     return math.floor(value + 0.5)
 
@@ -170,27 +162,47 @@ def check_after(method: str, budget: int | float, layer: int, layers: int) -> No
 
 
 def one_cut(
-    name: str, budget: Budget, prune_layer: int, ratio: float, layers: int
+    name: str, budget: Budget, prune_layer: int | None, ratio: float, layers: int
 ) -> tuple[int, Callable[[Sequence[int]], int]]:
     """Prune layer and `Cut.keep` of a method with one cut.
 
     `budget.budget` or `budget.ratios` sets the number of tokens; without them, `ratio` does. prune_layer: the method's
-    option; its default must be 2.
+    option; None: 2.
 
     Raises:
         ValueError: prune_layer and layers both given, several layers, a layer out of range, or an impossible budget.
     """
-    if budget.layers is not None and prune_layer != 2:
-        raise ValueError(f"{name}: give either prune_layer or layers, both name the layer")
+    layer = 2 if prune_layer is None else prune_layer
     if budget.layers is None:
-        check_layer(name, "prune_layer", prune_layer, layers)
-    named = (prune_layer,) if budget.layers is None else tuple(budget.layers)
-    if len(named) != 1:
-        raise ValueError(f"{name}: layers must name one layer, got {list(named)}")
+        check_layer(name, "prune_layer", layer, layers)
+    elif prune_layer is not None:
+        raise ValueError(f"{name}: give either prune_layer or layers, both name the layer")
+    elif len(budget.layers) != 1:
+        raise ValueError(f"{name}: layers must name one layer, got {list(budget.layers)}")
+    else:
+        layer = budget.layers[0]
     if budget.budget is None:
-        return named[0], partial(prompt_total, shares_of(budget.ratios or [float(ratio)]))
-    check_after(name, budget.budget, named[0], layers)
-    return named[0], partial(prompt_after, name, budget.budget, named[0], layers)
+        return layer, partial(prompt_total, shares_of(budget.ratios or [float(ratio)]))
+    check_after(name, budget.budget, layer, layers)
+    return layer, partial(prompt_after, name, budget.budget, layer, layers)
+
+
+def prune_layers(
+    method: str, budget: Budget, layers: int, default: Callable[[int], tuple[int, ...]]
+) -> tuple[int, ...]:
+    """Prune layers of a method with several cuts: those of the budget, or else `default(layers)`.
+
+    Raises:
+        ValueError: the LLM has one layer, or the number of ratios is not that of the layers.
+    """
+    if layers < 2:
+        raise ValueError(f"{method}: layers of the LLM must be at least 2, got {layers}")
+    places = default(layers) if budget.layers is None else tuple(budget.layers)
+    if budget.ratios is not None and len(budget.ratios) != len(places):
+        raise ValueError(
+            f"{method}: ratios must have one number for each of the layers {list(places)}, got {len(budget.ratios)}"
+        )
+    return places
 
 
 def early_layers(layers: int) -> tuple[int, ...]:

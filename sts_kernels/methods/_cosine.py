@@ -5,7 +5,8 @@ from torch import Tensor
 
 
 def unit(x: Tensor) -> Tensor:
-    """L2-normalised rows; zero rows stay zero."""
+    """L2-normalised rows in float64; zero rows stay zero."""
+    x = x.double()
     norm = x.norm(dim=-1, keepdim=True)
     return x / torch.where(norm > 0, norm, 1.0)
 

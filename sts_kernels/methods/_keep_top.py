@@ -5,12 +5,13 @@ import math
 import torch
 
 from .. import _checks
+from ._rank import inverse
 
 
 def _check(scores: torch.Tensor, candidates: torch.Tensor, k: int) -> None:
     op = "keep_top"
-    _checks.tensor(op, "scores", scores, (*_checks.FLOATING, torch.float64), "(B, S)", 2)
-    _checks.tensor(op, "candidates", candidates, (torch.bool,), "(B, S)", 2)
+    _checks.tensor(op, "scores", scores, _checks.SCORES, "(B, S)")
+    _checks.tensor(op, "candidates", candidates, (torch.bool,), "(B, S)")
     if candidates.shape != scores.shape:
         raise ValueError(
             f"{op}: candidates must have the shape of scores, {tuple(scores.shape)}, got {tuple(candidates.shape)}"
@@ -51,10 +52,7 @@ def best_of(scores: torch.Tensor, candidates: torch.Tensor, count: torch.Tensor)
 
     count: (B,) int64, any values. A row with fewer candidates keeps all of them. Shapes do not depend on `count`.
     """
-    ranked = _ranked(scores, candidates)
-    place = torch.arange(ranked.shape[1], device=ranked.device).expand_as(ranked)
-    rank = torch.empty_like(ranked).scatter_(1, ranked, place)
-    return candidates & (rank < count[:, None])
+    return candidates & (inverse(_ranked(scores, candidates)) < count[:, None])
 
 
 def _ranked(scores: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:

@@ -1,40 +1,42 @@
 """Selection of packed items: items of equal (length, budget) run as one batch, without padding."""
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .. import _checks
-from ._pool import ARGUMENTS, SCORES, Pool
+from ._pool import ARGUMENTS, Pool
 
-_constants: dict[Any, Tensor] | None = None
+_constants: ContextVar[dict[Any, Tensor] | None] = ContextVar("constants", default=None)
 
 
 @contextlib.contextmanager
 def constants(store: dict[Any, Tensor]) -> Iterator[None]:
-    """Makes `host` copy each list once and cache it in `store`.
+    """Makes `host` copy each list once and cache it in `store`, in this thread.
 
     A CUDA graph must not copy from the host. `store` must live as long as the graph that reads it.
     """
-    global _constants
-    before, _constants = _constants, store
+    token = _constants.set(store)
     try:
         yield
     finally:
-        _constants = before
+        _constants.reset(token)
 
 
 def host(values: Sequence[int], device: Any, dtype: torch.dtype = torch.int64) -> Tensor:
     """Copies host ints to `device`, whatever torch's default device is; cached within `constants`. No read-back."""
-    if torch.compiler.is_compiling() or _constants is None:
-        return copied(tuple(values), str(device), dtype)
     key = (tuple(values), str(device), dtype)
-    if key not in _constants:
-        _constants[key] = copied(*key)
-    return _constants[key]
+    store = None if torch.compiler.is_compiling() else _constants.get()
+    if store is None:
+        return copied(*key)
+    if key not in store:
+        store[key] = copied(*key)
+    return store[key]
 
 
 def copied(values: tuple[int, ...], device: str, dtype: torch.dtype) -> Tensor:
@@ -44,10 +46,7 @@ def copied(values: tuple[int, ...], device: str, dtype: torch.dtype) -> Tensor:
 
 def offsets(lengths: Sequence[int]) -> list[int]:
     """Exclusive prefix sums with the total appended, len(lengths) + 1 values, like `cu_seqlens`."""
-    starts = [0]
-    for length in lengths:
-        starts.append(starts[-1] + length)
-    return starts
+    return [*itertools.accumulate(lengths, initial=0)]
 
 
 def check(
@@ -81,8 +80,8 @@ def check(
     for name, value in given.items():
         if value is None:
             continue
-        dtypes = SCORES if name == "scores" else _checks.FLOATING
-        _checks.tensor(op, name, value, dtypes, shapes[name], shapes[name].count(",") + (name != "scores"))
+        dtypes = _checks.SCORES if name == "scores" else _checks.FLOATING
+        _checks.tensor(op, name, value, dtypes, shapes[name])
         rows, what = (len(lengths), "items") if name == "text" else (sum(lengths), "sum of lengths")
         if value.shape[0] != rows:
             raise ValueError(f"{op}: {name} must have {rows} rows, the {what}, got {tuple(value.shape)}")

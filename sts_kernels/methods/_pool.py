@@ -8,7 +8,6 @@ from torch import Tensor
 
 from .. import _checks
 
-SCORES = (*_checks.FLOATING, torch.float64)
 ARGUMENTS = {  # signal -> argument of `Method.select`
     "features": "features",
     "attention": "scores",
@@ -17,7 +16,7 @@ ARGUMENTS = {  # signal -> argument of `Method.select`
     "text": "text",
 }
 SHAPES = {"features": "(B, N, C)", "scores": "(B, N)", "keys": "(B, N, D)", "text": "(B, M, C)"}
-ABSENT = cast(Tensor, None)  # a signal that the method does not name and does not read
+ABSENT = cast(Tensor, None)  # a signal that is not given; a method reads only the signals that it names
 
 
 @dataclass(frozen=True)
@@ -81,10 +80,10 @@ class Pool:
         if features is not None:
             _checks.features(op, features)
         if scores is not None:
-            _checks.tensor(op, "scores", scores, SCORES, "(B, N)", 2)
+            _checks.tensor(op, "scores", scores, _checks.SCORES, "(B, N)")
         for name, value in (("keys", keys), ("text", text)):
             if value is not None:
-                _checks.tensor(op, name, value, _checks.FLOATING, SHAPES[name], 3)
+                _checks.tensor(op, name, value, _checks.FLOATING, SHAPES[name])
         tensors = {name: value for name, value in given.items() if value is not None}
         sizes = [(name, tensors[name]) for name in ("features", "scores", "keys") if name in tensors]
         if not sizes:
@@ -100,7 +99,7 @@ class Pool:
         _checks.integer(op, "k", k, 1, tokens, " (the number of tokens)")
         if num_tokens is not None:
             _checks.index_vector(op, "num_tokens", num_tokens, batch, "(B,)", like)
-            _check_counts(op, num_tokens, tokens)
+            _checks.counts(op, "num_tokens", num_tokens, tokens, "tokens")
         return Pool.sized(k, batch, tokens, like.device, num_tokens, **given)
 
     @staticmethod
@@ -113,11 +112,3 @@ class Pool:
             count = torch.where((count >= 0) & (count <= tokens), count, 0)
         present = torch.arange(tokens, device=device) < count[:, None]
         return Pool(k, count, present, num_tokens, **signals)
-
-
-def _check_counts(op: str, num_tokens: Tensor, tokens: int) -> None:
-    if not _checks.values_readable(num_tokens):
-        return
-    for item, count in enumerate(num_tokens.tolist()):
-        if not 0 <= count <= tokens:
-            raise ValueError(f"{op}: num_tokens[{item}] must be between 0 and {tokens}, its tokens, got {count}")

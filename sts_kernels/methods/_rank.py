@@ -15,6 +15,12 @@ def descending(scores: Tensor, present: Tensor) -> Tensor:
     return scores.masked_fill(~usable, -math.inf).sort(dim=1, descending=True, stable=True).indices
 
 
+def inverse(order: Tensor) -> Tensor:
+    """(B, N) int64: rank of each token, for a permutation `order` (B, N) of the tokens."""
+    rank = torch.arange(order.shape[1], device=order.device)
+    return torch.empty_like(order).scatter_(1, order, rank.expand_as(order))
+
+
 def first_of(mask: Tensor) -> Tensor:
     """(B,) int64: lowest index where `mask` (B, N) is True; 0 if there is none."""
     return mask.to(torch.uint8).argmax(1)

@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import _checks
 from ..ops import suppress_select, suppress_select_varlen
 from . import _adaptive, _packed
-from ._rank import descending
+from ._rank import descending, inverse
 from .base import Pool, Selection, option
 
 SLOPE = 0.01  # increase of tau per rank (Eq. 6)
@@ -43,10 +43,7 @@ class AdaVTP(_adaptive.Adaptive):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.tau_max, bool) or not isinstance(self.tau_max, int | float):
-            raise TypeError(f"{self.name}: tau_max must be a float, got {self.tau_max!r}")
-        if not 0 <= self.tau_max <= 2:
-            raise ValueError(f"{self.name}: tau_max must be a cosine distance between 0 and 2, got {self.tau_max}")
+        _checks.between(self.name, "tau_max", self.tau_max, 0, 2)
         _checks.one_of(self.name, "space", self.space, SPACES)
         _checks.one_of(self.name, "count", self.count, ("fixed", "adaptive"))
         object.__setattr__(self, "site", self.space)
@@ -62,9 +59,7 @@ class AdaVTP(_adaptive.Adaptive):
     def walk(self, pool: Pool) -> tuple[Tensor, Tensor]:
         """Rank (B, N) int64, 0-based, -1 for unusable tokens; tau (B, N) float32."""
         usable = pool.finite("features", "scores")
-        ranked = descending(pool.scores, usable)
-        place = torch.arange(pool.tokens, device=pool.device).expand_as(ranked)
-        rank = torch.empty_like(ranked).scatter_(1, ranked, place)
+        rank = inverse(descending(pool.scores, usable))
         slope = SLOPE * self.measure(pool, usable).double() / self.erank_avg
         tau = ((rank + 1) * slope[:, None]).clamp(max=self.tau_max).float()
         return rank.masked_fill(~usable, -1), tau

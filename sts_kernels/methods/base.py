@@ -15,6 +15,8 @@ from ._pool import ABSENT, Pool
 
 __all__ = ["Budget", "Cut", "Inside", "Method", "Plan", "Pool", "Selection", "option"]
 
+SCOPES, POSITIONS = ("image", "crop"), ("original", "contiguous")  # values of `Method.scope` and `Method.positions`
+
 
 @dataclass(frozen=True, eq=False)
 class Selection:
@@ -140,6 +142,7 @@ class Method:
         scope: candidates of one selection. "image": the whole image. "crop": each crop, tile or frame.
         positions: position ids of the kept tokens in the LLM, "original" or "contiguous".
         takes: the options of `Budget` that the method accepts.
+        merges: whether `select` merges tokens: its Selection has an assignment.
         nested: whether the first k' picks of a selection of k equal the selection of k'.
         adaptive: whether the number of kept tokens depends on the tokens; see `counts`.
         synchronises: whether selecting waits for the CUDA device, which rules out CUDA graph capture.
@@ -153,6 +156,7 @@ class Method:
     scope: ClassVar[str] = "image"
     positions: ClassVar[str] = "original"
     takes: ClassVar[tuple[str, ...]] = ("budget", "keep")
+    merges: ClassVar[bool] = False
     nested: ClassVar[bool] = True
     adaptive: ClassVar[bool] = False
     synchronises: ClassVar[bool] = False

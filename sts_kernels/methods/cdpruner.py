@@ -45,8 +45,7 @@ class CDPruner(Method):
 
     def __post_init__(self) -> None:
         _checks.one_of(self.name, "by", self.by, RELEVANCE)
-        if not isinstance(self.negate, bool):
-            raise TypeError(f"{self.name}: negate must be True or False, got {self.negate!r}")
+        _checks.flag(self.name, "negate", self.negate)
         if self.by == "text":
             object.__setattr__(self, "signals", frozenset({"features", "text"}))
 
@@ -65,8 +64,8 @@ class CDPruner(Method):
                 f"{self.name}: text must have the {image.shape[2]} channels of {name}, got {pool.text.shape[2]}; give "
                 "image embeddings of the text's space as keys"
             )
-        text = unit(pool.text.double()).mean(1)
-        cosine = (unit(image.double()) * text[:, None]).sum(-1).float()
+        text = unit(pool.text).mean(1)
+        cosine = (unit(image) * text[:, None]).sum(-1).float()
         return -cosine if self.negate else cosine
 
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from ._budget import Budget, check_share, everything, one_cut
+from ._budget import Budget, everything, one_cut
+from ._cosine import unit
 from ._merge import rows
 from ._rank import descending
 from .base import Cut, Inside, Method, Plan, Selection, option
@@ -33,14 +34,15 @@ class DART(Method):
     site: ClassVar[None] = None
     takes: ClassVar[tuple[str, ...]] = ("budget", "layers", "ratios")
 
-    prune_layer: int = option(2, "layers that run on all tokens (the paper's K)")
+    prune_layer: int | None = option(None, "layers that run on all tokens (the paper's K); None: 2")
     ratio: float = option(0.5, "share of the tokens that stays, without a budget or ratios (the paper's 1 - R)")
     pivots_image: int = option(4, "visual tokens that are pivots")
     pivots_text: int = option(4, "text tokens behind the image that are pivots")
 
     def __post_init__(self) -> None:
-        _checks.integer(self.name, "prune_layer", self.prune_layer, 1)
-        check_share(self.name, "ratio", self.ratio)
+        if self.prune_layer is not None:
+            _checks.integer(self.name, "prune_layer", self.prune_layer, 1)
+        _checks.share(self.name, "ratio", self.ratio)
         _checks.integer(self.name, "pivots_image", self.pivots_image, 0)
         _checks.integer(self.name, "pivots_text", self.pivots_text, 0)
         if not self.pivots_image + self.pivots_text:
@@ -48,9 +50,9 @@ class DART(Method):
 
     def make_plan(self, budget: Budget, layers: int, default_layer: int | None) -> Plan:
         layer, keep = one_cut(self.name, budget, self.prune_layer, self.ratio, layers)
-        return Plan(layers, everything, (Cut(layer, keep, queries="keys", select=self.leave),))
+        return Plan(layers, everything, (Cut(layer, keep, queries="keys", select=self.select_inside),))
 
-    def leave(self, inside: Inside) -> Selection:
+    def select_inside(self, inside: Inside) -> Selection:
         image, text = min(self.pivots_image, inside.k), min(self.pivots_text, inside.text.shape[1])
         visual = unit(inside.norm(inside.visual))
         chosen = descending(inside.scores, torch.ones_like(inside.scores, dtype=torch.bool))[:, :image]
@@ -59,13 +61,6 @@ class DART(Method):
         pivots = torch.cat([rows(visual, first), unit(inside.norm(rows(inside.text, second)))], dim=1)
         active = torch.cat([torch.ones_like(first, dtype=torch.bool), inside.text_mask.gather(1, second)], dim=1)
         return Selection(least_alike(visual, pivots, chosen, shares(inside.k - image, active), inside.k))
-
-
-def unit(x: Tensor) -> Tensor:
-    """L2-normalised rows in float64; zero rows stay zero. Cosines rounded to float32 do not depend on the batch."""
-    x = x.double()
-    norm = x.norm(dim=-1, keepdim=True)
-    return x / torch.where(norm > 0, norm, 1.0)
 
 
 def descending_of_any(scores: Tensor, mask: Tensor) -> Tensor:

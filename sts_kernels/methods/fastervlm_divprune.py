@@ -6,9 +6,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .. import _checks
 from ..ops import farthest_select, farthest_select_varlen, nearest
 from . import _adaptive, _packed
-from ._rank import descending
+from ._rank import descending, inverse
 from .base import Pool, Selection, option
 
 
@@ -33,7 +34,7 @@ class FasterVLMDivPrune(_adaptive.Mixing):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _adaptive.share(self.name, "attention_ratio", self.attention_ratio)
+        _checks.between(self.name, "attention_ratio", self.attention_ratio, 0, 1)
 
     def pick(self, pool: Pool) -> Selection:
         first, attended, start = self.begin(pool)
@@ -58,9 +59,7 @@ class FasterVLMDivPrune(_adaptive.Mixing):
         first = ranked[:, : pool.k]
         row = first[..., None].expand(-1, -1, pool.features.shape[2])
         _, cosine = nearest(pool.features, pool.features.gather(1, row), num_keys=torch.minimum(attended, number)[:, 0])
-        place = torch.arange(pool.tokens, device=pool.device)
-        rank = torch.empty_like(ranked).scatter_(1, ranked, place.expand_as(ranked))
-        return first, attended, torch.where(usable & (rank >= attended), (2 - 2 * cosine).clamp(min=0), -1.0)
+        return first, attended, torch.where(usable & (inverse(ranked) >= attended), (2 - 2 * cosine).clamp(min=0), -1.0)
 
     def select_packed(
         self,

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from .. import _checks
-from ._budget import Budget, check_share, everything, one_cut
+from ._budget import Budget, everything, one_cut
 from .base import Cut, Method, Plan, option
 
 
@@ -25,12 +25,13 @@ class FastV(Method):
     site: ClassVar[None] = None
     takes: ClassVar[tuple[str, ...]] = ("budget", "layers", "ratios")
 
-    prune_layer: int = option(2, "layers that run on all tokens (the paper's K)")
+    prune_layer: int | None = option(None, "layers that run on all tokens (the paper's K); None: 2")
     ratio: float = option(0.5, "share of the tokens that stays, without a budget or ratios (the paper's 1 - R)")
 
     def __post_init__(self) -> None:
-        _checks.integer(self.name, "prune_layer", self.prune_layer, 1)
-        check_share(self.name, "ratio", self.ratio)
+        if self.prune_layer is not None:
+            _checks.integer(self.name, "prune_layer", self.prune_layer, 1)
+        _checks.share(self.name, "ratio", self.ratio)
 
     def make_plan(self, budget: Budget, layers: int, default_layer: int | None) -> Plan:
         layer, keep = one_cut(self.name, budget, self.prune_layer, self.ratio, layers)

@@ -17,13 +17,14 @@ from ._budget import (
     entering,
     everything,
     prompt_total,
+    prune_layers,
     round_half_up,
     shares_of,
     solved,
     take,
 )
 from ._density_peaks import density_peaks
-from ._rank import descending
+from ._rank import descending, inverse
 from ._raters import alignment, raters
 from .base import Cut, Inside, Method, Plan, Pool, Selection, option
 
@@ -48,6 +49,7 @@ class PolyMorphic(Method):
     paper: ClassVar[str] = "PolyMorphic: Plug-and-Play Visual Token Compression for Scalable VLMs, ICLR 2026 submission"
     signals: ClassVar[frozenset[str]] = frozenset({"features", "attention"})
     takes: ClassVar[tuple[str, ...]] = ("budget", "keep", "layers", "ratios")
+    merges: ClassVar[bool] = True
     nested: ClassVar[bool] = False
 
     retained: float = option(5.4, "parts of the tokens left that are kept as they are")
@@ -58,9 +60,7 @@ class PolyMorphic(Method):
 
     def __post_init__(self) -> None:
         for name in ("retained", "merged", "factor"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise TypeError(f"{self.name}: {name} must be a float, got {value!r}")
+            _checks.number(self.name, name, getattr(self, name))
         for name in ("retained", "merged"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{self.name}: {name} must be at least 0 and finite, got {getattr(self, name)}")
@@ -70,8 +70,7 @@ class PolyMorphic(Method):
             raise ValueError(f"{self.name}: factor must be at least 1 and finite, got {self.factor}")
         if self.density_neighbors is not None:
             _checks.integer(self.name, "density_neighbors", self.density_neighbors, 1)
-        if not isinstance(self.llm_only, bool):
-            raise TypeError(f"{self.name}: llm_only must be True or False, got {self.llm_only!r}")
+        _checks.flag(self.name, "llm_only", self.llm_only)
 
     def split(self, k: int) -> int:
         """Number of the k tokens that are kept unmerged: round(k retained / (retained + merged))."""
@@ -80,11 +79,9 @@ class PolyMorphic(Method):
     # --- numbers ---
 
     def make_plan(self, budget: Budget, layers: int, default_layer: int | None) -> Plan:
-        if layers < 2:
-            raise ValueError(f"{self.name}: layers of the LLM must be at least 2, got {layers}")
         if self.llm_only and budget.keep is not None:
             raise ValueError(f"{self.name}: keep must be left out with llm_only, all tokens enter the LLM")
-        places = early_layers(layers) if budget.layers is None else tuple(budget.layers)
+        places = prune_layers(self.name, budget, layers, early_layers)
         if budget.budget is not None:
             return self._solved(budget.budget, places, layers)
         keep = everything if budget.keep is None else partial(take, budget.keep)
@@ -94,11 +91,6 @@ class PolyMorphic(Method):
             if budget.layers is not None:
                 raise ValueError(f"{self.name}: layers must come with ratios where keep is given")
             return Plan(layers, keep)
-        if len(budget.ratios) != len(places):
-            raise ValueError(
-                f"{self.name}: ratios must have one number for each of the layers {list(places)}, "
-                f"got {len(budget.ratios)}"
-            )
         keeps = [keep, *shares_of(budget.ratios)]
         return self._plan(keep, [partial(prompt_total, keeps[: i + 2]) for i in range(len(places))], places, layers)
 
@@ -122,7 +114,7 @@ class PolyMorphic(Method):
         places: Sequence[int],
         layers: int,
     ) -> Plan:
-        cuts = (Cut(p, total, "text", select=self.leave) for p, total in zip(places, totals, strict=True))
+        cuts = (Cut(p, total, "text", select=self.select_inside) for p, total in zip(places, totals, strict=True))
         return Plan(layers, keep, tuple(cuts))
 
     # --- stage 1 ---
@@ -137,10 +129,10 @@ class PolyMorphic(Method):
 
         An item of fewer than k tokens is split as if k were its number of tokens.
         """
-        (batch, tokens), device = ranked.shape, ranked.device
+        tokens, device = ranked.shape[1], ranked.device
         slot = torch.arange(tokens, device=device)
         retained = _packed.host([self.split(size) for size in range(k + 1)], device)[count.clamp(max=k)][:, None]
-        rank = torch.empty_like(ranked).scatter_(1, ranked, slot.expand(batch, -1))
+        rank = inverse(ranked)
         assignment = torch.where(rank < torch.minimum(retained, count[:, None]), rank, -1)
         clusters = k - self.split(k)
         if not clusters:
@@ -150,7 +142,7 @@ class PolyMorphic(Method):
         where = (~others).to(torch.int8).sort(dim=1, stable=True).indices
         rest = features.gather(1, where[:, :width, None].expand(-1, -1, features.shape[2]))
         centers, members = density_peaks(rest, clusters, self.density_neighbors, count - retained[:, 0])
-        home = torch.empty_like(where).scatter_(1, where, slot.expand(batch, -1)).clamp(max=width - 1)
+        home = inverse(where).clamp(max=width - 1)
         cluster = members.gather(1, home)
         assignment = torch.where(others & (cluster >= 0), cluster + retained, assignment)
         of_cluster = (slot[:k] - retained).clamp(0, clusters - 1)
@@ -159,7 +151,7 @@ class PolyMorphic(Method):
 
     # --- stage 2 ---
 
-    def leave(self, inside: Inside) -> Selection:
+    def select_inside(self, inside: Inside) -> Selection:
         aligned = alignment(inside.visual, inside.text, inside.text_mask, inside.visual.shape[-1] ** -0.5)
         score = (aligned * raters(aligned, inside.text_mask)[:, None]).sum(-1)
         finite = inside.visual.isfinite().all(-1)

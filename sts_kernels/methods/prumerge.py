@@ -12,7 +12,7 @@ from .. import _checks
 from ..ops import scatter_mean
 from . import _merge
 from ._cosine import cosine, unit
-from ._rank import descending
+from ._rank import descending, inverse
 from .base import Method, Pool, Selection, option
 
 BLOCK = 1 << 24  # max cosines computed at once: 128 MiB in float64
@@ -39,21 +39,21 @@ class PruMerge(Method):
     signals: ClassVar[frozenset[str]] = frozenset({"attention", "keys"})
     encoder_attention: ClassVar[str] = "last"
     scope: ClassVar[str] = "crop"
+    merges: ClassVar[bool] = True
     nested: ClassVar[bool] = False
 
     plus: bool = option(False, "PruMerge+: three quarters of the tokens evenly spread")
     neighbours: int = option(32, "tokens merged into each one that is picked")
 
     def __post_init__(self) -> None:
-        if not isinstance(self.plus, bool):
-            raise TypeError(f"{self.name}: plus must be True or False, got {self.plus!r}")
+        _checks.flag(self.name, "plus", self.plus)
         _checks.integer(self.name, "neighbours", self.neighbours, 1)
 
     def pick(self, pool: Pool) -> Selection:
         usable = pool.finite("scores", "keys")
         ranked, number = descending(pool.scores, usable), usable.sum(1, keepdim=True)
         place = torch.arange(pool.tokens, device=pool.device)
-        rank = torch.empty_like(ranked).scatter_(1, ranked, place.expand_as(ranked))
+        rank = inverse(ranked)
         kept = number.clamp(max=pool.k)
         # One slot is reserved for the row of all others, if there are others and more than one slot.
         picks = torch.where((kept > 1) & (number > kept), kept - 1, kept)
@@ -91,7 +91,7 @@ class PruMerge(Method):
 
     def nearby(self, pool: Pool, order: Tensor, usable: Tensor) -> Tensor:
         """(B, k, neighbours) int64: usable tokens most similar by key to each slot's token; -1 past their number."""
-        x = unit(torch.where(usable[..., None], pool.keys, 0).double())
+        x = unit(torch.where(usable[..., None], pool.keys, 0))
         position = torch.arange(pool.tokens, device=pool.device)
         near, step = [], max(1, BLOCK // max(1, pool.batch * pool.tokens))
         for part in order.split(step, 1):

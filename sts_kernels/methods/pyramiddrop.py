@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
-from ._budget import Budget, check_share, common_ratio, everything, prompt_total, solved, take
+from .. import _checks
+from ._budget import Budget, common_ratio, everything, prompt_total, prune_layers, solved, take
 from .base import Cut, Method, Plan, option
 
 
@@ -31,17 +32,10 @@ class PyramidDrop(Method):
     ratio: float = option(0.5, "share of its tokens that each prune layer leaves, without a budget or ratios (lambda)")
 
     def __post_init__(self) -> None:
-        check_share(self.name, "ratio", self.ratio)
+        _checks.share(self.name, "ratio", self.ratio)
 
     def make_plan(self, budget: Budget, layers: int, default_layer: int | None) -> Plan:
-        if layers < 2:
-            raise ValueError(f"{self.name}: layers of the LLM must be at least 2, got {layers}")
-        places = quarters(layers) if budget.layers is None else tuple(budget.layers)
-        if budget.ratios is not None and len(budget.ratios) != len(places):
-            raise ValueError(
-                f"{self.name}: ratios must have one number for each of the layers {list(places)}, "
-                f"got {len(budget.ratios)}"
-            )
+        places = prune_layers(self.name, budget, layers, quarters)
         if budget.ratios is not None:
             keeps = [partial(floor_share, ratio) for ratio in budget.ratios]
         elif budget.budget is None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from ._budget import Budget, check_after, early_layers, everything, prompt_total, shares_of, take
+from ._budget import Budget, check_after, early_layers, everything, prompt_total, prune_layers, shares_of, take
 from ._density_peaks import density_peaks
 from ._rank import descending
 from ._raters import alignment, raters
@@ -55,10 +55,7 @@ class SparseVLM(Method):
         if self.retained_tokens is not None and self.retained_tokens not in TABLES:
             known = ", ".join(map(str, TABLES))
             raise ValueError(f"{self.name}: retained_tokens must be one of {known}, got {self.retained_tokens!r}")
-        if isinstance(self.recycle, bool) or not isinstance(self.recycle, int | float):
-            raise TypeError(f"{self.name}: recycle must be a float, got {self.recycle!r}")
-        if not 0 <= self.recycle <= 1:
-            raise ValueError(f"{self.name}: recycle must be between 0 and 1, got {self.recycle}")
+        _checks.between(self.name, "recycle", self.recycle, 0, 1)
         _checks.integer(self.name, "per_cluster", self.per_cluster, 1)
 
     # --- numbers ---
@@ -71,9 +68,7 @@ class SparseVLM(Method):
         return best, min(best, best // self.per_cluster + 1)
 
     def make_plan(self, budget: Budget, layers: int, default_layer: int | None) -> Plan:
-        if layers < 2:
-            raise ValueError(f"{self.name}: layers of the LLM must be at least 2, got {layers}")
-        places = early_layers(layers) if budget.layers is None else tuple(budget.layers)
+        places = prune_layers(self.name, budget, layers, early_layers)
         if self.retained_tokens is not None and (budget.budget is not None or budget.ratios is not None):
             other = "budget" if budget.budget is not None else "ratios"
             raise ValueError(f"{self.name}: give either retained_tokens or {other}, both say how many tokens stay")
@@ -87,13 +82,19 @@ class SparseVLM(Method):
             if ratios is None:
                 raise ValueError(f"{self.name}: give budget, ratios or retained_tokens, for example budget=192")
             if len(ratios) != len(places):
-                what = "ratios" if budget.ratios is not None else "retained_tokens"
                 raise ValueError(
-                    f"{self.name}: {what} must have one number for each of the layers {list(places)}, got {len(ratios)}"
+                    f"{self.name}: retained_tokens must have one number for each of the layers {list(places)}, "
+                    f"got {len(ratios)}"
                 )
             counts = partial(self._of_shares, shares_of(ratios))
         cuts = (
-            Cut(place, partial(_left, counts, i), "raters", select=self.leave, recycled=partial(_recycled, counts, i))
+            Cut(
+                place,
+                partial(_kept, counts, i),
+                "raters",
+                select=self.select_inside,
+                recycled=partial(_recycled, counts, i),
+            )
             for i, place in enumerate(places)
         )
         return Plan(layers, everything, tuple(cuts))
@@ -124,7 +125,7 @@ class SparseVLM(Method):
         aligned = alignment(visual, text, text_mask, 1.0)
         return raters(aligned if visual_mask is None else aligned * visual_mask[..., None], text_mask)
 
-    def leave(self, inside: Inside) -> Selection:
+    def select_inside(self, inside: Inside) -> Selection:
         present = torch.ones_like(inside.scores, dtype=torch.bool)
         finite = inside.visual.isfinite().all(-1)
         ranked = descending(inside.scores.masked_fill(~finite, torch.nan), present)
@@ -140,7 +141,7 @@ class SparseVLM(Method):
         return Selection(torch.cat([ranked[:, :kept], spare.gather(1, centers)], dim=1), assignment, method=self)
 
 
-def _left(counts: Any, index: int, images: Sequence[int]) -> int:
+def _kept(counts: Any, index: int, images: Sequence[int]) -> int:
     return sum(counts(images)[index]) if sum(images) else 0
 
 

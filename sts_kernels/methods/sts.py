@@ -17,7 +17,6 @@ from ._budget import (
     check_after,
     check_amount,
     check_layer,
-    check_share,
     everything,
     prompt_after,
     prompt_total,
@@ -25,10 +24,9 @@ from ._budget import (
     shares_of,
     take,
 )
-from .base import Cut, Method, Plan, Pool, Selection, option
+from .base import SCOPES, Cut, Method, Plan, Pool, Selection, option
 
 ANCHORS = ("mean", "first", "saliency")
-SCOPES = ("image", "crop")
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ class STSConfig:
             raise ValueError("STSConfig: give either budget, or keep and keep_after; budget solves for the other two")
         if self.prune_layer is not None:
             _checks.integer("STSConfig", "prune_layer", self.prune_layer, 1)
-        check_share("STSConfig", "rho", self.rho)
+        _checks.share("STSConfig", "rho", self.rho)
         _checks.eps("STSConfig", self.eps)
         for name, allowed in (("anchor", ANCHORS), ("scope", SCOPES)):
             if getattr(self, name) not in allowed:
@@ -186,8 +184,7 @@ class STS(Method):
     llm_only: bool = option(False, "stage 2 alone: all tokens enter the LLM")
 
     def __post_init__(self) -> None:
-        if not isinstance(self.llm_only, bool):
-            raise TypeError(f"{self.name}: llm_only must be True or False, got {self.llm_only!r}")
+        _checks.flag(self.name, "llm_only", self.llm_only)
         with _named(self.name):
             self._config(keep=1.0)
         if self.anchor == "saliency":

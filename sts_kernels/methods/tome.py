@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops import nearest, scatter_mean
+from ._rank import inverse
 from .base import Method, Pool, Selection
 
 
@@ -27,6 +28,7 @@ class ToMe(Method):
     paper: ClassVar[str] = "Token Merging: Your ViT But Faster, arXiv 2210.09461"
     signals: ClassVar[frozenset[str]] = frozenset({"keys"})
     scope: ClassVar[str] = "crop"
+    merges: ClassVar[bool] = True
     nested: ClassVar[bool] = False
 
     def pick(self, pool: Pool) -> Selection:
@@ -34,7 +36,7 @@ class ToMe(Method):
         place, keys = torch.arange(pool.tokens, device=pool.device), pool.keys.float()
         # Usable tokens in image order, then unusable, then absent tokens.
         order = (place + pool.tokens * (2 * ~pool.present + (pool.present & ~usable))).argsort(1)
-        slot = torch.empty_like(order).scatter_(1, order, place.expand_as(order))
+        slot = inverse(order)
         left, length = usable.sum(1), pool.tokens
         while length > pool.k:
             mean, _ = scatter_mean(keys, torch.where(usable, slot, -1), length)
@@ -65,7 +67,7 @@ def matching(keys: Tensor, left: Tensor, merged: Tensor) -> tuple[Tensor, Tensor
     partner, value = nearest(keys[:, ::2], keys[:, 1::2], num_keys=left[:, 0] // 2)
     pair = place[: partner.shape[1]]
     ranked = value.masked_fill(pair >= evens, -math.inf).sort(dim=1, descending=True, stable=True).indices
-    rank = torch.empty_like(ranked).scatter_(1, ranked, pair.expand_as(ranked))
+    rank = inverse(ranked)
     goes = rank < merged
     odd = evens - merged + place // 2
     moved = torch.where(place < left, odd, place - merged)

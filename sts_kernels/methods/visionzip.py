@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import _checks
 from ..ops import nearest
 from . import _merge
-from ._rank import descending
+from ._rank import descending, inverse
 from .base import Method, Pool, Selection, option
 
 
@@ -29,6 +29,7 @@ class VisionZip(Method):
     paper: ClassVar[str] = "VisionZip: Longer is Better but Not Necessary in Vision Language Models, arXiv 2412.04467"
     signals: ClassVar[frozenset[str]] = frozenset({"attention", "keys"})
     scope: ClassVar[str] = "crop"
+    merges: ClassVar[bool] = True
     nested: ClassVar[bool] = False
 
     dominant: int = option(54, "part of the tokens kept as they are, against contextual")
@@ -44,7 +45,7 @@ class VisionZip(Method):
         usable = pool.finite("scores", "keys")
         ranked = descending(pool.scores, usable)
         place = torch.arange(pool.tokens, device=pool.device)
-        rank = torch.empty_like(ranked).scatter_(1, ranked, place.expand_as(ranked))
+        rank = inverse(ranked)
         number = usable.sum(1, keepdim=True)
         kept = number.clamp(max=pool.k)  # slots filled by usable tokens
         dominant = self.dominant_of(kept)

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .. import _checks
 from ..ops import dedup_select
 from . import _adaptive
 from ._cosine import cosine, unit
@@ -42,7 +43,7 @@ class VisPruner(_adaptive.Mixing):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _adaptive.share(self.name, "important_ratio", self.important_ratio)
+        _checks.between(self.name, "important_ratio", self.important_ratio, 0, 1)
 
     def pick(self, pool: Pool) -> Selection:
         usable = pool.finite("features", "scores")
@@ -72,7 +73,7 @@ def mixed(features: Tensor, listed: Tensor, important: Tensor, k: int) -> Tensor
     tokens = listed.shape[1]
     place = torch.arange(tokens, device=listed.device)
     x = torch.where((listed >= 0)[..., None], features.gather(1, listed.clamp(min=0)[..., None].expand_as(features)), 0)
-    similarity = unit(x.double())
+    similarity = unit(x)
     similarity = cosine(similarity, similarity)  # indexed by list position
     left, keep = (listed >= 0).sum(1, keepdim=True) - important, k - important
     rest = (place + important).clamp(max=tokens - 1)

@@ -1,10 +1,18 @@
 """Triton kernels and launchers of `last_query_scores` and its varlen form. Imported at the first call on CUDA tensors.
 
-Long items take two launches. `split_kernel` reads every key once. Each program takes one split of an item's keys and a
-tile of the query heads that read one key head. It writes the logits and, per head, the split's maximum and sum of
-exponentials. `mean_kernel` combines the sums of the splits and writes the mean of the weights over heads. Small items
-take one launch, of `whole_kernel`: a second launch would take longer than one SM reading their keys. All sums run in a
-fixed order, without atomics. Logits are multiplied by log2(e), so exponentials are exp2.
+What: the mean over query heads of softmax(q K^T scale), for one query row per item.
+Chosen when: the tensors are on a GPU. Long items take steps (1) and (2). Small items take step (3) alone: a second
+    launch would take longer than one SM reading their keys.
+Steps:
+    (1) split_kernel: per split of an item's keys, key head and tile of its query heads, the logits and, per query head,
+        the maximum and the sum of exponentials of the split. Every key is read once.
+    (2) mean_kernel: per block of keys, combines the sums of the splits; the mean of the weights over heads.
+    (3) whole_kernel: per item, all of it.
+Synchronisation: the two launches follow each other on one stream. From Hopper on, (2) is launched early and waits for
+    (1) by programmatic dependent launch (gdc_wait). Each program sums in a fixed order and writes its own outputs.
+    There are no atomics.
+
+Logits are multiplied by log2(e), so exponentials are exp2.
 """
 
 import functools
@@ -135,7 +143,7 @@ def split_kernel(  # type: ignore[no-untyped-def]
     ALIGN: tl.constexpr, MASKED: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
     UPCAST: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Program (item, key head, tile of its query heads; split): logits, maximum and sum of exponentials."""
+    """(1) Program (item, key head, tile of its query heads; split): logits, maximum and sum of exponentials."""
     if OVERLAP:
         gdc_launch_dependents()
     item = (tl.program_id(0) // (KV_HEADS * TILES)).to(tl.int64)
@@ -184,7 +192,7 @@ def mean_kernel(  # type: ignore[no-untyped-def]
     ALL_HEADS: tl.constexpr, PADDED: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, VARLEN: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Program (item and block of keys): combines the splits, mean over heads."""
+    """(2) Program (item and block of keys): combines the splits, mean over heads."""
     blocks = tl.cdiv(longest, BLOCK)
     item = (tl.program_id(0) // blocks).to(tl.int64)
     first, length = _span(item, cu_seqlens, tokens, longest, VARLEN)
@@ -217,7 +225,7 @@ def whole_kernel(  # type: ignore[no-untyped-def]
     DIM: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
     ALIGN: tl.constexpr, MASKED: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Program (item): all heads and keys."""
+    """(3) Program (item): all heads and keys."""
     item = tl.program_id(0).to(tl.int64)
     first, length = _span(item, cu_seqlens, tokens, longest, VARLEN)
     query += item * query_stride_item

@@ -58,7 +58,7 @@ def check_packed(
     max_seqlen: int | None = None,
 ) -> None:
     _checks.features(op, features, "(T, C)", least_tokens=0)
-    _checks.tensor(op, "cu_seqlens", cu_seqlens, _checks.INTEGER, "(B+1,)", 1)
+    _checks.tensor(op, "cu_seqlens", cu_seqlens, _checks.INTEGER, "(B+1,)")
     items = cu_seqlens.shape[0] - 1
     if items < 0:
         raise ValueError(
@@ -105,13 +105,7 @@ def check_packed_values(
 
 def check_token_values(op: str, name: str, value: Any, dtypes: tuple[Any, ...], features: torch.Tensor) -> None:
     """Checks one number per token: (B, N), or (T,) for packed features."""
-    shape = "(B, N)" if features.ndim == 3 else "(T,)"
-    _checks.tensor(op, name, value, dtypes, shape, features.ndim - 1)
-    if value.shape != features.shape[:-1]:
-        raise ValueError(
-            f"{op}: {name} must have shape {shape} = {tuple(features.shape[:-1])}, got {tuple(value.shape)}"
-        )
-    _checks.same_device(op, name, value, features)
+    _checks.per_token(op, name, value, dtypes, features, "(B, N)" if features.ndim == 3 else "(T,)")
 
 
 # ---- Packed items ------------------------------------------------------------------------------------------------

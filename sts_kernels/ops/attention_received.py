@@ -31,16 +31,9 @@ def _check(
         ("row_weight", row_weight, _checks.FLOATING),
         ("row_position", row_position, _checks.INTEGER),
     ):
-        if value is None:
-            continue
-        _checks.tensor(op, name, value, dtypes, "(B, R)", 2)
-        if value.shape != query.shape[:2]:
-            raise ValueError(
-                f"{op}: {name} must have shape (B, R) = {tuple(query.shape[:2])}, got {tuple(value.shape)}"
-            )
-        _checks.same_device(op, name, value, query, "query")
-    if not isinstance(per_head, bool):
-        raise TypeError(f"{op}: per_head must be a bool, got {type(per_head).__name__}")
+        if value is not None:
+            _checks.per_token(op, name, value, dtypes, query, "(B, R)", "query")
+    _checks.flag(op, "per_head", per_head)
 
 
 def _out(query: torch.Tensor, key: torch.Tensor, per_head: bool) -> torch.Tensor:
@@ -100,7 +93,7 @@ def _item(
     if not len(row) or not len(column) or total == 0:
         return received
     weight = weight / total
-    size = min(len(row), max(MIN_ROWS, BLOCK // len(column)) // group + 1)
+    size = min(len(row), -(-max(MIN_ROWS, BLOCK // len(column)) // group))
     buffer = received.new_empty(group * size * len(column))
     sums = received if allowed is None else received.new_zeros(heads, len(column))
     for kv_head in range(kv_heads):

@@ -15,7 +15,7 @@ MOST_LISTED = 8192  # max tokens of a list: their pairwise distances take 256 Mi
 def _check(features: torch.Tensor, order: torch.Tensor, keep: int, step: int) -> None:
     op = "dedup_select"
     _checks.features(op, features)
-    _checks.tensor(op, "order", order, _checks.INTEGER, "(B, R)", 2)
+    _checks.tensor(op, "order", order, _checks.INTEGER, "(B, R)")
     if order.shape[0] != features.shape[0]:
         raise ValueError(f"{op}: order must have shape (B, R) with B = {features.shape[0]}, got {tuple(order.shape)}")
     _checks.same_device(op, "order", order, features)

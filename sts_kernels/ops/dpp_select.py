@@ -21,9 +21,7 @@ def _check(
     op = "dpp_select"
     check_padded(op, features, k, num_tokens=num_tokens)
     check_token_values(op, "quality", quality, _checks.FLOATING, features)
-    _checks.real(op, "floor", floor)
-    if not 0 <= floor <= 1:
-        raise ValueError(f"{op}: floor must be between 0 and 1, got {_checks._shown(floor)}")
+    _checks.between(op, "floor", floor, 0, 1)
 
 
 def _fake(

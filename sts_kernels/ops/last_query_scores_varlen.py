@@ -16,7 +16,7 @@ def _check(
     query: torch.Tensor, key: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, scale: float | None
 ) -> None:
     check(_OP, query, key, scale, "(T, Hkv, D)")
-    _checks.tensor(_OP, "cu_seqlens", cu_seqlens, _checks.INTEGER, "(B+1,)", 1)
+    _checks.tensor(_OP, "cu_seqlens", cu_seqlens, _checks.INTEGER, "(B+1,)")
     if cu_seqlens.shape[0] != query.shape[0] + 1:
         raise ValueError(
             f"{_OP}: cu_seqlens must have shape (B+1,) = ({query.shape[0] + 1},), got {tuple(cu_seqlens.shape)}"

@@ -10,7 +10,7 @@ from .._registry import define_op, ops
 from .._transforms import Derivative, fold
 
 METRICS = ("cosine", "euclidean")
-RANKS = (*_checks.FLOATING, torch.float64, *_checks.INTEGER)
+RANKS = (*_checks.SCORES, *_checks.INTEGER)
 BLOCK = 1 << 22  # pairs per block of the reference, in float64
 
 
@@ -42,8 +42,7 @@ def _check(
     if (query_rank is None) != (key_rank is None):
         given, missing = ("query_rank", "key_rank") if key_rank is None else ("key_rank", "query_rank")
         raise ValueError(f"{op}: {missing} must be given with {given}, got None")
-    if not isinstance(exclude_self, bool):
-        raise TypeError(f"{op}: exclude_self must be a bool, got {type(exclude_self).__name__}")
+    _checks.flag(op, "exclude_self", exclude_self)
     if num_keys is not None:
         _checks.index_vector(op, "num_keys", num_keys, query.shape[0], "(B,)", query)
 

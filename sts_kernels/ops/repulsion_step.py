@@ -19,12 +19,7 @@ def weight(sqdist: torch.Tensor, eps: float) -> torch.Tensor:
 def _check(potential: torch.Tensor, features: torch.Tensor, picked: torch.Tensor, eps: float) -> None:
     op = "repulsion_step_"
     _checks.features(op, features)
-    _checks.tensor(op, "potential", potential, (torch.float32,), "(B, N)", 2)
-    if potential.shape != features.shape[:2]:
-        raise ValueError(
-            f"{op}: potential must have shape (B, N) = {tuple(features.shape[:2])}, got {tuple(potential.shape)}"
-        )
-    _checks.same_device(op, "potential", potential, features)
+    _checks.per_token(op, "potential", potential, (torch.float32,), features)
     _checks.index_vector(op, "picked", picked, features.shape[0], "(B,)", features)
     _checks.eps(op, eps)
     _checks.writable(op, "potential", potential, features=features, picked=picked)

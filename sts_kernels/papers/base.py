@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..flops import CONVENTIONS, REPORT, Convention, LLMSize
+from ..methods.sparsevlm import TABLES
 
 VICUNA_7B = LLMSize(32, 4096, 4096, 4096, 11008, 2)
 VICUNA_13B = LLMSize(40, 5120, 5120, 5120, 13824, 2)
@@ -16,8 +17,7 @@ LMMS_MODELS = {"llava-hf": "sts_llava_hf", "Qwen": "sts_qwen2_5_vl"}  # owner of
 EIGHT = ("gqa", "mmbench_en_dev", "mme", "pope", "scienceqa_img", "vqav2_val", "textvqa_val", "vizwiz_vqa_val")
 CACHE = "2 L d 2 bytes a token, MB of 2^20 bytes"
 SHARE = "1 - K / N"
-# SparseVLM's code at 576 tokens. SPARSEVLM: budget -> tokens kept by each cut. SPARSEVLM_DEPTH: layers of each segment.
-SPARSEVLM, SPARSEVLM_DEPTH = {192: (300, 200, 110), 128: (303, 110, 36), 64: (66, 30, 17)}, (3, 4, 9, 16)
+SPARSEVLM_DEPTH = (3, 4, 9, 16)  # layers of each segment of SparseVLM's code
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def tera(size: LLMSize, segments: Any, text: int = 0, convention: Convention = R
 def sparsevlm_segments(budget: int, tokens: int = 576) -> list[tuple[int, int]]:
     """(layers, visual tokens) segments of SparseVLM's code: the table's kept tokens plus the recycled clusters."""
     counts = [tokens]
-    for kept in SPARSEVLM[budget]:
+    for kept in TABLES[budget]:
         recycled = int(0.3 * (counts[-1] - kept)) + 1
         counts.append(kept + recycled // 10 + 1)
     return list(zip(SPARSEVLM_DEPTH, counts, strict=True))

@@ -1,15 +1,14 @@
 """Classes named by `manifests`, created on access: STSLlavaHf derives from Pruned and lmms-eval's LlavaHf, etc."""
 
-import dataclasses
 import functools
 import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 from ... import methods
 from ...methods import Budget, Method
 from ..transformers import prune
+from ..transformers.hooks import Hooks
 from . import FAMILIES
 
 if TYPE_CHECKING:
@@ -21,6 +20,7 @@ else:
     MixedInto = object
 
 AMOUNTS = ("budget", "keep", "layers", "ratios")
+MANY = 1 << 30  # layers of an LLM that meets every budget that some LLM meets
 PLACES = ("scope", "positions", "score_from", "cudnn_attention")  # further options of `prune`
 
 
@@ -37,15 +37,13 @@ def configure(arguments: dict[str, Any]) -> tuple[Method, dict[str, Any]]:
         TypeError, ValueError: bad options. Raised before any weights are loaded.
     """
     name = arguments.pop("method", "sts")
-    known = {field.name for kind in (methods.create(name),) for field in dataclasses.fields(kind)}
+    known = methods.create(name).options().keys()
     method = methods.create(name, **{option: arguments.pop(option) for option in known & arguments.keys()})
     amounts: dict[str, Any] = {option: _numbers(arguments.pop(option)) for option in AMOUNTS if option in arguments}
     for option in ("layers", "ratios"):
         if option in amounts and not isinstance(amounts[option], list):
             amounts[option] = [amounts[option]]
-    if not amounts and "budget" in method.takes:
-        raise ValueError(f"sts_kernels: --model_args must say how many tokens {name} keeps, for example budget=128")
-    Budget(**amounts).check(name, method.takes, 1 << 30)
+    method.plan(Budget(**amounts), MANY, 1)
     return method, {**amounts, **{option: arguments.pop(option) for option in PLACES if option in arguments}}
 
 
@@ -70,8 +68,12 @@ class Pruned(MixedInto):
         print(f"sts_kernels: {method.name} prunes this model, {said}")
 
     def generate_until(self, requests: list["Instance"]) -> Any:
-        with mock.patch.object(self.model, "generate", functools.partial(self._generate, self.model.generate)):
+        hooks = Hooks()
+        try:
+            hooks.shadow(self.model, "generate", self._generate)
             answers = super().generate_until(requests)
+        finally:
+            hooks.remove()
         print(self._summary(len(requests)))
         return answers
 

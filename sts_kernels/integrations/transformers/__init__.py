@@ -2,7 +2,7 @@
 
 Modules, in the order in which a prompt meets them:
 
-    prune, handle              installation: method, plan, hooks, removal; checks (unsupported, compat)
+    prune, handle, hooks       installation: method, plan, hooks, removal; checks (unsupported, compat)
     session                    state of one prompt, phase by phase; one session per thread
     encoder_hooks              hooks around the vision encoder and the projector
       adapters, visual_item      per family: where each signal is, and which features are one image
@@ -11,6 +11,7 @@ Modules, in the order in which a prompt meets them:
     prompt                     which columns are visual tokens, and of which image and row
     llm_hooks                  hooks around the LLM and its layers: prefill and decode steps
       layer_pruning              entry, cuts and exit of one forward
+      cut_selection              tokens that each prompt keeps at a cut
       segments, cache, masks     columns that each segment (run of layers) holds
       static_cache               static caches: slots per segment, for compiled decode steps
     report, visualize, timer   kept tokens, pictures of them, times

@@ -60,7 +60,7 @@ def planned_cuts(cuts: Sequence[Cut], rows: list[Row], lengths: list[int]) -> li
     return planned
 
 
-def leave(
+def select(
     run: Run,
     planned: PlannedCut,
     hidden: torch.Tensor,

@@ -52,7 +52,7 @@ class EncoderHooks:
         texts = functools.partial(prompt.texts, self.base, self.token_ids, kind, ids, mask)
         session.encoding = Encoding(EncodeCall(kind, arguments, runs), texts)
         try:
-            with timer(session, "encode"):
+            with timer(session, f"encode {kind}"):
                 out = original(*args, **kwargs)
         finally:
             session.encoding = None
@@ -88,7 +88,7 @@ class EncoderHooks:
         x = args[0]
         x = x.reshape(features.shape[:-1].numel(), -1)[kept.rows.to(x.device)].view(-1, x.shape[-1])
         if kept.values is not None:
-            x = vision_pruning.merged_rows(self.method, self.adapter.name, x, kept.values)
+            x = kept.values.to(x.dtype)
         return (x, *args[1:]), kwargs
 
     def after_projector(

@@ -93,7 +93,7 @@ class PruningHandle:
         self.contiguous = contiguous = positions == "contiguous"
         self._graphs: Captured | None = None
         unsupported.check_model(model, base, self.text, [cut.layer for cut in plan.cuts], contiguous)
-        unsupported.check_signals(method, adapter)
+        unsupported.check_method(method, plan, adapter)
         self._known: weakref.WeakSet[Session] = weakref.WeakSet()
         self._sessions = Sessions(self._known)
         self._timer = Timer(self.text, profile)
@@ -238,7 +238,7 @@ class PruningHandle:
             kinds = prompt.token_ids(self.base.config)
             last = self.method.encoder_attention == "last"
             find = self.adapter.last_attention if last else self.adapter.vision_attention
-            assert find is not None  # unsupported.check_signals
+            assert find is not None  # unsupported.check_method
             for attention in {find(self.base, kind) for kind in kinds}:
                 self._capture(attention, self._encoder.capture)
 
@@ -282,7 +282,7 @@ class PruningHandle:
         session = self._sessions.now
         if session.encoding is not None:  # Qwen3-VL's get_video_features calls get_image_features
             return original(*args, **kwargs)
-        if self._graphs is not None and (later := self._graphs.deferred(kind, original, args, kwargs)) is not None:
+        if self._graphs is not None and (later := self._graphs.deferred(original, args, kwargs)) is not None:
             return later
         # A forward of the base model has checked the options before it encodes.
         caller = unsupported.checked_caller(self.base, session.checked or session.placed is not None)

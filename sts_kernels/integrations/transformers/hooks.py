@@ -131,8 +131,8 @@ class _Weak:
 
 class _Shadow:
     def __init__(self, original: Callable[..., Any], replacement: Callable[..., Any]):
+        functools.update_wrapper(self, original)  # copies the attributes of a shadow: set this one's after it
         self.original, self.replacement = original, replacement
-        functools.update_wrapper(self, original)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.replacement(self.original, *args, **kwargs)

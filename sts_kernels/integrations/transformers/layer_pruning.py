@@ -15,7 +15,7 @@ from ...ops import attention_received, last_query_scores
 from . import attention_capture, masks, unsupported
 from .cache import attach_state, columns_behind
 from .compat import output_cache
-from .cut_selection import PlannedCut, Run, leave, planned_cuts, raters_of
+from .cut_selection import PlannedCut, Run, planned_cuts, raters_of, select
 from .prompt import Row, separators
 from .segments import PrunedPrompt, Segment
 from .untyped import Args, Kwargs, Model
@@ -32,11 +32,6 @@ class Forward:
 
     prompt: PrunedPrompt
     masks: list[torch.Tensor | None]  # one for each segment
-
-
-@dataclass
-class Decoding(Forward):
-    pass
 
 
 @dataclass(kw_only=True)
@@ -138,14 +133,14 @@ class LayerPruner:
             return kwargs
         return {**kwargs, "input_ids": None, "inputs_embeds": self.text.get_input_embeddings()(kwargs["input_ids"])}
 
-    def resume(self, kwargs: Kwargs, cache: "Cache", prompt: PrunedPrompt, by_hand: bool) -> tuple[Decoding, Kwargs]:
+    def resume(self, kwargs: Kwargs, cache: "Cache", prompt: PrunedPrompt, by_hand: bool) -> tuple[Forward, Kwargs]:
         """Continues a pruned prompt: one token at a time, drafts, or the next turn of a conversation.
 
         by_hand: outside generate(), whose masks hold no padding in the columns of an answer.
         """
         embeds = kwargs["inputs_embeds"]
         past = cache.get_seq_length()
-        run = Decoding(prompt, self.later_masks(kwargs.get("attention_mask"), cache, prompt, embeds, by_hand))
+        run = Forward(prompt, self.later_masks(kwargs.get("attention_mask"), cache, prompt, embeds, by_hand))
         batch, length = embeds.shape[:2]
         return run, self._full_positions(kwargs, batch, length, past)
 
@@ -237,7 +232,7 @@ class LayerPruner:
         if planned.cut.score_from == "next":
             self._look_ahead(run, layer, hidden, kwargs)
         slots, candidates = run.slots.to(hidden.device), run.candidates.to(hidden.device)
-        hidden, chosen, place = leave(run, planned, hidden, candidates, self._final_norm)
+        hidden, chosen, place = select(run, planned, hidden, candidates, self._final_norm)
         width = max(planned.lengths)
         columns, kept = masks.compact(slots & (chosen | ~candidates), width, run.trailing, place)
         run.slots = kept & slots.gather(1, columns)

@@ -179,7 +179,7 @@ class LLMHooks:
                 left: Left = {}
                 if isinstance(forward, Prefill):
                     left = {c.cut.layer: slots for c, slots in zip(forward.cuts, forward.left, strict=False)}
-                report.finish(left, dict(session.clock))
+                report.finish(left, self.timer.take(session))
         finally:
             self.close(session)
 

@@ -1,5 +1,6 @@
 """Where the visual tokens of a batch of prompts are, and which images they belong to."""
 
+import itertools
 from dataclasses import dataclass, field
 
 import torch
@@ -48,16 +49,8 @@ def runs(input_ids: torch.Tensor | None, token: int) -> list[int]:
     """Lengths of the runs of `token`, row after row."""
     if input_ids is None:
         return []
-    lengths = []
-    for row in (input_ids == token).tolist():
-        length = 0
-        for hit in [*row, False]:
-            if hit:
-                length += 1
-            elif length:
-                lengths.append(length)
-                length = 0
-    return lengths
+    rows = (input_ids == token).tolist()
+    return [len(list(run)) for row in rows for hit, run in itertools.groupby(row) if hit]
 
 
 @dataclass

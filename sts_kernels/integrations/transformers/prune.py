@@ -8,11 +8,12 @@ import torch
 
 from ... import methods
 from ...methods import Budget, Method
+from ...methods.base import POSITIONS, SCOPES
 from ...methods.sts import STS, STSConfig
 from .encoder_hooks import Relevance
 from .handle import PruningHandle, active_handle, supported
 
-SCOPES, POSITIONS, SCORE_FROM = ("image", "crop"), ("original", "contiguous"), ("layer", "next")
+SCORE_FROM = ("layer", "next")
 
 
 def prune(

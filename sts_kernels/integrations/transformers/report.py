@@ -78,8 +78,8 @@ class Report:
 
     prune_layers: list[int]
     size: LLMSize
-    measured: dict[str, float] = field(default_factory=dict)  # ms by "encode" and "prefill", with profile=True
-    pending: bool = True
+    # With profile=True, ms by phase: "encode image", "encode video", "prefill".
+    measured: dict[str, float] = field(default_factory=dict)
     _rows: list[Row] = field(default_factory=list, repr=False)
     _modality: torch.Tensor | None = field(default=None, repr=False)
     _dropped: torch.Tensor | None = field(default=None, repr=False)
@@ -90,12 +90,13 @@ class Report:
 
         An entry of layer 0 says what entered the LLM; the report then has no `dropped`.
         """
-        self.pending, self.measured, self._left = False, measured, left
+        self.measured, self._left = measured, left
 
     @property
     def encode_ms(self) -> float | None:
         """Time of vision encoder, pruning before the LLM, and projector, in ms. None without profile."""
-        return self.measured.get("encode")
+        times = [ms for phase, ms in self.measured.items() if phase.startswith("encode")]
+        return sum(times) if times else None
 
     @property
     def prefill_ms(self) -> float | None:

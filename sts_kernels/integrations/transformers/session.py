@@ -44,7 +44,7 @@ class Session:
     # Encoded for a caller outside the model: items, and the marks in their features.
     handed_out: dict[str, tuple[list[VisualItem], torch.Tensor]] = field(default_factory=dict)
     placed: Placed | None = None
-    forward: Forward | None = None  # Prefill or Decoding: inside the LLM
+    forward: Forward | None = None  # inside the LLM; a Prefill, or a plain Forward while decoding
     report: Report | None = None  # of the prompt under way
     checked: bool = False  # whether the options of the innermost generate() were checked when it started
     clock: dict[str, float] = field(default_factory=dict)

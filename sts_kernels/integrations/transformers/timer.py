@@ -23,6 +23,11 @@ class Timer:
         if self.on and "start" in session.clock:
             session.clock[name] = 1e3 * (self._now() - session.clock.pop("start"))
 
+    def take(self, session: Session) -> dict[str, float]:
+        """Times of the prompt that ends here, in ms; the next prompt starts without any."""
+        times, session.clock = session.clock, {}
+        return times
+
     @contextlib.contextmanager
     def __call__(self, session: Session, name: str) -> Iterator[None]:
         self.start(session)

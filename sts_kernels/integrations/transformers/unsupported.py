@@ -7,7 +7,7 @@ import torch
 from transformers.cache_utils import StaticLayer
 from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 
-from ...methods import Method
+from ...methods import Method, Plan
 from . import compat
 from .adapters import ModelAdapter
 from .stack import Caller, caller_of
@@ -17,6 +17,7 @@ from .untyped import Kwargs, Model
 if TYPE_CHECKING:
     from transformers import Cache
 
+LARGE = 1 << 20  # tokens of an image that every plan prunes, unless it keeps all tokens
 ATTENTIONS = "eager, sdpa and flash_attention_2/3"
 
 
@@ -56,12 +57,17 @@ def check_model(model: Model, base: Model, text: Model, prune_layers: list[int],
         )
 
 
-def check_signals(method: Method, adapter: ModelAdapter) -> None:
-    """Refuses methods defined by attention that the family's encoder does not have."""
+def check_method(method: Method, plan: Plan, adapter: ModelAdapter) -> None:
+    """Refuses methods that the family's encoder or projector does not allow."""
     if method.encoder_attention == "last" and adapter.last_attention is None:
         raise NotImplementedError(
             f"sts_kernels: {method.name} is defined by the attention of a [CLS] token, in the encoder's last layer, to "
             f"tokens that are the features; {adapter.name} does not have it"
+        )
+    if method.merges and method.site == "encoder" and not adapter.one_row and plan.keep(LARGE) < LARGE:
+        raise NotImplementedError(
+            f"sts_kernels: {method.name} merges features before the projector, which {adapter.name} does not allow: "
+            "its features are made of several rows"
         )
 
 

@@ -127,16 +127,6 @@ def _pooled(
     return {name: x if x is None or everything else x[pools.rows] for name, x in moved.items()}
 
 
-def merged_rows(method: Method, family: str, x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """`values` of `Kept`, in the dtype of x, to replace x as the input of the projector. Shapes must be equal."""
-    if x.shape != values.shape:
-        raise NotImplementedError(
-            f"sts_kernels: {method.name} merges features before the projector, which {family} does not allow: its "
-            "features are made of several rows"
-        )
-    return values.to(x.dtype)
-
-
 def _beside_text(
     method: Method,
     lengths: list[int],

@@ -92,8 +92,7 @@ class Prunes(MixedInto):
         text = config.get_text_config()
         rotation = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
         window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
-        moved, probe = asked.positions == "contiguous", torch.arange(32.0).view(1, 4, 8).sin()
-        merges = asked.method.select(k=2, features=probe, scores=probe[..., 0], keys=probe).assignment is not None
+        moved = asked.positions == "contiguous"
         connector = vllm_config.kv_transfer_config or vllm_config.ec_transfer_config
         backend = getattr(multimodal.mm_encoder_attn_backend, "name", None)
         turned_on = ", which this KV or encoder cache connector turns on" if connector else ""
@@ -106,7 +105,7 @@ class Prunes(MixedInto):
             "--mm-encoder-tp-mode data": multimodal.mm_encoder_tp_mode == "data",
             "compile_mm_encoder": compilation.compile_mm_encoder,
             "cudagraph_mm_encoder": compilation.cudagraph_mm_encoder,
-            f"{asked.method.name}, which merges features,": merges and self.family is layouts.QWEN3_VL,
+            f"{asked.method.name}, which merges features,": asked.method.merges and self.family is layouts.QWEN3_VL,
             'positions="contiguous"': moved and self.family.grid,
         }
         original = {

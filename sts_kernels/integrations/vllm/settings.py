@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 from ... import __version__, methods
 from ...methods import Budget, Method, Plan
 from ...methods._budget import check_amount
+from ...methods.base import POSITIONS, SCOPES
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 VARIABLE = "STS_KERNELS_KEEP"
-SCOPES, POSITIONS = ("image", "crop"), ("original", "contiguous")
 ALONE = {"sts": {"rho": 1.0}}  # options that turn off a method's pruning inside the LLM
 INSIDE = ("layers", "ratios", "prune_layer", "score_from", "llm_only")
 ONE_LENGTH = "which vLLM cannot serve: all layers of its paged cache hold the same tokens"

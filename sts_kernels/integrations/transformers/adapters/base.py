@@ -131,6 +131,11 @@ class ModelAdapter:
     features: Callable[[torch.nn.Module, torch.Tensor], torch.Tensor] = lambda projector, x: x
     fixed_encoder: FixedEncoder | None = None
 
+    @property
+    def one_row(self) -> bool:
+        """Whether the projector's input has one row per token."""
+        return self.features is ModelAdapter.features
+
     def attention(self, base: Model, calls: list[AttentionCall], shape: torch.Size) -> torch.Tensor:
         """(features,) float32: attention that each feature receives from [CLS], or from all tokens on average."""
         received = _joined([vision_attention.received(*call)[..., None] for call in calls])

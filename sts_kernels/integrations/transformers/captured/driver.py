@@ -16,10 +16,9 @@ from torch import Tensor
 from transformers import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .... import _checks
-from ....methods import Method, Plan
+from ....methods import Plan
 from .. import compat, prompt
-from ..adapters import EncodeCall, EncoderShape, ModelAdapter
+from ..adapters import EncodeCall, EncoderShape
 from ..cut_selection import planned_cuts
 from ..hooks import Hooks
 from ..report import Left, describe
@@ -29,52 +28,15 @@ from ..visual_item import VisualItem
 from . import layout
 from .encoder import KIND, Encoded, Encoder
 from .graphs import Buffers, Graph, Graphs
+from .refusals import Refused, check_call, standing_reason
 from .runner import Decoded, Prefilled, Runner, Shape
 
 if TYPE_CHECKING:
     from ..handle import PruningHandle
 
-STEP, MOST = 64, 8  # step between prompt lengths in slots; max shapes kept
+STEP = 64  # step between prompt lengths, in slots
+MAX_SHAPES = 8  # shapes kept, of prompts and of images
 PIXELS = ("pixel_values", "pixel_values_images")
-BACKENDS = (None, "inductor", "eager")  # "eager": torch.compile's tracing alone, for tests
-ATTENTIONS = ("sdpa", "eager")
-LIBRARY_LENGTH = 20  # new tokens that generate() makes by default
-# LLMs whose forward is exactly token embeddings, rotary embeddings, layers and a norm.
-LLMS = (
-    "LlamaModel",
-    "MistralModel",
-    "Qwen2Model",
-    "Qwen3Model",
-    "Qwen2VLTextModel",
-    "Qwen2_5_VLTextModel",
-    "Qwen3VLTextModel",
-)
-# Options of generate() that graphs do not serve, with the values besides None that turn them off.
-UNSERVED = {
-    "num_beams": (1,),
-    "num_return_sequences": (1,),
-    "use_cache": (True,),
-    "cache_implementation": ("dynamic",),
-    "prefill_chunk_size": (),
-    "output_attentions": (False,),
-    "output_hidden_states": (False,),
-    "guidance_scale": (1,),
-    "prompt_lookup_num_tokens": (),
-    "assistant_early_exit": (),
-    "penalty_alpha": (0,),
-    "dola_layers": (),
-    "token_healing": (False,),
-    "assistant_model": (),
-    "custom_generate": (),
-    "inputs_embeds": (),
-    "position_ids": (),
-    "mm_encoder_outputs": (),
-    "pixel_values_videos": (),
-    "labels": (),
-    "logits_to_keep": (1,),
-    "negative_prompt_ids": (),
-    **dict.fromkeys(compat.CACHE_NAMES, ()),
-}
 
 
 @dataclass(frozen=True)
@@ -160,10 +122,6 @@ class _Serving:
 _EncoderEntry: TypeAlias = tuple[Encoder, Graph[Encoded], list[VisualItem]]
 
 
-class _Refused(Exception):
-    """Graphs cannot serve a call; the message is the reason."""
-
-
 class Captured:
     """The graphs that `PruningHandle.compile` installs. They serve one prompt at a time; other threads wait."""
 
@@ -185,7 +143,7 @@ class Captured:
         self.axes = 3 if hasattr(self.base, "rope_deltas") else 1
         self.deepstack = len(getattr(getattr(self.base, "visual", None), "deepstack_merger_list", ()))
         self._head, self._modules = module.get_output_embeddings(), list(handle.model.modules())
-        self._standing = _standing_reason(handle, self._head, self._modules)
+        self._standing = standing_reason(handle, self._head, self._modules)
         # False: image sizes vary and a shape may never recur, so graphs are made on its second use.
         self._one_size = self._fixed.usual(self.base, 1) is not None
         self._step = 1 if _steady(self.plan) else STEP
@@ -197,7 +155,7 @@ class Captured:
         self._serving: _Serving | None = None
         self._said: set[str] = set()
         if self._standing is not None:
-            self._fall_back(_Refused(self._standing))
+            self._fall_back(Refused(self._standing))
 
     @property
     def built(self) -> list[Bucket]:
@@ -230,11 +188,13 @@ class Captured:
             try:
                 try:
                     if outer is not None:
-                        raise _Refused("generate() is called inside another one")
-                    self._check_call(module, args, kwargs)
+                        raise Refused("generate() is called inside another one")
+                    if self._standing is not None:
+                        raise Refused(self._standing)
+                    check_call(module, args, kwargs, self.base, self._modules, self._graphs.device, self.new)
                     self._serving = _Serving(threading.get_ident())
                     shadowed.shadow(module, "forward", self._forward)
-                except _Refused as refused:
+                except Refused as refused:
                     self._fall_back(refused)
                 yield
             finally:
@@ -252,9 +212,9 @@ class Captured:
             return self._decode(serving.answer, kwargs["input_ids"])
         try:
             if args or kwargs.get("input_ids") is None or kwargs["input_ids"].ndim != 2:
-                raise _Refused("the model is not called with ids alone")
+                raise Refused("the model is not called with ids alone")
             return self._prefill(serving, kwargs)
-        except _Refused as refused:
+        except Refused as refused:
             self._serving = None
             self._fall_back(refused)
         given = kwargs.get("mm_encoder_outputs") or {}
@@ -263,7 +223,7 @@ class Captured:
                 given[kind] = self.handle._encode(kind, later.original, *later.args, **later.kwargs)
         return original(*args, **kwargs)
 
-    def deferred(self, kind: str, original: Callable[..., Any], args: Args, kwargs: Kwargs) -> _Deferred | None:
+    def deferred(self, original: Callable[..., Any], args: Args, kwargs: Kwargs) -> _Deferred | None:
         """Puts an encoding off until the prefill. Newer versions of generate() encode images before they call the
         model."""
         serving = self._served()
@@ -274,7 +234,7 @@ class Captured:
         serving = self._serving
         return serving if serving is not None and serving.thread == threading.get_ident() else None
 
-    def _fall_back(self, refused: _Refused) -> None:
+    def _fall_back(self, refused: Refused) -> None:
         reason = str(refused)
         if self.strict:
             raise NotImplementedError(f"sts_kernels: compiled graphs cannot serve this call: {reason}") from None
@@ -284,56 +244,13 @@ class Captured:
                 f"sts_kernels: this runs through the hooks, not through compiled graphs: {reason}", stacklevel=4
             )
 
-    def _check_call(self, module: Model, args: Args, kwargs: Kwargs) -> None:
-        if self._standing is not None:
-            raise _Refused(self._standing)
-        given = (kwargs.get("generation_config"), module.generation_config)
-
-        def option(name: str) -> Any:
-            values = [kwargs[name]] if kwargs.get(name) is not None else [getattr(g, name, None) for g in given]
-            return next((value for value in values if value is not None), None)
-
-        if len(args) > 1:
-            raise _Refused("arguments of generate() by position")
-        for name, plain in UNSERVED.items():
-            value = option(name)
-            if not any(value is allowed or value == allowed for allowed in (None, *plain)):
-                raise _Refused(f"{name} of generate()")
-        if self.base.training:
-            raise _Refused("the model is in training mode")
-        if torch.is_autocast_enabled(self._graphs.device.type):
-            raise _Refused("autocast is on")
-        if (hooked := self._foreign_hooks()) is not None:
-            raise _Refused(f"there are hooks on {hooked}, which a graph would not call")
-        self._check_length(args[0] if args else kwargs.get("input_ids", kwargs.get("inputs")), option)
-
-    def _check_length(self, ids: Any, option: Callable[[str], Any]) -> None:
-        asked, longest = option("max_new_tokens"), option("max_length")
-        if asked is None and longest not in (None, LIBRARY_LENGTH) and isinstance(ids, Tensor):
-            asked = longest - ids.shape[-1]
-        asked = LIBRARY_LENGTH if asked is None else asked
-        if asked > self.new:
-            raise ValueError(
-                f"sts_kernels: max_new_tokens is {asked}, and the most compiled for is {self.new}; give "
-                f"compile(max_new_tokens={asked})"
-            )
-
-    def _foreign_hooks(self) -> str | None:
-        for module in self._modules:
-            for table in (module._forward_hooks, module._forward_pre_hooks):
-                for hook in table.values():
-                    library = (getattr(hook, "__module__", None) or "").startswith("transformers.")
-                    if not library and not isinstance(getattr(hook, "owner", None), Hooks):
-                        return type(module).__name__
-        return None
-
     # --- a prompt ---
 
     def _prefill(self, serving: _Serving, kwargs: Kwargs) -> CausalLMOutputWithPast:
         arguments, pixels = _arguments(kwargs)
         ids, mask = arguments["input_ids"], arguments.get("attention_mask")
         if mask is not None and mask.shape != ids.shape:
-            raise _Refused("the attention mask is not one of padding")
+            raise Refused("the attention mask is not one of padding")
         valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         batch = self._at_least(len(ids), self.batches, "batch_size", f"the batch has {len(ids)} prompts")
         token_ids = prompt.token_ids(self.base.config)
@@ -352,19 +269,20 @@ class Captured:
             shape = layout.shape_of(given, self.plan, batch, slots, self.new, self._step)
             values, places = layout.fill(given, shape, self.plan)
         except NotImplementedError as error:
-            raise _Refused(str(error)) from None
+            raise Refused(str(error)) from None
         ready = self._runner(shape)
         serving.answer = _Answer(ready, CapturedCache(ids.shape[1]), len(ids), self.new)
         session, timer = self.handle._sessions.now, self.handle._timer
         ready.runner.prompt.load(values)
         if encode is not None:
-            with timer(session, "encode"):
+            with timer(session, f"encode {KIND}"):
                 encode(ready.runner, places)
         timer.start(session)
         out = ready.prefill.run()
         timer.stop(session, "prefill")
+        times = timer.take(session)
         if encode is not None:
-            self._report(given, shape, out["columns"], dict(session.clock))
+            self._report(given, shape, out["columns"], times)
         return self._output(serving.answer, out["logits"])
 
     def _decode(self, answer: _Answer, ids: Tensor) -> CausalLMOutputWithPast:
@@ -398,7 +316,7 @@ class Captured:
                     return index(**given | {"attention_mask": valid.long()})[0]
         return (valid.long().cumsum(1) - 1).clamp(min=0).expand(self.axes, -1, -1)
 
-    def _report(self, given: layout.Prompt, shape: Shape, columns: list[Tensor], clock: dict[str, float]) -> None:
+    def _report(self, given: layout.Prompt, shape: Shape, columns: list[Tensor], times: dict[str, float]) -> None:
         plan, rows, dtype = self.plan, len(given.rows), self.text.embed_tokens.weight.dtype
         report = describe(plan, self.text.config, dtype, given.rows, given.modality, None)
         cuts = planned_cuts(plan.cuts, given.rows, given.entering)
@@ -408,7 +326,7 @@ class Captured:
         for layer, held, lengths in zip(layers, columns, numbers, strict=True):
             slots = torch.arange(held.shape[1], device="cpu") < torch.tensor(lengths, device="cpu")[:, None]
             left[layer] = held[:rows].clone(), slots
-        report.finish(left, clock)
+        report.finish(left, times)
         self.handle._llm.report = report
 
     # --- runners and encoders, made once per shape ---
@@ -441,7 +359,7 @@ class Captured:
                 shape,
                 self._buffers,
             )
-            if len(self._runners) >= max(MOST, len(self.buckets or ()) * len(self.batches)):
+            if len(self._runners) >= max(MAX_SHAPES, len(self.buckets or ()) * len(self.batches)):
                 self._runners.popitem(last=False)
             self._runners[shape] = _Ready(runner, *runner.ready(self._graphs))
         self._runners.move_to_end(shape)
@@ -461,7 +379,7 @@ class Captured:
             encoder = Encoder(
                 self.base, adapter, self.method, self.handle.scope, shape, items, order, pixels, self.axes
             )
-            if len(self._encoders) >= max(MOST, len(self.batches)):
+            if len(self._encoders) >= max(MAX_SHAPES, len(self.batches)):
                 self._encoders.popitem(last=False)
             self._encoders[key] = encoder, encoder.ready(self._graphs, self._one_size), items
         self._encoders.move_to_end(key)
@@ -473,7 +391,7 @@ def _arguments(kwargs: Kwargs) -> tuple[Kwargs, Tensor | None]:
     arguments = dict(kwargs)
     for kind, later in (arguments.pop("mm_encoder_outputs", None) or {}).items():
         if kind != KIND or not isinstance(later, _Deferred):
-            raise _Refused(f"{kind}s that are encoded already, or are no images")
+            raise Refused(f"{kind}s that are encoded already, or are no images")
         arguments |= inspect.signature(later.original).bind_partial(*later.args, **later.kwargs).arguments
     pixels = next((arguments[name] for name in PIXELS if arguments.get(name) is not None), None)
     for name in ("position_ids", "cache_position"):  # generate() makes these from the other arguments
@@ -493,50 +411,6 @@ def _encode(encoder: Encoder, graph: Graph[Encoded], pixels: Tensor, runner: Run
         mine[:count].copy_(rows)
 
 
-def check(method: Method, adapter: ModelAdapter, text: Model) -> None:
-    """Raises NotImplementedError for methods and models of which graphs can serve no call."""
-    if (reason := unselectable(method, text.embed_tokens.weight.device)) is not None:
-        raise NotImplementedError(f"compile: {method.name} cannot be compiled: {reason}")
-    if adapter.fixed_encoder is None:
-        raise NotImplementedError(f"compile: the vision encoder of {adapter.name} cannot be compiled")
-    attention = text.config._attn_implementation or "eager"
-    if attention not in ATTENTIONS:
-        raise NotImplementedError(
-            f"compile: attention {attention!r} cannot be compiled, only {' and '.join(ATTENTIONS)} can; load the model "
-            'with attn_implementation="sdpa"'
-        )
-    if type(text).__name__ not in LLMS:
-        raise NotImplementedError(
-            f"compile: an LLM of class {type(text).__name__} cannot be compiled, only {', '.join(LLMS)} can"
-        )
-
-
-def unselectable(method: Method, device: torch.device) -> str | None:
-    """Why the method cannot select inside a graph; None: it can."""
-    if method.adaptive:
-        return "how many tokens it keeps follows from the tokens, and a graph has fixed shapes"
-    if method.signals & {"text", "relevance"}:
-        return "it looks at the text of the prompt, or at numbers of the caller's, while the image is encoded"
-    if method.synchronises and device.type == "cuda":
-        return 'its complexity="erank" waits for the device; give complexity="participation" or "entropy"'
-    return None
-
-
-def sizes(name: str, value: int | Sequence[int], least: int) -> tuple[int, ...]:
-    """`value`, one int or several, ascending and without duplicates. Each must be at least `least`."""
-    values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
-    for number in values:
-        _checks.integer("compile", name, number, least)
-    if not values:
-        raise ValueError(f"compile: {name} must have at least one number, got none")
-    return tuple(sorted(set(values)))
-
-
-def check_backend(backend: str | None) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f'compile: backend must be None or "inductor", got {backend!r}')
-
-
 def _steady(plan: Plan) -> bool:
     """Whether all large images keep the same numbers of tokens. Widths after cuts then need no rounding to STEP."""
     try:
@@ -544,22 +418,3 @@ def _steady(plan: Plan) -> bool:
     except ValueError:  # images this large cannot meet the budget
         return False
     return few == many
-
-
-def _standing_reason(
-    handle: "PruningHandle", head: torch.nn.Module | None, modules: list[torch.nn.Module]
-) -> str | None:
-    """Why graphs can serve no call of this model; None: they can."""
-    if head is None:
-        return "the model has no output embeddings"
-    if any(hasattr(module, "_hf_hook") for module in modules):
-        return "modules of the model are offloaded, or placed by accelerate's hooks"
-    if any(getattr(module, "hf_quantizer", None) is not None for module in modules):
-        return "the model is quantised"
-    devices = sorted({str(parameter.device) for parameter in handle.model.parameters()})
-    if len(devices) > 1:
-        return f"the model is on several devices, {', '.join(devices)}"
-    kind = getattr(handle.text.rotary_emb, "rope_type", "default")
-    if "dynamic" in kind or kind == "longrope":
-        return f"rotary embeddings of type {kind} follow the length of the prompt"
-    return None

@@ -57,7 +57,7 @@ class Encoder:
         axes: int,
     ):
         self.base, self.adapter, self.method, self.shape = base, adapter, method, shape
-        assert adapter.fixed_encoder is not None  # `driver.check` refuses None
+        assert adapter.fixed_encoder is not None  # `refusals.check` refuses None
         self._fixed = adapter.fixed_encoder
         weight = base.language_model.embed_tokens.weight
         device, self._dtype = weight.device, weight.dtype
@@ -72,7 +72,7 @@ class Encoder:
         self._taps: dict[torch.nn.Module, list[AttentionCall]] = {}
         if method.signals & {"attention", "keys"}:  # even where all tokens stay: handle callbacks cannot be traced
             find = adapter.last_attention if method.encoder_attention == "last" else adapter.vision_attention
-            assert find is not None  # unsupported.check_signals
+            assert find is not None  # unsupported.check_method
             self._taps[find(base, KIND)] = []
 
     def ready(self, graphs: Graphs, now: bool = True) -> Graph[Encoded]:
@@ -101,9 +101,7 @@ class Encoder:
             rows = projected[which] if values is None else values.to(projected.dtype)
         else:
             which, values = self._selected(self._pools, flat, calls)
-            picked = together[which].view(-1, x.shape[-1])
-            if values is not None:
-                picked = vision_pruning.merged_rows(self.method, self.adapter.name, picked, values)
+            picked = together[which].view(-1, x.shape[-1]) if values is None else values.to(x.dtype)
             rows = projector(picked)
         deepstack = [
             module(part.reshape(len(flat), -1)[which].view(-1, part.shape[-1])) for module, part in encoded.deepstack

@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from ....methods import Cut, Method, Plan
 from ....methods._keep_top import best_of
 from .. import compat, masks
-from ..cut_selection import Group, PlannedCut, leave, raters_of
+from ..cut_selection import Group, PlannedCut, raters_of, select
 from ..layer_pruning import Rotary, scores_of
 from ..untyped import Config, Model
 from .graphs import Buffers, Graph, Graphs, Inputs, replaced
@@ -281,7 +281,7 @@ class Runner:
             assert run.scores is not None  # cuts without `select` rank by attention, computed before
             chosen, place = best_of(run.scores, run.candidates, self.prompt.tensors["after"][number]), None
         else:
-            hidden, chosen, place = leave(run, planned, hidden, run.candidates, self.text.norm)
+            hidden, chosen, place = select(run, planned, hidden, run.candidates, self.text.norm)
         index = masks.compact_right(run.slots & (chosen | ~run.candidates), shape.width, place)
         hidden = masks.take(hidden, index)
         slot = torch.arange(shape.width, device=self.device)
