@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import threading
 import warnings
 
@@ -518,6 +519,43 @@ def test_a_returned_cache_is_not_continued():
         talk = models.Prompt([*out.sequences[0].tolist(), 5, 6])
         with pytest.warns(UserWarning, match=CACHE), pytest.raises(RuntimeError, match="cannot be continued"):
             models.generate(model, [talk], **{CACHE: output_cache(out)})
+
+
+def test_a_forward_of_the_callers_runs_through_the_hooks():
+    class Banned(transformers.LlavaForConditionalGeneration):
+        def forward(self, input_ids=None, pixel_values=None, attention_mask=None, **kwargs):
+            out = super().forward(input_ids, pixel_values, attention_mask=attention_mask, **kwargs)
+            out.logits[..., 5:50] = -1e4
+            return out
+
+    model, prompts = models.build("llava"), prompts_of("llava")
+    for change in ("class", "attribute"):
+        if change == "class":
+            model.__class__ = Banned
+        else:
+            model.__class__ = transformers.LlavaForConditionalGeneration
+            text = model.model.language_model
+            text.forward = functools.partial(type(text).forward, text)
+        with apply_sts(model, CONFIG) as handle:
+            want = models.generate(model, prompts).sequences
+            handle.compile()
+            with pytest.warns(UserWarning, match="a forward of its own"):
+                assert torch.equal(models.generate(model, prompts).sequences, want)
+            handle.compile(strict=True)
+            with pytest.raises(NotImplementedError, match="a forward of its own"):
+                models.generate(model, prompts)
+
+
+def test_a_compile_that_fails_leaves_the_graphs_before_it(monkeypatch):
+    model, prompts = models.build("llava"), prompts_of("llava")
+    with apply_sts(model, CONFIG) as handle:
+        handle.compile(prompt_tokens=128, max_new_tokens=8)
+        want = models.generate(model, prompts, 3).sequences
+        with monkeypatch.context() as patch:
+            patch.setattr(runner.Runner, "ready", lambda *_: (_ for _ in ()).throw(MemoryError("none left")))
+            with pytest.raises(MemoryError):
+                handle.compile(prompt_tokens=256)
+        assert torch.equal(models.generate(model, prompts, 3).sequences, want)
 
 
 def test_an_offloaded_model_runs_through_the_hooks():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sts_kernels import STSConfig
-from sts_kernels.integrations.transformers import apply_sts
+from sts_kernels.integrations.transformers import apply_sts, prune
 
 from . import models
 from .models import CACHE, output_cache
@@ -215,6 +215,25 @@ def test_prompt_length_names_the_query(device):
         other = model(**models.batch(model, [whole])).logits[0, len(prompt.ids) - 1 :]
     close(scored, expected)
     assert (other.cpu() - scored.cpu()).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("family", ["llava", "video_llava"])
+def test_a_prompt_that_ends_with_its_image(family, device):
+    """The last kept token speaks for a last token that is dropped, as it does on graphs."""
+    model = models.shared(family, "sdpa", device)
+    prompts = [models.prompt_of(family, 1, seed=seed, after=0) for seed in (1, 2)]
+    for prompt in prompts:
+        del prompt.ids[-3:]  # the words after the picture
+    with prune(model, "divprune", budget=8) as handle, torch.no_grad():
+        out = models.generate(model, prompts, 3)
+        last = model(**models.batch(model, prompts)).logits[:, -1]
+        alone = models.logits_of(models.generate(model, prompts[:1], 3))
+        if family == "llava":
+            handle.compile(max_new_tokens=8, batch_size=2, strict=True)
+            close(models.logits_of(models.generate(model, prompts, 3)), models.logits_of(out))
+    assert last.abs().amax(-1).min() > 0.1
+    close(models.logits_of(out)[:, 0], last)
+    close(models.logits_of(out)[:1], alone)
 
 
 def test_embeddings_instead_of_ids(device):

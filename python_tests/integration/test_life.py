@@ -14,7 +14,7 @@ import torch
 
 from sts_kernels import STSConfig
 from sts_kernels.integrations import transformers as integration
-from sts_kernels.integrations.transformers import apply_sts, attention_capture, cudnn, hooks, remove_pruning
+from sts_kernels.integrations.transformers import apply_sts, attention_capture, cudnn, hooks, prune, remove_pruning
 
 from . import flash, models
 from .test_identity import footprint
@@ -278,6 +278,34 @@ def test_a_deep_copy_is_a_plain_model(family):
     gc.collect()
     assert original() is None
     assert torch.equal(logits(twin, prompts), plain)
+
+
+def test_a_copy_made_while_pruning_can_be_compiled_and_pickled():
+    model, prompts = models.build("llava"), rows("llava")
+    with apply_sts(model, CONFIG):
+        twin = copy.deepcopy(model)
+        pruned = logits(model, prompts)
+    assert torch.equal(logits(pickle.loads(pickle.dumps(twin)), prompts), logits(model, prompts))
+    with prune(twin, "sts", budget=8) as handle:
+        handle.compile(max_new_tokens=8, batch_size=len(prompts), strict=True)
+        models.generate(twin, prompts)
+        assert handle.report is not None
+    with apply_sts(twin, CONFIG):
+        assert torch.equal(logits(twin, prompts), pruned)
+
+
+def test_a_removed_handle_does_not_come_back():
+    model, prompts = models.build("llava"), rows("llava")
+    handle = prune(model, "sts", budget=8)
+    generate = model.generate  # shadowed
+    handle.remove()
+    for use in (handle.__enter__, handle.compile, lambda: setattr(handle, "prompt_length", 4)):
+        with pytest.raises(RuntimeError, match=r"this handle was removed.*call prune\(\) again") as e:
+            use()
+        one_sentence(e)
+    inputs = models.batch(model, prompts)
+    kept = generate(**inputs, max_new_tokens=3, do_sample=False, cache_implementation="static")
+    assert torch.equal(kept, model.generate(**inputs, max_new_tokens=3, do_sample=False, cache_implementation="static"))
 
 
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:torch.quantize_per_tensor")

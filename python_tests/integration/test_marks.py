@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sts_kernels import STSConfig
-from sts_kernels.integrations.transformers import VisualItem, apply_sts, dropped
+from sts_kernels.integrations.transformers import VisualItem, apply_sts, dropped, prune
 
 from . import models
 from .test_refusals import one_sentence
@@ -15,8 +15,7 @@ CONFIG = STSConfig(keep=10, keep_after=4, prune_layer=3)
 def merged(model, prompts) -> dict:
     """Inputs of a caller that encodes the images and merges the features into the embeddings.
 
-    The embeddings are those that the base model merges. The test depends on their marks and positions, not on their
-    values.
+    The embeddings are those that the base model merges; encoded again, features have the same bits.
     """
     inputs, seen = models.batch(model, prompts), []
     text = model.model.language_model
@@ -96,16 +95,33 @@ def test_other_embeddings_run_as_they_are():
             assert torch.equal(model(inputs_embeds=embeds).logits, want)
 
 
+@pytest.mark.parametrize("method", ["fastv", "divprune"])
+def test_merged_embeddings_of_images_that_lose_nothing_before_the_llm(method):
+    """fastv drops tokens inside the LLM; a budget of 6 leaves the small one of two pictures as it is."""
+    family = "qwen2_5_vl"
+    model, prompt = models.shared(family), models.Prompt([1, 5, 6])
+    for image, words in ((0, 2), (3, 3)):
+        models.picture(family, prompt, image, 1 + image // 3)
+        prompt.ids += models.words(3 + image, words)
+    options = {"ratios": [0.5]} if method == "fastv" else {"budget": 6}
+    with prune(model, method, **options) as handle, torch.no_grad():
+        want = model(**models.batch(model, [prompt])).logits[:, -1]
+        kept = handle.report.rows[0].kept
+        got = model(**merged(model, [prompt])).logits[:, -1]
+        assert handle.report.rows[0].kept == kept
+    assert torch.equal(got, want)
+
+
 def test_find_by_hand():
     """Two items of 3 and 4 tokens, one with a newline, in three rows."""
     items = [VisualItem("image", [3], [(1, 3)]), VisualItem("image", [3], [(1, 3)], torch.tensor([0, 1, -1, 2]))]
-    marks = torch.tensor([1, 0, 1, 1, 0, 0, 0]).bool()  # tokens 0 and 2 of the first are dropped, 0 of the second
+    values = torch.tensor([torch.nan, 1, torch.nan, torch.nan, 2, 3, 4])  # tokens 0 and 2 of the first are dropped
     embeds = torch.zeros(3, 6, 2)
-    embeds[0, [1, 3]] = torch.nan
-    embeds[2, 2] = torch.nan
-    found = dropped.find(embeds, {"image": (items, marks)})
+    embeds[0, 1:4, 0] = values[:3]
+    embeds[2, 2:, 0] = values[3:]
+    found = dropped.find(embeds, {"image": (items, values)})
     assert found.tolist() == [[0, 1, 1, 1, 0, 0], [0] * 6, [0, 0, 1, 1, 1, 1]]
-    assert dropped.find(torch.zeros(1, 2, 2), {"image": (items, marks)}) is None
-    assert dropped.find(embeds.repeat_interleave(2, 0), {"image": (items, marks)}).tolist() == [
+    assert dropped.find(torch.zeros(1, 2, 2), {"image": (items, values)}) is None
+    assert dropped.find(embeds.repeat_interleave(2, 0), {"image": (items, values)}).tolist() == [
         row for row in found.tolist() for _ in range(2)
     ]

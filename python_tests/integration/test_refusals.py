@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sts_kernels import STSConfig
-from sts_kernels.integrations.transformers import apply_sts, compat, dropped, unsupported
+from sts_kernels.integrations.transformers import apply_sts, compat, dropped, prune, unsupported
 
 from . import flash, models
 from .models import CACHE, output_cache
@@ -311,3 +311,15 @@ def test_options_and_marks_are_looked_at_once_a_prompt(monkeypatch):
         models.generate(model, [models.prompt_of("llava", 1, seed=1)], 3)
         assert sts.report.rows
     assert sorted(seen) == ["check_generation", "is_dropped"]
+
+
+def test_methods_of_a_class_token_refuse_an_encoder_without_one():
+    vision = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = models.CONFIGS["llava"]()
+    config.vision_config = models.transformers.SiglipVisionConfig(image_size=24, patch_size=4, **vision)
+    config.vision_feature_select_strategy = "full"
+    model = models.class_of("llava")._from_config(config).eval()
+    with pytest.raises(NotImplementedError, match=r"prumerge is defined by the attention of a \[CLS\] token") as e:
+        prune(model, "prumerge", budget=8)
+    one_sentence(e)
+    prune(model, "vispruner", budget=8).remove()  # takes the mean over all tokens

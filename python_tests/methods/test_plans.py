@@ -55,6 +55,8 @@ def test_bad_budgets(name):
         ("layers", [32], ValueError),
         ("ratios", [2.0], ValueError),
         ("ratios", "half", TypeError),
+        ("ratios", [None], TypeError),
+        ("ratios", [], ValueError),
     ):
         refused = error if option in method.takes else ValueError
         with pytest.raises(refused, match=f"{name}: {option} "):

@@ -112,8 +112,10 @@ def _check_layers(method: str, values: Any, layers: int) -> None:
 
 
 def _check_ratios(method: str, values: Any) -> None:
-    if isinstance(values, str) or not isinstance(values, Sequence):
+    if isinstance(values, str) or not isinstance(values, Sequence) or None in values:
         raise TypeError(f"{method}: ratios must be a list of shares (float) or numbers of tokens (int), got {values!r}")
+    if not values:
+        raise ValueError(f"{method}: ratios must name at least one amount, got {values!r}")
     for value in values:
         if isinstance(value, bool) or value != 0:
             check_amount(method, "ratios", value)

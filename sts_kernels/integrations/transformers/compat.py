@@ -70,6 +70,11 @@ def named(names: list[str], args: Args, kwargs: Kwargs) -> Kwargs:
 def check_model(base: Model, text: Model) -> None:
     """Raises NotImplementedError if a forward lacks an argument that the hooks use. Warns about untested versions."""
     for module, wanted in ((base, BASE_ARGUMENTS), (text, TEXT_ARGUMENTS), (text.layers[0], LAYER_ARGUMENTS)):
+        if hasattr(module, "_orig_mod"):
+            raise NotImplementedError(
+                f"sts_kernels: {type(module._orig_mod).__name__} is wrapped by torch.compile(module), which hides its "
+                "parts; compile it in place, by module.compile()"
+            )
         have = parameters(module)
         for name in wanted:
             names = (name,) if isinstance(name, str) else name

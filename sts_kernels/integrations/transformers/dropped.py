@@ -29,12 +29,12 @@ def is_dropped(embeds: torch.Tensor) -> torch.Tensor:
 
 
 def of_output(output: Any) -> torch.Tensor:
-    """(tokens,) bool: marks in the output of get_image_features() or get_video_features(), image after image."""
+    """(tokens,): first channel of the output of get_image_features() or get_video_features(), image after image."""
     features = getattr(output, "pooler_output", output)
     if isinstance(features, list | tuple):
         # Before transformers 5, Qwen3-VL returns (features, deepstack features).
         features = torch.cat([x.flatten(0, -2) for x in (features[0] if _nested(features) else features)])
-    return is_dropped(features).flatten()
+    return features[..., 0].flatten().clone()  # a view would keep all channels
 
 
 def _nested(features: list[Any] | tuple[Any, ...]) -> bool:
@@ -44,41 +44,53 @@ def _nested(features: list[Any] | tuple[Any, ...]) -> bool:
 def find(embeds: torch.Tensor, encoded: dict[str, tuple[list[VisualItem], torch.Tensor]]) -> torch.Tensor | None:
     """Modality ids, as `prompt.placeholders` gives them, of embeddings that a caller merged with encoded features.
 
-    encoded: by kind, the items that the caller encoded last and the marks in their features. The marks of each item
-    must be in the prompt in the same pattern, else ValueError. None: there is no mark. Reads back from the device.
+    encoded: by kind, the items that the caller encoded last, and the first channel of their features, by which they are
+    found. None: the prompt has none of them. Reads back from the device.
+
+    Raises:
+        ValueError: there are marks, but not all items in their order.
     """
-    marks = is_dropped(embeds).cpu()
-    if not marks.any():
-        return None
+    values = embeds[..., 0].cpu()
     patterns = []
     for kind in KINDS:
         items, mine = encoded.get(kind, ([], embeds.new_empty(0)))
-        patterns += [(kind, pattern) for pattern in mine.cpu().split([item.num_tokens for item in items])]
-    for repeats in (n for n in range(1, len(marks) + 1) if len(marks) % n == 0):  # beams repeat a row
-        rows = marks[::repeats]
-        found = _place(rows, patterns)
-        if found is not None and torch.equal(rows.repeat_interleave(repeats, 0), marks):
+        mine = mine.to("cpu", values.dtype)
+        patterns += [(kind, pattern) for pattern in mine.split([item.num_tokens for item in items])]
+    for repeats in (n for n in range(1, len(values) + 1) if len(values) % n == 0):  # beams repeat a row
+        found = _place(values[::repeats], patterns)
+        if found is not None and _equal(values[::repeats].repeat_interleave(repeats, 0), values).all():
             return found.repeat_interleave(repeats, 0).to(embeds.device)
+    if not values.isnan().any():
+        return None
     raise ValueError(
         "sts_kernels: inputs_embeds hold NaN rows, which mark the visual tokens that were dropped, but not those of "
         "the images encoded last; merge whole features of one get_image_features() call, or pass the model pixel values"
     )
 
 
-def _place(marks: torch.Tensor, patterns: list[tuple[str, torch.Tensor]]) -> torch.Tensor | None:
-    """Matches the patterns of the items with the rows of marks, in order -> modality ids. None: they do not fit."""
-    found = torch.zeros(marks.shape, dtype=torch.int8, device="cpu")
-    queue = iter(patterns)
-    for row, out in zip(marks, found, strict=True):
-        position, length = 0, len(row)
-        while row[position:].any():
-            kind, pattern = next(queue, ("", None))
-            if pattern is None or not pattern.any():
+def _equal(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return (a == b) | (a.isnan() & b.isnan())
+
+
+def _place(rows: torch.Tensor, patterns: list[tuple[str, torch.Tensor]]) -> torch.Tensor | None:
+    """Finds the items in the rows, in order -> modality ids. None: they do not fit, or leave marks over."""
+    found = torch.zeros(rows.shape, dtype=torch.int8, device="cpu")
+    row, position = 0, 0
+    for kind, pattern in patterns:
+        while (start := _find(rows[row], pattern, position)) is None:
+            row, position = row + 1, 0
+            if row == len(rows):
                 return None
-            start = position + int(row[position:].int().argmax() - pattern.int().argmax())
-            position_after = start + len(pattern)
-            if start < position or position_after > length or not torch.equal(row[start:position_after], pattern):
-                return None
-            out[start:position_after] = 1 + KINDS.index(kind)
-            position = position_after
-    return found if next(queue, None) is None else None
+        position = start + len(pattern)
+        found[row, start:position] = 1 + KINDS.index(kind)
+    return None if (rows.isnan() & (found == 0)).any() else found
+
+
+def _find(row: torch.Tensor, pattern: torch.Tensor, position: int) -> int | None:
+    """First start of the pattern in row[position:]."""
+    last = len(row) - len(pattern) + 1
+    for start in _equal(row[position : max(position, last)], pattern[0]).nonzero().flatten().tolist():
+        begin = position + int(start)
+        if _equal(row[begin : begin + len(pattern)], pattern).all():
+            return begin
+    return None

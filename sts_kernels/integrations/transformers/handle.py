@@ -93,7 +93,7 @@ class PruningHandle:
         self.contiguous = contiguous = positions == "contiguous"
         self._graphs: Captured | None = None
         unsupported.check_model(model, base, self.text, [cut.layer for cut in plan.cuts], contiguous)
-        unsupported.check_method(method, plan, adapter)
+        unsupported.check_method(method, plan, base, adapter)
         self._known: weakref.WeakSet[Session] = weakref.WeakSet()
         self._sessions = Sessions(self._known)
         self._timer = Timer(self.text, profile)
@@ -114,6 +114,7 @@ class PruningHandle:
     # --- life ---
 
     def __enter__(self) -> "PruningHandle":
+        self._check_active()
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -135,6 +136,10 @@ class PruningHandle:
         if active_handle(self.base) is self:
             del _handles[self.base]
 
+    def _check_active(self) -> None:
+        if not self._llm.active:
+            raise RuntimeError("sts_kernels: this handle was removed, and the model is plain; call prune() again")
+
     @property
     def report(self) -> Report | None:
         """Report of the last prompt with images: tokens kept, memory and FLOPs saved. None before the first."""
@@ -153,6 +158,7 @@ class PruningHandle:
     def prompt_length(self, columns: int | None) -> None:
         if columns is not None and (isinstance(columns, bool) or not isinstance(columns, int) or columns < 1):
             raise ValueError(f"sts_kernels: prompt_length must be an int of at least 1, or None, got {columns!r}")
+        self._check_active()
         self._llm.prompt_length = columns
 
     def compile(
@@ -202,6 +208,7 @@ class PruningHandle:
             NotImplementedError: the method or the model cannot be compiled; with `strict`, a call cannot be served. The
                 message says why in one sentence.
         """
+        self._check_active()
         found = (m for m in self.model.modules() if isinstance(m, transformers.GenerationMixin))
         generating = [module for module in found if any(part is self.base for part in module.modules())]
         if not generating:
@@ -211,9 +218,10 @@ class PruningHandle:
         _checks.integer("compile", "max_new_tokens", max_new_tokens, 1)
         captured.check_backend(backend)
         captured.check(self.method, self.adapter, self.text)
-        self._graphs = Captured(self, generating[-1], buckets, max_new_tokens, batches, backend, strict)
-        self._graphs.build()
-        return self._graphs.built
+        graphs = Captured(self, generating[-1], buckets, max_new_tokens, batches, backend, strict)
+        graphs.build()
+        self._graphs = graphs
+        return graphs.built
 
     def _install(self) -> None:
         for module in self.model.modules():
@@ -260,6 +268,8 @@ class PruningHandle:
 
     def _generate(self, module: Model, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Checks options before anything runs. `checked_caller` checks them for a generate() that is not shadowed."""
+        if not self._llm.active:  # the caller has kept the method
+            return original(*args, **kwargs)
         session, images = self._sessions.now, _has_images(kwargs)
         if images:
             unsupported.check_generation(module, self.text, kwargs, compat.cache_of(kwargs))
@@ -280,7 +290,9 @@ class PruningHandle:
 
     def _encode(self, kind: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         session = self._sessions.now
-        if session.encoding is not None:  # Qwen3-VL's get_video_features calls get_image_features
+        if (
+            not self._llm.active or session.encoding is not None
+        ):  # Qwen3-VL's get_video_features calls get_image_features
             return original(*args, **kwargs)
         if self._graphs is not None and (later := self._graphs.deferred(original, args, kwargs)) is not None:
             return later

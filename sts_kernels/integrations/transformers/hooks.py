@@ -38,13 +38,13 @@ class Hooks:
         A step with `MASKS` does not call it; there, the hook of a decoder layer passes the layer its mask.
         """
         self._modules.append(module)
-        module.register_forward_pre_hook(_Hook(self, method, 3, first, layer), with_kwargs=True)
+        module.register_forward_pre_hook(Hook(self, method, 3, first, layer), with_kwargs=True)
 
     def after(self, module: Model, method: Callable[..., Any]) -> None:
         """Calls the bound `method(module, args, kwargs, output)` after the module's forward. After an error, `output`
         is None."""
         self._modules.append(module)
-        module._forward_hooks[_AFTER] = _Hook(self, method, 4)  # set first: `remove` finds the rest by it
+        module._forward_hooks[_AFTER] = Hook(self, method, 4)  # set first: `remove` finds the rest by it
         module._forward_hooks_with_kwargs[_AFTER] = module._forward_hooks_always_called[_AFTER] = True
 
     def shadow(
@@ -79,7 +79,7 @@ class Hooks:
         self._shadowed.clear()
 
 
-class _Hook:
+class Hook:
     def __init__(
         self,
         owner: Hooks | None,
@@ -108,14 +108,23 @@ class _Hook:
         hidden = args[0] if args else kwargs["hidden_states"]
         return args, {**kwargs, "attention_mask": mask if mask.device == hidden.device else mask.to(hidden.device)}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Hook":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Hook":
         """A copy inside the model, as PEFT makes, still prunes. A copy of the model does not keep the original
         alive."""
         weak = self.method if isinstance(self.method, _Weak) else _Weak(self.method)
-        return _Hook(None, weak, self.count, self.first, self.layer)
+        return Hook(None, weak, self.count, self.first, self.layer)
 
-    def __reduce__(self) -> NoReturn:
-        raise TypeError(PICKLING)
+    def __reduce__(self) -> tuple[type["_Nothing"], tuple[()]]:
+        if self.owner is not None:
+            raise TypeError(PICKLING)
+        return _Nothing, ()  # a copy's: it does nothing
+
+
+class _Nothing:
+    """A hook that does nothing."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        return None
 
 
 class _Weak:

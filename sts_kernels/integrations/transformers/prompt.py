@@ -119,8 +119,8 @@ def read_rows(
         if dropped is not None and marks[index] != row.num_visual - row.num_kept:
             raise RuntimeError(
                 f"sts_kernels: the features of row {index} have {marks[index]} dropped tokens where this pruning drops "
-                f"{row.num_visual - row.num_kept}; they were encoded without it or with other options: encode them "
-                "again, or pass pixel values"
+                f"{row.num_visual - row.num_kept}; they are NaN, or they were encoded without it or with other "
+                "options: encode them again, or pass pixel values"
             )
     for index, row in enumerate(rows):
         left, images = row.num_kept, [item.num_visual for item in row.items]

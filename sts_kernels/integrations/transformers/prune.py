@@ -93,7 +93,7 @@ def prune(
     if "relevance" in method.signals and relevance is None:
         raise ValueError(
             f"prune: relevance must be given with {method.name}, as a number for each visual token or a function that "
-            "returns them: the model has no text tower to find it with"
+            'returns them: the model has no text tower to find it with; or give by="text"'
         )
     if "relevance" not in method.signals and relevance is not None:
         raise ValueError(f"prune: relevance is not an option of {method.name}, which does not look at it")

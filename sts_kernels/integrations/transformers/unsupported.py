@@ -17,6 +17,7 @@ from .untyped import Kwargs, Model
 if TYPE_CHECKING:
     from transformers import Cache
 
+CLASS_TOKENS = ("class_embedding", "cls_token")  # names of a vision encoder's parameter
 LARGE = 1 << 20  # tokens of an image that every plan prunes, unless it keeps all tokens
 ATTENTIONS = "eager, sdpa and flash_attention_2/3"
 
@@ -57,12 +58,13 @@ def check_model(model: Model, base: Model, text: Model, prune_layers: list[int],
         )
 
 
-def check_method(method: Method, plan: Plan, adapter: ModelAdapter) -> None:
-    """Refuses methods that the family's encoder or projector does not allow."""
-    if method.encoder_attention == "last" and adapter.last_attention is None:
+def check_method(method: Method, plan: Plan, base: Model, adapter: ModelAdapter) -> None:
+    """Refuses methods that the model's encoder or projector does not allow."""
+    has_class_token = any(name.endswith(CLASS_TOKENS) for name, _ in base.named_parameters())
+    if method.encoder_attention == "last" and (adapter.last_attention is None or not has_class_token):
         raise NotImplementedError(
             f"sts_kernels: {method.name} is defined by the attention of a [CLS] token, in the encoder's last layer, to "
-            f"tokens that are the features; {adapter.name} does not have it"
+            f"tokens that are the features; this {adapter.name} does not have it"
         )
     if method.merges and method.site == "encoder" and not adapter.one_row and plan.keep(LARGE) < LARGE:
         raise NotImplementedError(

@@ -11,7 +11,7 @@ from .... import _checks
 from ....methods import Method
 from .. import compat
 from ..adapters import ModelAdapter
-from ..hooks import Hooks
+from ..hooks import Hook
 from ..untyped import Args, Kwargs, Model
 
 if TYPE_CHECKING:
@@ -165,6 +165,9 @@ def check_call(
         raise Refused("autocast is on")
     if (hooked := _foreign_hooks(modules)) is not None:
         raise Refused(f"there are hooks on {hooked}, which a graph would not call")
+    for part in (module, base, base.language_model):
+        if _has_own_forward(part):
+            raise Refused(f"{type(part).__name__} has a forward of its own, which a graph would not call")
     _check_length(args[0] if args else kwargs.get("input_ids", kwargs.get("inputs")), option, new)
 
 
@@ -186,6 +189,13 @@ def _foreign_hooks(modules: list[torch.nn.Module]) -> str | None:
         for table in (module._forward_hooks, module._forward_pre_hooks):
             for hook in table.values():
                 library = (getattr(hook, "__module__", None) or "").startswith("transformers.")
-                if not library and not isinstance(getattr(hook, "owner", None), Hooks):
+                if not library and not isinstance(hook, Hook):
                     return type(module).__name__
     return None
+
+
+def _has_own_forward(module: Model) -> bool:
+    """Whether its forward is neither the library's nor one that torch.compile made of it."""
+    forward = vars(module).get("forward", type(module).forward)
+    forward = getattr(forward, "_torchdynamo_orig_callable", forward)
+    return not (getattr(forward, "__module__", None) or "").startswith("transformers.")
