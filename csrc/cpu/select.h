@@ -20,6 +20,7 @@
 
 #include "common/selection_plan.h"
 #include "pairs.h"
+#include "row_cache.h"
 
 namespace sts::cpu {
 
@@ -28,66 +29,6 @@ constexpr int64_t kStripRows = 16;              // rows per strip of a pass: the
 constexpr int kCachedRows = 2 * kCpuLookahead;  // slots of the row cache
 static_assert(kCpuLookahead <= kPoints, "a pass compares a strip with its points in one call");
 constexpr int64_t kTokensPerCandidate = 64;  // so few candidates that their distances cost little next to a pass
-
-// Cache of weight rows that are computed and not yet used. A row has one weight per position (see Selector).
-class RowCache {
- public:
-  void reset(int64_t positions, int slots) {
-    row_size_ = positions;
-    position_of_.assign(slots, -1);
-    slot_of_.assign(positions, -1);
-    rows_.resize(slots * positions);
-  }
-  bool has(int64_t position) const { return slot_of_[position] >= 0; }
-  float* row(int64_t position) { return slot(slot_of_[position]); }
-
-  // Evicts rows until `count` slots are free: those of the highest potential, the least likely to be picked soon.
-  void make_room(int count, const float* potential) {
-    const auto slots = static_cast<int>(position_of_.size());
-    int used = static_cast<int>(std::count_if(position_of_.begin(), position_of_.end(), [](int64_t position) { return position >= 0; }));
-    for (; used > slots - count; --used) {
-      int64_t victim = -1;
-      for (const int64_t position : position_of_)
-        if (position >= 0 && (victim < 0 || potential[position] > potential[victim])) victim = position;
-      remove(victim);
-    }
-  }
-  // Assigns a free slot to a row, which the caller fills.
-  float* add(int64_t position) {
-    const auto slot = static_cast<int>(std::find(position_of_.begin(), position_of_.end(), -1) - position_of_.begin());
-    position_of_[slot] = position;
-    slot_of_[position] = slot;
-    return row(position);
-  }
-  void append_positions(std::vector<int64_t>& positions) const {
-    for (const int64_t position : position_of_)
-      if (position >= 0) positions.push_back(position);
-  }
-  void remove(int64_t position) {
-    position_of_[slot_of_[position]] = -1;
-    slot_of_[position] = -1;
-  }
-  // Moves position old[i] to position i. Precondition: `old` is ascending and holds all cached positions.
-  void compact(const std::vector<int64_t>& old) {
-    for (size_t i = 0; i < old.size(); ++i) {
-      const int slot = slot_of_[i] = slot_of_[old[i]];
-      if (slot >= 0) position_of_[slot] = static_cast<int64_t>(i);
-    }
-    for (size_t s = 0; s < position_of_.size(); ++s) {
-      if (position_of_[s] < 0) continue;
-      float* row = slot(static_cast<int>(s));
-      for (size_t i = 0; i < old.size(); ++i) row[i] = row[old[i]];
-    }
-  }
-
- private:
-  float* slot(int slot) { return rows_.data() + slot * row_size_; }
-
-  int64_t row_size_ = 0;
-  std::vector<int64_t> position_of_;  // (slots): position of the row in a slot, or -1
-  std::vector<int> slot_of_;          // (positions): slot of a position's row, or -1
-  std::vector<float> rows_;           // (slots, row_size_)
-};
 
 // Selects from one item at a time; scratch memory is reused from item to item. Arrays are indexed by position: compaction removes picked
 // tokens and keeps the order of the others, so that passes leave picked tokens out and ties still go to the lowest token.
@@ -353,7 +294,7 @@ class Selector {
   std::vector<int64_t> candidates_;    // positions, uncached tokens first
   std::vector<const scalar_t*> candidate_rows_;
   std::vector<float> candidate_potential_, candidate_weight_, candidate_parameter_, group_lowest_;
-  RowCache cache_;
+  RowCache<float> cache_;
 };
 
 // Converts row `number` of an item to a unit point; a zero row gets its mark (UnitRows).
