@@ -12,6 +12,7 @@ Tensor knn_density_cuda(const Tensor& features, int64_t k, std::optional<Tensor>
   const int64_t batch = call.features.size(0), tokens = call.features.size(1);
   Tensor density = new_floats(call.features, {batch, tokens});
   if (batch == 0) return density;
+  if (call.num_tokens && check_values_on_device()) call.check_values(scope.host_copy(*call.num_tokens).data());
   dispatch_cuda(call.features.scalar_type(), [&](auto* element) {
     using scalar_t = std::remove_pointer_t<decltype(element)>;
     const auto rows = rows_of<scalar_t>(call.features);

@@ -13,6 +13,7 @@ std::tuple<Tensor, Tensor> nearest_cuda(const Tensor& query, const Tensor& key, 
   const int64_t batch = call.query.size(0), rows = call.query.size(1), count = call.key.size(1);
   Tensor index = new_indices(call.query, {batch, rows}), value = new_floats(call.query, {batch, rows});
   if (batch == 0) return {index, value};
+  if (call.num_keys && check_values_on_device()) call.check_values(scope.host_copy(*call.num_keys).data());
   const NearestOptions options{call.cosine, call.query_ranks(), call.key_ranks(), call.exclude_self, data_or_null(call.num_keys)};
   dispatch_cuda(call.query.scalar_type(), [&](auto* element) {
     using scalar_t = std::remove_pointer_t<decltype(element)>;

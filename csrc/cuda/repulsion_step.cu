@@ -1,7 +1,5 @@
 #include "repulsion_step.cuh"
 
-#include <vector>
-
 #include "cuda_glue.h"
 
 namespace sts {
@@ -14,12 +12,7 @@ Tensor repulsion_step_cuda(Tensor potential, const Tensor& features, const Tenso
   Tensor next = new_indices(step.features, {batch});
   if (batch == 0) return next;
   const int64_t* picks = static_cast<const int64_t*>(step.picked.const_data_ptr());
-  if (check_values_on_device()) {
-    std::vector<int64_t> values(batch);
-    CudaScope::check(cudaStreamSynchronize(scope.stream()), "STS_KERNELS_CHECK");
-    CudaScope::check(cudaMemcpy(values.data(), picks, batch * sizeof(int64_t), cudaMemcpyDeviceToHost), "STS_KERNELS_CHECK");
-    Step::check_values(values.data(), batch, tokens);
-  }
+  if (check_values_on_device()) Step::check_values(scope.host_copy(step.picked).data(), batch, tokens);
   dispatch_cuda(step.features.scalar_type(), [&](auto* element) {
     const auto rows = rows_of<std::remove_pointer_t<decltype(element)>>(step.features);
     CudaScope::check(launch_repulsion_step(static_cast<float*>(potential.mutable_data_ptr()), potential.stride(0), potential.stride(1),

@@ -14,6 +14,7 @@ std::tuple<Tensor, Tensor> scatter_mean_cuda(const Tensor& features, const Tenso
   const int64_t batch = x.size(0), tokens = x.size(1), channels = x.size(2);
   Tensor mean = new_tensor(x, {batch, count, channels}, static_cast<int32_t>(x.scalar_type())), mass = new_floats(x, {batch, count});
   if (batch == 0) return {mean, mass};
+  if (check_values_on_device()) call.check_values(scope.host_copy(call.assignment).data());
   Tensor slots = new_tensor(x, {batch, tokens}, aoti_torch_dtype_int32());
   dispatch_cuda(x.scalar_type(), [&](auto* element) {
     using scalar_t = std::remove_pointer_t<decltype(element)>;
