@@ -342,6 +342,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
   if (stored.shares(item, blocks))
     return select_cluster<Rule, kTokens>(stored, launched, b, item, lookahead, row_min, mean_sqdist, rule, out);
   if (cluster.block_rank() > 0) return;
+  static_assert(kClusterWarps >= 8 * kClusterFromWarps, "see StoredItems::shares");
   if (item.tokens <= kClusterFrom)
     select_stored<Rule, kStoredTokens, kClusterFromWarps>(stored, launched, b, item, mean_sqdist, rule, out);
   else

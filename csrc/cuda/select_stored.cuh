@@ -49,8 +49,9 @@ struct StoredItems {
 
   // Whether the `blocks` of a cluster share the item; else one of them selects alone. If the wave would need more blocks than SMs, only items
   // above 2 * cluster_from are shared: for shorter items a cluster gains less than a second round of clusters costs.
+  // Invariant: a block has the warps for an item that is not shared (cluster_launch). In clusters of 8 these are items up to cluster_from.
   __device__ __forceinline__ bool shares(const Item& item, int blocks) const {
-    if (item.tokens <= cluster_from || !wave) return item.tokens > cluster_from;
+    if (item.tokens <= cluster_from || !wave || blocks > 4) return item.tokens > cluster_from;
     const int64_t shared = wave[1].shareable - wave[0].shareable, all = wave[1].item - wave[0].item;
     return all + shared * (blocks - 1) <= sms || item.tokens > 2 * cluster_from;
   }
