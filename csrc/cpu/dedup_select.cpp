@@ -127,14 +127,14 @@ class Deduplicator {
 };
 
 Tensor dedup_select_cpu(const Tensor& features, const Tensor& order, int64_t keep, int64_t step) {
-  const DedupArguments given(features, order, keep, step);
-  const int64_t batch = given.features.size(0), channels = given.features.size(2), length = given.order.size(1);
-  const auto* const listed = static_cast<const int64_t*>(given.order.const_data_ptr());
-  given.check_values(listed);
-  Tensor out = new_indices(given.features, {batch, keep});
+  const DedupArguments args(features, order, keep, step);
+  const int64_t batch = args.features.size(0), channels = args.features.size(2), length = args.order.size(1);
+  const auto* const listed = static_cast<const int64_t*>(args.order.const_data_ptr());
+  args.check_values(listed);
+  Tensor out = new_indices(args.features, {batch, keep});
   auto* const kept = static_cast<int64_t*>(out.mutable_data_ptr());
-  cpu::dispatch(given.features.scalar_type(), [&](auto* element) {
-    const auto rows = rows_of<std::remove_pointer_t<decltype(element)>>(given.features);
+  cpu::dispatch(args.features.scalar_type(), [&](auto* element) {
+    const auto rows = rows_of<std::remove_pointer_t<decltype(element)>>(args.features);
     const auto run = [&](cpu::WorkerTeam& team, int64_t begin, int64_t end) {
       Deduplicator deduplicator(team, rows);
       for (int64_t b = begin; b < end; ++b) deduplicator.run(b, listed + b * length, length, keep, step, kept + b * keep);

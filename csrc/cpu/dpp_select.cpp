@@ -221,18 +221,18 @@ class DppSelector {
 
 std::tuple<Tensor, Tensor> dpp_select_cpu(const Tensor& features, const Tensor& quality, int64_t k, double floor,
                                           std::optional<Tensor> num_tokens) {
-  const DppArguments given(features, quality, k, floor, num_tokens);
-  const int64_t batch = given.features.size(0), tokens = given.features.size(1), channels = given.features.size(2);
-  const int64_t* counts = data_or_null(given.num_tokens);
-  given.check_values(counts);
-  Tensor order = new_indices(given.features, {batch, k}), gain = new_floats(given.features, {batch, k});
+  const DppArguments args(features, quality, k, floor, num_tokens);
+  const int64_t batch = args.features.size(0), tokens = args.features.size(1), channels = args.features.size(2);
+  const int64_t* counts = data_or_null(args.num_tokens);
+  args.check_values(counts);
+  Tensor order = new_indices(args.features, {batch, k}), gain = new_floats(args.features, {batch, k});
   auto* const orders = static_cast<int64_t*>(order.mutable_data_ptr());
   auto* const gains = static_cast<float*>(gain.mutable_data_ptr());
-  const auto* const qualities = static_cast<const float*>(given.quality.const_data_ptr());
-  cpu::dispatch(given.features.scalar_type(), [&](auto* element) {
-    const auto rows = rows_of<std::remove_pointer_t<decltype(element)>>(given.features);
+  const auto* const qualities = static_cast<const float*>(args.quality.const_data_ptr());
+  cpu::dispatch(args.features.scalar_type(), [&](auto* element) {
+    const auto rows = rows_of<std::remove_pointer_t<decltype(element)>>(args.features);
     const auto run = [&](cpu::WorkerTeam& team, int64_t begin, int64_t end) {
-      DppSelector selector(team, rows, given.floor);
+      DppSelector selector(team, rows, args.floor);
       for (int64_t b = begin; b < end; ++b)
         selector.run(b, counts ? counts[b] : tokens, k, qualities + b * tokens, orders + b * k, gains + b * k);
     };

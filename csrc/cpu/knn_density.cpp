@@ -79,10 +79,10 @@ class Neighbours {
 };
 
 Tensor knn_density_cpu(const Tensor& features, int64_t k, std::optional<Tensor> num_tokens) {
-  const KnnDensity call(features, k, num_tokens);
-  const Tensor& x = call.features;
+  const KnnArguments args(features, k, num_tokens);
+  const Tensor& x = args.features;
   const int64_t batch = x.size(0), tokens = x.size(1), channels = x.size(2);
-  call.check_values(data_or_null(call.num_tokens));
+  args.check_values(data_or_null(args.num_tokens));
   Tensor density = new_floats(x, {batch, tokens});
   float* out = static_cast<float*>(density.mutable_data_ptr());
   cpu::dispatch(x.scalar_type(), [&](auto* element) {
@@ -97,7 +97,7 @@ Tensor knn_density_cpu(const Tensor& features, int64_t k, std::optional<Tensor> 
         for (int64_t block = begin; block < end; ++block) {
           const int64_t b = block / blocks, i0 = block % blocks * cpu::kQueries, i1 = std::min(i0 + cpu::kQueries, tokens),
                         item = b * tokens;
-          const int64_t present = cpu::counted(data_or_null(call.num_tokens), b, tokens);
+          const int64_t present = cpu::counted(data_or_null(args.num_tokens), b, tokens);
           // (1) the strip
           for (int64_t j = 0; j < present; j += cpu::kKeys) {
             const float* const* keys = &rows.row[item + j];
