@@ -139,15 +139,7 @@ Tensor dedup_select_cpu(const Tensor& features, const Tensor& order, int64_t kee
       Deduplicator deduplicator(team, rows);
       for (int64_t b = begin; b < end; ++b) deduplicator.run(b, listed + b * length, length, keep, step, kept + b * keep);
     };
-    const int64_t item_flops = length * length * (channels + length / 16);
-    cpu::with_team(batch * item_flops, [&](cpu::WorkerTeam& team) {
-      // Whole items per thread if there are enough items; else the team shares each item.
-      if (batch < team.members) return run(team, 0, batch);
-      team.for_rows(batch, item_flops, [&](int64_t begin, int64_t end) {
-        cpu::WorkerTeam alone(1);
-        run(alone, begin, end);
-      });
-    });
+    cpu::for_items(batch, length * length * (channels + length / 16), run);
   });
   return out;
 }

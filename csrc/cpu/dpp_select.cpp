@@ -236,15 +236,7 @@ std::tuple<Tensor, Tensor> dpp_select_cpu(const Tensor& features, const Tensor& 
       for (int64_t b = begin; b < end; ++b)
         selector.run(b, counts ? counts[b] : tokens, k, qualities + b * tokens, orders + b * k, gains + b * k);
     };
-    const int64_t item_flops = 2 * tokens * (k + 4) * channels;
-    cpu::with_team(batch * item_flops, [&](cpu::WorkerTeam& team) {
-      // Whole items per thread if there are enough items; else the team shares each item.
-      if (batch < team.members) return run(team, 0, batch);
-      team.for_rows(batch, item_flops, [&](int64_t begin, int64_t end) {
-        cpu::WorkerTeam alone(1);
-        run(alone, begin, end);
-      });
-    });
+    cpu::for_items(batch, 2 * tokens * (k + 4) * channels, run);
   });
   return {order, gain};
 }

@@ -343,14 +343,7 @@ Tensor select_all(const Selection& selection, const F& select_some) {
     const int64_t shared = items.packed() ? std::max<int64_t>(1, items.count) : 1;  // packed: tokens and picks are totals, so take averages
     const int64_t passes = 4 + ceil_div(items.picks, shared);                       // the first pick costs about as much as four passes
     const int64_t item_flops = 2 * rows.channels * ceil_div(items.tokens, shared) * passes;
-    with_team(items.count * item_flops, [&](WorkerTeam& team) {
-      // Whole items per thread if there are enough items; else the team shares each item.
-      if (items.count < team.members) return select_some(team, rows, 0, items.count, picks);
-      team.for_rows(items.count, item_flops, [&](int64_t begin, int64_t end) {
-        WorkerTeam alone(1);
-        select_some(alone, rows, begin, end, picks);
-      });
-    });
+    for_items(items.count, item_flops, [&](WorkerTeam& team, int64_t begin, int64_t end) { select_some(team, rows, begin, end, picks); });
   });
   return out;
 }
