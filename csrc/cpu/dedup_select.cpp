@@ -8,7 +8,6 @@
 //   (2) else compute the distance matrix;
 //   (3) rounds, until `keep` tokens are left; a round first compacts the matrix, if fewer than 4/5 of its tokens are left.
 // Synchronisation: the team shares (2) and the row minima of a round (for_rows). If there are enough items, each thread runs whole items.
-#include <limits>
 #include <numeric>
 #include <vector>
 
@@ -17,8 +16,6 @@
 
 namespace sts {
 namespace {
-
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // Selects from one item at a time; scratch memory is reused from item to item.
 template <class scalar_t>

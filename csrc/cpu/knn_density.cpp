@@ -10,15 +10,12 @@
 // Synchronisation: a task is a range of such blocks, and writes the outputs of its tokens alone.
 #include <algorithm>
 #include <cmath>
-#include <limits>
 
 #include "common/knn_glue.h"
 #include "rows.h"
 
 namespace sts {
 namespace {
-
-constexpr float kInf = std::numeric_limits<float>::infinity();
 
 // Selects the k nearest rows of an item, for one row at a time. A row is its own neighbour.
 class Neighbours {
@@ -32,7 +29,7 @@ class Neighbours {
   double mean_from_dots(int64_t i, int64_t first, int64_t present, const float* dots) {
     const float* squares = rows_.square.data() + first;
     const char* usable = rows_.usable.data() + first;
-    float max_square = 0.f, bound = kInf;
+    float max_square = 0.f, bound = kInfinity;
     int64_t count = 0;
     for (int64_t j = 0; j < present; ++j) {
       if (!usable[j]) continue;

@@ -12,7 +12,6 @@
 // Synchronisation: a task is a range of query blocks, and writes the outputs of its queries alone.
 #include "common/nearest_glue.h"
 
-#include <limits>
 #include <tuple>
 
 #include "rows.h"
@@ -20,11 +19,9 @@
 namespace sts {
 namespace {
 
-constexpr float kInf = std::numeric_limits<float>::infinity();
-
 // Running minimum of one query: the lowest value so far, and its lowest key.
 struct Best {
-  float value = kInf;
+  float value = kInfinity;
   int64_t index = -1;
   void offer(float v, int64_t i) {
     if (index < 0 || v < value || (v == value && i < index)) value = v, index = i;
@@ -65,7 +62,7 @@ class Distances {
     const float* squares = keys_.square.data() + first_key;
     for (int64_t j = 0; j < count; ++j) {
       if (allowed[j]) max_square = std::max(max_square, squares[j]);
-      values[j] = allowed[j] ? square + squares[j] - 2.f * dots[j] : kInf;
+      values[j] = allowed[j] ? square + squares[j] - 2.f * dots[j] : kInfinity;
     }
     const float error = error_ * (square + max_square);
     const bool bounded = cpu::in_range(square) && cpu::in_range(max_square);  // false: the error bound does not hold, recompute all keys
@@ -128,7 +125,7 @@ void match(cpu::WorkerTeam& team, const NearestArguments& args, const cpu::Float
             const float per_query = -queries.square[query + p];
             for (int64_t j = 0; j < count; ++j) {
               const float negated = dot[j] * per_query * keys.square[first_key + j];
-              values[j] = allowed[j] ? std::min(std::max(negated, -1.f), 1.f) : kInf;
+              values[j] = allowed[j] ? std::min(std::max(negated, -1.f), 1.f) : kInfinity;
             }
             const cpu::Lowest lowest = cpu::lowest(values, count);
             query_best.offer(lowest.value, first + lowest.index);

@@ -2,7 +2,6 @@
 //
 // Steps, for each batch entry: (1) add the weights of `picked` to the potentials, unless it is -1; (2) give non-finite tokens
 //   kNonFinitePotential, and the pick infinity; (3) return the token of the lowest potential, or -1 if all are picked.
-#include <limits>
 #include <vector>
 
 #include "parallel.h"
@@ -43,10 +42,10 @@ Tensor repulsion_step_cpu(Tensor potential, const Tensor& features, const Tensor
           for (int64_t i = begin; i < end; ++i)
             if (copy[i] != copy[i] || (copy[i] < kNonFinitePotential && !cpu::all_finite(row[i], channels))) copy[i] = kNonFinitePotential;
         });
-        if (picks[b] >= 0) copy[picks[b]] = std::numeric_limits<float>::infinity();
+        if (picks[b] >= 0) copy[picks[b]] = kInfinity;
         // (3) the next pick
         const cpu::Lowest best = cpu::lowest(copy.data(), tokens);
-        next[b] = best.value == std::numeric_limits<float>::infinity() ? -1 : best.index;
+        next[b] = best.value == kInfinity ? -1 : best.index;
         for (int64_t i = 0; i < tokens; ++i) item[i * token_stride] = copy[i];
       }
     });

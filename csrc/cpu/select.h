@@ -14,7 +14,6 @@
 // Synchronisation: the leader runs the loop; the team shares the passes (for_rows). If there are enough items, each thread runs whole items
 //   instead.
 #pragma once
-#include <limits>
 #include <type_traits>
 #include <vector>
 
@@ -24,7 +23,6 @@
 
 namespace sts::cpu {
 
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int64_t kStripRows = 16;              // rows per strip of a pass: they stay in cache while they meet all points
 constexpr int kCachedRows = 2 * kCpuLookahead;  // slots of the row cache
 static_assert(kCpuLookahead <= kPoints, "a pass compares a strip with its points in one call");
@@ -105,7 +103,7 @@ class Selector {
     team_.for_rows(chunks, kChunk * 2 * channels, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin * kChunk; i < std::min(end * kChunk, tokens); ++i) {
         const bool finite = all_finite(row_[i], channels);
-        potential_[i] = finite ? items_.start_of(rule_, first + i) : kNonFinitePotential;
+        potential_[i] = first_potential(rule_, finite, items_.start_of(first + i), items_.parameter_of(first + i));
         if (finite && from_mean) add_row(row_[i], chunk_sums_.data() + i / kChunk * point_size_, channels);
       }
     });
@@ -115,8 +113,7 @@ class Selector {
     if (anchor >= 0) return anchor;
     if (from_mean) return nearest_to_mean(chunks);
     std::vector<float> key(tokens);
-    for (int64_t i = 0; i < tokens; ++i)
-      key[i] = potential_[i] == kNonFinitePotential ? kNonFinitePotential : items_.first_key_of(rule_, first + i);
+    for (int64_t i = 0; i < tokens; ++i) key[i] = first_key(rule_, 0.f, potential_[i], items_.start, items_.parameter_of(first + i));
     return lowest(key.data(), tokens).index;
   }
 
@@ -308,7 +305,7 @@ void to_unit_point(const scalar_t* row, int64_t channels, int64_t number, float*
 template <class scalar_t, class Rule>
 void select_items(WorkerTeam& team, const Rows<scalar_t>& rows, const Items& items, Rule rule, int64_t begin, int64_t end, int64_t* picks) {
   Selector<scalar_t, Rule> selector(team, rows.channels, items, rule);
-  for (int64_t b = begin; b < end; ++b) selector.run(rows, items.packed() ? 0 : b, items[b].first, b, items[b], picks + items[b].out);
+  for (int64_t b = begin; b < end; ++b) selector.run(rows, items.entry(b), items[b].first, b, items[b], picks + items[b].out);
 }
 
 // As select_items, on a copy of the rows as unit points.
@@ -324,7 +321,7 @@ void select_unit_items(WorkerTeam& team, const Rows<scalar_t>& rows, const Items
       unit.resize(item.tokens * size);
       team.for_rows(item.tokens, 8 * size, [&](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; ++i)
-          to_unit_point(rows.row(items.packed() ? 0 : b, item.first + i), rows.channels, i, unit.data() + i * size);
+          to_unit_point(rows.row(items.entry(b), item.first + i), rows.channels, i, unit.data() + i * size);
       });
     }
     selector.run({unit.data(), 0, size, size}, 0, 0, b, item, picks + item.out);

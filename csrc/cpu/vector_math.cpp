@@ -324,7 +324,7 @@ STS_INLINE bool unit_all(float* point, int64_t size) {
 // potentials as they are.
 template <int L, class Rule>
 STS_INLINE Lowest lowest_all(const Rule* rule, float* potentials, const float* weights, int64_t count) {
-  float value = __builtin_huge_valf();
+  float value = kInfinity;
   Floats<L> best, x, y;
   for (int lane = 0; lane < L; ++lane) best[lane] = value;
   int64_t i = 0;
@@ -363,7 +363,7 @@ STS_INLINE void weight_all(const Rule& rule, float* sqdist, const float* paramet
 
 template <int L>
 STS_INLINE float lowest_sum_all(const float* a, const float* b, int64_t count) {
-  float value = __builtin_huge_valf();
+  float value = kInfinity;
   Floats<L> best[2], x, y;
   for (int lane = 0; lane < L; ++lane) best[0][lane] = best[1][lane] = value;
   int64_t i = 0;

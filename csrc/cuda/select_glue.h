@@ -48,7 +48,7 @@ Tensor select(const Selection& selection, Rule rule) {
     const auto rows = rows_of<std::remove_pointer_t<decltype(element)>>(selection.features);
     if constexpr (!Rule::kFromMean) {  // rules with a metric
       if (selection.cosine) {
-        const int64_t entries = items.packed() ? 1 : items.count;
+        const int64_t entries = items.entries();
         const Tensor unit = new_floats(selection.features, {entries, items.tokens, unit_pitch(rows.channels)});
         float* copy = static_cast<float*>(unit.mutable_data_ptr());
         CudaScope::check(launch_unit_rows(rows, entries, items.tokens, items.tokens, nullptr, copy, nullptr, scope.stream()), selection.op);

@@ -339,7 +339,7 @@ template <class scalar_t, int kTile, int kStages = kWgmmaStages<scalar_t, kTile>
 cudaError_t launch_sqdist_wgmma_of(const Rows<scalar_t>& rows, const Items& items, const Tiles& tiles, int64_t most_tiles,
                                    const TokenStats& stats, Store store, float* out, cudaStream_t stream) {
   TensorMap map;
-  const int64_t copy_pitch = centred_pitch(rows.channels), entries = items.packed() ? 1 : items.count;
+  const int64_t copy_pitch = centred_pitch(rows.channels), entries = items.entries();
   const cudaError_t error =
       make_tensor_map(stats.centred, rows.channels, kCopyParts<scalar_t>, items.tokens, entries, copy_pitch, kTile, map);
   if (error != cudaSuccess) return error;
