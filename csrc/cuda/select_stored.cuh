@@ -93,6 +93,13 @@ STS_HOST_DEVICE int64_t resident_offset(int64_t report_bytes, const Items& items
   return ceil_div(report_bytes + picks * int64_t(sizeof(int)), 16) * 16;
 }
 
+// By a block: writes -1 to the output slots past the tokens of an item. Returns the number of its picks.
+__device__ __forceinline__ int64_t pad_picks(const Item& item, int tid, int64_t* picks_out) {
+  const int64_t picks = item.picks < item.tokens ? item.picks : item.tokens;
+  for (int64_t i = picks + tid; i < item.picks; i += blockDim.x) picks_out[i] = -1;
+  return picks;
+}
+
 // By a block: the picks of item b, which is number `launched` of the grid. Thread i has tokens i * kTokens to (i + 1) * kTokens - 1.
 // Tokens past the end of the item have an infinite potential, above all others. No weight lowers it, so their weights may be garbage.
 // kWarps: warps that take part; 0: as many as the item needs. kResident: stored_items.resident may be above 0.
@@ -109,8 +116,7 @@ __device__ __forceinline__ void select_stored(const StoredItems& stored_items, i
   const int tid = settled(static_cast<int>(threadIdx.x)), lane = tid % 32, warp = tid / 32;
   const int tokens = static_cast<int>(item.tokens);
   int64_t* const picks_out = out + item.out;
-  const int64_t all_picks = item.picks < tokens ? item.picks : tokens;
-  for (int64_t i = all_picks + tid; i < item.picks; i += blockDim.x) picks_out[i] = -1;
+  const int64_t all_picks = pad_picks(item, tid, picks_out);
   if (all_picks == 0) return;
   const int picks = settled(static_cast<int>(all_picks));
   const int warps = kWarps ? kWarps : settled(static_cast<int>(ceil_div(tokens, 32 * kTokens)));
