@@ -13,8 +13,8 @@
 //   (4) if the gain is at most `floor` times the first gain, stop and fill up by quality.
 // Synchronisation: the leader runs the loop; the team shares passes and subtractions (for_rows). If there are enough items, each thread
 //   runs whole items instead.
-#include <limits>
-#include <numeric>
+#include <algorithm>
+#include <cmath>
 #include <tuple>
 #include <vector>
 

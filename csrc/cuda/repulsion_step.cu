@@ -15,9 +15,8 @@ Tensor repulsion_step_cuda(Tensor potential, const Tensor& features, const Tenso
   if (check_values_on_device()) StepArguments::check_values(scope.host_copy(args.picked).data(), batch, tokens);
   dispatch_cuda(args.features.scalar_type(), [&](auto* element) {
     const auto rows = rows_of<std::remove_pointer_t<decltype(element)>>(args.features);
-    CudaScope::check(launch_repulsion_step(static_cast<float*>(potential.mutable_data_ptr()), potential.stride(0), potential.stride(1),
-                                           rows.data, batch, tokens, rows.channels, rows.batch_stride, rows.row_stride, picks,
-                                           args.rule.eps, static_cast<int64_t*>(next.mutable_data_ptr()), scope.stream()),
+    CudaScope::check(launch_step(static_cast<float*>(potential.mutable_data_ptr()), potential.stride(0), potential.stride(1), rows, batch,
+                                 tokens, picks, args.rule, static_cast<int64_t*>(next.mutable_data_ptr()), scope.stream()),
                      "repulsion_step_");
   });
   return next;

@@ -22,9 +22,8 @@ std::tuple<Tensor, Tensor> scatter_mean_cuda(const Tensor& features, const Tenso
     using scalar_t = std::remove_pointer_t<decltype(element)>;
     const auto rows = rows_of<scalar_t>(x);
     CudaScope::check(
-        launch_scatter_mean(rows.data, batch, tokens, channels, rows.batch_stride, rows.row_stride, args.slots(), count, args.weights(),
-                            static_cast<int*>(slots.mutable_data_ptr()), static_cast<scalar_t*>(mean.mutable_data_ptr()),
-                            static_cast<float*>(mass.mutable_data_ptr()), scope.stream()),
+        launch_scatter(rows, batch, tokens, args.slots(), count, args.weights(), static_cast<int*>(slots.mutable_data_ptr()),
+                       static_cast<scalar_t*>(mean.mutable_data_ptr()), static_cast<float*>(mass.mutable_data_ptr()), scope.stream()),
         "scatter_mean");
   });
   return {mean, mass};
