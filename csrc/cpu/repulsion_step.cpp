@@ -1,7 +1,11 @@
 // repulsion_step_ on the CPU: one step of greedy repulsion on potentials that the caller holds, updated in place.
 //
+// What: adds the weights of a pick to the potentials, and finds the lowest. The potentials may be strided: an entry is copied and written
+//   back.
+// Chosen when: the features are on the CPU.
 // Steps, for each batch entry: (1) add the weights of `picked` to the potentials, unless it is -1; (2) give non-finite tokens
 //   kNonFinitePotential, and the pick infinity; (3) return the token of the lowest potential, or -1 if all are picked.
+// Synchronisation: the leader takes one entry after another; the team shares its tokens in (1) and (2) (for_rows).
 #include <vector>
 
 #include "parallel.h"

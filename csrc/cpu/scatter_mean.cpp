@@ -1,7 +1,9 @@
 // scatter_mean on the CPU: the weighted mean of the tokens assigned to each slot.
 //
+// What: the mean is 0 if the sum of the weights is not positive. Tokens that are not finite, or of non-finite weight, are left out.
+// Chosen when: the features are on the CPU.
 // Steps: (1) list the tokens of each slot by a counting sort; (2) for each slot, sum its tokens in ascending order in float64 and divide by
-//   the sum of their weights. Tokens that are not finite, or of non-finite weight, are left out. The mean is 0 if that sum is not positive.
+//   the sum of their weights.
 // Synchronisation: a task is a range of slots, so sums need no atomics and do not depend on the number of threads.
 #include <cmath>
 #include <tuple>

@@ -23,7 +23,7 @@
 
 namespace sts::cpu {
 
-constexpr int64_t kStripRows = 16;              // rows per strip of a pass: they stay in cache while they meet all points
+constexpr int64_t kStripRows = 16;              // rows per strip of a pass: they stay in cache while they are compared with all points
 constexpr int kCachedRows = 2 * kCpuLookahead;  // slots of the row cache
 static_assert(kCpuLookahead <= kPoints, "a pass compares a strip with its points in one call");
 constexpr int64_t kTokensPerCandidate = 64;  // so few candidates that their distances cost little next to a pass

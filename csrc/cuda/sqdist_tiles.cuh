@@ -6,7 +6,7 @@
 //   marks.
 // Steps, for every stage of 32 channels: (1) store the prefetched channels to shared memory; (2) prefetch the next stage into registers;
 //   (3) accumulate the 4 x 4 pairs of each thread. Then (4) the epilogue stores each pair and its mirror image, and lowers row minima.
-// Synchronisation: two block barriers a stage. Blocks meet only at the atomicMin of row minima.
+// Synchronisation: two block barriers a stage. Blocks share row minima alone, by atomicMin.
 #pragma once
 #include "pair_tiles.cuh"
 
