@@ -65,3 +65,12 @@ def test_what_tokens_have_in_common_costs_no_repair(module, dtype):
     some = x + offset
     some[1, 77] = some[1, 5]  # one pair of duplicates
     assert marked(module, some.to(dtype)) == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+def test_tokens_that_are_not_finite_cost_no_repair(module, dtype):
+    x = torch.randn(1, 150, 72, generator=torch.Generator().manual_seed(3))
+    x[0, 80, 5], x[0, 3, 0], x[0, 149, -1] = torch.nan, torch.inf, -torch.inf
+    assert marked(module, x.to(dtype)) == 0
+    x[0, 77] = x[0, 5]
+    assert marked(module, x.to(dtype)) == 1

@@ -201,6 +201,37 @@ def test_lookahead_changes_no_bit(monkeypatch, name):
         assert torch.equal(gain, outputs[0][1])
 
 
+@pytest.mark.parametrize("tokens", [47, 48, 49, 52, 64, 100, 128])
+def test_orthogonal_rows_outnumber_the_cached_rows(backend, tokens):
+    """No gain changes, so most drafted rows wait long, and the row cache of the CPU (48 rows) is full."""
+    features, q = torch.eye(tokens)[None].to(backend.device), torch.ones(1, tokens).to(backend.device)
+    order, gain = backend(OP, features, q, tokens)
+    assert order[0].tolist() == list(range(tokens))
+    assert (gain == 1).all()
+
+
+def test_drafts_for_a_full_cache(backend, monkeypatch):
+    """A batch of drafted rows, all of lower gain than the cached rows, must not evict its own rows.
+
+    The first picks of three clusters leave 45 rows in the CPU's cache. The pick of the lone token drafts tokens of low
+    quality, and all of these are picked, after the clusters.
+    """
+    own = torch.eye(64)
+    features, q = torch.empty(1, 89, 64), torch.ones(1, 89)
+    for i in range(48):
+        features[0, i] = 0.7**0.5 * own[i // 16] + 0.3**0.5 * own[3 + i]
+    features[0, 48] = own[51]
+    features[0, 49:] = torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
+    q[0, :16], q[0, 16:32], q[0, 48], q[0, 49:] = 1.02, 1.01, 0.9, 0.3
+    features, q = features.to(backend.device), q.to(backend.device)
+    order, gain = backend(OP, features, q, 89)
+    oracle.check_dpp(order, gain, features, q, 89)
+    monkeypatch.setenv("STS_KERNELS_LOOKAHEAD", "1")
+    plain = backend(OP, features, q, 89)
+    assert torch.equal(plain[0], order)
+    assert torch.equal(plain[1], gain)
+
+
 def test_quality_of_16_bits(backend):
     features = normal(torch.Generator().manual_seed(8), 2, 40, 16).to(backend.device)
     for dtype in (torch.float16, torch.bfloat16):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from cases import by_name
 from conftest import REQUIRED
+from emulator import ops as emulated_ops
 from op_inputs import OPS, assert_equal, outputs, results, samples, sized
 
 import sts_kernels
@@ -417,6 +418,34 @@ def test_check_variable_validates_values_on_cuda(cuda, monkeypatch):
         x, offsets = torch.randn(9, 2, device=cuda), torch.tensor([0, 8], device=cuda)
         with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to 9"):
             sts_kernels.repulsion_select_varlen(x, offsets, offsets, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize(
+    ("op", "says", "args"),
+    [
+        ("repulsion_select", "num_tokens or anchor of item 1", lambda x, of: (x, 2, 1e-6, of([1, 7]))),
+        ("farthest_select", "num_tokens or anchor of item 0", lambda x, of: (x, 2, of([6, 0]))),
+        (
+            "suppress_select_varlen", "cu_budgets must rise from 0 to 2",
+            lambda x, of: (x[0], of(range(6)), x[0, :, 0], of([0, 6]), of([0, 3]), 2),
+        ),
+        ("repulsion_select_varlen", "cu_seqlens must rise", lambda x, of: (x[0], of([0, 5]), of([0, 2]), 2)),
+        ("repulsion_step_", r"picked\[1\] .* got 6", lambda x, of: (x[..., 0].contiguous(), x, of([-1, 6]))),
+        ("dpp_select", r"num_tokens\[1\] .* got -1", lambda x, of: (x, x[..., 0], 2, 0.0, of([6, -1]))),
+        ("dedup_select", r"order\[1, 0\] .* got 6", lambda x, of: (x, of([[1, -1], [6, 0]]), 2)),
+        ("nearest", r"num_keys\[0\] .* got 7", lambda x, of: (x, x, "cosine", None, None, False, of([7, 6]))),
+        ("knn_density", r"num_tokens\[1\] .* got 7", lambda x, of: (x, 2, of([0, 7]))),
+        ("scatter_mean", "assignment .* got 6", lambda x, of: (x, of([[*range(6)], [*range(1, 7)]]), 6)),
+    ],
+)  # fmt: skip
+def test_check_variable_validates_values_in_the_cuda_kernel(emulated_library, monkeypatch, op, says, args, dtype):
+    """Calls of torch.ops and compiled graphs reach the C++ kernels without the checks in Python."""
+    given = args(torch.randn(2, 6, 3), lambda values: torch.tensor([*values], dtype=dtype))
+    emulated_ops.call(op, *given)
+    monkeypatch.setenv("STS_KERNELS_CHECK", "1")
+    with pytest.raises(RuntimeError, match=f"sts_kernels::{op}: {says}"):
+        emulated_ops.call(op, *given)
 
 
 # ---- The registry itself -----------------------------------------------------------------------------------------

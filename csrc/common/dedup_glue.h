@@ -27,16 +27,13 @@ struct DedupArguments {
 
  private:
   static Tensor checked_order(const Tensor& order, const Tensor& features) {
-    const ScalarType type = order.scalar_type();
-    STD_TORCH_CHECK(type == ScalarType::Long || type == ScalarType::Int, "sts_kernels::dedup_select: order must be int64 or int32");
+    check_type("dedup_select", "order", order, Accepts::kIndex);
     STD_TORCH_CHECK(order.dim() == 2 && order.size(0) == features.size(0), "sts_kernels::dedup_select: order must have shape (",
                     features.size(0), ", R)");
     STD_TORCH_CHECK(order.size(1) >= 1 && order.size(1) <= kMaxListed, "sts_kernels::dedup_select: order must list 1 to ", kMaxListed,
                     " tokens an item, got ", order.size(1));
-    STD_TORCH_CHECK(order.is_cuda() == features.is_cuda() && order.get_device_index() == features.get_device_index(),
-                    "sts_kernels::dedup_select: order must be on the device of features");
-    const Tensor wide = type == ScalarType::Long ? order : torch::stable::to(order, ScalarType::Long);
-    return wide.is_contiguous() ? wide : torch::stable::contiguous(wide);
+    check_device("dedup_select", "order", order, features);
+    return contiguous_as(order, ScalarType::Long);
   }
 };
 

@@ -12,7 +12,7 @@ struct DppArguments {
 
   DppArguments(const Tensor& features_, const Tensor& quality_, int64_t k_, double floor_, const std::optional<Tensor>& num_tokens_)
       : features(checked_features("dpp_select", features_, 3)),
-        quality(checked_quality(quality_, features)),
+        quality(checked_per_token("dpp_select", "quality", quality_, Accepts::kFloating, ScalarType::Float, features)),
         num_tokens(checked_vector("dpp_select", "num_tokens", num_tokens_, features.size(0), features)),
         k(k_),
         floor(static_cast<float>(floor_)) {
@@ -21,24 +21,7 @@ struct DppArguments {
   }
 
   // Checks the values of num_tokens. `counts` points to them, in host-readable memory, or is null.
-  void check_values(const int64_t* counts) const {
-    for (int64_t b = 0; counts && b < features.size(0); ++b)
-      STD_TORCH_CHECK(counts[b] >= 0 && counts[b] <= features.size(1), "sts_kernels::dpp_select: num_tokens[", b,
-                      "] must be between 0 and ", features.size(1), ", got ", counts[b]);
-  }
-
- private:
-  static Tensor checked_quality(const Tensor& quality, const Tensor& features) {
-    const ScalarType type = quality.scalar_type();
-    STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16,
-                    "sts_kernels::dpp_select: quality must be float32, float16 or bfloat16");
-    STD_TORCH_CHECK(quality.dim() == 2 && quality.size(0) == features.size(0) && quality.size(1) == features.size(1),
-                    "sts_kernels::dpp_select: quality must have shape (", features.size(0), ", ", features.size(1), ")");
-    STD_TORCH_CHECK(quality.is_cuda() == features.is_cuda() && quality.get_device_index() == features.get_device_index(),
-                    "sts_kernels::dpp_select: quality must be on the device of features");
-    const Tensor wide = type == ScalarType::Float ? quality : torch::stable::to(quality, ScalarType::Float);
-    return wide.is_contiguous() ? wide : torch::stable::contiguous(wide);
-  }
+  void check_values(const int64_t* counts) const { check_counts("dpp_select", "num_tokens", counts, features.size(0), features.size(1)); }
 };
 
 }  // namespace sts

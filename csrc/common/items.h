@@ -47,20 +47,14 @@ struct Items {
   // Upper bound of the tokens of an item, from shapes and max_seqlen alone.
   STS_HOST_DEVICE int64_t longest() const { return packed() && max_seqlen < tokens ? max_seqlen : tokens; }
 
+  // Batch entries of the features, and that of item b: packed items share one.
+  STS_HOST_DEVICE int64_t entries() const { return packed() ? 1 : count; }
+  STS_HOST_DEVICE int64_t entry(int64_t b) const { return packed() ? 0 : b; }
+
   // Index of an item's first token in arrays of one number per token: `start`, `parameter`, scratch.
   STS_HOST_DEVICE int64_t first_token(int64_t b, const Item& item) const { return (packed() ? 0 : b * tokens) + item.first; }
   STS_HOST_DEVICE float parameter_of(int64_t token) const { return parameter ? parameter[token] : 1.f; }
-  // Potential of a finite token before the first pick.
-  template <class Rule>
-  STS_HOST_DEVICE float start_of(const Rule& rule, int64_t token) const {
-    return rule.start(start ? start[token] : kNonFinitePotential, parameter_of(token));
-  }
-  // Key of a token for the first pick, if neither an anchor nor the mean (Rule::kFromMean) decides: the pick is the argmin, the lowest
-  // index among equals. Without `start` a distance of 1 stands in for infinity, so that the parameter decides and no product overflows.
-  template <class Rule>
-  STS_HOST_DEVICE float first_key_of(const Rule& rule, int64_t token) const {
-    return rule.start(start ? start[token] : 1.f, parameter_of(token));
-  }
+  STS_HOST_DEVICE float start_of(int64_t token) const { return start ? start[token] : kNonFinitePotential; }
 
   // Item b. Invariant: its ranges are in bounds, whatever numbers the arrays hold.
   STS_HOST_DEVICE Item operator[](int64_t b) const {

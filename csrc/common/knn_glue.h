@@ -4,13 +4,13 @@
 
 namespace sts {
 
-struct KnnDensity {
+struct KnnArguments {
   static constexpr const char* op = "knn_density";
   Tensor features;
   int64_t k;
   std::optional<Tensor> num_tokens;
 
-  KnnDensity(const Tensor& features_, int64_t k_, const std::optional<Tensor>& num_tokens_)
+  KnnArguments(const Tensor& features_, int64_t k_, const std::optional<Tensor>& num_tokens_)
       : features(checked_features(op, features_, 3)),
         k(k_),
         num_tokens(checked_vector(op, "num_tokens", num_tokens_, features_.size(0), features_)) {
@@ -18,11 +18,7 @@ struct KnnDensity {
   }
 
   // Checks the values of num_tokens. `counts` points to them, in host-readable memory, or is null.
-  void check_values(const int64_t* counts) const {
-    for (int64_t b = 0; counts && b < features.size(0); ++b)
-      STD_TORCH_CHECK(counts[b] >= 0 && counts[b] <= features.size(1), "sts_kernels::knn_density: num_tokens[", b,
-                      "] must be between 0 and ", features.size(1), ", got ", counts[b]);
-  }
+  void check_values(const int64_t* counts) const { check_counts(op, "num_tokens", counts, features.size(0), features.size(1)); }
 };
 
 }  // namespace sts

@@ -1,24 +1,10 @@
 // Arguments of nearest, with the checks that its CPU and CUDA kernels share.
 #pragma once
 #include <string>
-#include <tuple>
 
 #include "torch_glue.h"
 
 namespace sts {
-
-// One number per row: `value` must have the first two dimensions of `rows`. Returned contiguous and as `type`; copied only if needed.
-inline Tensor checked_per_row(const char* op, const char* name, const Tensor& value, ScalarType type, const Tensor& rows) {
-  STD_TORCH_CHECK(value.dim() == 2 && value.size(0) == rows.size(0) && value.size(1) == rows.size(1), "sts_kernels::", op, ": ", name,
-                  " must have shape (", rows.size(0), ", ", rows.size(1), ")");
-  STD_TORCH_CHECK(value.is_cuda() == rows.is_cuda() && value.get_device_index() == rows.get_device_index(), "sts_kernels::", op, ": ", name,
-                  " must be on the device of the features");
-  const Tensor converted = value.scalar_type() == type ? value : torch::stable::to(value, type);
-  return converted.is_contiguous() ? converted : torch::stable::contiguous(converted);
-}
-
-inline bool is_floating(ScalarType type) { return type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16; }
-inline bool is_index(ScalarType type) { return type == ScalarType::Long || type == ScalarType::Int; }
 
 // Whether both are one view of the same memory.
 inline bool same_view(const Tensor& a, const Tensor& b) {
@@ -28,28 +14,28 @@ inline bool same_view(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-struct Nearest {
+struct NearestArguments {
   static constexpr const char* op = "nearest";
   bool same;  // query and key are one view of the same memory
   Tensor query, key;
   bool cosine, exclude_self;
   std::optional<Tensor> query_rank, key_rank, num_keys;  // query_rank (B, Q), key_rank (B, K): float64
 
-  Nearest(const Tensor& query_, const Tensor& key_, const std::string& metric, const std::optional<Tensor>& query_rank_,
-          const std::optional<Tensor>& key_rank_, bool exclude_self_, const std::optional<Tensor>& num_keys_)
+  NearestArguments(const Tensor& query_, const Tensor& key_, const std::string& metric, const std::optional<Tensor>& query_rank_,
+                   const std::optional<Tensor>& key_rank_, bool exclude_self_, const std::optional<Tensor>& num_keys_)
       : same(same_view(query_, key_)),
         query(checked_features(op, query_, 3)),
         key(same ? query : checked_features(op, key_, 3)),  // one copy of both, if one is made
         cosine(metric == "cosine"),
         exclude_self(exclude_self_) {
-    STD_TORCH_CHECK(key.scalar_type() == query.scalar_type() && key.size(0) == query.size(0) && key.size(2) == query.size(2) &&
-                        key.is_cuda() == query.is_cuda() && key.get_device_index() == query.get_device_index(),
-                    "sts_kernels::nearest: key must have the dtype, batch, channels and device of query");
+    STD_TORCH_CHECK(
+        key.scalar_type() == query.scalar_type() && key.size(0) == query.size(0) && key.size(2) == query.size(2) && same_device(key, query),
+        "sts_kernels::nearest: key must have the dtype, batch, channels and device of query");
     STD_TORCH_CHECK(cosine || metric == "euclidean", "sts_kernels::nearest: metric must be cosine or euclidean, got ", metric.c_str());
     STD_TORCH_CHECK(query_rank_.has_value() == key_rank_.has_value(), "sts_kernels::nearest: query_rank and key_rank come together");
     if (query_rank_) {
-      query_rank = checked_rank("query_rank", *query_rank_, query);
-      key_rank = checked_rank("key_rank", *key_rank_, key);
+      query_rank = checked_per_token(op, "query_rank", *query_rank_, Accepts::kNumber, ScalarType::Double, query);
+      key_rank = checked_per_token(op, "key_rank", *key_rank_, Accepts::kNumber, ScalarType::Double, key);
     }
     num_keys = checked_vector(op, "num_keys", num_keys_, query.size(0), query);
   }
@@ -58,18 +44,7 @@ struct Nearest {
   const double* key_ranks() const { return key_rank ? static_cast<const double*>(key_rank->const_data_ptr()) : nullptr; }
 
   // Checks the values of num_keys. `counts` points to them, in host-readable memory, or is null.
-  void check_values(const int64_t* counts) const {
-    for (int64_t b = 0; counts && b < key.size(0); ++b)
-      STD_TORCH_CHECK(counts[b] >= 0 && counts[b] <= key.size(1), "sts_kernels::nearest: num_keys[", b, "] must be between 0 and ",
-                      key.size(1), ", got ", counts[b]);
-  }
-
- private:
-  static Tensor checked_rank(const char* name, const Tensor& rank, const Tensor& rows) {
-    STD_TORCH_CHECK(is_floating(rank.scalar_type()) || is_index(rank.scalar_type()) || rank.scalar_type() == ScalarType::Double,
-                    "sts_kernels::nearest: ", name, " must be an integer or floating-point tensor");
-    return checked_per_row(op, name, rank, ScalarType::Double, rows);
-  }
+  void check_values(const int64_t* counts) const { check_counts(op, "num_keys", counts, key.size(0), key.size(1)); }
 };
 
 }  // namespace sts

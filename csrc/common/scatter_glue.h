@@ -1,24 +1,22 @@
 // Arguments of scatter_mean, with the checks that its CPU and CUDA kernels share.
 #pragma once
-#include <tuple>
-
-#include "nearest_glue.h"
+#include "torch_glue.h"
 
 namespace sts {
 
-struct ScatterMean {
+struct ScatterArguments {
   static constexpr const char* op = "scatter_mean";
   Tensor features, assignment;   // assignment: (B, N) int64, the slot of each token, or -1
   std::optional<Tensor> weight;  // (B, N) float32
   int64_t count;                 // slots per item
 
-  ScatterMean(const Tensor& features_, const Tensor& assignment_, int64_t count_, const std::optional<Tensor>& weight_)
-      : features(checked_features(op, features_, 3)), assignment(checked_slots(assignment_, features)), count(count_) {
+  ScatterArguments(const Tensor& features_, const Tensor& assignment_, int64_t count_, const std::optional<Tensor>& weight_)
+      : features(checked_features(op, features_, 3)),
+        assignment(checked_per_token(op, "assignment", assignment_, Accepts::kIndex, ScalarType::Long, features)),
+        count(count_) {
     STD_TORCH_CHECK(count >= 1 && count < (int64_t(1) << 31), "sts_kernels::scatter_mean: count must be between 1 and 2^31 - 1, got ",
                     count);
-    if (!weight_) return;
-    STD_TORCH_CHECK(is_floating(weight_->scalar_type()), "sts_kernels::scatter_mean: weight must be float32, float16 or bfloat16");
-    weight = checked_per_row(op, "weight", *weight_, ScalarType::Float, features);
+    if (weight_) weight = checked_per_token(op, "weight", *weight_, Accepts::kFloating, ScalarType::Float, features);
   }
 
   const int64_t* slots() const { return static_cast<const int64_t*>(assignment.const_data_ptr()); }
@@ -29,12 +27,6 @@ struct ScatterMean {
     for (int64_t i = 0; i < features.size(0) * features.size(1); ++i)
       STD_TORCH_CHECK(slots[i] >= -1 && slots[i] < count, "sts_kernels::scatter_mean: assignment must be between -1 and ", count - 1,
                       ", got ", slots[i]);
-  }
-
- private:
-  static Tensor checked_slots(const Tensor& assignment, const Tensor& features) {
-    STD_TORCH_CHECK(is_index(assignment.scalar_type()), "sts_kernels::scatter_mean: assignment must be int64 or int32");
-    return checked_per_row(op, "assignment", assignment, ScalarType::Long, features);
   }
 };
 

@@ -6,7 +6,7 @@
 //   add(p, w) is monotone in p and w. For `Farthest` and `Suppress` the potentials do not depend on the order of the picks, bit for bit.
 //   add(p, w) == p for p = kNonFinitePotential and p = infinity.
 // Constants of a rule:
-//   kFromMean: the default first pick is the token nearest the mean; if false, the token of the lowest first key (Items::first_key_of)
+//   kFromMean: the default first pick is the token nearest the mean; if false, the token of the lowest first key (first_key)
 //   kByToken: the weight depends on the token's parameter
 //   kByPick: the weight depends on the pick's parameter
 //   kNegative: potentials may be below 0
@@ -24,6 +24,7 @@ namespace sts {
 
 // FLT_MAX, above every other potential. Tokens with a NaN or infinity have it, and are picked after all finite tokens.
 constexpr float kNonFinitePotential = 3.402823466e+38f;
+constexpr float kInfinity = __builtin_huge_valf();
 
 // 1 / x, correctly rounded, for x >= 2^-126. CUDA's own division branches for values that do not occur here.
 template <class T>
@@ -91,6 +92,22 @@ struct Suppress {
     return potential < kSuppressed ? potential + weight : potential;
   }
 };
+
+// A token's potential before the first pick. finite: no channel of the token is NaN or infinite.
+template <class Rule>
+STS_HOST_DEVICE float first_potential(const Rule& rule, bool finite, float start, float parameter) {
+  return finite ? rule.start(start, parameter) : kNonFinitePotential;
+}
+
+// The sort key of a token for the first pick, where there is no anchor: the lowest is picked. has_start: the caller gave `start`. Without,
+// a distance of 1 stands in for infinity, so that the parameter decides and no product overflows.
+template <class Rule>
+STS_HOST_DEVICE float first_key(const Rule& rule, float mean_sqdist, float potential, bool has_start, float parameter) {
+  if constexpr (Rule::kFromMean)
+    return mean_sqdist;
+  else
+    return has_start || potential == kNonFinitePotential ? potential : rule.start(1.f, parameter);
+}
 
 // A rule on unit rows. A zero row must have cosine 0, squared distance 2, to every row. So a zero row i stores zero_row_mark(i) in its
 // first channel. Its squared distance to any other row then exceeds 5, which unit rows (at most 4) never do, and counts as 2.

@@ -31,13 +31,41 @@ namespace sts {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// Element types that an argument may have.
+enum class Accepts { kFloating, kIndex, kNumber };
+
+inline void check_type(const char* op, const char* name, const Tensor& value, Accepts accepts) {
+  const ScalarType type = value.scalar_type();
+  const bool floating = type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16;
+  const bool index = type == ScalarType::Long || type == ScalarType::Int;
+  const bool accepted = accepts == Accepts::kFloating ? floating
+                        : accepts == Accepts::kIndex  ? index
+                                                      : floating || index || type == ScalarType::Double;
+  STD_TORCH_CHECK(accepted, "sts_kernels::", op, ": ", name, " must be ",
+                  accepts == Accepts::kFloating ? "float32, float16 or bfloat16"
+                  : accepts == Accepts::kIndex  ? "int64 or int32"
+                                                : "an integer or floating-point tensor");
+}
+
+inline bool same_device(const Tensor& a, const Tensor& b) {
+  return a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index();
+}
+
+inline void check_device(const char* op, const char* name, const Tensor& value, const Tensor& features) {
+  STD_TORCH_CHECK(same_device(value, features), "sts_kernels::", op, ": ", name, " must be on the device of features");
+}
+
+// `value` contiguous and as `type`; copied only if needed.
+inline Tensor contiguous_as(const Tensor& value, ScalarType type) {
+  const Tensor converted = value.scalar_type() == type ? value : torch::stable::to(value, type);
+  return converted.is_contiguous() ? converted : torch::stable::contiguous(converted);
+}
+
 // Features (B, N, C), dim = 3, or packed (T, C), dim = 2, where T may be 0. Returned with contiguous channels; copied only if they are not
 // contiguous.
 inline Tensor checked_features(const char* op, const Tensor& features, int64_t dim) {
   STD_TORCH_CHECK(features.dim() == dim, "sts_kernels::", op, ": features must have ", dim, " dimensions, got ", features.dim());
-  const ScalarType type = features.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16, "sts_kernels::", op,
-                  ": features must be float32, float16 or bfloat16");
+  check_type(op, "features", features, Accepts::kFloating);
   STD_TORCH_CHECK((dim == 2 || features.size(dim - 2) > 0) && features.size(dim - 1) > 0, "sts_kernels::", op,
                   ": features must have at least one ", dim == 2 ? "channel" : "token and one channel");
   STD_TORCH_CHECK(features.size(dim - 1) < (1 << 30) && features.size(dim - 2) < (int64_t(1) << 31) - 1, "sts_kernels::", op,
@@ -53,12 +81,10 @@ inline float checked_eps(const char* op, double eps) {
 
 // An int32 or int64 vector of the given length on the device of `features`. Returned contiguous; copied only if strided.
 inline Tensor checked_integers(const char* op, const char* name, const Tensor& value, int64_t length, const Tensor& features) {
-  const ScalarType type = value.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Long || type == ScalarType::Int, "sts_kernels::", op, ": ", name, " must be int64 or int32");
+  check_type(op, name, value, Accepts::kIndex);
   STD_TORCH_CHECK(value.dim() == 1 && value.size(0) == length, "sts_kernels::", op, ": ", name, " must have shape (", length, ",)");
-  STD_TORCH_CHECK(value.is_cuda() == features.is_cuda() && value.get_device_index() == features.get_device_index(), "sts_kernels::", op,
-                  ": ", name, " must be on the device of features");
-  return value.is_contiguous() ? value : torch::stable::contiguous(value);
+  check_device(op, name, value, features);
+  return contiguous_as(value, value.scalar_type());
 }
 
 inline Integers integers_of(const std::optional<Tensor>& value) {
@@ -68,8 +94,7 @@ inline Integers integers_of(const std::optional<Tensor>& value) {
 
 // As checked_integers, but returned as int64: copied also if int32.
 inline Tensor checked_vector(const char* op, const char* name, const Tensor& value, int64_t length, const Tensor& features) {
-  const Tensor integers = checked_integers(op, name, value, length, features);
-  return value.scalar_type() == ScalarType::Long ? integers : torch::stable::to(integers, ScalarType::Long);
+  return contiguous_as(checked_integers(op, name, value, length, features), ScalarType::Long);
 }
 
 inline std::optional<Tensor> checked_vector(const char* op, const char* name, const std::optional<Tensor>& value, int64_t length,
@@ -132,20 +157,25 @@ void dispatch_floating(ScalarType type, F&& f) {
   }
 }
 
-// One number per token, of an integer or floating type. Returned as contiguous float32; copied only if of another type or strided.
-inline Tensor checked_values(const char* op, const char* name, const Tensor& value, bool integer, const Tensor& features) {
-  const ScalarType type = value.scalar_type();
-  STD_TORCH_CHECK(integer ? type == ScalarType::Long || type == ScalarType::Int
-                          : type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16,
-                  "sts_kernels::", op, ": ", name, " must be ", integer ? "int64 or int32" : "float32, float16 or bfloat16");
+// One number per token: `value` must have the shape of `features` without its channels. Returned contiguous and as `type`; copied only if
+// needed.
+inline Tensor checked_per_token(const char* op, const char* name, const Tensor& value, Accepts accepts, ScalarType type,
+                                const Tensor& features) {
+  check_type(op, name, value, accepts);
   STD_TORCH_CHECK(value.dim() == features.dim() - 1, "sts_kernels::", op, ": ", name, " must have ", features.dim() - 1,
                   " dimensions, got ", value.dim());
   for (int64_t d = 0; d < value.dim(); ++d)
-    STD_TORCH_CHECK(value.size(d) == features.size(d), "sts_kernels::", op, ": ", name, " must have a number for each token");
-  STD_TORCH_CHECK(value.is_cuda() == features.is_cuda() && value.get_device_index() == features.get_device_index(), "sts_kernels::", op,
-                  ": ", name, " must be on the device of features");
-  const Tensor floats = type == ScalarType::Float ? value : torch::stable::to(value, ScalarType::Float);
-  return floats.is_contiguous() ? floats : torch::stable::contiguous(floats);
+    STD_TORCH_CHECK(value.size(d) == features.size(d), "sts_kernels::", op, ": ", name, " must have a number for each token: size ",
+                    features.size(d), " in dimension ", d, ", got ", value.size(d));
+  check_device(op, name, value, features);
+  return contiguous_as(value, type);
+}
+
+// Checks the values of a vector of counts, one per item. counts: in host-readable memory, or null.
+inline void check_counts(const char* op, const char* name, const int64_t* counts, int64_t items, int64_t most) {
+  for (int64_t b = 0; counts && b < items; ++b)
+    STD_TORCH_CHECK(counts[b] >= 0 && counts[b] <= most, "sts_kernels::", op, ": ", name, "[", b, "] must be between 0 and ", most,
+                    ", got ", counts[b]);
 }
 
 // Arguments of a selection op except its rule, with the checks that the CPU and CUDA kernels share. Owns the memory that `items` points to.
@@ -188,7 +218,7 @@ struct Selection {
   Selection&& with_farthest(const std::optional<Tensor>& quality, const std::optional<Tensor>& sqdist, const std::string& metric) && {
     STD_TORCH_CHECK(metric == "euclidean" || metric == "cosine", "sts_kernels::", op, ": metric must be euclidean or cosine, got ", metric);
     cosine = metric == "cosine";
-    if (sqdist) set_start("start", *sqdist, false);
+    if (sqdist) set_start("start", *sqdist, Accepts::kFloating);
     if (quality) set_parameter("quality", *quality);
     return std::move(*this);
   }
@@ -196,7 +226,7 @@ struct Selection {
   // Adds the arguments of rule `Suppress`.
   Selection&& with_suppress(const Tensor& rank, const Tensor& tau) && {
     cosine = true;
-    set_start("rank", rank, true);
+    set_start("rank", rank, Accepts::kIndex);
     set_parameter("tau", tau);
     return std::move(*this);
   }
@@ -237,12 +267,12 @@ struct Selection {
 
  private:
   Selection(const char* op, const Tensor& features, int64_t dim) : op(op), features(checked_features(op, features, dim)) {}
-  void set_start(const char* name, const Tensor& value, bool integer) {
-    start = checked_values(op, name, value, integer, features);
+  void set_start(const char* name, const Tensor& value, Accepts accepts) {
+    start = checked_per_token(op, name, value, accepts, ScalarType::Float, features);
     items.start = static_cast<const float*>(start->const_data_ptr());
   }
   void set_parameter(const char* name, const Tensor& value) {
-    parameter = checked_values(op, name, value, false, features);
+    parameter = checked_per_token(op, name, value, Accepts::kFloating, ScalarType::Float, features);
     items.parameter = static_cast<const float*>(parameter->const_data_ptr());
   }
 };
@@ -256,11 +286,11 @@ inline int asked_lookahead(int max_lookahead) {
 }
 
 // Arguments of repulsion_step_, with the checks that its CPU and CUDA kernels share.
-struct Step {
+struct StepArguments {
   Tensor features, picked;
   Repulsion rule;
 
-  Step(const Tensor& potential, const Tensor& features_, const Tensor& picked_, double eps)
+  StepArguments(const Tensor& potential, const Tensor& features_, const Tensor& picked_, double eps)
       : features(checked_features("repulsion_step_", features_, 3)),
         picked(checked_vector("repulsion_step_", "picked", picked_, features_.size(0), features_)),
         rule{checked_eps("repulsion_step_", eps)} {
@@ -268,8 +298,7 @@ struct Step {
                         potential.size(1) == features.size(1),
                     "sts_kernels::repulsion_step_: potential must be float32 of shape (", features.size(0), ", ", features.size(1), ")");
     STD_TORCH_CHECK(!overlaps_itself(potential), "sts_kernels::repulsion_step_: potential must have memory of its own for every element");
-    STD_TORCH_CHECK(potential.is_cuda() == features.is_cuda() && potential.get_device_index() == features.get_device_index(),
-                    "sts_kernels::repulsion_step_: potential must be on the device of features");
+    check_device("repulsion_step_", "potential", potential, features);
   }
 
   // Checks the values of `picked`. `picks` points to them, in host-readable memory.

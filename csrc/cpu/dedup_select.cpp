@@ -8,7 +8,6 @@
 //   (2) else compute the distance matrix;
 //   (3) rounds, until `keep` tokens are left; a round first compacts the matrix, if fewer than 4/5 of its tokens are left.
 // Synchronisation: the team shares (2) and the row minima of a round (for_rows). If there are enough items, each thread runs whole items.
-#include <limits>
 #include <numeric>
 #include <vector>
 
@@ -17,8 +16,6 @@
 
 namespace sts {
 namespace {
-
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // Selects from one item at a time; scratch memory is reused from item to item.
 template <class scalar_t>
@@ -127,27 +124,19 @@ class Deduplicator {
 };
 
 Tensor dedup_select_cpu(const Tensor& features, const Tensor& order, int64_t keep, int64_t step) {
-  const DedupArguments given(features, order, keep, step);
-  const int64_t batch = given.features.size(0), channels = given.features.size(2), length = given.order.size(1);
-  const auto* const listed = static_cast<const int64_t*>(given.order.const_data_ptr());
-  given.check_values(listed);
-  Tensor out = new_indices(given.features, {batch, keep});
+  const DedupArguments args(features, order, keep, step);
+  const int64_t batch = args.features.size(0), channels = args.features.size(2), length = args.order.size(1);
+  const auto* const listed = static_cast<const int64_t*>(args.order.const_data_ptr());
+  args.check_values(listed);
+  Tensor out = new_indices(args.features, {batch, keep});
   auto* const kept = static_cast<int64_t*>(out.mutable_data_ptr());
-  cpu::dispatch(given.features.scalar_type(), [&](auto* element) {
-    const auto rows = rows_of<std::remove_pointer_t<decltype(element)>>(given.features);
+  cpu::dispatch(args.features.scalar_type(), [&](auto* element) {
+    const auto rows = rows_of<std::remove_pointer_t<decltype(element)>>(args.features);
     const auto run = [&](cpu::WorkerTeam& team, int64_t begin, int64_t end) {
       Deduplicator deduplicator(team, rows);
       for (int64_t b = begin; b < end; ++b) deduplicator.run(b, listed + b * length, length, keep, step, kept + b * keep);
     };
-    const int64_t item_flops = length * length * (channels + length / 16);
-    cpu::with_team(batch * item_flops, [&](cpu::WorkerTeam& team) {
-      // Whole items per thread if there are enough items; else the team shares each item.
-      if (batch < team.members) return run(team, 0, batch);
-      team.for_rows(batch, item_flops, [&](int64_t begin, int64_t end) {
-        cpu::WorkerTeam alone(1);
-        run(alone, begin, end);
-      });
-    });
+    cpu::for_items(batch, length * length * (channels + length / 16), run);
   });
   return out;
 }

@@ -13,21 +13,22 @@
 //   (4) if the gain is at most `floor` times the first gain, stop and fill up by quality.
 // Synchronisation: the leader runs the loop; the team shares passes and subtractions (for_rows). If there are enough items, each thread
 //   runs whole items instead.
-#include <limits>
-#include <numeric>
+#include <algorithm>
+#include <cmath>
 #include <tuple>
 #include <vector>
 
 #include "common/dpp_glue.h"
 #include "common/dpp_rule.h"
 #include "parallel.h"
+#include "row_cache.h"
 #include "vector_math.h"
 
 namespace sts {
 namespace {
 
-constexpr int64_t kStripRows = 16;        // rows per strip of a pass: they stay in cache while they meet all points
-constexpr int kSlots = 3 * cpu::kPoints;  // max drafted rows held
+constexpr int64_t kStripRows = 16;             // rows per strip of a pass: they stay in cache while they are compared with all points
+constexpr int kCachedRows = 3 * cpu::kPoints;  // slots of the row cache
 
 // Selects from one item at a time; scratch memory is reused from item to item.
 template <class scalar_t>
@@ -71,9 +72,8 @@ class DppSelector {
     loss_.assign(width_, 0.f);
     usable_.resize(tokens);
     rows_.clear();
-    slot_rows_.resize(kSlots * width_);
-    slot_of_.assign(tokens, -1);
-    std::fill_n(token_of_, kSlots, int64_t(-1));
+    cache_.reset(width_, kCachedRows);
+    terms_subtracted_.resize(tokens);
     team_.for_rows(tokens, 4 * features_.channels, [&](int64_t begin, int64_t end) {
       std::vector<double> doubles(point_size_);
       for (int64_t i = begin; i < end; ++i) {
@@ -109,12 +109,11 @@ class DppSelector {
 
   // Appends the Cholesky row of `pick`, whose weight is already 0, and returns the token of the largest gain after it.
   cpu::Lowest add_row(int64_t step, int64_t pick, int64_t picks) {
-    if (slot_of_[pick] < 0) compute_rows(step, pick, picks);  // (1) draft
-    const int64_t slot = slot_of_[pick];
+    if (!cache_.has(pick)) compute_rows(step, pick, picks);  // (1) draft
     // (2) terms of the picks since the draft
-    double* row = slot_rows_.data() + slot * width_;
-    subtract(&pick, &row, 1, terms_subtracted_[slot], step);
-    slot_of_[pick] = token_of_[slot] = -1;
+    double* row = cache_.row(pick);
+    subtract(&pick, &row, 1, terms_subtracted_[pick], step);
+    cache_.remove(pick);
     rows_.resize((step + 1) * width_);
     std::copy_n(row, width_, rows_.data() + step * width_);
     // (3) finish the row
@@ -144,10 +143,10 @@ class DppSelector {
     double* rows[cpu::kPoints];
     const double* points[cpu::kPoints];
     points_.resize(count * point_size_);
+    cache_.make_room(count, loss_.data());
     for (int p = 0; p < count; ++p) {
-      const int slot = acquire_slot(drafted_[p]);
-      terms_subtracted_[slot] = step;
-      rows[p] = slot_rows_.data() + slot * width_;
+      terms_subtracted_[drafted_[p]] = step;
+      rows[p] = cache_.add(drafted_[p]);
       double* point = points_.data() + p * point_size_;
       std::copy_n(unit_row_[drafted_[p]], point_size_, point);
       points[p] = point;
@@ -178,27 +177,11 @@ class DppSelector {
     if (count < 2) return;
     candidates_.clear();
     for (int64_t i = 0; i < tokens_; ++i)
-      if (loss_[i] < 0 && weight_[i] > 0 && slot_of_[i] < 0) candidates_.push_back(i);
+      if (loss_[i] < 0 && weight_[i] > 0 && !cache_.has(i)) candidates_.push_back(i);
     const int64_t more = std::min<int64_t>(count - 1, static_cast<int64_t>(candidates_.size()));
     std::nth_element(candidates_.begin(), candidates_.begin() + more, candidates_.end(),
                      [&](int64_t a, int64_t b) { return loss_[a] < loss_[b]; });
     drafted_.insert(drafted_.end(), candidates_.begin(), candidates_.begin() + more);
-  }
-
-  // Returns a free slot, or evicts the row of the smallest gain.
-  int acquire_slot(int64_t token) {
-    int slot = 0;
-    for (int s = 0; s < kSlots; ++s) {
-      if (token_of_[s] < 0) {
-        slot = s;
-        break;
-      }
-      if (loss_[token_of_[s]] > loss_[token_of_[slot]]) slot = s;
-    }
-    if (token_of_[slot] >= 0) slot_of_[token_of_[slot]] = -1;
-    token_of_[slot] = token;
-    slot_of_[token] = slot;
-    return slot;
   }
 
   // Fills order[done] .. order[picks - 1] with the tokens not picked: usable ones by descending quality, then the others by index.
@@ -219,51 +202,41 @@ class DppSelector {
 
   cpu::WorkerTeam& team_;
   Rows<scalar_t> features_;
-  int64_t point_size_, tokens_ = 0, width_ = 0;  // width_: tokens_ rounded up to kColumns, the row length of rows_ and slot_rows_
+  int64_t point_size_, tokens_ = 0, width_ = 0;  // width_: tokens_ rounded up to kColumns, the row length of rows_ and cache_
   float floor_;
-  std::vector<float> unit_;             // (tokens_, point_size_)
-  std::vector<float> weight_, loss_;    // (width_)
-  std::vector<double> scale_;           // (tokens_)
-  std::vector<double> distance_;        // (width_)
-  std::vector<double> points_;          // (drafted, point_size_)
-  std::vector<double> rows_;            // (picks so far, width_): Cholesky rows
-  std::vector<double> slot_rows_;       // (kSlots, width_): drafted rows, before the division
-  std::vector<double> factors_;         // (rows, terms): scratch of subtract
-  std::vector<const float*> unit_row_;  // (tokens_)
-  std::vector<char> usable_;            // (tokens_): finite row and quality
-  std::vector<int64_t> slot_of_;        // (tokens_): slot of the drafted row, or -1
-  std::vector<int64_t> drafted_;        // drafted tokens, the pick first
-  std::vector<int64_t> candidates_;     // scratch
-  int64_t token_of_[kSlots];            // token of the row in a slot, or -1
-  int64_t terms_subtracted_[kSlots];    // number of terms subtracted from the row in a slot
+  std::vector<float> unit_;                // (tokens_, point_size_)
+  std::vector<float> weight_, loss_;       // (width_)
+  std::vector<double> scale_;              // (tokens_)
+  std::vector<double> distance_;           // (width_)
+  std::vector<double> points_;             // (drafted, point_size_)
+  std::vector<double> rows_;               // (picks so far, width_): Cholesky rows
+  std::vector<double> factors_;            // (rows, terms): scratch of subtract
+  std::vector<const float*> unit_row_;     // (tokens_)
+  std::vector<char> usable_;               // (tokens_): finite row and quality
+  std::vector<int64_t> terms_subtracted_;  // (tokens_): number of terms subtracted from the drafted row of a token
+  std::vector<int64_t> drafted_;           // drafted tokens, the pick first
+  std::vector<int64_t> candidates_;        // scratch
+  cpu::RowCache<double> cache_;            // drafted rows, before the division
 };
 
 std::tuple<Tensor, Tensor> dpp_select_cpu(const Tensor& features, const Tensor& quality, int64_t k, double floor,
                                           std::optional<Tensor> num_tokens) {
-  const DppArguments given(features, quality, k, floor, num_tokens);
-  const int64_t batch = given.features.size(0), tokens = given.features.size(1), channels = given.features.size(2);
-  const int64_t* counts = data_or_null(given.num_tokens);
-  given.check_values(counts);
-  Tensor order = new_indices(given.features, {batch, k}), gain = new_floats(given.features, {batch, k});
+  const DppArguments args(features, quality, k, floor, num_tokens);
+  const int64_t batch = args.features.size(0), tokens = args.features.size(1), channels = args.features.size(2);
+  const int64_t* counts = data_or_null(args.num_tokens);
+  args.check_values(counts);
+  Tensor order = new_indices(args.features, {batch, k}), gain = new_floats(args.features, {batch, k});
   auto* const orders = static_cast<int64_t*>(order.mutable_data_ptr());
   auto* const gains = static_cast<float*>(gain.mutable_data_ptr());
-  const auto* const qualities = static_cast<const float*>(given.quality.const_data_ptr());
-  cpu::dispatch(given.features.scalar_type(), [&](auto* element) {
-    const auto rows = rows_of<std::remove_pointer_t<decltype(element)>>(given.features);
+  const auto* const qualities = static_cast<const float*>(args.quality.const_data_ptr());
+  cpu::dispatch(args.features.scalar_type(), [&](auto* element) {
+    const auto rows = rows_of<std::remove_pointer_t<decltype(element)>>(args.features);
     const auto run = [&](cpu::WorkerTeam& team, int64_t begin, int64_t end) {
-      DppSelector selector(team, rows, given.floor);
+      DppSelector selector(team, rows, args.floor);
       for (int64_t b = begin; b < end; ++b)
         selector.run(b, counts ? counts[b] : tokens, k, qualities + b * tokens, orders + b * k, gains + b * k);
     };
-    const int64_t item_flops = 2 * tokens * (k + 4) * channels;
-    cpu::with_team(batch * item_flops, [&](cpu::WorkerTeam& team) {
-      // Whole items per thread if there are enough items; else the team shares each item.
-      if (batch < team.members) return run(team, 0, batch);
-      team.for_rows(batch, item_flops, [&](int64_t begin, int64_t end) {
-        cpu::WorkerTeam alone(1);
-        run(alone, begin, end);
-      });
-    });
+    cpu::for_items(batch, 2 * tokens * (k + 4) * channels, run);
   });
   return {order, gain};
 }

@@ -10,15 +10,12 @@
 // Synchronisation: a task is a range of such blocks, and writes the outputs of its tokens alone.
 #include <algorithm>
 #include <cmath>
-#include <limits>
 
 #include "common/knn_glue.h"
 #include "rows.h"
 
 namespace sts {
 namespace {
-
-constexpr float kInf = std::numeric_limits<float>::infinity();
 
 // Selects the k nearest rows of an item, for one row at a time. A row is its own neighbour.
 class Neighbours {
@@ -32,7 +29,7 @@ class Neighbours {
   double mean_from_dots(int64_t i, int64_t first, int64_t present, const float* dots) {
     const float* squares = rows_.square.data() + first;
     const char* usable = rows_.usable.data() + first;
-    float max_square = 0.f, bound = kInf;
+    float max_square = 0.f, bound = kInfinity;
     int64_t count = 0;
     for (int64_t j = 0; j < present; ++j) {
       if (!usable[j]) continue;
@@ -79,10 +76,10 @@ class Neighbours {
 };
 
 Tensor knn_density_cpu(const Tensor& features, int64_t k, std::optional<Tensor> num_tokens) {
-  const KnnDensity call(features, k, num_tokens);
-  const Tensor& x = call.features;
+  const KnnArguments args(features, k, num_tokens);
+  const Tensor& x = args.features;
   const int64_t batch = x.size(0), tokens = x.size(1), channels = x.size(2);
-  call.check_values(data_or_null(call.num_tokens));
+  args.check_values(data_or_null(args.num_tokens));
   Tensor density = new_floats(x, {batch, tokens});
   float* out = static_cast<float*>(density.mutable_data_ptr());
   cpu::dispatch(x.scalar_type(), [&](auto* element) {
@@ -97,7 +94,7 @@ Tensor knn_density_cpu(const Tensor& features, int64_t k, std::optional<Tensor> 
         for (int64_t block = begin; block < end; ++block) {
           const int64_t b = block / blocks, i0 = block % blocks * cpu::kQueries, i1 = std::min(i0 + cpu::kQueries, tokens),
                         item = b * tokens;
-          const int64_t present = cpu::counted(data_or_null(call.num_tokens), b, tokens);
+          const int64_t present = cpu::counted(data_or_null(args.num_tokens), b, tokens);
           // (1) the strip
           for (int64_t j = 0; j < present; j += cpu::kKeys) {
             const float* const* keys = &rows.row[item + j];

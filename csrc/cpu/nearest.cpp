@@ -12,18 +12,16 @@
 // Synchronisation: a task is a range of query blocks, and writes the outputs of its queries alone.
 #include "common/nearest_glue.h"
 
-#include <limits>
+#include <tuple>
 
 #include "rows.h"
 
 namespace sts {
 namespace {
 
-constexpr float kInf = std::numeric_limits<float>::infinity();
-
 // Running minimum of one query: the lowest value so far, and its lowest key.
 struct Best {
-  float value = kInf;
+  float value = kInfinity;
   int64_t index = -1;
   void offer(float v, int64_t i) {
     if (index < 0 || v < value || (v == value && i < index)) value = v, index = i;
@@ -32,18 +30,18 @@ struct Best {
 
 // Mask of a tile's keys: allowed[j] = whether query i may match key first + j. Returns whether any key is allowed.
 struct Allowed {
-  const Nearest& call;
+  const NearestArguments& args;
   const cpu::FloatRows& keys;
 
   bool operator()(int64_t b, int64_t i, int64_t first, int64_t count, char* allowed) const {
     const char* usable = keys.usable.data() + b * keys.count + first;
     std::copy(usable, usable + count, allowed);
-    if (call.query_rank) {
-      const double* rank = call.key_ranks() + b * keys.count + first;
-      const double limit = call.query_ranks()[b * call.query.size(1) + i];
+    if (args.query_rank) {
+      const double* rank = args.key_ranks() + b * keys.count + first;
+      const double limit = args.query_ranks()[b * args.query.size(1) + i];
       for (int64_t j = 0; j < count; ++j) allowed[j] = allowed[j] && rank[j] < limit;
     }
-    if (call.exclude_self && i >= first && i < first + count) allowed[i - first] = false;
+    if (args.exclude_self && i >= first && i < first + count) allowed[i - first] = false;
     return std::find(allowed, allowed + count, true) != allowed + count;
   }
 };
@@ -64,7 +62,7 @@ class Distances {
     const float* squares = keys_.square.data() + first_key;
     for (int64_t j = 0; j < count; ++j) {
       if (allowed[j]) max_square = std::max(max_square, squares[j]);
-      values[j] = allowed[j] ? square + squares[j] - 2.f * dots[j] : kInf;
+      values[j] = allowed[j] ? square + squares[j] - 2.f * dots[j] : kInfinity;
     }
     const float error = error_ * (square + max_square);
     const bool bounded = cpu::in_range(square) && cpu::in_range(max_square);  // false: the error bound does not hold, recompute all keys
@@ -94,17 +92,17 @@ class Distances {
   std::vector<int64_t> recheck_;  // keys of the tile to recompute
 };
 
-void match(cpu::WorkerTeam& team, const Nearest& call, const cpu::FloatRows& queries, const cpu::FloatRows& keys, int64_t* index,
+void match(cpu::WorkerTeam& team, const NearestArguments& args, const cpu::FloatRows& queries, const cpu::FloatRows& keys, int64_t* index,
            float* value) {
   const int64_t blocks = ceil_div(queries.count, cpu::kQueries);
-  const Allowed may_match{call, keys};
+  const Allowed may_match{args, keys};
   team.for_rows(queries.batch * blocks, 2 * cpu::kQueries * keys.count * keys.channels, [&](int64_t begin, int64_t end) {
     Distances distances(queries, keys);
     float dots[cpu::kPoints * cpu::kKeys];
     char allowed[cpu::kKeys];
     for (int64_t block = begin; block < end; ++block) {
       const int64_t b = block / blocks, i0 = block % blocks * cpu::kQueries, i1 = std::min(i0 + cpu::kQueries, queries.count);
-      const int64_t present = cpu::counted(data_or_null(call.num_keys), b, keys.count);
+      const int64_t present = cpu::counted(data_or_null(args.num_keys), b, keys.count);
       Best best[cpu::kQueries];
       for (int64_t first = 0; first < present; first += cpu::kKeys) {
         const int64_t count = std::min<int64_t>(cpu::kKeys, present - first), first_key = b * keys.count + first;
@@ -118,7 +116,7 @@ void match(cpu::WorkerTeam& team, const Nearest& call, const cpu::FloatRows& que
             if (!queries.usable[query + p] || !may_match(b, i + p, first, count, allowed)) continue;
             // (4) update the best
             const float* dot = dots + p * cpu::kKeys;
-            if (!call.cosine) {
+            if (!args.cosine) {
               distances.offer(query + p, first_key, first, count, allowed, dot, query_best);
               continue;
             }
@@ -127,7 +125,7 @@ void match(cpu::WorkerTeam& team, const Nearest& call, const cpu::FloatRows& que
             const float per_query = -queries.square[query + p];
             for (int64_t j = 0; j < count; ++j) {
               const float negated = dot[j] * per_query * keys.square[first_key + j];
-              values[j] = allowed[j] ? std::min(std::max(negated, -1.f), 1.f) : kInf;
+              values[j] = allowed[j] ? std::min(std::max(negated, -1.f), 1.f) : kInfinity;
             }
             const cpu::Lowest lowest = cpu::lowest(values, count);
             query_best.offer(lowest.value, first + lowest.index);
@@ -137,7 +135,7 @@ void match(cpu::WorkerTeam& team, const Nearest& call, const cpu::FloatRows& que
       for (int64_t i = i0; i < i1; ++i) {
         const Best& query_best = best[i - i0];
         index[b * queries.count + i] = query_best.index;
-        value[b * queries.count + i] = call.cosine ? 0.f - query_best.value : query_best.value;
+        value[b * queries.count + i] = args.cosine ? 0.f - query_best.value : query_best.value;
       }
     }
   });
@@ -145,17 +143,17 @@ void match(cpu::WorkerTeam& team, const Nearest& call, const cpu::FloatRows& que
 
 std::tuple<Tensor, Tensor> nearest_cpu(const Tensor& query, const Tensor& key, std::string metric, std::optional<Tensor> query_rank,
                                        std::optional<Tensor> key_rank, bool exclude_self, std::optional<Tensor> num_keys) {
-  const Nearest call(query, key, metric, query_rank, key_rank, exclude_self, num_keys);
-  const int64_t batch = call.query.size(0), rows = call.query.size(1), count = call.key.size(1), channels = call.key.size(2);
-  call.check_values(data_or_null(call.num_keys));
-  Tensor index = new_indices(call.query, {batch, rows}), value = new_floats(call.query, {batch, rows});
-  cpu::dispatch(call.query.scalar_type(), [&](auto* element) {
+  const NearestArguments args(query, key, metric, query_rank, key_rank, exclude_self, num_keys);
+  const int64_t batch = args.query.size(0), rows = args.query.size(1), count = args.key.size(1), channels = args.key.size(2);
+  args.check_values(data_or_null(args.num_keys));
+  Tensor index = new_indices(args.query, {batch, rows}), value = new_floats(args.query, {batch, rows});
+  cpu::dispatch(args.query.scalar_type(), [&](auto* element) {
     using scalar_t = std::remove_pointer_t<decltype(element)>;
     cpu::with_team(2 * batch * rows * count * channels, [&](cpu::WorkerTeam& team) {
       // (1) float32 rows
-      const auto keys = cpu::FloatRows::of(team, rows_of<scalar_t>(call.key), batch, count, call.cosine);
-      const auto queries = cpu::FloatRows::of(team, rows_of<scalar_t>(call.query), batch, rows, call.cosine);
-      match(team, call, queries, keys, static_cast<int64_t*>(index.mutable_data_ptr()), static_cast<float*>(value.mutable_data_ptr()));
+      const auto keys = cpu::FloatRows::of(team, rows_of<scalar_t>(args.key), batch, count, args.cosine);
+      const auto queries = cpu::FloatRows::of(team, rows_of<scalar_t>(args.query), batch, rows, args.cosine);
+      match(team, args, queries, keys, static_cast<int64_t*>(index.mutable_data_ptr()), static_cast<float*>(value.mutable_data_ptr()));
     });
   });
   return {index, value};

@@ -10,7 +10,7 @@
 namespace sts::cpu {
 
 constexpr int kQueries = 64;  // query rows per task, compared in groups of kPoints
-constexpr int kKeys = 64;     // key rows per tile: they stay in L2 while all queries of the task meet them
+constexpr int kKeys = 64;     // key rows per tile: they stay in L2 while they are compared with all queries of the task
 
 // Error bound of a dot product of C channels, relative to |a||b|: each of 4 or more lanes sums at most C / 4 products. The 16 covers the
 // rest: adding the lanes, and the sums |a|^2 + |b|^2 - 2 a.b.

@@ -1,9 +1,12 @@
 // scatter_mean on the CPU: the weighted mean of the tokens assigned to each slot.
 //
+// What: the mean is 0 if the sum of the weights is not positive. Tokens that are not finite, or of non-finite weight, are left out.
+// Chosen when: the features are on the CPU.
 // Steps: (1) list the tokens of each slot by a counting sort; (2) for each slot, sum its tokens in ascending order in float64 and divide by
-//   the sum of their weights. Tokens that are not finite, or of non-finite weight, are left out. The mean is 0 if that sum is not positive.
+//   the sum of their weights.
 // Synchronisation: a task is a range of slots, so sums need no atomics and do not depend on the number of threads.
 #include <cmath>
+#include <tuple>
 #include <vector>
 
 #include "common/scatter_glue.h"
@@ -28,10 +31,10 @@ struct SlotLists {
 };
 
 std::tuple<Tensor, Tensor> scatter_mean_cpu(const Tensor& features, const Tensor& assignment, int64_t count, std::optional<Tensor> weight) {
-  const ScatterMean call(features, assignment, count, weight);
-  const Tensor& x = call.features;
+  const ScatterArguments args(features, assignment, count, weight);
+  const Tensor& x = args.features;
   const int64_t batch = x.size(0), tokens = x.size(1), channels = x.size(2);
-  call.check_values(call.slots());
+  args.check_values(args.slots());
   Tensor mean = new_tensor(x, {batch, count, channels}, static_cast<int32_t>(x.scalar_type()));
   Tensor mass = new_floats(x, {batch, count});
   cpu::dispatch(x.scalar_type(), [&](auto* element) {
@@ -41,7 +44,7 @@ std::tuple<Tensor, Tensor> scatter_mean_cpu(const Tensor& features, const Tensor
     float* masses = static_cast<float*>(mass.mutable_data_ptr());
     // (1) tokens of each slot
     std::vector<SlotLists> lists;
-    for (int64_t b = 0; b < batch; ++b) lists.emplace_back(call.slots() + b * tokens, tokens, count);
+    for (int64_t b = 0; b < batch; ++b) lists.emplace_back(args.slots() + b * tokens, tokens, count);
     cpu::with_team(batch * (4 * tokens + count) * channels, [&](cpu::WorkerTeam& team) {
       // (2) sums
       team.for_rows(batch * count, (4 * tokens / count + 1) * channels, [&](int64_t begin, int64_t end) {
@@ -52,7 +55,7 @@ std::tuple<Tensor, Tensor> scatter_mean_cpu(const Tensor& features, const Tensor
           std::fill(sum.begin(), sum.end(), 0.0);
           for (int64_t m = lists[b].start[s]; m < lists[b].start[s + 1]; ++m) {
             const int64_t i = lists[b].token[m];
-            const double w = call.weights() ? call.weights()[b * tokens + i] : 1.0;
+            const double w = args.weights() ? args.weights()[b * tokens + i] : 1.0;
             if (!std::isfinite(w) || !cpu::all_finite(rows.row(b, i), channels)) continue;
             cpu::add_weighted(rows.row(b, i), w, sum.data(), channels);
             mass_of_slot += w;

@@ -14,80 +14,19 @@
 // Synchronisation: the leader runs the loop; the team shares the passes (for_rows). If there are enough items, each thread runs whole items
 //   instead.
 #pragma once
-#include <limits>
 #include <type_traits>
 #include <vector>
 
 #include "common/selection_plan.h"
 #include "pairs.h"
+#include "row_cache.h"
 
 namespace sts::cpu {
 
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr int64_t kStripRows = 16;              // rows per strip of a pass: they stay in cache while they meet all points
+constexpr int64_t kStripRows = 16;              // rows per strip of a pass: they stay in cache while they are compared with all points
 constexpr int kCachedRows = 2 * kCpuLookahead;  // slots of the row cache
 static_assert(kCpuLookahead <= kPoints, "a pass compares a strip with its points in one call");
 constexpr int64_t kTokensPerCandidate = 64;  // so few candidates that their distances cost little next to a pass
-
-// Cache of weight rows that are computed and not yet used. A row has one weight per position (see Selector).
-class RowCache {
- public:
-  void reset(int64_t positions, int slots) {
-    row_size_ = positions;
-    position_of_.assign(slots, -1);
-    slot_of_.assign(positions, -1);
-    rows_.resize(slots * positions);
-  }
-  bool has(int64_t position) const { return slot_of_[position] >= 0; }
-  float* row(int64_t position) { return slot(slot_of_[position]); }
-
-  // Evicts rows until `count` slots are free: those of the highest potential, the least likely to be picked soon.
-  void make_room(int count, const float* potential) {
-    const auto slots = static_cast<int>(position_of_.size());
-    int used = static_cast<int>(std::count_if(position_of_.begin(), position_of_.end(), [](int64_t position) { return position >= 0; }));
-    for (; used > slots - count; --used) {
-      int64_t victim = -1;
-      for (const int64_t position : position_of_)
-        if (position >= 0 && (victim < 0 || potential[position] > potential[victim])) victim = position;
-      remove(victim);
-    }
-  }
-  // Assigns a free slot to a row, which the caller fills.
-  float* add(int64_t position) {
-    const auto slot = static_cast<int>(std::find(position_of_.begin(), position_of_.end(), -1) - position_of_.begin());
-    position_of_[slot] = position;
-    slot_of_[position] = slot;
-    return row(position);
-  }
-  void append_positions(std::vector<int64_t>& positions) const {
-    for (const int64_t position : position_of_)
-      if (position >= 0) positions.push_back(position);
-  }
-  void remove(int64_t position) {
-    position_of_[slot_of_[position]] = -1;
-    slot_of_[position] = -1;
-  }
-  // Moves position old[i] to position i. Precondition: `old` is ascending and holds all cached positions.
-  void compact(const std::vector<int64_t>& old) {
-    for (size_t i = 0; i < old.size(); ++i) {
-      const int slot = slot_of_[i] = slot_of_[old[i]];
-      if (slot >= 0) position_of_[slot] = static_cast<int64_t>(i);
-    }
-    for (size_t s = 0; s < position_of_.size(); ++s) {
-      if (position_of_[s] < 0) continue;
-      float* row = slot(static_cast<int>(s));
-      for (size_t i = 0; i < old.size(); ++i) row[i] = row[old[i]];
-    }
-  }
-
- private:
-  float* slot(int slot) { return rows_.data() + slot * row_size_; }
-
-  int64_t row_size_ = 0;
-  std::vector<int64_t> position_of_;  // (slots): position of the row in a slot, or -1
-  std::vector<int> slot_of_;          // (positions): slot of a position's row, or -1
-  std::vector<float> rows_;           // (slots, row_size_)
-};
 
 // Selects from one item at a time; scratch memory is reused from item to item. Arrays are indexed by position: compaction removes picked
 // tokens and keeps the order of the others, so that passes leave picked tokens out and ties still go to the lowest token.
@@ -164,7 +103,7 @@ class Selector {
     team_.for_rows(chunks, kChunk * 2 * channels, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin * kChunk; i < std::min(end * kChunk, tokens); ++i) {
         const bool finite = all_finite(row_[i], channels);
-        potential_[i] = finite ? items_.start_of(rule_, first + i) : kNonFinitePotential;
+        potential_[i] = first_potential(rule_, finite, items_.start_of(first + i), items_.parameter_of(first + i));
         if (finite && from_mean) add_row(row_[i], chunk_sums_.data() + i / kChunk * point_size_, channels);
       }
     });
@@ -174,8 +113,7 @@ class Selector {
     if (anchor >= 0) return anchor;
     if (from_mean) return nearest_to_mean(chunks);
     std::vector<float> key(tokens);
-    for (int64_t i = 0; i < tokens; ++i)
-      key[i] = potential_[i] == kNonFinitePotential ? kNonFinitePotential : items_.first_key_of(rule_, first + i);
+    for (int64_t i = 0; i < tokens; ++i) key[i] = first_key(rule_, 0.f, potential_[i], items_.start, items_.parameter_of(first + i));
     return lowest(key.data(), tokens).index;
   }
 
@@ -355,7 +293,7 @@ class Selector {
   std::vector<int64_t> candidates_;    // positions, uncached tokens first
   std::vector<const scalar_t*> candidate_rows_;
   std::vector<float> candidate_potential_, candidate_weight_, candidate_parameter_, group_lowest_;
-  RowCache cache_;
+  RowCache<float> cache_;
 };
 
 // Converts row `number` of an item to a unit point; a zero row gets its mark (UnitRows).
@@ -369,7 +307,7 @@ void to_unit_point(const scalar_t* row, int64_t channels, int64_t number, float*
 template <class scalar_t, class Rule>
 void select_items(WorkerTeam& team, const Rows<scalar_t>& rows, const Items& items, Rule rule, int64_t begin, int64_t end, int64_t* picks) {
   Selector<scalar_t, Rule> selector(team, rows.channels, items, rule);
-  for (int64_t b = begin; b < end; ++b) selector.run(rows, items.packed() ? 0 : b, items[b].first, b, items[b], picks + items[b].out);
+  for (int64_t b = begin; b < end; ++b) selector.run(rows, items.entry(b), items[b].first, b, items[b], picks + items[b].out);
 }
 
 // As select_items, on a copy of the rows as unit points.
@@ -385,7 +323,7 @@ void select_unit_items(WorkerTeam& team, const Rows<scalar_t>& rows, const Items
       unit.resize(item.tokens * size);
       team.for_rows(item.tokens, 8 * size, [&](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; ++i)
-          to_unit_point(rows.row(items.packed() ? 0 : b, item.first + i), rows.channels, i, unit.data() + i * size);
+          to_unit_point(rows.row(items.entry(b), item.first + i), rows.channels, i, unit.data() + i * size);
       });
     }
     selector.run({unit.data(), 0, size, size}, 0, 0, b, item, picks + item.out);
@@ -405,14 +343,7 @@ Tensor select_all(const Selection& selection, const F& select_some) {
     const int64_t shared = items.packed() ? std::max<int64_t>(1, items.count) : 1;  // packed: tokens and picks are totals, so take averages
     const int64_t passes = 4 + ceil_div(items.picks, shared);                       // the first pick costs about as much as four passes
     const int64_t item_flops = 2 * rows.channels * ceil_div(items.tokens, shared) * passes;
-    with_team(items.count * item_flops, [&](WorkerTeam& team) {
-      // Whole items per thread if there are enough items; else the team shares each item.
-      if (items.count < team.members) return select_some(team, rows, 0, items.count, picks);
-      team.for_rows(items.count, item_flops, [&](int64_t begin, int64_t end) {
-        WorkerTeam alone(1);
-        select_some(alone, rows, begin, end, picks);
-      });
-    });
+    for_items(items.count, item_flops, [&](WorkerTeam& team, int64_t begin, int64_t end) { select_some(team, rows, begin, end, picks); });
   });
   return out;
 }

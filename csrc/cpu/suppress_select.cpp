@@ -32,7 +32,7 @@ class SuppressSelector {
 
   void run(int64_t b, int64_t* out) {
     const Item item = items_[b];
-    const int64_t picks = std::min(item.picks, item.tokens), first = items_.first_token(b, item), entry = items_.packed() ? 0 : b;
+    const int64_t picks = std::min(item.picks, item.tokens), first = items_.first_token(b, item), entry = items_.entry(b);
     std::fill(out + picks, out + item.picks, -1);
     if (picks == 0) return;
     heapify(first, item.tokens);  // (1)
@@ -78,7 +78,7 @@ class SuppressSelector {
     heap_.clear();
     unusable_.clear();
     for (int64_t i = 0; i < tokens; ++i) {
-      const float rank = items_.start_of(Suppress(), first + i);
+      const float rank = Suppress::start(items_.start_of(first + i), 1.f);
       if (rank == kNonFinitePotential) {
         unusable_.push_back(i);
         continue;

@@ -219,7 +219,7 @@ STS_INLINE int64_t pairs_strip(const float* const* points, const scalar_t* const
 
 // All points with all rows, in register tiles. A tile and its sums fit the registers: 32 with AVX-512, else 16. Tiles of 8 x 2 load fewer
 // vectors per product, but took twice as long with AVX-512.
-// While the rows meet all points, as many rows of `next` are prefetched, spread evenly over the points. Reading a row from memory takes
+// While the rows are compared with all points, as many rows of `next` are prefetched, spread evenly over the points. Reading a row from memory takes
 // about as long as the arithmetic of a dozen points, so the first few points alone would wait for it.
 template <class Term, int L, class scalar_t>
 STS_INLINE void pairs_all(const float* const* points, int num_points, const scalar_t* const* rows, int64_t num_rows,
@@ -324,7 +324,7 @@ STS_INLINE bool unit_all(float* point, int64_t size) {
 // potentials as they are.
 template <int L, class Rule>
 STS_INLINE Lowest lowest_all(const Rule* rule, float* potentials, const float* weights, int64_t count) {
-  float value = __builtin_huge_valf();
+  float value = kInfinity;
   Floats<L> best, x, y;
   for (int lane = 0; lane < L; ++lane) best[lane] = value;
   int64_t i = 0;
@@ -363,7 +363,7 @@ STS_INLINE void weight_all(const Rule& rule, float* sqdist, const float* paramet
 
 template <int L>
 STS_INLINE float lowest_sum_all(const float* a, const float* b, int64_t count) {
-  float value = __builtin_huge_valf();
+  float value = kInfinity;
   Floats<L> best[2], x, y;
   for (int lane = 0; lane < L; ++lane) best[0][lane] = best[1][lane] = value;
   int64_t i = 0;

@@ -4,6 +4,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <vector>
+
 #include "common/torch_glue.h"
 #include "scratch.h"
 
@@ -24,6 +26,18 @@ class CudaScope {
     stream_ = static_cast<cudaStream_t>(stream);
   }
   cudaStream_t stream() const { return stream_; }
+
+  // The values of an int32 or int64 tensor, after a synchronisation.
+  std::vector<int64_t> host_copy(const Tensor& value) const {
+    const auto copy = [&](auto values) {
+      check(cudaStreamSynchronize(stream_), "STS_KERNELS_CHECK");
+      check(cudaMemcpy(values.data(), value.const_data_ptr(), values.size() * sizeof values[0], cudaMemcpyDeviceToHost),
+            "STS_KERNELS_CHECK");
+      return std::vector<int64_t>(values.begin(), values.end());
+    };
+    const int64_t count = value.numel();
+    return value.scalar_type() == ScalarType::Int ? copy(std::vector<int32_t>(count)) : copy(std::vector<int64_t>(count));
+  }
 
   static void check(cudaError_t error, const char* what) {
     STD_TORCH_CHECK(error == cudaSuccess, "sts_kernels::", what, ": CUDA error: ", cudaGetErrorString(error));
@@ -53,7 +67,7 @@ void dispatch_cuda(ScalarType type, F&& f) {
   dispatch_floating<__half, __nv_bfloat16>(type, f);
 }
 
-// STS_KERNELS_CHECK=1: ops check the values of index tensors, which costs a synchronisation.
+// STS_KERNELS_CHECK=1: ops check the values of index tensors (CudaScope::host_copy), which costs a synchronisation.
 inline bool check_values_on_device() {
   const char* value = std::getenv("STS_KERNELS_CHECK");
   return value && std::strcmp(value, "1") == 0;

@@ -167,10 +167,9 @@ cudaError_t launch_dedup(const Rows<scalar_t>& rows, int64_t batch, int64_t toke
   if (error != cudaSuccess) return error;
   const int64_t pitch = unit_pitch(rows.channels);
   const Rows<float> units{scratch.unit, count * pitch, pitch, static_cast<int>(pitch)};
-  const Items items = padded_items(batch, count);
   for (int64_t first = 0; first < batch; first += plan.entries) {
     const int64_t entries = batch - first < plan.entries ? batch - first : plan.entries;
-    error = launch_sqdist_tiles(units, items, first, entries, StoreSqdist{}, items.tokens, scratch.sqdist, stream);
+    error = launch_sqdist_tiles(units, count, first, entries, StoreSqdist{}, scratch.sqdist, stream);
     if (error == cudaSuccess) error = cudaMemsetAsync(scratch.arrived, 0, plan.groups * sizeof(unsigned), stream);
     if (error != cudaSuccess) return error;
     const Launch shape{dim3(plan.groups * plan.group_blocks), dim3(kDedupThreads), 0, 1, true, stream};

@@ -44,6 +44,17 @@ inline int current_device() {
   return cudaGetDevice(&device) == cudaSuccess ? device : -1;
 }
 
+// The cached answer to a driver query, or that of ask(answer), which returns whether the driver answered. If it did not, the result is
+// `unknown`, nothing is cached, and the error is cleared: the next launch must not report it.
+template <class Ask>
+int ask_driver(const DriverQuestion& question, int unknown, const Ask& ask) {
+  return PlanCache::of_process().answer(question, unknown, [&](int& answer) {
+    const bool answered = ask(answer);
+    if (!answered) cudaGetLastError();
+    return answered;
+  });
+}
+
 // Raises the kernel's limit of dynamic shared memory to `bytes`, if it is lower.
 template <class... Params>
 cudaError_t allow_shared(void (*kernel)(Params...), size_t bytes) {
@@ -89,7 +100,7 @@ struct RuntimeLaunch {
 // driver can capture such launches into a graph.
 template <class... Params>
 bool may_overlap(void (*kernel)(Params...)) {
-  return PlanCache::of_process().answer({address_of(kernel), current_device(), 0, 0, 0}, 0, [&](int& may) {
+  return ask_driver({address_of(kernel), current_device(), 0, 0, 0}, 0, [&](int& may) {
     constexpr int kFirstDriver = 12030;  // CUDA 12.3
     cudaFuncAttributes attributes;
     int driver = 0;
@@ -109,7 +120,7 @@ cudaError_t launch(void (*kernel)(Params...), const Launch& shape, Args... args)
 // SMs of the current device; 1 if unknown.
 inline int device_sm_count() {
   const int device = current_device();
-  return PlanCache::of_process().answer({nullptr, device, 0, 0, 0}, 1, [&](int& count) {
+  return ask_driver({nullptr, device, 0, 0, 0}, 1, [&](int& count) {
     return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess && count > 0;
   });
 }
@@ -117,7 +128,7 @@ inline int device_sm_count() {
 // Max dynamic shared memory per block on the current device, in bytes; 48 KB if unknown.
 inline int max_shared_bytes() {
   const int device = current_device();
-  return PlanCache::of_process().answer({nullptr, device, 0, 1, 0}, 48 * 1024, [&](int& bytes) {
+  return ask_driver({nullptr, device, 0, 1, 0}, 48 * 1024, [&](int& bytes) {
     return cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess && bytes > 0;
   });
 }
@@ -126,7 +137,7 @@ inline int max_shared_bytes() {
 template <class... Params>
 int max_resident_blocks(void (*kernel)(Params...), int threads, size_t shared_bytes) {
   const DriverQuestion question{address_of(kernel), current_device(), static_cast<unsigned>(threads), shared_bytes, 1};
-  const int per_sm = PlanCache::of_process().answer(question, 0, [&](int& blocks) {
+  const int per_sm = ask_driver(question, 0, [&](int& blocks) {
     return allow_shared(kernel, shared_bytes) == cudaSuccess &&
            cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes) == cudaSuccess;
   });
@@ -138,16 +149,14 @@ int max_resident_blocks(void (*kernel)(Params...), int threads, size_t shared_by
 template <class... Params>
 int max_resident_clusters(void (*kernel)(Params...), const Launch& shape) {
   const DriverQuestion question{address_of(kernel), current_device(), shape.block.x, shape.shared_bytes, shape.cluster};
-  return PlanCache::of_process().answer(question, 0, [&](int& resident) {
+  return ask_driver(question, 0, [&](int& resident) {
     const RuntimeLaunch runtime(shape);
     cudaFuncAttributes attributes;
     resident = 0;
-    bool answered = cudaFuncGetAttributes(&attributes, address_of(kernel)) == cudaSuccess;
-    if (answered && attributes.ptxVersion >= 90)
-      answered = allow_shared(kernel, shape.shared_bytes) == cudaSuccess &&
-                 cudaOccupancyMaxActiveClusters(&resident, kernel, &runtime.config) == cudaSuccess;
-    if (!answered) cudaGetLastError();  // clear the error: a refusal is a valid answer
-    return answered;
+    if (cudaFuncGetAttributes(&attributes, address_of(kernel)) != cudaSuccess) return false;
+    if (attributes.ptxVersion < 90) return true;
+    return allow_shared(kernel, shape.shared_bytes) == cudaSuccess &&
+           cudaOccupancyMaxActiveClusters(&resident, kernel, &runtime.config) == cudaSuccess;
   });
 }
 

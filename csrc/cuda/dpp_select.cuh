@@ -21,12 +21,6 @@ namespace sts {
 constexpr int kDppThreads = 512, kDppWarps = kDppThreads / 32;
 constexpr uint8_t kPickedRow = 0xff;  // a RowState that only this kernel uses
 
-__device__ __forceinline__ double warp_sum(double value) {
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(kFullWarp, value, offset);
-  return value;
-}
-
 // This lane's part of a . b, for unit rows of `pitch` floats.
 __device__ __forceinline__ double lane_dot(const float* a, const float* b, int pitch) {
   double sum = 0.;

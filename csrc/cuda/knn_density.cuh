@@ -23,8 +23,7 @@ struct DistanceEpilogue {
     if (i >= rows) return;
 #pragma unroll
     for (int t = 0; t < 4; ++t)
-      if (j + t < count)
-        strip[(entry * rows + i) * count + j + t] = keys[entry * count + j + t].valid() ? value[t] : __uint_as_float(0x7fc00000u);
+      if (j + t < count) strip[(entry * rows + i) * count + j + t] = keys[entry * count + j + t].valid() ? value[t] : kNaN;
   }
 };
 
@@ -35,8 +34,7 @@ constexpr uint32_t kInfinityBits = 0x7f800000u;
 
 // Sum over the block in a fixed order, given to every thread. partial: a slot per warp.
 __device__ __forceinline__ double block_sum(double value, double* partial) {
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(kFullWarp, value, offset);
+  value = warp_sum(value);
   __syncthreads();  // all threads have read `partial` in the previous call
   if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = value;
   __syncthreads();

@@ -6,7 +6,7 @@
 //   whose epilogue finds the lowest key (value, index) of each row of the tile in registers, and lowers the row's key in global memory.
 //   Where queries are the keys, distances may be stored instead (sqdist_strip.cuh), and a warp finds the lowest key of a row;
 //   (3) matches: keys to index and value.
-// Synchronisation: launches. Blocks meet at atomicMin of whole keys, whose result does not depend on their order.
+// Synchronisation: launches. Blocks lower a query's key by atomicMin, whose result does not depend on their order.
 #pragma once
 #include "row_pairs_mma.cuh"
 #include "sqdist_strip.cuh"

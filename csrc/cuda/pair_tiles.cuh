@@ -1,11 +1,13 @@
 // Work lists of the distance kernels: square tiles of the upper triangle of each item's matrix of pairs. A block strides over its tiles:
 //   for (int64_t index = tiles.begin(); index < tiles.end(); index += tiles.step()) { const PairTile tile = tiles.at<kTile>(index); ... }
+// tile: side of a tile in tokens. grid(): the launch. marked(): the same pairs, in tiles that have a mark each.
 #pragma once
 #include "packed_plan.cuh"
 
 namespace sts {
 
-constexpr int kMarkTile = 64;  // side of the tiles that have a mark each, in tokens
+constexpr int kMarkTile = 64;   // side of the tiles that have a mark each, in tokens
+constexpr int kTileBlocks = 4;  // packed: blocks per SM that share the tiles of a wave
 
 struct PairTile {
   int64_t entry, row;     // token i of the item is rows.row(entry, row + i)
@@ -19,6 +21,13 @@ struct PairTile {
 // index = entry - first_entry. Blocks below the diagonal have no work.
 struct PaddedTiles {
   int64_t tokens, first_entry, entries, pitch;
+  int tile;
+
+  dim3 grid() const {
+    const auto side = static_cast<unsigned>(ceil_div(tokens, tile));
+    return dim3(side, side, grid_extent(entries));
+  }
+  PaddedTiles marked() const { return {tokens, first_entry, entries, pitch, kMarkTile}; }
 
   __device__ __forceinline__ int64_t begin() const { return blockIdx.y > blockIdx.x ? entries : blockIdx.z; }
   __device__ __forceinline__ int64_t end() const { return entries; }
@@ -37,13 +46,20 @@ struct PaddedTiles {
   }
 };
 
-// All tiles of one wave of a packed batch; blocks stride over them. tile: side of a tile, in tokens. parts: a tile is split into
-// parts x parts squares, and index counts the squares.
+// All tiles of one wave of a packed batch; blocks stride over them. most: max tiles. parts: a tile is split into parts x parts squares, and
+// index counts the squares.
 struct PackedTiles {
   const Item* items;
   const PackedMatrix* matrices;
   const PackedWave* wave;
-  int tile, parts;
+  int64_t most;
+  int tile, parts = 1;
+
+  dim3 grid() const {
+    const int64_t blocks = int64_t(kTileBlocks) * device_sm_count();
+    return dim3(static_cast<unsigned>(most < blocks ? most : blocks));
+  }
+  PackedTiles marked() const { return {items, matrices, wave, most, tile, tile / kMarkTile}; }
 
   __device__ __forceinline__ int64_t begin() const { return wave[0].tile * parts * parts + blockIdx.x; }
   __device__ __forceinline__ int64_t end() const { return wave[1].tile * parts * parts; }

@@ -8,7 +8,7 @@ template <class scalar_t>
 cudaError_t launch_pairwise_sqdist(const Rows<scalar_t>& rows, int64_t batch, int64_t tokens, const TokenStats& stats, float* out,
                                    cudaStream_t stream) {
   const Items items = padded_items(batch, tokens);
-  if (!stats.centred) return launch_sqdist_tiles(rows, items, 0, batch, StoreSqdist{}, tokens, out, stream);
+  if (!stats.centred) return launch_sqdist_tiles(rows, tokens, 0, batch, StoreSqdist{}, out, stream);
   const cudaError_t error = launch_token_stats(rows, items, stats, stream);
   return error == cudaSuccess ? launch_sqdist_matrices<StoreSqdist>(rows, items, 0, batch, stats, out, stream) : error;
 }

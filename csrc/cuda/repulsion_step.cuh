@@ -5,7 +5,7 @@
 // Chosen when: always.
 // Steps: (1) repel, a warp per token: distance to the pick, new potential; the lowest key of a block lowers its item's; (2) next_pick: keys
 //   to token indices.
-// Synchronisation: two launches. Blocks meet at atomicMin of whole keys, whose result does not depend on their order.
+// Synchronisation: two launches. Blocks lower an item's key by atomicMin, whose result does not depend on their order.
 #pragma once
 #include "rows.cuh"
 
@@ -14,10 +14,10 @@ namespace sts {
 constexpr int kStepThreads = 256;
 
 // (1) `lowest` (batch) receives the lowest key of each item; kNoKey before the launch.
-template <class scalar_t, class Rule>
+template <class scalar_t>
 __global__ void __launch_bounds__(kStepThreads)
     repel_kernel(Rows<scalar_t> rows, int64_t batch, int64_t tokens, bool aligned, float* potential, int64_t potential_batch_stride,
-                 int64_t potential_token_stride, const int64_t* picked, Rule rule, Key* lowest) {
+                 int64_t potential_token_stride, const int64_t* picked, Repulsion rule, Key* lowest) {
   constexpr int kVec = Vec16<scalar_t>::size, kWarps = kStepThreads / 32;
   __shared__ Key partial[2][32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kStepThreads)
       finite = __all_sync(kFullWarp, finite);
       float* own_potential = potential + b * potential_batch_stride + i * potential_token_stride;
       float value = *own_potential;
-      if (pick >= 0) value = Rule::add(value, rule.weight(sum));
+      if (pick >= 0) value = rule.add(value, rule.weight(sum));
       if (value != value || (!finite && value < kNonFinitePotential)) value = kNonFinitePotential;
       if (i == pick) value = kInfinity;
       __syncwarp();  // all lanes have read the potential, which lane 0 overwrites
@@ -67,17 +67,15 @@ static __global__ void __launch_bounds__(kStepThreads) next_pick_kernel(int64_t 
 
 // next (batch): the result; holds the keys until (2).
 template <class scalar_t>
-cudaError_t launch_repulsion_step(float* potential, int64_t potential_batch_stride, int64_t potential_token_stride,
-                                  const scalar_t* features, int64_t batch, int64_t tokens, int64_t channels, int64_t batch_stride,
-                                  int64_t row_stride, const int64_t* picked, float eps, int64_t* next, cudaStream_t stream) {
-  const Rows<scalar_t> rows{features, batch_stride, row_stride, static_cast<int>(channels)};
+cudaError_t launch_step(float* potential, int64_t potential_batch_stride, int64_t potential_token_stride, const Rows<scalar_t>& rows,
+                        int64_t batch, int64_t tokens, const int64_t* picked, Repulsion rule, int64_t* next, cudaStream_t stream) {
   static_assert(kNoKey == ~0ull, "the memset below writes kNoKey");
   cudaError_t error = cudaMemsetAsync(next, 0xff, batch * sizeof(int64_t), stream);
   if (error != cudaSuccess) return error;
   const dim3 grid(static_cast<unsigned>(ceil_div(tokens, kStepThreads / 32)), grid_extent(batch));
   const Launch shape{grid, dim3(kStepThreads), 0, 1, false, stream};
-  error = launch(repel_kernel<scalar_t, Repulsion>, shape, rows, batch, tokens, rows_aligned(rows), potential, potential_batch_stride,
-                 potential_token_stride, picked, Repulsion{eps}, reinterpret_cast<Key*>(next));
+  error = launch(repel_kernel<scalar_t>, shape, rows, batch, tokens, rows_aligned(rows), potential, potential_batch_stride,
+                 potential_token_stride, picked, rule, reinterpret_cast<Key*>(next));
   if (error != cudaSuccess) return error;
   const Launch finish{dim3(static_cast<unsigned>(ceil_div(batch, kStepThreads))), dim3(kStepThreads), 0, 1, false, stream};
   return launch(next_pick_kernel, finish, batch, next);

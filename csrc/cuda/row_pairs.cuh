@@ -47,12 +47,11 @@ __global__ void __launch_bounds__(kRowInfoThreads)
   }
   finite = __all_sync(kFullWarp, finite);
   sum_sq = warp_sum(sum_sq);
-  RowInfo row_info{1.f, finite ? 1.f : __uint_as_float(0x7fc00000u)};
+  RowInfo row_info{1.f, finite ? 1.f : kNaN};
   if (cosine && finite) {
     if (!(sum_sq >= 0x1p-60f && sum_sq <= 0x1p60f)) {
       // The scale brings the largest channel to [1, 2): squares neither overflow nor vanish. Its biased exponent is kept in [1, 253].
-#pragma unroll
-      for (int offset = 16; offset > 0; offset /= 2) max_abs = fmaxf(max_abs, __shfl_xor_sync(kFullWarp, max_abs, offset));
+      max_abs = warp_max(max_abs);
       const int exponent = static_cast<int>(254u - (__float_as_uint(max_abs) >> 23));
       row_info.scale = __uint_as_float(static_cast<uint32_t>(exponent < 1 ? 1 : exponent > 253 ? 253 : exponent) << 23);
       sum_sq = 0.f;

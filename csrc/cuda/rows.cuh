@@ -6,7 +6,7 @@
 namespace sts {
 
 constexpr unsigned kFullWarp = 0xffffffffu;
-constexpr float kInfinity = __builtin_huge_valf();
+constexpr float kNaN = __builtin_nanf("");
 
 // Row pitch of a stored matrix, in floats: rows are 16-byte aligned.
 STS_HOST_DEVICE int64_t matrix_pitch(int64_t tokens) { return ceil_div(tokens, 4) * 4; }
@@ -122,10 +122,18 @@ __device__ __forceinline__ float lanes_min(float value) {
   return value;
 }
 
-// Butterfly sum, given to every lane.
-__device__ __forceinline__ float warp_sum(float value) {
+// Butterfly sum, given to every lane. T: float or double.
+template <class T>
+__device__ __forceinline__ T warp_sum(T value) {
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(kFullWarp, value, offset);
+  return value;
+}
+
+// Butterfly maximum, given to every lane.
+__device__ __forceinline__ float warp_max(float value) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) value = fmaxf(value, __shfl_xor_sync(kFullWarp, value, offset));
   return value;
 }
 

@@ -42,21 +42,6 @@ __device__ __forceinline__ float from_order(uint32_t order) {
   return Rule::kNegative ? from_ordered_bits(order) : __uint_as_float(order);
 }
 
-// A token's potential before the first pick. finite: no channel of the token is NaN or infinite.
-template <class Rule>
-__device__ __forceinline__ float first_potential(const Rule& rule, bool finite, float start, float parameter) {
-  return finite ? rule.start(start, parameter) : kNonFinitePotential;
-}
-
-// The sort key of a token for the first pick, where there is no anchor: the lowest is picked. has_start: the caller gave `start`.
-template <class Rule>
-__device__ __forceinline__ float first_key(const Rule& rule, float mean_sqdist, float potential, bool has_start, float parameter) {
-  if constexpr (Rule::kFromMean)
-    return mean_sqdist;
-  else
-    return has_start || potential == kNonFinitePotential ? potential : rule.start(1.f, parameter);
-}
-
 // out[i] = numbers[first + at[i]], or `otherwise` where `numbers` is null.
 template <int kCount>
 __device__ __forceinline__ void load_numbers(const float* numbers, int64_t first, const int (&at)[kCount], float otherwise,

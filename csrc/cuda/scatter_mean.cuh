@@ -42,12 +42,6 @@ constexpr int kMeanThreads = 128, kMeanWarps = kMeanThreads / 32;
 constexpr int kScanRounds = 4;    // assignments that a thread scans before the list is summed
 constexpr int kRowsInFlight = 4;  // rows of the list whose loads overlap
 
-__device__ __forceinline__ void store_mean(float value, float& element) { element = value; }
-template <class scalar_t>
-__device__ __forceinline__ void store_mean(float value, scalar_t& element) {
-  from_float(value, element);
-}
-
 // Slot blockIdx.x; blockIdx.y strides over the tiles of channels, and blockIdx.z over the batch. slots: (batch, tokens), of (1).
 template <class scalar_t>
 __global__ void __launch_bounds__(kMeanThreads)
@@ -110,22 +104,21 @@ __global__ void __launch_bounds__(kMeanThreads)
       scalar_t* out = mean + (b * count + slot) * channels;
 #pragma unroll
       for (int v = 0; v < kVec; ++v)
-        if (c + v < channels) store_mean(static_cast<float>(sum[v] * per_mass), out[c + v]);
+        if (c + v < channels) from_float(static_cast<float>(sum[v] * per_mass), out[c + v]);
     }
 }
 
-// features (batch, tokens, channels) with the given strides, assignment and weight (batch, tokens) -> mean (batch, count, channels) and
-// mass (batch, count), the total weight. slots: scratch of batch tokens ints.
+// rows (batch, tokens, channels), assignment and weight (batch, tokens) -> mean (batch, count, channels) and mass (batch, count), the total
+// weight. weight: may be null. slots: scratch of batch tokens ints.
 template <class scalar_t>
-cudaError_t launch_scatter_mean(const scalar_t* features, int64_t batch, int64_t tokens, int64_t channels, int64_t batch_stride,
-                                int64_t row_stride, const int64_t* assignment, int64_t count, const float* weight, int* slots,
-                                scalar_t* mean, float* mass, cudaStream_t stream) {
-  const Rows<scalar_t> rows{features, batch_stride, row_stride, static_cast<int>(channels)};
+cudaError_t launch_scatter(const Rows<scalar_t>& rows, int64_t batch, int64_t tokens, const int64_t* assignment, int64_t count,
+                           const float* weight, int* slots, scalar_t* mean, float* mass, cudaStream_t stream) {
   const bool aligned = rows_aligned(rows);
   const Launch find{dim3(static_cast<unsigned>(ceil_div(batch * tokens, kSlotThreads / 32))), dim3(kSlotThreads), 0, 1, false, stream};
   const cudaError_t error = launch(token_slots_kernel<scalar_t>, find, rows, batch, tokens, aligned, assignment, count, weight, slots);
   if (error != cudaSuccess) return error;
-  const dim3 grid(static_cast<unsigned>(count), grid_extent(ceil_div(channels, kMeanThreads * Vec16<scalar_t>::size)), grid_extent(batch));
+  const dim3 grid(static_cast<unsigned>(count), grid_extent(ceil_div(rows.channels, kMeanThreads * Vec16<scalar_t>::size)),
+                  grid_extent(batch));
   const Launch shape{grid, dim3(kMeanThreads), 0, 1, false, stream};
   return launch(slot_means_kernel<scalar_t>, shape, rows, batch, tokens, aligned, slots, count, weight, mean, mass);
 }

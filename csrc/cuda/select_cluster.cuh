@@ -123,7 +123,7 @@ __device__ __forceinline__ void select_cluster(const StoredItems& stored, int64_
     parameter[t] = kOfDistance<Rule> ? 0.f : items.parameter_of(first_row + static_cast<int>(column[t]));
     if (j >= tokens) continue;
     const float distance = mean_sqdist[first_row + j];
-    const float start = kOfDistance<Rule> || !items.start ? kNonFinitePotential : items.start[first_row + j];
+    const float start = kOfDistance<Rule> ? kNonFinitePotential : items.start_of(first_row + j);
     potential[t] = first_potential(rule, distance < kInfinity, start, parameter[t]);
     lowest = lower(lowest, key_of(first_key(rule, distance, potential[t], items.start, parameter[t]), Candidate::make(j, 0, 0).bits));
   }
@@ -342,6 +342,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
   if (stored.shares(item, blocks))
     return select_cluster<Rule, kTokens>(stored, launched, b, item, lookahead, row_min, mean_sqdist, rule, out);
   if (cluster.block_rank() > 0) return;
+  static_assert(kClusterWarps >= 8 * kClusterFromWarps, "see StoredItems::shares");
   if (item.tokens <= kClusterFrom)
     select_stored<Rule, kStoredTokens, kClusterFromWarps>(stored, launched, b, item, mean_sqdist, rule, out);
   else

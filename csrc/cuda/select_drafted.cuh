@@ -1,4 +1,4 @@
-// Selection over the stored weights of all pairs, several picks a wait for their rows: draft, verify, accept.
+// Greedy selection over stored weights by speculation: the rows of up to 12 picks are loaded together.
 //
 // What: one block per item, padded or packed. The plain loop (select_stored.cuh) waits for a row of weights for every pick, from L2 or, in
 //   large batches, from device memory. Here shared memory also holds an 8-bit code of every weight. The next picks are drafted by codes,
@@ -210,8 +210,7 @@ __global__ void __launch_bounds__(kEncodeWarps * 32, 1)
   const Item item = items[b];
   const int tokens = static_cast<int>(item.tokens);
   int64_t* const picks_out = out + item.out;
-  const int64_t all_picks = item.picks < tokens ? item.picks : tokens;
-  for (int64_t i = all_picks + tid; i < item.picks; i += blockDim.x) picks_out[i] = -1;
+  const int64_t all_picks = pad_picks(item, tid, picks_out);
   if (all_picks == 0) return;
   const int picks = settled(static_cast<int>(all_picks));
   const float* const matrix = settled(stored.matrix(blockIdx.x));  // 16-byte aligned

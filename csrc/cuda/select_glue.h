@@ -8,23 +8,12 @@
 namespace sts {
 
 // Checks the values of the index tensors, copied to the host (STS_KERNELS_CHECK=1).
-inline void check_device_values(const Selection& selection) {
+inline void check_device_values(const Selection& selection, const CudaScope& scope) {
   std::vector<std::vector<int64_t>> copies;
-  const auto on_host = [&](const std::optional<Tensor>& value) -> const int64_t* {
-    if (!value) return nullptr;
-    const Integers integers = integers_of(value);
-    copies.emplace_back(value->size(0));
-    std::vector<int64_t>& copy = copies.back();
-    const size_t bytes = copy.size() * (integers.narrow ? sizeof(int32_t) : sizeof(int64_t));
-    CudaScope::check(cudaMemcpy(copy.data(), integers.data, bytes, cudaMemcpyDeviceToHost), "STS_KERNELS_CHECK");
-    for (size_t i = copy.size(); integers.narrow && i-- > 0;) {  // int32 to int64 in place, from the back
-      int32_t value;
-      memcpy(&value, reinterpret_cast<const int32_t*>(copy.data()) + i, sizeof value);
-      copy[i] = value;
-    }
-    return copy.data();
-  };
   copies.reserve(4);
+  const auto on_host = [&](const std::optional<Tensor>& value) {
+    return value ? copies.emplace_back(scope.host_copy(*value)).data() : nullptr;
+  };
   Items items = selection.items;
   items.num_tokens = on_host(selection.num_tokens);
   items.cu_seqlens = on_host(selection.cu_seqlens);
@@ -54,16 +43,13 @@ Tensor select(const Selection& selection, Rule rule) {
     CudaScope::check(cudaMemsetAsync(picks, 0xff, (items.packed() ? items.picks : 0) * sizeof(int64_t), scope.stream()), selection.op);
     return out;
   }
-  if (check_values_on_device()) {
-    CudaScope::check(cudaStreamSynchronize(scope.stream()), "STS_KERNELS_CHECK");
-    check_device_values(selection);
-  }
+  if (check_values_on_device()) check_device_values(selection, scope);
   if (items.tokens == 0) return out;  // packed: every item is empty
   dispatch_cuda(selection.features.scalar_type(), [&](auto* element) {
     const auto rows = rows_of<std::remove_pointer_t<decltype(element)>>(selection.features);
     if constexpr (!Rule::kFromMean) {  // rules with a metric
       if (selection.cosine) {
-        const int64_t entries = items.packed() ? 1 : items.count;
+        const int64_t entries = items.entries();
         const Tensor unit = new_floats(selection.features, {entries, items.tokens, unit_pitch(rows.channels)});
         float* copy = static_cast<float*>(unit.mutable_data_ptr());
         CudaScope::check(launch_unit_rows(rows, entries, items.tokens, items.tokens, nullptr, copy, nullptr, scope.stream()), selection.op);

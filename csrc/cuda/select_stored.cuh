@@ -49,8 +49,9 @@ struct StoredItems {
 
   // Whether the `blocks` of a cluster share the item; else one of them selects alone. If the wave would need more blocks than SMs, only items
   // above 2 * cluster_from are shared: for shorter items a cluster gains less than a second round of clusters costs.
+  // Invariant: a block has the warps for an item that is not shared (cluster_launch). In clusters of 8 these are items up to cluster_from.
   __device__ __forceinline__ bool shares(const Item& item, int blocks) const {
-    if (item.tokens <= cluster_from || !wave) return item.tokens > cluster_from;
+    if (item.tokens <= cluster_from || !wave || blocks > 4) return item.tokens > cluster_from;
     const int64_t shared = wave[1].shareable - wave[0].shareable, all = wave[1].item - wave[0].item;
     return all + shared * (blocks - 1) <= sms || item.tokens > 2 * cluster_from;
   }
@@ -92,6 +93,13 @@ STS_HOST_DEVICE int64_t resident_offset(int64_t report_bytes, const Items& items
   return ceil_div(report_bytes + picks * int64_t(sizeof(int)), 16) * 16;
 }
 
+// By a block: writes -1 to the output slots past the tokens of an item. Returns the number of its picks.
+__device__ __forceinline__ int64_t pad_picks(const Item& item, int tid, int64_t* picks_out) {
+  const int64_t picks = item.picks < item.tokens ? item.picks : item.tokens;
+  for (int64_t i = picks + tid; i < item.picks; i += blockDim.x) picks_out[i] = -1;
+  return picks;
+}
+
 // By a block: the picks of item b, which is number `launched` of the grid. Thread i has tokens i * kTokens to (i + 1) * kTokens - 1.
 // Tokens past the end of the item have an infinite potential, above all others. No weight lowers it, so their weights may be garbage.
 // kWarps: warps that take part; 0: as many as the item needs. kResident: stored_items.resident may be above 0.
@@ -108,8 +116,7 @@ __device__ __forceinline__ void select_stored(const StoredItems& stored_items, i
   const int tid = settled(static_cast<int>(threadIdx.x)), lane = tid % 32, warp = tid / 32;
   const int tokens = static_cast<int>(item.tokens);
   int64_t* const picks_out = out + item.out;
-  const int64_t all_picks = item.picks < tokens ? item.picks : tokens;
-  for (int64_t i = all_picks + tid; i < item.picks; i += blockDim.x) picks_out[i] = -1;
+  const int64_t all_picks = pad_picks(item, tid, picks_out);
   if (all_picks == 0) return;
   const int picks = settled(static_cast<int>(all_picks));
   const int warps = kWarps ? kWarps : settled(static_cast<int>(ceil_div(tokens, 32 * kTokens)));

@@ -5,6 +5,9 @@
 //   selection stores nothing N x N: all resident blocks share one item, or a few (select_swept.cuh).
 // Chosen when: stored up to kMatrixTokens tokens; streaming above, and above half as many tokens where few are picked (kFewPicks) without
 //   tensor cores.
+// Steps: (1) packed: the plan (packed_plan.cuh); (2) token stats; (3) stored, for as many items as kMatrixFloats or kWaveFloats hold at a time:
+//   the weights, then the picks; (4) streaming: all picks of the other items.
+// Synchronisation: launches, in stream order; they may overlap (Launch::overlap), and a kernel waits where it reads (await_predecessor).
 // Packed: packed_plan.cuh finds the items on the device. Every item takes the path of its own size, whatever else is in the batch. Stored
 //   items come first, in waves that fit kWaveFloats, then the longer items in one streaming launch.
 #pragma once
@@ -20,7 +23,6 @@ namespace sts {
 
 constexpr int64_t kMatrixFloats = int64_t(1) << 26;  // padded: max weights in memory at once: 256 MiB, one item of kMatrixTokens
 constexpr int64_t kWaveFloats = int64_t(1) << 27;    // packed: max weights of a wave: 512 MiB. A wave lasts as long as its longest item
-constexpr int kTileBlocks = 4;                       // packed: blocks per SM that share the tiles of a wave
 constexpr int64_t kFewPicks = 64;                    // "few" picks: K < N / kFewPicks
 
 // Epilogue of the distances: the stored_value of a pair, and infinity on the diagonal, the potential of a picked token.
@@ -207,17 +209,7 @@ class SelectionLaunch {
     const int64_t pitch = matrix_pitch(items_.tokens);
     for (int64_t first = 0; first < items_.count; first += plan_.entries) {
       const int64_t held = items_.count - first < plan_.entries ? items_.count - first : plan_.entries;
-      cudaError_t error = weigh([&](auto mma, const auto& store) {
-        if constexpr (kWgmmaServes<scalar_t, StoreWeight<Rule>>) {
-          if (plan_.wgmma)
-            return launch_sqdist_wgmma(rows_, items_, first, held, plan_.tile, scratch_.stats, store, pitch, scratch_.weights, stream_);
-        }
-        if constexpr (decltype(mma)::value)
-          return launch_sqdist_mma(rows_, items_, first, held, plan_.tile, scratch_.stats, store, scratch_.marks, pitch, scratch_.weights,
-                                   stream_);
-        else
-          return launch_sqdist_tiles(rows_, items_, first, held, store, pitch, scratch_.weights, stream_);
-      });
+      cudaError_t error = weigh(PaddedTiles{items_.tokens, first, held, pitch, plan_.tile});
       if (error != cudaSuccess) return error;
       const int resident = plan_.item_blocks > 1 || plan_.drafted ? 0 : resident_rows(items_, held);
       const StoredItems stored{items_, scratch_.weights, first, nullptr, nullptr, plan_.cluster_from, 0, resident};
@@ -239,19 +231,10 @@ class SelectionLaunch {
     const int64_t longest = items_.longest() < plan_.packed.stored_tokens ? items_.longest() : plan_.packed.stored_tokens;
     const int64_t most_picks = items_.picks < longest ? items_.picks : longest;
     const int sms = device_sm_count();
-    const int64_t tiles = most_tiles(items_, plan_.packed), most_blocks = int64_t(kTileBlocks) * sms;
-    const int64_t blocks = tiles < most_blocks ? tiles : most_blocks;
+    const int64_t tiles = most_tiles(items_, plan_.packed);
     for (int64_t w = 0; w < plan_.packed.waves; ++w) {
-      const PackedTiles at{scratch_.packed.items, scratch_.packed.matrices, scratch_.packed.waves + w, plan_.tile, 1};
-      cudaError_t error = weigh([&](auto mma, const auto& store) {
-        if constexpr (kWgmmaServes<scalar_t, StoreWeight<Rule>>) {
-          if (plan_.wgmma) return launch_sqdist_wgmma(rows_, items_, at, tiles, scratch_.stats, store, scratch_.weights, stream_);
-        }
-        if constexpr (decltype(mma)::value)
-          return launch_sqdist_mma(rows_, at, blocks, scratch_.stats, store, scratch_.marks, scratch_.weights, stream_);
-        else
-          return launch_sqdist_tiles(rows_, at, blocks, store, scratch_.weights, stream_);
-      });
+      const PackedTiles at{scratch_.packed.items, scratch_.packed.matrices, scratch_.packed.waves + w, tiles, plan_.tile};
+      cudaError_t error = weigh(at);
       if (error != cudaSuccess) return error;
       const StoredItems stored{items_, scratch_.weights, 0, at.wave, at.matrices, plan_.cluster_from, sms, 0};
       const auto in_blocks = [&](auto* kernel, int warps, size_t report_bytes) {
@@ -265,14 +248,17 @@ class SelectionLaunch {
     return cudaSuccess;
   }
 
-  // f(std::true_type for mma.sync, the epilogue of a pair).
-  template <class F>
-  cudaError_t weigh(const F& f) {
+  // The weights of the pairs of `tiles`.
+  template <class Tiles>
+  cudaError_t weigh(const Tiles& tiles) {
     const StoreWeight<Rule> store{rule_, scratch_.stats.row_min};
-    if constexpr (sizeof(scalar_t) == 2) {
-      if (plan_.mma) return f(std::true_type(), store);
+    if constexpr (kWgmmaServes<scalar_t, StoreWeight<Rule>>) {
+      if (plan_.wgmma) return launch_sqdist_wgmma(rows_, items_, tiles, scratch_.stats, store, scratch_.weights, stream_);
     }
-    return f(std::false_type(), store);
+    if constexpr (sizeof(scalar_t) == 2) {
+      if (plan_.mma) return launch_sqdist_mma(rows_, tiles, scratch_.stats, store, scratch_.marks, scratch_.weights, stream_);
+    }
+    return launch_sqdist_tiles(rows_, tiles, store, scratch_.weights, stream_);
   }
 
   template <class Kernel>

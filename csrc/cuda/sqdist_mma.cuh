@@ -227,13 +227,15 @@ __global__ void __launch_bounds__(kMmaThreads<kTile>) sqdist_mma_kernel(Rows<sca
             const bool diagonal = !inside && row == column;
             const float norms_of_pair = row_norm + column_norm[n * 2 + e],
                         sqdist = norms_of_pair - 2.f * dot.product[r / 2][n][r % 2 * 2 + e];
-            const bool kept = !cancels(sqdist, norms_of_pair, kCancellation);
-            value[e] = diagonal ? store(0.f, true) : kept ? store(sqdist, false) : marked_pair();
+            // Not if the norms are NaN: one of the tokens is not finite, and neither are its distances by differences. Norms are not negative.
+            // Comparing them as floats would make ptxas spill.
+            const bool repair = cancels(sqdist, norms_of_pair, Store::kCancellation) && __float_as_uint(norms_of_pair) <= 0x7f800000u;
+            value[e] = diagonal ? store(0.f, true) : repair ? marked_pair() : store(sqdist, false);
             if (!inside && (row > column || column >= width)) continue;
             lower[(n * 8 + e) * stride + r * 8] = value[e];
             if (!inside) upper[r * 8 * stride + n * 8 + e] = value[e];
             if (diagonal) continue;
-            marked = marked || !kept;
+            marked = marked || repair;
             minimum.take(0, value[e]);
             column_minima.take(n * 2 + e, value[e]);
           }
@@ -273,38 +275,22 @@ inline int mma_tile(int64_t tokens, int64_t entries) {
 
 // (1) to (3). Sets all marks.
 template <int kTile, class scalar_t, class Tiles, class Store>
-cudaError_t launch_sqdist_mma_of(const Rows<scalar_t>& rows, const Tiles& tiles, dim3 grid, const TokenStats& stats, Store store,
-                                 unsigned* marks, float* out, cudaStream_t stream) {
-  const Launch shape{grid, dim3(kMmaThreads<kTile>), kMmaSharedBytes<kTile>, 1, false, stream, Store::kOverlap};
+cudaError_t launch_sqdist_mma_of(const Rows<scalar_t>& rows, const Tiles& tiles, const TokenStats& stats, Store store, unsigned* marks,
+                                 float* out, cudaStream_t stream) {
+  const Launch shape{tiles.grid(), dim3(kMmaThreads<kTile>), kMmaSharedBytes<kTile>, 1, false, stream, Store::kOverlap};
   return launch(sqdist_mma_kernel<scalar_t, kTile, Tiles, Store>, shape, rows, tiles, stats.norms,
                 static_cast<const scalar_t*>(stats.centre), store, marks, out);
 }
 
-// As launch_sqdist_tiles, for rows that mma_fits. tile: side of a tile. marks: (entries, side, side) with side = ceil(tokens / kMarkTile).
-template <class scalar_t, class Store>
-cudaError_t launch_sqdist_mma(const Rows<scalar_t>& rows, const Items& items, int64_t first_entry, int64_t entries, int tile,
-                              const TokenStats& stats, Store store, unsigned* marks, int64_t pitch, float* out, cudaStream_t stream) {
-  const PaddedTiles tiles{items.tokens, first_entry, entries, pitch};
-  const auto side = static_cast<unsigned>(ceil_div(items.tokens, tile));
-  const dim3 grid(side, side, grid_extent(entries));
-  const cudaError_t error = tile == kLargeMmaTile
-                                ? launch_sqdist_mma_of<kLargeMmaTile>(rows, tiles, grid, stats, store, marks, out, stream)
-                                : launch_sqdist_mma_of<kSmallMmaTile>(rows, tiles, grid, stats, store, marks, out, stream);
-  if (error != cudaSuccess) return error;
-  return launch_sqdist_tiles_of<kMarkTile>(rows, tiles, store, marks, out, stream);
-}
-
-// The same for the items of a wave of a packed batch. marks: (tiles, parts, parts) with parts = tile / kMarkTile.
-template <class scalar_t, class Store>
-cudaError_t launch_sqdist_mma(const Rows<scalar_t>& rows, PackedTiles tiles, int64_t blocks, const TokenStats& stats, Store store,
-                              unsigned* marks, float* out, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(blocks));
+// As launch_sqdist_tiles, for rows that mma_fits. tiles.tile: mma_tile. marks: padded: (entries, side, side) with
+// side = ceil(tokens / kMarkTile); packed: (tiles, parts, parts) with parts = tile / kMarkTile.
+template <class scalar_t, class Tiles, class Store>
+cudaError_t launch_sqdist_mma(const Rows<scalar_t>& rows, const Tiles& tiles, const TokenStats& stats, Store store, unsigned* marks,
+                              float* out, cudaStream_t stream) {
   const cudaError_t error = tiles.tile == kLargeMmaTile
-                                ? launch_sqdist_mma_of<kLargeMmaTile>(rows, tiles, grid, stats, store, marks, out, stream)
-                                : launch_sqdist_mma_of<kSmallMmaTile>(rows, tiles, grid, stats, store, marks, out, stream);
-  if (error != cudaSuccess) return error;
-  tiles.parts = tiles.tile / kMarkTile;
-  return launch_sqdist_tiles_of<kMarkTile>(rows, tiles, blocks, store, marks, out, stream);
+                                ? launch_sqdist_mma_of<kLargeMmaTile>(rows, tiles, stats, store, marks, out, stream)
+                                : launch_sqdist_mma_of<kSmallMmaTile>(rows, tiles, stats, store, marks, out, stream);
+  return error == cudaSuccess ? launch_sqdist_tiles_of<kMarkTile>(rows, tiles.marked(), store, marks, out, stream) : error;
 }
 
 }  // namespace sts

@@ -3,6 +3,9 @@
 // What: strip (entries, tokens, tokens), by launch_sqdist_matrices<StripSqdist>. The relative error of a distance is below 1e-5. A token
 //   that is not finite gives NaN off the diagonal.
 // Chosen when: knn_density, and nearest where queries are the keys; 16-bit rows on Hopper, items whose matrix fits kMaxStripFloats.
+// Steps: (1) launch_token_stats, once for all entries; then, for strip_entries entries at a time, (2) launch_sqdist_matrices, and (3) the
+//   caller's kernel, which reads the strip.
+// Synchronisation: launches. The next distances overwrite the strip after the caller's kernel has read it.
 #pragma once
 #include "sqdist_wgmma.cuh"
 

@@ -258,7 +258,7 @@ struct MmaSweep {
     cp_async_wait<0>();
   }
 
-  // A block takes tiles of 16 x 16 pairs with ti <= tj. Its warps split the channels (split-K), and the partial sums meet in shared memory.
+  // A block takes tiles of 16 x 16 pairs with ti <= tj. Its warps split the channels (split-K), and add the partial sums in shared memory.
   // Fragments come from global memory, without ldmatrix: a lane loads 8 consecutive channels of a row (16 bytes) and uses them as its
   // registers for two steps of 16 channels. The channels of both rows are permuted alike, so the dot product is that of the rows.
   template <class Store>

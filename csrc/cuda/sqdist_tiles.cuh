@@ -6,7 +6,7 @@
 //   marks.
 // Steps, for every stage of 32 channels: (1) store the prefetched channels to shared memory; (2) prefetch the next stage into registers;
 //   (3) accumulate the 4 x 4 pairs of each thread. Then (4) the epilogue stores each pair and its mirror image, and lowers row minima.
-// Synchronisation: two block barriers a stage. Blocks meet only at the atomicMin of row minima.
+// Synchronisation: two block barriers a stage. Blocks share row minima alone, by atomicMin.
 #pragma once
 #include "pair_tiles.cuh"
 
@@ -151,45 +151,33 @@ __global__ void __launch_bounds__(kTile* kTile / 16, kTile == kLargeTile ? 2 : 4
   }
 }
 
-template <int kTile, class scalar_t, class Store>
-cudaError_t launch_sqdist_tiles_of(const Rows<scalar_t>& rows, const PaddedTiles& tiles, Store store, const unsigned* marks, float* out,
-                                   cudaStream_t stream) {
-  const auto side = static_cast<unsigned>(ceil_div(tiles.tokens, kTile));
-  const dim3 grid(side, side, grid_extent(tiles.entries));
-  const Launch shape{grid, dim3(kTile * kTile / 16), 0, 1, false, stream, Store::kOverlap || marks};
-  return launch(sqdist_tile_kernel<scalar_t, kTile, PaddedTiles, Store>, shape, rows, tiles, rows_aligned(rows), store, marks, out);
-}
-
-// blocks: the grid, which strides over the tiles. Invariant: tiles.tile == tiles.parts * kTile.
-template <int kTile, class scalar_t, class Store>
-cudaError_t launch_sqdist_tiles_of(const Rows<scalar_t>& rows, const PackedTiles& tiles, int64_t blocks, Store store, const unsigned* marks,
-                                   float* out, cudaStream_t stream) {
-  const Launch shape{dim3(static_cast<unsigned>(blocks)), dim3(kTile * kTile / 16), 0, 1, false, stream, Store::kOverlap || marks};
-  return launch(sqdist_tile_kernel<scalar_t, kTile, PackedTiles, Store>, shape, rows, tiles, rows_aligned(rows), store, marks, out);
-}
-
 // Side of a tile: small if large ones were fewer than two per SM.
 inline int sqdist_tile(int64_t tokens, int64_t entries) {
   const int64_t large = ceil_div(tokens, kLargeTile);
   return large * (large + 1) / 2 * entries < 2 * device_sm_count() ? kSmallTile : kLargeTile;
 }
 
-// Entries [first_entry, first_entry + entries) of a padded batch. out: (entries, tokens, tokens) with a row pitch of `pitch` floats; holds
-// store(squared distance) of each pair.
-template <class scalar_t, class Store>
-cudaError_t launch_sqdist_tiles(const Rows<scalar_t>& rows, const Items& items, int64_t first_entry, int64_t entries, Store store,
-                                int64_t pitch, float* out, cudaStream_t stream) {
-  const PaddedTiles tiles{items.tokens, first_entry, entries, pitch};
-  if (sqdist_tile(items.tokens, entries) == kSmallTile) return launch_sqdist_tiles_of<kSmallTile>(rows, tiles, store, nullptr, out, stream);
+// marks: see the kernel.
+template <int kTile, class scalar_t, class Tiles, class Store>
+cudaError_t launch_sqdist_tiles_of(const Rows<scalar_t>& rows, const Tiles& tiles, Store store, const unsigned* marks, float* out,
+                                   cudaStream_t stream) {
+  const Launch shape{tiles.grid(), dim3(kTile * kTile / 16), 0, 1, false, stream, Store::kOverlap || marks};
+  return launch(sqdist_tile_kernel<scalar_t, kTile, Tiles, Store>, shape, rows, tiles, rows_aligned(rows), store, marks, out);
+}
+
+// out: see PairTile::offset, pitch; holds store(squared distance) of each pair. tiles.tile: kSmallTile or kLargeTile.
+template <class scalar_t, class Tiles, class Store>
+cudaError_t launch_sqdist_tiles(const Rows<scalar_t>& rows, const Tiles& tiles, Store store, float* out, cudaStream_t stream) {
+  if (tiles.tile == kSmallTile) return launch_sqdist_tiles_of<kSmallTile>(rows, tiles, store, nullptr, out, stream);
   return launch_sqdist_tiles_of<kLargeTile>(rows, tiles, store, nullptr, out, stream);
 }
 
-// The same for the items of one wave of a packed batch.
+// The same for `entries` entries of a padded batch. out: (entries, tokens, tokens).
 template <class scalar_t, class Store>
-cudaError_t launch_sqdist_tiles(const Rows<scalar_t>& rows, const PackedTiles& tiles, int64_t blocks, Store store, float* out,
+cudaError_t launch_sqdist_tiles(const Rows<scalar_t>& rows, int64_t tokens, int64_t first_entry, int64_t entries, Store store, float* out,
                                 cudaStream_t stream) {
-  if (tiles.tile == kSmallTile) return launch_sqdist_tiles_of<kSmallTile>(rows, tiles, blocks, store, nullptr, out, stream);
-  return launch_sqdist_tiles_of<kLargeTile>(rows, tiles, blocks, store, nullptr, out, stream);
+  const PaddedTiles tiles{tokens, first_entry, entries, tokens, sqdist_tile(tokens, entries)};
+  return launch_sqdist_tiles(rows, tiles, store, out, stream);
 }
 
 }  // namespace sts

@@ -65,16 +65,16 @@ struct TriangleTile {
 // The tiles of entries first_entry, first_entry + 1, ... of a padded batch, in a grid-stride loop (pair_tiles.cuh has the interface).
 struct PaddedTriangles {
   Items items;
-  int64_t first_entry, pitch, count;  // count: tiles of all entries
-  int tile;                           // side of a tile, in tokens
+  int64_t first_entry, pitch, most;  // most: tiles of all entries
+  int tile;                          // side of a tile, in tokens
 
-  PaddedTriangles(const Items& items, int64_t first_entry, int64_t entries, int64_t pitch, int tile)
-      : items(items), first_entry(first_entry), pitch(pitch), tile(tile) {
+  PaddedTriangles(const Items& items, const PaddedTiles& tiles)
+      : items(items), first_entry(tiles.first_entry), pitch(tiles.pitch), tile(tiles.tile) {
     const int64_t side = ceil_div(items.tokens, tile);
-    count = side * (side + 1) / 2 * entries;
+    most = side * (side + 1) / 2 * tiles.entries;
   }
   __device__ __forceinline__ int64_t begin() const { return blockIdx.x; }
-  __device__ __forceinline__ int64_t end() const { return count; }
+  __device__ __forceinline__ int64_t end() const { return most; }
   __device__ __forceinline__ int64_t step() const { return gridDim.x; }
   // A tile may lie past the end of a ragged item.
   template <int kTile>
@@ -336,10 +336,10 @@ bool wgmma_serves() {
 }
 
 template <class scalar_t, int kTile, int kStages = kWgmmaStages<scalar_t, kTile>, class Tiles, class Store>
-cudaError_t launch_sqdist_wgmma_of(const Rows<scalar_t>& rows, const Items& items, const Tiles& tiles, int64_t most_tiles,
-                                   const TokenStats& stats, Store store, float* out, cudaStream_t stream) {
+cudaError_t launch_sqdist_wgmma_of(const Rows<scalar_t>& rows, const Items& items, const Tiles& tiles, const TokenStats& stats, Store store,
+                                   float* out, cudaStream_t stream) {
   TensorMap map;
-  const int64_t copy_pitch = centred_pitch(rows.channels), entries = items.packed() ? 1 : items.count;
+  const int64_t copy_pitch = centred_pitch(rows.channels), entries = items.entries();
   const cudaError_t error =
       make_tensor_map(stats.centred, rows.channels, kCopyParts<scalar_t>, items.tokens, entries, copy_pitch, kTile, map);
   if (error != cudaSuccess) return error;
@@ -348,7 +348,7 @@ cudaError_t launch_sqdist_wgmma_of(const Rows<scalar_t>& rows, const Items& item
   const Rows<scalar_t> copy{centred, items.tokens * copy_pitch, copy_pitch, static_cast<int>(copy_pitch)};
   const Rows<scalar_t> exact = sizeof(scalar_t) == 2 ? copy : rows;
   const int64_t sms = device_sm_count();
-  const Launch shape{dim3(static_cast<unsigned>(most_tiles < sms ? most_tiles : sms)),
+  const Launch shape{dim3(static_cast<unsigned>(tiles.most < sms ? tiles.most : sms)),
                      dim3(kWgmmaThreads<kTile>),
                      kWgmmaSharedBytes<scalar_t, kTile, kStages>,
                      1,
@@ -358,14 +358,14 @@ cudaError_t launch_sqdist_wgmma_of(const Rows<scalar_t>& rows, const Items& item
                 store, out);
 }
 
-// Distances of the rows of stats.centred, through `store`. tiles: of side tiles.tile, at most most_tiles. out: see PairTile::offset, pitch.
+// Distances of the rows of stats.centred, through `store`. tiles.tile: wgmma_tile. out: see PairTile::offset, pitch.
 template <class scalar_t, class Tiles, class Store>
-cudaError_t launch_sqdist_wgmma(const Rows<scalar_t>& rows, const Items& items, const Tiles& tiles, int64_t most_tiles,
-                                const TokenStats& stats, Store store, float* out, cudaStream_t stream) {
+cudaError_t launch_sqdist_wgmma(const Rows<scalar_t>& rows, const Items& items, const Tiles& tiles, const TokenStats& stats, Store store,
+                                float* out, cudaStream_t stream) {
   const auto launch_tile = tiles.tile == kLargeMmaTile
                                ? launch_sqdist_wgmma_of<scalar_t, kLargeMmaTile, kWgmmaStages<scalar_t, kLargeMmaTile>, Tiles, Store>
                                : launch_sqdist_wgmma_of<scalar_t, kSmallMmaTile, kWgmmaStages<scalar_t, kSmallMmaTile>, Tiles, Store>;
-  return launch_tile(rows, items, tiles, most_tiles, stats, store, out, stream);
+  return launch_tile(rows, items, tiles, stats, store, out, stream);
 }
 
 // Scratch for launch_sqdist_wgmma alone: the stats of `items`, without row minima.
@@ -374,21 +374,20 @@ void take_wgmma_stats(TokenStats& stats, const Items& items, int64_t channels, i
   take_token_stats(stats, items, channels, element_bytes, false, true, true, false, allocate);
 }
 
-// The same for `entries` entries of a padded batch, as launch_sqdist_mma.
+// The same for a padded batch, whose ragged items hold fewer tiles.
 template <class scalar_t, class Store>
-cudaError_t launch_sqdist_wgmma(const Rows<scalar_t>& rows, const Items& items, int64_t first_entry, int64_t entries, int tile,
-                                const TokenStats& stats, Store store, int64_t pitch, float* out, cudaStream_t stream) {
-  const PaddedTriangles tiles(items, first_entry, entries, pitch, tile);
-  return launch_sqdist_wgmma(rows, items, tiles, tiles.count, stats, store, out, stream);
+cudaError_t launch_sqdist_wgmma(const Rows<scalar_t>& rows, const Items& items, const PaddedTiles& tiles, const TokenStats& stats,
+                                Store store, float* out, cudaStream_t stream) {
+  return launch_sqdist_wgmma(rows, items, PaddedTriangles(items, tiles), stats, store, out, stream);
 }
 
 // Distances of whole entries, (entries, tokens, tokens), through Store. stats: of `items`.
 template <class Store, class scalar_t>
 cudaError_t launch_sqdist_matrices(const Rows<scalar_t>& rows, const Items& items, int64_t first_entry, int64_t entries,
                                    const TokenStats& stats, float* out, cudaStream_t stream) {
+  const PaddedTiles tiles{items.tokens, first_entry, entries, items.tokens, wgmma_tile(items.tokens, entries)};
   if constexpr (kWgmmaServes<scalar_t, Store>)
-    return launch_sqdist_wgmma(rows, items, first_entry, entries, wgmma_tile(items.tokens, entries), stats, Store{}, items.tokens, out,
-                               stream);
+    return launch_sqdist_wgmma(rows, items, tiles, stats, Store{}, out, stream);
   else
     return cudaErrorInvalidValue;
 }

@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(kTokenBlockThreads, 3)
   for (StatsLoop loop(items, kTokenBlock); loop.more(); loop.next()) {
     const int64_t b = loop.task.item;
     const Item item = items[b];
-    const int64_t entry = items.packed() ? 0 : b;
+    const int64_t entry = items.entry(b);
     const int64_t begin = loop.task.part * kTokenBlock;
     if (begin >= item.tokens) continue;
     const int count = static_cast<int>(item.tokens - begin < kTokenBlock ? item.tokens - begin : kTokenBlock);
@@ -305,7 +305,7 @@ __global__ void __launch_bounds__(kStatsThreads, 2) mean_sqdist_kernel(Rows<scal
     const int64_t b = loop.task.item, i = loop.task.part * kWarps + threadIdx.x / 32;
     const Item item = items[b];
     if (i >= item.tokens) continue;
-    const int64_t entry = items.packed() ? 0 : b;
+    const int64_t entry = items.entry(b);
     const int64_t token = entry * items.tokens + item.first + i;
     const bool finite = stats.mean_sqdist[token] == 0.f;  // by (1): 0 or infinity. Loaded together with the row
     const scalar_t* row = rows.row(entry, item.first + i);
@@ -365,7 +365,7 @@ __global__ void __launch_bounds__(kStatsThreads, 2) mean_sqdist_kernel(Rows<scal
     // A sum that overflowed (infinity, or NaN from an overflowed mean) is clamped: it sorts after all other finite tokens, but before
     // infinity.
     if (finite) stats.mean_sqdist[token] = sum < kNonFinitePotential ? sum : kNonFinitePotential;
-    if (stats.norms) stats.norms[token] = finite ? norm : __uint_as_float(0x7fc00000u);
+    if (stats.norms) stats.norms[token] = finite ? norm : kNaN;
   }
 }
 

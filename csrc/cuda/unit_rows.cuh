@@ -24,12 +24,6 @@ enum RowState : uint8_t {
 // Row pitch of the copy, in floats: rows are 16-byte aligned.
 STS_HOST_DEVICE int64_t unit_pitch(int64_t channels) { return ceil_div(channels, 4) * 4; }
 
-__device__ __forceinline__ float warp_max(float value) {
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) value = fmaxf(value, __shfl_xor_sync(kFullWarp, value, offset));
-  return value;
-}
-
 // listed: (batch, count) token indices; null: row i is of token i. unit: (batch, count, unit_pitch). state: (batch, count), or null. With
 // `state`, invalid rows and zero rows are all zeros.
 template <class scalar_t>
@@ -73,7 +67,7 @@ __global__ void __launch_bounds__(kUnitThreads) unit_rows_kernel(Rows<scalar_t> 
   const float length = usable && sum > 0.f ? sqrtf(sum) : kInfinity;
 
   // (3) the division
-  const float invalid_value = state ? 0.f : __uint_as_float(0x7fc00000u), zero_mark = state || sum > 0.f ? 0.f : zero_row_mark(token);
+  const float invalid_value = state ? 0.f : kNaN, zero_mark = state || sum > 0.f ? 0.f : zero_row_mark(token);
   for (int c = lane * kVec; c < pitch; c += 32 * kVec) {
     const Vec16<scalar_t> x = load_channels(row, c, rows.channels, aligned);
 #pragma unroll

@@ -34,7 +34,7 @@ cudaError_t run_selection(const Rows<scalar_t>& rows, const Items& items, int64_
 template <class scalar_t, class Rule>
 cudaError_t run_unit_selection(const Rows<scalar_t>& rows, const Items& items, int64_t matrix_tokens, int item_blocks, int lookahead,
                                int64_t wave_floats, Rule rule, int64_t* out, cudaStream_t stream) {
-  const int64_t entries = items.packed() ? 1 : items.count;
+  const int64_t entries = items.entries();
   const auto layout = [&](auto&& allocate) {
     float* unit;
     take_array(unit, entries * items.tokens * unit_pitch(rows.channels), allocate);

@@ -22,11 +22,10 @@ constexpr int hopper_threads(int threads) { return STS_HOPPER ? threads : 32; }
 template <class... Params>
 bool kernel_serves(void (*kernel)(Params...), int threads) {
   const DriverQuestion question{address_of(kernel), current_device(), static_cast<unsigned>(threads), 0, 0};
-  return PlanCache::of_process().answer(question, 0, [&](int& serves) {
+  return ask_driver(question, 0, [&](int& serves) {
     cudaFuncAttributes attributes;
-    const bool known = cudaFuncGetAttributes(&attributes, address_of(kernel)) == cudaSuccess;
-    if (!known) cudaGetLastError();  // clear the error: a refusal is a valid answer
-    serves = known && attributes.maxThreadsPerBlock >= threads;
+    if (cudaFuncGetAttributes(&attributes, address_of(kernel)) != cudaSuccess) return false;
+    serves = attributes.maxThreadsPerBlock >= threads;
     return true;
   });
 }
