@@ -523,8 +523,9 @@ def test_a_returned_cache_is_not_continued():
 
 def test_a_forward_of_the_callers_runs_through_the_hooks():
     class Banned(transformers.LlavaForConditionalGeneration):
-        def forward(self, input_ids=None, pixel_values=None, attention_mask=None, **kwargs):
-            out = super().forward(input_ids, pixel_values, attention_mask=attention_mask, **kwargs)
+        def forward(self, input_ids=None, pixel_values=None, attention_mask=None, logits_to_keep=0, **rest):
+            rest.update(attention_mask=attention_mask, logits_to_keep=logits_to_keep)
+            out = super().forward(input_ids, pixel_values, **rest)
             out.logits[..., 5:50] = -1e4
             return out
 
