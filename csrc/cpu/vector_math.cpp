@@ -219,8 +219,8 @@ STS_INLINE int64_t pairs_strip(const float* const* points, const scalar_t* const
 
 // All points with all rows, in register tiles. A tile and its sums fit the registers: 32 with AVX-512, else 16. Tiles of 8 x 2 load fewer
 // vectors per product, but took twice as long with AVX-512.
-// While the rows are compared with all points, as many rows of `next` are prefetched, spread evenly over the points. Reading a row from memory takes
-// about as long as the arithmetic of a dozen points, so the first few points alone would wait for it.
+// While the rows are compared with all points, as many rows of `next` are prefetched, spread evenly over the points. Reading a row from
+// memory takes about as long as the arithmetic of a dozen points, so the first few points alone would wait for it.
 template <class Term, int L, class scalar_t>
 STS_INLINE void pairs_all(const float* const* points, int num_points, const scalar_t* const* rows, int64_t num_rows,
                           const scalar_t* const* next, int64_t num_next, int64_t channels, float* out, int64_t out_stride) {

@@ -5,8 +5,8 @@
 //   selection stores nothing N x N: all resident blocks share one item, or a few (select_swept.cuh).
 // Chosen when: stored up to kMatrixTokens tokens; streaming above, and above half as many tokens where few are picked (kFewPicks) without
 //   tensor cores.
-// Steps: (1) packed: the plan (packed_plan.cuh); (2) token stats; (3) stored, for as many items as kMatrixFloats or kWaveFloats hold at a time:
-//   the weights, then the picks; (4) streaming: all picks of the other items.
+// Steps: (1) packed: the plan (packed_plan.cuh); (2) token stats; (3) stored, for as many items as kMatrixFloats or kWaveFloats hold at a
+//   time: the weights, then the picks; (4) streaming: all picks of the other items.
 // Synchronisation: launches, in stream order; they may overlap (Launch::overlap), and a kernel waits where it reads (await_predecessor).
 // Packed: packed_plan.cuh finds the items on the device. Every item takes the path of its own size, whatever else is in the batch. Stored
 //   items come first, in waves that fit kWaveFloats, then the longer items in one streaming launch.

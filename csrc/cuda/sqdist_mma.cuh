@@ -227,8 +227,8 @@ __global__ void __launch_bounds__(kMmaThreads<kTile>) sqdist_mma_kernel(Rows<sca
             const bool diagonal = !inside && row == column;
             const float norms_of_pair = row_norm + column_norm[n * 2 + e],
                         sqdist = norms_of_pair - 2.f * dot.product[r / 2][n][r % 2 * 2 + e];
-            // Not if the norms are NaN: one of the tokens is not finite, and neither are its distances by differences. Norms are not negative.
-            // Comparing them as floats would make ptxas spill.
+            // NaN norms: one of the tokens is not finite, and neither are its distances by differences. Norms are not negative; comparing
+            // them as floats makes ptxas spill.
             const bool repair = cancels(sqdist, norms_of_pair, Store::kCancellation) && __float_as_uint(norms_of_pair) <= 0x7f800000u;
             value[e] = diagonal ? store(0.f, true) : repair ? marked_pair() : store(sqdist, false);
             if (!inside && (row > column || column >= width)) continue;
