@@ -10,8 +10,8 @@
 //   (2) draft: every block runs the same plain loop among the candidates, in shared memory. draft[0] is the current pick;
 //   (3) pass: every block computes the distances of its tokens to the drafts from the features. It adds their weights in draft order and
 //     keeps after[p][token], the potential after draft[p];
-//   (4) verify: each warp has kept its argmin of after[p] during the pass; the group reduces them. draft[p + 1] is accepted if it is argmin after[p] and all drafts before it are
-//     accepted. The argmin after the last accepted draft is the next current pick;
+//   (4) verify: each warp has kept its argmin of after[p] during the pass; the group reduces them. draft[p + 1] is accepted if it is
+//     argmin after[p] and all drafts before it are accepted. The argmin after the last accepted draft is the next current pick;
 //   (5) commit: after[last accepted draft] becomes the potentials. Every block offers its lowest tokens.
 //   Potentials and after[][] of a block's tokens are private to the block. Of after[][] one row is read again, in (5).
 // Rules: any. For the first draft all potentials may be equal (no `start`). Then the candidates are the tokens furthest from the mean
@@ -304,8 +304,8 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
 
     // ---- The first pick, by first_key, and the first offers ----
     // Rules with kFromMean offer the tokens furthest from the mean: potentials are equal so far, the first pick is near the mean, and the
-    // next picks are far from the first. With anchors and without tensor cores all distances are 0, and these are the lowest indices. Other rules offer the lowest
-    // potentials.
+    // next picks are far from the first. With anchors and without tensor cores all distances are 0, and these are the lowest indices.
+    // Other rules offer the lowest potentials.
     LowestKeys<kWarpOffers> first_offers;
     Key first_lowest = kNoKey;
     for (int slot = tid; slot < share.slots; slot += kSweepThreads) {
