@@ -813,7 +813,7 @@ MUTANTS = (
         "no barrier before the lowest of all blocks is found",
         "repulsion_select",
         "select_swept.cuh",
-        ("      barrier.sync();\n      for (int p = warp;", "      for (int p = warp;"),
+        ("      barrier.sync();\n      constexpr int kRows", "      constexpr int kRows"),
         says=RACE,
     ),
     mutant(
@@ -878,7 +878,10 @@ MUTANTS = (
         "drafts are not verified",
         "repulsion_select",
         "select_swept.cuh",
-        ("int accepted = 1;", "int accepted = count;"),
+        (
+            "const int accepted = __ffs(static_cast<int>(~__ballot_sync(kFullWarp, right)))",
+            "const int accepted = count",
+        ),
     ),
     mutant(
         "a picked token can be picked again in a sweep",
@@ -913,7 +916,7 @@ MUTANTS = (
         "products read before all lanes have written them",
         "repulsion_select",
         "sqdist_sweep.cuh",
-        ("      __syncwarp();\n      const uint32_t first", "      const uint32_t first"),
+        ("      __syncwarp();\n      float* const row", "      float* const row"),
     ),
     mutant(
         "values read before all lanes have written them",
@@ -931,7 +934,7 @@ MUTANTS = (
         "the distance of a marked pair goes to the next token",
         "repulsion_select",
         "sqdist_sweep.cuh",
-        ("lane == owner) row[p] = value_of", "lane == (owner + 1) % 16) row[p] = value_of"),
+        ("lane == owner) row[p] = weigh", "lane == (owner + 1) % 16) row[p] = weigh"),
     ),
     mutant(
         "the second half of the points is left out",
