@@ -919,12 +919,6 @@ MUTANTS = (
         ("      __syncwarp();\n      float* const row", "      float* const row"),
     ),
     mutant(
-        "values read before all lanes have written them",
-        "repulsion_select",
-        "sqdist_sweep.cuh",
-        ("      __syncwarp();  // `row` is read by lanes 0..15, which have one token each\n", ""),
-    ),
-    mutant(
         "the centre is left out of the points",
         "repulsion_select",
         "sqdist_sweep.cuh",
