@@ -931,12 +931,6 @@ MUTANTS = (
         ("lane == owner) row[p] = weigh", "lane == (owner + 1) % 16) row[p] = weigh"),
     ),
     mutant(
-        "the second half of the points is left out",
-        "repulsion_select",
-        "sqdist_sweep.cuh",
-        ("if (half * kPoints / 2 >= count) continue;", "if (half) continue;"),
-    ),
-    mutant(
         "the lowest of a warp is that of its first lane",
         "repulsion_select",
         "select_swept.cuh",

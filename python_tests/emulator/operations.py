@@ -557,9 +557,9 @@ def quick() -> list[Call]:
         case = Case(f"ring_{tokens}", batch, tokens, 456, 9, values)
         calls.append(pairwise_sqdist(case.name, case.features(dtype=dtype)))
         calls.append(repulsion_select(case.name, **case.inputs(dtype=dtype)))
-    # Streaming, a block an item: potentials in global memory, as they do not fit the block's shared memory.
-    long = Case("long_items", 8, 600, 4, 3)
-    calls.append(repulsion_select(long.name, **long.inputs(dtype=torch.float32), matrix_tokens=0))
+    # Streaming: enough candidates for more drafts than half of the points of a pass.
+    points = Case("points", 1, 700, 40, 48)
+    calls.append(repulsion_select(points.name, **points.inputs(dtype=torch.bfloat16), matrix_tokens=0))
     # In a launch of clusters each item has one block: clusters for both would take more blocks than there are SMs.
     long = VarlenCase("packed_long", (1300, 24), (24, 24), 4)
     calls.append(repulsion_select_varlen(long.name, **long.inputs(dtype=torch.float32), wgmma=0))
