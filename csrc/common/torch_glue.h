@@ -244,8 +244,9 @@ struct Selection {
       STD_TORCH_CHECK(items.cu_budgets[0] == 0 && items.cu_budgets[items.count] == items.picks, "sts_kernels::", op,
                       ": cu_budgets must rise from 0 to ", items.picks);
     }
+    check_counts(op, "num_tokens", items.num_tokens, items.count, items.tokens);
     for (int64_t b = 0; b < items.count; ++b) {
-      int64_t count = items.tokens;
+      int64_t count = items.num_tokens ? items.num_tokens[b] : items.tokens;
       if (items.packed()) {
         const int64_t begin = items.cu_seqlens[b], end = items.cu_seqlens[b + 1], budget = items.cu_budgets[b + 1] - items.cu_budgets[b];
         STD_TORCH_CHECK(begin <= end && end <= items.tokens, "sts_kernels::", op, ": cu_seqlens must rise from 0 to ", items.tokens,
@@ -255,10 +256,6 @@ struct Selection {
                         budget);
         STD_TORCH_CHECK(count <= items.max_seqlen, "sts_kernels::", op, ": item ", b, " has ", count, " tokens, and max_seqlen is ",
                         items.max_seqlen);
-      } else if (items.num_tokens) {
-        count = items.num_tokens[b];
-        STD_TORCH_CHECK(count >= 0 && count <= items.tokens, "sts_kernels::", op, ": num_tokens[", b, "] must be between 0 and ",
-                        items.tokens, ", got ", count);
       }
       STD_TORCH_CHECK(items[b].valid, "sts_kernels::", op, ": anchor[", b, "] must be between 0 and ", count - 1, ", got ",
                       items.anchor ? items.anchor[b] : -1);

@@ -282,19 +282,20 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
         block_lowest[tid * group_blocks + rank] = best;
       }
       barrier.sync();
-      constexpr int kRows = kPoints / kSweepWarps;  // a warp reduces the points warp, warp + kSweepWarps, ... at the same time
-      Key best[kRows];
+      // Each warp reduces the points warp, warp + kSweepWarps, ... together, so that their loads overlap.
+      constexpr int kWarpPoints = kPoints / kSweepWarps;
+      Key best[kWarpPoints];
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) best[r] = kNoKey;
+      for (int r = 0; r < kWarpPoints; ++r) best[r] = kNoKey;
 #pragma unroll 4
       for (int block = lane; block < group_blocks; block += 32)
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) {
+        for (int r = 0; r < kWarpPoints; ++r) {
           const int p = warp + r * kSweepWarps;
           if (p < count) best[r] = lower(best[r], block_lowest[p * group_blocks + block]);
         }
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
+      for (int r = 0; r < kWarpPoints; ++r) {
         const Key low = warp_lowest(best[r]);
         if (lane == 0) argmin[warp + r * kSweepWarps] = low;
       }

@@ -813,7 +813,7 @@ MUTANTS = (
         "no barrier before the lowest of all blocks is found",
         "repulsion_select",
         "select_swept.cuh",
-        ("      barrier.sync();\n      constexpr int kRows", "      constexpr int kRows"),
+        ("      barrier.sync();\n      // Each warp reduces", "      // Each warp reduces"),
         says=RACE,
     ),
     mutant(
