@@ -29,12 +29,13 @@ def is_dropped(embeds: torch.Tensor) -> torch.Tensor:
 
 
 def of_output(output: Any) -> torch.Tensor:
-    """(tokens,): first channel of the output of get_image_features() or get_video_features(), image after image."""
+    """(tokens,) on the CPU: first channel of the output of get_image_features() or get_video_features(), image after
+    image. Reads back from the device."""
     features = getattr(output, "pooler_output", output)
     if isinstance(features, list | tuple):
         # Before transformers 5, Qwen3-VL returns (features, deepstack features).
         features = torch.cat([x.flatten(0, -2) for x in (features[0] if _nested(features) else features)])
-    return features[..., 0].flatten().clone()  # a view would keep all channels
+    return features[..., 0].flatten().to("cpu", copy=True)  # a view would keep all channels
 
 
 def _nested(features: list[Any] | tuple[Any, ...]) -> bool:
@@ -53,9 +54,9 @@ def find(embeds: torch.Tensor, encoded: dict[str, tuple[list[VisualItem], torch.
     values = embeds[..., 0].cpu()
     patterns = []
     for kind in KINDS:
-        items, mine = encoded.get(kind, ([], embeds.new_empty(0)))
-        mine = mine.to("cpu", values.dtype)
-        patterns += [(kind, pattern) for pattern in mine.split([item.num_tokens for item in items])]
+        items, mine = encoded.get(kind, ([], values.new_empty(0)))
+        lengths = [item.num_tokens for item in items]
+        patterns += [(kind, pattern) for pattern in mine.to(values.dtype).split(lengths)]
     for repeats in (n for n in range(1, len(values) + 1) if len(values) % n == 0):  # beams repeat a row
         found = _place(values[::repeats], patterns)
         if found is not None and _equal(values[::repeats].repeat_interleave(repeats, 0), values).all():

@@ -277,15 +277,10 @@ class LayerPruner:
             spare = run.prompt.length  # pad slots go to an extra column, which is cut off
             home = run.columns.to(hidden.device).masked_fill(~run.slots.to(hidden.device), spare)
             full = hidden.new_zeros(hidden.shape[0], spare + 1, hidden.shape[2])
-            full.scatter_(1, home[..., None].expand_as(hidden), hidden)
             # generate() reads the last column. If its token was dropped, the last kept one speaks for it.
-            kept = home < spare
-            last = torch.where(kept, torch.arange(kept.shape[1], device=kept.device), 0).amax(1)
-            lacking = (home != spare - 1).all(1) & kept.any(1)
-            full[:, spare - 1] = torch.where(
-                lacking[:, None], hidden[torch.arange(len(hidden), device=last.device), last], full[:, spare - 1]
-            )
-            output.last_hidden_state = full[:, :spare]
+            last = masks.last_column(home < spare).clamp(min=0)
+            full[:, spare - 1] = hidden.take_along_dim(last[..., None], 1)[:, 0]
+            output.last_hidden_state = full.scatter_(1, home[..., None].expand_as(hidden), hidden)[:, :spare]
         if (cache := output_cache(output)) is not None:
             run.prompt.trim(run.trailing)
             if run.prompt.slots is None:

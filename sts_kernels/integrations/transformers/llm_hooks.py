@@ -42,7 +42,7 @@ class LLMHooks:
         self.cudnn_attention = cudnn_attention
         self.report: Report | None = None
         self.generating: set[int] = set()  # ids of threads inside a generate()
-        self.handed_out = False  # whether a caller has features with marks in them
+        self.handed_out = False  # whether a caller has encoded features
         self.slots = StaticSlots()
         self.active = True
         self._arguments = compat.parameters(text)
@@ -67,7 +67,7 @@ class LLMHooks:
         self.slots.close()
 
     def _find_handed_out(self, embeds: torch.Tensor, cache: "Cache | None") -> Placed | None:
-        """Placeholders of a prompt that the caller merged with encoded features. None: no feature is marked."""
+        """Placeholders of a prompt that the caller merged with encoded features. None: it has none of them."""
         session = self.sessions.now
         modality = dropped.find(embeds, session.handed_out)
         if modality is None:

@@ -87,15 +87,17 @@ def contiguous_positions(valid: torch.Tensor, end: torch.Tensor) -> torch.Tensor
     return (end.to(valid.device)[:, None] - number[:, -1:] + number).clamp(min=0)
 
 
+def last_column(marked: torch.Tensor) -> torch.Tensor:
+    """(B, 1) int64: the last marked column of each row; -1: none."""
+    return torch.where(marked, torch.arange(marked.shape[1], device=marked.device), -1).amax(1, keepdim=True)
+
+
 def last_positions(valid: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """(B,) int64: the position of each row's last token."""
-    column = torch.arange(valid.shape[1], device=valid.device)
-    last = torch.where(valid, column, -1).argmax(1, keepdim=True)
-    return positions.gather(1, last.to(positions.device))[:, 0]
+    return positions.gather(1, last_column(valid).clamp(min=0).to(positions.device))[:, 0]
 
 
 def behind(marked: torch.Tensor, trailing: int) -> torch.Tensor:
     """(B, P) bool: columns after the last marked column of a row, without the last `trailing` columns."""
     column = torch.arange(marked.shape[1], device=marked.device)
-    last = torch.where(marked, column, -1).amax(1, keepdim=True)
-    return (column > last) & (column < len(column) - trailing)
+    return (column > last_column(marked)) & (column < len(column) - trailing)

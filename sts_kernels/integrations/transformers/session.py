@@ -41,7 +41,7 @@ class Placed:
 class Session:
     encoding: Encoding | None = None
     encoded: dict[str, list[VisualItem]] = field(default_factory=dict)  # items encoded last, by kind
-    # Encoded for a caller outside the model: items, and the marks in their features.
+    # Encoded for a caller outside the model: items, and the first channel of their features (dropped.of_output).
     handed_out: dict[str, tuple[list[VisualItem], torch.Tensor]] = field(default_factory=dict)
     placed: Placed | None = None
     forward: Forward | None = None  # inside the LLM; a Prefill, or a plain Forward while decoding

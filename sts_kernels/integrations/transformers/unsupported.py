@@ -60,8 +60,10 @@ def check_model(model: Model, base: Model, text: Model, prune_layers: list[int],
 
 def check_method(method: Method, plan: Plan, base: Model, adapter: ModelAdapter) -> None:
     """Refuses methods that the model's encoder or projector does not allow."""
-    has_class_token = any(name.endswith(CLASS_TOKENS) for name, _ in base.named_parameters())
-    if method.encoder_attention == "last" and (adapter.last_attention is None or not has_class_token):
+    names = (name for name, _ in base.named_parameters())
+    if method.encoder_attention == "last" and not (
+        adapter.last_attention and any(name.endswith(CLASS_TOKENS) for name in names)
+    ):
         raise NotImplementedError(
             f"sts_kernels: {method.name} is defined by the attention of a [CLS] token, in the encoder's last layer, to "
             f"tokens that are the features; this {adapter.name} does not have it"

@@ -188,8 +188,7 @@ def _foreign_hooks(modules: list[torch.nn.Module]) -> str | None:
     for module in modules:
         for table in (module._forward_hooks, module._forward_pre_hooks):
             for hook in table.values():
-                library = (getattr(hook, "__module__", None) or "").startswith("transformers.")
-                if not library and not isinstance(hook, Hook):
+                if not _is_library(hook) and not isinstance(hook, Hook):
                     return type(module).__name__
     return None
 
@@ -198,4 +197,8 @@ def _has_own_forward(module: Model) -> bool:
     """Whether its forward is neither the library's nor one that torch.compile made of it."""
     forward = vars(module).get("forward", type(module).forward)
     forward = getattr(forward, "_torchdynamo_orig_callable", forward)
-    return not (getattr(forward, "__module__", None) or "").startswith("transformers.")
+    return not _is_library(forward)
+
+
+def _is_library(function: object) -> bool:
+    return (getattr(function, "__module__", None) or "").startswith("transformers.")
