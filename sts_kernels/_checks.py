@@ -87,7 +87,7 @@ def same_device(op: str, name: str, value: torch.Tensor, like: torch.Tensor, oth
         raise ValueError(f"{op}: {name} must be on the device of {other}, {like.device}, got {value.device}")
 
 
-_AS_IS = "{}"  # for str.format, which Dynamo traces with dynamic numbers; str() and f-strings it does not
+_AS_IS = "{}"  # Dynamo traces str.format of a dynamic number, but neither str() nor an f-string
 
 
 def _shown(value: Any) -> str:

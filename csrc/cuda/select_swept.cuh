@@ -13,7 +13,7 @@
 //   (4) verify: each warp has kept its argmin of after[p] during the pass; the group reduces them. draft[p + 1] is accepted if it is
 //     argmin after[p] and all drafts before it are accepted. The argmin after the last accepted draft is the next current pick;
 //   (5) commit: after[last accepted draft] becomes the potentials. Every block offers its lowest tokens.
-//   Potentials and after[][] of a block's tokens are private to the block. Of after[][] one row is read again, in (5).
+//   Potentials and after[][] of a block's tokens are private to the block. Step (5) reads one row of after[][].
 // Rules: any. For the first draft all potentials may be equal (no `start`). Then the candidates are the tokens furthest from the mean
 //   (repulsion) or of the lowest indices, and few drafts are accepted.
 // Synchronisation: three barriers of the group per sweep (GroupBarrier; the launch is cooperative): after (1), in (4) before a block reads
@@ -29,7 +29,7 @@ constexpr int kWarpOffers = 2;                          // offers of a warp to i
 constexpr int kMostOffers = kWarpOffers * kSweepWarps;  // max offers of a block to its group
 constexpr int kGroupOffers = 512;                       // target number of offers of a group
 constexpr int kLaneCandidates = 6;                      // max candidates per lane of the drafting warp
-constexpr int kLaneDrafts = 5;                          // drafts for which each lane has another candidate
+constexpr int kLaneDrafts = 5;                          // drafts per candidate of a lane
 constexpr int kCandidates = 1 + kLaneCandidates * 32;   // candidate 0 is the current pick
 constexpr int kPairs = kCandidates * (kCandidates - 1) / 2;
 

@@ -20,7 +20,7 @@ else:
     MixedInto = object
 
 AMOUNTS = ("budget", "keep", "layers", "ratios")
-MANY = 1 << 30  # layers of an LLM that meets every budget that some LLM meets
+MANY = 1 << 30  # layers of the trial plan: enough for every valid budget
 PLACES = ("scope", "positions", "score_from", "cudnn_attention")  # further options of `prune`
 
 

@@ -45,8 +45,8 @@ def _nested(features: list[Any] | tuple[Any, ...]) -> bool:
 def find(embeds: torch.Tensor, encoded: dict[str, tuple[list[VisualItem], torch.Tensor]]) -> torch.Tensor | None:
     """Modality ids, as `prompt.placeholders` gives them, of embeddings that a caller merged with encoded features.
 
-    encoded: by kind, the items that the caller encoded last, and the first channel of their features, by which they are
-    found. None: the prompt has none of them. Reads back from the device.
+    encoded: by kind, the items that the caller encoded last, and the first channel of their features. An item is found
+    where its bits are. None: the prompt has none of the items. Reads back from the device.
 
     Raises:
         ValueError: there are marks, but not all items in their order.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import Cache
 
 CLASS_TOKENS = ("class_embedding", "cls_token")  # names of a vision encoder's parameter
-LARGE = 1 << 20  # tokens of an image that every plan prunes, unless it keeps all tokens
+LARGE = 1 << 20  # tokens of an image: every plan prunes it that does not keep all tokens
 ATTENTIONS = "eager, sdpa and flash_attention_2/3"
 
 
