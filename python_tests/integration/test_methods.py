@@ -460,7 +460,7 @@ MUTANTS = {
         "methods.merge(visual, picked)",
         "visual.gather(1, picked.order[..., None].expand(-1, -1, visual.shape[2]))",
     ),
-    "the first words do not rate": ("llava", "sparsevlm", masks, "(column > last)", "(column > last + 3)"),
+    "the first words do not rate": ("llava", "sparsevlm", masks, "> last_column(marked)", "> last_column(marked) + 3"),
     "keys of one head": ("llava", "dart", layer_pruning, "key.abs().sum(", "key[:, :1].abs().sum("),
     "raters by what is left": (
         "llava",
