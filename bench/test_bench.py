@@ -3,6 +3,8 @@
 import csv
 import importlib
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import torch
 from sts_kernels._registry import OPS as OPS_TABLE
 
 from . import __main__ as cli
-from . import backends, harness, inputs, plot, prefill, record, serving, timing, ways
+from . import backends, harness, inputs, plot, prefill, record, serving, timing, waiting, ways
 
 BENCHES = {name: bench for name, bench in harness.discover().items() if bench}
 SMALL = {"B": 2, "N": 96, "C": 64, "K": 12, "S": 50, "Hq": 4, "Hkv": 2, "D": 64}
@@ -379,3 +381,34 @@ def test_features_are_laid_out_as_a_model_leaves_them(data):
     assert x.shape == (2, 50, 16)
     assert x.is_contiguous()
     assert torch.equal(x, inputs.features(2, 50, 16, torch.bfloat16, torch.device("cpu"), data))
+
+
+def test_what_waits_for_a_gpu_has_valid_commands(tmp_path, capsys):
+    table = (
+        (record.ROOT / "bench" / "NOTES.md").read_text().partition("## What waits for a GPU")[2].partition("\n## ")[0]
+    )
+    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(waiting.STEPS)
+    for name, step in waiting.STEPS.items():
+        module, *arguments = shlex.split(step.module)
+        if module == "bench":
+            assert cli.main([*arguments, "--device", "cpu", "--dry-run"]) == 0
+        elif module == "bench.ways":  # parses, then draws
+            rows = str(record.ROOT / "bench" / "results" / "ways.csv")
+            assert ways.main([*arguments, "--csv", rows, "--plot", str(tmp_path / "ways.png")]) == 0
+        else:
+            command = [sys.executable, "-m", module, *arguments, "--collect-only"]
+            found = subprocess.run(command, cwd=record.ROOT, capture_output=True, text=True)
+            assert found.returncode == 0, found.stdout
+        assert name not in ("small", "video") or "native" in capsys.readouterr().out
+
+
+def test_a_step_that_waits_for_a_gpu(tmp_path, monkeypatch):
+    steps = {
+        "good": waiting.Step(9, "timeit -n 1 -r 1 'import os; print(os.environ[\"POINTS\"])'", {"POINTS": "16"}),
+        "bad": waiting.Step(9, "timeit -n 1 -r 1 unknown"),
+        "long": waiting.Step(1, "timeit -n 1 -r 1 'import time; time.sleep(60)'"),
+    }
+    monkeypatch.setattr(waiting, "STEPS", steps)
+    assert [waiting.run(name, tmp_path, None) for name in steps] == ["passed", "failed, exit status 1", "stopped"]
+    assert (tmp_path / "good.log").read_text().startswith("16\n")
+    assert "unknown" in (tmp_path / "bad.log").read_text()
