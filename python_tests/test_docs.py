@@ -108,7 +108,7 @@ def test_try_it_is_two_commands():
     assert demo.endswith("python -m sts_kernels demo\n")
     assert "demo" in COMMANDS
     assert tests.startswith("pip install torch && pip install ")
-    assert tests.endswith("python -m pytest python_tests\n")
+    assert tests.endswith("python -m pytest python_tests -n auto --maxprocesses 4\n")
 
 
 def test_ops_are_listed_with_their_arguments():
