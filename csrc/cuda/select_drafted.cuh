@@ -192,6 +192,42 @@ __device__ __forceinline__ void write_candidates(const uint32_t (&key)[kDraftTok
   if (lane >= place && lane < kWarpDrafts) candidate[lane] = kNotADraft;
 }
 
+// potential: of a thread's tokens. lowest: of all tokens. units: of a potential in a draft key.
+__device__ __forceinline__ uint32_t draft_key_of(float potential, float lowest, float units, uint32_t token) {
+  const float above = fminf((potential - lowest) * units, kDraftFar);  // a NaN, from equal weights and an infinity, is far too
+  const uint32_t rounded = __float_as_uint(above + 8388608.f) & 0x3fffffu;
+  return potential < kInfinity ? rounded << kTokenBits | token : kNotADraft;
+}
+
+// (3) By a warp: lane p returns the argmin of its tokens after draft p. row: weights of the drafts to the tokens of this thread. Rows past
+// the drafts are old ones, whose reports nobody reads: without a branch the steps overlap.
+template <class Rule>
+__device__ __forceinline__ StoredReport try_drafts(const Rule& rule, const float (&potential)[kDraftTokens],
+                                                   const float (&row)[kDrafts][kDraftTokens], int tid) {
+  float trial[kDraftTokens];
+  uint32_t low[kDrafts], low_token[kDrafts];
+#pragma unroll
+  for (int t = 0; t < kDraftTokens; ++t) trial[t] = potential[t];
+#pragma unroll
+  for (int p = 0; p < kDrafts; ++p) {
+    low[p] = ~0u;
+#pragma unroll
+    for (int t = kDraftTokens - 1; t >= 0; --t) {
+      trial[t] = after_pick(rule, trial[t], row[p][t], 0.f, 0.f);
+      const uint32_t order = order_of<Rule>(trial[t]);
+      if (order <= low[p]) low[p] = order, low_token[p] = tid + t * kDraftThreads;
+    }
+  }
+  StoredReport report{};
+#pragma unroll
+  for (int p = 0; p < kDrafts; ++p) {
+    const uint32_t warp_low = __reduce_min_sync(kFullWarp, low[p]);
+    const uint32_t warp_token = __reduce_min_sync(kFullWarp, low[p] == warp_low ? low_token[p] : ~0u);
+    if (tid % 32 == p) report = {warp_low, warp_token};
+  }
+  return report;
+}
+
 // One block per item.
 template <class Rule>
 __global__ void __launch_bounds__(kEncodeWarps * 32, 1)
@@ -256,11 +292,7 @@ __global__ void __launch_bounds__(kEncodeWarps * 32, 1)
     // ---- (1) candidates ----
     uint32_t key[kDraftTokens];
 #pragma unroll
-    for (int t = 0; t < kDraftTokens; ++t) {
-      const float above = fminf((potential[t] - lowest) * units, kDraftFar);  // a NaN, from equal weights and an infinity, is far too
-      const uint32_t rounded = __float_as_uint(above + 8388608.f) & 0x3fffffu;
-      key[t] = potential[t] < kInfinity ? rounded << kTokenBits | column[t] : kNotADraft;
-    }
+    for (int t = 0; t < kDraftTokens; ++t) key[t] = draft_key_of(potential[t], lowest, units, column[t]);
     write_candidates(key, limit, exchange->candidate[warp], lane);
     __syncthreads();
     const uint2 two = reinterpret_cast<const uint2*>(exchange->candidate)[lane];
@@ -290,28 +322,7 @@ __global__ void __launch_bounds__(kEncodeWarps * 32, 1)
     }
 
     // ---- (3) verify ----
-    // Rows past the drafts are old ones, whose reports nobody reads: without a branch the steps overlap.
-    float trial[kDraftTokens];
-    uint32_t low[kDrafts], low_token[kDrafts];
-#pragma unroll
-    for (int t = 0; t < kDraftTokens; ++t) trial[t] = potential[t];
-#pragma unroll
-    for (int p = 0; p < kDrafts; ++p) {
-      low[p] = ~0u;
-#pragma unroll
-      for (int t = kDraftTokens - 1; t >= 0; --t) {
-        trial[t] = after_pick(rule, trial[t], row[p][t], 0.f, 0.f);
-        const uint32_t order = order_of<Rule>(trial[t]);
-        if (order <= low[p]) low[p] = order, low_token[p] = tid + t * kDraftThreads;
-      }
-    }
-    StoredReport report{};  // lane p has that after draft p
-#pragma unroll
-    for (int p = 0; p < kDrafts; ++p) {
-      const uint32_t warp_low = __reduce_min_sync(kFullWarp, low[p]);
-      const uint32_t warp_token = __reduce_min_sync(kFullWarp, low[p] == warp_low ? low_token[p] : ~0u);
-      if (lane == p) report = {warp_low, warp_token};
-    }
+    StoredReport report = try_drafts(rule, potential, row, tid);
     if (lane < drafts) exchange->report[lane][warp] = report;
     __syncthreads();
     if (lane < drafts) report = lowest_report<kDraftWarps>(exchange->report[lane], kDraftWarps, lane);

@@ -106,16 +106,29 @@ __device__ __forceinline__ void for_keys(const Key* keys, int count, const F& f)
   }
 }
 
-// The item of a block and the block's share of it. In shared memory, as the pass leaves no registers for it.
+// The item of a block and the block's share of it.
 template <class scalar_t>
 struct SweptItem {
   Item item;
-  int64_t first_row;  // index of the item's token 0 among all tokens
+  int64_t entry, first_row;  // of Rows; index of the item's token 0 among all tokens
   const float* norms;
   const scalar_t* centre;
   float *potential, *after;  // by token of the item
   int64_t stride;            // after[p * stride + token]
   int slots, picks;          // slots: tokens of this block, in whole tiles
+};
+
+// Static shared memory of a block. It holds uniform values too, as the pass leaves no registers for them.
+template <class scalar_t, int kPoints>
+struct SweptShared {
+  SweptItem<scalar_t> share;
+  SweepExchange exchange;
+  Candidates candidates;
+  int candidate_count;
+  SweepPoints draft;
+  float draft_parameter[kPoints];
+  Key offered[kMostOffers];
+  Key lowest_of_warp[kSweepWarps][kPoints], argmin[kPoints];  // the lowest key after draft[p]: of each warp, and of the group
 };
 
 // (1) By a warp, with the same result in every block: each lane takes the lowest keys of its strided share of the offers, one key (so 32
@@ -189,6 +202,215 @@ struct SweptToken {
   float potential, parameter;
 };
 
+// One block of a group, which runs the steps of a sweep with the others.
+template <class Sweep, class scalar_t, class Rule>
+struct SweptBlock {
+  static constexpr int kPoints = Sweep::kPoints;
+  const Rows<scalar_t>& rows;
+  const Items& items;
+  const Rule& rule;
+  bool aligned;
+  SweptShared<scalar_t, kPoints>& shared;
+  float* pair;  // dynamic shared memory
+  int rank, blocks;
+  GroupBarrier barrier;
+  int buffer = 0;  // its parity selects a buffer of SweepExchange::lowest
+
+  __device__ __forceinline__ static int lane() { return threadIdx.x % 32; }
+  __device__ __forceinline__ static int warp() { return threadIdx.x / 32; }
+  // The token of a slot: the tiles of an item go round-robin to the blocks of the group. May be past the end.
+  __device__ __forceinline__ int64_t token_of(int slot) const {
+    return (static_cast<int64_t>(slot / Sweep::kTile) * blocks + rank) * Sweep::kTile + slot % Sweep::kTile;
+  }
+  __device__ __forceinline__ float parameter_of(int64_t i) const {
+    return kOfDistance<Rule> ? 0.f : items.parameter_of(shared.share.first_row + i);
+  }
+
+  // Writes the offers of this block: the lowest of the kWarpOffers lowest keys of each warp.
+  __device__ __forceinline__ void offer(LowestKeys<kWarpOffers> low) {
+#pragma unroll
+    for (int h = 0; h < kWarpOffers; ++h) {
+      const Key key = low.pop();
+      if (lane() == 0) shared.offered[h * kSweepWarps + warp()] = key;
+    }
+    __syncthreads();
+    if (warp() != 0) return;
+    Key lane_key = lane() < kMostOffers ? shared.offered[lane()] : kNoKey;
+    for (int h = 0; h < block_offers(blocks); ++h) {
+      const Key key = warp_lowest(lane_key);
+      if (lane_key == key) lane_key = kNoKey;
+      if (lane() == 0) shared.exchange.offers[h * blocks + rank] = key;
+    }
+  }
+
+  // argmin[p], p < count: the lowest key after draft[p] of all blocks. `lowest`: in lane p that of the warp.
+  __device__ __forceinline__ void find_argmin(Key lowest, int count) {
+    const int tid = threadIdx.x;
+    Key* const block_lowest = shared.exchange.lowest + (buffer++ & 1) * blocks * kMostSweepPoints;
+    if (lane() < count) shared.lowest_of_warp[warp()][lane()] = lowest;
+    __syncthreads();
+    if (tid < count) {
+      Key best = kNoKey;
+#pragma unroll
+      for (int w = 0; w < kSweepWarps; ++w) best = lower(best, shared.lowest_of_warp[w][tid]);
+      block_lowest[tid * blocks + rank] = best;
+    }
+    barrier.sync();
+    // Each warp reduces the points warp, warp + kSweepWarps, ... together, so that their loads overlap.
+    constexpr int kWarpPoints = kPoints / kSweepWarps;
+    Key best[kWarpPoints];
+#pragma unroll
+    for (int r = 0; r < kWarpPoints; ++r) best[r] = kNoKey;
+#pragma unroll 4
+    for (int block = lane(); block < blocks; block += 32)
+#pragma unroll
+      for (int r = 0; r < kWarpPoints; ++r) {
+        const int p = warp() + r * kSweepWarps;
+        if (p < count) best[r] = lower(best[r], block_lowest[p * blocks + block]);
+      }
+#pragma unroll
+    for (int r = 0; r < kWarpPoints; ++r) {
+      const Key low = warp_lowest(best[r]);
+      if (lane() == 0) shared.argmin[warp() + r * kSweepWarps] = low;
+    }
+    __syncthreads();
+  }
+
+  // Makes item b that of the block. norms, centre, potential, after: of all items.
+  __device__ __forceinline__ void enter(int64_t b, const float* norms, const scalar_t* centre, float* potential, float* after) {
+    __syncthreads();  // all threads have read `share` of the item before
+    if (threadIdx.x == 0) {
+      SweptItem<scalar_t>& share = shared.share;
+      const Item item = items[b];
+      const int tiles = static_cast<int>(ceil_div(item.tokens, Sweep::kTile));
+      share.item = item;
+      share.entry = items.packed() ? 0 : b;
+      share.first_row = items.first_token(b, item);
+      share.norms = norms ? norms + share.first_row : nullptr;
+      share.centre = centre ? centre + b * rows.channels : nullptr;
+      share.picks = static_cast<int>(item.picks < item.tokens ? item.picks : item.tokens);
+      share.slots = rank < tiles ? ((tiles - 1 - rank) / blocks + 1) * Sweep::kTile : 0;
+      share.potential = potential + share.first_row;
+      share.after = after + share.first_row;
+      share.stride = all_tokens(items);
+    }
+    __syncthreads();
+  }
+
+  // The first pick, by first_key. Also makes the first offers.
+  // Rules with kFromMean offer the tokens furthest from the mean: potentials are equal so far, the first pick is near the mean, and the
+  // next picks are far from the first. With anchors and without tensor cores all distances are 0, and these are the lowest indices.
+  // Other rules offer the lowest potentials.
+  __device__ __forceinline__ int start() {
+    const SweptItem<scalar_t>& share = shared.share;
+    LowestKeys<kWarpOffers> low;
+    Key lowest = kNoKey;
+    for (int slot = threadIdx.x; slot < share.slots; slot += kSweepThreads) {
+      const int64_t i = token_of(slot);
+      if (i >= share.item.tokens) continue;
+      const float distance = share.potential[i], parameter = parameter_of(i);
+      const float given = kOfDistance<Rule> || !items.start ? kNonFinitePotential : items.start[share.first_row + i];
+      const float before = first_potential(rule, distance < kInfinity, given, parameter);
+      share.potential[i] = before;
+      lowest = lower(lowest, make_key(first_key(rule, distance, before, items.start, parameter), static_cast<uint32_t>(i)));
+      if (before < kNonFinitePotential) low.insert(make_key(Rule::kFromMean ? -distance : before, static_cast<uint32_t>(i)));
+    }
+    offer(low);
+    find_argmin(warp_lowest(lowest), 1);
+    return static_cast<int>(first_pick(share.item, shared.argmin[0]));
+  }
+
+  // (1), (2): shared.draft, up to max_drafts tokens. first: draft[0] is the first pick of the item.
+  __device__ __forceinline__ void make_draft(int pick, int max_drafts, bool first) {
+    const int tid = threadIdx.x;
+    const SweptItem<scalar_t>& share = shared.share;
+    if (max_drafts > 1) {
+      if (warp() == 0) {
+        const auto parameter = [&](int64_t i) { return parameter_of(i); };
+        const int offers = blocks * block_offers(blocks);
+        const int slots = choose_candidates(shared.exchange.offers, offers, pick, max_drafts, parameter, shared.candidates);
+        if (lane() == 0) shared.candidate_count = slots;
+      }
+      __syncthreads();
+      const int count = shared.candidate_count;
+      const auto store = [&](float sqdist) { return stored_value(rule, sqdist); };
+      Sweep::pairs(rows, share.entry, share.item, aligned, share.norms, share.centre, shared.candidates.token, count, rank, blocks, store,
+                   shared.exchange.pair);
+      barrier.sync();
+      for (int e = tid * 4; e < count * (count - 1) / 2; e += kSweepThreads * 4) cp_async_16(pair + e, shared.exchange.pair + e, true);
+      cp_async_commit();
+      cp_async_wait<0>();
+      __syncthreads();
+      if (warp() == 0) draft_picks(shared.candidates, first, rule, pair, max_drafts, shared.draft);
+    } else if (tid == 0) {  // one pick is left, or lookahead is 1: nothing to draft
+      shared.draft.token[0] = pick;
+      shared.draft.count = 1;
+    }
+    __syncthreads();
+  }
+
+  // (3): share.after. Returns in lane p the lowest key of the warp after draft[p].
+  __device__ __forceinline__ Key pass() {
+    const int tid = threadIdx.x;
+    const SweptItem<scalar_t>& share = shared.share;
+    SweepPoints& draft = shared.draft;
+    const int count = draft.count;
+    if (tid < count) {  // Sweep::run has a barrier before these are read
+      if (Rule::kByPick) shared.draft_parameter[tid] = parameter_of(draft.token[tid]);
+      if (share.norms) draft.norm[tid] = share.norms[draft.token[tid]];
+    }
+    const auto load = [&](int64_t i) { return SweptToken{share.potential[i], Rule::kByToken ? parameter_of(i) : 0.f}; };
+    const auto weigh = [&](const SweptToken& token, int p, float sqdist) {
+      return rule.weight(sqdist, token.parameter, Rule::kByPick ? shared.draft_parameter[p] : 0.f);
+    };
+    Key lowest = kNoKey;
+    // after[p] of token i, from the weights of its pairs with the drafts.
+    const auto add_drafts = [&](int64_t i, const SweptToken& token, const float* weights) {
+      const bool inside = i < share.item.tokens;
+      const uint32_t first = __shfl_sync(kFullWarp, static_cast<uint32_t>(i), 0);
+      float value = inside ? token.potential : kInfinity, *after_draft = share.after + i;
+      const int64_t stride = share.stride;
+#pragma unroll
+      for (int p = 0; p < kPoints; ++p) {
+        if (p >= count) continue;
+        if (inside) {
+          value = i == draft.token[p] ? kInfinity : Rule::add(value, weights[p]);
+          *after_draft = value;
+        }
+        after_draft += stride;
+        const uint32_t order = ordered_bits(value), low = __reduce_min_sync(kFullWarp, order);
+        const int owner = __ffs(static_cast<int>(__ballot_sync(kFullWarp, order == low))) - 1;  // of the lowest token
+        if (lane() == p) lowest = lower(lowest, static_cast<Key>(low) << 32 | (first + owner));
+      }
+    };
+    Sweep::run(rows, share.entry, share.item, aligned, share.norms, share.centre, draft, rank, blocks, load, weigh, add_drafts);
+    return lowest;
+  }
+
+  // (4): the number of drafts that are picks.
+  __device__ __forceinline__ int verify(Key lowest) {
+    const SweepPoints& draft = shared.draft;
+    find_argmin(lowest, draft.count);
+    const bool right = lane() + 1 < draft.count && static_cast<int>(key_index(shared.argmin[lane()])) == draft.token[lane() + 1];
+    return __ffs(static_cast<int>(~__ballot_sync(kFullWarp, right)));
+  }
+
+  // (5)
+  __device__ __forceinline__ void commit(int accepted) {
+    const SweptItem<scalar_t>& share = shared.share;
+    LowestKeys<kWarpOffers> low;
+    for (int slot = threadIdx.x; slot < share.slots; slot += kSweepThreads) {
+      const int64_t i = token_of(slot);
+      if (i >= share.item.tokens) continue;
+      const float value = share.after[(accepted - 1) * share.stride + i];
+      share.potential[i] = value;
+      if (value < kNonFinitePotential) low.insert(make_key(value, static_cast<uint32_t>(i)));
+    }
+    offer(low);
+    barrier.sync();
+  }
+};
+
 // Groups of resident blocks. Group g takes items g, g + groups, ... of the list.
 //   listed: null for all items; else {count, item, item, ...} (PackedPlan::large)
 //   most_groups, most_blocks: max groups; max blocks per group
@@ -202,207 +424,40 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
     select_swept_kernel(Rows<scalar_t> rows, Items items, const int* listed, bool aligned, int most_groups, int most_blocks, int lookahead,
                         Rule rule, const float* norms, const scalar_t* centre, float* potential, float* after, Key* keys, float* floats,
                         unsigned* arrived, int64_t* out) {
-  STS_DYNAMIC_SHARED(unsigned char, shared);
-  __shared__ SweptItem<scalar_t> share;
-  __shared__ Candidates candidates;
-  constexpr int kPoints = Sweep::kPoints;
-  __shared__ Key offered[kMostOffers];
-  __shared__ Key lowest_of_warp[kSweepWarps][kPoints], argmin[kPoints];  // the lowest key after draft[p]: of each warp, and of the group
-  __shared__ SweepPoints draft;
-  __shared__ float draft_parameter[kPoints];
-  // Uniform values. In shared memory, as the pass uses all registers.
-  __shared__ int candidate_count, item_count, groups, group_blocks;
-  __shared__ SweepExchange exchange;
-  float* const pair = reinterpret_cast<float*>(shared);
-  if (threadIdx.x == 0) {
+  STS_DYNAMIC_SHARED(unsigned char, memory);
+  __shared__ SweptShared<scalar_t, Sweep::kPoints> shared;
+  __shared__ int item_count, groups, group_blocks;
+  const int tid = threadIdx.x;
+  if (tid == 0) {
     item_count = listed ? listed[0] : static_cast<int>(items.count);
     groups = min(item_count, most_groups);
     group_blocks = groups ? min(static_cast<int>(gridDim.x) / groups, most_blocks) : 1;
-    exchange = SweepExchange::of(blockIdx.x / group_blocks, keys, floats, group_blocks);
+    shared.exchange = SweepExchange::of(blockIdx.x / group_blocks, keys, floats, group_blocks);
   }
   __syncthreads();
   const int group = blockIdx.x / group_blocks, rank = blockIdx.x % group_blocks;
   if (group >= groups) return;
-  const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, offers = block_offers(group_blocks);
-  GroupBarrier barrier(arrived + group, group_blocks);
-  int buffer = 0;  // its parity selects a buffer of SweepExchange::lowest
+  SweptBlock<Sweep, scalar_t, Rule> block{rows,    items,        rule,
+                                          aligned, shared,       reinterpret_cast<float*>(memory),
+                                          rank,    group_blocks, GroupBarrier(arrived + group, group_blocks)};
 
   for (int index = group; index < item_count; index += groups) {
-    const int64_t b = listed ? listed[1 + index] : index;
-    // ---- The item and the share of this block ----
-    __syncthreads();  // all threads have read `share` of the item before
-    if (tid == 0) {
-      const Item item = items[b];
-      const int tiles = static_cast<int>(ceil_div(item.tokens, Sweep::kTile));
-      share.item = item;
-      share.first_row = items.first_token(b, item);
-      share.norms = norms ? norms + share.first_row : nullptr;
-      share.centre = centre ? centre + b * rows.channels : nullptr;
-      share.picks = static_cast<int>(item.picks < item.tokens ? item.picks : item.tokens);
-      share.slots = rank < tiles ? ((tiles - 1 - rank) / group_blocks + 1) * Sweep::kTile : 0;
-      share.potential = potential + share.first_row;
-      share.after = after + share.first_row;
-      share.stride = all_tokens(items);
-    }
-    __syncthreads();
-    const int64_t entry = items.packed() ? 0 : b;
+    block.enter(listed ? listed[1 + index] : index, norms, centre, potential, after);
+    const SweptItem<scalar_t>& share = shared.share;
     if (rank == 0)
       for (int64_t i = share.picks + tid; i < share.item.picks; i += kSweepThreads) out[share.item.out + i] = -1;
     if (share.picks == 0) continue;
-    // The token of a slot: the tiles of an item go round-robin to the blocks of the group. May be past the end.
-    const auto token_of = [&](int slot) {
-      return (static_cast<int64_t>(slot / Sweep::kTile) * group_blocks + rank) * Sweep::kTile + slot % Sweep::kTile;
-    };
-
-    // Writes the offers of this block: the lowest `offers` of the kWarpOffers lowest keys of each warp.
-    const auto offer = [&](LowestKeys<kWarpOffers> low) {
-#pragma unroll
-      for (int h = 0; h < kWarpOffers; ++h) {
-        const Key key = low.pop();
-        if (lane == 0) offered[h * kSweepWarps + warp] = key;
-      }
-      __syncthreads();
-      if (warp != 0) return;
-      Key lane_key = lane < kMostOffers ? offered[lane] : kNoKey;
-      for (int h = 0; h < offers; ++h) {
-        const Key key = warp_lowest(lane_key);
-        if (lane_key == key) lane_key = kNoKey;
-        if (lane == 0) exchange.offers[h * group_blocks + rank] = key;
-      }
-    };
-    // argmin[p], p < count: the lowest key after draft[p] of all blocks. `lowest`: in lane p that of the warp.
-    const auto find_argmin = [&](Key lowest, int count) {
-      Key* const block_lowest = exchange.lowest + (buffer++ & 1) * group_blocks * kMostSweepPoints;
-      if (lane < count) lowest_of_warp[warp][lane] = lowest;
-      __syncthreads();
-      if (tid < count) {
-        Key best = kNoKey;
-#pragma unroll
-        for (int w = 0; w < kSweepWarps; ++w) best = lower(best, lowest_of_warp[w][tid]);
-        block_lowest[tid * group_blocks + rank] = best;
-      }
-      barrier.sync();
-      // Each warp reduces the points warp, warp + kSweepWarps, ... together, so that their loads overlap.
-      constexpr int kWarpPoints = kPoints / kSweepWarps;
-      Key best[kWarpPoints];
-#pragma unroll
-      for (int r = 0; r < kWarpPoints; ++r) best[r] = kNoKey;
-#pragma unroll 4
-      for (int block = lane; block < group_blocks; block += 32)
-#pragma unroll
-        for (int r = 0; r < kWarpPoints; ++r) {
-          const int p = warp + r * kSweepWarps;
-          if (p < count) best[r] = lower(best[r], block_lowest[p * group_blocks + block]);
-        }
-#pragma unroll
-      for (int r = 0; r < kWarpPoints; ++r) {
-        const Key low = warp_lowest(best[r]);
-        if (lane == 0) argmin[warp + r * kSweepWarps] = low;
-      }
-      __syncthreads();
-    };
-    const auto parameter_of = [&](int64_t i) { return kOfDistance<Rule> ? 0.f : items.parameter_of(share.first_row + i); };
-
-    // ---- The first pick, by first_key, and the first offers ----
-    // Rules with kFromMean offer the tokens furthest from the mean: potentials are equal so far, the first pick is near the mean, and the
-    // next picks are far from the first. With anchors and without tensor cores all distances are 0, and these are the lowest indices.
-    // Other rules offer the lowest potentials.
-    LowestKeys<kWarpOffers> first_offers;
-    Key first_lowest = kNoKey;
-    for (int slot = tid; slot < share.slots; slot += kSweepThreads) {
-      const int64_t i = token_of(slot);
-      if (i >= share.item.tokens) continue;
-      const float distance = potential[share.first_row + i], parameter = parameter_of(i);
-      const float start = kOfDistance<Rule> || !items.start ? kNonFinitePotential : items.start[share.first_row + i];
-      const float before = first_potential(rule, distance < kInfinity, start, parameter);
-      share.potential[i] = before;
-      first_lowest = lower(first_lowest, make_key(first_key(rule, distance, before, items.start, parameter), static_cast<uint32_t>(i)));
-      if (before < kNonFinitePotential) first_offers.insert(make_key(Rule::kFromMean ? -distance : before, static_cast<uint32_t>(i)));
-    }
-    offer(first_offers);
-    find_argmin(warp_lowest(first_lowest), 1);
-    int pick = static_cast<int>(first_pick(share.item, argmin[0]));  // the current pick
-
+    int pick = block.start();  // the current pick
     for (int done = 0;;) {
       if (rank == 0 && tid == 0) out[share.item.out + done] = pick;
       if (++done == share.picks) break;
-
-      const int max_drafts = share.picks - done < lookahead ? share.picks - done : lookahead;
-      if (max_drafts > 1) {
-        // (1) candidates, and the values of their pairs
-        if (warp == 0) {
-          const int slots = choose_candidates(exchange.offers, group_blocks * offers, pick, max_drafts, parameter_of, candidates);
-          if (lane == 0) candidate_count = slots;
-        }
-        __syncthreads();
-        const int count = candidate_count;
-        const auto store = [&](float sqdist) { return stored_value(rule, sqdist); };
-        Sweep::pairs(rows, entry, share.item, aligned, share.norms, share.centre, candidates.token, count, rank, group_blocks, store,
-                     exchange.pair);
-        barrier.sync();
-        // (2) draft, from a copy of the pairs in shared memory
-        for (int e = tid * 4; e < count * (count - 1) / 2; e += kSweepThreads * 4) cp_async_16(pair + e, exchange.pair + e, true);
-        cp_async_commit();
-        cp_async_wait<0>();
-        __syncthreads();
-        if (warp == 0) draft_picks(candidates, done == 1, rule, pair, max_drafts, draft);
-      } else if (tid == 0) {  // one pick is left, or lookahead is 1: nothing to draft
-        draft.token[0] = pick;
-        draft.count = 1;
-      }
-      __syncthreads();
-
-      // (3) pass over the features
-      const int count = draft.count;
-      if (tid < count) {  // Sweep::run has a barrier before these are read
-        if (Rule::kByPick) draft_parameter[tid] = parameter_of(draft.token[tid]);
-        if (share.norms) draft.norm[tid] = share.norms[draft.token[tid]];
-      }
-      const auto load = [&](int64_t i) { return SweptToken{share.potential[i], Rule::kByToken ? parameter_of(i) : 0.f}; };
-      const auto weigh = [&](const SweptToken& token, int p, float sqdist) {
-        return rule.weight(sqdist, token.parameter, Rule::kByPick ? draft_parameter[p] : 0.f);
-      };
-      Key lowest = kNoKey;  // in lane p: the lowest key of the warp after draft[p]
-      // after[p] of token i, from the weights of its pairs with the drafts.
-      const auto add_drafts = [&](int64_t i, const SweptToken& token, const float* weights) {
-        const bool inside = i < share.item.tokens;
-        const uint32_t first = __shfl_sync(kFullWarp, static_cast<uint32_t>(i), 0);
-        float value = inside ? token.potential : kInfinity, *after_draft = share.after + i;
-        const int64_t stride = share.stride;
-#pragma unroll
-        for (int p = 0; p < kPoints; ++p) {
-          if (p >= count) continue;
-          if (inside) {
-            value = i == draft.token[p] ? kInfinity : Rule::add(value, weights[p]);
-            *after_draft = value;
-          }
-          after_draft += stride;
-          const uint32_t order = ordered_bits(value), low = __reduce_min_sync(kFullWarp, order);
-          const int owner = __ffs(static_cast<int>(__ballot_sync(kFullWarp, order == low))) - 1;  // of the lowest token
-          if (lane == p) lowest = lower(lowest, static_cast<Key>(low) << 32 | (first + owner));
-        }
-      };
-      Sweep::run(rows, entry, share.item, aligned, share.norms, share.centre, draft, rank, group_blocks, load, weigh, add_drafts);
-
-      // (4) verify: draft[0] .. draft[accepted - 1] are picks
-      find_argmin(lowest, count);
-      const bool right = lane + 1 < count && static_cast<int>(key_index(argmin[lane])) == draft.token[lane + 1];
-      const int accepted = __ffs(static_cast<int>(~__ballot_sync(kFullWarp, right)));
-      if (rank == 0 && tid > 0 && tid < accepted) out[share.item.out + done + tid - 1] = draft.token[tid];
+      block.make_draft(pick, min(share.picks - done, lookahead), done == 1);
+      const Key lowest = block.pass();
+      const int accepted = block.verify(lowest);
+      if (rank == 0 && tid > 0 && tid < accepted) out[share.item.out + done + tid - 1] = shared.draft.token[tid];
       done += accepted - 1;
-      pick = static_cast<int>(key_index(argmin[accepted - 1]));
-
-      // (5) commit, and offer
-      LowestKeys<kWarpOffers> low;
-      for (int slot = tid; slot < share.slots; slot += kSweepThreads) {
-        const int64_t i = token_of(slot);
-        if (i >= share.item.tokens) continue;
-        const float value = share.after[(accepted - 1) * share.stride + i];
-        share.potential[i] = value;
-        if (value < kNonFinitePotential) low.insert(make_key(value, static_cast<uint32_t>(i)));
-      }
-      offer(low);
-      barrier.sync();
+      pick = static_cast<int>(key_index(shared.argmin[accepted - 1]));
+      block.commit(accepted);
     }
   }
 }
