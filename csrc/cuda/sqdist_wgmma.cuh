@@ -95,6 +95,166 @@ struct PaddedTriangles {
   }
 };
 
+// The ring of pipeline stages, and the place of a thread in it. A stage has a side A and a side B, of kParts boxes each.
+template <class scalar_t, int kTile, int kStages>
+struct StageRing {
+  using element_t = copy_t<scalar_t>;
+  static constexpr int kParts = kCopyParts<scalar_t>, kPart = kTile * kBoxChannels, kSide = kParts * kPart;
+
+  element_t* stages;        // [kStages][A, B][kParts][kTile][kBoxChannels]
+  Mbarrier *full, *empty;   // [kStages]
+  int steps;                // stages per tile
+  int stage = 0, turn = 0;  // turn: of the ring; its parity is the phase of the stage's mbarriers
+
+  __device__ __forceinline__ void next() {
+    if (++stage < kStages) return;
+    stage = 0;
+    ++turn;
+  }
+
+  // (1) load, by one thread of the producer.
+  __device__ __forceinline__ void load(const TensorMap& map, const PairTile& tile) {
+    const int entry = static_cast<int>(tile.entry), row0 = static_cast<int>(tile.row + tile.i);
+    const int column0 = static_cast<int>(tile.row + tile.j);
+    for (int step = 0; step < steps; ++step, next()) {
+      element_t *const a = stages + stage * 2 * kSide, *const b = a + kSide;
+      if (turn > 0) mbarrier_wait(&empty[stage], turn - 1);
+      mbarrier_expect_tx(&full[stage], (row0 == column0 ? 1 : 2) * kSide * 2);
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        copy_box(a + part * kPart, map, step * kBoxChannels, part, row0, entry, &full[stage]);
+        if (row0 != column0) copy_box(b + part * kPart, map, step * kBoxChannels, part, column0, entry, &full[stage]);
+      }
+    }
+  }
+
+  // (2) multiply, by a consumer warpgroup. dot: products of its 64 rows of A and all rows of B, in the accumulator layout of wgmma.
+  __device__ __forceinline__ void multiply(int warpgroup, bool diagonal_tile, float (&dot)[kTile / 2]) {
+    constexpr int kSums = kTile / 2, kRunSteps = kFlushChannels / kBoxChannels;
+    const int lane = threadIdx.x % 32;
+    float run[kSums];  // accumulators of wgmma; dot: their sums in rounded float32
+#pragma unroll
+    for (int s = 0; s < kSums; ++s) dot[s] = 0.f;
+    int used = 0;  // the stage whose products are under way
+    for (int begin = 0; begin < steps; begin += kRunSteps) {
+#pragma unroll
+      for (int step = 0; step < kRunSteps; ++step) {
+        if (begin + step >= steps) break;
+        mbarrier_wait(&full[stage], turn);
+        const element_t *const sides = stages + stage * 2 * kSide, *const a = sides + warpgroup * 64 * kBoxChannels;
+        const element_t* const b = diagonal_tile ? sides : sides + kSide;
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < kBoxChannels / 16; ++k) {
+          wgmma(run, a, b, k, step + k > 0);
+          if constexpr (kParts == 2) {
+            wgmma(run, a, b + kPart, k, true);
+            wgmma(run, a + kPart, b, k, true);
+          }
+        }
+        wgmma_commit();
+        if (step > 0) {
+          wgmma_wait<1>();
+          if (lane == 0) mbarrier_arrive(&empty[used]);
+        }
+        used = stage;
+        next();
+      }
+      wgmma_wait<0>();
+      if (lane == 0) mbarrier_arrive(&empty[used]);
+#pragma unroll
+      for (int s = 0; s < kSums; ++s) dot[s] += run[s];
+    }
+  }
+};
+
+// The pairs of a consumer thread in a tile: rows i + 8 h and columns j + 8 n + e, in the accumulator layout of wgmma.
+template <int kTile>
+struct ThreadPairs {
+  int i, j;
+  float row_norm[2], column_norm[kTile / 4];  // 0 past the end of the item
+
+  // norms: of the item, of `width` tokens.
+  __device__ __forceinline__ ThreadPairs(int i, int j, int width, const float* norms) : i(i), j(j) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) row_norm[h] = i + h * 8 < width ? __ldg(norms + i + h * 8) : 0.f;
+#pragma unroll
+    for (int c = 0; c < kTile / 4; ++c) column_norm[c] = j + c / 2 * 8 + c % 2 < width ? __ldg(norms + j + c / 2 * 8 + c % 2) : 0.f;
+  }
+};
+
+// Marks and minima of the pairs that a thread has stored.
+template <int kTile>
+struct StoredPairs {
+  bool marked[2] = {false, false};  // [h]: a pair of row i + 8 h is marked
+  RowMin<2> row_minima;
+  RowMin<kTile / 4> column_minima;
+};
+
+// (3) epilogue: stores the pairs of a thread at (a, b) and (b, a). matrix: of the item.
+template <class scalar_t, int kTile, class Store>
+__device__ __forceinline__ void store_pairs(const PairTile& tile, const ThreadPairs<kTile>& pairs, const float (&dot)[kTile / 2],
+                                            Store store, float* matrix, StoredPairs<kTile>& found) {
+  const int row0 = static_cast<int>(tile.i), column0 = static_cast<int>(tile.j), width = static_cast<int>(tile.tokens);
+  const int i = pairs.i, j = pairs.j;
+  const int64_t pitch = tile.pitch;
+  float* const upper = matrix + i * pitch + j;
+  const auto finish = [&](auto all_inside) {
+    constexpr bool inside = decltype(all_inside)::value;  // all pairs are above the diagonal and before the end; the pitch is even
+    float* lower = matrix + j * pitch + i;
+#pragma unroll
+    for (int n = 0; n < kTile / 8; ++n, lower += 8 * pitch) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float value[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int row = i + h * 8, column = j + n * 8 + e;
+          const float norms_of_pair = pairs.row_norm[h] + pairs.column_norm[n * 2 + e];  // NaN: one of the tokens is not finite
+          const float sqdist = fmaf(-2.f, dot[n * 4 + h * 2 + e], norms_of_pair), stored = store(sqdist, false);
+          const bool repair = cancels(sqdist, norms_of_pair, kCancelled<scalar_t, Store>) && norms_of_pair == norms_of_pair;
+          value[e] = repair ? marked_pair() : stored;
+          if (inside) {
+            lower[e * pitch + h * 8] = value[e];
+          } else {
+            if (row > column || column >= width) continue;
+            if (row == column) value[e] = store(0.f, true);
+            lower[e * pitch + h * 8] = upper[h * 8 * pitch + n * 8 + e] = value[e];
+            if (row == column) continue;
+          }
+          found.marked[h] = found.marked[h] || repair;
+          found.row_minima.take(h, value[e]);
+          found.column_minima.take(n * 2 + e, value[e]);
+        }
+        if (inside) *reinterpret_cast<float2*>(upper + h * 8 * pitch + n * 8) = make_float2(value[0], value[1]);
+      }
+    }
+  };
+  if (row0 != column0 && column0 + kTile <= width && pitch % 2 == 0)
+    finish(std::true_type());
+  else
+    finish(std::false_type());
+}
+
+// (3) epilogue: lowers row_min of the tile's rows and columns, by all consumer warps. lowest: (kTile), the column minima in shared memory.
+// meeting: the phase of `met`.
+template <int kTile>
+__device__ __forceinline__ void lower_minima(const StoredPairs<kTile>& found, int first_row, int first_column, uint32_t* row_min,
+                                             uint32_t* lowest, Mbarrier* met, int meeting) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) found.row_minima.template flush<1, 4>(h, row_min, first_row + lane / 4 + h * 8);
+#pragma unroll
+  for (int c = 0; c < kTile / 4; ++c) found.column_minima.template flush<4, 32>(c, lowest, lane % 4 * 2 + c / 2 * 8 + c % 2);
+  __syncwarp();
+  if (lane == 0) mbarrier_arrive(met);
+  mbarrier_wait(met, meeting);
+  if (threadIdx.x < kTile) {
+    if (lowest[threadIdx.x] != ~0u) atomicMin(row_min + first_column + threadIdx.x, lowest[threadIdx.x]);
+    lowest[threadIdx.x] = ~0u;
+  }
+}
+
 // (4) Repairs the marked pairs of 16 rows of a tile, by the warp that stored them. Each pair above the diagonal is stored twice.
 // rows: of the item. low, high: bit l: lane l has marked a pair in rows 0..7, in rows 8..15; lanes 4r..4r + 3 hold row r.
 template <int kTile, class scalar_t, class Store>
@@ -148,16 +308,12 @@ __global__ void __launch_bounds__(hopper_threads(kWgmmaThreads<kTile>), 1)
     sqdist_wgmma_kernel(const __grid_constant__ TensorMap map, Rows<scalar_t> rows, bool aligned, Tiles tiles, const float* norms,
                         Store store, float* out) {
 #if STS_HOPPER
-  using element_t = copy_t<scalar_t>;
-  constexpr int kParts = kCopyParts<scalar_t>;
-  constexpr int kWarps = kTile / 64 * 4, kSums = kTile / 2, kPart = kTile * kBoxChannels, kSide = kParts * kPart;
-  constexpr int kRunSteps = kFlushChannels / kBoxChannels;
+  constexpr int kWarps = kTile / 64 * 4;  // consumers
   STS_DYNAMIC_SHARED(unsigned char, memory);
   __shared__ Mbarrier full[kStages], empty[kStages], met;
   __shared__ uint32_t column_least[2][kTile];  // ordered bits
-  element_t* const stages = reinterpret_cast<element_t*>(memory + (1024 - reinterpret_cast<uintptr_t>(memory) % 1024) % 1024);
+  unsigned char* const stages = memory + (1024 - reinterpret_cast<uintptr_t>(memory) % 1024) % 1024;
   const int lane = threadIdx.x % 32, warp = __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / 32, 0);
-  const int steps = static_cast<int>(ceil_div(rows.channels, kBoxChannels));
   if (threadIdx.x < kStages) {
     mbarrier_init(&full[threadIdx.x]);
     mbarrier_init(&empty[threadIdx.x], kWarps);
@@ -165,153 +321,47 @@ __global__ void __launch_bounds__(hopper_threads(kWgmmaThreads<kTile>), 1)
   if (threadIdx.x == 0) mbarrier_init(&met, kWarps);
   if (threadIdx.x < kTile) column_least[0][threadIdx.x] = column_least[1][threadIdx.x] = ~0u;
   __syncthreads();
-  // f(tile) for the tiles of this block. By whole warps: the search for a packed tile votes.
-  const auto for_tiles = [&](const auto& f) {
-    for (int64_t turn = tiles.begin(), end = tiles.end(); turn < end; turn += tiles.step()) {
-      const PairTile tile = tiles.template at<kTile>(turn);
-      if (tile.j < tile.tokens) f(tile);
-    }
-  };
-  int stage = 0, turn = 0;  // turn: of the ring of stages; its parity is the phase of the stage's mbarriers
-  const auto next_stage = [&] {
-    if (++stage < kStages) return;
-    stage = 0;
-    ++turn;
-  };
+  const int steps = static_cast<int>(ceil_div(rows.channels, kBoxChannels));
+  StageRing<scalar_t, kTile, kStages> ring{reinterpret_cast<copy_t<scalar_t>*>(stages), full, empty, steps};
 
-  if (warp >= kWarps) {  // (1) load
+  if (warp >= kWarps) {  // the producer
     if constexpr (kTile == kLargeMmaTile) give_registers<40>();
     if (warp != kWarps) return;
-    for_tiles([&](const PairTile& tile) {
-      if (lane != 0) return;
-      const int entry = static_cast<int>(tile.entry), row0 = static_cast<int>(tile.row + tile.i);
-      const int column0 = static_cast<int>(tile.row + tile.j);
-      for (int step = 0; step < steps; ++step, next_stage()) {
-        element_t* const sides = stages + stage * 2 * kSide;
-        if (turn > 0) mbarrier_wait(&empty[stage], turn - 1);
-        mbarrier_expect_tx(&full[stage], (row0 == column0 ? 1 : 2) * kSide * 2);
-#pragma unroll
-        for (int part = 0; part < kParts; ++part) {
-          copy_box(sides + part * kPart, map, step * kBoxChannels, part, row0, entry, &full[stage]);
-          if (row0 != column0) copy_box(sides + kSide + part * kPart, map, step * kBoxChannels, part, column0, entry, &full[stage]);
-        }
-      }
-    });
+    for (int64_t index = tiles.begin(), end = tiles.end(); index < end; index += tiles.step()) {
+      const PairTile tile = tiles.template at<kTile>(index);        // by the whole warp: the search for a packed tile votes
+      if (lane == 0 && tile.j < tile.tokens) ring.load(map, tile);  // (1)
+    }
     return;
   }
 
   if constexpr (kTile == kLargeMmaTile) take_registers<232>();
   int meeting = 0;
-  for_tiles([&](const PairTile& tile) {
+  for (int64_t index = tiles.begin(), end = tiles.end(); index < end; index += tiles.step()) {
+    const PairTile tile = tiles.template at<kTile>(index);
+    if (tile.j >= tile.tokens) continue;
     const int row0 = static_cast<int>(tile.i), column0 = static_cast<int>(tile.j), width = static_cast<int>(tile.tokens);
-    const int64_t pitch = tile.pitch;
-    const bool diagonal_tile = row0 == column0;
     const int first_row = row0 + warp * 16;  // of the warp's 16 rows; a warpgroup has 64
-    const int i = first_row + lane / 4, j = column0 + lane % 4 * 2;
-    const float* const norm = norms + tile.token;
-    float row_norm[2], column_norm[kTile / 4];  // loaded before the products: the epilogue does not wait for them
-#pragma unroll
-    for (int h = 0; h < 2; ++h) row_norm[h] = i + h * 8 < width ? __ldg(norm + i + h * 8) : 0.f;
-#pragma unroll
-    for (int c = 0; c < kTile / 4; ++c) column_norm[c] = j + c / 2 * 8 + c % 2 < width ? __ldg(norm + j + c / 2 * 8 + c % 2) : 0.f;
 
-    // (2) multiply. run: accumulators of wgmma; dot: their sums in rounded float32.
-    float dot[kSums], run[kSums];
-#pragma unroll
-    for (int s = 0; s < kSums; ++s) dot[s] = 0.f;
-    int used = 0;  // the stage whose products are under way
-    for (int begin = 0; begin < steps; begin += kRunSteps) {
-#pragma unroll
-      for (int step = 0; step < kRunSteps; ++step) {
-        if (begin + step >= steps) break;
-        mbarrier_wait(&full[stage], turn);
-        const element_t *const sides = stages + stage * 2 * kSide, *const a = sides + warp / 4 * 64 * kBoxChannels;
-        const element_t* const b = diagonal_tile ? sides : sides + kSide;
-        wgmma_fence();
-#pragma unroll
-        for (int k = 0; k < kBoxChannels / 16; ++k) {
-          wgmma(run, a, b, k, step + k > 0);
-          if constexpr (kParts == 2) {
-            wgmma(run, a, b + kPart, k, true);
-            wgmma(run, a + kPart, b, k, true);
-          }
-        }
-        wgmma_commit();
-        if (step > 0) {
-          wgmma_wait<1>();
-          if (lane == 0) mbarrier_arrive(&empty[used]);
-        }
-        used = stage;
-        next_stage();
-      }
-      wgmma_wait<0>();
-      if (lane == 0) mbarrier_arrive(&empty[used]);
-#pragma unroll
-      for (int s = 0; s < kSums; ++s) dot[s] += run[s];
-    }
+    // Loads the norms before the products, so the epilogue does not wait for them.
+    const ThreadPairs<kTile> pairs(first_row + lane / 4, column0 + lane % 4 * 2, width, norms + tile.token);
+    float dot[kTile / 2];
+    ring.multiply(warp / 4, row0 == column0, dot);  // (2)
 
-    // (3) epilogue
     float* const matrix = out + tile.offset;
-    float* const upper = matrix + i * pitch + j;
     uint32_t* const row_min = store.row_min ? store.row_min + tile.token : nullptr;
-    bool marked[2] = {false, false};  // [h]: this thread has marked a pair of row i + 8h
-    RowMin<2> row_minima;
-    RowMin<kTile / 4> column_minima;
-    const auto finish = [&](auto all_inside) {
-      constexpr bool inside = decltype(all_inside)::value;  // all pairs are above the diagonal and before the end; the pitch is even
-      float* lower = matrix + j * pitch + i;
-#pragma unroll
-      for (int n = 0; n < kTile / 8; ++n, lower += 8 * pitch) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          float value[2];
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const int row = i + h * 8, column = j + n * 8 + e;
-            const float norms_of_pair = row_norm[h] + column_norm[n * 2 + e];  // NaN: one of the tokens is not finite
-            const float sqdist = fmaf(-2.f, dot[n * 4 + h * 2 + e], norms_of_pair), stored = store(sqdist, false);
-            const bool repair = cancels(sqdist, norms_of_pair, kCancelled<scalar_t, Store>) && norms_of_pair == norms_of_pair;
-            value[e] = repair ? marked_pair() : stored;
-            if (inside) {
-              lower[e * pitch + h * 8] = value[e];
-            } else {
-              if (row > column || column >= width) continue;
-              if (row == column) value[e] = store(0.f, true);
-              lower[e * pitch + h * 8] = upper[h * 8 * pitch + n * 8 + e] = value[e];
-              if (row == column) continue;
-            }
-            marked[h] = marked[h] || repair;
-            row_minima.take(h, value[e]);
-            column_minima.take(n * 2 + e, value[e]);
-          }
-          if (inside) *reinterpret_cast<float2*>(upper + h * 8 * pitch + n * 8) = make_float2(value[0], value[1]);
-        }
-      }
-    };
-    if (!diagonal_tile && column0 + kTile <= width && pitch % 2 == 0)
-      finish(std::true_type());
-    else
-      finish(std::false_type());
+    StoredPairs<kTile> found;
+    store_pairs<scalar_t>(tile, pairs, dot, store, matrix, found);  // (3)
     if (row_min) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) row_minima.template flush<1, 4>(h, row_min, i + h * 8);
-      uint32_t* const lowest = column_least[meeting & 1];
-#pragma unroll
-      for (int c = 0; c < kTile / 4; ++c) column_minima.template flush<4, 32>(c, lowest, lane % 4 * 2 + c / 2 * 8 + c % 2);
-      __syncwarp();
-      if (lane == 0) mbarrier_arrive(&met);
-      mbarrier_wait(&met, meeting++);
-      if (threadIdx.x < kTile) {
-        if (lowest[threadIdx.x] != ~0u) atomicMin(row_min + column0 + threadIdx.x, lowest[threadIdx.x]);
-        lowest[threadIdx.x] = ~0u;
-      }
+      lower_minima(found, first_row, column0, row_min, column_least[meeting & 1], &met, meeting);
+      ++meeting;
     }
-    const unsigned low = __ballot_sync(kFullWarp, marked[0]), high = __ballot_sync(kFullWarp, marked[1]);
-    if (!(low | high)) return;
+
+    const unsigned low = __ballot_sync(kFullWarp, found.marked[0]), high = __ballot_sync(kFullWarp, found.marked[1]);
+    if (!(low | high)) continue;
     Rows<scalar_t> item_rows = rows;
     item_rows.data = rows.row(tile.entry, tile.row);
-    repair_marked<kTile>(item_rows, aligned, low, high, first_row, column0, width, store, pitch, matrix, row_min);
-  });
+    repair_marked<kTile>(item_rows, aligned, low, high, first_row, column0, width, store, tile.pitch, matrix, row_min);  // (4)
+  }
 #endif
 }
 

@@ -257,7 +257,7 @@ MUTANTS = (
         "column minima read before all warps have lowered them",
         "repulsion_select",
         "sqdist_wgmma.cuh",
-        ("      mbarrier_wait(&met, meeting++);\n", "      meeting++;\n"),
+        ("  mbarrier_wait(met, meeting);\n", ""),
         says=RACE,
     ),
     mutant(
@@ -283,7 +283,7 @@ MUTANTS = (
         "columns of the next packed item are stored",
         "repulsion_select",
         "sqdist_wgmma.cuh",
-        ("!diagonal_tile && column0 + kTile <= width &&", "!diagonal_tile &&"),
+        ("row0 != column0 && column0 + kTile <= width &&", "row0 != column0 &&"),
         says=OVERRUN,
     ),
     mutant(
@@ -310,7 +310,7 @@ MUTANTS = (
         "norms of the first item",
         "repulsion_select",
         "sqdist_wgmma.cuh",
-        ("norm = norms + tile.token;", "norm = norms;"),
+        ("width, norms + tile.token);", "width, norms);"),
     ),
     mutant(
         "the centre of the first item",
