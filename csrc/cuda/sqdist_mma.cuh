@@ -131,12 +131,50 @@ class TileCopy {
   uint32_t offset_[kCopies];
 };
 
+// (2) multiply, by a warp: adds the products of a stage to `dot`. at_a, at_b: see the kernel.
+template <int kTile, class scalar_t, int kRowTiles>
+__device__ __forceinline__ void multiply_stage(const scalar_t* stage, int at_a, int at_b,
+                                               MmaProducts<scalar_t, kRowTiles, kWarpColumns / 8>& dot) {
+#pragma unroll
+  for (int k = 0; k < kMmaChannels / 16; ++k) {
+    uint32_t a[kRowTiles][4], b[2][4];
+    const CentreFragment<scalar_t> common(stage, 2 * kTile, k);
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+      ldmatrix_x4(a[m], stage + (at_a ^ k * 16) + m * 16 * kMmaChannels);
+      common.subtract_from_a(a[m]);
+    }
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {  // 16 columns at a time
+      ldmatrix_x4(b[n], stage + (at_b ^ k * 16) + n * 16 * kMmaChannels);
+      common.subtract_from_b(b[n]);
+    }
+    dot.multiply(a, b);
+  }
+}
+
+// (3) epilogue: sets the marks of a tile, from those of its warps.
+template <int kTile, class Tiles>
+__device__ __forceinline__ void set_marks(const Tiles& tiles, int64_t index,
+                                          const bool (&warp_marked)[kTile / kWarpRows<kTile>][kTile / kWarpColumns], unsigned* marks) {
+  constexpr int kRows = kWarpRows<kTile>, kColumns = kWarpColumns, kMarks = kTile / kMarkTile;
+  const int tid = threadIdx.x;
+  if (tid >= kMarks * kMarks) return;
+  const int mi = tid / kMarks, mj = tid % kMarks;
+  unsigned any = 0;
+  for (int wr = mi * kMarkTile / kRows; wr < (mi + 1) * kMarkTile / kRows; ++wr)
+    for (int wc = mj * kMarkTile / kColumns; wc < (mj + 1) * kMarkTile / kColumns; ++wc) any |= warp_marked[wr][wc];
+  const int64_t at = tiles.template mark<kMarks>(index, mi, mj);
+  if (at >= 0) marks[at] = any;
+}
+
 // norms: (all tokens). centre: (items, channels). marks: per tile of kMarkTile x kMarkTile pairs, 1 if it has a marked pair, else 0.
+// Loads and stores stay in the kernel: as functions they make ptxas spill for kSmallMmaTile.
 template <class scalar_t, int kTile, class Tiles, class Store>
 __global__ void __launch_bounds__(kMmaThreads<kTile>) sqdist_mma_kernel(Rows<scalar_t> rows, Tiles tiles, const float* norms,
                                                                         const scalar_t* centre, Store store, unsigned* marks, float* out) {
   await_predecessor();
-  constexpr int kRows = kWarpRows<kTile>, kColumns = kWarpColumns, kThreads = kMmaThreads<kTile>, kMarks = kTile / kMarkTile;
+  constexpr int kRows = kWarpRows<kTile>, kColumns = kWarpColumns, kThreads = kMmaThreads<kTile>;
   STS_DYNAMIC_SHARED(scalar_t, shared);
   __shared__ bool warp_marked[kTile / kRows][kTile / kColumns];
   // Warps 0..3, one per SM sub-partition, have the left half of a large tile, warps 4..7 the right half. In the last tiles of a row the
@@ -146,8 +184,8 @@ __global__ void __launch_bounds__(kMmaThreads<kTile>) sqdist_mma_kernel(Rows<sca
   const int steps = static_cast<int>(ceil_div(rows.channels, kMmaChannels));
   constexpr int kStage = kMmaStageRows<kTile> * kMmaChannels, kRing = kMmaStages * kStage;
 
-  for (int64_t turn = tiles.begin(); turn < tiles.end(); turn += tiles.step()) {
-    const PairTile tile = tiles.template at<kTile>(turn);
+  for (int64_t index = tiles.begin(); index < tiles.end(); index += tiles.step()) {
+    const PairTile tile = tiles.template at<kTile>(index);
     const int i0 = static_cast<int>(tile.i), j0 = static_cast<int>(tile.j), width = static_cast<int>(tile.tokens);
     const bool has_pairs = j0 + wj < width && i0 + wi < j0 + wj + kColumns;  // before the end, and not all below the diagonal
     const int side_b = i0 == j0 ? 0 : kTile * kMmaChannels;                  // a diagonal tile reads once
@@ -158,7 +196,7 @@ __global__ void __launch_bounds__(kMmaThreads<kTile>) sqdist_mma_kernel(Rows<sca
     const scalar_t* centre_chunk = centre + tile.item * rows.channels + tid % 8 * 8;
     int left = rows.channels - tid % 8 * 8;  // channels from this thread's next chunk on
     int filled = 0;                          // the stage to fill next, in elements
-    const auto fetch = [&] {
+    const auto fetch = [&] {                 // (1) load
       if (left > -(tid % 8 * 8)) {
         scalar_t* const stage = shared + filled;
         copy_a.start(stage, chunk, left > 0);
@@ -180,28 +218,13 @@ __global__ void __launch_bounds__(kMmaThreads<kTile>) sqdist_mma_kernel(Rows<sca
       __syncthreads();  // this stage has arrived for all threads, and all are done with the one before, which `fetch` overwrites
       fetch();
       if (!has_pairs) continue;
-#pragma unroll
-      for (int k = 0; k < kMmaChannels / 16; ++k) {
-        uint32_t a[kRows / 16][4], b[2][4];
-        const CentreFragment<scalar_t> common(stage, 2 * kTile, k);
-#pragma unroll
-        for (int m = 0; m < kRows / 16; ++m) {
-          ldmatrix_x4(a[m], stage + (at_a ^ k * 16) + m * 16 * kMmaChannels);
-          common.subtract_from_a(a[m]);
-        }
-#pragma unroll
-        for (int n = 0; n < 2; ++n) {  // 16 columns at a time
-          ldmatrix_x4(b[n], stage + (at_b ^ k * 16) + n * 16 * kMmaChannels);
-          common.subtract_from_b(b[n]);
-        }
-        dot.multiply(a, b);
-      }
+      multiply_stage<kTile>(stage, at_a, at_b, dot);  // (2)
       if ((step + 1) * kMmaChannels % kFlushChannels == 0) dot.flush();
     }
     dot.flush();
     cp_async_wait<0>();
 
-    // Epilogue. Stored matrices have at most kMatrixTokens tokens, so offsets in them have 32 bits.
+    // (3) epilogue. Stored matrices have at most kMatrixTokens tokens, so offsets in them have 32 bits.
     const int i = opaque(i0 + wi + lane / 4), j = opaque(j0 + wj + lane % 4 * 2), stride = opaque(static_cast<int>(tile.pitch));
     float* const matrix = out + tile.offset;
     float *const upper = matrix + i * stride + j, *const lower = matrix + j * stride + i;
@@ -256,14 +279,7 @@ __global__ void __launch_bounds__(kMmaThreads<kTile>) sqdist_mma_kernel(Rows<sca
     marked = __any_sync(kFullWarp, marked);
     if (lane == 0) warp_marked[warp_i][warp_j] = marked;
     __syncthreads();  // also: no thread is still reading the stages when the next entry's arrive
-    if (tid < kMarks * kMarks) {
-      const int mi = tid / kMarks, mj = tid % kMarks;
-      unsigned any = 0;
-      for (int wr = mi * kMarkTile / kRows; wr < (mi + 1) * kMarkTile / kRows; ++wr)
-        for (int wc = mj * kMarkTile / kColumns; wc < (mj + 1) * kMarkTile / kColumns; ++wc) any |= warp_marked[wr][wc];
-      const int64_t at = tiles.template mark<kMarks>(turn, mi, mj);
-      if (at >= 0) marks[at] = any;
-    }
+    set_marks<kTile>(tiles, index, warp_marked, marks);
   }
 }
 

@@ -183,7 +183,7 @@ MUTANTS = (
         "the centre is left out of the columns",
         "repulsion_select",
         "sqdist_mma.cuh",
-        ("          common.subtract_from_b(b[n]);\n", ""),
+        ("      common.subtract_from_b(b[n]);\n", ""),
     ),
     # Distances on Hopper's tensor cores.
     mutant(
