@@ -83,247 +83,381 @@ struct Candidate {
 };
 static_assert(kWarpCandidates <= 8 && kClusterTokens * kClusterWarps * 32 == 1 << 13, "3 bits for ways, 13 for tokens and for exchanges");
 
+// A key of the table: order_of a potential, then Candidate::bits.
+template <class Rule>
+__device__ __forceinline__ Key candidate_key(float potential, Candidate candidate) {
+  return static_cast<Key>(order_of<Rule>(potential)) << 32 | candidate.bits;
+}
+template <class Rule>
+__device__ __forceinline__ float candidate_potential(Key key) {
+  return from_order<Rule>(static_cast<uint32_t>(key >> 32));
+}
+__device__ __forceinline__ Candidate candidate_of(Key key) { return {key_index(key)}; }
+template <class Rule>
+__device__ __forceinline__ Key no_candidate() {
+  return candidate_key<Rule>(kInfinity, {~0u});
+}
+
 #if __CUDA_ARCH__ >= 900
-// By a cluster: the picks of item b, which is number `launched` of the grid. kTokens: tokens per thread; number t is token
-// (t * warps of the cluster + warp) * 32 + lane of the item.
-// In a matrix the diagonal is infinite: the potential of a picked token becomes infinite.
-// lookahead: max picks per exchange. row_min: (all tokens), the ordered bits of each row's minimum; not read by rules without kOfDistance.
+// The place of a thread in its cluster, and its tokens: first, first + step, first + 2 * step, ...
+struct ClusterThread {
+  int blocks, warps, warp, lane;  // warps: of the cluster; warp: in the cluster
+  int first, step;
+
+  __device__ __forceinline__ ClusterThread() {
+    const auto cluster = cooperative_groups::this_cluster();
+    blocks = static_cast<int>(cluster.num_blocks()), warps = blocks * (blockDim.x / 32);
+    warp = cluster.block_rank() * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
+    first = warp * 32 + lane, step = warps * 32;
+  }
+  // Number t of the thread's tokens. May be past the end of the item.
+  __device__ __forceinline__ int token(int t) const { return first + t * step; }
+};
+
+// The item of a cluster. The diagonal of its matrix is infinite: the potential of a picked token becomes infinite.
+struct ClusterItem {
+  const Items& items;
+  int tokens;
+  int64_t first_row;  // index of token 0 among all tokens
+  const float* matrix;
+  uint32_t pitch;  // <= 2^13: offsets have 26 bits
+
+  __device__ __forceinline__ float weight(int row, uint32_t column) const {
+    return __ldg(matrix + (static_cast<uint32_t>(row) * pitch + column));
+  }
+  __device__ __forceinline__ float parameter(int token) const { return items.parameter_of(first_row + token); }
+};
+
+// The picks of an exchange: their weights to the tokens of this thread, and their parameters.
+template <int kTokens>
+struct PickRows {
+  float weight[kClusterPicks][kTokens], parameter[kClusterPicks];
+};
+
+// Registers of the tokens of a thread. kTokens: tokens per thread; past the end of the item their potential is infinite.
 template <class Rule, int kTokens>
-__device__ __forceinline__ void select_cluster(const StoredItems& stored, int64_t launched, int64_t b, const Item& item, int lookahead,
-                                               const uint32_t* row_min, const float* mean_sqdist, const Rule& rule, int64_t* out) {
-  STS_DYNAMIC_SHARED(ClusterExchange, shared);
-  const auto cluster = cooperative_groups::this_cluster();
-  if (threadIdx.x < 2) mbarrier_init(&shared->arrivals[threadIdx.x]);
-  const int blocks = static_cast<int>(cluster.num_blocks()), lane = threadIdx.x % 32;
-  const int warps = blocks * (blockDim.x / 32), warp = cluster.block_rank() * (blockDim.x / 32) + threadIdx.x / 32;  // in the cluster
-  const Items& items = stored.items;
-  const int tokens = static_cast<int>(item.tokens), first = warp * 32 + lane, step = warps * 32;
-  const int64_t first_row = items.first_token(b, item);              // index of token 0 among all tokens
-  const uint32_t pitch = static_cast<uint32_t>(stored.pitch(item));  // <= 2^13: offsets have 26 bits
-  const float* const matrix = settled(stored.matrix(launched));
-  int64_t* picked = out + item.out;
-
-  const int64_t picks = item.picks < tokens ? item.picks : tokens;
-  for (int64_t i = picks + first; i < item.picks; i += step) picked[i] = -1;
-  if (picks == 0) return;
-  cluster.sync();  // before the first message: all blocks run, and their mbarriers are initialised
-
-  // ---- Registers of the tokens of this thread ----
-  const auto key_of = [](float potential, uint32_t bits) { return static_cast<Key>(order_of<Rule>(potential)) << 32 | bits; };
-  const auto potential_of = [](Key key) { return from_order<Rule>(static_cast<uint32_t>(key >> 32)); };
-  const Key no_token = key_of(kInfinity, ~0u);
+struct ClusterTokens {
   uint32_t column[kTokens];  // past the end the last token: its weights leave an infinite potential as it is
   float potential[kTokens], parameter[kTokens];
-  Key lowest = no_token;  // the thread's lowest token outside the table, by first_key before exchange 0. (1) reduces it over the warp
-#pragma unroll
-  for (int t = 0; t < kTokens; ++t) {
-    const int j = first + t * step;
-    column[t] = static_cast<uint32_t>(j < tokens ? j : tokens - 1);
-    potential[t] = kInfinity;
-    parameter[t] = kOfDistance<Rule> ? 0.f : items.parameter_of(first_row + static_cast<int>(column[t]));
-    if (j >= tokens) continue;
-    const float distance = mean_sqdist[first_row + j];
-    const float start = kOfDistance<Rule> ? kNonFinitePotential : items.start_of(first_row + j);
-    potential[t] = first_potential(rule, distance < kInfinity, start, parameter[t]);
-    lowest = lower(lowest, key_of(first_key(rule, distance, potential[t], items.start, parameter[t]), Candidate::make(j, 0, 0).bits));
-  }
-  float lowest_parameter = 0.f;   // parameter of the token in `lowest`; not read in exchange 0, which inserts nothing
-  unsigned is_candidate = 0;      // bit t: token t of this thread is in the table, or was picked from it
-  float pending_potential = 0.f;  // potential of this warp's pending candidate, for the next message
+  unsigned is_candidate = 0;          // bit t: token t is in the table, or was picked from it
+  Key lowest = no_candidate<Rule>();  // the thread's lowest token outside the table, by first_key before exchange 0; (1) reduces it
+  float lowest_parameter = 0.f;       // parameter of the token in `lowest`; not read in exchange 0, which inserts nothing
 
-  // ---- Registers of the table: way h of warp `lane`, the same in every warp ----
-  Candidate candidate[kWarpCandidates];
-  float candidate_potential[kWarpCandidates], candidate_parameter[kWarpCandidates];  // infinite potential: the way is empty or pending
+  __device__ __forceinline__ ClusterTokens(const ClusterItem& item, const float* mean_sqdist, const Rule& rule,
+                                           const ClusterThread& thread) {
 #pragma unroll
-  for (int h = 0; h < kWarpCandidates; ++h)
-    candidate[h] = Candidate::make(0, h, 0), candidate_potential[h] = kInfinity, candidate_parameter[h] = 0.f;
-  int born[kWarpCandidates];  // exchange in which the way was inserted; -1: pending, its row must not be read
-  int pending = -1;           // the way inserted in this exchange, valid until (2) of the next; -1: none
+    for (int t = 0; t < kTokens; ++t) {
+      const int j = thread.token(t);
+      column[t] = static_cast<uint32_t>(j < item.tokens ? j : item.tokens - 1);
+      potential[t] = kInfinity;
+      parameter[t] = kOfDistance<Rule> ? 0.f : item.parameter(static_cast<int>(column[t]));
+      if (j >= item.tokens) continue;
+      const float distance = mean_sqdist[item.first_row + j];
+      const float start = kOfDistance<Rule> ? kNonFinitePotential : item.items.start_of(item.first_row + j);
+      potential[t] = first_potential(rule, distance < kInfinity, start, parameter[t]);
+      const float first = first_key(rule, distance, potential[t], item.items.start, parameter[t]);
+      lowest = lower(lowest, candidate_key<Rule>(first, Candidate::make(j, 0, 0)));
+    }
+  }
+
+  // By a warp: `lowest` becomes the warp's lowest token outside the table.
+  __device__ __forceinline__ void reduce_lowest() {
+    lowest = warp_lowest(lowest);
+    if constexpr (!kOfDistance<Rule>) lowest_parameter = __shfl_sync(kFullWarp, lowest_parameter, candidate_of(lowest).token() % 32);
+  }
+
+  // Starts the loads of the weights of a pick to these tokens. add() waits for them.
+  __device__ __forceinline__ void load(const ClusterItem& item, int pick, float (&row)[kTokens]) const {
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) row[t] = item.weight(pick, column[t]);
+  }
+
+  // inserted, evicted: tokens that enter and leave the table. evicted = -1: none.
+  __device__ __forceinline__ void mark(int inserted, int evicted, const ClusterThread& thread) {
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+      if (thread.token(t) == evicted) is_candidate &= ~(1u << t);
+      if (thread.token(t) == inserted) is_candidate |= 1u << t;
+    }
+  }
+
+  // Adds the weights of the first `count` picks, in pick order.
+  __device__ __forceinline__ void add(const Rule& rule, const PickRows<kTokens>& picks, int count) {
+#pragma unroll
+    for (int p = 0; p < kClusterPicks; ++p) {
+      if (p >= count) break;
+#pragma unroll
+      for (int t = 0; t < kTokens; ++t) potential[t] = after_pick(rule, potential[t], picks.weight[p][t], parameter[t], picks.parameter[p]);
+    }
+  }
+
+  __device__ __forceinline__ void find_lowest(const ClusterThread& thread) {
+    float low = kInfinity;
+    int low_token = 0;
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+      const int j = thread.token(t);
+      if (!(is_candidate >> t & 1) && potential[t] < low) low = potential[t], low_token = j, lowest_parameter = parameter[t];
+    }
+    lowest = low < kInfinity ? candidate_key<Rule>(low, Candidate::make(low_token, 0, 0)) : no_candidate<Rule>();
+  }
+
+  // By a warp: the potential of one of its tokens.
+  __device__ __forceinline__ float potential_of(int token, const ClusterThread& thread) const {
+    float found = 0.f;
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t)
+      if (thread.token(t) == token) found = potential[t];
+    return __shfl_sync(kFullWarp, found, token % 32);
+  }
+};
+
+// Rank of the message of warp `lane` among those of the warps of its group (kInsertGroups). proposed: `lowest` of the message.
+__device__ __forceinline__ int insert_rank(Key proposed, int lane) {
+  const uint32_t order = static_cast<uint32_t>(proposed >> 32);
+  int rank = 0;
+#pragma unroll
+  for (int peer = kInsertGroups; peer < kClusterWarps; peer += kInsertGroups)
+    rank += __shfl_xor_sync(kFullWarp, order, peer) < order + ((lane ^ peer) < lane);
+  return rank;
+}
+
+// Registers of the table: the ways of warp `lane`. The same in every warp.
+template <class Rule>
+struct CandidateTable {
+  Candidate candidate[kWarpCandidates];
+  float potential[kWarpCandidates], parameter[kWarpCandidates];  // infinite potential: the way is empty or pending
+  int born[kWarpCandidates];        // exchange in which the way was inserted; -1: pending, its row must not be read
+  int pending = -1;                 // the way inserted in this exchange, valid until complete() in the next; -1: none
+  int inserted = -1, evicted = -1;  // tokens that entered and left the table in this exchange; -1: none
   // The way that a message of the next exchange may take, and its potential: the highest of those that are not pending. An empty way is
   // infinite.
   int victim = 0;
   float victim_potential = kInfinity;
-  // The lowest key in the table.
-  const auto lowest_candidate = [&] {
-    float low = candidate_potential[0];
+
+  __device__ __forceinline__ CandidateTable() {
 #pragma unroll
-    for (int h = 1; h < kWarpCandidates; ++h) low = fminf(low, candidate_potential[h]);
+    for (int h = 0; h < kWarpCandidates; ++h) candidate[h] = Candidate::make(0, h, 0), potential[h] = kInfinity, parameter[h] = 0.f;
+  }
+
+  // The candidate inserted in the exchange before is complete: its row has arrived, its potential is in the message.
+  // A select: a conditional store to `potential` would become a branch.
+  __device__ __forceinline__ void complete(const WarpMessage& message) {
+#pragma unroll
+    for (int h = 0; h < kWarpCandidates; ++h) potential[h] = h == pending ? message.potential : potential[h];
+  }
+
+  // The lowest token of warp `lane` replaces the victim if its potential is lower. The bound holds for both: the lowest token outside the
+  // table is at or below the proposed token, which is below the evicted candidate.
+  __device__ __forceinline__ void insert(const WarpMessage& message, int exchange, int lane) {
+    const int rank = insert_rank(message.lowest, lane);
+    const int way = exchange > 0 && rank < kGroupInserts && candidate_potential<Rule>(message.lowest) < victim_potential ? victim : -1;
+    inserted = way < 0 ? -1 : candidate_of(message.lowest).token();
+    evicted = -1;
+#pragma unroll
+    for (int h = 0; h < kWarpCandidates; ++h) {
+      if (h != way) continue;
+      evicted = potential[h] < kInfinity ? candidate[h].token() : -1;
+      candidate[h] = Candidate::make(inserted, h, exchange);
+      parameter[h] = message.parameter;
+      potential[h] = kInfinity;
+    }
+#pragma unroll
+    for (int h = 0; h < kWarpCandidates; ++h) born[h] = h == way ? -1 : candidate[h].inserted();
+    pending = way;
+  }
+
+  // Number of candidates inserted in this exchange, of all warps.
+  __device__ __forceinline__ int inserts() const { return __popc(__ballot_sync(kFullWarp, pending >= 0)); }
+
+  // The lowest key in the table.
+  __device__ __forceinline__ Key lowest() const {
+    float low = potential[0];
+#pragma unroll
+    for (int h = 1; h < kWarpCandidates; ++h) low = fminf(low, potential[h]);
     const uint32_t lowest_order = __reduce_min_sync(kFullWarp, order_of<Rule>(low));
     low = from_order<Rule>(lowest_order);
     uint32_t tie = ~0u;
 #pragma unroll
-    for (int h = 0; h < kWarpCandidates; ++h) tie = min(tie, candidate_potential[h] == low ? candidate[h].bits : ~0u);
+    for (int h = 0; h < kWarpCandidates; ++h) tie = min(tie, potential[h] == low ? candidate[h].bits : ~0u);
     return static_cast<Key>(lowest_order) << 32 | __reduce_min_sync(kFullWarp, tie);
-  };
+  }
 
-  // ---- The candidate that this warp inserted in the exchange before ----
+  // The parameter of a candidate of any warp.
+  __device__ __forceinline__ float parameter_of(Candidate chosen, int slot) const {
+    float of_lane[kWarpCandidates];  // halved until [0] is that of the way: a dynamic index would put it into local memory
+#pragma unroll
+    for (int h = 0; h < kWarpCandidates; ++h) of_lane[h] = parameter[h];
+#pragma unroll
+    for (int half = 4; half > 0; half /= 2)
+#pragma unroll
+      for (int h = 0; h + half < kWarpCandidates && h < half; ++h) of_lane[h] = chosen.way() & half ? of_lane[h + half] : of_lane[h];
+    return __shfl_sync(kFullWarp, of_lane[0], slot % 32);
+  }
+
+  // Reads the weights of a candidate to those of this lane. The weight of an empty way and of a pending way is stale.
+  __device__ __forceinline__ void read_weights(const ClusterExchange& shared, Candidate chosen, int slot, int lane,
+                                               float (&weight)[kWarpCandidates]) const {
+    const float* const of_chosen = &shared.weight[slot][lane];
+    const float* const to_chosen = &shared.weight[lane][slot];
+#pragma unroll
+    for (int h = 0; h < kWarpCandidates; ++h)
+      weight[h] = born[h] > chosen.inserted() ? to_chosen[h * 32 * (kAllCandidates + 1)] : of_chosen[h * 32];
+  }
+
+  // Adds the weights of a pick from the table. An empty way stays infinite, as does a pending way.
+  __device__ __forceinline__ void add(const Rule& rule, const float (&weight)[kWarpCandidates], float pick_parameter) {
+#pragma unroll
+    for (int h = 0; h < kWarpCandidates; ++h) potential[h] = after_pick(rule, potential[h], weight[h], parameter[h], pick_parameter);
+  }
+
+  // Adds the weights of a pick from outside the table. They are in the matrix.
+  __device__ __forceinline__ void add_outside(const Rule& rule, const ClusterItem& item, int pick, float pick_parameter) {
+#pragma unroll
+    for (int h = 0; h < kWarpCandidates; ++h)
+      if (potential[h] < kInfinity)
+        potential[h] = after_pick(rule, potential[h], item.weight(pick, candidate[h].token()), parameter[h], pick_parameter);
+  }
+
+  __device__ __forceinline__ void find_victim() {
+    victim_potential = -kInfinity;
+#pragma unroll
+    for (int h = 0; h < kWarpCandidates; ++h)
+      if (h != pending && potential[h] > victim_potential) victim = h, victim_potential = potential[h];
+  }
+};
+
+// The candidate that a warp inserted, for the next message.
+struct InsertedCandidate {
+  int token = -1, evicted = -1;  // the token, and the one that it replaced; -1: none
+  int slot = 0;
+  float weight[kWarpCandidates];  // row: its weights to the candidates of warp `lane`
+  uint32_t row_min = 0;           // ordered bits of its row minimum
+  float potential = 0.f;
+
+  // The candidate that the table inserted for `warp` in this exchange, if any. Starts the loads of its row.
+  template <class Rule>
+  __device__ __forceinline__ void load(const CandidateTable<Rule>& table, const ClusterItem& item, const uint32_t* all_row_min, int warp) {
+    token = __shfl_sync(kFullWarp, table.inserted, warp);
+    slot = __shfl_sync(kFullWarp, table.pending, warp) * 32 + warp;
+    evicted = __shfl_sync(kFullWarp, table.evicted, warp);
+    if (token < 0) return;
+#pragma unroll
+    for (int h = 0; h < kWarpCandidates; ++h) weight[h] = item.weight(token, table.candidate[h].token());
+    if constexpr (kOfDistance<Rule>) row_min = __ldg(all_row_min + item.first_row + token);
+  }
+
+  // Sends the row to all blocks: every lane its weights, lane l the row minimum to block l.
+  template <class Rule>
+  __device__ __forceinline__ void send(ClusterExchange* shared, Mbarrier* arrivals, const ClusterThread& thread) const {
+#pragma unroll 1
+    for (int block = 0; block < thread.blocks; block += kClusterBlocks / 2)
+#pragma unroll
+      for (int h = 0; h < kWarpCandidates; ++h)
+#pragma unroll
+        for (int i = 0; i < kClusterBlocks / 2; ++i)
+          store_async(&shared->weight[slot][h * 32 + thread.lane], weight[h], arrivals, block + i);
+    if (kOfDistance<Rule> && thread.lane < thread.blocks)
+      store_async(&shared->row_min[slot], from_ordered_bits(row_min), arrivals, thread.lane);
+  }
+};
+
+// By a cluster: the picks of item b, which is number `launched` of the grid. kTokens: tokens per thread; number t is token
+// (t * warps of the cluster + warp) * 32 + lane of the item.
+// lookahead: max picks per exchange. row_min: (all tokens), the ordered bits of each row's minimum; not read by rules without kOfDistance.
+template <class Rule, int kTokens>
+__device__ __forceinline__ void select_cluster(const StoredItems& stored, int64_t launched, int64_t b, const Item& entry, int lookahead,
+                                               const uint32_t* row_min, const float* mean_sqdist, const Rule& rule, int64_t* out) {
+  STS_DYNAMIC_SHARED(ClusterExchange, shared);
+  if (threadIdx.x < 2) mbarrier_init(&shared->arrivals[threadIdx.x]);
+  const ClusterThread thread;
+  const ClusterItem item{stored.items, static_cast<int>(entry.tokens), stored.items.first_token(b, entry), settled(stored.matrix(launched)),
+                         static_cast<uint32_t>(stored.pitch(entry))};
+  int64_t* picked = out + entry.out;
+  const int64_t picks = entry.picks < item.tokens ? entry.picks : item.tokens;
+  for (int64_t i = picks + thread.first; i < entry.picks; i += thread.step) picked[i] = -1;
+  if (picks == 0) return;
+  cooperative_groups::this_cluster().sync();  // before the first message: all blocks run, and their mbarriers are initialised
+
+  ClusterTokens<Rule, kTokens> own(item, mean_sqdist, rule, thread);
+  CandidateTable<Rule> table;
+  InsertedCandidate inserted;  // by this warp, in the exchange before
   constexpr unsigned row_bytes = (kAllCandidates + kOfDistance<Rule>)*sizeof(float);
-  int inserted = -1, inserted_slot = 0;  // token, or -1; slot
-  float inserted_row[kWarpCandidates];   // its weights to the candidates of warp `lane`
-  uint32_t inserted_min = 0;             // ordered bits of its row minimum
-
   for (int exchange = 0, done = 0, inserts = 0;; ++exchange) {
+    // ---- (1) message: lane l sends to block l ----
     Mbarrier* const arrivals = &shared->arrivals[exchange & 1];
     // Bytes may arrive before they are expected: the phase stays open until this thread has arrived.
-    if (threadIdx.x == 0) mbarrier_expect_tx(arrivals, warps * sizeof(WarpMessage) + inserts * row_bytes);
-
-    // ---- (1) message: lane l sends to block l ----
-    lowest = warp_lowest(lowest);
-    if constexpr (!kOfDistance<Rule>)
-      lowest_parameter = __shfl_sync(kFullWarp, lowest_parameter, Candidate{key_index(lowest)}.token() % 32);
+    if (threadIdx.x == 0) mbarrier_expect_tx(arrivals, thread.warps * sizeof(WarpMessage) + inserts * row_bytes);
+    own.reduce_lowest();
     __syncwarp();  // all lanes have read from shared memory for the exchange before: the message says so to the cluster
-    if (lane < blocks) store_async(&shared->message[exchange & 1][warp], {lowest, pending_potential, lowest_parameter}, arrivals, lane);
-    if (inserted >= 0) {
-#pragma unroll 1
-      for (int block = 0; block < blocks; block += kClusterBlocks / 2)
-#pragma unroll
-        for (int h = 0; h < kWarpCandidates; ++h)
-#pragma unroll
-          for (int i = 0; i < kClusterBlocks / 2; ++i)
-            store_async(&shared->weight[inserted_slot][h * 32 + lane], inserted_row[h], arrivals, block + i);
-      if (kOfDistance<Rule> && lane < blocks) store_async(&shared->row_min[inserted_slot], from_ordered_bits(inserted_min), arrivals, lane);
-    }
+    const WarpMessage sent{own.lowest, inserted.potential, own.lowest_parameter};
+    if (thread.lane < thread.blocks) store_async(&shared->message[exchange & 1][thread.warp], sent, arrivals, thread.lane);
+    if (inserted.token >= 0) inserted.send<Rule>(shared, arrivals, thread);
     mbarrier_wait(arrivals, exchange / 2);
-    const WarpMessage message = lane < warps ? shared->message[exchange & 1][lane] : WarpMessage{no_token, kInfinity, 0.f};
+    const WarpMessage message =
+        thread.lane < thread.warps ? shared->message[exchange & 1][thread.lane] : WarpMessage{no_candidate<Rule>(), kInfinity, 0.f};
     const Key lowest_outside = warp_lowest(message.lowest);  // lowest token outside the table
 
     // ---- (2) insert ----
-    // The candidate inserted in the exchange before is complete: its row has arrived, its potential is in the message.
-#pragma unroll
-    for (int h = 0; h < kWarpCandidates; ++h)
-      if (h == pending) candidate_potential[h] = message.potential;
-    // Rank of the message among those of the warps of its group.
-    const uint32_t proposed_order = static_cast<uint32_t>(message.lowest >> 32);
-    int rank = 0;
-#pragma unroll
-    for (int peer = kInsertGroups; peer < kClusterWarps; peer += kInsertGroups)
-      rank += __shfl_xor_sync(kFullWarp, proposed_order, peer) < proposed_order + ((lane ^ peer) < lane);
-    // The lowest token of warp `lane` replaces the victim if its potential is lower. The bound holds for both: lowest_outside is at or
-    // below the proposed token, which is below the evicted candidate.
-    const int proposed = Candidate{key_index(message.lowest)}.token();
-    pending = exchange > 0 && rank < kGroupInserts && potential_of(message.lowest) < victim_potential ? victim : -1;
-    int evicted = -1;
-#pragma unroll
-    for (int h = 0; h < kWarpCandidates; ++h) {
-      if (h != pending) continue;
-      evicted = candidate_potential[h] < kInfinity ? candidate[h].token() : -1;
-      candidate[h] = Candidate::make(proposed, h, exchange);
-      candidate_parameter[h] = message.parameter;
-      candidate_potential[h] = kInfinity;
-    }
-#pragma unroll
-    for (int h = 0; h < kWarpCandidates; ++h) born[h] = h == pending ? -1 : candidate[h].inserted();
+    table.complete(message);
+    table.insert(message, exchange, thread.lane);
 
     // ---- (3) pick ----
-    float row[kClusterPicks][kTokens], pick_parameter[kClusterPicks];  // row: weights of the picks to the tokens of this thread
-    // Writes pick p of this exchange and starts the loads of its row, which (5) waits for.
-    const auto emit_pick = [&](int p, int token, float token_parameter) {
-      if (first == 0) picked[done + p] = token;
-      pick_parameter[p] = token_parameter;
-      const uint32_t begin = static_cast<uint32_t>(token) * pitch;
-#pragma unroll
-      for (int t = 0; t < kTokens; ++t) row[p][t] = __ldg(matrix + (begin + column[t]));
+    PickRows<kTokens> rows;
+    // Writes pick p of this exchange and starts the loads of its row.
+    const auto emit_pick = [&](int p, int token, float parameter) {
+      if (thread.first == 0) picked[done + p] = token;
+      rows.parameter[p] = parameter;
+      own.load(item, token, rows.weight[p]);
     };
     const int max_picks = static_cast<int>(picks - done < lookahead ? picks - done : lookahead);
     int count = 0;
-    Key best = lowest_candidate();
-    if (potential_of(best) < kInfinity && best < lowest_outside) {
+    Key best = table.lowest();
+    if (candidate_potential<Rule>(best) < kInfinity && best < lowest_outside) {
       // The first pick is below `lowest_outside` as a key: at equal potential the lower token wins. A later pick must be below the bound,
       // as it is not known which token outside is at the bound.
-      float bound = potential_of(lowest_outside);
+      float bound = candidate_potential<Rule>(lowest_outside);
 #pragma unroll
       for (int p = 0; p < kClusterPicks; ++p) {
-        if (p > 0 && (p >= max_picks || !(potential_of(best) < bound))) break;
-        const Candidate chosen{key_index(best)};
-        const int chosen_slot = chosen.slot(warps);
-        if constexpr (kOfDistance<Rule>) bound = Rule::add(bound, shared->row_min[chosen_slot]);
+        if (p > 0 && (p >= max_picks || !(candidate_potential<Rule>(best) < bound))) break;
+        const Candidate chosen = candidate_of(best);
+        const int slot = chosen.slot(thread.warps);
+        if constexpr (kOfDistance<Rule>) bound = Rule::add(bound, shared->row_min[slot]);
         float weight[kWarpCandidates];
-        const float* const of_chosen = &shared->weight[chosen_slot][lane];
-        const float* const to_chosen = &shared->weight[lane][chosen_slot];
-#pragma unroll
-        for (int h = 0; h < kWarpCandidates; ++h)
-          weight[h] = born[h] > chosen.inserted() ? to_chosen[h * 32 * (kAllCandidates + 1)] : of_chosen[h * 32];
-        float chosen_parameter = 0.f;
-        if constexpr (Rule::kByPick) {
-          float of_lane[kWarpCandidates];  // halved until [0] is that of the way: a dynamic index would put it into local memory
-#pragma unroll
-          for (int h = 0; h < kWarpCandidates; ++h) of_lane[h] = candidate_parameter[h];
-#pragma unroll
-          for (int half = 4; half > 0; half /= 2)
-#pragma unroll
-            for (int h = 0; h + half < kWarpCandidates && h < half; ++h) of_lane[h] = chosen.way() & half ? of_lane[h + half] : of_lane[h];
-          chosen_parameter = __shfl_sync(kFullWarp, of_lane[0], chosen_slot % 32);
-        }
-        emit_pick(p, chosen.token(), chosen_parameter);
-        // An empty way adds a stale weight, and stays infinite, as does a pending way.
-#pragma unroll
-        for (int h = 0; h < kWarpCandidates; ++h)
-          candidate_potential[h] = after_pick(rule, candidate_potential[h], weight[h], candidate_parameter[h], chosen_parameter);
-        best = lowest_candidate();
+        table.read_weights(*shared, chosen, slot, thread.lane, weight);
+        const float parameter = Rule::kByPick ? table.parameter_of(chosen, slot) : 0.f;
+        emit_pick(p, chosen.token(), parameter);
+        table.add(rule, weight, parameter);
+        best = table.lowest();
         count = p + 1;
       }
     } else {
-      // The only pick is the lowest token outside the table; in exchange 0 the first pick. Its weights to the candidates are in the matrix.
-      const Candidate chosen{key_index(lowest_outside)};
+      // The only pick is the lowest token outside the table; in exchange 0 the first pick.
+      const int lowest = candidate_of(lowest_outside).token();
       const int token =
-          static_cast<int>(exchange == 0 ? first_pick(item, make_key(potential_of(lowest_outside), chosen.token())) : chosen.token());
+          static_cast<int>(exchange == 0 ? first_pick(entry, make_key(candidate_potential<Rule>(lowest_outside), lowest)) : lowest);
       if (picks == 1) {  // reads no row: packed items of one pick have no weights
-        if (first == 0) picked[0] = token;
+        if (thread.first == 0) picked[0] = token;
         return;
       }
-      const float token_parameter = Rule::kByPick ? items.parameter_of(first_row + token) : 0.f;
-      emit_pick(0, token, token_parameter);
-#pragma unroll
-      for (int h = 0; h < kWarpCandidates; ++h)
-        if (candidate_potential[h] < kInfinity)
-          candidate_potential[h] =
-              after_pick(rule, candidate_potential[h], __ldg(matrix + (static_cast<uint32_t>(token) * pitch + candidate[h].token())),
-                         candidate_parameter[h], token_parameter);
+      const float parameter = Rule::kByPick ? item.parameter(token) : 0.f;
+      emit_pick(0, token, parameter);
+      table.add_outside(rule, item, token, parameter);
       count = 1;
     }
     done += count;
     if (done == picks) return;  // all warps in the same exchange, after all its messages: nothing is sent to a block that has ended
 
     // ---- (4) gather ----
-    // Of the candidate inserted for this warp, if any: mark the token, and start the loads of its row.
-    inserts = __popc(__ballot_sync(kFullWarp, pending >= 0));
-    inserted = __shfl_sync(kFullWarp, pending < 0 ? -1 : proposed, warp);
-    inserted_slot = __shfl_sync(kFullWarp, pending, warp) * 32 + warp;
-    evicted = __shfl_sync(kFullWarp, evicted, warp);
-    if (inserted >= 0) {
-#pragma unroll
-      for (int t = 0; t < kTokens; ++t) {
-        if (first + t * step == evicted) is_candidate &= ~(1u << t);
-        if (first + t * step == inserted) is_candidate |= 1u << t;
-      }
-#pragma unroll
-      for (int h = 0; h < kWarpCandidates; ++h)
-        inserted_row[h] = __ldg(matrix + (static_cast<uint32_t>(inserted) * pitch + candidate[h].token()));
-      if constexpr (kOfDistance<Rule>) inserted_min = __ldg(row_min + first_row + inserted);
-    }
-    victim_potential = -kInfinity;
-#pragma unroll
-    for (int h = 0; h < kWarpCandidates; ++h)
-      if (h != pending && candidate_potential[h] > victim_potential) victim = h, victim_potential = candidate_potential[h];
+    inserts = table.inserts();
+    inserted.load(table, item, row_min, thread.warp);
+    if (inserted.token >= 0) own.mark(inserted.token, inserted.evicted, thread);
+    table.find_victim();
 
     // ---- (5) add ----
-    const int made = opaque(count);  // else the first addition, and its wait for all rows of the picks, is moved before (4)
-    float low = kInfinity;
-    int low_token = 0;
-#pragma unroll
-    for (int p = 0; p < kClusterPicks; ++p) {
-      if (p >= made) break;
-#pragma unroll
-      for (int t = 0; t < kTokens; ++t) potential[t] = after_pick(rule, potential[t], row[p][t], parameter[t], pick_parameter[p]);
-    }
-#pragma unroll
-    for (int t = 0; t < kTokens; ++t) {
-      const int j = first + t * step;
-      if (j == inserted) pending_potential = potential[t];
-      if (!(is_candidate >> t & 1) && potential[t] < low) low = potential[t], low_token = j, lowest_parameter = parameter[t];
-    }
-    lowest = low < kInfinity ? key_of(low, Candidate::make(low_token, 0, 0).bits) : no_token;
-    if (inserted >= 0) pending_potential = __shfl_sync(kFullWarp, pending_potential, inserted % 32);
+    own.add(rule, rows, opaque(count));  // else the first addition, and its wait for all rows of the picks, is moved before (4)
+    own.find_lowest(thread);
+    if (inserted.token >= 0) inserted.potential = own.potential_of(inserted.token, thread);
   }
 }
 #endif

@@ -716,8 +716,8 @@ MUTANTS = (
         "one buffer of reports",
         "repulsion_select",
         "select_cluster.cuh",
-        ("store_async(&shared->message[exchange & 1][warp]", "store_async(&shared->message[0][warp]"),
-        ("shared->message[exchange & 1][lane] :", "shared->message[0][lane] :"),
+        ("store_async(&shared->message[exchange & 1]", "store_async(&shared->message[0]"),
+        ("shared->message[exchange & 1][thread.lane] :", "shared->message[0][thread.lane] :"),
         says=RACE,
     ),
     mutant(
@@ -738,13 +738,13 @@ MUTANTS = (
         "nothing is bounded",
         "repulsion_select",
         "select_cluster.cuh",
-        ("float bound = potential_of(lowest_outside);", "float bound = kInfinity;"),
+        ("float bound = candidate_potential<Rule>(lowest_outside);", "float bound = kInfinity;"),
     ),
     mutant(
         "a tie with the bound",
         "repulsion_select",
         "select_cluster.cuh",
-        ("!(potential_of(best) < bound)", "!(potential_of(best) <= bound)"),
+        ("!(candidate_potential<Rule>(best) < bound)", "!(candidate_potential<Rule>(best) <= bound)"),
     ),
     mutant(
         "the weight of another way",
@@ -756,7 +756,7 @@ MUTANTS = (
         "a row is read before it is there",
         "repulsion_select",
         "select_cluster.cuh",
-        ("born[h] = h == pending ? -1 : candidate", "born[h] = candidate"),
+        ("born[h] = h == way ? -1 : candidate", "born[h] = candidate"),
         says=RACE,
     ),
     mutant(
@@ -769,10 +769,7 @@ MUTANTS = (
         "a candidate that has just come is evicted",
         "repulsion_select",
         "select_cluster.cuh",
-        (
-            "if (h != pending && candidate_potential[h] > victim_potential)",
-            "if (candidate_potential[h] > victim_potential)",
-        ),
+        ("if (h != pending && potential[h] > victim_potential)", "if (potential[h] > victim_potential)"),
     ),
     mutant(
         "a candidate that has left is forgotten",
@@ -947,19 +944,19 @@ MUTANTS = (
         "a candidate without its quality",
         "farthest_select",
         "select_cluster.cuh",
-        ("candidate_parameter[h] = message.parameter;", ""),
+        ("parameter[h] = message.parameter;", ""),
     ),
     mutant(
         "the quality of another lane's token",
         "farthest_select",
         "select_cluster.cuh",
-        ("Candidate{key_index(lowest)}.token() % 32);", "0);"),
+        ("candidate_of(lowest).token() % 32);", "0);"),
     ),
     mutant(
         "the threshold of another candidate",
         "suppress_select",
         "select_cluster.cuh",
-        ("__shfl_sync(kFullWarp, of_lane[0], chosen_slot % 32)", "__shfl_sync(kFullWarp, of_lane[0], 0)"),
+        ("__shfl_sync(kFullWarp, of_lane[0], slot % 32)", "__shfl_sync(kFullWarp, of_lane[0], 0)"),
     ),
     mutant(
         "a zero row is as near as any",
