@@ -163,7 +163,7 @@ def attention_received(
             (Hq // Hkv). S is at least 1. `query` and `key` take any strides, but D must be contiguous. Pass a Hugging
             Face layer's (B, H, S, D) as ``x.transpose(1, 2)``, without a copy.
         scale: multiplies the dot products; None: 1 / sqrt(D).
-        row_weight: (B, R) float32, float16 or bfloat16, at least 0, the sum of an item 0 or a normal float32 (1.2e-38 to
+        row_weight: (B, R) float32, float16 or bfloat16, at least 0; their sum is 0 or a normal float32 (1.2e-38 to
             3.4e38). None: all weights equal. A row of weight 0 does not count, whatever it holds.
         row_position: (B, R) int64 or int32: row r sees keys 0 to row_position[r], as in causal attention. Negative: no
             key. S - 1 or more: all keys. None: all rows see all keys.
