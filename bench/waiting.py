@@ -47,9 +47,12 @@ def rows(seconds: int, arguments: str, **environment: str) -> Step:
     return Step(seconds, f"bench {common} --op {arguments}", environment)
 
 
-NEW = "lookahead repulsion_select large repulsion_select_varlen pairwise_sqdist nearest knn_density scatter_mean"
 STEPS = {
-    "tests": ops_tests(200, f"{NEW} dpp_select"),
+    "tests": ops_tests(
+        200,
+        "lookahead repulsion_select large repulsion_select_varlen "
+        "pairwise_sqdist nearest knn_density scatter_mean dpp_select",
+    ),
     "select": rows(50, "repulsion_select --shapes main batch"),
     "plain": rows(40, "repulsion_select --shapes main batch", STS_KERNELS_LOOKAHEAD="1"),
     "small": rows(25, "repulsion_select --shapes sweep-N N=256"),
@@ -70,12 +73,13 @@ STEPS = {
 
 
 def run(name: str, out: Path, commit: str | None) -> str:
-    """The verdict. What the step printed is in its log."""
+    """Runs a step, writes its log, and returns the verdict."""
     step, start = STEPS[name], time.monotonic()
-    print(f"{name}, at most {step.seconds} s: {shlex.join(step.command(name, out, commit))}", flush=True)
+    command = step.command(name, out, commit)
+    print(f"{name}, at most {step.seconds} s: {shlex.join(command)}", flush=True)
     with (out / f"{name}.log").open("w") as log:
         status = subprocess.run(
-            ["timeout", "-k", "5", str(step.seconds), *step.command(name, out, commit)],
+            ["timeout", "-k", "5", str(step.seconds), *command],
             cwd=record.ROOT, env=os.environ | step.environment, stdin=subprocess.DEVNULL, stdout=log,
             stderr=subprocess.STDOUT,
         ).returncode  # fmt: skip

@@ -110,7 +110,8 @@ __device__ __forceinline__ void for_keys(const Key* keys, int count, const F& f)
 template <class scalar_t>
 struct SweptItem {
   Item item;
-  int64_t entry, first_row;  // of Rows; index of the item's token 0 among all tokens
+  int64_t entry;      // of the rows
+  int64_t first_row;  // index of the item's token 0 among all tokens
   const float* norms;
   const scalar_t* centre;
   float *potential, *after;  // by token of the item
@@ -284,7 +285,7 @@ struct SweptBlock {
       const Item item = items[b];
       const int tiles = static_cast<int>(ceil_div(item.tokens, Sweep::kTile));
       share.item = item;
-      share.entry = items.packed() ? 0 : b;
+      share.entry = items.entry(b);
       share.first_row = items.first_token(b, item);
       share.norms = norms ? norms + share.first_row : nullptr;
       share.centre = centre ? centre + b * rows.channels : nullptr;
