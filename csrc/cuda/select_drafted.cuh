@@ -199,8 +199,8 @@ __device__ __forceinline__ uint32_t draft_key_of(float potential, float lowest, 
   return potential < kInfinity ? rounded << kTokenBits | token : kNotADraft;
 }
 
-// (3) By a warp: lane p returns the argmin of its tokens after draft p. row: weights of the drafts to the tokens of this thread. Rows past
-// the drafts are old ones, whose reports nobody reads: without a branch the steps overlap.
+// (3) By a warp: lane p returns the argmin of the warp's tokens after draft p. row: weights of the drafts to the tokens of this thread.
+// Rows past the drafts are old ones. Nobody reads their reports: without a branch the steps overlap.
 template <class Rule>
 __device__ __forceinline__ StoredReport try_drafts(const Rule& rule, const float (&potential)[kDraftTokens],
                                                    const float (&row)[kDrafts][kDraftTokens], int tid) {

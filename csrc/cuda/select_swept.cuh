@@ -277,7 +277,7 @@ struct SweptBlock {
     __syncthreads();
   }
 
-  // Makes item b that of the block. norms, centre, potential, after: of all items.
+  // Writes `share` for item b. norms, centre, potential, after: of all items.
   __device__ __forceinline__ void enter(int64_t b, const float* norms, const scalar_t* centre, float* potential, float* after) {
     __syncthreads();  // all threads have read `share` of the item before
     if (threadIdx.x == 0) {
