@@ -1,8 +1,8 @@
 """`python -m bench.waiting OUT`: runs what waits for a GPU (NOTES.md), in the order of `STEPS`.
 
-A step is stopped after its time; the others run. Each writes OUT/STEP.log, and its rows to OUT/STEP.csv. Rows do not name
-their variant; the file does. The checkout is timed and must have its library. Delete a step here and in NOTES.md once it
-is decided.
+A step is stopped after its time; the others run. Each writes OUT/STEP.log, and its rows to OUT/STEP.csv. Rows do not
+name their variant; the file does. The checkout is timed and must have its library. Delete a step here and in NOTES.md
+once it is decided.
 """
 
 import argparse
