@@ -383,7 +383,8 @@ def test_features_are_laid_out_as_a_model_leaves_them(data):
     assert torch.equal(x, inputs.features(2, 50, 16, torch.bfloat16, torch.device("cpu"), data))
 
 
-def test_what_waits_for_a_gpu_has_valid_commands(tmp_path, capsys):
+def test_what_waits_for_a_gpu_has_valid_commands(capsys, monkeypatch):
+    monkeypatch.setattr(ways, "draw", lambda rows, png: None)  # matplotlib is optional
     notes = (record.ROOT / "bench" / "NOTES.md").read_text()
     table = notes.partition("## What waits for a GPU")[2].partition("\n## ")[0]
     assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(waiting.STEPS)
@@ -392,9 +393,9 @@ def test_what_waits_for_a_gpu_has_valid_commands(tmp_path, capsys):
         if module == "bench":
             assert cli.main([*arguments, "--device", "cpu", "--dry-run"]) == 0
             assert ": native\n" in capsys.readouterr().out
-        elif module == "bench.ways":  # parses, then draws
+        elif module == "bench.ways":  # parses, then would draw
             rows = str(record.ROOT / "bench" / "results" / "ways.csv")
-            assert ways.main([*arguments, "--csv", rows, "--plot", str(tmp_path / "ways.png")]) == 0
+            assert ways.main([*arguments, "--csv", rows, "--plot", "ways.png"]) == 0
         else:
             command = [sys.executable, "-m", module, *arguments, "--collect-only"]
             found = subprocess.run(command, cwd=record.ROOT, capture_output=True, text=True)

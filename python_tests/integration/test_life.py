@@ -1,5 +1,6 @@
 """The whole life of a handle: construction, interrupts, threads, copies, adapters. No model is left half changed."""
 
+import contextlib
 import copy
 import gc
 import linecache
@@ -222,33 +223,43 @@ def test_threads_on_one_model(family, attention, monkeypatch):
         assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
-def test_removal_while_another_thread_decodes():
+INSIDE = [
+    *((place, 0) for place in PLACES if place != "language head"),
+    ("scored layer", 2),
+    ("layer after the cut", 2),
+]
+NO_CACHE, STATIC = {"use_cache": False}, {"cache_implementation": "static"}
+REMOVED, NOT_CONTINUED = "the pruning was removed while", "only while the pruning"
+
+
+@pytest.mark.parametrize(
+    ("place", "step", "options", "error"),
+    [
+        *((*inside, options, REMOVED) for inside in INSIDE for options in ({}, NO_CACHE)),
+        *((*inside, STATIC, NOT_CONTINUED if inside[1] else REMOVED) for inside in INSIDE),
+        *(("language head", 0, options, NOT_CONTINUED) for options in ({}, STATIC)),
+        *(("language head", 2, options, None) for options in ({}, NO_CACHE, STATIC)),  # after the last forward
+    ],
+)
+def test_removal_by_another_thread(place, step, options, error):
     model, prompts = models.build("llava"), rows("llava")
-    logits(model, prompts)
-    before, started = footprint(model), threading.Event()
-    handle = apply_sts(model, CONFIG)
+    plain = logits(model, prompts, 3, **options)
+    before, calls, handle = footprint(model), [], apply_sts(model, CONFIG)
+    pruned = logits(model, prompts, 3, **options)
 
-    def stop_after_two(ids, scores, **kwargs):
-        started.set()
-        return torch.zeros(len(ids), dtype=torch.bool)
+    def remove(*args):
+        calls.append(1)
+        if len(calls) == step + 1:
+            thread = threading.Thread(target=handle.remove)
+            thread.start()
+            thread.join()
 
-    criteria = models.transformers.StoppingCriteriaList([stop_after_two])
-    outcome = []
-
-    def run():
-        try:
-            logits(model, prompts, 400, stopping_criteria=criteria)
-        except Exception as error:
-            outcome.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    started.wait(60)
-    handle.remove()
-    thread.join()
+    hook = PLACES[place](model).register_forward_pre_hook(remove)
+    with pytest.raises(RuntimeError, match=error) if error else contextlib.nullcontext():
+        assert torch.equal(logits(model, prompts, 3, **options), pruned)
+    hook.remove()
     assert footprint(model) == before
-    assert isinstance(outcome[0], RuntimeError)
-    assert "only while the pruning" in str(outcome[0])
+    assert torch.equal(logits(model, prompts, 3, **options), plain)
 
 
 # --- copies ---

@@ -18,9 +18,9 @@ from .adapters import ADAPTERS, ModelAdapter, adapter_of
 from .captured import Bucket, Captured
 from .encoder_hooks import EncoderHooks, Relevance
 from .hooks import Hooks
-from .llm_hooks import LLMHooks, compiled
+from .llm_hooks import REMOVED, LLMHooks, compiled
 from .report import Report
-from .session import Placed, Session, Sessions
+from .session import Placed, Sessions
 from .timer import Timer
 from .untyped import Args, Kwargs, Model
 
@@ -94,8 +94,7 @@ class PruningHandle:
         self._graphs: Captured | None = None
         unsupported.check_model(model, base, self.text, [cut.layer for cut in plan.cuts], contiguous)
         unsupported.check_method(method, plan, base, adapter)
-        self._known: weakref.WeakSet[Session] = weakref.WeakSet()
-        self._sessions = Sessions(self._known)
+        self._sessions = Sessions(weakref.WeakSet())
         self._timer = Timer(self.text, profile)
         self._arguments = compat.parameters(base)
         self._encoder = EncoderHooks(adapter, base, method, plan, scope, self._sessions, relevance)
@@ -122,7 +121,11 @@ class PruningHandle:
 
     def remove(self) -> None:
         """Restores the model: removes every hook and attribute set here, also after an interrupt. Safe to call
-        twice."""
+        twice.
+
+        In another thread, a generate() that is inside a pruned forward, or continues a pruned cache, ends with a
+        RuntimeError. Do not call it while another thread calls the model's forward directly.
+        """
         if self._llm.active:
             self._forget_graphs()
         self._llm.remove()
@@ -130,9 +133,6 @@ class PruningHandle:
         self._graphs = None
         for module in self._captured:
             attention_capture.detach(module)
-        for session in list(self._known):
-            self._llm.close(session)
-            session.placed = None
         if active_handle(self.base) is self:
             del _handles[self.base]
 
@@ -278,15 +278,22 @@ class PruningHandle:
             unsupported.check_threads(self.base, self._llm.generating - {me})
             inner = me in self._llm.generating
             self._llm.generating.add(me)
-        outer, session.checked = session.checked, images
+        outer, session.checked, session.removed = session.checked, images, False
         served = contextlib.nullcontext() if self._graphs is None else self._graphs.serving(module, args, kwargs)
         try:
             with served, compat.without_kept_cache(module) if images else contextlib.nullcontext():
-                return original(*args, **kwargs)
+                out = original(*args, **kwargs)
+        except Exception as error:
+            if session.removed:
+                raise RuntimeError(REMOVED) from error
+            raise
         finally:
             session.checked = outer
             if not inner:
                 self._llm.generating.discard(me)
+        if session.removed:
+            raise RuntimeError(REMOVED)
+        return out
 
     def _encode(self, kind: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         session = self._sessions.now

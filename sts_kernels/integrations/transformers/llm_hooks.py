@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from transformers import Cache
 
 
+REMOVED = "sts_kernels: the pruning was removed while this thread was inside the model; run the prompt again"
+
+
 class LLMHooks:
     def __init__(
         self,
@@ -63,8 +66,12 @@ class LLMHooks:
     def remove(self) -> None:
         with self._lock:
             self.active = False
+            self.slots.close()  # caches stop other threads before layers lose their masks
+            for session in list(self.sessions.known):
+                session.removed |= session.under_way
+                self.close(session)
+                session.placed = None
             self._layer_hooks.remove()
-        self.slots.close()
 
     def _find_handed_out(self, embeds: torch.Tensor, cache: "Cache | None") -> Placed | None:
         """Placeholders of a prompt that the caller merged with encoded features. None: it has none of them."""
@@ -134,10 +141,13 @@ class LLMHooks:
             started = self._prefill(session, given, placed, placed.modality)
         if started is None:
             return None
-        session.forward, changed = started
-        session.forward.prompt.running = True
-        if not self.cudnn_attention and cudnn.concerns(embeds):
-            cudnn.turn_off(session)
+        with self._lock:
+            if not self.active:
+                raise RuntimeError(REMOVED)
+            session.forward, changed = started
+            session.forward.prompt.running = True
+            if not self.cudnn_attention and cudnn.concerns(embeds):
+                cudnn.turn_off(session)
         return (), changed
 
     def _prefill(

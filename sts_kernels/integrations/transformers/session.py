@@ -46,13 +46,20 @@ class Session:
     placed: Placed | None = None
     forward: Forward | None = None  # inside the LLM; a Prefill, or a plain Forward while decoding
     report: Report | None = None  # of the prompt under way
+    removed: bool = False  # whether the pruning was removed inside a forward of this thread
     checked: bool = False  # whether the options of the innermost generate() were checked when it started
     clock: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def under_way(self) -> bool:
+        """Whether this thread is inside a forward that prunes, or that follows a pruned prompt."""
+        placed = self.placed is not None and self.placed.modality is not None
+        return placed or self.encoding is not None or self.forward is not None
+
 
 class Sessions(threading.local):
-    """`now`: the session of the current thread."""
+    """`now`: the session of the current thread. known: those of all threads."""
 
     def __init__(self, known: "weakref.WeakSet[Session]"):
-        self.now = Session()
+        self.now, self.known = Session(), known
         known.add(self.now)
