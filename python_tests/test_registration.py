@@ -522,25 +522,16 @@ def python(code, **environment):
     return done.stdout.strip()
 
 
-def test_import_is_cheap_and_pulls_in_nothing():
+def test_import_pulls_in_nothing_heavy():
     code = """
-        import sys, time
+        import sys
         import torch
         before = set(sys.modules)
-        start = time.perf_counter()
         import sts_kernels
-        seconds = time.perf_counter() - start
-        new = set(sys.modules) - before
-        print(seconds, *[m for m in ("triton", "transformers", "matplotlib", "PIL", "numpy") if m in new])
+        new = {name.partition(".")[0] for name in set(sys.modules) - before}
+        print(*sorted(new - sys.stdlib_module_names - {"torch"}))
     """
-    best = 1e9
-    for _ in range(3):  # min of three: other processes may load the machine
-        seconds, *heavy = python(code).split()
-        assert not heavy, f"import sts_kernels imports {heavy}"
-        best = min(best, float(seconds))
-        if best < 0.15:
-            break
-    assert best < 0.3
+    assert python(code) == "sts_kernels"
 
 
 def test_disabled_library_leaves_the_reference():
