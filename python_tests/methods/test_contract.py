@@ -218,12 +218,9 @@ def test_the_gpu_picks_what_the_cpu_picks(name, cuda):
     assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("name", [name for name in SELECTING if name != "sts"])
+@pytest.mark.parametrize("name", SELECTING)
 def test_counts_out_of_range_that_nobody_reads(name, monkeypatch):
-    """Without the check of counts, as on a GPU: the output of such an item is -1, other items do not change.
-
-    The ops have their own tests.
-    """
+    """Without the check of counts, as on a GPU: the output of such an item is -1, other items do not change."""
     method = methods.create(name)
     given, counts = signals(method), torch.tensor(COUNTS)
     want = method.select(k=16, num_tokens=counts, **given).order
