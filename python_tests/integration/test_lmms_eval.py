@@ -125,7 +125,8 @@ def test_options_of_the_method():
         ({"method": "sparsevlm"}, "budget=192"),
         ({"method": "nothing", "budget": 8}, "nothing"),
         ({"method": "fastv", "keep": 8}, "keep"),
-        ({"budget": "many"}, "many"),
+        ({"budget": "many"}, "budget must be a number of tokens .* got 'many'"),
+        ({"method": "fastv", "layers": "2+x"}, "layers must be .* plus signs, got '2.x'"),
         ({"budget": -1}, "budget"),
     ],
 )
