@@ -83,6 +83,13 @@ class Pruned(MixedInto):
         print(self._summary(len(requests)))
         return answers
 
+    def loglikelihood(self, requests: list["Instance"]) -> Any:
+        """Refused: the last token of the answer would score the visual tokens, in place of the prompt's."""
+        raise PruningFailed(
+            "sts_kernels: tasks that score given answers (output_type multiple_choice or loglikelihood) cannot be "
+            "pruned, for the answer would choose the visual tokens; take a task of output_type generate_until"
+        )
+
     def _generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         before = self._pruning.report
         try:
