@@ -116,6 +116,7 @@ def _check_merge(op: str, features: Tensor, selection: Selection, ndim: int) -> 
 
 
 def _merge_rows(features: Tensor, selection: Selection) -> Tensor:
+    _checks.picks("merge", "selection.order", selection.order, features.shape[1])
     if selection.assignment is None:
         return _merge.rows(features, selection.order)
     if selection.method is not None:
