@@ -39,6 +39,8 @@ def parse(argv=None):
         args.device = torch.device(args.device)
     except RuntimeError:
         parser.error(f"--device: expected cpu or cuda, got {args.device!r}")
+    if args.threads is not None and args.threads < 1:
+        parser.error(f"--threads must be at least 1, got {args.threads}")
     if args.device.type not in ("cpu", "cuda"):
         parser.error(f"--device: expected cpu or cuda, got {args.device}")
     if args.device.type == "cuda" and not torch.cuda.is_available():
@@ -113,6 +115,9 @@ def main(argv=None) -> int:
     ]
     if not work:
         parser.error("nothing to time with these options; --list shows ops and groups")
+    offered = dict.fromkeys(p.name for bench, _ in work for p in bench.providers(args.device))
+    if unknown := [name for name in args.providers or () if name not in offered]:
+        parser.error(f"--providers: no {', '.join(unknown)} on {args.device}; there are {', '.join(offered)}")
     if args.dry_run:
         for bench, case in work:
             cost = bench.cost(case)
@@ -123,9 +128,6 @@ def main(argv=None) -> int:
     compiled_wanted = not args.providers or {"native", "triton"} & set(args.providers)
     names = dict.fromkeys(bench.op for bench, _ in work)
     backends.stop_unless_compiled(args.device, names, allowed=args.allow_reference or not compiled_wanted)
-    offered = dict.fromkeys(p.name for bench, _ in work for p in bench.providers(args.device))
-    if unknown := [name for name in args.providers or () if name not in offered]:
-        parser.error(f"--providers: no {', '.join(unknown)} on {args.device}; there are {', '.join(offered)}")
     begun = time.monotonic()
     effort = harness.QUICK if args.quick else harness.NORMAL
     run, rows = harness.start(args.device, effort, {case.dtype for _, case in work}, args.commit)

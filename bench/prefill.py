@@ -29,6 +29,7 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from sts_kernels import STSConfig
+from sts_kernels.generate import amount
 
 from . import backends, record, timing
 
@@ -329,15 +330,11 @@ def show(row: dict, full: dict) -> None:
     )
 
 
-def number(text: str) -> int | float:
-    return float(text) if "." in text else int(text)
-
-
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.prefill", description=__doc__.splitlines()[0].split(": ")[1])
     cuda = torch.cuda.is_available()
     parser.add_argument("--model", action="append", choices=BUDGETS, help="default: the 7B models on a GPU, else tiny")
-    parser.add_argument("--budget", action="append", type=number, help="tokens or a share; default: the paper's")
+    parser.add_argument("--budget", action="append", type=amount, help="tokens or a share; default: the paper's")
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda" if cuda else "cpu"))
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"))
     parser.add_argument("--attn", default="sdpa", help="attention implementation (default: sdpa)")

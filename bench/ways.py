@@ -31,8 +31,10 @@ from pathlib import Path
 
 import torch
 
+from sts_kernels.generate import amount
+
 from . import backends, record, timing
-from .prefill import BUDGETS, OPS_TIMED, cudnn_attention, elapsed_ms, number, picture
+from .prefill import BUDGETS, OPS_TIMED, cudnn_attention, elapsed_ms, picture
 
 COLUMNS = (
     *("timestamp", "commit", "model", "way", "batch", "budget", "dtype", "attention", "prompt", "visual", "keep"),
@@ -237,7 +239,7 @@ def main(argv=None) -> int:
     parser.add_argument("--model", action="append", choices=BUDGETS, help="default: the LLaVA ones on a GPU, else tiny")
     parser.add_argument("--way", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--batch", nargs="+", type=int, default=(1, 16))
-    parser.add_argument("--budget", nargs="+", type=number, help="tokens or a share; default: 1.0 and the paper's")
+    parser.add_argument("--budget", nargs="+", type=amount, help="tokens or a share; default: 1.0 and the paper's")
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda" if cuda else "cpu"))
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"))
     parser.add_argument("--attn", default="sdpa", help="attention implementation (default: sdpa)")

@@ -1,6 +1,7 @@
 """Quotes, samples, tables and links of README.md and docs/ match the tree."""
 
 import inspect
+import math
 import re
 from pathlib import Path
 
@@ -75,6 +76,17 @@ def test_the_sample_of_pruning_runs(capsys):
     assert names["pruning"].report.rows[0].average == 128
     assert names["ids"].shape[1] > inputs["input_ids"].shape[1]
     assert "128.0" in capsys.readouterr().out
+
+
+def test_the_sample_of_a_method_runs():
+    """The sample of docs/adding-a-method.md runs as printed, with the model and inputs of docs/getting-started.md."""
+    model, processor = tiny()
+    inputs = prepare(processor, [load_picture(default_picture())], "What is this?")
+    names = {"__name__": "script", "model": model, "inputs": inputs}
+    exec(blocks(DOCS["adding-a-method.md"], "python")[0], names)
+    assert names["pruning"].report.rows[0].kept == [32]
+    item = torch.tensor([[[3.0], [math.nan], [-5.0], [3.0], [1.0]]])
+    assert names["Norms"]().select(k=5, features=item).order.tolist() == [[2, 0, 3, 4, 1]]
 
 
 @pytest.mark.parametrize(("index", "kept"), [(0, [48, 16]), (1, [144, 112]), (2, None)])

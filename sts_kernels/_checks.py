@@ -165,6 +165,15 @@ def counts(op: str, name: str, value: torch.Tensor | None, most: int, what: str)
             raise ValueError(f"{op}: {name}[{item}] must be between 0 and {most}, its {what}, got {count}")
 
 
+def picks(op: str, name: str, value: torch.Tensor, tokens: int) -> None:
+    """Checks -1 <= value < tokens, if the values are readable."""
+    if not value.numel() or not values_readable(value):
+        return
+    low, high = (extreme.item() for extreme in value.aminmax())
+    if not -1 <= low <= high < tokens:
+        raise ValueError(f"{op}: {name} must be between -1 and {tokens - 1}, got {low if low < -1 else high}")
+
+
 def values_readable(value: torch.Tensor) -> bool:
     """Whether to read the elements of `value`: free on the CPU; elsewhere a sync, only under STS_KERNELS_CHECK=1."""
     if not _concrete(value) or value.is_meta:

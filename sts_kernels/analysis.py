@@ -5,7 +5,7 @@ Shared by all functions:
     num_tokens: (B,) int64 or int32, only the first num_tokens[b] tokens of item b count; None: all N do. An item
         without tokens returns 0.
     Returns float32, computed in float64: the rest of the batch and the padding change at most the last bit. An item
-        with a NaN or infinity returns NaN; other items are unaffected. No gradient.
+        with a NaN, an infinity or a negative score returns NaN; other items are unaffected. No gradient.
     Raises TypeError or ValueError: the message names the function, the argument, the expected and the given value.
 """
 
@@ -65,7 +65,7 @@ def _scores(op: str, scores: Tensor, num_tokens: Tensor | None) -> tuple[Tensor,
     if scores.shape[1] == 0:
         raise ValueError(f"{op}: scores must have at least one token, got shape {tuple(scores.shape)}")
     present = _present(op, scores, num_tokens)
-    bad = (present & ~scores.isfinite()).any(1)
+    bad = (present & ~(scores.isfinite() & (scores >= 0))).any(1)
     return torch.where(present & ~bad[:, None], scores, 0).double(), present, bad
 
 
@@ -290,10 +290,7 @@ def coverage(features: Tensor, order: Tensor, num_tokens: Tensor | None = None) 
         )
     _checks.same_device(op, "order", order, features)
     batch, tokens = present.shape
-    if _checks.values_readable(order) and order.numel():
-        low, high = (value.item() for value in order.aminmax())
-        if not -1 <= low <= high < tokens:
-            raise ValueError(f"{op}: order must be between -1 and {tokens - 1}, got {low if low < -1 else high}")
+    _checks.picks(op, "order", order, tokens)
     valid = (order >= 0) & (order < tokens)
     slots = order.long().masked_fill(~valid, tokens)
     is_kept = present.new_zeros(batch, tokens + 1).scatter(1, slots, True)[:, :tokens] & present

@@ -45,7 +45,8 @@ class LLMSize:
 
     @classmethod
     def of(cls, config: Any, dtype: Any) -> "LLMSize":
-        """From a transformers text configuration and the torch.dtype of the cache."""
+        """From the transformers configuration of a model, whole or LLM alone, and the torch.dtype of the cache."""
+        config = config.get_text_config()
         heads = config.num_attention_heads
         dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         kv_heads = getattr(config, "num_key_value_heads", None) or heads

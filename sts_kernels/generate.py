@@ -3,7 +3,8 @@
 import ast
 import sys
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,34 +12,44 @@ import torch
 from ._cli import describe, find_device, first_line, load_picture, save
 from ._errors import UserError
 from .methods import Budget, Method, create, names
+from .methods._budget import AMOUNT, parse_amount
 
 RANDOM_NAMES = ("tiny", "llava-1.5-7b", "llava-next-7b", "qwen2.5-vl-7b")
 DTYPES = ("float32", "float16", "bfloat16")
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
 
 
-def amount(text: str) -> int | float:
-    """Parses a number of tokens, or a share of tokens if the text has a decimal point."""
-    return float(text) if "." in text else int(text)
+def parsed(parse: Callable[[str], Any], expected: str) -> Callable[[str], Any]:
+    """`parse` as the type of an argument: where it raises ValueError, the error says what was `expected`."""
+
+    def checked(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError:
+            raise ArgumentTypeError(f"must be {expected}, got {text!r}") from None
+
+    return checked
 
 
-def amounts(text: str) -> list[int | float]:
-    return [amount(part) for part in text.split(",")]
+def listed(parse: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    return lambda text: [parse(part) for part in text.split(",")]
 
 
-def layers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
-def option(text: str) -> tuple[str, object]:
+def pair(text: str) -> tuple[str, object]:
     """Parses NAME=VALUE; a value that is not a Python literal is a string."""
     name, found, value = text.partition("=")
-    if not found:
+    if not (name and found):
         raise ValueError(text)
     try:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return name, value
+
+
+amount = parsed(parse_amount, AMOUNT)
+amounts = parsed(listed(parse_amount), "numbers of tokens or shares of them, with commas, such as 0.5,0.25,64")
+layers = parsed(listed(int), "numbers of layers, with commas, such as 8,16,24")
+option = parsed(pair, "NAME=VALUE, such as anchor=3")
 
 
 def add_arguments(parser: ArgumentParser) -> None:

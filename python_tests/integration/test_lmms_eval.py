@@ -41,6 +41,9 @@ class Theirs:
                 answers.append("")
         return answers
 
+    def loglikelihood(self, requests):
+        return [(0.0, False)] * len(requests)
+
 
 @pytest.fixture
 def theirs(monkeypatch):
@@ -125,7 +128,8 @@ def test_options_of_the_method():
         ({"method": "sparsevlm"}, "budget=192"),
         ({"method": "nothing", "budget": 8}, "nothing"),
         ({"method": "fastv", "keep": 8}, "keep"),
-        ({"budget": "many"}, "many"),
+        ({"budget": "many"}, "budget must be a number of tokens .* got 'many'"),
+        ({"method": "fastv", "layers": "2+x"}, "layers must be .* plus signs, got '2.x'"),
         ({"budget": -1}, "budget"),
     ],
 )
@@ -169,6 +173,18 @@ def test_an_error_ends_the_run_instead_of_an_empty_answer(theirs):
         with pytest.raises(SystemExit, match="prefill_chunk_size"):
             wrapped.generate_until([{**inputs, "prefill_chunk_size": 4}])
         assert model.generate is generate
+    finally:
+        remove_pruning(model)
+
+
+def test_given_answers_are_not_scored(theirs):
+    from sts_kernels.integrations.transformers import remove_pruning
+
+    model = models.shared("llava")
+    wrapped = pruned.STSLlavaHf(pretrained=model, budget=8)
+    try:
+        with pytest.raises(SystemExit, match=r"multiple_choice or loglikelihood\).*take a task"):
+            wrapped.loglikelihood([])
     finally:
         remove_pruning(model)
 

@@ -35,7 +35,7 @@ def test_counts(family, device):
     assert text.visual_tflops == (0, 0)
     assert text.prefill_tflops[0] == text.prefill_tflops[1] > 0
     for name, convention in CONVENTIONS.items():
-        size, other = sts.report.size, picture.prompt - picture.tokens if convention.text else 0
+        size, other = LLMSize.of(model.config, model.dtype), picture.prompt - picture.tokens if convention.text else 0
         layers = [picture.after_stage1 + other] * LAYER + [AFTER + other] * 3
         assert picture.tflops[name] == pytest.approx(
             [sum(size.layer_flops(n, convention) for n in row) / 1e12 for row in ([picture.tokens + other] * 6, layers)]

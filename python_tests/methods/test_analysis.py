@@ -232,6 +232,15 @@ def test_a_bad_item_spoils_no_other(device, name, value):
     assert torch.equal(got[::2], good[::2])
 
 
+@pytest.mark.parametrize("name", ["attention_entropy", "knn_consistency", "share_of_top", "quartile_shares"])
+def test_a_negative_score_gives_nan(device, name):
+    x, scores = noise(2, 20, 6, seed=9).to(device), attention(2, 20, seed=10).to(device)
+    scores[1] = scores[1].log()  # logits in place of attention
+    got = CALLS[name](x, scores, None)
+    assert got[1].isnan().all()
+    assert got[0].isfinite().all()
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_nothing_gives_zero(device, name):
     x, scores = torch.zeros(2, 6, 4, device=device), torch.zeros(2, 6, device=device)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sts_kernels import _checks, _native, methods
-from sts_kernels.methods import Method
+from sts_kernels.methods import Method, Selection
 
 from .contract import ARGUMENTS, COUNTS, ITEM, SELECTING, alone, packed, parts, signals
 
@@ -218,12 +218,9 @@ def test_the_gpu_picks_what_the_cpu_picks(name, cuda):
     assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("name", [name for name in SELECTING if name != "sts"])
+@pytest.mark.parametrize("name", SELECTING)
 def test_counts_out_of_range_that_nobody_reads(name, monkeypatch):
-    """Without the check of counts, as on a GPU: the output of such an item is -1, other items do not change.
-
-    The ops have their own tests.
-    """
+    """Without the check of counts, as on a GPU: the output of such an item is -1, other items do not change."""
     method = methods.create(name)
     given, counts = signals(method), torch.tensor(COUNTS)
     want = method.select(k=16, num_tokens=counts, **given).order
@@ -231,6 +228,51 @@ def test_counts_out_of_range_that_nobody_reads(name, monkeypatch):
     want[[1, 2]] = -1
     monkeypatch.setattr(_checks, "values_readable", lambda value: False)
     assert torch.equal(method.select(k=16, num_tokens=counts, **given).order, want)
+
+
+@pytest.mark.parametrize(
+    ("picked", "error", "match"),
+    [
+        (None, TypeError, "own.pick: must return a Selection, got NoneType"),
+        (torch.zeros(2, 3), TypeError, "own.pick: must return a Selection, got Tensor"),
+        (Selection(torch.zeros(2, 3)), TypeError, "own.pick: order must be int64, got float32"),
+        (Selection(torch.arange(3)), ValueError, r"own.pick: order must have shape \(B, k\), got \(3,\)"),
+        (Selection(torch.ones(2, 4).long()), ValueError, r"\(B, k\) = \(2, 3\), got \(2, 4\)"),
+        (Selection(torch.tensor([[0, 1, 2], [2, 0, 2]])), ValueError, r"0 to 4 in item 1, got \[2, 0, 2\]"),
+        (Selection(torch.tensor([[0, 1, 2], [2, 0, 5]])), ValueError, r"0 to 4 in item 1, got \[2, 0, 5\]"),
+        (Selection(torch.tensor([[0, -1, 2], [2, 0, 1]])), ValueError, "distinct tokens of 0 to 4 in item 0"),
+        (
+            Selection(torch.arange(3).expand(2, 3), torch.zeros(2, 5).long()),
+            ValueError,
+            "must have no assignment, for merges is False",
+        ),
+    ],
+)
+def test_what_pick_returns_is_checked(picked, error, match):
+    class Own(Method):
+        name, signals = "own", frozenset({"features"})
+
+        def pick(self, pool):
+            return picked
+
+    with pytest.raises(error, match=match):
+        Own().select(k=3, features=torch.rand(2, 5, 4))
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "match"),
+    [
+        ("site", "projector", "Own: site must be 'encoder' or 'projected' or None, got 'projector'"),
+        ("scope", "tile", "Own: scope must be 'image' or 'crop', got 'tile'"),
+        ("positions", "new", "Own: positions must be 'original' or 'contiguous', got 'new'"),
+        ("encoder_attention", "first", "Own: encoder_attention must be 'features' or 'last', got 'first'"),
+        ("signals", frozenset({"feature"}), "Own: signals must be a frozenset of features, attention, .*'feature'"),
+        ("signals", ("features",), "Own: signals must be a frozenset of features, attention, "),
+    ],
+)
+def test_class_attributes_are_checked(attribute, value, match):
+    with pytest.raises(ValueError, match=match):
+        type("Own", (Method,), {"name": "own", attribute: value})
 
 
 @pytest.mark.parametrize("name", SELECTING)

@@ -12,19 +12,22 @@ from torch import Tensor
 from .. import _checks
 from . import _merge, _packed
 from ._budget import split_evenly
-from .base import Budget, Cut, Method, Plan, Selection
+from .base import Budget, Cut, Inside, Method, Plan, Pool, Selection, option
 
 __all__ = [
     "Budget",
     "Cut",
+    "Inside",
     "Method",
     "Plan",
+    "Pool",
     "Selection",
     "create",
     "describe",
     "merge",
     "merge_packed",
     "names",
+    "option",
     "split_evenly",
 ]
 
@@ -60,10 +63,10 @@ def create(name: str, **options: Any) -> Method:
     """
     kind = _known(name)
     allowed = [field.name for field in fields(kind)]
-    for option in options:
-        if option not in allowed:
+    for given in options:
+        if given not in allowed:
             takes = f"it takes {', '.join(allowed)}" if allowed else "it takes none"
-            raise TypeError(f"{name}: {option} is not an option of this method, {takes}")
+            raise TypeError(f"{name}: {given} is not an option of this method, {takes}")
     return kind(**options)
 
 
@@ -116,6 +119,7 @@ def _check_merge(op: str, features: Tensor, selection: Selection, ndim: int) -> 
 
 
 def _merge_rows(features: Tensor, selection: Selection) -> Tensor:
+    _checks.picks("merge", "selection.order", selection.order, features.shape[1])
     if selection.assignment is None:
         return _merge.rows(features, selection.order)
     if selection.method is not None:

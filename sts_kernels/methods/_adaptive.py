@@ -66,7 +66,8 @@ class Adaptive(Method):
             found.append(find.get(self.complexity, analysis.attention_entropy)(given).cpu())
         values = torch.cat(found).double() if found else torch.empty(0)
         if not len(values) or not values.isfinite().all():
-            what = "at least one image" if not len(values) else "finite values only"
+            valid = "finite values of at least 0" if name == "scores" else "finite values"
+            what = f"{valid} only" if len(values) else "at least one image"
             raise ValueError(f"{self.name}: calibrate needs {name} of {what}")
         new: dict[str, Any] = {"erank_avg": float(values.mean())}
         if "erank_iqr" in {own.name for own in fields(self)}:

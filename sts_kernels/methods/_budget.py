@@ -10,6 +10,16 @@ from typing import Any
 
 from .. import _checks
 
+AMOUNT = "a number of tokens or a share of them, such as 128 or 0.25"
+
+
+def parse_amount(text: str) -> int | float:
+    """Reads a number of tokens, or a share of them, which has a decimal point or an exponent."""
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
 
 def check_amount(op: str, name: str, value: Any) -> None:
     """Checks that `value` is None, a number of tokens (int >= 1) or a share of tokens (float in (0, 1])."""

@@ -27,7 +27,7 @@ class Pool:
         k: slots of each item.
         count: (B,) int64, tokens of each item.
         present: (B, N) bool mask of the first count[b] tokens.
-        num_tokens: the argument of `Method.select`; None: all items have N tokens.
+        num_tokens: `count`; None: all items have N tokens.
         features, scores, text, keys: shapes as in `SHAPES`; ABSENT if not given.
     """
 
@@ -111,4 +111,4 @@ class Pool:
             count = num_tokens.long()
             count = torch.where((count >= 0) & (count <= tokens), count, 0)
         present = torch.arange(tokens, device=device) < count[:, None]
-        return Pool(k, count, present, num_tokens, **signals)
+        return Pool(k, count, present, None if num_tokens is None else count, **signals)

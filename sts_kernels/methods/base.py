@@ -11,11 +11,17 @@ from torch import Tensor
 from .. import _checks
 from . import _merge, _packed
 from ._budget import Budget, take
-from ._pool import ABSENT, Pool
+from ._pool import ABSENT, ARGUMENTS, Pool
 
 __all__ = ["Budget", "Cut", "Inside", "Method", "Plan", "Pool", "Selection", "option"]
 
 SCOPES, POSITIONS = ("image", "crop"), ("original", "contiguous")  # values of `Method.scope` and `Method.positions`
+ATTRIBUTES: dict[str, tuple[str | None, ...]] = {  # of Method, and their values
+    "site": ("encoder", "projected", None),
+    "encoder_attention": ("features", "last"),
+    "scope": SCOPES,
+    "positions": POSITIONS,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,6 +167,16 @@ class Method:
     adaptive: ClassVar[bool] = False
     synchronises: ClassVar[bool] = False
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        for name, allowed in ATTRIBUTES.items():
+            value = getattr(cls, name)
+            if value not in allowed:
+                raise ValueError(f"{cls.__name__}: {name} must be {' or '.join(map(repr, allowed))}, got {value!r}")
+        signals = cls.signals
+        if not isinstance(signals, frozenset) or not signals <= ARGUMENTS.keys():
+            raise ValueError(f"{cls.__name__}: signals must be a frozenset of {', '.join(ARGUMENTS)}, got {signals!r}")
+
     def plan(self, budget: Budget, layers: int, default_layer: int | None = None) -> Plan:
         """Fits the method to an LLM of `layers` layers.
 
@@ -242,9 +258,37 @@ class Method:
         """`pick` without gradient, with slots past each item's count set to -1 and `method` filled in."""
         with torch.no_grad():
             picked = self.pick(pool)
+            self._check_picked(picked, pool)
             slot = torch.arange(pool.k, device=pool.device)
             order = picked.order.masked_fill(slot >= pool.count[:, None], -1)
+            self._check_order(order, pool)
         return replace(picked, order=order, method=self)
+
+    def _check_picked(self, picked: Any, pool: Pool) -> None:
+        """Checks types and shapes of what `pick` returned."""
+        op = f"{self.name}.pick"
+        if not isinstance(picked, Selection):
+            raise TypeError(f"{op}: must return a Selection, got {type(picked).__name__}")
+        _checks.tensor(op, "order", picked.order, (torch.int64,), "(B, k)")
+        if picked.order.shape != (pool.batch, pool.k):
+            expected = f"(B, k) = {(pool.batch, pool.k)}"
+            raise ValueError(f"{op}: order must have shape {expected}, got {tuple(picked.order.shape)}")
+        if (picked.assignment is not None) != self.merges:
+            how = "an assignment, for merges is True" if self.merges else "no assignment, for merges is False"
+            raise ValueError(f"{op}: the Selection must have {how}")
+
+    def _check_order(self, order: Tensor, pool: Pool) -> None:
+        """Checks that each item's picks are distinct tokens of it, if the values are readable."""
+        if not _checks.values_readable(order):
+            return
+        ascending = order.sort(dim=1).values
+        twice = (ascending[:, 1:] == ascending[:, :-1]) & (ascending[:, 1:] >= 0)
+        number = (order >= 0).sum(1)
+        wrong = twice.any(1) | (order >= pool.count[:, None]).any(1) | (number < pool.count.clamp(max=pool.k))
+        if wrong.any():
+            item = int(wrong.nonzero()[0])
+            tokens = f"distinct tokens of 0 to {int(pool.count[item]) - 1} in item {item}"
+            raise ValueError(f"{self.name}.pick: order must hold {tokens}, got {order[item].tolist()}")
 
     def pick(self, pool: Pool) -> Selection:
         """The method's own rule, on checked input. Slots past an item's count may hold any value."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ... import methods
 from ...methods import Budget, Method
+from ...methods._budget import AMOUNT, parse_amount
 from ..transformers import prune
 from ..transformers.hooks import Hooks
 from . import FAMILIES
@@ -39,7 +40,9 @@ def configure(arguments: dict[str, Any]) -> tuple[Method, dict[str, Any]]:
     name = arguments.pop("method", "sts")
     known = methods.create(name).options().keys()
     method = methods.create(name, **{option: arguments.pop(option) for option in known & arguments.keys()})
-    amounts: dict[str, Any] = {option: _numbers(arguments.pop(option)) for option in AMOUNTS if option in arguments}
+    amounts: dict[str, Any] = {
+        option: _numbers(option, arguments.pop(option)) for option in AMOUNTS if option in arguments
+    }
     for option in ("layers", "ratios"):
         if option in amounts and not isinstance(amounts[option], list):
             amounts[option] = [amounts[option]]
@@ -47,10 +50,13 @@ def configure(arguments: dict[str, Any]) -> tuple[Method, dict[str, Any]]:
     return method, {**amounts, **{option: arguments.pop(option) for option in PLACES if option in arguments}}
 
 
-def _numbers(value: str | int | float) -> int | float | list[int | float]:
+def _numbers(option: str, value: str | int | float) -> int | float | list[int | float]:
     if not isinstance(value, str):
         return value
-    parts = [float(part) if "." in part else int(part) for part in value.split("+")]
+    try:
+        parts = [parse_amount(part) for part in value.split("+")]
+    except ValueError:
+        raise ValueError(f"sts_kernels: {option} must be {AMOUNT}; or several with plus signs, got {value!r}") from None
     return parts if "+" in value else parts[0]
 
 
@@ -76,6 +82,13 @@ class Pruned(MixedInto):
             hooks.remove()
         print(self._summary(len(requests)))
         return answers
+
+    def loglikelihood(self, requests: list["Instance"]) -> Any:
+        """Refused: the last token of the answer would score the visual tokens, in place of the prompt's."""
+        raise PruningFailed(
+            "sts_kernels: tasks that score given answers (output_type multiple_choice or loglikelihood) cannot be "
+            "pruned, for the answer would choose the visual tokens; take a task of output_type generate_until"
+        )
 
     def _generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         before = self._pruning.report

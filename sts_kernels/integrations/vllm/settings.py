@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ... import __version__, methods
 from ...methods import Budget, Method, Plan
-from ...methods._budget import check_amount
+from ...methods._budget import AMOUNT, check_amount, parse_amount
 from ...methods.base import POSITIONS, SCOPES
 
 if TYPE_CHECKING:
@@ -58,11 +58,10 @@ def from_variable() -> dict[str, Any] | None:
     if not text:
         return None
     try:
-        amount = int(text) if text.isdigit() else float(text)
+        amount = parse_amount(text)
         check_amount("sts_kernels", VARIABLE, amount)
     except ValueError:
-        wanted = "a number of tokens or a share of them, such as 128 or 0.25"
-        raise Refused(f"sts_kernels: {VARIABLE} must be {wanted}, got {text!r}") from None
+        raise Refused(f"sts_kernels: {VARIABLE} must be {AMOUNT}, got {text!r}") from None
     return {"keep": amount}
 
 
