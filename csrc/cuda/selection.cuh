@@ -209,7 +209,7 @@ class SelectionLaunch {
     const int64_t pitch = matrix_pitch(items_.tokens);
     for (int64_t first = 0; first < items_.count; first += plan_.entries) {
       const int64_t held = items_.count - first < plan_.entries ? items_.count - first : plan_.entries;
-      cudaError_t error = weigh(PaddedTiles{items_.tokens, first, held, pitch, plan_.tile});
+      cudaError_t error = weigh(PaddedTiles{items_.tokens, items_.num_tokens, first, held, pitch, plan_.tile});
       if (error != cudaSuccess) return error;
       const int resident = plan_.item_blocks > 1 || plan_.drafted ? 0 : resident_rows(items_, held);
       const StoredItems stored{items_, scratch_.weights, first, nullptr, nullptr, plan_.cluster_from, 0, resident};
