@@ -160,7 +160,7 @@ struct StageRing {
         used = stage;
         next();
       }
-      wgmma_wait<0>();
+      wgmma_finish(run);
       if (lane == 0) mbarrier_arrive(&empty[used]);
 #pragma unroll
       for (int s = 0; s < kSums; ++s) dot[s] += run[s];
