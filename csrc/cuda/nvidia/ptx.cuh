@@ -69,7 +69,8 @@ __device__ __forceinline__ void mbarrier_arrive(Mbarrier* barrier) {
 }
 
 // Waits until phase number `phase`, counted from 0, is complete; its bytes have then arrived. Only the parity is tested, so the next phase
-// must not be complete yet.
+// must not be complete yet. The acquire has the default scope, .cta, also for store_async of other blocks: what they wrote is in shared
+// memory of this block, which no cache holds. Scope .cluster would invalidate L1 in every iteration of the wait (CCTL.IVALL).
 __device__ __forceinline__ void mbarrier_wait(Mbarrier* barrier, int phase) {
   unsigned ended = 0;
   while (!ended)
