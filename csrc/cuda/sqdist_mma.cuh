@@ -29,8 +29,8 @@ constexpr int kMmaStages = 3;
 constexpr int kFlushChannels = 256;
 constexpr float kCancellation = 1.f / 64;
 
-// Whether `sqdist`, computed as norms - 2ab with norms = |a|^2 + |b|^2, must be computed by differences: it is below `limit` of the norms, or
-// NaN, or the norms are not finite (infinity - infinity is NaN).
+// Whether `sqdist`, computed as norms - 2ab with norms = |a|^2 + |b|^2, must be computed by differences: it is below `limit` of the norms,
+// or NaN, or the norms are not finite (infinity - infinity is NaN).
 __device__ __forceinline__ bool cancels(float sqdist, float norms, float limit) { return !(fmaf(-limit, norms, sqdist) >= 0.f); }
 
 template <int kTile>
