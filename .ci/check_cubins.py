@@ -2,7 +2,8 @@
 
     python .ci/check_cubins.py LIBRARY [--expect sm_80 sm_90 ...]
 
-Exit status 1 if the architectures are not the expected ones, or if a kernel spills registers or uses stack memory.
+Exit status 1 if the architectures are not the expected ones, if a kernel spills registers or uses stack memory, or if
+one that may start early (programmatic dependent launch) accesses memory before it waits for the launch ahead.
 Needs cuobjdump (of the CUDA toolkit, or of the triton wheel).
 """
 
@@ -68,6 +69,33 @@ def kernels_in(library: Path) -> list[Kernel]:
     return sorted(kernels)
 
 
+# Accesses of global memory, generic ones included.
+ACCESS = re.compile(r"(?:@!?U?P\d+ )?(LDG|STG|LD|ST|LDGSTS|RED|REDG|ATOM|ATOMG|UTMALDG|UBLKCP)\b")
+
+
+def early_accesses(library: Path) -> list[str]:
+    """Accesses of global memory above ACQBULK, the machine code of griddepcontrol.wait.
+
+    The source has none (ptx.cuh: await_predecessor), but the compiler moves loads by __ldg across the wait: they
+    promise that nobody writes to the memory.
+    """
+    found, code, symbol, accesses = [], "", "", []
+    with subprocess.Popen([find_cuobjdump(), "-sass", str(library)], stdout=subprocess.PIPE, text=True) as run:
+        for line in run.stdout:
+            if "code for sm_" in line:
+                code = line.split()[-1]
+            elif "Function : " in line:
+                symbol, accesses = line.split()[-1], []
+            elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
+                if instruction[1].startswith("ACQBULK"):
+                    found += [f"{demangled([symbol])[0]} on {code} has {a} before it waits" for a in accesses]
+                elif access := ACCESS.match(instruction[1]):
+                    accesses.append(access[1])
+    if run.returncode:
+        raise subprocess.CalledProcessError(run.returncode, run.args)
+    return found
+
+
 def demangled(symbols: list[str]) -> list[str]:
     """Names with template arguments, without parameters, return type and namespace."""
     if not symbols:
@@ -111,6 +139,7 @@ def main() -> int:
     problems += [
         f"{k.name} on {k.code} keeps {k.stack + k.local} bytes a thread in memory" for k in kernels if k.spills
     ]
+    problems += early_accesses(args.library)
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     print(f"{len(kernels)} kernels, code for {', '.join(found)}, {len(problems)} problems")

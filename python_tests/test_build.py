@@ -108,12 +108,15 @@ def cubins():
 
 
 @pytest.mark.slow
-def test_check_of_the_cubins_sees_a_stack_and_a_missing_architecture(tmp_path):
+def test_check_of_the_cubins_sees_a_stack_an_early_access_and_a_missing_architecture(tmp_path):
     if shutil.which("nvcc") is None or cubins().find_cuobjdump() is None:
         pytest.skip("needs nvcc and cuobjdump")
     good = "__global__ void good(int* a) { a[threadIdx.x] += 1; }\n"
     bad = "__global__ void bad(int* a, int i) { volatile int t[9]; t[i] = 1; a[0] = t[i + 1]; }\n"
-    for name, source in {"good": good, "bad": good + bad}.items():
+    waits = '__global__ void waits(const int* a, int* b) {{ {} asm("griddepcontrol.wait;" ::: "memory"); {} }}\n'
+    load = "const int i = *a;"
+    early, late = waits.format(load, "*b = i;"), waits.format("", load + " *b = i;")
+    for name, source in {"good": good + late, "bad": good + bad, "early": early}.items():
         (tmp_path / f"{name}.cu").write_text(source)
         command = ["nvcc", "-c", "-gencode=arch=compute_90,code=sm_90", "-o", f"{name}.o", f"{name}.cu"]
         subprocess.run(command, cwd=tmp_path, check=True)
@@ -125,6 +128,7 @@ def test_check_of_the_cubins_sees_a_stack_and_a_missing_architecture(tmp_path):
 
     assert check("good", "sm_90") == (0, "")
     assert check("bad", "sm_90") == (1, "error: bad on sm_90 keeps 40 bytes a thread in memory\n")
+    assert check("early", "sm_90") == (1, "error: waits on sm_90 has LDG before it waits\n")
     for expect in (["sm_80"], ["sm_90", "compute_90"], ["sm_80", "sm_90"]):
         code, errors = check("good", *expect)
         assert code == 1

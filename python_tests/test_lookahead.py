@@ -452,10 +452,37 @@ def test_emulated_cuda_kernels_note_the_smallest_weight_of_every_row(emulated, m
         x = make(torch.Generator().manual_seed(14), batch, tokens, 24).to(dtype)
         notes = np.zeros((batch, tokens), np.uint32)
         *_, notes, _ = emulated(x, 10, 8, matrix_tokens=tokens, item_blocks=4, notes=notes)
-        least = (notes & 0x7FFFFFFF).view(np.float32)  # ordered bits of positive numbers
-        sqdist = torch.cdist(x.double(), x.double(), compute_mode="donot_use_mm_for_euclid_dist") ** 2
-        weight = (1 / (sqdist + 1e-6)).diagonal_scatter(torch.full((batch, tokens), torch.inf), dim1=1, dim2=2)
-        np.testing.assert_allclose(least, weight.min(-1).values, rtol=1e-3)
+        np.testing.assert_allclose(smallest_weights(notes), weights(x).min(-1).values, rtol=1e-3)
+
+
+@pytest.mark.parametrize("multiprocessors", [4, 132])
+@pytest.mark.parametrize("wgmma", [1, 0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_emulated_cuda_kernels_note_the_smallest_weight_within_an_item(
+    emulated, dtype, wgmma, multiprocessors, monkeypatch
+):
+    """Rows past its tokens, here far away, would lower the row minima. Then clusters make fewer picks an exchange."""
+    monkeypatch.setenv("STS_EMULATE_SMS", str(multiprocessors))  # large tiles, small tiles
+    counts = torch.tensor([0, 3, 64, 90, 140])
+    x = uniform(torch.Generator().manual_seed(14), 5, 140, 24).to(dtype)
+    for b, count in enumerate(counts):
+        x[b, count:] = 50
+    notes = np.zeros((5, 140), np.uint32)
+    *_, notes, _ = emulated(x, 10, 8, matrix_tokens=140, item_blocks=4, notes=notes, num_tokens=counts, wgmma=wgmma)
+    for b, count in enumerate(counts.tolist()):
+        if count:
+            own = weights(x[b : b + 1, :count])[0].min(-1).values
+            np.testing.assert_allclose(smallest_weights(notes[b, :count]), own, rtol=1e-3)
+
+
+def smallest_weights(notes):
+    return (notes & 0x7FFFFFFF).view(np.float32)  # ordered bits of positive numbers
+
+
+def weights(x):
+    """Of all pairs of tokens; infinite on the diagonal."""
+    sqdist = torch.cdist(x.double(), x.double(), compute_mode="donot_use_mm_for_euclid_dist") ** 2
+    return (1 / (sqdist + 1e-6)).diagonal_scatter(torch.full(x.shape[:2], torch.inf), dim1=1, dim2=2)
 
 
 @pytest.mark.parametrize("make", MAKES, ids=lambda f: f.__name__)

@@ -84,6 +84,13 @@ struct Items {
   }
 };
 
+// Tokens of entry b of a padded batch (B, tokens): counts[b], or 0 if that is out of range. counts: (B); null: all.
+STS_HOST_DEVICE int64_t counted(const int64_t* counts, int64_t b, int64_t tokens) {
+  if (!counts) return tokens;
+  const int64_t count = counts[b];
+  return count >= 0 && count <= tokens ? count : 0;
+}
+
 // A padded batch of which nothing is selected. num_tokens: (batch), may be null.
 inline Items padded_items(int64_t batch, int64_t tokens, const int64_t* num_tokens = nullptr) {
   return {batch, tokens, 0, num_tokens, nullptr, nullptr, nullptr};

@@ -94,7 +94,7 @@ Tensor knn_density_cpu(const Tensor& features, int64_t k, std::optional<Tensor> 
         for (int64_t block = begin; block < end; ++block) {
           const int64_t b = block / blocks, i0 = block % blocks * cpu::kQueries, i1 = std::min(i0 + cpu::kQueries, tokens),
                         item = b * tokens;
-          const int64_t present = cpu::counted(data_or_null(args.num_tokens), b, tokens);
+          const int64_t present = counted(data_or_null(args.num_tokens), b, tokens);
           // (1) the strip
           for (int64_t j = 0; j < present; j += cpu::kKeys) {
             const float* const* keys = &rows.row[item + j];

@@ -102,7 +102,7 @@ void match(cpu::WorkerTeam& team, const NearestArguments& args, const cpu::Float
     char allowed[cpu::kKeys];
     for (int64_t block = begin; block < end; ++block) {
       const int64_t b = block / blocks, i0 = block % blocks * cpu::kQueries, i1 = std::min(i0 + cpu::kQueries, queries.count);
-      const int64_t present = cpu::counted(data_or_null(args.num_keys), b, keys.count);
+      const int64_t present = counted(data_or_null(args.num_keys), b, keys.count);
       Best best[cpu::kQueries];
       for (int64_t first = 0; first < present; first += cpu::kKeys) {
         const int64_t count = std::min<int64_t>(cpu::kKeys, present - first), first_key = b * keys.count + first;

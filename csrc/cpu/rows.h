@@ -71,10 +71,4 @@ struct FloatRows {
   }
 };
 
-// Rows present in item b: counts[b], or 0 if it is out of range; without counts all rows.
-inline int64_t counted(const int64_t* counts, int64_t b, int64_t max_count) {
-  if (!counts) return max_count;
-  return counts[b] >= 0 && counts[b] <= max_count ? counts[b] : 0;
-}
-
 }  // namespace sts::cpu

@@ -2,8 +2,9 @@
 //
 // What: exp(-mean / channels), of the mean of a token's k smallest squared distances, its own 0 among them.
 // Chosen when: always.
-// Steps: (1) RowInfo: which tokens are valid; for wgmma also token stats. Then, for as many rows as `strip` holds: (2) distances of the rows
-//   to all tokens of their item, by wgmma (sqdist_strip.cuh: 16-bit rows on Hopper, whole items), else by differences (row_pairs.cuh);
+// Steps: (1) RowInfo: which tokens are valid; for wgmma also token stats. Then, for as many rows as `strip` holds: (2) distances of the
+//   rows to all tokens of their item, by wgmma (sqdist_strip.cuh: 16-bit rows on Hopper, whole items), else by differences
+//   (row_pairs.cuh);
 //   (3) density, a block per row: radix select of the k-th smallest distance, 8 bits a pass, and the sum up to it.
 // Synchronisation: launches. In (3) block barriers; the atomics of the histogram add integers, and floats are summed in a fixed order.
 #pragma once
@@ -43,8 +44,8 @@ __device__ __forceinline__ double block_sum(double value, double* partial) {
   return sum;
 }
 
-// (3) A block per row of the strip, looping over the entries. Row i is token first + i. strip: (entries, rows, count). num_tokens: (entries);
-// null: count. Distances past the tokens of an item are not read. density: (entries, count).
+// (3) A block per row of the strip, looping over the entries. Row i is token first + i. strip: (entries, rows, count). num_tokens:
+// (entries); null: count. Distances past the tokens of an item are not read. density: (entries, count).
 static __global__ void __launch_bounds__(kDensityThreads)
     density_kernel(const float* strip, const RowInfo* info, const int64_t* num_tokens, int64_t entries, int64_t first, int64_t rows,
                    int64_t count, int64_t k, int channels, float* density) {

@@ -18,16 +18,18 @@ struct PairTile {
 };
 
 // Entries [first_entry, first_entry + entries) of a padded batch. blockIdx.x and y give the tile, and blockIdx.z strides over the entries:
-// index = entry - first_entry. Blocks below the diagonal have no work.
+// index = entry - first_entry. Blocks below the diagonal have no work. In an entry with fewer tokens a tile may lie past the end.
 struct PaddedTiles {
-  int64_t tokens, first_entry, entries, pitch;
+  int64_t tokens;
+  const int64_t* num_tokens;  // (batch), or null; see Items
+  int64_t first_entry, entries, pitch;
   int tile;
 
   dim3 grid() const {
     const auto side = static_cast<unsigned>(ceil_div(tokens, tile));
     return dim3(side, side, grid_extent(entries));
   }
-  PaddedTiles marked() const { return {tokens, first_entry, entries, pitch, kMarkTile}; }
+  PaddedTiles marked() const { return {tokens, num_tokens, first_entry, entries, pitch, kMarkTile}; }
 
   __device__ __forceinline__ int64_t begin() const { return blockIdx.y > blockIdx.x ? entries : blockIdx.z; }
   __device__ __forceinline__ int64_t end() const { return entries; }
@@ -36,7 +38,7 @@ struct PaddedTiles {
   __device__ __forceinline__ PairTile at(int64_t index) const {
     const int64_t entry = first_entry + index;
     const int64_t i = int64_t(blockIdx.y) * kTile, j = int64_t(blockIdx.x) * kTile;
-    return {entry, 0, entry, entry * tokens, tokens, pitch, index * tokens * pitch, i, j};
+    return {entry, 0, entry, entry * tokens, counted(num_tokens, entry, tokens), pitch, index * tokens * pitch, i, j};
   }
   // Marks are (entries, side, side). Index of the mark of part (i, j) of this block's tile, or -1 past the end; kParts: parts along a side.
   template <int kParts>

@@ -1,7 +1,7 @@
 // The scratch memory of a launch: one allocation for all its arrays, each aligned to 256 bytes.
 //
-// What: a layout is a function layout(allocate) that requests every array by allocate(bytes). It is called twice: scratch_bytes measures it,
-//   then it gets the arrays of ScratchArrays. Both calls must request the same arrays, in the same order.
+// What: a layout is a function layout(allocate) that requests every array by allocate(bytes). It is called twice: scratch_bytes measures
+//   it, then it gets the arrays of ScratchArrays. Both calls must request the same arrays, in the same order.
 #pragma once
 #include <cstdint>
 #include <stdexcept>

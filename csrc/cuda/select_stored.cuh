@@ -47,8 +47,8 @@ struct StoredItems {
   }
   __device__ __forceinline__ int64_t pitch(const Item& item) const { return matrix_pitch(wave ? item.tokens : items.tokens); }
 
-  // Whether the `blocks` of a cluster share the item; else one of them selects alone. If the wave would need more blocks than SMs, only items
-  // above 2 * cluster_from are shared: for shorter items a cluster gains less than a second round of clusters costs.
+  // Whether the `blocks` of a cluster share the item; else one of them selects alone. If the wave would need more blocks than SMs, only
+  // items above 2 * cluster_from are shared: for shorter items a cluster gains less than a second round of clusters costs.
   // Invariant: a block has the warps for an item that is not shared (cluster_launch). In clusters of 8 these are items up to cluster_from.
   __device__ __forceinline__ bool shares(const Item& item, int blocks) const {
     if (item.tokens <= cluster_from || !wave || blocks > 4) return item.tokens > cluster_from;

@@ -71,9 +71,9 @@ auto with_swept_kernel(bool mma, const F& f) {
   return call(DifferenceSweep<scalar_t>());
 }
 
-// Blocks per item of at most stored_tokens. Large items: 8, else 4, if `at_once` clusters of them fit the device. Else 1. Packed: the clusters
-// of 4 need not fit, because the device counts the large items and decides which of them are shared (StoredItems::shares). The other items
-// take a block each, one per SM, where the kernel for blocks alone has two: so they must leave a quarter of the SMs free.
+// Blocks per item of at most stored_tokens. Large items: 8, else 4, if `at_once` clusters of them fit the device. Else 1. Packed: the
+// clusters of 4 need not fit, because the device counts the large items and decides which of them are shared (StoredItems::shares). The
+// other items take a block each, one per SM, where the kernel for blocks alone has two: so they must leave a quarter of the SMs free.
 template <class Rule>
 int stored_item_blocks(const Items& items, int64_t stored_tokens, int64_t at_once) {
   const int64_t most_tokens = items.longest() < stored_tokens ? items.longest() : stored_tokens;
@@ -209,7 +209,7 @@ class SelectionLaunch {
     const int64_t pitch = matrix_pitch(items_.tokens);
     for (int64_t first = 0; first < items_.count; first += plan_.entries) {
       const int64_t held = items_.count - first < plan_.entries ? items_.count - first : plan_.entries;
-      cudaError_t error = weigh(PaddedTiles{items_.tokens, first, held, pitch, plan_.tile});
+      cudaError_t error = weigh(PaddedTiles{items_.tokens, items_.num_tokens, first, held, pitch, plan_.tile});
       if (error != cudaSuccess) return error;
       const int resident = plan_.item_blocks > 1 || plan_.drafted ? 0 : resident_rows(items_, held);
       const StoredItems stored{items_, scratch_.weights, first, nullptr, nullptr, plan_.cluster_from, 0, resident};

@@ -29,8 +29,8 @@ constexpr int kMmaStages = 3;
 constexpr int kFlushChannels = 256;
 constexpr float kCancellation = 1.f / 64;
 
-// Whether `sqdist`, computed as norms - 2ab with norms = |a|^2 + |b|^2, must be computed by differences: it is below `limit` of the norms, or
-// NaN, or the norms are not finite (infinity - infinity is NaN).
+// Whether `sqdist`, computed as norms - 2ab with norms = |a|^2 + |b|^2, must be computed by differences: it is below `limit` of the norms,
+// or NaN, or the norms are not finite (infinity - infinity is NaN).
 __device__ __forceinline__ bool cancels(float sqdist, float norms, float limit) { return !(fmaf(-limit, norms, sqdist) >= 0.f); }
 
 template <int kTile>
@@ -153,17 +153,18 @@ __device__ __forceinline__ void multiply_stage(const scalar_t* stage, int at_a, 
   }
 }
 
-// (3) epilogue: sets the marks of a tile, from those of its warps.
+// (3) epilogue: sets the marks of a tile: from those of its warps, or to 0 if it has no pairs.
 template <int kTile, class Tiles>
-__device__ __forceinline__ void set_marks(const Tiles& tiles, int64_t index,
+__device__ __forceinline__ void set_marks(const Tiles& tiles, int64_t index, bool has_pairs,
                                           const bool (&warp_marked)[kTile / kWarpRows<kTile>][kTile / kWarpColumns], unsigned* marks) {
   constexpr int kRows = kWarpRows<kTile>, kColumns = kWarpColumns, kMarks = kTile / kMarkTile;
   const int tid = threadIdx.x;
   if (tid >= kMarks * kMarks) return;
   const int mi = tid / kMarks, mj = tid % kMarks;
   unsigned any = 0;
-  for (int wr = mi * kMarkTile / kRows; wr < (mi + 1) * kMarkTile / kRows; ++wr)
-    for (int wc = mj * kMarkTile / kColumns; wc < (mj + 1) * kMarkTile / kColumns; ++wc) any |= warp_marked[wr][wc];
+  if (has_pairs)
+    for (int wr = mi * kMarkTile / kRows; wr < (mi + 1) * kMarkTile / kRows; ++wr)
+      for (int wc = mj * kMarkTile / kColumns; wc < (mj + 1) * kMarkTile / kColumns; ++wc) any |= warp_marked[wr][wc];
   const int64_t at = tiles.template mark<kMarks>(index, mi, mj);
   if (at >= 0) marks[at] = any;
 }
@@ -187,6 +188,10 @@ __global__ void __launch_bounds__(kMmaThreads<kTile>) sqdist_mma_kernel(Rows<sca
   for (int64_t index = tiles.begin(); index < tiles.end(); index += tiles.step()) {
     const PairTile tile = tiles.template at<kTile>(index);
     const int i0 = static_cast<int>(tile.i), j0 = static_cast<int>(tile.j), width = static_cast<int>(tile.tokens);
+    if (j0 >= width) {
+      set_marks<kTile>(tiles, index, false, warp_marked, marks);
+      continue;
+    }
     const bool has_pairs = j0 + wj < width && i0 + wi < j0 + wj + kColumns;  // before the end, and not all below the diagonal
     const int side_b = i0 == j0 ? 0 : kTile * kMmaChannels;                  // a diagonal tile reads once
     const TileCopy<scalar_t, kTile, kThreads> copy_a(rows, i0, width), copy_b(rows, j0, width);
@@ -279,7 +284,7 @@ __global__ void __launch_bounds__(kMmaThreads<kTile>) sqdist_mma_kernel(Rows<sca
     marked = __any_sync(kFullWarp, marked);
     if (lane == 0) warp_marked[warp_i][warp_j] = marked;
     __syncthreads();  // also: no thread is still reading the stages when the next entry's arrive
-    set_marks<kTile>(tiles, index, warp_marked, marks);
+    set_marks<kTile>(tiles, index, true, warp_marked, marks);
   }
 }
 

@@ -88,6 +88,7 @@ __global__ void __launch_bounds__(kTile* kTile / 16, kTile == kLargeTile ? 2 : 4
     if (index >= tiles.end()) break;
     const PairTile tile = tiles.template at<kTile>(index);
     const int64_t tokens = tile.tokens, pitch = tile.pitch, i0 = tile.i, j0 = tile.j;
+    if (j0 >= tokens) continue;
     float sum[4][4] = {};
     // Rows that this thread loads in each stage. Rows past the end repeat the last row; their pairs are not stored.
     const scalar_t *row_a[kLoads], *row_b[kLoads];
@@ -176,7 +177,7 @@ cudaError_t launch_sqdist_tiles(const Rows<scalar_t>& rows, const Tiles& tiles, 
 template <class scalar_t, class Store>
 cudaError_t launch_sqdist_tiles(const Rows<scalar_t>& rows, int64_t tokens, int64_t first_entry, int64_t entries, Store store, float* out,
                                 cudaStream_t stream) {
-  const PaddedTiles tiles{tokens, first_entry, entries, tokens, sqdist_tile(tokens, entries)};
+  const PaddedTiles tiles{tokens, nullptr, first_entry, entries, tokens, sqdist_tile(tokens, entries)};
   return launch_sqdist_tiles(rows, tiles, store, out, stream);
 }
 

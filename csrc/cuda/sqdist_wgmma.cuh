@@ -160,7 +160,7 @@ struct StageRing {
         used = stage;
         next();
       }
-      wgmma_wait<0>();
+      wgmma_finish(run);
       if (lane == 0) mbarrier_arrive(&empty[used]);
 #pragma unroll
       for (int s = 0; s < kSums; ++s) dot[s] += run[s];
@@ -435,7 +435,7 @@ cudaError_t launch_sqdist_wgmma(const Rows<scalar_t>& rows, const Items& items, 
 template <class Store, class scalar_t>
 cudaError_t launch_sqdist_matrices(const Rows<scalar_t>& rows, const Items& items, int64_t first_entry, int64_t entries,
                                    const TokenStats& stats, float* out, cudaStream_t stream) {
-  const PaddedTiles tiles{items.tokens, first_entry, entries, items.tokens, wgmma_tile(items.tokens, entries)};
+  const PaddedTiles tiles{items.tokens, items.num_tokens, first_entry, entries, items.tokens, wgmma_tile(items.tokens, entries)};
   if constexpr (kWgmmaServes<scalar_t, Store>)
     return launch_sqdist_wgmma(rows, items, tiles, stats, Store{}, out, stream);
   else

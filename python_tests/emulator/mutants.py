@@ -207,6 +207,12 @@ MUTANTS = (
         ("          wgmma_wait<1>();\n", ""),
     ),
     mutant(
+        "products are read before they end",
+        "pairwise_sqdist",
+        "sqdist_wgmma.cuh",
+        ("      wgmma_finish(run);\n", ""),
+    ),
+    mutant(
         "one warp gives a stage back for all",
         "pairwise_sqdist",
         "sqdist_wgmma.cuh",

@@ -101,11 +101,23 @@ __device__ __forceinline__ void wgmma_commit() {
 #endif
 }
 
-// Waits until at most the `Pending` latest groups are in flight. A group's accumulators and matrices must not be touched before.
+// Waits until at most the `Pending` latest groups are in flight. A group's matrices must not be touched before. To read accumulators, call
+// wgmma_finish.
 template <int Pending>
 __device__ __forceinline__ void wgmma_wait() {
 #if STS_HOPPER
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
+#endif
+}
+
+// Waits for all groups; then d, the accumulators, may be read. They are registers, and not operands of the wait: without the empty asm
+// the compiler could move reads of d before it.
+template <int kSums>
+__device__ __forceinline__ void wgmma_finish(float (&d)[kSums]) {
+  wgmma_wait<0>();
+#if STS_HOPPER
+#pragma unroll
+  for (int s = 0; s < kSums; ++s) asm volatile("" : "+f"(d[s]));
 #endif
 }
 

@@ -22,6 +22,7 @@ __device__ __forceinline__ unsigned shared_address(const void* address) { return
 
 // The first statement of a kernel that is launched with Launch::overlap. Waits until the previous launch on the stream has ended and its
 // writes are visible. Also allows the blocks of the next launch to start; these then wait here.
+// nvcc may move a load by __ldg across the wait, whatever the asm clobbers. .ci/check_cubins.py finds loads above it in the machine code.
 __device__ __forceinline__ void await_predecessor() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;\n\tgriddepcontrol.wait;" ::: "memory");
@@ -68,7 +69,8 @@ __device__ __forceinline__ void mbarrier_arrive(Mbarrier* barrier) {
 }
 
 // Waits until phase number `phase`, counted from 0, is complete; its bytes have then arrived. Only the parity is tested, so the next phase
-// must not be complete yet.
+// must not be complete yet. The acquire has the default scope, .cta, also for store_async of other blocks: what they wrote is in shared
+// memory of this block, which no cache holds. Scope .cluster would invalidate L1 in every iteration of the wait (CCTL.IVALL).
 __device__ __forceinline__ void mbarrier_wait(Mbarrier* barrier, int phase) {
   unsigned ended = 0;
   while (!ended)

@@ -150,5 +150,9 @@ void wgmma_wait() {
       emulator::hide(*product);
   emulator::exchange(~0u, {}, 13, "wgmma_wait", true);  // the products of all lanes are complete
 }
+template <int kSums>
+void wgmma_finish(float (&)[kSums]) {
+  wgmma_wait<0>();
+}
 
 }  // namespace sts

@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(hopper_threads(160))
     wgmma_fence();
     for (int c = 0; c < kBoxChannels / 16; ++c) wgmma(sum, stage, stage + 64 * kBoxChannels, c, step + c > 0);
     wgmma_commit();
-    wgmma_wait<0>();
+    wgmma_finish(sum);
     if (lane == 0) mbarrier_arrive(&empty[step % 2]);
   }
 #pragma unroll
