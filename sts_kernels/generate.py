@@ -5,6 +5,7 @@ import sys
 import time
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -154,6 +155,8 @@ def configure(args: Namespace) -> tuple[Method, dict[str, Any]]:
 
 def load(args: Namespace, device: torch.device, dtype: torch.dtype) -> Any:
     name, start = args.model or args.random, time.perf_counter()
+    if name.startswith((".", "/")) and not Path(name).is_dir():  # not an id of the hub
+        raise UserError(f"cannot load {name}: there is no such folder")
     print(f"loading {name} ...", file=sys.stderr, flush=True)
     try:
         if args.random:

@@ -117,7 +117,7 @@ def test_several_images(capsys, tmp_path):
             "--budget: must be a number of tokens or a share of them, such as 128 or 0.25, got 'many'",
         ),
         ([*ASK], "one of the arguments --model --random is required"),
-        ([*ASK, "--model", "/nowhere/at/all"], "cannot load /nowhere/at/all"),
+        ([*ASK, "--model", "/nowhere/at/all"], "cannot load /nowhere/at/all: there is no such folder"),
         ([*ASK, "--random", "tiny", "--device", "tpu"], "--device tpu cannot be used"),
     ],
 )
