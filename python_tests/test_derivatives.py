@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from op_inputs import OPS, assert_equal, outputs, results, sized, tensors, written
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 
 import sts_kernels
@@ -167,7 +168,7 @@ def test_derivatives_compose(device):
 
 def test_gradient_is_compiled_once_for_every_size(device):
     torch._dynamo.reset()
-    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    graphs = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(lambda x: sts_kernels.pairwise_sqdist(x).sin().sum(), backend=graphs, fullgraph=True)
     for step in (0, 1, 2, 3):
         x = sized("pairwise_sqdist", step, device)["features"].requires_grad_()
