@@ -36,8 +36,10 @@ struct PaddedTiles {
   __device__ __forceinline__ int64_t step() const { return gridDim.z; }
   template <int kTile>
   __device__ __forceinline__ PairTile at(int64_t index) const {
+    return tile_of(index, int64_t(blockIdx.y) * kTile, int64_t(blockIdx.x) * kTile);
+  }
+  __device__ __forceinline__ PairTile tile_of(int64_t index, int64_t i, int64_t j) const {
     const int64_t entry = first_entry + index;
-    const int64_t i = int64_t(blockIdx.y) * kTile, j = int64_t(blockIdx.x) * kTile;
     return {entry, 0, entry, entry * tokens, counted(num_tokens, entry, tokens), pitch, index * tokens * pitch, i, j};
   }
   // Marks are (entries, side, side). Index of the mark of part (i, j) of this block's tile, or -1 past the end; kParts: parts along a side.

@@ -62,36 +62,22 @@ struct TriangleTile {
   }
 };
 
-// The tiles of entries first_entry, first_entry + 1, ... of a padded batch, in a grid-stride loop (pair_tiles.cuh has the interface).
-struct PaddedTriangles {
-  Items items;
-  int64_t first_entry, pitch, most;  // most: tiles of all entries
-  int tile;                          // side of a tile, in tokens
+// The tiles of a padded batch, numbered through all entries: a grid-stride loop.
+struct PaddedTriangles : PaddedTiles {
+  int64_t most;  // tiles of all entries
 
-  PaddedTriangles(const Items& items, const PaddedTiles& tiles)
-      : items(items), first_entry(tiles.first_entry), pitch(tiles.pitch), tile(tiles.tile) {
-    const int64_t side = ceil_div(items.tokens, tile);
-    most = side * (side + 1) / 2 * tiles.entries;
+  explicit PaddedTriangles(const PaddedTiles& tiles) : PaddedTiles(tiles) {
+    const int64_t side = ceil_div(tokens, tile);
+    most = side * (side + 1) / 2 * entries;
   }
   __device__ __forceinline__ int64_t begin() const { return blockIdx.x; }
   __device__ __forceinline__ int64_t end() const { return most; }
   __device__ __forceinline__ int64_t step() const { return gridDim.x; }
-  // A tile may lie past the end of a ragged item.
   template <int kTile>
   __device__ __forceinline__ PairTile at(int64_t turn) const {
-    const int side = static_cast<int>(ceil_div(items.tokens, kTile)), entry_tiles = side * (side + 1) / 2;
-    const int64_t held = turn / entry_tiles;
-    const TriangleTile tile(static_cast<int>(turn % entry_tiles), side);
-    const int64_t entry = first_entry + held;
-    return {entry,
-            0,
-            entry,
-            entry * items.tokens,
-            items[entry].tokens,
-            pitch,
-            held * items.tokens * pitch,
-            tile.row * kTile,
-            tile.column * kTile};
+    const int side = static_cast<int>(ceil_div(tokens, kTile)), entry_tiles = side * (side + 1) / 2;
+    const TriangleTile place(static_cast<int>(turn % entry_tiles), side);
+    return tile_of(turn / entry_tiles, place.row * kTile, place.column * kTile);
   }
 };
 
@@ -428,7 +414,7 @@ void take_wgmma_stats(TokenStats& stats, const Items& items, int64_t channels, i
 template <class scalar_t, class Store>
 cudaError_t launch_sqdist_wgmma(const Rows<scalar_t>& rows, const Items& items, const PaddedTiles& tiles, const TokenStats& stats,
                                 Store store, float* out, cudaStream_t stream) {
-  return launch_sqdist_wgmma(rows, items, PaddedTriangles(items, tiles), stats, store, out, stream);
+  return launch_sqdist_wgmma(rows, items, PaddedTriangles(tiles), stats, store, out, stream);
 }
 
 // Distances of whole entries, (entries, tokens, tokens), through Store. stats: of `items`.
