@@ -115,6 +115,10 @@ def main(argv=None) -> int:
     ]
     if not work:
         parser.error("nothing to time with these options; --list shows ops and groups")
+    if not args.dry_run:
+        compiled_wanted = not args.providers or {"native", "triton"} & set(args.providers)
+        names = dict.fromkeys(bench.op for bench, _ in work)
+        backends.stop_unless_compiled(args.device, names, allowed=args.allow_reference or not compiled_wanted)
     offered = dict.fromkeys(p.name for bench, _ in work for p in bench.providers(args.device))
     if unknown := [name for name in args.providers or () if name not in offered]:
         parser.error(f"--providers: no {', '.join(unknown)} on {args.device}; there are {', '.join(offered)}")
@@ -125,9 +129,6 @@ def main(argv=None) -> int:
             print(f"{bench.op}  {case}\n    {cost.bytes:.4g} bytes, {cost.flops:.4g} flops: {' | '.join(names)}")
         return 0
 
-    compiled_wanted = not args.providers or {"native", "triton"} & set(args.providers)
-    names = dict.fromkeys(bench.op for bench, _ in work)
-    backends.stop_unless_compiled(args.device, names, allowed=args.allow_reference or not compiled_wanted)
     begun = time.monotonic()
     effort = harness.QUICK if args.quick else harness.NORMAL
     run, rows = harness.start(args.device, effort, {case.dtype for _, case in work}, args.commit)
