@@ -58,7 +58,8 @@ int ask_driver(const DriverQuestion& question, int unknown, const Ask& ask) {
 // Raises the kernel's limit of dynamic shared memory to `bytes`, if it is lower.
 template <class... Params>
 cudaError_t allow_shared(void (*kernel)(Params...), size_t bytes) {
-  constexpr size_t kDefaultLimit = 48 * 1024;  // of every kernel, static shared memory included; no kernel with both is just below it
+  constexpr size_t kDefaultLimit =
+      48 * 1024;  // bytes that every kernel may use, static ones included; no kernel with static bytes asks for nearly as many
   return PlanCache::of_process().raise_limit(address_of(kernel), current_device(), bytes, kDefaultLimit, [&] {
     return cudaFuncSetAttribute(address_of(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
   });
