@@ -98,7 +98,10 @@ def test_bad_merges():
         (lambda: methods.merge(x, Selection(order[0])), "merge: selection must have an order of 2 dimensions, got 1"),
         (lambda: methods.merge(x, Selection(order, order)), r"selection.assignment must have shape \(2, 3\), got"),
         (lambda: methods.merge_packed(x[0], Selection(order[0]), [3], [2]), "must have 2 picks, the sum of budgets"),
-        (lambda: methods.merge_packed(x[0], Selection(order[0] + 1), [1, 2], [1, 0]), "between -1 and 0, got 1"),
+        (
+            lambda: methods.merge_packed(x[0], Selection(order[0] + 1), [1, 2], [1, 0]),
+            "merge_packed: selection.order must be between -1 and 0, got 1",
+        ),
         (lambda: methods.merge_packed(x[0], Selection(order[0]), [4], [1]), "must have 4 rows, the sum of lengths"),
     ):
         with pytest.raises((TypeError, ValueError), match=match):

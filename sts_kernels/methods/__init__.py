@@ -118,8 +118,8 @@ def _check_merge(op: str, features: Tensor, selection: Selection, ndim: int) -> 
     _checks.same_device(op, "selection", selection.order, features)
 
 
-def _merge_rows(features: Tensor, selection: Selection) -> Tensor:
-    _checks.picks("merge", "selection.order", selection.order, features.shape[1])
+def _merge_rows(op: str, features: Tensor, selection: Selection) -> Tensor:
+    _checks.picks(op, "selection.order", selection.order, features.shape[1])
     if selection.assignment is None:
         return _merge.rows(features, selection.order)
     if selection.method is not None:
@@ -140,7 +140,7 @@ def merge(features: Tensor, selection: Selection) -> Tensor:
         raise ValueError(
             f"merge: selection must have the {features.shape[0]} items of features, got {selection.order.shape[0]}"
         )
-    return _merge_rows(features, selection)
+    return _merge_rows("merge", features, selection)
 
 
 def merge_packed(features: Tensor, selection: Selection, lengths: list[int], budgets: list[int]) -> Tensor:
@@ -162,7 +162,7 @@ def merge_packed(features: Tensor, selection: Selection, lengths: list[int], bud
             _packed.batch(selection.sources, items, slots, budget),
             selection.method,
         )
-        rows = _merge_rows(_packed.batch(features, items, starts, length), part)
+        rows = _merge_rows(op, _packed.batch(features, items, starts, length), part)
         for i, item in enumerate(items):
             parts[item] = rows[i]
     kept = [part for part in parts if part is not None]
