@@ -281,10 +281,9 @@ class Method:
         """Checks that each item's picks are distinct tokens of it, if the values are readable."""
         if not _checks.values_readable(order):
             return
-        ascending = order.sort(dim=1).values
-        twice = (ascending[:, 1:] == ascending[:, :-1]) & (ascending[:, 1:] >= 0)
-        number = (order >= 0).sum(1)
-        wrong = twice.any(1) | (order >= pool.count[:, None]).any(1) | (number < pool.count.clamp(max=pool.k))
+        slots = torch.where((order >= 0) & (order < pool.count[:, None]), order, pool.tokens)
+        picked = pool.present.new_zeros(pool.batch, pool.tokens + 1).scatter_(1, slots, True)[:, : pool.tokens]
+        wrong = picked.sum(1) != pool.count.clamp(max=pool.k)
         if wrong.any():
             item = int(wrong.nonzero()[0])
             tokens = f"distinct tokens of 0 to {int(pool.count[item]) - 1} in item {item}"
