@@ -58,8 +58,8 @@ int ask_driver(const DriverQuestion& question, int unknown, const Ask& ask) {
 // Raises the kernel's limit of dynamic shared memory to `bytes`, if it is lower.
 template <class... Params>
 cudaError_t allow_shared(void (*kernel)(Params...), size_t bytes) {
-  constexpr size_t kDefaultLimit =
-      48 * 1024;  // bytes that every kernel may use, static ones included; no kernel with static bytes asks for nearly as many
+  // Bytes that every kernel may use, static ones included. No kernel with static bytes asks for nearly as many.
+  constexpr size_t kDefaultLimit = 48 * 1024;
   return PlanCache::of_process().raise_limit(address_of(kernel), current_device(), bytes, kDefaultLimit, [&] {
     return cudaFuncSetAttribute(address_of(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
   });
