@@ -41,6 +41,15 @@ def test_text_counts_where_the_convention_says_so(name):
     assert SIZE.prefill_flops([(1, 5), (2, 3)], convention=convention) <= got
 
 
+def test_conventions_by_name():
+    for name, convention in CONVENTIONS.items():
+        assert SIZE.layer_flops(5, name) == SIZE.layer_flops(5, convention)
+        assert SIZE.prefill_flops([(1, 5)], 4, name) == SIZE.prefill_flops([(1, 5)], 4, convention)
+    for bad in ("paper", None):
+        with pytest.raises(ValueError, match=f"convention must be a Convention or one of report, .*, got {bad!r}"):
+            SIZE.prefill_flops([(1, 5)], 4, bad)
+
+
 def test_cache():
     assert LLMSize(32, 4096, 4096, 4096, 11008, 2).kv_mb(32 * 2880) == 1440.0
     assert LLMSize(28, 3584, 3584, 512, 18944, 2).kv_mb(28) == 2 * 28 * 512 * 2 / 2**20

@@ -2,10 +2,12 @@
 
 import itertools
 
+import numpy as np
 import pytest
 
 from sts_kernels import STSConfig
-from sts_kernels.methods import split_evenly
+from sts_kernels.methods import Budget, split_evenly
+from sts_kernels.methods.sts import STS
 
 
 @pytest.mark.parametrize(
@@ -66,6 +68,14 @@ def test_shares():
     assert plan.keep(576) == 288
     assert plan.keep_after([576, 64]) == 64  # of all the prompt's tokens
     assert STSConfig(keep=0.001).plan(32).keep(10) == 1
+
+
+def test_numbers_of_numpy():
+    given = STSConfig(keep=np.float32(0.5), keep_after=np.int64(64), prune_layer=np.int64(16))
+    assert (given.keep, given.keep_after, given.prune_layer) == (0.5, 64, 16)
+    assert given.plan(32).keep_after([576]) == 64
+    whole = STS(keep_after=np.float32(1.0)).plan(Budget(keep=0.5), 32)
+    assert (whole.keep(576), whole.cuts) == (288, ())
 
 
 def test_default_layers():

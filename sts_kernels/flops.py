@@ -32,6 +32,15 @@ CONVENTIONS = {
 REPORT = CONVENTIONS["report"]
 
 
+def _convention(value: Any) -> Convention:
+    """`value`, a Convention or the name of one."""
+    if isinstance(value, Convention):
+        return value
+    if value not in CONVENTIONS:
+        raise ValueError(f"LLMSize: convention must be a Convention or one of {', '.join(CONVENTIONS)}, got {value!r}")
+    return CONVENTIONS[value]
+
+
 @dataclass(frozen=True)
 class LLMSize:
     """Model sizes that determine KV cache and FLOPs."""
@@ -63,18 +72,22 @@ class LLMSize:
         """KV cache of `token_layers` (token, layer) pairs, 2 * key * bytes each, in units of 2**20 bytes."""
         return 2 * self.key * self.bytes * token_layers / MB
 
-    def layer_flops(self, tokens: int, convention: Convention = REPORT) -> int:
+    def layer_flops(self, tokens: int, convention: Convention | str = REPORT) -> int:
         """One layer over n = `tokens` tokens: factor * (2 n d (q + k) + 2 n^2 q + matrices * n d m).
 
         The terms are the projections, attention over the full n x n square, and the MLP. With q = k = d:
         factor * (4 n d^2 + 2 n^2 d + matrices * n d m).
         """
+        convention = _convention(convention)
         projections = 2 * tokens * self.hidden * (self.query + self.key)
         attention = 2 * tokens * tokens * self.query
         mlp = convention.matrices * tokens * self.hidden * self.mlp
         return convention.factor * (projections + attention + mlp)
 
-    def prefill_flops(self, segments: Iterable[tuple[int, int]], text: int = 0, convention: Convention = REPORT) -> int:
+    def prefill_flops(
+        self, segments: Iterable[tuple[int, int]], text: int = 0, convention: Convention | str = REPORT
+    ) -> int:
         """Prefill FLOPs. segments: (number of layers, visual tokens in each). text: the prompt's other tokens."""
+        convention = _convention(convention)
         other = text if convention.text else 0
         return sum(layers * self.layer_flops(visual + other, convention) for layers, visual in segments)

@@ -1,5 +1,6 @@
 """sts.report against the tokens that the layers ran on, and against the paper's Table 3."""
 
+import copy
 import itertools
 
 import pytest
@@ -25,6 +26,8 @@ def test_counts(family, device):
         assert sts.report is None
         out = models.generate(model, prompts, 1)
         picture, text = sts.report.rows
+        assert sts.report == sts.report != copy.copy(sts.report)  # by identity: tensors have no truth value
+        assert picture != copy.copy(picture)
     lengths = [layer.keys.shape[2] for layer in output_cache(out).layers]
     assert picture.prompt - picture.tokens + picture.after_stage1 == lengths[0]
     assert picture.prompt - picture.tokens + picture.after_stage2 == lengths[-1]

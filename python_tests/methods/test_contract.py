@@ -259,6 +259,18 @@ def test_what_pick_returns_is_checked(picked, error, match):
         Own().select(k=3, features=torch.rand(2, 5, 4))
 
 
+def test_the_class_names_a_method_without_a_name():
+    class Own(Method):
+        pass
+
+    class Named(Own):
+        name = "named"
+
+    assert (Own.name, Named.name) == ("Own", "named")
+    with pytest.raises(TypeError, match="Own: budget must be a Budget"):
+        Own().plan(128, 32)
+
+
 @pytest.mark.parametrize(
     ("attribute", "value", "match"),
     [

@@ -2,6 +2,7 @@
 
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
@@ -36,11 +37,25 @@ def test_a_plan_is_a_pure_function_of_numbers(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_numbers_of_numpy(name):
+    method = methods.create(name)
+    given = Budget(np.int64(400)), Budget(np.float32(0.5))
+    assert [type(budget.budget) for budget in given] == [int, float]
+    for budget, same in zip(given, (Budget(400), Budget(0.5)), strict=True):
+        assert method.plan(budget, 32).average([576]) == method.plan(same, 32).average([576])
+    staged = Budget(layers=[np.int64(4), 9], ratios=(np.int32(96), np.float32(0.25)))
+    assert (staged.layers, staged.ratios) == ([4, 9], (96, 0.25))
+    assert [type(ratio) for ratio in staged.ratios] == [int, float]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_bad_budgets(name):
     method = methods.create(name)
     for budget, error, match in (
         (Budget(budget=0), ValueError, f"{name}: budget must be at least 1 token, got 0"),
         (Budget(budget=1.5), ValueError, f"{name}: budget as a share must be above 0 and at most 1.0, got 1.5"),
+        (Budget(budget=np.int64(0)), ValueError, f"{name}: budget must be at least 1 token, got 0"),
+        (Budget(budget=np.True_), TypeError, f"{name}: budget must be a number of tokens"),
         (Budget(budget="few"), TypeError, f"{name}: budget must be a number of tokens .*, got 'few'"),
         (128, TypeError, f"{name}: budget must be a Budget, got int"),
     ):

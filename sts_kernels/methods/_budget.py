@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +34,24 @@ def check_amount(op: str, name: str, value: Any) -> None:
         raise ValueError(
             f"{op}: {name} as a share must be above 0 and at most 1.0, got {value}; a number of tokens is an int"
         )
+
+
+def python_numbers(options: Any, *names: str) -> None:
+    """Replaces NumPy's integers and floats in fields of a frozen dataclass by Python's. Other values stay."""
+    for name in names:
+        value = getattr(options, name)
+        if isinstance(value, list | tuple):
+            object.__setattr__(options, name, type(value)(map(_python_number, value)))
+        else:
+            object.__setattr__(options, name, _python_number(value))
+
+
+def _python_number(value: Any) -> Any:
+    if isinstance(value, int | float):  # bool too
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) else value
 
 
 def round_half_up(value: float) -> int:
@@ -79,6 +98,9 @@ class Budget:
     keep: int | float | None = None
     layers: Sequence[int] | None = None
     ratios: Sequence[float | int] | None = None
+
+    def __post_init__(self) -> None:
+        python_numbers(self, "budget", "keep", "layers", "ratios")
 
     def check(self, method: str, takes: Sequence[str], layers: int) -> None:
         """Checks the options for `method`, which takes those named in `takes`, and an LLM of `layers` layers.

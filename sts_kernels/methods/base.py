@@ -137,7 +137,7 @@ class Method:
     A method that prunes before the LLM overrides `pick`; a method that prunes inside the LLM overrides `make_plan`.
 
     Class attributes:
-        name: name of the method and of its file.
+        name: name of the method and of its file. The default is the name of the class.
         paper: "Title, arXiv id".
         site: where `select` acts. "encoder": input of the projector. "projected": output of the projector. None: no
             selection before the LLM.
@@ -169,6 +169,8 @@ class Method:
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
+        if not hasattr(cls, "name"):
+            cls.name = cls.__name__
         for name, allowed in ATTRIBUTES.items():
             value = getattr(cls, name)
             if value not in allowed:

@@ -20,6 +20,7 @@ from ._budget import (
     everything,
     prompt_after,
     prompt_total,
+    python_numbers,
     round_half_up,
     shares_of,
     take,
@@ -68,6 +69,7 @@ class STSConfig:
     scope: str = "image"
 
     def __post_init__(self) -> None:
+        python_numbers(self, "budget", "keep", "keep_after", "prune_layer")
         for name in ("budget", "keep", "keep_after"):
             check_amount("STSConfig", name, getattr(self, name))
         if self.budget is None and self.keep is None and self.keep_after is None:
@@ -185,6 +187,7 @@ class STS(Method):
 
     def __post_init__(self) -> None:
         _checks.flag(self.name, "llm_only", self.llm_only)
+        python_numbers(self, "keep_after")
         with _named(self.name):
             self._config(keep=1.0)
         if self.anchor == "saliency":

@@ -18,7 +18,7 @@ Left: TypeAlias = dict[int, tuple[torch.Tensor, torch.Tensor]]  # first layer of
 UNITS = {"TFLOPs": 1.0, "GFLOPs": 1e3, "MFLOPs": 1e6}  # unit of a prefill -> units per TFLOP
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ImageReport:
     """One image or clip. Patches are (n, 3) int64 on the CPU: crop (tile or frame), row and column in its grid.
 
@@ -39,7 +39,7 @@ class ImageReport:
         return self.kept[-1]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RowReport:
     """One prompt of the batch. Separators such as newlines are never pruned and do not count as visual tokens."""
 
@@ -71,7 +71,7 @@ class RowReport:
         return self.kept[-1]
 
 
-@dataclass
+@dataclass(eq=False)
 class Report:
     """Report of the last prompt with images; `print` it for a table. `rows` reads positions from the device on first
     access."""
