@@ -45,8 +45,8 @@ def test_conventions_by_name():
     for name, convention in CONVENTIONS.items():
         assert SIZE.layer_flops(5, name) == SIZE.layer_flops(5, convention)
         assert SIZE.prefill_flops([(1, 5)], 4, name) == SIZE.prefill_flops([(1, 5)], 4, convention)
-    for bad in ("paper", None):
-        with pytest.raises(ValueError, match=f"convention must be a Convention or one of report, .*, got {bad!r}"):
+    for bad in ("paper", None, ["sts"]):
+        with pytest.raises(ValueError, match=r"convention must be a Convention or one of report, .*, got"):
             SIZE.prefill_flops([(1, 5)], 4, bad)
 
 

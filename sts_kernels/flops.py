@@ -34,11 +34,10 @@ REPORT = CONVENTIONS["report"]
 
 def _convention(value: Any) -> Convention:
     """`value`, a Convention or the name of one."""
-    if isinstance(value, Convention):
-        return value
-    if value not in CONVENTIONS:
+    found = CONVENTIONS.get(value) if isinstance(value, str) else value
+    if not isinstance(found, Convention):
         raise ValueError(f"LLMSize: convention must be a Convention or one of {', '.join(CONVENTIONS)}, got {value!r}")
-    return CONVENTIONS[value]
+    return found
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import threading
+import types
 import warnings
 
 import pytest
@@ -455,7 +456,7 @@ def test_settings_of_a_generation_config_count():
             model.generate(**models.batch(model, prompts), generation_config=settings)
 
 
-@pytest.mark.parametrize("what", ["hooks", "autocast", "videos", "embeddings", "cache"])
+@pytest.mark.parametrize("what", ["hooks", "autocast", "videos", "embeddings", "cache", "training", "positional"])
 def test_other_inputs_run_through_the_hooks(what):
     family = "video_llava" if what == "videos" else "llava"
     model, prompts = models.shared(family), prompts_of(family)
@@ -464,6 +465,9 @@ def test_other_inputs_run_through_the_hooks(what):
         "hooks": "there are hooks on LlamaDecoderLayer",
         "videos": "pixel_values_videos",
         "embeddings": "inputs_emb",
+        "training": "the model is in training mode",
+        "positional": "arguments of generate\\(\\) by position",
+        "cache": CACHE,
     }
     if what == "videos":
         inputs = models.batch(model, [models.prompt_of(family, 0, 1)])
@@ -471,17 +475,21 @@ def test_other_inputs_run_through_the_hooks(what):
         around = torch.autocast("cpu", torch.bfloat16)
     if what == "cache":
         inputs[CACHE] = transformers.DynamicCache()
-    hook = None
+    given, hook = [], None
+    if what == "positional":
+        given = [inputs.pop("input_ids"), transformers.GenerationConfig(max_new_tokens=2, pad_token_id=0)]
     with apply_sts(model, CONFIG) as handle, around:
         handle.compile()
+        model.train(what == "training")
         if what == "hooks":
             hook = model.model.language_model.layers[2].register_forward_hook(lambda *_: None)
         if what == "embeddings":
             inputs = {"inputs_embeds": model.get_input_embeddings()(inputs["input_ids"] % 80)}
         try:
-            with pytest.warns(UserWarning, match=reason.get(what, CACHE if what == "cache" else what)):
-                model.generate(**inputs, max_new_tokens=2)
+            with pytest.warns(UserWarning, match=reason.get(what, what)):
+                model.generate(*given, **inputs, max_new_tokens=2)
         finally:
+            model.eval()
             if hook is not None:
                 hook.remove()
         assert handle._graphs.built == []
@@ -508,6 +516,101 @@ def test_a_prompt_that_turns_out_not_to_be_served(family, monkeypatch):
             models.generate(model, prompts)
         monkeypatch.undo()
         same(models.generate(model, prompts), want)
+
+
+def test_generate_inside_generate_runs_through_the_hooks():
+    """As a logits processor may do. The outer call goes on as without it."""
+    model, prompts, other = models.shared("llava"), prompts_of("llava"), prompts_of("llava", seed=9)
+    inner = []
+
+    class Asks(transformers.LogitsProcessor):
+        def __call__(self, ids, scores):
+            if not inner:
+                inner.append(None)
+                inner[0] = models.generate(model, other)
+            return scores
+
+    with compiled(model, CONFIG):
+        want = [models.generate(model, batch) for batch in (prompts, other)]
+    with compiled(model, CONFIG, strict=False), pytest.warns(UserWarning, match="called inside another one"):
+        got = models.generate(model, prompts, logits_processor=[Asks()])
+    same(got, want[0])
+    same(inner[0], want[1])
+
+
+def test_a_call_of_the_model_inside_generate_is_checked():
+    """The cache that a served generate() passes on takes one token of each prompt, as many as were compiled for."""
+    model, prompts, called = models.shared("llava"), prompts_of("llava"), []
+
+    class Calls(transformers.LogitsProcessor):
+        def __call__(self, ids, scores):
+            cache = {CACHE: handle._graphs._serving.answer.cache}
+            with pytest.raises(RuntimeError, match=r"one token of each of the 1 prompts .* ids of shape \(1, 2\)"):
+                model(input_ids=ids[:, :2], **cache)
+            for _ in range(8):
+                model(input_ids=ids[:, :1], **cache)
+            with pytest.raises(ValueError, match="longer than the 8 tokens that were compiled"):
+                model(input_ids=ids[:, :1], **cache)
+            called.append(True)
+            return scores
+
+    with compiled(model, CONFIG) as handle:
+        models.generate(model, prompts, 1, logits_processor=[Calls()])
+    assert called
+
+
+def test_a_budget_that_large_images_cannot_meet(device):
+    """20 tokens on average, all tokens in the first 2 of 6 layers: at most 60 tokens an image."""
+    model, prompts = models.shared("llava", "sdpa", device), prompts_of("llava", (1, 2))
+    with prune(model, "fastv", budget=20):
+        want = models.generate(model, prompts)
+    with compiled(model, method="fastv", options={"budget": 20}):
+        same(models.generate(model, prompts), want)
+
+
+def test_encoders_of_eight_shapes_are_kept():
+    model = models.shared("qwen2_5_vl")
+    grids = [(1, 4, 2 * width) for width in range(2, 12)]
+
+    def asked(grid):
+        prompt = models.Prompt(models.words(4, 1))
+        models.qwen_picture(prompt, "image", grid, 3)
+        prompt.ids += models.words(5, 2)
+        return [prompt]
+
+    with apply_sts(model, CONFIG):
+        want = [models.generate(model, asked(grid), 2) for grid in grids]
+    with compiled(model, CONFIG, batch_size=1) as handle:
+        for index in (*range(len(grids)), 0, 9):
+            same(models.generate(model, asked(grids[index]), 2), want[index])
+        kept = [tuple(encoder.pixels.shape) for encoder, _, _ in handle._graphs._encoders.values()]
+    assert kept == [(4 * 2 * width, 96) for width in (*range(5, 11), 2, 11)]
+
+
+def test_a_prompt_that_ends_with_an_image():
+    """Where positions have several axes, it runs through the hooks."""
+    for family in ("llava", "qwen2_5_vl"):
+        model, prompt = models.shared(family), models.Prompt(models.words(4, 1))
+        models.picture(family, prompt, 0, 3)
+        if family == "qwen2_5_vl":
+            prompt.ids.pop()  # the token after the image
+        with apply_sts(model, CONFIG) as handle:
+            want = models.generate(model, [prompt])
+            handle.compile(strict=family == "llava")
+            refused = pytest.warns(UserWarning, match="ends with an image")
+            with contextlib.nullcontext() if family == "llava" else refused:
+                same(models.generate(model, [prompt]), want)
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next"])
+def test_a_token_among_the_placeholders_of_an_image(family):
+    model, (prompt,) = models.shared(family), prompts_of(family)
+    prompt.ids.insert(20, 7)
+    with apply_sts(model, CONFIG) as handle:
+        want = models.generate(model, [prompt])
+        handle.compile()
+        with pytest.warns(UserWarning, match="placeholders do not follow one another"):
+            same(models.generate(model, [prompt]), want)
 
 
 def test_a_returned_cache_is_not_continued():
@@ -559,15 +662,49 @@ def test_a_compile_that_fails_leaves_the_graphs_before_it(monkeypatch):
         assert torch.equal(models.generate(model, prompts, 3).sequences, want)
 
 
-def test_an_offloaded_model_runs_through_the_hooks():
-    model, prompts = models.build("llava"), prompts_of("llava")
+def offloaded(model):
     model.model.language_model._hf_hook = object()
+
+
+def quantised(model):
+    model.hf_quantizer = types.SimpleNamespace(is_compileable=False)
+
+
+def with_rotary_embeddings_that_grow(model):
+    model.model.language_model.rotary_emb.rope_type = "dynamic"
+
+
+def without_output_embeddings(model):
+    model.get_output_embeddings = lambda: None
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (offloaded, "offloaded"),
+        (quantised, "the model is quantised"),
+        (with_rotary_embeddings_that_grow, "type dynamic follow the length of the prompt"),
+        (without_output_embeddings, "no output embeddings"),
+    ],
+)
+def test_models_that_run_through_the_hooks(change, why):
+    model, prompts = models.build("llava"), prompts_of("llava")
+    with apply_sts(model, CONFIG):
+        want = models.generate(model, prompts)
+    change(model)
     with apply_sts(model, CONFIG) as handle:
-        with pytest.warns(UserWarning, match="offloaded"):
+        with pytest.warns(UserWarning, match=f"runs through the hooks, .*{why}"):
             assert handle.compile(prompt_tokens=64) == []
-        models.generate(model, prompts)
-        with pytest.raises(NotImplementedError, match="offloaded"):
+        assert torch.equal(models.generate(model, prompts).sequences, want.sequences)
+        with pytest.raises(NotImplementedError, match=why):
             handle.compile(strict=True)
+
+
+def test_a_model_on_several_devices_runs_through_the_hooks():
+    model = models.build("llava")
+    model.lm_head.to("meta")
+    with apply_sts(model, CONFIG) as handle, pytest.warns(UserWarning, match="on several devices, cpu, meta"):
+        assert handle.compile(prompt_tokens=64) == []
 
 
 @pytest.mark.parametrize(

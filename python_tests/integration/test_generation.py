@@ -219,9 +219,9 @@ def test_prompt_length_names_the_query(device):
 
 @pytest.mark.parametrize("family", ["llava", "video_llava"])
 def test_a_prompt_that_ends_with_its_image(family, device):
-    """The last kept token speaks for a last token that is dropped, as it does on graphs."""
+    """The last kept token speaks for a last token that is dropped, as it does on graphs. One row is shorter."""
     model = models.shared(family, "sdpa", device)
-    prompts = [models.prompt_of(family, 1, seed=seed, after=0) for seed in (1, 2)]
+    prompts = [models.prompt_of(family, count, seed=count, after=0) for count in (1, 2)]
     for prompt in prompts:
         del prompt.ids[-3:]  # the words after the picture
     with prune(model, "divprune", budget=8) as handle, torch.no_grad():
@@ -292,6 +292,23 @@ def test_a_copied_cache_continues():
         step = {"input_ids": torch.tensor([[5], [6]]), "attention_mask": mask, "use_cache": True}
         one = model(**step, **{CACHE: cache}).logits
         assert torch.equal(one, model(**step, **{CACHE: twin}).logits)
+
+
+@pytest.mark.parametrize("change", [("batch_repeat_interleave", 2), ("batch_select_indices", torch.tensor([1, 0, 1]))])
+def test_rows_of_a_cache_are_repeated_and_selected(change, device):
+    """One prefill, several answers: rows of the cache go on as their prompts would alone."""
+    model, (how, argument) = models.shared("llava", "sdpa", device), change
+    with apply_sts(model, CONFIG), torch.no_grad():
+        inputs = models.batch(model, batches("llava")[:2])  # padded
+        cache = output_cache(model(**inputs, use_cache=True))
+        twin = copy.deepcopy(cache)
+        getattr(twin, how)(argument)
+        rows = torch.arange(2).repeat_interleave(2) if how == "batch_repeat_interleave" else argument
+        mask, ids = torch.nn.functional.pad(inputs["attention_mask"], (0, 2), value=1), inputs["input_ids"][:, -2:]
+        want = model(input_ids=ids, attention_mask=mask, **{CACHE: cache}).logits
+        rows = rows.to(device)
+        got = model(input_ids=ids[rows], attention_mask=mask[rows], **{CACHE: twin}).logits
+    close(got, want[rows])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

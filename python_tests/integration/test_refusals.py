@@ -5,8 +5,16 @@ import copy
 import pytest
 import torch
 
-from sts_kernels import STSConfig
-from sts_kernels.integrations.transformers import apply_sts, compat, dropped, prune, unsupported
+from sts_kernels import STSConfig, methods
+from sts_kernels.integrations.transformers import (
+    VisualItem,
+    apply_sts,
+    compat,
+    dropped,
+    prune,
+    unsupported,
+    vision_pruning,
+)
 
 from . import flash, models
 from .models import CACHE, output_cache
@@ -323,3 +331,19 @@ def test_methods_of_a_class_token_refuse_an_encoder_without_one():
         prune(model, "prumerge", budget=8)
     one_sentence(e)
     prune(model, "vispruner", budget=8).remove()  # takes the mean over all tokens
+
+
+def test_an_encoder_whose_attention_cannot_be_seen(monkeypatch):
+    """Its attention module calls no attention function of the library, so it has no query and key to score with."""
+    model = models.shared("llava")
+    for layer in model.model.vision_tower.modules():
+        if type(layer).__name__ == "CLIPAttention":
+            monkeypatch.setattr(layer, "forward", lambda hidden_states, **rest: (hidden_states, None))
+    with prune(model, "fastervlm", budget=8), pytest.raises(RuntimeError, match="fastervlm saw no attention") as e:
+        models.generate(model, [models.prompt_of("llava", 1)], 1)
+    one_sentence(e)
+
+
+def test_features_of_another_number_than_the_prompts_images_have():
+    with pytest.raises(RuntimeError, match="expected the features of 9 patches or groups, got 8"):
+        vision_pruning.select(methods.create("sts"), "image", torch.rand(8, 4), [VisualItem("image", [9], [(3, 3)])])

@@ -232,6 +232,16 @@ def test_a_bad_item_spoils_no_other(device, name, value):
     assert torch.equal(got[::2], good[::2])
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_bad_features_or_bad_scores_alone_give_nan(device, value):
+    x, scores = noise(2, 20, 6, seed=9).to(device), attention(2, 20, seed=10).to(device)
+    for bad in (x, scores):
+        one, other = x.clone(), scores.clone()
+        (one if bad is x else other)[1, 4] = value
+        got = analysis.knn_consistency(one, other, 4)
+        assert got.isnan().tolist() == [False, True]
+
+
 @pytest.mark.parametrize("name", ["attention_entropy", "knn_consistency", "share_of_top", "quartile_shares"])
 def test_a_negative_score_gives_nan(device, name):
     x, scores = noise(2, 20, 6, seed=9).to(device), attention(2, 20, seed=10).to(device)

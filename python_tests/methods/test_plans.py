@@ -102,6 +102,15 @@ def test_unknown_options(name):
         methods.create(name, temperature=1)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_values_that_no_option_takes(name):
+    """They raise where the method is created, not at the first prompt."""
+    for option in methods.create(name).options():
+        for value in (object(), "anything", [8]):
+            with pytest.raises((TypeError, ValueError), match=f"{name}: {option} must be "):
+                methods.create(name, **{option: value})
+
+
 def test_unknown_names():
     with pytest.raises(ValueError, match=f"methods: name must be one of {', '.join(NAMES)}, got 'magic'"):
         methods.create("magic")

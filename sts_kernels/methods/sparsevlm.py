@@ -52,7 +52,7 @@ class SparseVLM(Method):
     per_cluster: int = option(10, "recycled tokens of a cluster (1 / theta)")
 
     def __post_init__(self) -> None:
-        if self.retained_tokens is not None and self.retained_tokens not in TABLES:
+        if self.retained_tokens not in (None, *TABLES):
             known = ", ".join(map(str, TABLES))
             raise ValueError(f"{self.name}: retained_tokens must be one of {known}, got {self.retained_tokens!r}")
         _checks.between(self.name, "recycle", self.recycle, 0, 1)
