@@ -86,6 +86,7 @@ def test_a_method_merges_in_its_own_way():
     assert (methods.merge(x, Selection(order, assignment, method=Doubling())) == 2).all()
     assert (methods.merge_packed(x[0], Selection(order[0], assignment[0], method=Doubling()), [3], [1]) == 2).all()
     assert (methods.merge(x, Selection(order, method=Doubling())) == 1).all()  # nothing is merged
+    assert (methods.create("divprune").merge(x, Selection(order)) == 1).all()
 
 
 def test_bad_merges():

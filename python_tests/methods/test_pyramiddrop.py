@@ -67,6 +67,12 @@ def test_one_common_ratio_meets_the_budget(places, budget):
     assert plan.cuts[0].keep([576, 576]) == 2 * kept[1]
 
 
+@pytest.mark.parametrize("none", [0, 0.0])
+def test_a_ratio_of_zero_drops_all(none):
+    plan = methods.create("pyramiddrop").plan(Budget(layers=[8, 16], ratios=[0.001, none]), 32)
+    assert [cut.keep([576, 12]) for cut in plan.cuts] == [2, 0]  # else at least one token of an image
+
+
 @pytest.mark.parametrize(
     ("budget", "match"),
     [
