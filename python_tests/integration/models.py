@@ -298,6 +298,12 @@ def generate(model, prompts: list[Prompt], tokens: int = 4, **options):
     return model.generate(**batch(model, prompts), **options)
 
 
+def skip_unless_layers_are_chosen(family: str) -> None:
+    """Before transformers 5, InternVL had its encoder's last layer alone."""
+    if family == "internvl" and int(transformers.__version__.split(".")[0]) < 5:
+        pytest.skip(f"InternVL of transformers {transformers.__version__} takes no other vision_feature_layer")
+
+
 def logits_of(output) -> torch.Tensor:
     """(B, steps, V)"""
     return torch.stack(output.logits, dim=1)

@@ -518,6 +518,22 @@ def test_a_prompt_that_turns_out_not_to_be_served(family, monkeypatch):
         same(models.generate(model, prompts), want)
 
 
+@pytest.mark.parametrize("family", ["llava", "llava_next", "internvl"])
+def test_another_feature_layer_runs_through_the_hooks(family):
+    """An argument of the model that equals its configuration changes nothing."""
+    models.skip_unless_layers_are_chosen(family)
+    model, prompts = models.shared(family), prompts_of(family)
+    own = model.config.vision_feature_layer
+    with apply_sts(model, CONFIG) as handle:
+        want = {layer: models.generate(model, prompts, vision_feature_layer=layer) for layer in (own, own - 1)}
+        assert not torch.equal(models.logits_of(want[own]), models.logits_of(want[own - 1]))
+        handle.compile()
+        with pytest.warns(UserWarning, match="the argument vision_feature_layer of the model"):
+            same(models.generate(model, prompts, vision_feature_layer=own - 1), want[own - 1])
+        handle.compile(strict=True)
+        same(models.generate(model, prompts, vision_feature_layer=own), want[own])
+
+
 def test_generate_inside_generate_runs_through_the_hooks():
     """As a logits processor may do. The outer call goes on as without it."""
     model, prompts, other = models.shared("llava"), prompts_of("llava"), prompts_of("llava", seed=9)

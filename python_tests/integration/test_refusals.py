@@ -347,3 +347,36 @@ def test_an_encoder_whose_attention_cannot_be_seen(monkeypatch):
 def test_features_of_another_number_than_the_prompts_images_have():
     with pytest.raises(RuntimeError, match="expected the features of 9 patches or groups, got 8"):
         vision_pruning.select(methods.create("sts"), "image", torch.rand(8, 4), [VisualItem("image", [9], [(3, 3)])])
+
+
+@pytest.mark.parametrize("family", ["llava", "internvl"])
+@pytest.mark.parametrize("where", ["call", "config"])
+def test_features_of_another_layer_than_the_attention(family, where, monkeypatch):
+    models.skip_unless_layers_are_chosen(family)
+    model, inputs = models.shared(family), models.batch(models.shared(family), [models.prompt_of(family, 1)])
+    own = model.config.vision_feature_layer
+    call = {"vision_feature_layer": own - 1} if where == "call" else {}
+    for name in ("vispruner", "sts"):  # by attention; by features alone
+        with prune(model, name, budget=8), monkeypatch.context() as patch, torch.no_grad():
+            model(**inputs, vision_feature_layer=own)
+            if where == "config":
+                patch.setattr(model.config, "vision_feature_layer", own - 1)
+            if name == "sts":
+                model(**inputs, **call)
+                continue
+            with pytest.raises(
+                NotImplementedError, match=rf"attention of vision_feature_layer {own}, .* {own - 1};"
+            ) as e:
+                model(**inputs, **call)
+            one_sentence(e)
+
+
+@pytest.mark.parametrize("layer", [0, -4])
+def test_features_that_no_attention_made(layer, monkeypatch):
+    """The configuration has three layers, so layers 0 and -4 are the embeddings."""
+    model = models.shared("llava")
+    monkeypatch.setattr(model.config, "vision_feature_layer", layer)
+    with pytest.raises(NotImplementedError, match=f"vision_feature_layer {layer}, the encoder's embeddings") as e:
+        prune(model, "vispruner", budget=8)
+    one_sentence(e)
+    prune(model, "sts", budget=8).remove()

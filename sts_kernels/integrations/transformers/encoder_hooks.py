@@ -21,6 +21,8 @@ from .visual_item import VisualItem
 Numbers: TypeAlias = torch.Tensor | list[torch.Tensor] | tuple[torch.Tensor, ...]
 Relevance: TypeAlias = Numbers | Callable[[str, Kwargs], Numbers]  # per token; or a function of kind and arguments
 
+LAYER = "vision_feature_layer"  # in configurations, and an argument of the models
+
 
 class EncoderHooks:
     def __init__(
@@ -36,6 +38,9 @@ class EncoderHooks:
         self.adapter, self.base, self.method, self.plan, self.scope = adapter, base, method, plan, scope
         self.sessions, self.relevance = sessions, relevance
         self.token_ids = prompt.token_ids(base.config)
+        captured = method.encoder_attention == "features" and method.signals & {"attention", "keys"}
+        # The layer whose attention is captured; None: not that of a feature layer.
+        self.feature_layer = getattr(base.config, LAYER, None) if captured else None
 
     def encode(
         self, kind: str, caller: Caller, timer: Timer, original: Callable[..., Any], args: Args, kwargs: Kwargs
@@ -50,6 +55,7 @@ class EncoderHooks:
         arguments = {**arguments.pop("kwargs", {}), **arguments}
         runs = lambda which: prompt.runs(ids, self.token_ids[which])  # noqa: E731
         texts = functools.partial(prompt.texts, self.base, self.token_ids, kind, ids, mask)
+        self._check_layer(arguments)
         session.encoding = Encoding(EncodeCall(kind, arguments, runs), texts)
         try:
             with timer(session, f"encode {kind}"):
@@ -59,6 +65,18 @@ class EncoderHooks:
         if caller.outside:
             session.handed_out[kind] = (session.encoded[kind], dropped.of_output(out))
         return out
+
+    def _check_layer(self, arguments: Kwargs) -> None:
+        """Raises NotImplementedError where the features come from another layer than the captured attention."""
+        if self.feature_layer is None:
+            return
+        given = arguments.get(LAYER)
+        given = getattr(self.base.config, LAYER) if given is None else given
+        if given != self.feature_layer:
+            raise NotImplementedError(
+                f"sts_kernels: {self.method.name} scores by the attention of {LAYER} {self.feature_layer}, which was "
+                f"configured when the pruning was installed, got {given}; set it in the model's config before prune()"
+            )
 
     def capture(self, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, kwargs: Kwargs) -> None:
         """Attention callback: collects (query, key, scale) of the encoder's attention during an encoding."""

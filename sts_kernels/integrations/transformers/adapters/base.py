@@ -168,6 +168,11 @@ def tower_attention(tower: Model, layer: int) -> torch.nn.Module:
     """Attention of the encoder layer whose output is hidden_states[layer]."""
     encoder = vision_model(tower).encoder
     layers = encoder.layers if hasattr(encoder, "layers") else encoder.layer
+    if layer == 0 or layer < -len(layers):
+        raise NotImplementedError(
+            f"sts_kernels: no attention made the features of vision_feature_layer {layer}, the encoder's embeddings; "
+            f"choose a method that looks at features alone"
+        )
     block = layers[layer if layer < 0 else layer - 1]
     return block.self_attn if hasattr(block, "self_attn") else block.attention
 
@@ -206,7 +211,7 @@ class FixedLlavaEncoder(FixedEncoder):
         has_embeddings = hasattr(vision_model(base.vision_tower), "embeddings")
         if call.arguments.get("image_sizes") is not None or not has_embeddings:
             raise NotImplementedError("images of variable resolution (Pixtral)")
-        return EncoderShape((call.arguments["pixel_values"].shape[0], tower_tokens(base, call, base.vision_tower)))
+        return EncoderShape((call.arguments["pixel_values"].shape[0], tower_tokens(base, base.vision_tower)))
 
     def usual(self, base: Model, images: int) -> tuple[EncoderShape, tuple[int, ...]] | None:
         side = base.config.vision_config.image_size
@@ -228,13 +233,8 @@ def class_token_dropped(base: Model) -> bool:
     return base.config.vision_feature_select_strategy == "default"
 
 
-def tower_tokens(base: Model, call: EncodeCall, tower: Model) -> int:
-    """Features of a crop. Raises NotImplementedError where the call overrides the configured feature layer or
-    strategy."""
-    for name in ("vision_feature_layer", "vision_feature_select_strategy"):
-        given, own = call.arguments.get(name), getattr(base.config, name)
-        if given is not None and given != own:
-            raise NotImplementedError(f"{name} {given!r}, where the configuration has {own!r}")
+def tower_tokens(base: Model, tower: Model) -> int:
+    """Features of a crop."""
     return vision_model(tower).embeddings.num_positions - class_token_dropped(base)
 
 

@@ -44,7 +44,7 @@ class FixedCropEncoder(base.FixedEncoder):
     def shape(self, model: Model, call: base.EncodeCall) -> base.EncoderShape:
         sizes = torch.as_tensor(call.arguments["image_sizes"], device="cpu").tolist()
         crops, pixels = [crops_of(model, size) for size in sizes], call.arguments["pixel_values"].shape
-        features = (sum(crops), base.tower_tokens(model, call, model.vision_tower))
+        features = (sum(crops), base.tower_tokens(model, model.vision_tower))
         return base.EncoderShape(features, (tuple(map(tuple, sizes)), pixels[1] if len(pixels) == 5 else None))
 
     def tables(self, model: Model, shape: base.EncoderShape) -> dict[str, torch.Tensor]:

@@ -34,7 +34,7 @@ class FixedClipEncoder(base.FixedEncoder):
     def shape(self, model: Model, call: base.EncodeCall) -> base.EncoderShape:
         names = ("pixel_values", "pixel_values_images") if call.kind == "image" else ("pixel_values_videos",)
         pixels = next(call.arguments[name] for name in names if call.arguments.get(name) is not None)
-        tokens = base.tower_tokens(model, call, tower(model, call.kind))
+        tokens = base.tower_tokens(model, tower(model, call.kind))
         if call.kind == "video":
             tokens += base.class_token_dropped(model)  # frames keep [CLS]
         return base.EncoderShape((pixels.shape[:-3].numel(), tokens), call.kind)

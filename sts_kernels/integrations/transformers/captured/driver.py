@@ -22,7 +22,7 @@ from ..adapters import EncodeCall, EncoderShape
 from ..cut_selection import planned_cuts
 from ..hooks import Hooks
 from ..report import Left, describe
-from ..untyped import Args, Kwargs, Model
+from ..untyped import Args, Config, Kwargs, Model
 from ..vision_pruning import with_budgets
 from ..visual_item import VisualItem
 from . import layout
@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 STEP = 64  # step between prompt lengths, in slots
 MAX_SHAPES = 8  # shapes kept, of prompts and of images
 PIXELS = ("pixel_values", "pixel_values_images")
+# Arguments of a model's forward, or of its encoder's, that graphs serve.
+SERVED = {"input_ids", "attention_mask", "position_ids", "cache_position", "mm_token_type_ids", *compat.CACHE_NAMES}
+SERVED |= {*PIXELS, "image_sizes", "image_grid_thw", "logits_to_keep", "use_cache", "return_dict"}
 
 
 @dataclass(frozen=True)
@@ -247,7 +250,7 @@ class Captured:
     # --- a prompt ---
 
     def _prefill(self, serving: _Serving, kwargs: Kwargs) -> CausalLMOutputWithPast:
-        arguments, pixels = _arguments(kwargs)
+        arguments, pixels = _arguments(kwargs, self.base.config)
         ids, mask = arguments["input_ids"], arguments.get("attention_mask")
         if mask is not None and mask.shape != ids.shape:
             raise Refused("the attention mask is not one of padding")
@@ -386,13 +389,22 @@ class Captured:
         return self._encoders[key]
 
 
-def _arguments(kwargs: Kwargs) -> tuple[Kwargs, Tensor | None]:
-    """-> arguments of a prompt's forward and of its encoder, ids and sizes on the host; the pixel values, if any."""
+def _arguments(kwargs: Kwargs, config: Config) -> tuple[Kwargs, Tensor | None]:
+    """-> arguments of a prompt's forward and of its encoder, ids and sizes on the host; the pixel values, if any.
+
+    Raises Refused for arguments that graphs would ignore.
+    """
     arguments = dict(kwargs)
     for kind, later in (arguments.pop("mm_encoder_outputs", None) or {}).items():
         if kind != KIND or not isinstance(later, _Deferred):
             raise Refused(f"{kind}s that are encoded already, or are no images")
         arguments |= inspect.signature(later.original).bind_partial(*later.args, **later.kwargs).arguments
+        arguments |= arguments.pop("kwargs", {})
+    for name, value in arguments.items():
+        if name in SERVED or value is None or value is False:
+            continue
+        if isinstance(value, Tensor) or value != getattr(config, name, None):
+            raise Refused(f"the argument {name} of the model")
     pixels = next((arguments[name] for name in PIXELS if arguments.get(name) is not None), None)
     for name in ("position_ids", "cache_position"):  # generate() makes these from the other arguments
         arguments.pop(name, None)
