@@ -125,3 +125,7 @@ def test_find_by_hand():
     assert dropped.find(embeds.repeat_interleave(2, 0), {"image": (items, values)}).tolist() == [
         row for row in found.tolist() for _ in range(2)
     ]
+    other = embeds.repeat_interleave(2, 0)
+    other[1, 1:4, 0] = torch.tensor([1, torch.nan, torch.nan])  # not the row before it, as a beam would be
+    with pytest.raises(ValueError, match="inputs_embeds hold NaN rows"):
+        dropped.find(other, {"image": (items, values)})
