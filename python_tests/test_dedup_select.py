@@ -121,8 +121,11 @@ def test_not_finite_tokens_go_first(backend, dtype):
     x[1, 1:50] = torch.inf
     x[2] = -torch.inf
     x, order = x.to(backend.device), listed(3, 60, 3).to(backend.device)
-    for keep in (1, 11, 12, 44, 45, 46, 60):
-        oracle.check_dedup(backend(OP, x, order, keep), x, order, keep)
+    shorter = order.clone()
+    shorter[:, 50], shorter[1:, 52:] = -1, 7  # a list ends at its first -1
+    for keep in (1, 11, 12, 44, 45, 46, 49, 51, 60):
+        for given in (order, shorter):
+            oracle.check_dedup(backend(OP, x, given, keep), x, given, keep)
 
 
 def test_known_rounds(backend):
