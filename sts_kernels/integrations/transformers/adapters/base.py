@@ -171,7 +171,7 @@ def tower_attention(tower: Model, layer: int) -> torch.nn.Module:
     if layer == 0 or layer < -len(layers):
         raise NotImplementedError(
             f"sts_kernels: no attention made the features of vision_feature_layer {layer}, the encoder's embeddings; "
-            f"choose a method that looks at features alone"
+            "choose a method that looks at features alone"
         )
     block = layers[layer if layer < 0 else layer - 1]
     return block.self_attn if hasattr(block, "self_attn") else block.attention
