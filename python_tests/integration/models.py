@@ -299,7 +299,7 @@ def generate(model, prompts: list[Prompt], tokens: int = 4, **options):
 
 
 def skip_unless_layers_are_chosen(family: str) -> None:
-    """Before transformers 5, InternVL had its encoder's last layer alone."""
+    """InternVL of transformers 4 always takes the last layer of its encoder."""
     if family == "internvl" and int(transformers.__version__.split(".")[0]) < 5:
         pytest.skip(f"InternVL of transformers {transformers.__version__} takes no other vision_feature_layer")
 

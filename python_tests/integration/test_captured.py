@@ -535,15 +535,14 @@ def test_another_feature_layer_runs_through_the_hooks(family):
 
 
 def test_generate_inside_generate_runs_through_the_hooks():
-    """As a logits processor may do. The outer call goes on as without it."""
+    """A logits processor calls generate(). The outer call gives the answer that it gives without it."""
     model, prompts, other = models.shared("llava"), prompts_of("llava"), prompts_of("llava", seed=9)
     inner = []
 
     class Asks(transformers.LogitsProcessor):
         def __call__(self, ids, scores):
             if not inner:
-                inner.append(None)
-                inner[0] = models.generate(model, other)
+                inner.append(models.generate(model, other))
             return scores
 
     with compiled(model, CONFIG):

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,8 +62,8 @@ def parameters(module: torch.nn.Module) -> list[str]:
     return list(inspect.signature(module.forward).parameters)
 
 
-def named(names: list[str], args: Args, kwargs: Kwargs) -> Kwargs:
-    """Arguments of a forward by name, also those given by position."""
+def named(names: Iterable[str], args: Args, kwargs: Kwargs) -> Kwargs:
+    """Arguments of a call by name, also those given by position."""
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 
 from ...methods import Method, Plan
-from . import dropped, prompt, vision_attention, vision_pruning
+from . import compat, dropped, prompt, vision_attention, vision_pruning
 from .adapters import EncodeCall, ModelAdapter
 from .session import Encoding, Sessions
 from .stack import Caller
@@ -39,7 +39,7 @@ class EncoderHooks:
         self.sessions, self.relevance = sessions, relevance
         self.token_ids = prompt.token_ids(base.config)
         captured = method.encoder_attention == "features" and method.signals & {"attention", "keys"}
-        # The layer whose attention is captured; None: not that of a feature layer.
+        # The feature layer whose attention is captured. None: the method needs none, or that of the last layer.
         self.feature_layer = getattr(base.config, LAYER, None) if captured else None
 
     def encode(
@@ -51,8 +51,7 @@ class EncoderHooks:
             ids, mask = session.placed.ids, session.placed.mask
         else:
             ids, mask = caller.ids, caller.options.get("attention_mask")
-        arguments = inspect.signature(original).bind_partial(*args, **kwargs).arguments
-        arguments = {**arguments.pop("kwargs", {}), **arguments}
+        arguments = compat.named(inspect.signature(original).parameters, args, kwargs)
         runs = lambda which: prompt.runs(ids, self.token_ids[which])  # noqa: E731
         texts = functools.partial(prompt.texts, self.base, self.token_ids, kind, ids, mask)
         self._check_layer(arguments)

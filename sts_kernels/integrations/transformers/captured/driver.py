@@ -28,7 +28,7 @@ from ..visual_item import VisualItem
 from . import layout
 from .encoder import KIND, Encoded, Encoder
 from .graphs import Buffers, Graph, Graphs
-from .refusals import Refused, check_call, standing_reason
+from .refusals import PIXELS, Refused, check_arguments, check_call, standing_reason
 from .runner import Decoded, Prefilled, Runner, Shape
 
 if TYPE_CHECKING:
@@ -36,10 +36,6 @@ if TYPE_CHECKING:
 
 STEP = 64  # step between prompt lengths, in slots
 MAX_SHAPES = 8  # shapes kept, of prompts and of images
-PIXELS = ("pixel_values", "pixel_values_images")
-# Arguments of a model's forward, or of its encoder's, that graphs serve.
-SERVED = {"input_ids", "attention_mask", "position_ids", "cache_position", "mm_token_type_ids", *compat.CACHE_NAMES}
-SERVED |= {*PIXELS, "image_sizes", "image_grid_thw", "logits_to_keep", "use_cache", "return_dict"}
 
 
 @dataclass(frozen=True)
@@ -392,19 +388,14 @@ class Captured:
 def _arguments(kwargs: Kwargs, config: Config) -> tuple[Kwargs, Tensor | None]:
     """-> arguments of a prompt's forward and of its encoder, ids and sizes on the host; the pixel values, if any.
 
-    Raises Refused for arguments that graphs would ignore.
+    Raises Refused, as `check_arguments` does.
     """
     arguments = dict(kwargs)
     for kind, later in (arguments.pop("mm_encoder_outputs", None) or {}).items():
         if kind != KIND or not isinstance(later, _Deferred):
             raise Refused(f"{kind}s that are encoded already, or are no images")
-        arguments |= inspect.signature(later.original).bind_partial(*later.args, **later.kwargs).arguments
-        arguments |= arguments.pop("kwargs", {})
-    for name, value in arguments.items():
-        if name in SERVED or value is None or value is False:
-            continue
-        if isinstance(value, Tensor) or value != getattr(config, name, None):
-            raise Refused(f"the argument {name} of the model")
+        arguments |= compat.named(inspect.signature(later.original).parameters, later.args, later.kwargs)
+    check_arguments(arguments, config)
     pixels = next((arguments[name] for name in PIXELS if arguments.get(name) is not None), None)
     for name in ("position_ids", "cache_position"):  # generate() makes these from the other arguments
         arguments.pop(name, None)

@@ -1,5 +1,5 @@
 """What graphs do not serve: methods and models (`check`), a model as it is set up (`standing_reason`), a generate()
-(`check_call`)."""
+(`check_call`, `check_arguments`)."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from ....methods import Method
 from .. import compat
 from ..adapters import ModelAdapter
 from ..hooks import Hook
-from ..untyped import Args, Kwargs, Model
+from ..untyped import Args, Config, Kwargs, Model
 
 if TYPE_CHECKING:
     from ..handle import PruningHandle
@@ -55,6 +55,22 @@ UNSERVED = {
     "logits_to_keep": (1,),
     "negative_prompt_ids": (),
     **dict.fromkeys(compat.CACHE_NAMES, ()),
+}
+PIXELS = ("pixel_values", "pixel_values_images")
+# Arguments of the model, or of its encoder, that graphs serve.
+SERVED = {
+    *PIXELS,
+    *compat.CACHE_NAMES,
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "cache_position",
+    "mm_token_type_ids",
+    "image_sizes",
+    "image_grid_thw",
+    "logits_to_keep",
+    "use_cache",
+    "return_dict",
 }
 
 
@@ -169,6 +185,16 @@ def check_call(
         if _has_own_forward(part):
             raise Refused(f"{type(part).__name__} has a forward of its own, which a graph would not call")
     _check_length(args[0] if args else kwargs.get("input_ids", kwargs.get("inputs")), option, new)
+
+
+def check_arguments(arguments: Kwargs, config: Config) -> None:
+    """Raises Refused for arguments of the model that graphs would ignore. A value that equals the configuration's, None
+    and False change nothing."""
+    for name, value in arguments.items():
+        if name in SERVED or value is None or value is False:
+            continue
+        if isinstance(value, Tensor) or value != getattr(config, name, None):
+            raise Refused(f"the argument {name} of the model")
 
 
 def _check_length(ids: Any, option: Callable[[str], Any], new: int) -> None:
