@@ -715,6 +715,70 @@ def test_models_that_run_through_the_hooks(change, why):
             handle.compile(strict=True)
 
 
+def with_other_weights(model):
+    head = model.lm_head
+    head.weight = torch.nn.Parameter(-head.weight.detach())
+
+
+def with_another_module(model):
+    layers = model.model.language_model.layers
+    layers[0].mlp.act_fn = torch.nn.Sequential(
+        layers[0].mlp.act_fn, torch.nn.LayerNorm(layers[0].mlp.down_proj.in_features)
+    )
+
+
+def with_other_weights_of_the_encoder(model):
+    model.model.multi_modal_projector.half().float()
+
+
+def with_features_of_another_layer(model):
+    model.config.vision_feature_layer = -1
+
+
+def with_another_attention_of_the_llm(model):
+    model.config.text_config._attn_implementation = "eager"
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (with_other_weights, "weights or modules of the model were replaced; call compile"),
+        (with_another_module, "weights or modules of the model were replaced; call compile"),
+        (with_other_weights_of_the_encoder, "weights or modules of the model were replaced; call compile"),
+        (with_features_of_another_layer, "vision_feature_layer of the model's configuration has changed; call compile"),
+        (
+            with_another_attention_of_the_llm,
+            "text_config._attn_implementation_internal of the model's configuration has changed; call compile",
+        ),
+    ],
+)
+def test_a_model_that_was_changed_after_compile(change, why):
+    model, prompts = models.build("llava"), prompts_of("llava")
+    with apply_sts(model, CONFIG) as handle:
+        handle.compile()
+        models.generate(model, prompts)
+        change(model)
+        with pytest.warns(UserWarning, match=f"runs through the hooks, .*{why}"):
+            got = models.generate(model, prompts)
+    with apply_sts(model, CONFIG) as handle:
+        want = models.generate(model, prompts)
+        assert torch.equal(models.logits_of(got), models.logits_of(want))
+        handle.compile(strict=True)
+        same(models.generate(model, prompts), want)
+
+
+def test_weights_that_change_in_place():
+    model, prompts = models.build("llava"), prompts_of("llava")
+    with apply_sts(model, CONFIG) as handle:
+        handle.compile(strict=True)
+        models.generate(model, prompts)
+        with torch.no_grad():
+            model.lm_head.weight.neg_()
+        got = models.generate(model, prompts)
+    with apply_sts(model, CONFIG):
+        same(got, models.generate(model, prompts))
+
+
 def test_a_model_on_several_devices_runs_through_the_hooks():
     model = models.build("llava")
     model.lm_head.to("meta")

@@ -183,10 +183,10 @@ class PruningHandle:
 
         A call that graphs do not serve runs through the hooks, with one warning per reason: beams, several answers for
         a prompt, assisted decoding, outputs of attention or hidden states, embeddings instead of ids, a cache of the
-        caller's, videos, hooks on modules, autocast, models that are offloaded or quantised.
+        caller's, videos, hooks on modules, autocast, models that are offloaded or quantised, and a model of which
+        weights, modules or settings were replaced since: call compile() again. Weights may change in place.
 
-        One prompt runs at a time: threads wait for each other. Weights may change in place; call compile() again when
-        they are replaced. A cache that generate() returns cannot be continued.
+        One prompt runs at a time: threads wait for each other. A cache that generate() returns cannot be continued.
 
         Args:
             prompt_tokens: bucket sizes: max tokens of a pruned prompt, text included. A longer prompt is an error.

@@ -28,7 +28,7 @@ from ..visual_item import VisualItem
 from . import layout
 from .encoder import KIND, Encoded, Encoder
 from .graphs import Buffers, Graph, Graphs
-from .refusals import PIXELS, Refused, check_arguments, check_call, standing_reason
+from .refusals import PIXELS, Compiled, Refused, check_arguments, check_call, standing_reason
 from .runner import Decoded, Prefilled, Runner, Shape
 
 if TYPE_CHECKING:
@@ -143,6 +143,7 @@ class Captured:
         self.deepstack = len(getattr(getattr(self.base, "visual", None), "deepstack_merger_list", ()))
         self._head, self._modules = module.get_output_embeddings(), list(handle.model.modules())
         self._standing = standing_reason(handle, self._head, self._modules)
+        self._compiled = Compiled(handle.model)
         # False: image sizes vary and a shape may never recur, so graphs are made on its second use.
         self._one_size = self._fixed.usual(self.base, 1) is not None
         self._step = 1 if _steady(self.plan) else STEP
@@ -190,6 +191,7 @@ class Captured:
                         raise Refused("generate() is called inside another one")
                     if self._standing is not None:
                         raise Refused(self._standing)
+                    self._compiled.check()
                     check_call(module, args, kwargs, self.base, self._modules, self._graphs.device, self.new)
                     self._serving = _Serving(threading.get_ident())
                     shadowed.shadow(module, "forward", self._forward)

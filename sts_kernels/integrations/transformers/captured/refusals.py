@@ -1,6 +1,7 @@
-"""What graphs do not serve: methods and models (`check`), a model as it is set up (`standing_reason`), a generate()
-(`check_call`, `check_arguments`)."""
+"""What graphs do not serve: methods and models (`check`), a model as it is set up (`standing_reason`), a model that was
+changed (`Compiled`), a generate() (`check_call`, `check_arguments`)."""
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -142,6 +143,44 @@ def standing_reason(
     if "dynamic" in kind or kind == "longrope":
         return f"rotary embeddings of type {kind} follow the length of the prompt"
     return None
+
+
+class Compiled:
+    """What graphs keep of a model: its modules, the addresses of its weights, and what its configuration says.
+
+    `check` runs before every generate(): it walks lists that are made here.
+    """
+
+    def __init__(self, model: Model):
+        self._config, self._settings = model.config, copy.deepcopy(_settings(model.config))
+        tables = [(module._modules, module._parameters, module._buffers) for module in model.modules()]
+        self._tables = [table for three in tables for table in three if table]
+        self._parts = self._parts_now()  # kept: another object must not get the id of one of these
+        self._ids = list(map(id, self._parts))
+        self._tensors = [part for part in self._parts if isinstance(part, Tensor)]
+        self._addresses = [tensor.data_ptr() for tensor in self._tensors]
+
+    def _parts_now(self) -> list[object]:
+        return [part for table in self._tables for part in table.values()]
+
+    def check(self) -> None:
+        """Raises Refused if weights, modules or the configuration are no longer those that were compiled."""
+        settings = _settings(self._config)
+        if settings != self._settings:
+            names = settings.keys() | self._settings.keys()
+            changed = sorted(name for name in names if settings.get(name) != self._settings.get(name))
+            raise Refused(f"{', '.join(changed)} of the model's configuration has changed; call compile() again")
+        same = list(map(id, self._parts_now())) == self._ids
+        if not same or [tensor.data_ptr() for tensor in self._tensors] != self._addresses:
+            raise Refused("weights or modules of the model were replaced; call compile() again")
+
+
+def _settings(config: Config, path: str = "") -> dict[str, Any]:
+    """All attributes, private ones too, with those of the configurations inside as `text_config.hidden_size`."""
+    found: dict[str, Any] = {}
+    for name, value in vars(config).items():
+        found |= _settings(value, f"{path}{name}.") if hasattr(value, "to_dict") else {path + name: value}
+    return found
 
 
 # --- generate() ---
