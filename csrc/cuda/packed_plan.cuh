@@ -63,11 +63,14 @@ inline PackedShape packed_shape(const Items& items, int64_t stored_tokens, int t
   return {stored_tokens, tile, floats, waves < items.count ? waves : items.count, large < items.count ? large : items.count};
 }
 
-// Max tiles of all items together. An item of n tokens has s = ceil(n / tile) tiles along a side, s * (s + 1) / 2 in all.
-// The first factor bounds the sum of s, the second (s + 1) / 2 of the longest item.
+// Tiles of the upper triangle of side x side tiles, rounded up to an even number: clusters take two at a time (TriangleTile).
+STS_HOST_DEVICE int64_t triangle_tiles(int64_t side) { return (side * (side + 1) / 2 + 1) / 2 * 2; }
+
+// Max tiles of all items together. An item of n tokens has s = ceil(n / tile) tiles along a side, at most s * (s + 1) / 2 + 1 in all.
+// The first product bounds the sum of s times (s + 1) / 2 of the longest item.
 inline int64_t most_tiles(const Items& items, const PackedShape& shape) {
   const int64_t side = items.longest() < shape.stored_tokens ? items.longest() : shape.stored_tokens;
-  return (items.tokens / shape.tile + items.count) * ceil_div(ceil_div(side, shape.tile) + 1, 2);
+  return (items.tokens / shape.tile + items.count) * ceil_div(ceil_div(side, shape.tile) + 1, 2) + items.count;
 }
 
 // Exclusive scan by a block, of kCount numbers at once, starting from `carry`. value: in: of this thread; out: op of `carry` and of all
@@ -122,7 +125,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_packed_kernel(Items items, 
     const bool large = item.tokens > shape.stored_tokens;
     const bool stored = !large && item.tokens > 1 && item.picks > 1;  // a single pick needs no weights
     const int64_t floats = stored ? item.tokens * matrix_pitch(item.tokens) : 0, side = stored ? ceil_div(item.tokens, shape.tile) : 0;
-    int64_t sum[4] = {floats, side * (side + 1) / 2, large, stored && item.tokens > kClusterFrom};
+    int64_t sum[4] = {floats, triangle_tiles(side), large, stored && item.tokens > kClusterFrom};
     scan_block(sum, sums, sum_partial, [](int64_t a, int64_t c) { return a + c; });
     if (b < items.count) plan.items[b] = item;
     if (large && sum[2] < shape.most_large) plan.large[1 + sum[2]] = static_cast<int>(b);

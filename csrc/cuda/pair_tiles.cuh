@@ -15,6 +15,33 @@ struct PairTile {
   int64_t tokens, pitch;  // tokens of the item; row pitch of its matrix in floats
   int64_t offset;         // start of the item's matrix, in floats
   int64_t i, j;           // first row and column of the tile
+  // Of the cluster tile, see TriangleTile:
+  bool one_column;  // both tiles have the same columns
+  int64_t lower_j;  // first column of the first tile
+};
+
+// Tile number t of the upper triangle of side x side tiles, of triangle_tiles(side). Tiles 2u and 2u + 1 make cluster tile u: neighbours in
+// one column, and after these the tiles of the diagonal that are left, two at a time. Diagonal tiles load half as much: as the last ones
+// they even out the ends of the blocks. The very last tile may lie past the end.
+struct TriangleTile {
+  int row, column;
+  bool one_column;   // both tiles of the cluster tile are in `column`
+  int lower_column;  // of the first tile of the cluster tile
+
+  __device__ __forceinline__ TriangleTile(int t, int side) {
+    const int u = t / 2, above = side * side / 4;  // c * c / 4, rounded down: the cluster tiles in columns before c
+    one_column = u < above;
+    if (one_column) {
+      column = static_cast<int>(sqrtf(4.f * static_cast<float>(u) + 3.f));
+      column -= column * column / 4 > u;  // the root may be off by one
+      column += (column + 1) * (column + 1) / 4 <= u;
+      row = 2 * (u - column * column / 4) + t % 2;
+      lower_column = column;
+    } else {
+      lower_column = 4 * (u - above);
+      row = column = lower_column + t % 2 * 2;
+    }
+  }
 };
 
 // Entries [first_entry, first_entry + entries) of a padded batch. blockIdx.x and y give the tile, and blockIdx.z strides over the entries:
@@ -40,7 +67,7 @@ struct PaddedTiles {
   }
   __device__ __forceinline__ PairTile tile_of(int64_t index, int64_t i, int64_t j) const {
     const int64_t entry = first_entry + index;
-    return {entry, 0, entry, entry * tokens, counted(num_tokens, entry, tokens), pitch, index * tokens * pitch, i, j};
+    return {entry, 0, entry, entry * tokens, counted(num_tokens, entry, tokens), pitch, index * tokens * pitch, i, j, false, j};
   }
   // Marks are (entries, side, side). Index of the mark of part (i, j) of this block's tile, or -1 past the end; kParts: parts along a side.
   template <int kParts>
@@ -76,13 +103,7 @@ struct PackedTiles {
     const int64_t b = last_of(wave[0].item, wave[1].item, [&](int64_t i) { return matrices[i].first_tile <= number; });
     const Item item = items[b];
     const PackedMatrix matrix = matrices[b];
-    const int local = static_cast<int>(number - matrix.first_tile);
-    // Tiles of the triangle are numbered by column; column c has c + 1. So column = floor((sqrt(8 local + 1) - 1) / 2), and the two
-    // corrections undo the rounding of float32.
-    int column = static_cast<int>((sqrtf(8.f * static_cast<float>(local) + 1.f) - 1.f) / 2.f);
-    if (column * (column + 1) / 2 > local) --column;
-    if ((column + 1) * (column + 2) / 2 <= local) ++column;
-    const int row = local - column * (column + 1) / 2;
+    const TriangleTile place(static_cast<int>(number - matrix.first_tile), static_cast<int>(ceil_div(item.tokens, tile)));
     return {0,
             item.first,
             b,
@@ -90,8 +111,10 @@ struct PackedTiles {
             item.tokens,
             matrix_pitch(item.tokens),
             matrix.offset,
-            int64_t(row) * tile + part / parts * kTile,
-            int64_t(column) * tile + part % parts * kTile};
+            int64_t(place.row) * tile + part / parts * kTile,
+            int64_t(place.column) * tile + part % parts * kTile,
+            place.one_column,
+            int64_t(place.lower_column) * tile};
   }
   template <int kParts>
   __device__ __forceinline__ int64_t mark(int64_t index, int i, int j) const {

@@ -8,19 +8,22 @@
 // Chosen when: compute capability 9.0 and code for sm_90a; for float32 rows also Store::kThreeProducts. The features may have any
 //   alignment: the rows of the copy are 16-byte aligned.
 // Steps: (1) load: a producer warp brings 64 channels of the tile's rows (A) and columns (B) into a pipeline stage by TMA; a diagonal tile
-//   has A alone. A box may run past the end of the item. Its last rows are then zeros, or rows of the next packed item, and their pairs
-//   are not stored;
+//   has B alone. Large tiles are taken by clusters of two blocks, a cluster tile at a time (TriangleTile): each block reads half of the
+//   columns and multicasts it, so a tile takes three quarters of the bytes from L2. A box may run past the end of the item. Its
+//   last rows are then zeros, or rows of the next packed item, and their pairs are not stored;
 //   (2) multiply: each consumer warpgroup multiplies 64 rows of A by all of B with wgmma. Every kFlushChannels channels the accumulators of
 //   wgmma are added to sums in rounded float32;
 //   (3) epilogue: distances from the sums, stored at (a, b) and (b, a); pairs that cancel are marked;
 //   (4) repair: each warp computes its marked pairs again, four pairs of a row at a time.
 // Synchronisation: mbarriers.
-//   full[stage]: the producer's arrival and the bytes of its boxes.
-//   empty[stage]: an arrival of every consumer warp, once its products of the stage have ended. The producer runs ahead into the next tile,
-//   so loads go on during an epilogue.
+//   full[stage]: the producer's arrival and the bytes of the stage, whoever loads them.
+//   empty[stage]: an arrival of every consumer warp of the cluster, once its products of the stage have ended. So a producer may write the
+//   stage of both blocks. Both take the same number of steps: a block whose own tile is past the end multiplies, and stores nothing. The
+//   producers run ahead into the next tile, so loads go on during an epilogue.
 //   met: every consumer warp has lowered the column minima of the tile. They are double-buffered. Invariant: a warp lowers those of tile
 //   t + 2 after `met` of t + 1, where all warps arrive after they have read those of t.
-//   Blocks do not synchronise with each other.
+//   The blocks of a cluster also meet at the begin, when their mbarriers are initialised, and at the end: a block must not end while the
+//   other may arrive at its mbarriers. Clusters do not synchronise with each other.
 #pragma once
 #include "hopper.cuh"
 #include "sqdist_mma.cuh"
@@ -41,55 +44,52 @@ constexpr int kWgmmaStages = (kTile == kLargeMmaTile ? 6 : 12) / kCopyParts<scal
 template <class scalar_t, int kTile, int kStages>
 constexpr size_t kWgmmaSharedBytes =
     size_t(kStages) * kCopyParts<scalar_t> * 2 * kTile * kBoxChannels * 2 + 1024;  // 1024: to align the stages
+constexpr int kBoxRows = 64;                                                       // of a TMA box: half of a large tile
+// Blocks per cluster. Small tiles, which are few, wait for latency and not for L2.
+template <int kTile>
+constexpr int kTileCluster = kTile == kLargeMmaTile ? 2 : 1;
 
 // The limit of `cancels`.
 template <class scalar_t, class Store>
 constexpr float kCancelled = kCopyParts<scalar_t> == 1 ? Store::kCancellation : 1.f / 16;
 
-// Tile number t of an upper triangle of tiles x tiles: the tiles off the diagonal, column by column, then the diagonal. Diagonal tiles load
-// half as much: as the last ones they even out the ends of the blocks.
-struct TriangleTile {
-  int row, column;
-  __device__ __forceinline__ TriangleTile(int t, int tiles) {
-    const int above = tiles * (tiles - 1) / 2;
-    row = column = t - above;
-    if (t >= above) return;
-    const float square = 1.f + 8.f * static_cast<float>(t);
-    column = static_cast<int>((1.f + square * rsqrtf(square)) / 2.f);
-    column -= column * (column - 1) / 2 > t;  // the root may be off by one
-    column += (column + 1) * column / 2 <= t;
-    row = t - column * (column - 1) / 2;
-  }
-};
-
 // The tiles of a padded batch, numbered through all entries: a grid-stride loop.
 struct PaddedTriangles : PaddedTiles {
   int64_t most;  // tiles of all entries
 
-  explicit PaddedTriangles(const PaddedTiles& tiles) : PaddedTiles(tiles) {
-    const int64_t side = ceil_div(tokens, tile);
-    most = side * (side + 1) / 2 * entries;
-  }
+  explicit PaddedTriangles(const PaddedTiles& tiles) : PaddedTiles(tiles) { most = triangle_tiles(ceil_div(tokens, tile)) * entries; }
   __device__ __forceinline__ int64_t begin() const { return blockIdx.x; }
   __device__ __forceinline__ int64_t end() const { return most; }
   __device__ __forceinline__ int64_t step() const { return gridDim.x; }
   template <int kTile>
   __device__ __forceinline__ PairTile at(int64_t turn) const {
-    const int side = static_cast<int>(ceil_div(tokens, kTile)), entry_tiles = side * (side + 1) / 2;
+    const int side = static_cast<int>(ceil_div(tokens, kTile)), entry_tiles = static_cast<int>(triangle_tiles(side));
     const TriangleTile place(static_cast<int>(turn % entry_tiles), side);
-    return tile_of(turn / entry_tiles, place.row * kTile, place.column * kTile);
+    PairTile found = tile_of(turn / entry_tiles, place.row * kTile, place.column * kTile);
+    found.one_column = place.one_column;
+    found.lower_j = place.lower_column * kTile;
+    return found;
   }
 };
 
-// The ring of pipeline stages, and the place of a thread in it. A stage has a side A and a side B, of kParts boxes each.
+// Whether a block loads and multiplies for a tile: a tile of the cluster tile is before the end of the item.
+template <int kTile>
+__device__ __forceinline__ bool has_products(const PairTile& tile) {
+  return (kTileCluster<kTile> > 1 ? tile.lower_j : tile.j) < tile.tokens;
+}
+
+// The ring of pipeline stages, and the place of a thread in it. A stage has a side A and a side B, of kParts * kTile / kBoxRows boxes each.
 template <class scalar_t, int kTile, int kStages>
 struct StageRing {
   using element_t = copy_t<scalar_t>;
   static constexpr int kParts = kCopyParts<scalar_t>, kPart = kTile * kBoxChannels, kSide = kParts * kPart;
+  static constexpr int kBlocks = kTileCluster<kTile>, kBox = kBoxRows * kBoxChannels;
+  static_assert(kBlocks == 1 || kBlocks * kBoxRows == kTile, "each block multicasts one box of a part");
 
   element_t* stages;        // [kStages][A, B][kParts][kTile][kBoxChannels]
   Mbarrier *full, *empty;   // [kStages]
   int steps;                // stages per tile
+  int rank;                 // of the block in its cluster
   int stage = 0, turn = 0;  // turn: of the ring; its parity is the phase of the stage's mbarriers
 
   __device__ __forceinline__ void next() {
@@ -102,22 +102,41 @@ struct StageRing {
   __device__ __forceinline__ void load(const TensorMap& map, const PairTile& tile) {
     const int entry = static_cast<int>(tile.entry), row0 = static_cast<int>(tile.row + tile.i);
     const int column0 = static_cast<int>(tile.row + tile.j);
+    const bool shared_columns = kBlocks > 1 && tile.one_column;
     for (int step = 0; step < steps; ++step, next()) {
       element_t *const a = stages + stage * 2 * kSide, *const b = a + kSide;
       if (turn > 0) mbarrier_wait(&empty[stage], turn - 1);
       mbarrier_expect_tx(&full[stage], (row0 == column0 ? 1 : 2) * kSide * 2);
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
-        copy_box(a + part * kPart, map, step * kBoxChannels, part, row0, entry, &full[stage]);
-        if (row0 != column0) copy_box(b + part * kPart, map, step * kBoxChannels, part, column0, entry, &full[stage]);
+        const auto copy = [&](element_t* side, int first, int box) {
+          copy_box(side + part * kPart + box * kBox, map, step * kBoxChannels, part, first + box * kBoxRows, entry, &full[stage]);
+        };
+#pragma unroll
+        for (int box = 0; box < kTile / kBoxRows; ++box) {
+          if (row0 != column0) copy(a, row0, box);
+          if (!shared_columns) copy(b, column0, box);
+        }
+        if (shared_columns)
+          multicast_box(b + part * kPart + rank * kBox, map, step * kBoxChannels, part, column0 + rank * kBoxRows, entry, &full[stage],
+                        kBlocks);
       }
+    }
+  }
+
+  // Says to the producers of the cluster that the products of a consumer warp in stage `used` have ended.
+  __device__ __forceinline__ void give_back(int used) const {
+    const int lane = threadIdx.x % 32;
+    if constexpr (kBlocks == 1) {
+      if (lane == 0) mbarrier_arrive(&empty[used]);
+    } else {
+      if (lane < kBlocks) mbarrier_arrive_at(&empty[used], lane);
     }
   }
 
   // (2) multiply, by a consumer warpgroup. dot: products of its 64 rows of A and all rows of B, in the accumulator layout of wgmma.
   __device__ __forceinline__ void multiply(int warpgroup, bool diagonal_tile, float (&dot)[kTile / 2]) {
     constexpr int kSums = kTile / 2, kRunSteps = kFlushChannels / kBoxChannels;
-    const int lane = threadIdx.x % 32;
     float run[kSums];  // accumulators of wgmma; dot: their sums in rounded float32
 #pragma unroll
     for (int s = 0; s < kSums; ++s) dot[s] = 0.f;
@@ -127,8 +146,8 @@ struct StageRing {
       for (int step = 0; step < kRunSteps; ++step) {
         if (begin + step >= steps) break;
         mbarrier_wait(&full[stage], turn);
-        const element_t *const sides = stages + stage * 2 * kSide, *const a = sides + warpgroup * 64 * kBoxChannels;
-        const element_t* const b = diagonal_tile ? sides : sides + kSide;
+        const element_t *const sides = stages + stage * 2 * kSide, *const b = sides + kSide;
+        const element_t* const a = (diagonal_tile ? b : sides) + warpgroup * 64 * kBoxChannels;
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < kBoxChannels / 16; ++k) {
@@ -141,13 +160,13 @@ struct StageRing {
         wgmma_commit();
         if (step > 0) {
           wgmma_wait<1>();
-          if (lane == 0) mbarrier_arrive(&empty[used]);
+          give_back(used);
         }
         used = stage;
         next();
       }
       wgmma_finish(run);
-      if (lane == 0) mbarrier_arrive(&empty[used]);
+      give_back(used);
 #pragma unroll
       for (int s = 0; s < kSums; ++s) dot[s] += run[s];
     }
@@ -288,13 +307,15 @@ __device__ __noinline__ void repair_marked(Rows<scalar_t> rows, bool aligned, un
   }
 }
 
-// map: the centred copy, in boxes of kTile rows. tiles: of side kTile. rows, norms: of all items; (4) takes differences of `rows`.
+// Clusters of kTileCluster<kTile> blocks. map: the centred copy, in boxes of kBoxRows rows. tiles: of side kTile. rows, norms: of all
+// items; (4) takes differences of `rows`.
 template <class scalar_t, int kTile, int kStages, class Tiles, class Store>
 __global__ void __launch_bounds__(hopper_threads(kWgmmaThreads<kTile>), 1)
     sqdist_wgmma_kernel(const __grid_constant__ TensorMap map, Rows<scalar_t> rows, bool aligned, Tiles tiles, const float* norms,
                         Store store, float* out) {
 #if STS_HOPPER
-  constexpr int kWarps = kTile / 64 * 4;  // consumers
+  await_predecessor();
+  constexpr int kWarps = kTile / 64 * 4, kBlocks = kTileCluster<kTile>;  // kWarps: consumers
   STS_DYNAMIC_SHARED(unsigned char, memory);
   __shared__ Mbarrier full[kStages], empty[kStages], met;
   __shared__ uint32_t column_least[2][kTile];  // ordered bits
@@ -302,52 +323,58 @@ __global__ void __launch_bounds__(hopper_threads(kWgmmaThreads<kTile>), 1)
   const int lane = threadIdx.x % 32, warp = __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / 32, 0);
   if (threadIdx.x < kStages) {
     mbarrier_init(&full[threadIdx.x]);
-    mbarrier_init(&empty[threadIdx.x], kWarps);
+    mbarrier_init(&empty[threadIdx.x], kBlocks * kWarps);
   }
   if (threadIdx.x == 0) mbarrier_init(&met, kWarps);
   if (threadIdx.x < kTile) column_least[0][threadIdx.x] = column_least[1][threadIdx.x] = ~0u;
-  __syncthreads();
-  const int steps = static_cast<int>(ceil_div(rows.channels, kBoxChannels));
-  StageRing<scalar_t, kTile, kStages> ring{reinterpret_cast<copy_t<scalar_t>*>(stages), full, empty, steps};
+  const auto meet = [] {
+    if constexpr (kBlocks == 1)
+      __syncthreads();
+    else
+      cooperative_groups::this_cluster().sync();
+  };
+  meet();
+  const int steps = static_cast<int>(ceil_div(rows.channels, kBoxChannels)), rank = static_cast<int>(blockIdx.x % kBlocks);
+  StageRing<scalar_t, kTile, kStages> ring{reinterpret_cast<copy_t<scalar_t>*>(stages), full, empty, steps, rank};
 
   if (warp >= kWarps) {  // the producer
     if constexpr (kTile == kLargeMmaTile) give_registers<40>();
-    if (warp != kWarps) return;
+    for (int64_t index = tiles.begin(), end = tiles.end(); warp == kWarps && index < end; index += tiles.step()) {
+      const PairTile tile = tiles.template at<kTile>(index);             // by the whole warp: the search for a packed tile votes
+      if (lane == 0 && has_products<kTile>(tile)) ring.load(map, tile);  // (1)
+    }
+    __syncwarp();
+  } else {
+    if constexpr (kTile == kLargeMmaTile) take_registers<232>();
+    int meeting = 0;
     for (int64_t index = tiles.begin(), end = tiles.end(); index < end; index += tiles.step()) {
-      const PairTile tile = tiles.template at<kTile>(index);        // by the whole warp: the search for a packed tile votes
-      if (lane == 0 && tile.j < tile.tokens) ring.load(map, tile);  // (1)
+      const PairTile tile = tiles.template at<kTile>(index);
+      if (!has_products<kTile>(tile)) continue;
+      const int row0 = static_cast<int>(tile.i), column0 = static_cast<int>(tile.j), width = static_cast<int>(tile.tokens);
+      const int first_row = row0 + warp * 16;  // of the warp's 16 rows; a warpgroup has 64
+
+      // Loads the norms before the products, so the epilogue does not wait for them.
+      const ThreadPairs<kTile> pairs(first_row + lane / 4, column0 + lane % 4 * 2, width, norms + tile.token);
+      float dot[kTile / 2];
+      ring.multiply(warp / 4, row0 == column0, dot);  // (2)
+
+      float* const matrix = out + tile.offset;
+      uint32_t* const row_min = store.row_min ? store.row_min + tile.token : nullptr;
+      StoredPairs<kTile> found;
+      store_pairs<scalar_t>(tile, pairs, dot, store, matrix, found);  // (3)
+      if (row_min) {
+        lower_minima(found, first_row, column0, row_min, column_least[meeting & 1], &met, meeting);
+        ++meeting;
+      }
+
+      const unsigned low = __ballot_sync(kFullWarp, found.marked[0]), high = __ballot_sync(kFullWarp, found.marked[1]);
+      if (!(low | high)) continue;
+      Rows<scalar_t> item_rows = rows;
+      item_rows.data = rows.row(tile.entry, tile.row);
+      repair_marked<kTile>(item_rows, aligned, low, high, first_row, column0, width, store, tile.pitch, matrix, row_min);  // (4)
     }
-    return;
   }
-
-  if constexpr (kTile == kLargeMmaTile) take_registers<232>();
-  int meeting = 0;
-  for (int64_t index = tiles.begin(), end = tiles.end(); index < end; index += tiles.step()) {
-    const PairTile tile = tiles.template at<kTile>(index);
-    if (tile.j >= tile.tokens) continue;
-    const int row0 = static_cast<int>(tile.i), column0 = static_cast<int>(tile.j), width = static_cast<int>(tile.tokens);
-    const int first_row = row0 + warp * 16;  // of the warp's 16 rows; a warpgroup has 64
-
-    // Loads the norms before the products, so the epilogue does not wait for them.
-    const ThreadPairs<kTile> pairs(first_row + lane / 4, column0 + lane % 4 * 2, width, norms + tile.token);
-    float dot[kTile / 2];
-    ring.multiply(warp / 4, row0 == column0, dot);  // (2)
-
-    float* const matrix = out + tile.offset;
-    uint32_t* const row_min = store.row_min ? store.row_min + tile.token : nullptr;
-    StoredPairs<kTile> found;
-    store_pairs<scalar_t>(tile, pairs, dot, store, matrix, found);  // (3)
-    if (row_min) {
-      lower_minima(found, first_row, column0, row_min, column_least[meeting & 1], &met, meeting);
-      ++meeting;
-    }
-
-    const unsigned low = __ballot_sync(kFullWarp, found.marked[0]), high = __ballot_sync(kFullWarp, found.marked[1]);
-    if (!(low | high)) continue;
-    Rows<scalar_t> item_rows = rows;
-    item_rows.data = rows.row(tile.entry, tile.row);
-    repair_marked<kTile>(item_rows, aligned, low, high, first_row, column0, width, store, tile.pitch, matrix, row_min);  // (4)
-  }
+  if constexpr (kBlocks > 1) meet();
 #endif
 }
 
@@ -377,19 +404,21 @@ cudaError_t launch_sqdist_wgmma_of(const Rows<scalar_t>& rows, const Items& item
   TensorMap map;
   const int64_t copy_pitch = centred_pitch(rows.channels), entries = items.entries();
   const cudaError_t error =
-      make_tensor_map(stats.centred, rows.channels, kCopyParts<scalar_t>, items.tokens, entries, copy_pitch, kTile, map);
+      make_tensor_map(stats.centred, rows.channels, kCopyParts<scalar_t>, items.tokens, entries, copy_pitch, kBoxRows, map);
   if (error != cudaSuccess) return error;
   // The 16-bit copy has the same differences as the features, exactly, and its rows are aligned.
   const auto* const centred = static_cast<const scalar_t*>(stats.centred);
   const Rows<scalar_t> copy{centred, items.tokens * copy_pitch, copy_pitch, static_cast<int>(copy_pitch)};
   const Rows<scalar_t> exact = sizeof(scalar_t) == 2 ? copy : rows;
-  const int64_t sms = device_sm_count();
-  const Launch shape{dim3(static_cast<unsigned>(tiles.most < sms ? tiles.most : sms)),
+  constexpr int kBlocks = kTileCluster<kTile>;
+  const int64_t useful = ceil_div(tiles.most, kBlocks), resident = ceil_div(device_sm_count(), kBlocks);  // clusters
+  const Launch shape{dim3(static_cast<unsigned>((useful < resident ? useful : resident) * kBlocks)),
                      dim3(kWgmmaThreads<kTile>),
                      kWgmmaSharedBytes<scalar_t, kTile, kStages>,
-                     1,
+                     kBlocks,
                      false,
-                     stream};
+                     stream,
+                     true};
   return launch(sqdist_wgmma_kernel<scalar_t, kTile, kStages, Tiles, Store>, shape, map, exact, rows_aligned(exact), tiles, stats.norms,
                 store, out);
 }

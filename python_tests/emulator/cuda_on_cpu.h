@@ -481,9 +481,11 @@ struct cluster_group {
     if (rank < 0 || rank >= static_cast<int>(block.grid->cluster_size)) emulator::fail("map_shared_rank: no such rank");
     const auto byte = reinterpret_cast<char*>(const_cast<std::remove_const_t<T>*>(address));
     const emulator::Cluster& cluster = *block.cluster;
-    const bool dynamic = byte >= block.dynamic.get() && byte < block.dynamic.get() + block.grid->shared_bytes;
+    const bool dynamic = byte >= block.dynamic && byte < block.dynamic + block.grid->shared_bytes;
     const auto& bases = dynamic ? cluster.dynamics : cluster.statics;
     if (!bases[static_cast<size_t>(rank)]) emulator::fail("map_shared_rank: that block has not started");
+    if (cluster.blocks[static_cast<size_t>(rank)]->has_ended.load(std::memory_order_relaxed))
+      emulator::fail("map_shared_rank: that block has ended");
     return reinterpret_cast<T*>(bases[static_cast<size_t>(rank)] + (byte - bases[block.rank]));
   }
 };

@@ -158,11 +158,31 @@ class BlockBarrier {
   std::atomic<uint64_t> generation_{0};
 };
 
+struct Block;
+
 struct Cluster {
-  explicit Cluster(unsigned size) : barrier(size), exit(size), statics(size), dynamics(size) {}
+  explicit Cluster(unsigned size) : barrier(size), exit(size), statics(size), dynamics(size), blocks(size) {}
   BlockBarrier barrier, exit;
   std::vector<char*> statics, dynamics;  // base address of the shared memory of each rank
+  std::vector<Block*> blocks;            // of each rank, once it has started
   char clock[2];                         // for ThreadSanitizer, of the even and of the odd barriers
+};
+
+// A lock that orders nothing for ThreadSanitizer.
+class UnorderedLock {
+ public:
+  explicit UnorderedLock(std::atomic<bool>& held) : held_(held) {
+    while (held_.exchange(true, kRaceChecker ? std::memory_order_relaxed : std::memory_order_acquire)) std::this_thread::yield();
+    std::atomic_signal_fence(std::memory_order_seq_cst);
+  }
+  ~UnorderedLock() {
+    std::atomic_signal_fence(std::memory_order_seq_cst);
+    held_.store(false, kRaceChecker ? std::memory_order_relaxed : std::memory_order_release);
+  }
+  UnorderedLock(const UnorderedLock&) = delete;
+
+ private:
+  std::atomic<bool>& held_;
 };
 
 // Threads wait for the next generation. Even and odd generations have a clock each, so a thread that is one barrier ahead is not ordered
@@ -230,7 +250,6 @@ struct Thread {
   bool blocked() const { return done || (waits_for && *waits_for == waits_at); }
 };
 
-struct Block;
 inline thread_local Block* block = nullptr;
 inline thread_local char shared_anchor = 0;  // lies in the same thread-local segment as every __shared__ variable
 
@@ -245,10 +264,14 @@ struct Block {
   Thread* first_thread;
   std::vector<std::vector<std::unique_ptr<WarpCollective>>> collectives;  // per warp, one for each mask
   Barrier barrier, cluster_barrier;
-  std::vector<BoxCopy> boxes;
+  std::vector<BoxCopy> boxes;  // copies under way into the shared memory of this block, also by other blocks
+  std::atomic<bool> boxes_held{false};
   char boxes_clock;
+  std::atomic<bool> has_ended{false};
   int votes[3] = {0, 0, 0};
-  std::unique_ptr<char, void (*)(void*)> dynamic{nullptr, std::free};
+  static constexpr size_t kSharedOffset = 128;
+  std::unique_ptr<char, void (*)(void*)> allocation{nullptr, std::free};
+  char* dynamic = nullptr;
   Context scheduler;
   char started, ended;  // clocks
 
@@ -262,14 +285,17 @@ struct Block {
         first_thread(threads.data()),
         collectives((threads.size() + kWarp - 1) / kWarp) {
     // Exactly sized: AddressSanitizer sees accesses past its end. All ones by default: a read before the first write gives NaN.
+    // As on a GPU, it has the same alignment in all blocks, which is not that of a swizzled box.
     if (grid.shared_bytes) {
       void* bytes = nullptr;
-      if (posix_memalign(&bytes, 128, grid.shared_bytes)) throw std::bad_alloc();
-      dynamic.reset(static_cast<char*>(bytes));
-      std::memset(bytes, grid.settings.fill, grid.shared_bytes);
+      if (posix_memalign(&bytes, 1024, kSharedOffset + grid.shared_bytes)) throw std::bad_alloc();
+      allocation.reset(static_cast<char*>(bytes));
+      dynamic = allocation.get() + kSharedOffset;
+      std::memset(dynamic, grid.settings.fill, grid.shared_bytes);
     }
-    cluster.dynamics[rank] = dynamic.get();
+    cluster.dynamics[rank] = dynamic;
     cluster.statics[rank] = &shared_anchor;
+    cluster.blocks[rank] = this;
   }
 
   void run(const Fibers& fibers);
@@ -396,7 +422,7 @@ inline const Words* exchange(uint32_t mask, const Words& words, int operation, c
   return collective->given[generation & 1];
 }
 
-inline void* dynamic_shared() { return block->dynamic.get(); }
+inline void* dynamic_shared() { return block->dynamic; }
 
 // ---- the scheduler of a block ----
 
@@ -467,6 +493,8 @@ EMULATOR_NO_TSAN inline void Block::run(const Fibers& fibers) {
     }
   }
   acquire(&ended);
+  has_ended.store(true, std::memory_order_relaxed);
+  if (!boxes.empty()) grid->fail("a block ends before all copies into its shared memory have come");
   cluster->barrier.leave();
   cluster->exit.arrive_and_wait(*grid);  // other blocks may still access its shared memory
   for (const Thread& thread : threads)

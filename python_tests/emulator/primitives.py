@@ -75,16 +75,18 @@ def matmuls():
             (a, b), (x, y) = _factors(rng, name, (m, k), (n, k))
             args = (a, b, np.full((m, n), np.nan, np.float32), m, n, k)
             yield Call(f"{m}x{n}x{k}", f"primitive_matmul_{name}", args, _near(x @ y.T))
-        for items, m, n, k, columns in (
-            (1, 64, 64, 64, 64),
-            (1, 1, 1, 8, 64),
-            (2, 70, 100, 264, 128),
-            (3, 33, 70, 136, 64),
+        for items, m, n, k, columns, cluster in (
+            (1, 64, 64, 64, 64, 1),
+            (1, 1, 1, 8, 64, 1),
+            (2, 70, 100, 264, 128, 1),
+            (3, 33, 70, 136, 64, 1),
+            (1, 64, 128, 64, 64, 2),
+            (2, 70, 150, 392, 64, 2),
         ):
             (a, b), (x, y) = _factors(rng, name, (items, m, k), (items, n, k))
-            args = (a, b, np.full((items, m, n), np.nan, np.float32), items, m, n, k, columns)
-            expected = x @ y.transpose(0, 2, 1)
-            yield Call(f"{items}x{m}x{n}x{k}-{columns}", f"primitive_hopper_matmul_{name}", args, _near(expected))
+            args = (a, b, np.full((items, m, n), np.nan, np.float32), items, m, n, k, columns, cluster)
+            case = f"{items}x{m}x{n}x{k}-{columns}" + ("-multicast" if cluster > 1 else "")
+            yield Call(case, f"primitive_hopper_matmul_{name}", args, _near(x @ y.transpose(0, 2, 1)))
 
 
 def barriers():

@@ -87,6 +87,19 @@ __device__ __forceinline__ void copy_box(void* shared, const TensorMap& map, int
 #endif
 }
 
+// The same copy into the blocks 0 .. blocks - 1 of the cluster, with one read of global memory. `shared` and `barrier` are addresses of this
+// block; the same offsets of each block are written, and its mbarrier counts the bytes.
+__device__ __forceinline__ void multicast_box(void* shared, const TensorMap& map, int channel, int part, int row, int item,
+                                              Mbarrier* barrier, int blocks) {
+#if STS_HOPPER
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3, %4, %5}], [%6], "
+      "%7;" ::"r"(shared_address(shared)),
+      "l"(&map), "r"(channel), "r"(part), "r"(row), "r"(item), "r"(shared_address(barrier)), "h"(static_cast<uint16_t>((1 << blocks) - 1))
+      : "memory");
+#endif
+}
+
 // Orders register writes before wgmma: required before the first product, and after accumulators were written by other instructions.
 __device__ __forceinline__ void wgmma_fence() {
 #if STS_HOPPER

@@ -68,6 +68,13 @@ __device__ __forceinline__ void mbarrier_arrive(Mbarrier* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
+// Arrives at the mbarrier that lies at the same offset in block `rank` of the cluster.
+__device__ __forceinline__ void mbarrier_arrive_at(Mbarrier* barrier, int rank) {
+  unsigned remote;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(shared_address(barrier)), "r"(rank));
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(remote) : "memory");
+}
+
 // Waits until phase number `phase`, counted from 0, is complete; its bytes have then arrived. Only the parity is tested, so the next phase
 // must not be complete yet. The acquire has the default scope, .cta, also for store_async of other blocks: what they wrote is in shared
 // memory of this block, which no cache holds. Scope .cluster would invalidate L1 in every iteration of the wait (CCTL.IVALL).

@@ -33,16 +33,17 @@ void take_registers() {}
 
 namespace emulator {
 
-inline void land_copies(sts::Mbarrier* barrier) {
+inline void land_copies(Block& to, sts::Mbarrier* barrier) {
   for (;;) {
     BoxCopy copy{};
     {
       const Unchecked unchecked;
-      const auto found = std::find_if(block->boxes.begin(), block->boxes.end(), [=](const BoxCopy& c) { return c.barrier == barrier; });
-      if (found == block->boxes.end()) return;
+      const UnorderedLock lock(to.boxes_held);
+      const auto found = std::find_if(to.boxes.begin(), to.boxes.end(), [=](const BoxCopy& c) { return c.barrier == barrier; });
+      if (found == to.boxes.end()) return;
       copy = *found;
-      block->boxes.erase(found);
-      acquire(&block->boxes_clock);
+      to.boxes.erase(found);
+      acquire(&to.boxes_clock);
     }
     const TensorMap& map = copy.map;
     for (int r = 0; r < map.box_rows; ++r)
@@ -93,21 +94,34 @@ inline void hide(Product& product) {
 namespace sts {
 
 // A copy completes when a thread waits for its mbarrier, or at once in the schedule kReverse. Until then the destination holds NaNs or tiny
-// numbers, as in cp_async_16.
-inline void copy_box(void* destination, const TensorMap& map, int channel, int part, int row, int item, Mbarrier* barrier) {
+// numbers, as in cp_async_16. to: the block of `destination` and `barrier`.
+inline void copy_box_to(emulator::Block& to, void* destination, const TensorMap& map, int channel, int part, int row, int item,
+                        Mbarrier* barrier) {
   if (reinterpret_cast<uintptr_t>(destination) % 1024) emulator::fail("copy_box: a swizzled box starts on 1024 bytes");
   if (channel % 8 || part < 0 || part >= map.parts || item < 0 || item >= map.items) emulator::fail("copy_box: outside the tensor");
   const int order = emulator::block->grid->settings.order;
   const size_t bytes = static_cast<size_t>(map.box_rows) * kBoxChannels * 2;
   if (order != emulator::Settings::kReverse) std::memset(destination, order == emulator::Settings::kForward ? 0xff : 0x20, bytes);
+  bool under_way = false;
   {
     const emulator::Unchecked unchecked;
-    for (const emulator::BoxCopy& copy : emulator::block->boxes)
-      if (copy.destination == destination) emulator::fail("copy_box: an earlier copy to the same place is under way");
-    emulator::block->boxes.push_back({destination, map, channel, part, row, item, barrier});
-    emulator::release(&emulator::block->boxes_clock);
+    const emulator::UnorderedLock lock(to.boxes_held);
+    for (const emulator::BoxCopy& copy : to.boxes) under_way = under_way || copy.destination == destination;
+    to.boxes.push_back({destination, map, channel, part, row, item, barrier});
+    emulator::release(&to.boxes_clock);
   }
-  if (order == emulator::Settings::kReverse) emulator::land_copies(barrier);
+  if (under_way) emulator::fail("copy_box: an earlier copy to the same place is under way");
+  if (order == emulator::Settings::kReverse) emulator::land_copies(to, barrier);
+}
+inline void copy_box(void* destination, const TensorMap& map, int channel, int part, int row, int item, Mbarrier* barrier) {
+  copy_box_to(*emulator::block, destination, map, channel, part, row, item, barrier);
+}
+inline void multicast_box(void* destination, const TensorMap& map, int channel, int part, int row, int item, Mbarrier* barrier,
+                          int blocks) {
+  const auto cluster = cooperative_groups::this_cluster();
+  for (int rank = 0; rank < blocks; ++rank)
+    copy_box_to(*emulator::block->cluster->blocks[static_cast<size_t>(rank)], cluster.map_shared_rank(destination, rank), map, channel,
+                part, row, item, cluster.map_shared_rank(barrier, rank));
 }
 
 inline void wgmma_fence() {}

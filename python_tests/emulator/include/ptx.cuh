@@ -50,7 +50,7 @@ void update_mbarrier(sts::Mbarrier* barrier, const char* what, Update update) {
   }
 }
 
-void land_copies(sts::Mbarrier* barrier);  // hopper.cuh
+void land_copies(Block& to, sts::Mbarrier* barrier);  // hopper.cuh
 
 }  // namespace emulator
 
@@ -76,10 +76,13 @@ inline void mbarrier_arrive(Mbarrier* barrier) {
     --state.left;
   });
 }
+inline void mbarrier_arrive_at(Mbarrier* barrier, int rank) {
+  mbarrier_arrive(cooperative_groups::this_cluster().map_shared_rank(barrier, rank));
+}
 inline void mbarrier_wait(Mbarrier* barrier, int phase) {
   emulator::check_aligned(barrier, "mbarrier_wait");
   for (;;) {
-    emulator::land_copies(barrier);
+    emulator::land_copies(*emulator::block, barrier);
     if ((std::bit_cast<emulator::MbarrierState>(__atomic_load_n(barrier, __ATOMIC_RELAXED)).phase & 1) != (phase & 1)) break;
     spin_pause();
   }

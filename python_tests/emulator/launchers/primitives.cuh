@@ -98,8 +98,9 @@ STS_KERNEL(primitive_matmul_float16, launch_matmul<__half>);
 STS_KERNEL(primitive_matmul_bfloat16, launch_matmul<__nv_bfloat16>);
 
 // out (items, m, n) = a (items, m, k) b (items, n, k)^T by TMA and wgmma: a producer warp, two stages, and a warpgroup that computes
-// 64 x kColumns of out. The row pitch of a and b is k, a multiple of 8.
-template <class T, int kColumns>
+// 64 x kColumns of out. The row pitch of a and b is k, a multiple of 8. kBlocks: of a cluster, 1 or 2; a block reads its part of the 64 rows
+// of a and multicasts it.
+template <class T, int kColumns, int kBlocks>
 __global__ void __launch_bounds__(hopper_threads(160))
     hopper_matmul_kernel(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b, float* out, int m, int n,
                          int k) {
@@ -110,21 +111,25 @@ __global__ void __launch_bounds__(hopper_threads(160))
   T* const stages = reinterpret_cast<T*>(memory + (1024 - reinterpret_cast<uintptr_t>(memory) % 1024) % 1024);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, steps = (k + kBoxChannels - 1) / kBoxChannels;
   const int row0 = blockIdx.y * 64, column0 = blockIdx.x * kColumns, item = blockIdx.z;
+  const int rank = blockIdx.x % kBlocks;
   if (threadIdx.x < 2) {
     mbarrier_init(&full[threadIdx.x]);
-    mbarrier_init(&empty[threadIdx.x], 4);
+    mbarrier_init(&empty[threadIdx.x], 4 * kBlocks);
   }
-  __syncthreads();
+  cooperative_groups::this_cluster().sync();
   if (warp == 4) {
-    if (lane != 0) return;
-    for (int step = 0; step < steps; ++step) {
+    for (int step = 0; lane == 0 && step < steps; ++step) {
       T* const stage = stages + step % 2 * kStage;
       if (step >= 2) mbarrier_wait(&empty[step % 2], step / 2 - 1);
       mbarrier_expect_tx(&full[step % 2], kStage * 2);
-      copy_box(stage, map_a, step * kBoxChannels, 0, row0, item, &full[step % 2]);
+      if (kBlocks == 1)
+        copy_box(stage, map_a, step * kBoxChannels, 0, row0, item, &full[step % 2]);
+      else
+        multicast_box(stage + rank * 32 * kBoxChannels, map_a, step * kBoxChannels, 0, row0 + rank * 32, item, &full[step % 2], kBlocks);
       copy_box(stage + 64 * kBoxChannels, map_b, step * kBoxChannels, 0, column0, item, &full[step % 2]);
     }
-    return;
+    __syncwarp();
+    return cooperative_groups::this_cluster().sync();
   }
   float sum[kColumns / 2];
   for (int step = 0; step < steps; ++step) {
@@ -134,8 +139,9 @@ __global__ void __launch_bounds__(hopper_threads(160))
     for (int c = 0; c < kBoxChannels / 16; ++c) wgmma(sum, stage, stage + 64 * kBoxChannels, c, step + c > 0);
     wgmma_commit();
     wgmma_finish(sum);
-    if (lane == 0) mbarrier_arrive(&empty[step % 2]);
+    if (lane < kBlocks) mbarrier_arrive_at(&empty[step % 2], lane);
   }
+  cooperative_groups::this_cluster().sync();
 #pragma unroll
   for (int s = 0; s < kColumns / 2; ++s) {
     const int row = row0 + warp * 16 + lane / 4 + s / 2 % 2 * 8, column = column0 + s / 4 * 8 + lane % 4 * 2 + s % 2;
@@ -144,14 +150,22 @@ __global__ void __launch_bounds__(hopper_threads(160))
 #endif
 }
 template <class T>
-cudaError_t launch_hopper_matmul(const T* a, const T* b, float* out, int items, int m, int n, int k, int columns, cudaStream_t stream) {
+cudaError_t launch_hopper_matmul(const T* a, const T* b, float* out, int items, int m, int n, int k, int columns, int cluster,
+                                 cudaStream_t stream) {
   TensorMap map_a, map_b;
-  cudaError_t error = make_tensor_map(a, k, 1, m, items, k, 64, map_a);
+  cudaError_t error = make_tensor_map(a, k, 1, m, items, k, 64 / cluster, map_a);
   if (error == cudaSuccess) error = make_tensor_map(b, k, 1, n, items, k, columns, map_b);
   if (error != cudaSuccess) return error;
-  const Launch shape{
-      dim3((n + columns - 1) / columns, (m + 63) / 64, items), dim3(160), size_t(2) * (64 + columns) * 128 + 1024, 1, false, stream};
-  const auto kernel = columns == 64 ? hopper_matmul_kernel<T, 64> : hopper_matmul_kernel<T, 128>;
+  const unsigned tiles = (n + columns - 1) / columns;
+  const Launch shape{dim3((tiles + cluster - 1) / cluster * cluster, (m + 63) / 64, items),
+                     dim3(160),
+                     size_t(2) * (64 + columns) * 128 + 1024,
+                     static_cast<unsigned>(cluster),
+                     false,
+                     stream};
+  const auto kernel = cluster == 2    ? hopper_matmul_kernel<T, 64, 2>
+                      : columns == 64 ? hopper_matmul_kernel<T, 64, 1>
+                                      : hopper_matmul_kernel<T, 128, 1>;
   if (!kernel_serves(kernel, 160)) return cudaErrorInvalidConfiguration;
   return launch(kernel, shape, map_a, map_b, out, m, n, k);
 }
