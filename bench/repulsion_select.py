@@ -1,4 +1,4 @@
-"""Stage 1 selection of a batch: LLaVA and Qwen image shapes, batches, video."""
+"""Stage 1 selection of a batch: LLaVA and Qwen image shapes, batches, padded batches of mixed lengths, video."""
 
 from functools import partial
 
@@ -9,10 +9,20 @@ from .harness import Bench, Case, Cost, Provider
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 MAIN = [(576, 64), (576, 192), (2880, 64), (2880, 192), (2880, 640)]
+TILES = (5, 3, 4, 5, 3, 4, 5, 3)  # of 576 tokens, in the images of a LLaVA-NeXT batch
 
 
 def case_of(group, batch, tokens, channels, k, dtype=F32, data="gaussian", cuda_only=False):
     return Case(group, {"B": batch, "N": tokens, "C": channels, "K": k}, dtype, data, cuda_only)
+
+
+def padded(group, lengths, channels, k, dtype):
+    shape = {"B": len(lengths), "N": max(lengths), "C": channels, "K": k, "T": sum(lengths)}
+    return Case(group, shape, dtype, lengths=tuple(lengths))
+
+
+def lengths_of(case):
+    return case.lengths or (case["N"],) * case["B"]
 
 
 CASES = [
@@ -24,6 +34,7 @@ CASES = [
     case_of("batch", 8, 576, 1024, 192, BF16),
     case_of("batch", 64, 576, 1024, 192, cuda_only=True),
     case_of("batch", 64, 576, 1024, 192, BF16, cuda_only=True),
+    *(padded("ragged", [n * 576 for n in TILES], 1024, 480, dtype) for dtype in (F32, BF16)),
     *(case_of("qwen", 1, 1225, c, 245, dtype) for c in (3584, 5120) for dtype in (F32, BF16)),
     *(case_of("rank", 1, 576, 1024, 576, dtype) for dtype in (F32, BF16)),  # K = N: every token is ranked
     case_of("video", 1, 16384, 1024, 1024, BF16),
@@ -39,7 +50,9 @@ CASES = [
 
 def make_inputs(case, device):
     x = inputs.features(case["B"], case["N"], case["C"], case.dtype, device, case.data)
-    return {"features": x, "k": case["K"]}
+    if not case.lengths:
+        return {"features": x, "k": case["K"]}
+    return {"features": x, "k": case["K"], "num_tokens": torch.tensor(case.lengths, device=device)}
 
 
 def selection_cost(items, channels, itemsize):
@@ -56,12 +69,13 @@ def selection_cost(items, channels, itemsize):
 
 
 def cost(case):
-    return selection_cost([(case["N"], case["K"])] * case["B"], case["C"], case.dtype.itemsize)
+    return selection_cost([(n, case["K"]) for n in lengths_of(case)], case["C"], case.dtype.itemsize)
 
 
 def check(case, given, picks):
     assert picks.shape == (case["B"], case["K"])
-    verify.selections(zip(given["features"], picks, strict=True))
+    items = [x[:n] for x, n in zip(given["features"], lengths_of(case), strict=True)]
+    verify.selections(zip(items, picks, strict=True))
 
 
 def fits_gram(items, tokens, device):

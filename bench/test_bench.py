@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import math
 import os
 import re
 import shlex
@@ -16,7 +17,7 @@ import torch
 from sts_kernels._registry import OPS as OPS_TABLE
 
 from . import __main__ as cli
-from . import backends, harness, inputs, plot, prefill, record, serving, timing, waiting, ways
+from . import backends, harness, inputs, plot, prefill, record, repulsion_select, serving, timing, waiting, ways
 
 BENCHES = {name: bench for name, bench in harness.discover().items() if bench}
 SMALL = {"B": 2, "N": 96, "C": 64, "K": 12, "S": 50, "Hq": 4, "Hkv": 2, "D": 64}
@@ -63,6 +64,17 @@ def test_provider(benchmark, device, bench, provider, dtype):
 
     benchmark.group = f"{bench.op} {dtype} {device}"
     benchmark(settled)
+
+
+def test_providers_know_the_lengths_of_a_padded_batch():
+    bench, cpu = BENCHES["repulsion_select"], torch.device("cpu")
+    case = repulsion_select.padded("small", (40, 96), 64, 12, torch.float32)
+    given = bench.make_inputs(case, cpu)
+    given["features"][0, 40:] = math.nan
+    for provider in bench.providers(cpu):
+        if not provider.compiles:
+            bench.check(case, given, provider.bind(case, given)())
+    assert bench.cost(case).bytes < bench.cost(repulsion_select.case_of("small", 2, 96, 64, 12)).bytes
 
 
 @pytest.mark.parametrize("bench", BENCHES.values(), ids=BENCHES)

@@ -53,7 +53,7 @@ STEPS = {
         "lookahead repulsion_select large repulsion_select_varlen "
         "pairwise_sqdist nearest knn_density scatter_mean dpp_select",
     ),
-    "select": rows(50, "repulsion_select --shapes main batch"),
+    "select": rows(60, "repulsion_select --shapes main batch ragged"),
     "plain": rows(40, "repulsion_select --shapes main batch", STS_KERNELS_LOOKAHEAD="1"),
     "small": rows(25, "repulsion_select --shapes sweep-N N=256"),
     "video": rows(40, "repulsion_select --shapes video"),
