@@ -87,8 +87,8 @@ __device__ __forceinline__ void copy_box(void* shared, const TensorMap& map, int
 #endif
 }
 
-// The same copy into the blocks 0 .. blocks - 1 of the cluster, with one read of global memory. `shared` and `barrier` are addresses of this
-// block; the same offsets of each block are written, and its mbarrier counts the bytes.
+// The same copy into the blocks 0 .. blocks - 1 of the cluster, with one read of global memory. `shared` and `barrier` are addresses of
+// this block; the same offsets of each block are written, and its mbarrier counts the bytes.
 __device__ __forceinline__ void multicast_box(void* shared, const TensorMap& map, int channel, int part, int row, int item,
                                               Mbarrier* barrier, int blocks) {
 #if STS_HOPPER
