@@ -377,7 +377,7 @@ __device__ __forceinline__ void select_cluster(const StoredItems& stored, int64_
   const int64_t picks = entry.picks < item.tokens ? entry.picks : item.tokens;
   for (int64_t i = picks + thread.first; i < entry.picks; i += thread.step) picked[i] = -1;
   if (picks == 0) return;
-  cooperative_groups::this_cluster().sync();  // before the first message: all blocks run, and their mbarriers are initialised
+  meet_cluster();  // before the first message: all blocks run, and their mbarriers are initialised
 
   ClusterTokens<Rule, kTokens> own(item, mean_sqdist, rule, thread);
   CandidateTable<Rule> table;

@@ -327,13 +327,8 @@ __global__ void __launch_bounds__(hopper_threads(kWgmmaThreads<kTile>), 1)
   }
   if (threadIdx.x == 0) mbarrier_init(&met, kWarps);
   if (threadIdx.x < kTile) column_least[0][threadIdx.x] = column_least[1][threadIdx.x] = ~0u;
-  const auto meet = [] {
-    if constexpr (kBlocks == 1)
-      __syncthreads();
-    else
-      cooperative_groups::this_cluster().sync();
-  };
-  meet();
+  __syncthreads();
+  if constexpr (kBlocks > 1) meet_cluster();
   const int steps = static_cast<int>(ceil_div(rows.channels, kBoxChannels)), rank = static_cast<int>(blockIdx.x % kBlocks);
   StageRing<scalar_t, kTile, kStages> ring{reinterpret_cast<copy_t<scalar_t>*>(stages), full, empty, steps, rank};
 
@@ -343,7 +338,6 @@ __global__ void __launch_bounds__(hopper_threads(kWgmmaThreads<kTile>), 1)
       const PairTile tile = tiles.template at<kTile>(index);             // by the whole warp: the search for a packed tile votes
       if (lane == 0 && has_products<kTile>(tile)) ring.load(map, tile);  // (1)
     }
-    __syncwarp();
   } else {
     if constexpr (kTile == kLargeMmaTile) take_registers<232>();
     int meeting = 0;
@@ -374,7 +368,7 @@ __global__ void __launch_bounds__(hopper_threads(kWgmmaThreads<kTile>), 1)
       repair_marked<kTile>(item_rows, aligned, low, high, first_row, column0, width, store, tile.pitch, matrix, row_min);  // (4)
     }
   }
-  if constexpr (kBlocks > 1) meet();
+  if constexpr (kBlocks > 1) meet_cluster();
 #endif
 }
 

@@ -371,16 +371,16 @@ inline void sync_block(const char* where = "__syncthreads") {
 }
 
 // The scheduler completes it when all threads of the block have arrived.
-inline void sync_cluster() {
-  check_awaited("cluster.sync");
+inline void sync_cluster(const char* where = "cluster.sync", bool orders_memory = true) {
+  check_awaited(where);
   const Unchecked unchecked;
   Barrier& barrier = block->cluster_barrier;
   const uint64_t generation = barrier.generation;
   char* clock = &block->cluster->clock[generation & 1];
-  release(clock);
+  if (orders_memory) release(clock);
   ++barrier.arrived;
-  wait_while(barrier.generation, generation, "cluster.sync");
-  acquire(clock);
+  wait_while(barrier.generation, generation, where);
+  if (orders_memory) acquire(clock);
 }
 
 // Returns the operands of all lanes of `mask`, once all have arrived. Only __syncwarp orders memory; shuffles and votes do not.

@@ -231,7 +231,7 @@ MUTANTS = (
         "a block ends while the other may arrive",
         "pairwise_sqdist",
         "sqdist_wgmma.cuh",
-        ("  if constexpr (kBlocks > 1) meet();\n", ""),
+        ("  if constexpr (kBlocks > 1) meet_cluster();\n#endif", "#endif"),
         says="that block has ended",
     ),
     mutant(
@@ -303,7 +303,7 @@ MUTANTS = (
         "repulsion_select",
         "sqdist_wgmma.cuh",
         ("warp == kWarps && index < end;", "threadIdx.x == kWarps * 32 && index < end;"),
-        says="__syncwarp",
+        says="lanes of one warp are at different collectives",
     ),
     mutant(
         "boxes of the first packed rows",

@@ -52,10 +52,17 @@ __device__ __forceinline__ void spin_pause() {}
 // bytes that these arrivals expected. Precondition of sending: the previous phase is complete.
 using Mbarrier = unsigned long long;
 
-// By one thread, before the first barrier of the block or cluster. The fence makes the mbarrier visible to the whole cluster.
+// By one thread, before the first barrier of the block or meet_cluster. The fence makes the mbarrier visible to the whole cluster.
 __device__ __forceinline__ void mbarrier_init(Mbarrier* barrier, int count = 1) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n\tfence.mbarrier_init.release.cluster;" ::"r"(shared_address(barrier)), "r"(count)
                : "memory");
+}
+
+// Barrier of all threads of the cluster, called by whole warps. Of memory it orders initialised mbarriers alone: a barrier that orders all
+// is a fence of the device and evicts L1, seven times as long.
+__device__ __forceinline__ void meet_cluster() {
+  __syncwarp();
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
 // Arrives, and adds `bytes` to the bytes that the current phase expects.

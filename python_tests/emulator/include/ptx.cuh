@@ -62,6 +62,10 @@ inline void mbarrier_init(Mbarrier* barrier, int count = 1) {
   const auto expected = static_cast<uint8_t>(count);
   *barrier = std::bit_cast<unsigned long long>(emulator::MbarrierState{0, expected, expected, 0});
 }
+inline void meet_cluster() {
+  emulator::exchange(~0u, {}, 14, "meet_cluster");
+  emulator::sync_cluster("meet_cluster", false);
+}
 inline void mbarrier_expect_tx(Mbarrier* barrier, unsigned bytes) {
   emulator::phases_begun.fetch_add(1, std::memory_order_relaxed);
   emulator::update_mbarrier(barrier, "mbarrier_expect_tx", [bytes](emulator::MbarrierState& state) {

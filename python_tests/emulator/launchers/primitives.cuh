@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(hopper_threads(160))
     mbarrier_init(&full[threadIdx.x]);
     mbarrier_init(&empty[threadIdx.x], 4 * kBlocks);
   }
-  cooperative_groups::this_cluster().sync();
+  meet_cluster();
   if (warp == 4) {
     for (int step = 0; lane == 0 && step < steps; ++step) {
       T* const stage = stages + step % 2 * kStage;
@@ -128,8 +128,7 @@ __global__ void __launch_bounds__(hopper_threads(160))
         multicast_box(stage + rank * 32 * kBoxChannels, map_a, step * kBoxChannels, 0, row0 + rank * 32, item, &full[step % 2], kBlocks);
       copy_box(stage + 64 * kBoxChannels, map_b, step * kBoxChannels, 0, column0, item, &full[step % 2]);
     }
-    __syncwarp();
-    return cooperative_groups::this_cluster().sync();
+    return meet_cluster();
   }
   float sum[kColumns / 2];
   for (int step = 0; step < steps; ++step) {
@@ -141,7 +140,7 @@ __global__ void __launch_bounds__(hopper_threads(160))
     wgmma_finish(sum);
     if (lane < kBlocks) mbarrier_arrive_at(&empty[step % 2], lane);
   }
-  cooperative_groups::this_cluster().sync();
+  meet_cluster();
 #pragma unroll
   for (int s = 0; s < kColumns / 2; ++s) {
     const int row = row0 + warp * 16 + lane / 4 + s / 2 % 2 * 8, column = column0 + s / 4 * 8 + lane % 4 * 2 + s % 2;
