@@ -358,6 +358,7 @@ def test_emulated_cuda_kernel_shares_the_long_items_of_a_packed_batch(
     assert phases == expected
 
 
+@pytest.mark.timeout(900)  # up to eight blocks on threads of their own
 @pytest.mark.parametrize("make", MAKES, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_emulated_cuda_kernel_by_clusters(emulated, make, dtype):

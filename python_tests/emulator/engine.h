@@ -166,6 +166,7 @@ struct Cluster {
   std::vector<char*> statics, dynamics;  // base address of the shared memory of each rank
   std::vector<Block*> blocks;            // of each rank, once it has started
   char clock[2];                         // for ThreadSanitizer, of the even and of the odd barriers
+  char initialised;                      // the same, of mbarrier_init
 };
 
 // A lock that orders nothing for ThreadSanitizer.

@@ -119,9 +119,14 @@ inline void copy_box(void* destination, const TensorMap& map, int channel, int p
 inline void multicast_box(void* destination, const TensorMap& map, int channel, int part, int row, int item, Mbarrier* barrier,
                           int blocks) {
   const auto cluster = cooperative_groups::this_cluster();
-  for (int rank = 0; rank < blocks; ++rank)
-    copy_box_to(*emulator::block->cluster->blocks[static_cast<size_t>(rank)], cluster.map_shared_rank(destination, rank), map, channel,
-                part, row, item, cluster.map_shared_rank(barrier, rank));
+  const auto block_of = [](int rank) {
+    const emulator::Unchecked unchecked;
+    return emulator::block->cluster->blocks[static_cast<size_t>(rank)];
+  };
+  for (int rank = 0; rank < blocks; ++rank) {
+    void* const to = cluster.map_shared_rank(destination, rank);  // fails if there is no such block
+    copy_box_to(*block_of(rank), to, map, channel, part, row, item, cluster.map_shared_rank(barrier, rank));
+  }
 }
 
 inline void wgmma_fence() {}

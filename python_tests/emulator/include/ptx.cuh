@@ -61,10 +61,12 @@ inline void mbarrier_init(Mbarrier* barrier, int count = 1) {
   if (count < 1 || count > 255) emulator::fail("mbarrier_init: the emulator counts to 255");
   const auto expected = static_cast<uint8_t>(count);
   *barrier = std::bit_cast<unsigned long long>(emulator::MbarrierState{0, expected, expected, 0});
+  emulator::release(&emulator::block->cluster->initialised);
 }
 inline void meet_cluster() {
   emulator::exchange(~0u, {}, 14, "meet_cluster");
   emulator::sync_cluster("meet_cluster", false);
+  emulator::acquire(&emulator::block->cluster->initialised);
 }
 inline void mbarrier_expect_tx(Mbarrier* barrier, unsigned bytes) {
   emulator::phases_begun.fetch_add(1, std::memory_order_relaxed);
