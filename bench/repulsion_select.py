@@ -16,9 +16,10 @@ def case_of(group, batch, tokens, channels, k, dtype=F32, data="gaussian", cuda_
     return Case(group, {"B": batch, "N": tokens, "C": channels, "K": k}, dtype, data, cuda_only)
 
 
-def padded(group, lengths, channels, k, dtype):
+def ragged_case(group, lengths, channels, k, dtype=F32, **options):
+    """Items of mixed lengths, padded or packed. k: the value of column K."""
     shape = {"B": len(lengths), "N": max(lengths), "C": channels, "K": k, "T": sum(lengths)}
-    return Case(group, shape, dtype, lengths=tuple(lengths))
+    return Case(group, shape, dtype, lengths=tuple(lengths), **options)
 
 
 def lengths_of(case):
@@ -34,7 +35,7 @@ CASES = [
     case_of("batch", 8, 576, 1024, 192, BF16),
     case_of("batch", 64, 576, 1024, 192, cuda_only=True),
     case_of("batch", 64, 576, 1024, 192, BF16, cuda_only=True),
-    *(padded("ragged", [n * 576 for n in TILES], 1024, 480, dtype) for dtype in (F32, BF16)),
+    *(ragged_case("ragged", [n * 576 for n in TILES], 1024, 480, dtype) for dtype in (F32, BF16)),
     *(case_of("qwen", 1, 1225, c, 245, dtype) for c in (3584, 5120) for dtype in (F32, BF16)),
     *(case_of("rank", 1, 576, 1024, 576, dtype) for dtype in (F32, BF16)),  # K = N: every token is ranked
     case_of("video", 1, 16384, 1024, 1024, BF16),

@@ -5,15 +5,14 @@ from functools import partial
 import torch
 
 from . import baselines, inputs, verify
-from .harness import Bench, Case, Provider
-from .repulsion_select import fits_gram, selection_cost
+from .harness import Bench, Provider
+from .repulsion_select import fits_gram, ragged_case, selection_cost
 
 
 def _case(group, lengths, keep, channels=1024, dtype=torch.float32, cuda_only=False):
     """keep: share of the tokens that every item keeps."""
     budgets = tuple(max(1, round(n * keep)) for n in lengths)
-    shape = {"B": len(lengths), "N": max(lengths), "C": channels, "K": sum(budgets), "T": sum(lengths)}
-    return Case(group, shape, dtype, cuda_only=cuda_only, lengths=tuple(lengths), budgets=budgets)
+    return ragged_case(group, lengths, channels, sum(budgets), dtype, cuda_only=cuda_only, budgets=budgets)
 
 
 EVEN = (576,) * 4

@@ -68,7 +68,7 @@ def test_provider(benchmark, device, bench, provider, dtype):
 
 def test_providers_know_the_lengths_of_a_padded_batch():
     bench, cpu = BENCHES["repulsion_select"], torch.device("cpu")
-    case = repulsion_select.padded("small", (40, 96), 64, 12, torch.float32)
+    case = repulsion_select.ragged_case("small", (40, 96), 64, 12)
     given = bench.make_inputs(case, cpu)
     given["features"][0, 40:] = math.nan
     for provider in bench.providers(cpu):
