@@ -9,8 +9,8 @@
 //   alignment: the rows of the copy are 16-byte aligned.
 // Steps: (1) load: a producer warp brings 64 channels of the tile's rows (A) and columns (B) into a pipeline stage by TMA; a diagonal tile
 //   has B alone. Large tiles are taken by clusters of two blocks, a cluster tile at a time (TriangleTile): each block reads half of the
-//   columns and multicasts it, so a tile takes three quarters of the bytes from L2. A box may run past the end of the item. Its
-//   last rows are then zeros, or rows of the next packed item, and their pairs are not stored;
+//   columns and multicasts it, so a tile takes three quarters of the bytes from L2. A box may run past the end of the item. Its last rows
+//   are then zeros, or rows of the next packed item, and their pairs are not stored;
 //   (2) multiply: each consumer warpgroup multiplies 64 rows of A by all of B with wgmma. Every kFlushChannels channels the accumulators of
 //   wgmma are added to sums in rounded float32;
 //   (3) epilogue: distances from the sums, stored at (a, b) and (b, a); pairs that cancel are marked;
@@ -22,8 +22,8 @@
 //   producers run ahead into the next tile, so loads go on during an epilogue.
 //   met: every consumer warp has lowered the column minima of the tile. They are double-buffered. Invariant: a warp lowers those of tile
 //   t + 2 after `met` of t + 1, where all warps arrive after they have read those of t.
-//   The blocks of a cluster also meet at the begin, when their mbarriers are initialised, and at the end: a block must not end while the
-//   other may arrive at its mbarriers. Clusters do not synchronise with each other.
+//   The blocks of a cluster meet at the start, after both have initialised their mbarriers, and at the end: a block must not exit while
+//   the other may arrive at its mbarriers. Clusters do not synchronise with each other.
 #pragma once
 #include "hopper.cuh"
 #include "sqdist_mma.cuh"
@@ -72,7 +72,7 @@ struct PaddedTriangles : PaddedTiles {
   }
 };
 
-// Whether a block loads and multiplies for a tile: a tile of the cluster tile is before the end of the item.
+// Whether a block takes part in `tile`: its own tile, or the other tile of its cluster, begins before the end of the item.
 template <int kTile>
 __device__ __forceinline__ bool has_products(const PairTile& tile) {
   return (kTileCluster<kTile> > 1 ? tile.lower_j : tile.j) < tile.tokens;
@@ -124,7 +124,7 @@ struct StageRing {
     }
   }
 
-  // Says to the producers of the cluster that the products of a consumer warp in stage `used` have ended.
+  // By a consumer warp: tells the producers of the cluster that its products of stage `used` have ended.
   __device__ __forceinline__ void give_back(int used) const {
     const int lane = threadIdx.x % 32;
     if constexpr (kBlocks == 1) {

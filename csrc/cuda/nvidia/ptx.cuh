@@ -58,8 +58,8 @@ __device__ __forceinline__ void mbarrier_init(Mbarrier* barrier, int count = 1) 
                : "memory");
 }
 
-// Barrier of all threads of the cluster, called by whole warps. Of memory it orders initialised mbarriers alone: a barrier that orders all
-// is a fence of the device and evicts L1, seven times as long.
+// Barrier of all threads of the cluster, called by whole warps. It orders no memory but mbarrier_init: a cluster barrier that does is a
+// fence of the device, and takes seven times as long.
 __device__ __forceinline__ void meet_cluster() {
   __syncwarp();
   asm volatile("barrier.cluster.arrive.relaxed.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");

@@ -143,7 +143,7 @@ class Captured:
         self.deepstack = len(getattr(getattr(self.base, "visual", None), "deepstack_merger_list", ()))
         self._head, self._modules = module.get_output_embeddings(), list(handle.model.modules())
         self._standing = standing_reason(handle, self._head, self._modules)
-        self._compiled = Compiled(handle.model)
+        self._compiled = Compiled(handle.model.config, self._modules)
         # False: image sizes vary and a shape may never recur, so graphs are made on its second use.
         self._one_size = self._fixed.usual(self.base, 1) is not None
         self._step = 1 if _steady(self.plan) else STEP

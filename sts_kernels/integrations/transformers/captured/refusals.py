@@ -148,14 +148,14 @@ def standing_reason(
 class Compiled:
     """What graphs keep of a model: its modules, the addresses of its weights, and what its configuration says.
 
-    `check` runs before every generate(): it walks lists that are made here.
+    `check` runs before every generate(), so all lists that it walks are made here.
     """
 
-    def __init__(self, model: Model):
-        self._config, self._settings = model.config, copy.deepcopy(_settings(model.config))
-        tables = [(module._modules, module._parameters, module._buffers) for module in model.modules()]
+    def __init__(self, config: Config, modules: list[torch.nn.Module]):
+        self._config, self._settings = config, copy.deepcopy(_settings(config))
+        tables = [(module._modules, module._parameters, module._buffers) for module in modules]
         self._tables = [table for three in tables for table in three if table]
-        self._parts = self._parts_now()  # kept: another object must not get the id of one of these
+        self._parts = self._parts_now()  # kept alive: a new object must not get the id of one of these
         self._ids = list(map(id, self._parts))
         self._tensors = [part for part in self._parts if isinstance(part, Tensor)]
         self._addresses = [tensor.data_ptr() for tensor in self._tensors]
