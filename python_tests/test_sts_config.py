@@ -128,4 +128,5 @@ def test_split_evenly():
             assert all(p <= c for p, c in zip(parts, capacities, strict=True))
             open_parts = [p for p, c in zip(parts, capacities, strict=True) if p < c]
             assert not open_parts or max(parts) - min(open_parts) <= 1
+            assert open_parts == sorted(open_parts, reverse=True)
     assert split_evenly(10, [3, 3, 3, 3]) == [3, 3, 2, 2]

@@ -73,10 +73,15 @@ def everything(tokens: int) -> int:
 
 def split_evenly(total: int, capacities: Sequence[int]) -> list[int]:
     """Splits `total` as evenly as the capacities allow; earlier parts get the remainder. Caps at sum(capacities)."""
-    parts, left, open_parts = [0] * len(capacities), min(total, sum(capacities)), len(capacities)
-    for index in sorted(range(len(capacities)), key=lambda i: (capacities[i], -i)):
-        parts[index] = min(capacities[index], left // open_parts)
-        left, open_parts = left - parts[index], open_parts - 1
+    parts, left = list(capacities), min(total, sum(capacities))
+    smallest_first = sorted(range(len(capacities)), key=capacities.__getitem__)
+    for done, index in enumerate(smallest_first):
+        share, extra = divmod(left, len(capacities) - done)
+        if capacities[index] > share:  # no other part is full either
+            for turn, other in enumerate(sorted(smallest_first[done:])):
+                parts[other] = share + (turn < extra)
+            break
+        left -= capacities[index]
     return parts
 
 
