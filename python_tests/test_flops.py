@@ -1,6 +1,9 @@
 """FLOPs and KV cache against values computed by hand, in each convention."""
 
+import types
+
 import pytest
+import torch
 
 from sts_kernels.flops import CONVENTIONS, Convention, LLMSize
 
@@ -48,6 +51,26 @@ def test_conventions_by_name():
     for bad in ("paper", None, ["sts"]):
         with pytest.raises(ValueError, match=r"convention must be a Convention or one of report, .*, got"):
             SIZE.prefill_flops([(1, 5)], 4, bad)
+
+
+class Experts(types.SimpleNamespace):
+    """A configuration of 8 layers: experts in every second, but for the last."""
+
+    def get_text_config(self):
+        return self
+
+
+def test_experts():
+    """A token takes two of the experts in three layers, and the dense MLP in five."""
+    sizes = {"num_hidden_layers": 8, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 40}
+    chosen = {"num_experts_per_tok": 2, "moe_intermediate_size": 12, "num_experts": 16}
+    config = Experts(**sizes, **chosen, decoder_sparse_step=2, mlp_only_layers=[7])
+    size = LLMSize.of(config, torch.float16)
+    assert size.mlp == (3 * 2 * 12 + 5 * 40) / 8
+    dense = LLMSize.of(Experts(**sizes), torch.float16)
+    assert dense.mlp == 40
+    gap = dense.prefill_flops([(8, 5)]) - size.prefill_flops([(8, 5)])
+    assert gap == 3 * (2 * 3 * 5 * 8 * (40 - 2 * 12))
 
 
 def test_cache():

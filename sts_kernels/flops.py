@@ -48,7 +48,7 @@ class LLMSize:
     hidden: int
     query: int  # width of all query heads
     key: int  # width of all key heads
-    mlp: int
+    mlp: float  # width of the MLP that a token takes: of its experts together; mean over layers
     bytes: int  # per element of the KV cache
 
     @classmethod
@@ -63,7 +63,7 @@ class LLMSize:
             config.hidden_size,
             heads * dim,
             kv_heads * dim,
-            config.intermediate_size,
+            _mlp_width(config),
             dtype.itemsize,
         )
 
@@ -74,13 +74,14 @@ class LLMSize:
     def layer_flops(self, tokens: int, convention: Convention | str = REPORT) -> int:
         """One layer over n = `tokens` tokens: factor * (2 n d (q + k) + 2 n^2 q + matrices * n d m).
 
-        The terms are the projections, attention over the full n x n square, and the MLP. With q = k = d:
+        The terms are the projections, attention over the full n x n square, and the MLP; a router of experts is left
+        out. With q = k = d:
         factor * (4 n d^2 + 2 n^2 d + matrices * n d m).
         """
         convention = _convention(convention)
         projections = 2 * tokens * self.hidden * (self.query + self.key)
         attention = 2 * tokens * tokens * self.query
-        mlp = convention.matrices * tokens * self.hidden * self.mlp
+        mlp = round(convention.matrices * tokens * self.hidden * self.mlp)
         return convention.factor * (projections + attention + mlp)
 
     def prefill_flops(
@@ -90,3 +91,15 @@ class LLMSize:
         convention = _convention(convention)
         other = text if convention.text else 0
         return sum(layers * self.layer_flops(visual + other, convention) for layers, visual in segments)
+
+
+def _mlp_width(config: Any) -> float:
+    """Of the configuration of an LLM, dense or with experts in some of its layers."""
+    chosen = getattr(config, "num_experts_per_tok", None)
+    if not chosen:
+        return float(config.intermediate_size)
+    dense, step = set(getattr(config, "mlp_only_layers", None) or ()), getattr(config, "decoder_sparse_step", 1)
+    layers = range(config.num_hidden_layers)
+    sparse = sum(layer not in dense and (layer + 1) % step == 0 for layer in layers)
+    width = chosen * config.moe_intermediate_size
+    return float((sparse * width + (len(layers) - sparse) * config.intermediate_size) / len(layers))

@@ -97,6 +97,18 @@ def _internvl_config():
     )
 
 
+def _onevision_config():
+    vision = {name: value for name, value in _clip().items() if name != "projection_dim"}
+    return transformers.LlavaOnevisionConfig(
+        vision_config=transformers.SiglipVisionConfig(**vision, vision_use_head=False),
+        text_config=transformers.Qwen2Config(**_text()),
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+        image_grid_pinpoints=[[24, 48], [48, 24], [48, 48]],
+        vision_aspect_ratio="anyres_max_1",
+    )
+
+
 MROPE3 = {
     "rope_theta": 10000.0,
     "rope_scaling": {**MROPE, "mrope_interleaved": True},
@@ -117,7 +129,20 @@ CONFIGS = {
         _qwen_vision(out_hidden_size=256, num_position_embeddings=64, deepstack_visual_indexes=[0, 1]),
         {"head_dim": 64, **MROPE3},
     ),
+    "qwen3_vl_moe": lambda: _qwen_config(
+        "Qwen3VLMoe",
+        _qwen_vision(out_hidden_size=256, num_position_embeddings=64, deepstack_visual_indexes=[0, 1]),
+        {
+            "head_dim": 64,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "mlp_only_layers": [2],
+            **MROPE3,
+        },
+    ),
     "internvl": _internvl_config,
+    "llava_onevision": _onevision_config,
 }
 CLASSES = {
     "llava": "Llava",
@@ -126,9 +151,12 @@ CLASSES = {
     "qwen2_vl": "Qwen2VL",
     "qwen2_5_vl": "Qwen2_5_VL",
     "qwen3_vl": "Qwen3VL",
+    "qwen3_vl_moe": "Qwen3VLMoe",
     "internvl": "InternVL",
+    "llava_onevision": "LlavaOnevision",
 }
-FAMILIES = tuple(CONFIGS)
+VARIANTS = ("qwen3_vl_moe",)  # as their family but for the LLM's MLP, and tested where that can matter
+FAMILIES = tuple(family for family in CONFIGS if family not in VARIANTS)
 
 
 def class_of(family: str):
@@ -175,11 +203,14 @@ def noise(*shape: int, seed: int) -> torch.Tensor:
 
 # Image size (height, width): number of 24 x 24 crops, then rows and columns of the feature grid after unpadding.
 NEXT_SIZES = {(40, 24): (3, 10, 6), (20, 44): (3, 6, 12), (40, 40): (5, 12, 12)}
+# The same for LLaVA-OneVision, which shrinks mosaics of more than 36 features: all but the second.
+MOSAICS = {(40, 24): (3, 7, 4), (8, 44): (3, 2, 12), (40, 40): (5, 6, 6)}
 QWEN_GRIDS = [(1, 6, 8), (1, 4, 12), (1, 8, 8), (1, 4, 4)]
 
 
-def picture(family: str, prompt: Prompt, index: int, seed: int) -> None:
-    """Appends a picture to a prompt. `index` chooses its shape, where the family has several."""
+def picture(family: str, prompt: Prompt, index: int, seed: int, only: bool = True) -> None:
+    """Appends a picture to a prompt. `index` chooses its shape, where the family has several. only: the prompt gets no
+    other picture."""
     if family in ("llava", "video_llava"):
         prompt.images.append(noise(1, 3, 24, 24, seed=seed))
         prompt.ids += [IMAGE] * 36
@@ -191,6 +222,13 @@ def picture(family: str, prompt: Prompt, index: int, seed: int) -> None:
         prompt.image_sizes.append(size)
         prompt.ids += [IMAGE] * (36 + rows * (columns + 1))
         prompt.parts["image"].append([36] * crops)
+    elif family == "llava_onevision":
+        size = list(MOSAICS)[index % 3]
+        crops, rows, columns = MOSAICS[size] if only else (1, 0, 0)
+        prompt.images.append(noise(crops, 3, 24, 24, seed=seed))
+        prompt.image_sizes.append(size)
+        prompt.ids += [IMAGE] * (36 + (rows * (columns + 1) or 1))  # newlines included
+        prompt.parts["image"].append([36, rows * columns] if only else [36])
     elif family == "internvl":
         tiles = 1 + index % 2
         prompt.images.append(noise(tiles, 3, 32, 32, seed=seed))
@@ -215,7 +253,11 @@ def clip(family: str, prompt: Prompt, seed: int) -> None:
         prompt.clips.append(noise(1, 2, 3, 24, 24, seed=seed))
         prompt.ids += [VIDEO] * 74
         prompt.parts["video"].append([37, 37])
-    elif family == "qwen3_vl":  # every frame has a time stamp and a run of placeholders of its own
+    elif family == "llava_onevision":  # 3 x 3 tokens a frame
+        prompt.clips.append(noise(1, 2, 3, 24, 24, seed=seed))
+        prompt.ids += [VIDEO] * 19
+        prompt.parts["video"].append([9, 9])
+    elif family.startswith("qwen3_vl"):  # every frame has a time stamp and a run of placeholders of its own
         frames, height, width = 2, 4, 6
         prompt.clips.append(noise(frames * height * width, 96, seed=seed))
         prompt.grids.setdefault("video", []).append((frames, height, width))
@@ -229,7 +271,7 @@ def clip(family: str, prompt: Prompt, seed: int) -> None:
 def prompt_of(family: str, pictures: int = 1, clips: int = 0, seed: int = 0, before: int = 4, after: int = 9) -> Prompt:
     prompt = Prompt([BOS, *words(before, seed)])
     for index in range(pictures):
-        picture(family, prompt, seed + index, 100 * seed + index)
+        picture(family, prompt, seed + index, 100 * seed + index, pictures == 1)
         prompt.ids += words(3, seed + 50 + index)
     for index in range(clips):
         clip(family, prompt, 100 * seed + 50 + index)
@@ -258,6 +300,8 @@ def batch(model, prompts: list[Prompt], side: str = "left") -> dict:
             most = max(len(x) for x in images)
             images = [torch.cat([x, torch.zeros(most - len(x), *x.shape[1:])])[None] for x in images]
             inputs["image_sizes"] = torch.tensor(sizes)
+            if "batch_num_images" in arguments:
+                inputs["batch_num_images"] = torch.tensor([len(p.images) for p in prompts])
         name = "pixel_values" if "pixel_values" in arguments else "pixel_values_images"
         inputs[name] = torch.cat(images).to(dtype)
     if clips:

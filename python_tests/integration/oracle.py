@@ -97,7 +97,9 @@ def run_layer(layer, config, hidden: torch.Tensor, positions: torch.Tensor):
         if head % group == 0:
             norms += key.abs().sum(1)
     hidden = hidden + attention.o_proj(torch.cat(outputs, 1))
-    return hidden + layer.mlp(layer.post_attention_layernorm(hidden)), torch.stack(weights).mean(0), norms
+    mlp = layer.mlp(layer.post_attention_layernorm(hidden)[None])
+    mlp = mlp[0] if isinstance(mlp, tuple) else mlp  # experts of transformers 4 return their router's logits too
+    return hidden + mlp[0], torch.stack(weights).mean(0), norms
 
 
 class Recording:
@@ -123,6 +125,10 @@ class Recording:
         finally:
             for hook in hooks:
                 hook.remove()
+        if hasattr(base, "apply_pooling"):
+            kinds = [kind for kind in ("image", "video") if prompt.parts[kind]]
+            for rows in (self.features, self.outputs):
+                rows[:] = [shrunk(base, prompt, kind, x) for kind, x in zip(kinds, rows, strict=True)]
         self.embeds = self.calls[0]["inputs_embeds"][0]
         deep = self.calls[0].get("deepstack_visual_embeds")
         self.deep = None if deep is None else [torch.cat(list(d)) if isinstance(d, list | tuple) else d for d in deep]
@@ -133,6 +139,17 @@ class Recording:
         positions = positions[-3:] if positions.ndim == 3 else positions[None].expand(3, -1, -1)
         self.positions.append(positions.expand(3, 1, count)[:, 0].cpu())
         self.calls.append({name: kwargs.get(name) for name in ("inputs_embeds", "deepstack_visual_embeds")})
+
+
+def shrunk(base, prompt, kind: str, rows: torch.Tensor) -> torch.Tensor:
+    """LLaVA-OneVision: the projector's rows (n, D) -> what the model interpolates from them, without newlines."""
+    rows = rows.unflatten(0, (-1, 36))
+    if kind == "video":
+        return base.apply_pooling(rows).flatten(0, 1)
+    crops = rows.split([len(pixels) for pixels in prompt.images])
+    ratio = base.config.vision_aspect_ratio
+    parts, _ = base.pack_image_features(crops, torch.tensor(prompt.image_sizes), None, vision_aspect_ratio=ratio)
+    return torch.cat(parts)
 
 
 class Cut(NamedTuple):
@@ -355,8 +372,13 @@ def _even(total: int, capacities: list[int]) -> list[int]:
 
 def _double_text(model) -> dict:
     text = model.model.language_model
+    layers = copy.deepcopy(text.layers).cpu().double()
+    for module in layers.modules():
+        if hasattr(module, "gate_up_proj") and hasattr(module, "config"):  # experts: fast kernels take no float64
+            module.config = copy.copy(module.config)
+            module.config._experts_implementation = "eager"
     return {
-        "layers": copy.deepcopy(text.layers).cpu().double(),
+        "layers": layers,
         "norm": copy.deepcopy(text.norm).cpu().double(),
         "head": copy.deepcopy(model.lm_head).cpu().double(),
         "embed": copy.deepcopy(text.embed_tokens).cpu().double(),

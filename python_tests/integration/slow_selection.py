@@ -8,7 +8,6 @@ from . import models
 from .oracle import MARGIN, NearTie
 
 ERANK_AVG = 12.0
-PICTURES = ("pixel_values", "pixel_values_images")
 
 
 def best(values: torch.Tensor, among: list[int]) -> int:
@@ -162,14 +161,29 @@ def tome(pool, keep: int) -> dict[int, torch.Tensor]:
     return {group[0]: x[group].mean(0) for group in groups}
 
 
-def content(kind: str, arguments: dict) -> torch.Tensor:
-    """A relevance for each token of the encoder, computed from the pixels of the token's patch."""
-    x = arguments["pixel_values_videos" if kind == "video" else PICTURES[1 if PICTURES[1] in arguments else 0]]
+def content(kind: str, arguments: dict, family: str = "") -> torch.Tensor:
+    """A relevance for each token of the encoder, computed from the pixels of the token's patch. LLaVA-OneVision has one
+    for each token that is interpolated."""
+    names = ("pixel_values_videos", "pixel_values") if kind == "video" else ("pixel_values_images", "pixel_values")
+    x = next(arguments[name] for name in names if name in arguments)
     if x.ndim == 2:  # Qwen-VL: 4 patches in a row make a token
         return x.view(-1, 4 * x.shape[1]).mean(1)
-    if (sizes := arguments.get("image_sizes")) is not None:
-        x = torch.cat([one[: models.NEXT_SIZES[tuple(size)][0]] for one, size in zip(x, sizes.tolist(), strict=True)])
+    if kind == "image" and (sizes := arguments.get("image_sizes")) is not None:
+        sizes, table = list(map(tuple, sizes.tolist())), models.NEXT_SIZES
+        if family == "llava_onevision":
+            only = [count == 1 for count in arguments["batch_num_images"].tolist() for _ in range(count)]
+            sizes, table = list(zip(sizes, only, strict=True)), {(s, True): n for s, n in models.MOSAICS.items()}
+            table |= {(size, False): (1, 0, 0) for size in models.MOSAICS}
+        sizes = [table[size] for size in sizes]
+        x = torch.cat([one[:crops] for one, (crops, _, _) in zip(x, sizes, strict=True)])
     side = x.shape[-1] // (4 if x.shape[-1] == 32 else 6)
     x = x.reshape(-1, *x.shape[-3:]).mean(1)
     tokens = x.unfold(1, side, side).unfold(2, side, side).mean((-1, -2)).flatten(1)
+    if family == "llava_onevision":
+        if kind == "video":
+            return tokens[:, :9]
+        images = tokens.split([crops for crops, _, _ in sizes])
+        return torch.cat(
+            [x.flatten()[: 36 + rows * columns] for x, (_, rows, columns) in zip(images, sizes, strict=True)]
+        )
     return torch.nn.functional.pad(tokens, (1, 0), value=0.05) if kind == "video" else tokens  # frames have a [CLS]

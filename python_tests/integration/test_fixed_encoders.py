@@ -35,7 +35,16 @@ KINDS = [(family, "image") for family in FAMILIES] + [(family, "video") for fami
 
 
 def test_families_of_the_package_have_a_fixed_encoder():
-    shipped = {"llava", "llava_next", "video_llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl"}
+    shipped = {
+        "llava",
+        "llava_next",
+        "video_llava",
+        "qwen2_vl",
+        "qwen2_5_vl",
+        "qwen3_vl",
+        "internvl",
+        "llava_onevision",
+    }
     assert shipped <= set(FAMILIES)
 
 
@@ -122,7 +131,7 @@ def close(found: torch.Tensor, own: torch.Tensor) -> None:
 # --- encoder and selection, against the hooks ---
 
 LLAVA = ("llava", "llava_next", "video_llava")
-ONE_ROW_A_FEATURE = tuple(family for family in FAMILIES if family != "qwen3_vl")
+ONE_ROW_A_FEATURE = tuple(family for family in FAMILIES if family not in ("qwen3_vl", "llava_onevision"))
 METHODS = {  # name, options, families
     "sts": ("sts", {"keep": 10}, FAMILIES),
     "sts by share": ("sts", {"keep": 0.3, "rho": 1.0}, FAMILIES),
@@ -237,6 +246,7 @@ COMPILED = {
     "qwen2_5_vl": "vispruner",
     "qwen3_vl": "sts by crop",
     "internvl": "fastervlm",
+    "llava_onevision": "adavtp in the encoder",
 }
 
 
@@ -304,6 +314,11 @@ TRUE_SIZES = {  # configuration, shape of the pixel values, sizes
     "qwen2_5_vl": (RANDOM["qwen2.5-vl-7b"].config, (PATCHES, 1176), {"image_grid_thw": GRIDS}),
     "qwen3_vl": (_qwen3_vl, (PATCHES, 1536), {"image_grid_thw": GRIDS}),
     "internvl": (transformers.InternVLConfig, (5, 3, 448, 448), {}),
+    "llava_onevision": (
+        transformers.LlavaOnevisionConfig,
+        (2, 16, 3, 384, 384),
+        {"image_sizes": [[1080, 1920], [700, 1000]]},
+    ),
 }
 
 

@@ -336,10 +336,10 @@ def test_half_precision(family, dtype, device):
 
 @pytest.mark.parametrize("anchor", ["first", "saliency"])
 @pytest.mark.parametrize("scope", ["image", "crop"])
-@pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl", "internvl", "video_llava"])
+@pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl", "internvl", "video_llava", "llava_onevision"])
 def test_anchors_and_scopes(family, scope, anchor, device):
     model = models.shared(family, "eager", device)
-    clips = int(family in ("video_llava", "qwen2_5_vl"))
+    clips = int(family in ("video_llava", "qwen2_5_vl", "llava_onevision"))
     prompt = models.prompt_of(family, 2, clips, seed=4)
     config = STSConfig(keep=KEEP, keep_after=1.0, prune_layer=LAYER, anchor=anchor, scope=scope)
     with apply_sts(model, config) as sts:

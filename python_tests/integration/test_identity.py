@@ -126,13 +126,18 @@ def test_default_layers():
     """
     of_32 = {family.name: STSConfig(budget=8).plan(32, family.prune_layer).prune_layer for family in ADAPTERS}
     assert of_32 == dict.fromkeys(
-        ("LLaVA-1.5", "LLaVA-NeXT", "Video-LLaVA", "Qwen2-VL", "Qwen3-VL", "InternVL"), 16
+        ("LLaVA-1.5", "LLaVA-NeXT", "LLaVA-OneVision", "Video-LLaVA", "Qwen2-VL", "Qwen3-VL", "InternVL"), 16
     ) | {"Qwen2.5-VL": 14}
     of_40 = {family.name: STSConfig(budget=8).plan(40, family.prune_layer).prune_layer for family in ADAPTERS}
-    assert {name for name, layer in of_40.items() if layer == 20} == {"Qwen2-VL", "Qwen3-VL", "InternVL"}
+    assert {name for name, layer in of_40.items() if layer == 20} == {
+        "Qwen2-VL",
+        "Qwen3-VL",
+        "InternVL",
+        "LLaVA-OneVision",
+    }
     with apply_sts(models.shared("llava"), STSConfig(budget=8)) as sts:
         assert sts.plan.cuts[0].layer == models.LAYERS // 2
 
 
 def test_every_family_is_tested():
-    assert {name for family in ADAPTERS for name in family.model_types} == set(models.FAMILIES)
+    assert {name for family in ADAPTERS for name in family.model_types} == set(models.CONFIGS)

@@ -422,7 +422,7 @@ def test_a_projector_trained_by_an_adapter():
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_default_device_and_dtype(family, scope):
     model = models.shared(family)
-    clips = int(family in ("video_llava", "qwen2_vl", "qwen3_vl"))
+    clips = int(family in ("video_llava", "qwen2_vl", "qwen3_vl", "llava_onevision"))
     prompts = [models.prompt_of(family, 1, clips, seed=1), models.prompt_of(family, 2, seed=2)]
     inputs = models.batch(model, prompts)
     config = STSConfig(keep=10, keep_after=4, prune_layer=3, anchor="saliency", scope=scope)

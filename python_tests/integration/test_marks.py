@@ -24,7 +24,8 @@ def merged(model, prompts) -> dict:
         seen.append(kwargs)
         raise StopIteration
 
-    pictures = {name: inputs[name] for name in inputs if "pixel" in name or "grid" in name or name == "image_sizes"}
+    sizes = ("image_sizes", "batch_num_images")
+    pictures = {name: inputs[name] for name in inputs if "pixel" in name or "grid" in name or name in sizes}
     pixels = next(name for name in pictures if "pixel" in name)
     with torch.no_grad():
         hook = text.register_forward_pre_hook(see, with_kwargs=True)

@@ -32,7 +32,8 @@ from .test_mutants import mutated
 from .test_oracle import PROMPTS, STEPS, close
 from .test_refusals import one_sentence
 
-NO_DEEPSTACK = tuple(f for f in models.FAMILIES if f != "qwen3_vl")  # its features are made of several rows
+SEVERAL_ROWS = ("qwen3_vl", "llava_onevision")  # a token is made of several rows of the projector's input
+ONE_ROW = tuple(f for f in models.FAMILIES if f not in SEVERAL_ROWS)
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 LLAVA = ("llava", "llava_next", "video_llava")
 
@@ -145,7 +146,7 @@ CASES = {
         slow.visionzip,
         scope="crop",
         signals=("attention",),
-        families=NO_DEEPSTACK,
+        families=ONE_ROW,
     ),
     "prumerge": Case(
         {"keep": 11, "neighbours": 8},
@@ -172,7 +173,7 @@ CASES = {
         slow.tome,
         scope="crop",
         signals=("attention",),
-        families=NO_DEEPSTACK,
+        families=ONE_ROW,
     ),
     "random": Case({"keep": 8}, 8, random),
     "uniform": Case({"keep": 5}, 5, uniform),
@@ -215,7 +216,7 @@ CASES = {
         ((2, 8), (4, 5)),
         signals=("attention",),
         cut=polymorphic.cut,
-        families=NO_DEEPSTACK,
+        families=ONE_ROW,
     ),
     "polymorphic, as many merged": Case(
         {"keep": 10, "layers": [3], "ratios": [6], "retained": 1.0, "positions": "contiguous"},
@@ -226,7 +227,7 @@ CASES = {
         cut=halves.cut,
         contiguous=True,
         method="polymorphic",
-        families=tuple(f for f in NO_DEEPSTACK if f not in QWEN),
+        families=tuple(f for f in ONE_ROW if f not in QWEN),
     ),
     "polymorphic, stage 1 alone": Case(
         {"keep": 10},
@@ -234,7 +235,7 @@ CASES = {
         polymorphic.choose,
         signals=("attention",),
         method="polymorphic",
-        families=NO_DEEPSTACK,
+        families=ONE_ROW,
     ),
     "polymorphic, stage 2 alone": Case(
         {"layers": [2, 3, 5], "ratios": [13, 8, 5], "llm_only": True},
@@ -301,7 +302,7 @@ def expected_of(model, family: str, prompt, answer: list[int], case: Case) -> or
     if "relevance" in case.signals:
         inputs = models.batch(model, [prompt])
         kinds = [kind for kind in ("image", "video") if prompt.parts[kind]]
-        given["attention"] = {kind: slow.content(kind, inputs).flatten().cpu() for kind in kinds}
+        given["attention"] = {kind: slow.content(kind, inputs, family).flatten().cpu() for kind in kinds}
         given["in_token_order"] = family in QWEN
     return expect_method(model, prompt, answer, case.keep, case.choose, cuts, **given)
 
@@ -319,9 +320,12 @@ def test_generation_is_the_oracles(family, name, device):
         one_sentence(e)
         return
     model = models.shared(family, "eager" if name in ("fastv", "sts at a set of layers") else "sdpa", device)
+    options = dict(case.options)
+    if "relevance" in options:
+        options["relevance"] = functools.partial(slow.content, family=family)
     for seed in range(4, 30):
         prompts = prompts_of(family, seed)
-        with prune(model, case.method or name, **case.options) as pruning:
+        with prune(model, case.method or name, **options) as pruning:
             alone = [models.generate(model, [prompt], STEPS) for prompt in prompts]
             together = models.generate(model, prompts, STEPS)
             rows = pruning.report.rows
@@ -429,6 +433,13 @@ MUTANTS = {
         "joined.flatten(0, 2)",
         "joined.transpose(1, 2).flatten(0, 2)",
     ),
+    "attention of rows that are not interpolated": (
+        "llava_onevision",
+        "fastervlm",
+        encoder_hooks,
+        "blend(signal.to(features.device))",
+        "signal[blend.rows[:, 0]]",
+    ),
     "all heads as one": ("llava", "prumerge", encoder_hooks, 'encoder_attention == "last"', 'encoder_attention == ""'),
     "the layer of the features": (
         "llava",
@@ -522,7 +533,7 @@ def test_merged_rows_go_into_the_slots(family, method, device):
     """Each of the first k tokens becomes the projection of its slot's mean, or the mean of its slot's projections."""
     model = models.shared(family, "sdpa", device)
     prompt, keep = models.prompt_of(family, 1, seed=2), 4
-    if family == "qwen3_vl" and method.site == "encoder":
+    if family in SEVERAL_ROWS and method.site == "encoder":
         with pytest.raises(NotImplementedError, match="merges features before the projector") as e:
             prune(model, method, keep=keep)
         one_sentence(e)
@@ -751,7 +762,7 @@ def test_full_budgets_are_bit_equal(name, family):
     plain = models.generate(model, prompts)
     everything = {"ratios": [1.0], "layers": [3]} if methods.create(name).site is None else {"keep": 1.0}
     everything |= {"rho": 1.0} if name == "sts" else {}
-    everything |= {"relevance": slow.content} if name == "cdpruner" else {}
+    everything |= {"relevance": functools.partial(slow.content, family=family)} if name == "cdpruner" else {}
     if family not in LLAVA and name == "prumerge":
         pytest.skip("refused, as test_generation_is_the_oracles sees")
     with prune(model, name, **everything):

@@ -18,6 +18,7 @@ from sts_kernels.integrations.transformers import (
     masks,
     prompt,
     vision_pruning,
+    visual_item,
 )
 from sts_kernels.integrations.transformers.adapters import llava_next
 from sts_kernels.methods import base, sts
@@ -185,6 +186,8 @@ MUTANTS = {
     ),
     "newlines pruned by stage 2": ("llava_next", prompt, "item.feature_of_token < 0", "item.feature_of_token < -1"),
     "tokens lost to unpadding": ("llava_next", llava_next, "packed[0][:, 0].long())", "None)"),
+    "interpolated half a row off": ("llava_onevision", visual_item, "size / to - 0.5", "size / to"),
+    "features of all images as one": ("llava_onevision", dropped, "(feature + start)", "feature"),
     "deepstack not shrunk": (
         "qwen3_vl",
         layer_pruning,

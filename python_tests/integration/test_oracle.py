@@ -23,7 +23,9 @@ PROMPTS = {
     "qwen2_vl": [(1, 0), (2, 1)],
     "qwen2_5_vl": [(1, 0), (2, 1), (0, 1)],
     "qwen3_vl": [(1, 0), (2, 1), (0, 1)],
+    "qwen3_vl_moe": [(1, 0), (2, 1), (0, 1)],
     "internvl": [(1, 0), (2, 0)],
+    "llava_onevision": [(1, 0), (2, 1), (0, 1)],
 }
 STEPS = 3
 SEED = 4  # of prompts without near-ties
@@ -42,7 +44,7 @@ def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("family", models.FAMILIES)
+@pytest.mark.parametrize("family", models.CONFIGS)
 def test_generation_is_the_oracles(family, config, device):
     keep, after, layer = CONFIGS[config]
     attention = {"both": "eager", "structure": "sdpa", "semantics": "sdpa"}[config]

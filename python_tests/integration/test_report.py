@@ -20,7 +20,7 @@ CONFIG = STSConfig(keep=KEEP, keep_after=AFTER, prune_layer=LAYER)
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_counts(family, device):
     model = models.shared(family, "sdpa", device)
-    clips = int(family in ("video_llava", "qwen2_vl", "qwen3_vl"))
+    clips = int(family in ("video_llava", "qwen2_vl", "qwen3_vl", "llava_onevision"))
     prompts = [models.prompt_of(family, 2, clips, seed=1), models.prompt_of(family, 0, seed=2)]
     with apply_sts(model, CONFIG) as sts:
         assert sts.report is None

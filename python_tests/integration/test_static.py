@@ -244,6 +244,8 @@ def graphs():
         ("qwen2_5_vl", "sdpa", "sts"),
         ("qwen3_vl", "sdpa", "sts"),
         ("internvl", "sdpa", "sts"),
+        ("llava_onevision", "sdpa", "sts"),
+        ("qwen3_vl_moe", "sdpa", "sts"),
     ],
 )
 def test_compiled(family, attention, name, graphs):
@@ -508,7 +510,7 @@ class HostReads(TorchFunctionMode):
             files = [frame.f_code.co_filename for frame, _ in traceback.walk_stack(sys._getframe())]
             files = [file for file in files if "/torch/" not in file and file != __file__]
             ours = [file.rpartition("/sts_kernels/")[2] for file in files if "/sts_kernels/" in file]
-            if not set(map(os.path.basename, ours)) & {"visual_item.py", "llava_next.py"}:
+            if not set(map(os.path.basename, ours)) & {"visual_item.py", "llava_next.py", "llava_onevision.py"}:
                 if "/sts_kernels/" in files[0]:
                     self.found.append(os.path.basename(files[0]).removesuffix(".py"))
                 else:

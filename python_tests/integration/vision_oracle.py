@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from .models import batch
+from .oracle import shrunk
 
 
 class Signals(NamedTuple):
@@ -24,6 +25,8 @@ def module_of(model, family: str, kind: str, last: bool = False):
         return getattr(tower, "vision_model", tower).encoder.layers[-1 if last else -2].self_attn
     if family == "internvl":
         return base.vision_tower.encoder.layer[-1].attention
+    if family == "llava_onevision":
+        return getattr(base.vision_tower, "vision_model", base.vision_tower).encoder.layers[-1].self_attn
     return base.visual.blocks[-1].attn
 
 
@@ -56,6 +59,11 @@ def of_squares(model, family, prompt, kind, module, hidden, kwargs) -> Signals:
     if family == "internvl":
         query, key = module.q_norm(query.transpose(1, 2).flatten(2)), module.k_norm(key.transpose(1, 2).flatten(2))
         query, key = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key))
+    if family == "llava_onevision":  # no [CLS]
+        weights = (query @ key.mT / query.shape[-1] ** 0.5).softmax(-1).mean((1, 2))
+        rows = [x.flatten(0, 1) for x in (weights[..., None], key.mean(1))]
+        attention, keys = (shrunk(model.model, prompt, kind, x) for x in rows)
+        return Signals(attention[:, 0], keys)
     weights = (query[:, :, :1] @ key.mT / query.shape[-1] ** 0.5).softmax(-1).mean(1)[:, 0]
     keys = key.mean(1)
     if family != "video_llava" or (kind == "image" and sum(prompt.parts[kind][0]) % 36 == 0):

@@ -4,6 +4,8 @@ The mark survives whatever the model does to features on their way into the prom
 It cannot go unnoticed. No mark enters the LLM: marked rows are removed before its first layer.
 """
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,6 +23,31 @@ def mark(projected: torch.Tensor, rows: torch.Tensor, shape: torch.Size) -> torc
     full = projected.new_full((shape[:-1].numel(), projected.shape[-1]), torch.nan)
     full[rows.to(full.device)] = projected
     return full.view(*shape[:-1], projected.shape[-1])
+
+
+def mark_features(output: Any, items: Sequence[VisualItem], rows: torch.Tensor, values: torch.Tensor | None) -> Any:
+    """`mark` for the output of get_image_features() or get_video_features(), which holds whole items.
+
+    rows: kept features. values: what they become; None: they stay as they are. Separators stay.
+    """
+    features = getattr(output, "pooler_output", output)
+    starts = itertools.accumulate((item.num_features for item in items), initial=0)
+    kept = torch.full((sum(item.num_features for item in items),), -1, device=rows.device)
+    kept[rows] = torch.arange(len(rows), device=rows.device)
+    marked = []
+    for part, item, start in zip(features, items, starts, strict=False):
+        assert item.feature_of_token is not None  # items of features that are interpolated have separators
+        feature = item.feature_of_token[: len(part)].to(part.device)  # transformers 4: a clip comes without newline
+        row = torch.where(feature < 0, -1, kept.to(part.device)[(feature + start).clamp(min=0)])
+        part = torch.where(part.isnan(), torch.inf, part)
+        if values is not None:
+            part = torch.where(row[:, None] < 0, part, values.to(part)[row.clamp(min=0)])
+        marked.append(part.masked_fill(((feature >= 0) & (row < 0))[:, None], torch.nan))
+    result = torch.stack(marked) if isinstance(features, torch.Tensor) else type(features)(marked)
+    if output is features:
+        return result
+    output.pooler_output = result
+    return output
 
 
 def is_dropped(embeds: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from .stack import Caller
 from .timer import Timer
 from .untyped import Args, Kwargs, Model
 from .vision_pruning import Kept
-from .visual_item import VisualItem
+from .visual_item import Blend, VisualItem
 
 Numbers: TypeAlias = torch.Tensor | list[torch.Tensor] | tuple[torch.Tensor, ...]
 Relevance: TypeAlias = Numbers | Callable[[str, Kwargs], Numbers]  # per token; or a function of kind and arguments
@@ -59,10 +59,19 @@ class EncoderHooks:
         try:
             with timer(session, f"encode {kind}"):
                 out = original(*args, **kwargs)
+            if session.encoding.kept is not None:
+                kept = session.encoding.kept
+                out = dropped.mark_features(out, session.encoded[kind], kept.rows, kept.values)
         finally:
             session.encoding = None
         if caller.outside:
-            session.handed_out[kind] = (session.encoded[kind], dropped.of_output(out))
+            items, features = session.encoded[kind], dropped.of_output(out)
+            if len(features) != sum(item.num_tokens for item in items):  # LLaVA-OneVision before transformers 5
+                raise NotImplementedError(
+                    f"sts_kernels: get_{kind}_features() gave the features of a clip without its newline, so that they "
+                    "cannot be found among embeddings; pass the model pixel values, or upgrade to transformers 5"
+                )
+            session.handed_out[kind] = items, features
         return out
 
     def _check_layer(self, arguments: Kwargs) -> None:
@@ -91,7 +100,7 @@ class EncoderHooks:
         encoding = session.encoding
         if encoding is None:
             return None
-        encoding.dropping = None
+        encoding.dropping = encoding.kept = None
         features = self.adapter.features(module, args[0])
         items = self.adapter.layout(self.base, encoding.call, features.shape)
         items = session.encoded[encoding.call.kind] = vision_pruning.with_budgets(items, self.plan)
@@ -99,7 +108,7 @@ class EncoderHooks:
             encoding.dropping = (items, features.shape)
             return None
         kept = self._select(encoding, features, features.shape, items)
-        if kept is None:
+        if kept is None or encoding.kept is not None:
             return None
         encoding.dropping = (kept.rows, features.shape)
         x = args[0]
@@ -118,7 +127,7 @@ class EncoderHooks:
         if isinstance(what, torch.Tensor):
             return dropped.mark(output, what, shape)
         kept = self._select(encoding, output, shape, what) if self.method.site == "projected" else None
-        if kept is None:
+        if kept is None or encoding.kept is not None:
             return None
         flat = output.reshape(shape[:-1].numel(), output.shape[-1])
         values = flat[kept.rows] if kept.values is None else kept.values.to(flat.dtype)
@@ -127,22 +136,26 @@ class EncoderHooks:
     def _select(
         self, encoding: Encoding, features: torch.Tensor, shape: torch.Size, items: list[VisualItem]
     ) -> Kept | None:
-        """features (..., C): the method selects from them. shape: of the features before the projector."""
+        """features (..., C): the method selects from them, or from what the model interpolates from them, which is
+        dropped later. shape: of the features before the projector."""
         signals: dict[str, torch.Tensor] = {}
+        flat, blend = features.reshape(shape[:-1].numel(), features.shape[-1]), Blend.of(items, features.device)
         calls, encoding.attention = encoding.attention, []
         for name, find in (("attention", self.adapter.attention), ("keys", self.adapter.keys)):
             if name in self.method.signals:
                 if not calls:
                     raise RuntimeError(f"sts_kernels: {self.method.name} saw no attention in the vision encoder")
-                signals[name] = find(self.base, calls, shape)
+                signal = find(self.base, calls, shape)
+                signals[name] = signal if blend is None else blend(signal.to(features.device))
+        flat = flat if blend is None else blend(flat)
         texts = encoding.texts(items) if "text" in self.method.signals else None
         if "relevance" in self.method.signals:
-            signals["attention"] = self._relevance(encoding.call, shape[:-1].numel(), features.device)
-        flat = features.reshape(shape[:-1].numel(), features.shape[-1])
+            signals["attention"] = self._relevance(encoding.call, len(flat), features.device)
         kept = vision_pruning.select(self.method, self.scope, flat, items, texts=texts, **signals)
         if kept is not None and kept.counts is not None:
             counted = zip(items, kept.counts, strict=True)
             self.sessions.now.encoded[encoding.call.kind] = [replace(item, kept=count) for item, count in counted]
+        encoding.kept = None if blend is None else kept
         return kept
 
     def _relevance(self, call: EncodeCall, rows: int, device: torch.device) -> torch.Tensor:

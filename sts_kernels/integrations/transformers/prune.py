@@ -65,8 +65,9 @@ def prune(
         relevance: relevance of each encoder token to the prompt, for methods that need it and have no text tower to
             compute it (cdpruner). Larger values are preferred. A tensor or a list of tensors, one number per token:
             image after image, crop after crop, row after row. With LLaVA-NeXT, tokens that unpadding will discard are
-            counted. Or a function that returns these numbers. It is called for each encoding with "image" or "video"
-            and the arguments of get_image_features or get_video_features by name (pixel_values).
+            counted; with LLaVA-OneVision, tokens are counted as the model interpolates them. Or a function that returns
+            these numbers. It is called for each encoding with "image" or "video" and the arguments of
+            get_image_features or get_video_features by name (pixel_values).
         options: of the method, if it is given by name.
 
     Returns:

@@ -11,6 +11,7 @@ from .adapters import EncodeCall
 from .layer_pruning import Forward
 from .report import Report
 from .vision_attention import AttentionCall
+from .vision_pruning import Kept
 from .visual_item import VisualItem
 
 
@@ -21,8 +22,9 @@ class Encoding:
     call: EncodeCall
     texts: Callable[[list[VisualItem]], list[torch.Tensor]]  # items -> embeddings of the text of each item's prompt
     attention: list[AttentionCall] = field(default_factory=list)  # of the encoder, so far
-    # Kept rows (or the items, for methods that select after the projector), and the shape of the features.
+    # Kept rows (or the items, for methods that select after the projector), and the shape of the projector's rows.
     dropping: tuple[torch.Tensor | list[VisualItem], torch.Size] | None = None
+    kept: Kept | None = None  # of features that the model interpolates: dropped when it has done so
 
 
 @dataclass

@@ -29,7 +29,7 @@ def draw(report: Report, inputs: dict[str, Any], images: list["Picture"], proces
     reports = report.rows[0].images
     rows = []
     for index, (image, seen) in enumerate(zip(images, reports, strict=True)):
-        parts = _parts(inputs, index, image, [len(r.grids) for r in reports], processor)
+        parts = _parts(inputs, index, image, [r.grids for r in reports], processor)
         places = ["into the LLM", *(f"from layer {layer}" for layer in report.prune_layers)]
         rows.append(
             [
@@ -52,15 +52,19 @@ def draw(report: Report, inputs: dict[str, Any], images: list["Picture"], proces
 
 
 def _parts(
-    inputs: dict[str, Any], index: int, image: "Picture", counts: list[int], processor: "ProcessorMixin"
+    inputs: dict[str, Any],
+    index: int,
+    image: "Picture",
+    grids: list[list[tuple[int, int]]],
+    processor: "ProcessorMixin",
 ) -> list["Picture"]:
     """Pictures of one image as the model saw them: its crops or tiles, or the whole image where the model takes any
-    size."""
+    size, or makes one grid of all crops but the first."""
     from PIL import Image
 
     if "pixel_values" not in inputs or "image_grid_thw" in inputs:
         return [image]
-    pixels = inputs["pixel_values"].detach().float().cpu()
+    pixels, counts = inputs["pixel_values"].detach().float().cpu(), list(map(len, grids))
     pixels = pixels[index, : counts[index]] if pixels.ndim == 5 else pixels[sum(counts[:index]) :][: counts[index]]
     mean, std = (
         torch.tensor(getattr(processor.image_processor, f"image_{name}"), device="cpu") for name in ("mean", "std")
@@ -68,7 +72,9 @@ def _parts(
     colours = (pixels * std[:, None, None] + mean[:, None, None]).clamp(0, 1).mul(255).round().to(torch.uint8)
     return [
         Image.frombytes("RGB", (part.shape[2], part.shape[1]), part.permute(1, 2, 0).contiguous().numpy().tobytes())
-        for part in colours
+        if grid == grids[index][0]
+        else image
+        for part, grid in zip(colours, grids[index], strict=True)
     ]
 
 

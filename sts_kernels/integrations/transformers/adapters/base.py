@@ -116,6 +116,7 @@ class ModelAdapter:
     order: (base model, call) -> (features,) int64: for each row of the projector's input, its index in the order in
         which the tokens of an image enter the LLM. None: the same order.
     fixed_encoder: how the encoder runs inside a graph. None: the models cannot be compiled.
+    blends: whether `layout` gives items with a `blend`: the model interpolates between projector and LLM.
     prune_layer: default of methods with one prune layer that do not name their own. None: half the layers.
     """
 
@@ -130,11 +131,12 @@ class ModelAdapter:
     order: Callable[[Model, EncodeCall], torch.Tensor] | None = None
     features: Callable[[torch.nn.Module, torch.Tensor], torch.Tensor] = lambda projector, x: x
     fixed_encoder: FixedEncoder | None = None
+    blends: bool = False
 
     @property
     def one_row(self) -> bool:
-        """Whether the projector's input has one row per token."""
-        return self.features is ModelAdapter.features
+        """Whether a token is one row of the projector's input."""
+        return self.features is ModelAdapter.features and not self.blends
 
     def attention(self, base: Model, calls: list[AttentionCall], shape: torch.Size) -> torch.Tensor:
         """(features,) float32: attention that each feature receives from [CLS], or from all tokens on average."""

@@ -41,18 +41,23 @@ def layout(model: Model, call: base.EncodeCall, shape: torch.Size) -> list[Visua
 class FixedCropEncoder(base.FixedEncoder):
     """Pixel values (images, max crops of an image, 3, H, W), or (crops of all images, 3, H, W)."""
 
+    def crops(self, model: Model, call: base.EncodeCall) -> list[int]:
+        """Number of crops of each image."""
+        return [crops_of(model, size) for size in torch.as_tensor(call.arguments["image_sizes"], device="cpu").tolist()]
+
     def shape(self, model: Model, call: base.EncodeCall) -> base.EncoderShape:
         sizes = torch.as_tensor(call.arguments["image_sizes"], device="cpu").tolist()
-        crops, pixels = [crops_of(model, size) for size in sizes], call.arguments["pixel_values"].shape
+        crops, pixels = self.crops(model, call), call.arguments["pixel_values"].shape
         features = (sum(crops), base.tower_tokens(model, model.vision_tower))
-        return base.EncoderShape(features, (tuple(map(tuple, sizes)), pixels[1] if len(pixels) == 5 else None))
+        stride = pixels[1] if len(pixels) == 5 else None
+        return base.EncoderShape(features, (tuple(map(tuple, sizes)), tuple(crops), stride))
 
     def tables(self, model: Model, shape: base.EncoderShape) -> dict[str, torch.Tensor]:
-        sizes, stride = shape.sizes
+        _, crops, stride = shape.sizes
         if stride is None:
             return {}
-        crops = [i * stride + crop for i, size in enumerate(sizes) for crop in range(crops_of(model, size))]
-        return {"crops": torch.tensor(crops, device="cpu")}
+        numbers = [image * stride + crop for image, count in enumerate(crops) for crop in range(count)]
+        return {"crops": torch.tensor(numbers, device="cpu")}
 
     def run(self, model: Model, tables: dict[str, torch.Tensor], pixel_values: torch.Tensor) -> base.Features:
         crops = pixel_values.flatten(0, 1)[tables["crops"]] if "crops" in tables else pixel_values

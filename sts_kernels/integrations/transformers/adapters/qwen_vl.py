@@ -226,5 +226,5 @@ adapter = functools.partial(
 ADAPTERS = [
     adapter("Qwen2-VL", ("qwen2_vl",), merger_mlp),
     adapter("Qwen2.5-VL", ("qwen2_5_vl",), merger_mlp, prune_layer=14, order=windows),
-    adapter("Qwen3-VL", ("qwen3_vl",), merger, features=merged_patches),
+    adapter("Qwen3-VL", ("qwen3_vl", "qwen3_vl_moe"), merger, features=merged_patches),
 ]

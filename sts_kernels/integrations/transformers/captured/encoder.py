@@ -16,7 +16,7 @@ from ..adapters import EncoderShape, ModelAdapter
 from ..attention_capture import Attention, function_of
 from ..untyped import Config, Model
 from ..vision_attention import AttentionCall
-from ..visual_item import VisualItem
+from ..visual_item import Blend, VisualItem
 from .graphs import Graph, Graphs, quietly, replaced
 from .layout import survivors
 
@@ -68,6 +68,7 @@ class Encoder:
             tables = self._fixed.tables(base, shape)
             self._tables = {k: v if k.startswith("host_") else v.to(device) for k, v in tables.items()}
             self._pools = None if method.site is None else vision_pruning.Pools.of(items, scope, device)
+            self._blend = Blend.of(items, device)
         self.rows = sum(map(survivors, items))
         self._taps: dict[torch.nn.Module, list[AttentionCall]] = {}
         if method.signals & {"attention", "keys"}:  # even where all tokens stay: handle callbacks cannot be traced
@@ -94,10 +95,11 @@ class Encoder:
         flat = features.reshape(-1, features.shape[-1])
         together = x.reshape(len(flat), -1)  # (features, rows of a feature * C)
         which, values = self._assembly.used, None
-        if self._pools is None or self.method.site == "projected":
-            projected = projector(x).reshape(len(flat), -1)
+        if self._pools is None or self.method.site == "projected" or self._blend is not None:
+            projected = self._blended(projector(x).reshape(len(flat), -1))
             if self._pools is not None:
-                which, values = self._selected(self._pools, projected, calls)
+                features = projected if self.method.site == "projected" else self._blended(flat)
+                which, values = self._selected(self._pools, features, calls)
             rows = projected[which] if values is None else values.to(projected.dtype)
         else:
             which, values = self._selected(self._pools, flat, calls)
@@ -107,6 +109,9 @@ class Encoder:
             module(part.reshape(len(flat), -1)[which].view(-1, part.shape[-1])) for module, part in encoded.deepstack
         ]
         return self._assembled(which, rows, deepstack)
+
+    def _blended(self, rows: Tensor) -> Tensor:
+        return rows if self._blend is None else self._blend(rows)
 
     def _selected(
         self, pools: vision_pruning.Pools, features: Tensor, calls: list[AttentionCall]
@@ -118,7 +123,7 @@ class Encoder:
                 calls = [vision_attention.one_head(*call) for call in calls]
             size = torch.Size((*self.shape.features, features.shape[-1]))
             for name in sorted({"attention", "keys"} & self.method.signals):
-                signals[name] = getattr(self.adapter, name)(self.base, calls, size)
+                signals[name] = self._blended(getattr(self.adapter, name)(self.base, calls, size))
         kept = vision_pruning.select_from(self.method, pools, features, signals.get("attention"), signals.get("keys"))
         return kept.rows, kept.values
 

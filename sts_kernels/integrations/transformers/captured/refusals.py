@@ -69,6 +69,7 @@ SERVED = {
     "mm_token_type_ids",
     "image_sizes",
     "image_grid_thw",
+    "batch_num_images",
     "logits_to_keep",
     "use_cache",
     "return_dict",
