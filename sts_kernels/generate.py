@@ -15,7 +15,7 @@ from ._errors import UserError
 from .methods import Budget, Method, create, names
 from .methods._budget import AMOUNT, parse_amount
 
-RANDOM_NAMES = ("tiny", "llava-1.5-7b", "llava-next-7b", "qwen2.5-vl-7b")
+RANDOM_NAMES = ("tiny", "llava-1.5-7b", "llava-next-7b", "llava-onevision-7b", "qwen2.5-vl-7b")
 DTYPES = ("float32", "float16", "bfloat16")
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
 

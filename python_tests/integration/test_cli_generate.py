@@ -172,5 +172,5 @@ def test_processors_of_the_true_sizes(name):
     inputs = generate.prepare(entry.processor(config), [Image.new("RGB", entry.image_size, "red")], "What?")
     ids = {getattr(config, n) for n in ("image_token_index", "image_token_id") if getattr(config, n, None) is not None}
     count = int(torch.isin(inputs["input_ids"], torch.tensor(sorted(ids))).sum())
-    newlines = 48 if name == "llava-next-7b" else 0
+    newlines = {"llava-next-7b": 48, "llava-onevision-7b": 81}.get(name, 0)
     assert count == entry.visual_tokens + newlines

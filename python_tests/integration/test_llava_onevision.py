@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sts_kernels import STSConfig
-from sts_kernels.integrations.transformers import apply_sts, prune
+from sts_kernels import STSConfig, generate
+from sts_kernels.integrations.transformers import apply_sts, prune, random_models
 from sts_kernels.integrations.transformers.visual_item import Blend
 from sts_kernels.integrations.transformers.visualize import draw
 
@@ -74,6 +74,27 @@ def test_clips_encoded_by_the_caller_without_their_newline():
         pytest.raises(NotImplementedError, match="features of a clip without its newline"),
     ):
         model.model.get_video_features(pixels, vision_feature_layer=-1, vision_feature_select_strategy="full")
+
+
+@pytest.mark.parametrize("sizes", [[(60, 40)], [(41, 40), (90, 20)]], ids=["a mosaic", "base crops"])
+def test_with_the_real_processor(sizes):
+    """Prompts as users make them: graphs serve them, and keep what the hooks keep."""
+    pil = pytest.importorskip("PIL.Image")
+    config = models.CONFIGS[FAMILY]()
+    config.text_config.vocab_size = 512
+    model = models.class_of(FAMILY)._from_config(config).eval()
+    pictures = [pil.effect_noise(size, 80).convert("RGB") for size in sizes]
+    inputs = generate.prepare(random_models._onevision_processor(config), pictures, "What?")
+    options = {"max_new_tokens": 3, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    with prune(model, "sts", keep=10, keep_after=1.0) as pruning:
+        hooks = model.generate(**inputs, **options)
+        row = pruning.report.rows[0]
+        pruning.compile(max_new_tokens=3, strict=True)
+        graphs = model.generate(**inputs, **options)
+    assert [len(image.kept[0]) for image in row.images] == [10] * len(sizes)
+    assert [len(image.grids) for image in row.images] == [2] if len(sizes) == 1 else [1, 1]
+    assert torch.equal(hooks.sequences, graphs.sequences)
+    torch.testing.assert_close(models.logits_of(graphs), models.logits_of(hooks), rtol=0, atol=1e-5)
 
 
 class Processor:

@@ -99,6 +99,20 @@ def _llava_next() -> transformers.LlavaNextConfig:
     )
 
 
+def _llava_onevision() -> transformers.LlavaOnevisionConfig:
+    text = transformers.Qwen2Config(
+        vocab_size=152128,
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        max_position_embeddings=32768,
+        pad_token_id=0,
+    )
+    return transformers.LlavaOnevisionConfig(text_config=text, image_token_index=151646, video_token_index=151647)
+
+
 def _qwen2_5_vl() -> transformers.Qwen2_5_VLConfig:
     mrope = {"rope_type": "default", "mrope_section": [16, 24, 24]}
     text = {
@@ -176,11 +190,36 @@ def _llava_processor(config: transformers.PretrainedConfig) -> transformers.Proc
     return transformers.LlavaProcessor(image_processor=getattr(transformers, name)(**images), **shared)
 
 
-class _QwenProcessor(transformers.Qwen2_5_VLProcessor):
-    """The real processor, but it accepts any tokenizer class and no video processor (which needs torchvision)."""
+class _Lenient:
+    """Of a real processor: accepts any tokenizer class and no video processor (which needs torchvision)."""
 
     def check_argument_for_proper_class(self, *args: Any) -> None:
         pass
+
+
+class _OnevisionProcessor(_Lenient, transformers.LlavaOnevisionProcessor):
+    pass
+
+
+class _QwenProcessor(_Lenient, transformers.Qwen2_5_VLProcessor):
+    pass
+
+
+def _onevision_processor(config: transformers.PretrainedConfig) -> transformers.ProcessorMixin:
+    vision, special = config.vision_config, {"<image>": config.image_token_index, "<video>": config.video_token_index}
+    name = next(
+        n for n in ("LlavaOnevisionImageProcessorPil", "LlavaOnevisionImageProcessor") if hasattr(transformers, n)
+    )
+    side = {"height": vision.image_size, "width": vision.image_size}
+    return _OnevisionProcessor(
+        image_processor=getattr(transformers, name)(size=side, image_grid_pinpoints=config.image_grid_pinpoints),
+        tokenizer=_tokenizer(config.text_config.vocab_size, special),
+        video_processor=None,
+        num_image_tokens=(vision.image_size // vision.patch_size) ** 2,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        vision_aspect_ratio=config.vision_aspect_ratio,
+        chat_template=CHAT.replace("IMAGE", "<image>"),
+    )
 
 
 def _qwen_processor(config: transformers.PretrainedConfig) -> transformers.ProcessorMixin:
@@ -207,5 +246,6 @@ RANDOM = {
     "tiny": RandomModel(_tiny, _llava_processor, (336, 336), 144),
     "llava-1.5-7b": RandomModel(_llava, _llava_processor, (336, 336), 576),
     "llava-next-7b": RandomModel(_llava_next, _llava_processor, (672, 672), 2880),
+    "llava-onevision-7b": RandomModel(_llava_onevision, _onevision_processor, (1152, 1152), 7290),
     "qwen2.5-vl-7b": RandomModel(_qwen2_5_vl, _qwen_processor, (1008, 1008), 1296),
 }
