@@ -143,6 +143,9 @@ CONFIGS = {
     ),
     "internvl": _internvl_config,
     "llava_onevision": _onevision_config,
+    "llava_next_video": lambda: _llava_config(
+        "LlavaNextVideo", video_token_index=VIDEO, image_grid_pinpoints=[[24, 48], [48, 24], [48, 48]]
+    ),
 }
 CLASSES = {
     "llava": "Llava",
@@ -154,8 +157,10 @@ CLASSES = {
     "qwen3_vl_moe": "Qwen3VLMoe",
     "internvl": "InternVL",
     "llava_onevision": "LlavaOnevision",
+    "llava_next_video": "LlavaNextVideo",
 }
-VARIANTS = ("qwen3_vl_moe",)  # as their family but for the LLM's MLP, and tested where that can matter
+# As another family but for the LLM's MLP, or for clips; tested where that can matter.
+VARIANTS = ("qwen3_vl_moe", "llava_next_video")
 FAMILIES = tuple(family for family in CONFIGS if family not in VARIANTS)
 
 
@@ -215,7 +220,7 @@ def picture(family: str, prompt: Prompt, index: int, seed: int, only: bool = Tru
         prompt.images.append(noise(1, 3, 24, 24, seed=seed))
         prompt.ids += [IMAGE] * 36
         prompt.parts["image"].append([36])
-    elif family == "llava_next":
+    elif family in ("llava_next", "llava_next_video"):
         size = list(NEXT_SIZES)[index % 3]
         crops, rows, columns = NEXT_SIZES[size]
         prompt.images.append(noise(crops, 3, 24, 24, seed=seed))
@@ -253,9 +258,9 @@ def clip(family: str, prompt: Prompt, seed: int) -> None:
         prompt.clips.append(noise(1, 2, 3, 24, 24, seed=seed))
         prompt.ids += [VIDEO] * 74
         prompt.parts["video"].append([37, 37])
-    elif family == "llava_onevision":  # 3 x 3 tokens a frame
+    elif family in ("llava_onevision", "llava_next_video"):  # 3 x 3 tokens a frame, and a newline
         prompt.clips.append(noise(1, 2, 3, 24, 24, seed=seed))
-        prompt.ids += [VIDEO] * 19
+        prompt.ids += [VIDEO] * (18 + (family == "llava_onevision"))
         prompt.parts["video"].append([9, 9])
     elif family.startswith("qwen3_vl"):  # every frame has a time stamp and a run of placeholders of its own
         frames, height, width = 2, 4, 6

@@ -101,7 +101,9 @@ def test_as_through_the_hooks(family, attention, counts, device):
         assert made[2] == made[1] != []
 
 
-@pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize(
+    "family", ["llava", "llava_next", "llava_next_video", "llava_onevision", "qwen2_5_vl", "qwen3_vl"]
+)
 def test_as_the_oracle(family, device):
     model, prompt = models.shared(family, "sdpa", device), prompts_of(family, (2,), seed=6)[0]
     with compiled(model, CONFIG):

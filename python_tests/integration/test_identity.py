@@ -126,7 +126,17 @@ def test_default_layers():
     """
     of_32 = {family.name: STSConfig(budget=8).plan(32, family.prune_layer).prune_layer for family in ADAPTERS}
     assert of_32 == dict.fromkeys(
-        ("LLaVA-1.5", "LLaVA-NeXT", "LLaVA-OneVision", "Video-LLaVA", "Qwen2-VL", "Qwen3-VL", "InternVL"), 16
+        (
+            "LLaVA-1.5",
+            "LLaVA-NeXT",
+            "LLaVA-NeXT-Video",
+            "LLaVA-OneVision",
+            "Video-LLaVA",
+            "Qwen2-VL",
+            "Qwen3-VL",
+            "InternVL",
+        ),
+        16,
     ) | {"Qwen2.5-VL": 14}
     of_40 = {family.name: STSConfig(budget=8).plan(40, family.prune_layer).prune_layer for family in ADAPTERS}
     assert {name for name, layer in of_40.items() if layer == 20} == {

@@ -32,9 +32,13 @@ from .test_mutants import mutated
 from .test_oracle import PROMPTS, STEPS, close
 from .test_refusals import one_sentence
 
-SEVERAL_ROWS = ("qwen3_vl", "llava_onevision")  # a token is made of several rows of the projector's input
-ONE_ROW = tuple(f for f in models.FAMILIES if f not in SEVERAL_ROWS)
-QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+SEVERAL_ROWS = (
+    "qwen3_vl",
+    "qwen3_vl_moe",
+    "llava_onevision",
+)  # a token is made of several rows of the projector's input
+ONE_ROW = tuple(f for f in models.CONFIGS if f not in SEVERAL_ROWS)
+QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 LLAVA = ("llava", "llava_next", "video_llava")
 
 
@@ -100,7 +104,7 @@ class Case:
     recycles: tuple | None = None  # share and per_cluster of SparseVLM
     signals: tuple = ()  # attention, last (of the encoder's last layer, all heads as one), relevance
     adaptive: bool = False
-    families: tuple = field(default=models.FAMILIES)  # others refuse it
+    families: tuple = field(default=tuple(models.CONFIGS))  # others refuse it
     refused: str = "rotary positions have three axes|merges features before the projector"
 
 
@@ -560,6 +564,11 @@ def test_merged_rows_go_into_the_slots(family, method, device):
     got = entered[0][0].double()
     for row in want:
         assert (got - row.to(got)).abs().amax(1).min() < 1e-4 * want.abs().max()
+
+
+@pytest.mark.parametrize("name", ["fastervlm", "visionzip", "vispruner"])
+def test_frames_that_are_pooled(name, device):
+    test_generation_is_the_oracles("llava_next_video", name, device)
 
 
 def projector_of(model):

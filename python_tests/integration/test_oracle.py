@@ -25,6 +25,7 @@ PROMPTS = {
     "qwen3_vl": [(1, 0), (2, 1), (0, 1)],
     "qwen3_vl_moe": [(1, 0), (2, 1), (0, 1)],
     "internvl": [(1, 0), (2, 0)],
+    "llava_next_video": [(1, 0), (1, 1), (0, 1)],
     "llava_onevision": [(1, 0), (2, 1), (0, 1)],
 }
 STEPS = 3

@@ -246,6 +246,7 @@ def graphs():
         ("internvl", "sdpa", "sts"),
         ("llava_onevision", "sdpa", "sts"),
         ("qwen3_vl_moe", "sdpa", "sts"),
+        ("llava_next_video", "sdpa", "sts"),
     ],
 )
 def test_compiled(family, attention, name, graphs):

@@ -19,8 +19,8 @@ class Signals(NamedTuple):
 
 def module_of(model, family: str, kind: str, last: bool = False):
     base = model.model
-    if family in ("llava", "llava_next", "video_llava"):
-        name = {"llava": "vision_tower", "llava_next": "vision_tower"}.get(family, f"{kind}_tower")
+    if family in ("llava", "llava_next", "llava_next_video", "video_llava"):
+        name = f"{kind}_tower" if family == "video_llava" else "vision_tower"
         tower = getattr(base, name)
         return getattr(tower, "vision_model", tower).encoder.layers[-1 if last else -2].self_attn
     if family == "internvl":
@@ -74,6 +74,11 @@ def of_squares(model, family, prompt, kind, module, hidden, kwargs) -> Signals:
         index = torch.arange(count, dtype=torch.float32).view(1, side, side, 1)
         groups = model.model.pixel_shuffle(index, scale_factor=0.5).flatten(0, 2).long()
         return Signals(weights[:, groups].mean(-1).flatten(), keys[:, groups].mean(-2).flatten(0, 1))
+    if family == "llava_next_video" and kind == "video":  # a feature is 2 x 2 patches
+        pools = [slice(2 * i, 2 * i + 2) for i in range(3)]
+        weights, keys = weights.unflatten(1, (6, 6)), keys.unflatten(1, (6, 6))
+        weights = torch.stack([weights[:, y, x].mean((1, 2)) for y in pools for x in pools], 1)
+        keys = torch.stack([keys[:, y, x].mean((1, 2)) for y in pools for x in pools], 1)
     return Signals(weights.flatten(), keys.flatten(0, 1))
 
 

@@ -206,6 +206,12 @@ def one_item_a_row(base: Model, call: EncodeCall, shape: torch.Size) -> list[Vis
     return [VisualItem(call.kind, [shape[1]], [square(shape[1])]) for _ in range(shape[0])]
 
 
+def frames_of(call: EncodeCall) -> int:
+    """Frames of each clip, from pixel values (clips, frames, 3, H, W)."""
+    pixels = call.arguments.get("pixel_values_videos")
+    return int((call.arguments["pixel_values"] if pixels is None else pixels).shape[1])  # None: transformers 4
+
+
 class FixedLlavaEncoder(FixedEncoder):
     """Pixel values (images, 3, H, W): every row is an image."""
 

@@ -33,8 +33,7 @@ def layout(model: Model, call: base.EncodeCall, shape: torch.Size) -> list[Visua
             ratio = call.arguments.get("vision_aspect_ratio") or model.config.vision_aspect_ratio
             crops = crops_of(model, call)
             return [image(model, size, n, tokens, ratio) for size, n in zip(sizes, crops, strict=True)]
-        pixels = call.arguments.get("pixel_values_videos")
-        frames = (call.arguments["pixel_values"] if pixels is None else pixels).shape[1]  # None: transformers 4
+        frames = base.frames_of(call)
         return [clip(model, frames, tokens)] * (rows // frames)
 
 

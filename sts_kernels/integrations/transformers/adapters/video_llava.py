@@ -11,8 +11,7 @@ def layout(model: Model, call: base.EncodeCall, shape: torch.Size) -> list[Visua
     """(images or frames of all clips, tokens, C)."""
     if call.kind == "image":
         return base.one_item_a_row(model, call, shape)
-    frames = call.arguments["pixel_values_videos"].shape[1]
-    rows, tokens = shape[0], shape[1]
+    frames, (rows, tokens) = base.frames_of(call), shape[:2]
     return [VisualItem("video", [tokens] * frames, [square(tokens)] * frames) for _ in range(rows // frames)]
 
 
