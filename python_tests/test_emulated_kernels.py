@@ -169,19 +169,19 @@ def test_settings_that_make_no_sense(emulated, monkeypatch):
 # ---- Sanitizers and mutants --------------------------------------------------------------------------------------
 
 
+SCHEDULES = {"address": ("fwd", "1"), "thread": ("fwd", "rev", "2")}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("kernel", sorted({call.kernel for call in (*PRIMITIVES, *QUICK)}))
-@pytest.mark.parametrize(
-    ("sanitizer", "schedule"),
-    [("address", "fwd"), ("address", "1"), ("thread", "fwd"), ("thread", "rev"), ("thread", "2")],
-)
+@pytest.mark.parametrize(("sanitizer", "schedule"), [(s, order) for s, orders in SCHEDULES.items() for order in orders])
 def test_sanitizer(sanitizer, schedule, kernel, tmp_path):
-    program = build.program(sanitizer)
+    """Every call under one schedule of each sanitizer."""
+    program, schedules = build.program(sanitizer), SCHEDULES[sanitizer]
     nonsense = NONSENSE if sanitizer == "address" else []  # its budgets overlap, so items race for output slots
     chosen = [call for call in (*PRIMITIVES, *QUICK, *nonsense) if call.kernel == kernel]
-    if sanitizer == "thread":  # by far the slowest: every call under one of its schedules
-        chosen = chosen[("fwd", "rev", "2").index(schedule) :: 3] or chosen
+    chosen = chosen[schedules.index(schedule) :: len(schedules)] or chosen
     calls.run_program([str(program)], chosen, tmp_path, timeout=800, env={"STS_EMULATE_ORDER": schedule})
 
 
@@ -192,11 +192,11 @@ def mutant_builds(tmp_path_factory):
 
 
 def marked(mutants):
-    """Parameters of test_mutant. One mutant per (kernels, file) is also slow: one that does not need ThreadSanitizer,
-    by far the slowest, where there is one."""
-    preferred = {(m.kernels, m.file): m for m in sorted(mutants, key=lambda m: m.sanitizer != "thread")}
+    """Parameters of test_mutant. One mutant of each file is also slow: one that does not need ThreadSanitizer, by far
+    the slowest, where there is one."""
+    preferred = {m.file: m for m in sorted(mutants, key=lambda m: m.sanitizer != "thread")}
     for mutant in mutants:
-        chosen = preferred[mutant.kernels, mutant.file] is mutant
+        chosen = preferred[mutant.file] is mutant
         yield pytest.param(mutant, id=str(mutant), marks=[pytest.mark.slow] if chosen else [])
 
 
