@@ -74,9 +74,8 @@ class LLMSize:
     def layer_flops(self, tokens: int, convention: Convention | str = REPORT) -> int:
         """One layer over n = `tokens` tokens: factor * (2 n d (q + k) + 2 n^2 q + matrices * n d m).
 
-        The terms are the projections, attention over the full n x n square, and the MLP; a router of experts is left
-        out. With q = k = d:
-        factor * (4 n d^2 + 2 n^2 d + matrices * n d m).
+        The terms are the projections, attention over the full n x n square, and the MLP. A router of experts does not
+        count. With q = k = d: factor * (4 n d^2 + 2 n^2 d + matrices * n d m).
         """
         convention = _convention(convention)
         projections = 2 * tokens * self.hidden * (self.query + self.key)

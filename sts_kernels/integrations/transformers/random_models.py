@@ -191,7 +191,7 @@ def _llava_processor(config: transformers.PretrainedConfig) -> transformers.Proc
 
 
 class _Lenient:
-    """Of a real processor: accepts any tokenizer class and no video processor (which needs torchvision)."""
+    """Makes a real processor accept any tokenizer class and no video processor, which needs torchvision."""
 
     def check_argument_for_proper_class(self, *args: Any) -> None:
         pass

@@ -212,6 +212,12 @@ def frames_of(call: EncodeCall) -> int:
     return int((call.arguments["pixel_values"] if pixels is None else pixels).shape[1])  # None: transformers 4
 
 
+def clips_of_frames(call: EncodeCall, shape: torch.Size) -> list[VisualItem]:
+    """(frames of all clips, tokens, C): every frame is a crop."""
+    frames, (rows, tokens) = frames_of(call), shape[:2]
+    return [VisualItem("video", [tokens] * frames, [square(tokens)] * frames) for _ in range(rows // frames)]
+
+
 class FixedLlavaEncoder(FixedEncoder):
     """Pixel values (images, 3, H, W): every row is an image."""
 

@@ -5,7 +5,7 @@ import math
 import torch
 
 from ..untyped import Model
-from ..visual_item import VisualItem, square
+from ..visual_item import VisualItem
 from . import base, llava_next
 
 
@@ -13,8 +13,7 @@ def layout(model: Model, call: base.EncodeCall, shape: torch.Size) -> list[Visua
     """shape: (crops of all images, or frames of all clips, tokens, C)."""
     if call.kind == "image":
         return llava_next.layout(model, call, shape)
-    frames, (rows, tokens) = base.frames_of(call), shape[:2]
-    return [VisualItem("video", [tokens] * frames, [square(tokens)] * frames) for _ in range(rows // frames)]
+    return base.clips_of_frames(call, shape)
 
 
 def of_pools(model: Model, values: torch.Tensor, shape: torch.Size) -> torch.Tensor:

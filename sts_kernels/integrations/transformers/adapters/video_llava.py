@@ -3,7 +3,7 @@
 import torch
 
 from ..untyped import Model
-from ..visual_item import VisualItem, square
+from ..visual_item import VisualItem
 from . import base
 
 
@@ -11,8 +11,7 @@ def layout(model: Model, call: base.EncodeCall, shape: torch.Size) -> list[Visua
     """(images or frames of all clips, tokens, C)."""
     if call.kind == "image":
         return base.one_item_a_row(model, call, shape)
-    frames, (rows, tokens) = base.frames_of(call), shape[:2]
-    return [VisualItem("video", [tokens] * frames, [square(tokens)] * frames) for _ in range(rows // frames)]
+    return base.clips_of_frames(call, shape)
 
 
 def tower(model: Model, kind: str) -> Model:
