@@ -54,8 +54,8 @@ BUDGETS = {
     "tiny": (32, 16),
     "llava-1.5-7b": (128, 64, 32),
     "llava-next-7b": (640, 320, 160),
-    "llava-onevision-7b": (0.2, 0.1),
     "qwen2.5-vl-7b": (0.2, 0.1),
+    "llava-onevision-7b": (0.2, 0.1),
 }
 
 
