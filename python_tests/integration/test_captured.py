@@ -23,6 +23,7 @@ from .models import CACHE, output_cache, transformers
 from .oracle import expect
 from .test_fixed_encoders import FAMILIES
 from .test_mutants import mutated
+from .test_refusals import one_sentence
 
 KEEP, AFTER, LAYER = 10, 4, 3
 CONFIG = STSConfig(keep=KEEP, keep_after=AFTER, prune_layer=LAYER)
@@ -102,7 +103,7 @@ def test_as_through_the_hooks(family, attention, counts, device):
 
 
 @pytest.mark.parametrize(
-    "family", ["llava", "llava_next", "llava_next_video", "llava_onevision", "qwen2_5_vl", "qwen3_vl"]
+    "family", ["llava", "llava_next", "llava_next_video", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"]
 )
 def test_as_the_oracle(family, device):
     model, prompt = models.shared(family, "sdpa", device), prompts_of(family, (2,), seed=6)[0]
@@ -816,6 +817,17 @@ def test_methods_that_cannot_be_compiled(name, options, why):
     wrong = pytest.raises(NotImplementedError, match=f"{name} cannot be compiled: .*{why}")
     with prune(models.shared("llava"), name, budget=9, **options) as handle, wrong:
         handle.compile()
+
+
+def test_experts_that_the_host_calls(monkeypatch):
+    model = models.shared("qwen3_vl_moe")
+    if not hasattr(type(model.config), "_experts_implementation"):
+        pytest.skip("experts of transformers 4 have one implementation")
+    monkeypatch.setattr(model.model.language_model.config, "_experts_implementation_internal", "eager")
+    wrong = pytest.raises(NotImplementedError, match="compile: experts that the host calls one by one cannot")
+    with apply_sts(model, CONFIG) as handle, wrong as e:
+        handle.compile()
+    one_sentence(e)
 
 
 def test_models_that_cannot_be_compiled(monkeypatch):

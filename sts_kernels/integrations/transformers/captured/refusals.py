@@ -30,6 +30,7 @@ LLMS = (
     "Qwen2VLTextModel",
     "Qwen2_5_VLTextModel",
     "Qwen3VLTextModel",
+    "Qwen3VLMoeTextModel",
 )
 # Options of generate() that graphs do not serve, with the values besides None that turn them off.
 UNSERVED = {
@@ -98,6 +99,13 @@ def check(method: Method, adapter: ModelAdapter, text: Model) -> None:
     if type(text).__name__ not in LLMS:
         raise NotImplementedError(
             f"compile: an LLM of class {type(text).__name__} cannot be compiled, only {', '.join(LLMS)} can"
+        )
+
+    experts = getattr(text.config, "num_experts_per_tok", None)
+    if experts and getattr(text.config, "_experts_implementation", None) == "eager":  # None: transformers 4
+        raise NotImplementedError(
+            "compile: experts that the host calls one by one cannot be compiled; load the model with "
+            'experts_implementation="grouped_mm"'
         )
 
 
