@@ -172,9 +172,16 @@ def test_settings_that_make_no_sense(emulated, monkeypatch):
 SCHEDULES = {"address": ("fwd", "1"), "thread": ("fwd", "rev", "2")}
 
 
-@pytest.mark.slow
+def sanitized():
+    """Parameters of test_sanitizer. Kernels of float16 are those of bfloat16 but for conversions, and marked as the
+    mutants are."""
+    for kernel in sorted({call.kernel for call in (*PRIMITIVES, *QUICK)}):
+        half = kernel.endswith("_float16")
+        yield pytest.param(kernel, marks=pytest.mark.mutants if half else pytest.mark.slow)
+
+
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("kernel", sorted({call.kernel for call in (*PRIMITIVES, *QUICK)}))
+@pytest.mark.parametrize("kernel", list(sanitized()))
 @pytest.mark.parametrize(("sanitizer", "schedule"), [(s, order) for s, orders in SCHEDULES.items() for order in orders])
 def test_sanitizer(sanitizer, schedule, kernel, tmp_path):
     """Every call under one schedule of each sanitizer."""
