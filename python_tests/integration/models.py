@@ -258,7 +258,7 @@ def clip(family: str, prompt: Prompt, seed: int) -> None:
         prompt.clips.append(noise(1, 2, 3, 24, 24, seed=seed))
         prompt.ids += [VIDEO] * 74
         prompt.parts["video"].append([37, 37])
-    elif family in ("llava_onevision", "llava_next_video"):  # 3 x 3 tokens a frame, and a newline
+    elif family in ("llava_onevision", "llava_next_video"):  # 3 x 3 tokens a frame; OneVision adds a newline
         prompt.clips.append(noise(1, 2, 3, 24, 24, seed=seed))
         prompt.ids += [VIDEO] * (18 + (family == "llava_onevision"))
         prompt.parts["video"].append([9, 9])

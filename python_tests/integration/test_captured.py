@@ -23,7 +23,6 @@ from .models import CACHE, output_cache, transformers
 from .oracle import expect
 from .test_fixed_encoders import FAMILIES
 from .test_mutants import mutated
-from .test_refusals import one_sentence
 
 KEEP, AFTER, LAYER = 10, 4, 3
 CONFIG = STSConfig(keep=KEEP, keep_after=AFTER, prune_layer=LAYER)
@@ -824,10 +823,9 @@ def test_experts_that_the_host_calls(monkeypatch):
     if not hasattr(type(model.config), "_experts_implementation"):
         pytest.skip("experts of transformers 4 have one implementation")
     monkeypatch.setattr(model.model.language_model.config, "_experts_implementation_internal", "eager")
-    wrong = pytest.raises(NotImplementedError, match="compile: experts that the host calls one by one cannot")
-    with apply_sts(model, CONFIG) as handle, wrong as e:
+    wrong = pytest.raises(NotImplementedError, match=r"^compile: experts that the host calls one by one cannot[^\n]*$")
+    with apply_sts(model, CONFIG) as handle, wrong:
         handle.compile()
-    one_sentence(e)
 
 
 def test_models_that_cannot_be_compiled(monkeypatch):

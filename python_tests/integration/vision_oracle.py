@@ -19,14 +19,13 @@ class Signals(NamedTuple):
 
 def module_of(model, family: str, kind: str, last: bool = False):
     base = model.model
-    if family in ("llava", "llava_next", "llava_next_video", "video_llava"):
+    if "llava" in family:
         name = f"{kind}_tower" if family == "video_llava" else "vision_tower"
         tower = getattr(base, name)
-        return getattr(tower, "vision_model", tower).encoder.layers[-1 if last else -2].self_attn
+        layer = -1 if last or family == "llava_onevision" else -2
+        return getattr(tower, "vision_model", tower).encoder.layers[layer].self_attn
     if family == "internvl":
         return base.vision_tower.encoder.layer[-1].attention
-    if family == "llava_onevision":
-        return getattr(base.vision_tower, "vision_model", base.vision_tower).encoder.layers[-1].self_attn
     return base.visual.blocks[-1].attn
 
 

@@ -26,9 +26,10 @@ def mark(projected: torch.Tensor, rows: torch.Tensor, shape: torch.Size) -> torc
 
 
 def mark_features(output: Any, items: Sequence[VisualItem], rows: torch.Tensor, values: torch.Tensor | None) -> Any:
-    """`mark` for the output of get_image_features() or get_video_features(), which holds whole items.
+    """Marks dropped features in the output of get_image_features() or get_video_features(). Separators stay.
 
-    rows: kept features. values: what they become; None: they stay as they are. Separators stay.
+    rows: kept features, of all items. values: replace the kept features; None: they stay as they are. A NaN of the
+    projector becomes infinite, as in `mark`.
     """
     features = getattr(output, "pooler_output", output)
     starts = itertools.accumulate((item.num_features for item in items), initial=0)

@@ -136,8 +136,11 @@ class EncoderHooks:
     def _select(
         self, encoding: Encoding, features: torch.Tensor, shape: torch.Size, items: list[VisualItem]
     ) -> Kept | None:
-        """features (..., C): the method selects from them, or from what the model interpolates from them, which is
-        dropped later. shape: of the features before the projector."""
+        """features (..., C): the method selects from them. shape: of the features before the projector.
+
+        Where the model interpolates after the projector, the method selects from interpolated features. `encode` drops
+        the others.
+        """
         signals: dict[str, torch.Tensor] = {}
         flat, blend = features.reshape(shape[:-1].numel(), features.shape[-1]), Blend.of(items, features.device)
         calls, encoding.attention = encoding.attention, []

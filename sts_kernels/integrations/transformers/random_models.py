@@ -17,6 +17,14 @@ CHAT = (  # one user turn: images where they are, then the answer begins
     "{% if part['type'] == 'image' %}IMAGE{% else %}{{ part['text'] }}{% endif %}"
     "{% endfor %}{% endfor %} ASSISTANT:"
 )
+QWEN2_7B = {
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 32768,
+}
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
 
@@ -100,16 +108,7 @@ def _llava_next() -> transformers.LlavaNextConfig:
 
 
 def _llava_onevision() -> transformers.LlavaOnevisionConfig:
-    text = transformers.Qwen2Config(
-        vocab_size=152128,
-        hidden_size=3584,
-        intermediate_size=18944,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        max_position_embeddings=32768,
-        pad_token_id=0,
-    )
+    text = transformers.Qwen2Config(vocab_size=152128, pad_token_id=0, **QWEN2_7B)
     return transformers.LlavaOnevisionConfig(text_config=text, image_token_index=151646, video_token_index=151647)
 
 
@@ -117,12 +116,7 @@ def _qwen2_5_vl() -> transformers.Qwen2_5_VLConfig:
     mrope = {"rope_type": "default", "mrope_section": [16, 24, 24]}
     text = {
         "vocab_size": 152064,
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 32768,
+        **QWEN2_7B,
         "use_sliding_window": False,
         # transformers 5 reads rope_parameters, 4.x the other two
         "rope_parameters": {"rope_theta": 1e6, **mrope},

@@ -24,7 +24,7 @@ class Encoding:
     attention: list[AttentionCall] = field(default_factory=list)  # of the encoder, so far
     # Kept rows (or the items, for methods that select after the projector), and the shape of the projector's rows.
     dropping: tuple[torch.Tensor | list[VisualItem], torch.Size] | None = None
-    kept: Kept | None = None  # of features that the model interpolates: dropped when it has done so
+    kept: Kept | None = None  # where the model interpolates after the projector; the others are dropped after that
 
 
 @dataclass

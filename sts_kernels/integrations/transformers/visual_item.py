@@ -71,8 +71,8 @@ class VisualItem:
     """One image, or one clip of a video.
 
     The projector gets its `num_features` features, crop after crop (tile after tile, frame after frame). Crop i has
-    `crops[i]` features, in raster order of `grids[i]`. The LLM gets `num_tokens` tokens.
-    With a `blend`, the projector gets other rows, and the features are interpolated from its output.
+    `crops[i]` features, in raster order of `grids[i]`. The LLM gets `num_tokens` tokens. With a `blend`, the projector
+    gets other rows, and the model interpolates the features from its output.
     """
 
     kind: str  # "image" or "video"

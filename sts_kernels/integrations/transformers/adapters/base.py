@@ -207,9 +207,10 @@ def one_item_a_row(base: Model, call: EncodeCall, shape: torch.Size) -> list[Vis
 
 
 def frames_of(call: EncodeCall) -> int:
-    """Frames of each clip, from pixel values (clips, frames, 3, H, W)."""
+    """Frames of each clip, from pixel values (clips, frames, 3, H, W). Some models of transformers 4 call them
+    pixel_values."""
     pixels = call.arguments.get("pixel_values_videos")
-    return int((call.arguments["pixel_values"] if pixels is None else pixels).shape[1])  # None: transformers 4
+    return int((call.arguments["pixel_values"] if pixels is None else pixels).shape[1])
 
 
 def clips_of_frames(call: EncodeCall, shape: torch.Size) -> list[VisualItem]:
